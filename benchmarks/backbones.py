@@ -33,14 +33,14 @@ from focus_ray.fitting.shards import build_shard
 from focus_ray.fitting.split import plan_category
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.samples.write import write_samples
-from focus_ray.settings.kinds import BACKBONES, GEOMETRIES, BackboneGeometry
+from focus_ray.settings.kinds import BACKBONES
 
 _AT_ONCE = 4
 
 
 def size_for(backbone: str) -> int:
     """The multiple of its stride that is nearest to 256 px."""
-    stride = GEOMETRIES.get(backbone, BackboneGeometry()).strides[2]
+    stride = BACKBONES[backbone].strides[2]
     return round(256 / stride) * stride
 
 
@@ -64,7 +64,7 @@ def ms_an_image(net: FocusNet, dtype: torch.dtype, images: Tensor, repeats: int)
 
 def measure(name: str, repeats: int) -> dict[str, Any]:
     size = size_for(name)
-    net = FocusNet(ModelConfig(backbone=name, image_size_px=size), build_backbone(name, "random"), head=False).eval()
+    net = FocusNet(ModelConfig(backbone=name, image_size_px=size), build_backbone(name, "random")).eval()
     net = net.to(memory_format=torch.channels_last)
     images = torch.rand(_AT_ONCE, 3, size, size).to(memory_format=torch.channels_last)
     state = net.backbone.state_dict().values()
@@ -74,7 +74,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
         "parameters": sum(value.numel() for value in net.backbone.parameters()),
         "bytes": sum(value.numel() * value.element_size() for value in state),
         "channels": net.backbone.spec.channels,
-        "places": (size // net.config.geometry.strides[1]) ** 2,
+        "places": (size // net.backbone.spec.strides[1]) ** 2,
         "multiplications_e9": billions_of_multiplications(name, size),
         "ms_fp32": ms_an_image(net, torch.float32, images, repeats),
         "ms_bf16": ms_an_image(net, torch.bfloat16, images, repeats),

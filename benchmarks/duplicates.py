@@ -19,9 +19,8 @@ from benchmarks.bursts import photograph
 from benchmarks.harness import add_arguments, base_tree, open_data, print_json, print_table
 from benchmarks.verdicts import load
 from focus_ray.density.reduction import ChannelReduction
-from focus_ray.detect.detector import to_images
 from focus_ray.features.batch_norm import prepared_for_inference
-from focus_ray.features.network import build_net
+from focus_ray.features.network import build_net, to_images
 from focus_ray.fitting.duplicates import (
     SHIFTS_PX,
     ImageOrigins,

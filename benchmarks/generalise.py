@@ -138,7 +138,7 @@ def measure(
     start = time.perf_counter()
     labelled = inspector.measure(iter_test_records(config.data.uri, category))
     figures = inspector.figures(labelled)
-    ms = 1e3 * (time.perf_counter() - start) / len(labelled.ids)
+    ms = 1e3 * (time.perf_counter() - start) / len(labelled.types)
     measured = labelled.measured
     labels, binned = measured.labels.tolist(), measured.bins is not None
     return {

@@ -27,10 +27,9 @@ from benchmarks.limits import interleaved
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import decode_batch
 from focus_ray.data.importers.base import list_image_files
-from focus_ray.detect.detector import to_images
 from focus_ray.features.alignment.congealing import CongealingAligner
 from focus_ray.features.backbones.base import Backbone
-from focus_ray.features.network import LAYERS, FocusNet
+from focus_ray.features.network import LAYERS, FocusNet, to_images
 from focus_ray.fitting.fit import fit
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.shards import MemoryShard

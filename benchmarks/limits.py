@@ -20,7 +20,8 @@ from benchmarks.harness import add_arguments, base_tree, fit_category, keep_json
 from focus_ray.data.read import iter_test_records
 from focus_ray.density.checked_memory import CheckedMemory
 from focus_ray.density.nearest import JointMemory, NearestMemory
-from focus_ray.detect.detector import embed, to_images
+from focus_ray.detect.detector import embed
+from focus_ray.features.network import to_images
 from focus_ray.fitting.settings import parse_config
 from focus_ray.metrics.metrics import MeasuredImages
 from focus_ray.settings.kinds import METRICS

@@ -27,14 +27,16 @@ from focus_ray.data.images import decode_image, decode_mask
 from focus_ray.data.read import iter_test_records
 from focus_ray.density.base import sample_evenly
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator, build_upsampling_matrix, smooth_columns
-from focus_ray.detect.detector import SMOOTHING_SIGMA_PX, to_images
+from focus_ray.detect.detector import SMOOTHING_SIGMA_PX
 from focus_ray.detect.inspection import resize_map
 from focus_ray.detect.profile import MAX_IMAGES, compute_profile
 from focus_ray.features.backbones.base import Backbone, build_backbone, set_padding
+from focus_ray.features.network import to_images
 from focus_ray.fitting.settings import parse_config
 from focus_ray.fitting.shards import MemoryShard, build_shard
 from focus_ray.fitting.split import SplitPlan, plan_category
-from focus_ray.metrics.evaluate import compute_metrics_of_arrays, evaluation_size
+from focus_ray.metrics.evaluate import compute_metrics, evaluation_size
+from focus_ray.metrics.metrics import MeasuredImages
 
 
 def patches(backbone: Backbone, images: Tensor) -> Tensor:
@@ -138,7 +140,8 @@ def patchcore(
         has_mask = record["mask"] is not None
         mask = decode_mask(record["mask"], height, width) if has_mask else np.zeros((height, width), dtype=bool)
         masks.append(mask if has_mask or not record["label"] else None)
-    figures = compute_metrics_of_arrays(labels, types, scores, maps, masks, 0.0, 0.05)
+    measured = MeasuredImages(np.array(labels), np.array(scores), masks, maps, 0.0)
+    figures = compute_metrics(measured, types, 0.05)
     ms = 1e3 * (time.perf_counter() - start) / len(labels)
     images = {"labels": labels, "scores": scores, "pixel_draws": bootstrap_pixels(labels, masks, maps)}
     return {**figures, **images, "fit_s": fit_s, "features_s": features_s, "ms": ms}

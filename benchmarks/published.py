@@ -13,8 +13,8 @@ from typing import Any
 from benchmarks.harness import add_arguments, base_tree, merged, open_data, print_json, print_table
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import iter_test_records
-from focus_ray.evaluation.report import mean_metrics
 from focus_ray.fitting.settings import load_config, parse_config
+from focus_ray.reporting.tables import mean_metrics
 from focus_ray.training.training import train
 
 

@@ -44,7 +44,6 @@ from focus_ray.density.nearest import (
     NearestMemory,
     measure_typical_distances,
     subsample_coreset,
-    unwrap_memory,
 )
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.detect.calibration import CalibrationBuilder
@@ -136,7 +135,7 @@ def measure(tree: dict[str, Any], category: str, device: str, shares: Sequence[i
     config = parse_config(merged(tree, {"density": {"per_place": None, "gaussian_share": 0.0}}))
     result, inspector = fit_category(config, category, device)
     detector, found = result.detector, result.statistics
-    joint = unwrap_memory(detector.density)
+    joint = detector.density
     assert isinstance(joint, JointMemory)
     assert found.bank is not None
     places, bank = joint.location_memory, found.bank[:, :, : found.moments.channels].transpose(0, 1)
@@ -149,9 +148,7 @@ def measure(tree: dict[str, Any], category: str, device: str, shares: Sequence[i
             kept = kept.float() @ projection.cpu()
         sizes = places.height, places.width, places.window, places.bank.dtype
         memory = NearestMemory(kept, projection, *sizes, images)
-        detector.density = JointMemory(
-            memory, joint.coreset, measure_typical_distances(memory, joint.coreset, found.bank)
-        )
+        detector.density = JointMemory(memory, joint.coreset, measure_typical_distances(memory, joint.coreset, found))
         detector.profile, _ = fit_profile(detector.density, found, detector.seen_mask, detector.map_generator)
         measured = inspector.evaluate(iter_test_records(config.data.uri, category))
         figures[name] = {"kept": memory.bank.shape[1], **{key: measured[key] for key in FIGURES}}

@@ -24,8 +24,9 @@ from focus_ray.data.images import decode_batch
 from focus_ray.data.read import read_index, read_rows
 from focus_ray.density.base import build_density
 from focus_ray.density.moments import Moments
-from focus_ray.detect.detector import embed, to_images
+from focus_ray.detect.detector import embed
 from focus_ray.features.backbones.base import build_backbone
+from focus_ray.features.network import to_images
 from focus_ray.fitting.settings import parse_config
 
 ROUNDS = 5

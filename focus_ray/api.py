@@ -22,13 +22,14 @@ from pydantic import BaseModel
 
 from focus_ray.bundle.bundle import MANIFEST, copy_bundle, find_bundles, read_manifest
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.data.images import ImageError, content_hash, encode_opened, encode_png, read_image
+from focus_ray.data.images import ImageError, content_hash, encode_opened, read_image
 from focus_ray.data.importers.base import list_image_files, list_subfolders
 from focus_ray.data.importers.groups import GroupRule, TableRule
 from focus_ray.data.listing import IMAGE_SUFFIXES, find_image_files
 from focus_ray.data.read import iter_test_records, list_categories
 from focus_ray.data.schema import Row
 from focus_ray.detect.inspection import Inspection
+from focus_ray.drawing.png import encode_png
 from focus_ray.errors import ConfigError, DataError, require_extra
 from focus_ray.fitting.fit import check_prerequisites
 from focus_ray.fitting.settings import Config, parse_config

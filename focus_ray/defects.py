@@ -7,14 +7,13 @@ a set ranks configurations of one category, but its metrics are never reported a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-
-from focus_ray.errors import DataError
 
 Patch = NDArray[np.float32]  # (h, w, 3), 0 to 255
 
@@ -38,111 +37,82 @@ CUT_TO_OBJECT = 0.7
 
 _ATTEMPTS = 12
 _GREY_CHROMA = 10.0  # a picture with a smaller mean spread of its channels (0 to 255) counts as grey
-_MIN_SIDE_PX = 32
 _MIN_DISTANCE_PX = 8  # between two defects that share a copy
 
 
-def synthesize_defect(
-    image: NDArray[np.uint8],
-    rng: np.random.Generator,
-    kind: str | None = None,
-    donor: NDArray[np.uint8] | None = None,
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Draws one defect on a copy of a normal image.
+class Picture(NamedTuple):
+    """A normal image and its object.
 
-    Args:
-        image: (H, W, 3) uint8, sides of at least 32.
-        kind: one of `KINDS`, or None to draw one.
-            cut_paste: a patch from another location, rotated, scaled, with a soft edge.
-            scar: a long thin bent mark, filled with a patch from another location or with another brightness.
-            blob: a stain of irregular shape with another colour.
-            texture: added grain, a blur or a sharpening.
-            colour: a shift of hue or gain that keeps the texture.
-            missing: a removed piece of the object, filled with its surroundings or with the background.
-        donor: (H', W', 3) uint8, another normal image of the category, the source of patches; None: the image itself.
-
-    Returns: the image (H, W, 3) uint8, and the mask (H, W) of pixels that changed by more than `VISIBLE_CHANGE` in any
-        channel. Gaps of up to two pixels in the mask are closed. The mask is never empty. Pixels outside the mask may have
-        changed by less.
-
-    Raises: DataError: the input has a wrong shape or type, or the requested kind is not visible on this image, such as a
-        patch on a uniform picture.
+    Attributes:
+        pixels: (H, W, 3) uint8.
+        foreground: (H, W) bool, pixels of the object, see `find_foreground`.
     """
-    _check_image(image, "image")
-    if donor is not None:
-        _check_image(donor, "donor")
-    if kind is not None and kind not in _KINDS:
-        raise DataError(f"kind={kind!r}; expected one of {KINDS}")
-    foreground = find_foreground(image)
-    source = image if donor is None else donor
-    source_foreground = foreground if donor is None else find_foreground(donor)
-    kinds_to_try = [kind] if kind else [KINDS[index] for index in rng.permutation(len(KINDS))]
-    for name in [*kinds_to_try, *([] if kind else ["blob"])]:
-        defect = _draw_defect(image, foreground, source, source_foreground, rng, name)
-        if defect is not None:
-            return defect
-    raise DataError(
-        f"no visible defect of kind {kind!r} in {_ATTEMPTS} attempts on this image; use kind='blob' or kind=None"
-    )
+
+    pixels: NDArray[np.uint8]
+    foreground: NDArray[np.bool_]
+
+
+def find_objects(images: NDArray[np.uint8]) -> list[Picture]:
+    """Finds the object in each of the images (N, H, W, 3) uint8."""
+    return [Picture(image, find_foreground(image)) for image in images]
 
 
 def synthetic_validation_set(
-    images: NDArray[np.uint8],
-    seed: int,
-    per_image: int = 1,
-    only: range | None = None,
-    foregrounds: dict[int, NDArray[np.bool_]] | None = None,
+    images: NDArray[np.uint8], seed: int, per_image: int = 1
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_], list[str]]:
-    """Makes defective copies of every image. The kinds of defects take turns, so that all are equally frequent.
-
-    Each copy takes patches from another image, drawn at random. For a validation set, add normal images as the good part.
+    """Makes defective copies of every image. For a validation set, add normal images as the good part.
 
     Args:
         images: (N, H, W, 3) uint8 normal images.
-        seed: 0 or more.
-        per_image: number of defective copies of each image, 1 or more.
-        only: numbers of the images to copy; None: all. A copy does not depend on this selection.
-        foregrounds: cache of `find_foreground` by image number, which the call extends.
+        seed, per_image: as in `draw_defective_copies`.
 
-    Returns: copies (N * per_image, H, W, 3) uint8 in the order of the images; their masks (N * per_image, H, W), never
-        empty; the kind of each defect. If a kind is not visible on an image, the next kind is drawn.
-
-    Raises: DataError: the input has a wrong shape or type, or a number is out of range.
+    Returns: copies (N * per_image, H, W, 3) uint8 in the order of the images; their masks (N * per_image, H, W), never empty;
+        the kind of each defect.
     """
-    if images.ndim != 4 or not len(images):
-        raise DataError(f"images has shape {images.shape}; expected (N, H, W, 3) with N of at least 1")
-    if per_image < 1 or seed < 0:
-        raise DataError(f"per_image={per_image}, seed={seed}; expected at least 1 and at least 0")
-    _check_image(images[0], "images[0]")
-    image_numbers = range(len(images)) if only is None else only
-    cache = {} if foregrounds is None else foregrounds
+    pictures = find_objects(images)
+    parts = [draw_defective_copies(pictures, number, seed, per_image) for number in range(len(images))]
+    copies, masks, kinds = zip(*parts, strict=True)
+    return np.concatenate(copies), np.concatenate(masks), list(itertools.chain(*kinds))
 
-    def foreground_of(number: int) -> NDArray[np.bool_]:
-        if number not in cache:
-            cache[number] = find_foreground(images[number])
-        return cache[number]
 
-    num_copies = len(image_numbers) * per_image
-    copies, masks = (
-        np.empty((num_copies, *images.shape[1:]), np.uint8),
-        np.empty((num_copies, *images.shape[1:3]), bool),
-    )
-    kinds: list[str] = []
-    for row, index in enumerate(number * per_image + copy for number in image_numbers for copy in range(per_image)):
+def draw_defective_copies(
+    pictures: Sequence[Picture], number: int, seed: int, per_image: int
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_], list[str]]:
+    """Makes copies of one image, each with one defect. The kinds of defects take turns, so that all are equally frequent.
+
+    Each copy takes patches from another image, drawn at random. A copy depends only on the pictures, its number and the seed.
+
+    The kinds:
+        cut_paste: a patch from another location, rotated, scaled, with a soft edge.
+        scar: a long thin bent mark, filled with a patch from another location or with another brightness.
+        blob: a stain of irregular shape with another colour.
+        texture: added grain, a blur or a sharpening.
+        colour: a shift of hue or gain that keeps the texture.
+        missing: a removed piece of the object, filled with its surroundings or with the background.
+
+    Args:
+        pictures: N normal images of the category, with sides of at least 32 px.
+        number: number of the image to copy.
+        seed: 0 or more.
+        per_image: number of copies.
+
+    Returns: copies (per_image, H, W, 3) uint8; masks (per_image, H, W) of the pixels that changed by more than `VISIBLE_CHANGE`
+        in any channel; the kind of each defect. Gaps of up to two pixels in a mask are closed, and no mask is empty. If a kind is
+        not visible on the image, such as a patch on a uniform picture, the next kind is drawn.
+    """
+    copies, masks, kinds = [], [], []
+    for index in range(number * per_image, (number + 1) * per_image):
         rng = np.random.default_rng([seed, index])
-        number = index // per_image
-        donor = int(rng.integers(len(images) - 1)) if len(images) > 1 else 0
-        donor += int(len(images) > 1 and donor >= number)
-        for attempt in range(len(KINDS) + 1):
-            kind = KINDS[(index + attempt) % len(KINDS)] if attempt < len(KINDS) else "blob"
-            defect = _draw_defect(images[number], foreground_of(number), images[donor], foreground_of(donor), rng, kind)
-            if defect is not None:
-                copies[row], masks[row] = defect
-                kinds.append(kind)
-                break
-        else:
-            raise AssertionError("a blob is visible on any image")
-    return copies, masks, kinds
+        donor = int(rng.integers(len(pictures) - 1)) if len(pictures) > 1 else 0
+        donor += int(len(pictures) > 1 and donor >= number)
+        # all kinds, beginning with the one whose turn it is; a blob is visible on any image
+        turns = [KINDS[(index + attempt) % len(KINDS)] for attempt in range(len(KINDS))]
+        attempts = ((kind, _draw_defect(pictures[number], pictures[donor], rng, kind)) for kind in [*turns, "blob"])
+        kind, defect = next((kind, defect) for kind, defect in attempts if defect is not None)
+        copies.append(defect[0])
+        masks.append(defect[1])
+        kinds.append(kind)
+    return np.stack(copies), np.stack(masks), kinds
 
 
 def merge_copies(
@@ -161,26 +131,18 @@ def merge_copies(
     """
     merged: list[NDArray[np.uint8]] = []
     merged_masks: list[NDArray[np.bool_]] = []
-    occupied: list[NDArray[np.bool_]] = []
+    occupied: list[NDArray[np.bool_]] = []  # pixels of each merged copy that are too close to one of its defects
     for copy, mask in zip(copies, masks, strict=True):
         changed = (copy != image).any(axis=2)
-        index = next(
-            (index for index, occupied_area in enumerate(occupied) if not (occupied_area & changed).any()), len(merged)
-        )
+        index = next((index for index, area in enumerate(occupied) if not (area & changed).any()), len(merged))
         if index == len(merged):
-            merged.append(copy)
-            merged_masks.append(mask)
-            occupied.append(_dilate(changed))
-        else:
-            merged[index] = np.where(changed[:, :, None], copy, merged[index])
-            merged_masks[index] = merged_masks[index] | mask
-            occupied[index] = occupied[index] | _dilate(changed)
+            merged.append(image)
+            merged_masks.append(np.zeros_like(mask))
+            occupied.append(np.zeros_like(mask))
+        merged[index] = np.where(changed[:, :, None], copy, merged[index])
+        merged_masks[index] = merged_masks[index] | mask
+        occupied[index] = occupied[index] | ndimage.maximum_filter(changed, 2 * _MIN_DISTANCE_PX + 1)
     return np.stack(merged), np.stack(merged_masks)
-
-
-def _dilate(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Returns a mask (H, W) whose areas are `_MIN_DISTANCE_PX` pixels wider on each side."""
-    return np.asarray(ndimage.maximum_filter(mask, 2 * _MIN_DISTANCE_PX + 1))
 
 
 def find_foreground(image: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -220,23 +182,19 @@ def find_foreground(image: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def _draw_defect(
-    image: NDArray[np.uint8],
-    foreground: NDArray[np.bool_],
-    source: NDArray[np.uint8],
-    source_foreground: NDArray[np.bool_],
-    rng: np.random.Generator,
-    kind: str,
+    picture: Picture, source: Picture, rng: np.random.Generator, kind: str
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]] | None:
     """Draws one defect of a kind, and tries again with larger sizes while the change is not visible.
 
     The drawing happens in a window around the defect, so the cost does not grow with the size of the picture.
 
     Args:
-        image, foreground: (H, W, 3) and (H, W), the image to change and its object pixels.
-        source, source_foreground: (H', W', 3) and (H', W'), the image that patches come from and its object pixels.
+        picture: the image to change.
+        source: the image that patches come from.
 
     Returns: the changed image (H, W, 3) and the mask (H, W); None if no attempt was visible.
     """
+    image, foreground = picture
     height, width = image.shape[:2]
     smallest = max(AREA_RANGE[0], 24 / (height * width))
     for attempt in range(_ATTEMPTS):
@@ -249,17 +207,16 @@ def _draw_defect(
         reach = int(1.8 * radius) + 4
         top, bottom = max(0, y - reach), min(height, y + reach + 1)
         left, right = max(0, x - reach), min(width, x + reach + 1)
-        patch = image[top:bottom, left:right].astype(np.float32)
-        site = _Site(patch, (y - top, x - left), radius, source, source_foreground, image, foreground, rng)
-        filling, cover = _KINDS[kind](site)
-        window_foreground = foreground[top:bottom, left:right]
+        window = slice(top, bottom), slice(left, right)
+        patch, window_foreground = image[window].astype(np.float32), foreground[window]
+        filling, cover = _KINDS[kind](_Site(patch, (y - top, x - left), radius, picture, source, rng))
         if window_foreground[y - top, x - left] and rng.random() < CUT_TO_OBJECT:
             cover = cover * ndimage.uniform_filter(window_foreground.astype(np.float32), 3)
         changed_window = np.clip(np.round(patch + cover[..., None] * (filling - patch)), 0, 255).astype(np.uint8)
-        mask = _visible_change(image[top:bottom, left:right], changed_window)
+        mask = _visible_change(image[window], changed_window)
         if mask.sum() >= max(6, 1e-4 * height * width):
             changed_image, image_mask = image.copy(), np.zeros((height, width), bool)
-            changed_image[top:bottom, left:right], image_mask[top:bottom, left:right] = changed_window, mask
+            changed_image[window], image_mask[window] = changed_window, mask
             return changed_image, image_mask
     return None
 
@@ -275,20 +232,16 @@ class _Site:
         patch: Patch,
         centre: tuple[int, int],
         radius: float,
-        source: NDArray[np.uint8],
-        source_foreground: NDArray[np.bool_],
-        image: NDArray[np.uint8],
-        foreground: NDArray[np.bool_],
+        picture: Picture,
+        source: Picture,
         rng: np.random.Generator,
     ) -> None:
-        self.patch, self.radius, self.rng = patch, radius, rng
-        self.source, self.source_foreground, self.image, self.foreground = source, source_foreground, image, foreground
+        self.patch, self.radius, self.picture, self.source, self.rng = patch, radius, picture, source, rng
         height, width = patch.shape[:2]
         y, x = np.mgrid[0:height, 0:width].astype(np.float32)
         self.dy, self.dx = y - centre[0], x - centre[1]
-        self.is_grey = (
-            float(np.ptp(patch, axis=2).mean()) < _GREY_CHROMA
-        )  # coloured defects on grey parts are rare, and too easy to detect
+        # coloured defects on grey parts are rare, and too easy to detect
+        self.is_grey = float(np.ptp(patch, axis=2).mean()) < _GREY_CHROMA
 
     def blob(self, softness_px: tuple[float, float], roughness: float = 0.35) -> Patch:
         """Draws the mask of an irregular disc of about `radius`, with an edge of `softness_px` width."""
@@ -312,26 +265,25 @@ class _Site:
     def bar(self) -> Patch:
         """Draws the mask of a long thin bent shape that becomes thinner towards its ends."""
         angle, bend = self.rng.uniform(0, np.pi), self.rng.uniform(-0.35, 0.35)
-        half_width = 0.5 * min(self.image.shape[:2]) * _log_uniform(self.rng, SCAR_WIDTH_RANGE)
+        half_width = 0.5 * min(self.picture.foreground.shape) * _log_uniform(self.rng, SCAR_WIDTH_RANGE)
         u = (self.dx * np.cos(angle) + self.dy * np.sin(angle)) / self.radius
         v = self.dy * np.cos(angle) - self.dx * np.sin(angle) + bend * self.radius * (u**2 - 0.4)
         width_noise = ndimage.gaussian_filter1d(self.rng.normal(size=64), 3.0) * 1.5
         local_half_width = half_width * (
             np.sqrt(np.clip(1 - u**2, 0, 1)) + np.interp(u, np.linspace(-1, 1, 64), width_noise) * 0.4
         )
-        return np.where(np.abs(u) < 1, _ramp(local_half_width - np.abs(v), self.rng.uniform(1.0, 1.6)), 0).astype(
-            np.float32
-        )
+        edge = _ramp(local_half_width - np.abs(v), self.rng.uniform(1.0, 1.6))
+        return np.where(np.abs(u) < 1, edge, 0).astype(np.float32)
 
     def patch_from_elsewhere(self) -> Patch:
         """Returns a patch (h, w, 3) of the source from another location, rotated and scaled by 0.7 to 1.4."""
-        y, x = _draw_location(self.source_foreground, self.rng, ON_OBJECT)
+        y, x = _draw_location(self.source.foreground, self.rng, ON_OBJECT)
         angle, scale = self.rng.uniform(-np.pi, np.pi), _log_uniform(self.rng, (0.7, 1.4))
         at_y = y + (self.dy * np.cos(angle) - self.dx * np.sin(angle)) / scale
         at_x = x + (self.dx * np.cos(angle) + self.dy * np.sin(angle)) / scale
         channels = [
-            ndimage.map_coordinates(self.source[..., c], (at_y, at_x), np.float32, order=1, mode="mirror")
-            for c in range(3)
+            ndimage.map_coordinates(channel, (at_y, at_x), np.float32, order=1, mode="mirror")
+            for channel in np.moveaxis(self.source.pixels, 2, 0)
         ]
         return np.stack(channels, axis=2)
 
@@ -377,10 +329,8 @@ def _texture(site: _Site) -> tuple[Patch, Patch]:
     cover = site.blob((1.0, 4.0))
     variant = site.rng.integers(3)
     if variant == 0:
-        grain = (
-            site.rng.normal(size=site.dx.shape) if site.rng.random() < 0.5 else site.rng.normal(size=site.patch.shape)
-        )
-        grain = grain if grain.ndim == 3 else grain[..., None]
+        is_monochrome = site.rng.random() < 0.5
+        grain = site.rng.normal(size=(*site.dx.shape, 1 if is_monochrome else 3))
         grain = ndimage.gaussian_filter(grain, (*[site.rng.uniform(0.4, 1.4)] * 2, 0))
         grain *= _log_uniform(site.rng, (8.0, 45.0)) / (grain.std() + 1e-9)
         return (site.patch + grain).astype(np.float32), cover
@@ -402,16 +352,15 @@ def _colour(site: _Site) -> tuple[Patch, Patch]:
 def _missing(site: _Site) -> tuple[Patch, Patch]:
     cover = site.blob((0.8, 2.5))
     outside = (1 - ndimage.grey_dilation(cover, size=(5, 5)))[..., None]
-    if site.rng.random() < 0.5 and not site.foreground.all():
+    image, foreground = site.picture
+    if site.rng.random() < 0.5 and not foreground.all():
         # fill with the background: its texture from another location of the picture
-        background_pixels = np.argwhere(~site.foreground)
+        background_pixels = np.argwhere(~foreground)
         y, x = background_pixels[site.rng.integers(len(background_pixels))]
-        rows = np.clip(np.round(y + site.dy).astype(int), 0, site.image.shape[0] - 1)
-        columns = np.clip(np.round(x + site.dx).astype(int), 0, site.image.shape[1] - 1)
-        is_object = site.foreground[rows, columns]
-        filling = site.image[rows, columns].astype(np.float32)
-        if is_object.any():
-            filling[is_object] = np.median(site.image[~site.foreground], axis=0)
+        rows = np.clip(np.round(y + site.dy).astype(int), 0, image.shape[0] - 1)
+        columns = np.clip(np.round(x + site.dx).astype(int), 0, image.shape[1] - 1)
+        filling = image[rows, columns].astype(np.float32)
+        filling[foreground[rows, columns]] = np.median(image[~foreground], axis=0)
         return filling, cover
     sigma = (max(1.5, 0.5 * site.radius),) * 2 + (0,)
     weight = ndimage.gaussian_filter(outside, sigma) + 1e-4
@@ -430,7 +379,7 @@ _KINDS: dict[str, Callable[[_Site], tuple[Patch, Patch]]] = {
 }
 
 KINDS: tuple[str, ...] = tuple(_KINDS)
-"""The kinds of defects that `synthesize_defect` draws."""
+"""The kinds of defects that `draw_defective_copies` draws."""
 
 
 def _visible_change(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -463,24 +412,11 @@ def _otsu(values: NDArray[np.float32]) -> float:
     middles = 0.5 * (edges[1:] + edges[:-1])
     below, total = np.cumsum(counts), np.cumsum(counts * middles)
     above = below[-1] - below
-    both_classes_exist = (below > 0) & (above > 0)
-    variance_between = np.where(
-        both_classes_exist,
-        below * above * (total / np.maximum(below, 1) - (total[-1] - total) / np.maximum(above, 1)) ** 2,
-        0,
-    )
+    difference_of_means = total / np.maximum(below, 1) - (total[-1] - total) / np.maximum(above, 1)
+    variance_between = below * above * difference_of_means**2  # 0 if a class is empty
     return float(edges[int(np.argmax(variance_between)) + 1])
 
 
 def _log_uniform(rng: np.random.Generator, bounds: Sequence[float]) -> float:
     """Draws a number between two bounds, uniform on a logarithmic scale."""
     return float(np.exp(rng.uniform(np.log(bounds[0]), np.log(bounds[1]))))
-
-
-def _check_image(image: Any, name: str) -> None:
-    """Raises: DataError: the image is not uint8 (H, W, 3), or a side is shorter than `_MIN_SIDE_PX`."""
-    shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
-    if dtype != np.uint8 or shape is None or len(shape) != 3 or shape[2] != 3:
-        raise DataError(f"{name} is {dtype} of shape {shape}; expected uint8 of (H, W, 3)")
-    if min(shape[:2]) < _MIN_SIDE_PX:
-        raise DataError(f"{name} has {shape[0]}x{shape[1]} pixels; expected sides of at least {_MIN_SIDE_PX}")

@@ -9,47 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from focus_ray.density.moments import Moments
 
-
-@torch.no_grad()
-def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
-    """Concatenates the rows (n, ...) of all workers, in the order of the workers; n may differ.
-
-    Args: device: where the group communicates.
-
-    Returns: (sum of n, ...), on the CPU of every worker.
-    """
-    if world_size() == 1:
-        return rows
-    count = torch.tensor([len(rows)], device=device)
-    counts = [torch.zeros_like(count) for _ in range(world_size())]
-    dist.all_gather(counts, count)
-    longest = int(max(int(c) for c in counts))
-    # all_gather needs equal shapes: pad to the longest, and cut the padding off again
-    padded = rows.new_zeros(longest, *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded, device=device) for _ in counts]
-    dist.all_gather(parts, padded.to(device))
-    return torch.cat([part[: int(c)].cpu() for part, c in zip(parts, counts, strict=True)])
-
-
-@torch.no_grad()
-def reduce_moments(moments: Moments) -> None:
-    """Merges the moments of all workers, in place, into the exact mean and scatter of all images."""
-    if world_size() == 1:
-        return
-    count = torch.tensor([moments.count], dtype=torch.float64, device=moments.mean.device)
-    total_sum = moments.mean.double() * moments.count
-    dist.all_reduce(count)
-    dist.all_reduce(total_sum)
-    mean = (total_sum / count).to(moments.mean.dtype)
-    # scatter about the common mean = own scatter + count * outer product of the difference of the means
-    difference = moments.mean - mean
-    moments.scatter.baddbmm_(difference[:, :, None], difference[:, None, :], alpha=float(moments.count))
-    dist.all_reduce(moments.scatter)
-    moments.mean = mean
-    moments.count = int(count.item())
+def gather_rows(rows: Tensor) -> Tensor:
+    """Concatenates the rows (n, ...) of all workers on the CPU, in the order of the workers; n may differ."""
+    return rows if world_size() == 1 else torch.cat(gather_objects(rows.cpu().contiguous()))
 
 
 _T = TypeVar("_T")

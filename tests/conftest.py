@@ -20,6 +20,7 @@ import pytest
 from hypothesis import settings
 from places import SHARED
 from s3_server import s3, s3_server  # noqa: F401
+from shared_bundles import part_bundles, parts  # noqa: F401
 
 settings.register_profile("focus_ray", deadline=None)  # a test may be slow on a busy machine
 settings.load_profile("focus_ray")

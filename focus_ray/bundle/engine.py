@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -51,10 +50,10 @@ def check_engine(engine: str, net: FocusNet, device: torch.device | str, num_exa
         ConfigError: the engine does not exist or does not support this device or network, or there are too few examples.
         MissingPackageError: the extra `onnx` is not installed.
     """
-    if engine not in ENGINES:
-        raise ConfigError(f"engine={engine!r}: expected one of {', '.join(ENGINES)}")
     if engine == TORCH:
         return
+    if engine not in ENGINES:
+        raise ConfigError(f"engine={engine!r}: expected one of {', '.join(ENGINES)}")
     if torch.device(device).type != "cpu":
         raise ConfigError(
             f"engine={engine} computes on a CPU, but the device is {device}: give device=cpu, or engine=torch"
@@ -81,10 +80,15 @@ def compile_features(net: FocusNet, engine: str, examples: Tensor) -> Compiled:
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "features.onnx"
+        path = features_path = Path(folder) / "features.onnx"
         _export(net, path, examples[:2])
         if engine == "onnxruntime-int8":
-            path = _quantise_network(path, examples.numpy())
+            from onnxruntime.quantization.shape_inference import quant_pre_process
+
+            prepared, path = path.with_name("prepared.onnx"), path.with_name("int8.onnx")
+            with suppress_exporter_messages():
+                quant_pre_process(str(features_path), str(prepared))
+            quantise(prepared, path, examples.numpy())
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         # between two calls of the session torch needs the cores
@@ -100,7 +104,6 @@ def compile_features(net: FocusNet, engine: str, examples: Tensor) -> Compiled:
 
 def _export(net: FocusNet, path: Path, example: Tensor) -> None:
     """Writes the feature extractor as an ONNX file with a dynamic batch size. example: images (B, 3, S, S)."""
-    batch = torch.export.Dim("batch")
     with suppress_exporter_messages(), torch.no_grad():
         program = torch.onnx.export(
             _Features(net).eval(),
@@ -108,22 +111,11 @@ def _export(net: FocusNet, path: Path, example: Tensor) -> None:
             dynamo=True,
             input_names=["images"],
             output_names=["level1", "level2", "level3"],
-            dynamic_shapes=({0: batch},),
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
             verbose=False,
         )
     assert program is not None
     program.save(str(path))
-
-
-def _quantise_network(path: Path, examples: NDArray[np.float32]) -> Path:
-    """Quantises the network of an ONNX file to int8, and returns the path of the new file in the same folder."""
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    prepared, quantised = path.with_name("prepared.onnx"), path.with_name("int8.onnx")
-    with suppress_exporter_messages():
-        quant_pre_process(str(path), str(prepared))
-    quantise(prepared, quantised, examples)
-    return quantised
 
 
 def quantise(source: Path, target: Path, images: Iterable[NDArray[Any]], nodes: Sequence[str] | None = None) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -23,13 +22,14 @@ from numpy.typing import NDArray
 from focus_ray.bundle.bundle import Bundle, read_bundle
 from focus_ray.bundle.engine import MAX_EXAMPLES, MIN_EXAMPLES, TOLERANCE, TORCH, check_engine, compile_features
 from focus_ray.data.images import ImageError, ImageInfo, decode_batch, decode_mask, read_batch
+from focus_ray.data.prefetch import prefetch
 from focus_ray.data.schema import Row
 from focus_ray.density.base import sample_evenly
-from focus_ray.detect.detector import to_images
 from focus_ray.detect.inspection import Inspection, find_regions, resize_map
 from focus_ray.detect.shift import compare_scores, describe_test_shift
 from focus_ray.errors import ConfigError, DataError, ScoreError
 from focus_ray.features.batch_norm import fuse_batch_norms, prepare_for_inference
+from focus_ray.features.network import to_images
 from focus_ray.fitting.duplicates import RepeatFinder, describe_repeats
 from focus_ray.fitting.split import short_hash
 from focus_ray.metrics.evaluate import (
@@ -43,6 +43,8 @@ from focus_ray.metrics.evaluate import (
 )
 from focus_ray.precision import compute_dtype
 
+_NUM_DECODE_THREADS = 2  # they decode the next batch during a forward pass
+
 
 class Inspector:
     """Scores encoded images with a bundle on a device."""
@@ -52,7 +54,6 @@ class Inspector:
         bundle: Bundle,
         device: torch.device | str = "cpu",
         batch_size: int = 32,
-        num_threads: int = 2,
         engine: str = TORCH,
         examples: Sequence[bytes | str | Path] = (),
     ) -> None:
@@ -60,17 +61,16 @@ class Inspector:
         Args:
             bundle: loaded on `device`.
             batch_size: images in a forward pass.
-            num_threads: threads that decode the next batch during a forward pass.
             engine: library that computes the features: torch, or on a CPU also onnxruntime or onnxruntime-int8
                 (`bundle.engine`).
             examples: encoded images of good parts, or their paths. An engine other than torch needs them: they set the scales
                 of int8, and its scores are compared with those of torch.
 
         Raises:
-            ConfigError: the engine cannot be used here, or its scores of the examples differ from those of torch.
+            ConfigError: the engine cannot be used here, or its scores of the examples differ from torch's scores.
             DataError: an example cannot be read.
         """
-        self.bundle, self.device, self.batch_size, self.num_threads = bundle, device, batch_size, num_threads
+        self.bundle, self.device, self.batch_size = bundle, device, batch_size
         self.frame = bundle.frame
         net = bundle.detector.net
         check_engine(engine, net, device, len(examples))
@@ -93,19 +93,9 @@ class Inspector:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(read_bundle(uri, device), device, **options)
 
-    def score_batches(self, images: Iterable[bytes]) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-        """Yields the scores (B,) and anomaly maps (B, H, W) of each batch, in the frame's size.
-
-        Raises: DataError: an image cannot be decoded or shows nothing to inspect; the message has its number in the stream.
-        """
-        for _, scores, maps, _ in self._score_batches(
-            (_name(image, number), image) for number, image in enumerate(images)
-        ):
-            yield scores, maps
-
-    def _score_batches(
+    def _score_images(
         self, images: Iterable[tuple[str, bytes]], hashed: bool = False, repeats: RepeatFinder | None = None
-    ) -> Iterator[tuple[list[ImageInfo], NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]]:
+    ) -> Iterator[tuple[ImageInfo, float, NDArray[np.float32], bool]]:
         """Scores named images in batches. The next batch is decoded while the current batch is scored.
 
         Args:
@@ -113,30 +103,29 @@ class Inspector:
             hashed: compute content hashes.
             repeats: finds copies of training images.
 
-        Yields: for each batch the image infos, scores (B,), maps (B, H, W), and whether each image repeats a training image
-            (B,), which is always False without `repeats`.
+        Yields: for each image its info, score and map (H, W), and whether it repeats a training image, which is always False
+            without `repeats`.
         """
-        stream = iter(images)
-        with ThreadPoolExecutor(max_workers=1) as prefetcher:
-            batch = list(islice(stream, self.batch_size))
-            pending = prefetcher.submit(self._decode, batch, hashed)
-            while batch:
-                infos, pixels = pending.result()
-                names = [name for name, _ in batch]
-                batch = list(islice(stream, self.batch_size))
-                pending = prefetcher.submit(self._decode, batch, hashed)
-                scored = self.bundle.detector(torch.from_numpy(pixels), describe=repeats is not None)
-                scores, maps = scored.score.float().cpu().numpy(), scored.anomaly_map.float().cpu().numpy()
-                for name, info, score, anomaly_map in zip(names, infos, scores, maps, strict=True):
-                    try:
-                        self._check_score(float(score), anomaly_map, info.width, info.height)
-                    except DataError as error:
-                        raise DataError(f"{name}: {error}") from error
-                repeated = np.zeros(len(pixels), dtype=bool)
-                if repeats is not None:
-                    assert scored.descriptors is not None
-                    repeated = repeats.find(scored.descriptors).numpy()
-                yield infos, scores, maps, repeated
+
+        def decode_batches() -> Iterator[tuple[list[str], list[ImageInfo], NDArray[np.uint8]]]:
+            stream = iter(images)
+            while batch := list(islice(stream, self.batch_size)):
+                names, encoded = [name for name, _ in batch], [data for _, data in batch]
+                yield names, *read_batch(encoded, self.frame, _NUM_DECODE_THREADS, hashed, names)
+
+        for names, infos, pixels in prefetch(decode_batches(), max_waiting=1):
+            scored = self.bundle.detector(torch.from_numpy(pixels), describe=repeats is not None)
+            scores, maps = scored.score.float().tolist(), scored.anomaly_map.float().cpu().numpy()
+            repeated = [False] * len(names)
+            if repeats is not None:
+                assert scored.descriptors is not None
+                repeated = repeats.find(scored.descriptors).tolist()
+            for name, info, score, anomaly_map, repeat in zip(names, infos, scores, maps, repeated, strict=True):
+                try:
+                    self._check_score(score, anomaly_map, info.width, info.height)
+                except DataError as error:
+                    raise DataError(f"{name}: {error}") from error
+                yield info, score, anomaly_map, repeat
 
     def score(self, batch: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Returns the scores (B,) and anomaly maps (B, H, W) of decoded images.
@@ -156,21 +145,21 @@ class Inspector:
             raise DataError(
                 f"inspect takes a list of images, got a single {type(images).__name__}: put it into brackets"
             )
-        return [inspection for inspection, _ in self._inspect(images, hashed=bool(self.bundle.fit_hashes))]
+        return [inspection for inspection, _ in self.inspect_hashed(images, hashed=bool(self.bundle.fit_hashes))]
 
-    def inspect_hashed(self, images: Sequence[bytes | str | Path]) -> list[tuple[Inspection, str]]:
-        """Inspects images as `inspect` does, and returns (inspection, `content_hash`). Copies of an image have equal hashes."""
-        return [(inspection, str(content_hash)) for inspection, content_hash in self._inspect(images, hashed=True)]
+    def inspect_hashed(
+        self, images: Sequence[bytes | str | Path], hashed: bool = True
+    ) -> Iterator[tuple[Inspection, str | None]]:
+        """Yields the inspection and the `content_hash` of each image. Copies of an image have equal hashes.
 
-    def _inspect(self, images: Sequence[bytes | str | Path], hashed: bool) -> Iterator[tuple[Inspection, str | None]]:
-        """Yields the inspection and the content hash (None unless `hashed`) of each image, in order."""
+        Args: hashed: False skips the hash, which is then None.
+        """
         fit_hashes = self.bundle.fit_hashes
         named_images = ((_name(image, number), _encoded(image, number)) for number, image in enumerate(images))
-        for infos, scores, maps, _ in self._score_batches(named_images, hashed=hashed):
-            for info, score, anomaly_map in zip(infos, scores, maps, strict=True):
-                inspection = self.judge(float(score), anomaly_map, info.width, info.height)
-                trained_on = info.content_hash is not None and short_hash(info.content_hash) in fit_hashes
-                yield (replace(inspection, trained_on=True) if trained_on else inspection), info.content_hash
+        for info, score, anomaly_map, _ in self._score_images(named_images, hashed):
+            inspection = self.judge(score, anomaly_map, info.width, info.height)
+            trained_on = info.content_hash is not None and short_hash(info.content_hash) in fit_hashes
+            yield replace(inspection, trained_on=trained_on), info.content_hash
 
     def inspect_each(self, images: Sequence[bytes]) -> list[Inspection | DataError]:
         """Inspects images as `inspect` does, and returns an error instead of the inspection for each unusable image."""
@@ -281,50 +270,46 @@ class Inspector:
 
         Raises: DataError: there is no record, or an image cannot be decoded.
         """
-        gathered, ids = EvaluationCollector(exact_pixels), []
-        for record, _ in self.gather(records, gathered, max_side_px):
-            ids.append(str(record.get("id", "")))
-        return gathered.labelled(float(self.bundle.calibration.image_threshold), tuple(ids))
+        collector = EvaluationCollector(exact_pixels)
+        for _ in self.gather(records, collector, max_side_px):
+            pass
+        return collector.labelled(float(self.bundle.calibration.image_threshold))
 
     def gather(
         self, records: Iterable[Row], into: EvaluationCollector, max_side_px: int = MAX_SIDE_PX
-    ) -> Iterator[tuple[Row, float]]:
+    ) -> Iterator[Row]:
         """Scores labelled images one by one, and adds each image to `into`.
 
         Args:
             records, max_side_px: see `measure`.
             into: collects the scores, maps and masks.
 
-        Yields: (record, score). The record has `trained_on` instead of image, mask and content hash.
+        Yields: the records, with `score` and `trained_on` instead of image, mask and content hash.
 
         Raises: DataError: an image cannot be decoded.
         """
         unscored: deque[Row] = deque()  # records that were read but have no score yet, in the order of the images
-        fit_hashes = self.bundle.fit_hashes
 
         def named_images() -> Iterator[tuple[str, bytes]]:
             for number, record in enumerate(records):
                 unscored.append({key: value for key, value in record.items() if key != "image"})
                 yield str(record.get("id", f"image {number}")), record["image"]
 
-        for _, scores, maps, repeated in self._score_batches(named_images(), repeats=self._repeats):
-            for score, anomaly_map, repeat in zip(scores.tolist(), maps, repeated.tolist(), strict=True):
-                record = unscored.popleft()
-                encoded_mask = record.pop("mask")
-                image_height, image_width, label = record["height"], record["width"], int(record["label"])
-                height, width = evaluation_size(image_height, image_width, max_side_px)
-                mask = None if label else np.zeros((height, width), dtype=bool)
-                if encoded_mask is not None:
-                    mask = decode_mask(encoded_mask, height, width)
-                resized_map = resize_map(self.frame.crop_map(anomaly_map, image_width, image_height), height, width)
-                into.reduced |= max(image_height, image_width) > max_side_px
-                region = self.frame.resize_region(height, width)
-                content_hash = record.pop("content_hash", None)
-                record["trained_on"] = bool(content_hash) and short_hash(content_hash) in fit_hashes
-                into.num_repeats += repeat and not record["trained_on"]
-                defect_type = str(record["defect_type"])
-                into.add(label, defect_type, score, resized_map, mask, region, record["trained_on"])
-                yield record, score
+        for _, score, anomaly_map, repeat in self._score_images(named_images(), repeats=self._repeats):
+            record = unscored.popleft()
+            encoded_mask, content_hash = record.pop("mask"), record.pop("content_hash", None)
+            image_height, image_width, label = record["height"], record["width"], int(record["label"])
+            height, width = evaluation_size(image_height, image_width, max_side_px)
+            mask = None if label else np.zeros((height, width), dtype=bool)
+            if encoded_mask is not None:
+                mask = decode_mask(encoded_mask, height, width)
+            resized_map = resize_map(self.frame.crop_map(anomaly_map, image_width, image_height), height, width)
+            region = self.frame.resize_region(height, width)
+            trained_on = bool(content_hash) and short_hash(content_hash) in self.bundle.fit_hashes
+            into.reduced |= max(image_height, image_width) > max_side_px
+            into.num_repeats += repeat and not trained_on
+            into.add(label, str(record["defect_type"]), score, resized_map, mask, region, trained_on)
+            yield {**record, "score": score, "trained_on": trained_on}
 
     @cached_property
     def _repeats(self) -> RepeatFinder | None:
@@ -345,12 +330,12 @@ class Inspector:
 
     @torch.inference_mode()
     def _compile(self, engine: str, examples: Sequence[bytes | str | Path]) -> None:
-        """Replaces the engine of the network. Raises: ConfigError: scores of the examples differ from those of torch."""
+        """Replaces the engine of the network. Raises: ConfigError: scores of the examples differ from torch's scores."""
         detector, fit_hashes = self.bundle.detector, self.bundle.fit_hashes
         numbers = sorted(sample_evenly(len(examples), MAX_EXAMPLES))
         encoded = [_encoded(examples[number], number) for number in numbers]
         names = [_name(examples[number], number) for number in numbers]
-        infos, pixels = read_batch(encoded, self.frame, self.num_threads, hashed=True, names=names)
+        infos, pixels = read_batch(encoded, self.frame, _NUM_DECODE_THREADS, hashed=True, names=names)
         # training images score near 0, where a relative change has no meaning
         is_new = [info.content_hash is None or short_hash(info.content_hash) not in fit_hashes for info in infos]
         if sum(is_new) < MIN_EXAMPLES:
@@ -372,11 +357,6 @@ class Inspector:
                 f"engine={engine}: the median difference of the scores of {sum(is_new)} examples from torch's scores is "
                 f"{change:.1%}, more than {TOLERANCE[engine]:.0%}, so the thresholds would not be valid: give engine=torch"
             )
-
-    def _decode(self, images: list[tuple[str, bytes]], hashed: bool) -> tuple[list[ImageInfo], NDArray[np.uint8]]:
-        """Decodes named images into infos and pixels (B, H, W, 3 or 4); computes content hashes if `hashed`."""
-        names, encoded = [name for name, _ in images], [data for _, data in images]
-        return read_batch(encoded, self.frame, self.num_threads, hashed, names)
 
 
 def _innermost_error(error: DataError) -> DataError:

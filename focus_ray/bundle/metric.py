@@ -39,10 +39,9 @@ def share_metric(places: Sequence[str], output: str) -> list[str]:
                 f"{uri}: another bundle has the same category {manifest['category']!r}: give a single bundle for each category"
             )
         reference = reference or (uri, config)
-        if matching_settings(config) != matching_settings(reference[1]):
-            differing = [
-                key for key, value in matching_settings(config).items() if matching_settings(reference[1])[key] != value
-            ]
+        expected = matching_settings(reference[1])
+        differing = [key for key, value in matching_settings(config).items() if expected[key] != value]
+        if differing:
             raise BundleError(
                 f"{uri}: {', '.join(differing)} differs from {reference[0]}: give bundles with the same network settings"
             )

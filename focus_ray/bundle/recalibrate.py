@@ -13,10 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from focus_ray import __version__
-from focus_ray.bundle.bundle import copy_bundle, describe_precision, manifest_hash, read_manifest, read_statistics
+from focus_ray.bundle.bundle import (
+    Bundle,
+    copy_bundle,
+    describe_precision,
+    manifest_hash,
+    read_manifest,
+    read_statistics,
+)
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.update import find_shared_rows
 from focus_ray.density.base import supports_leave_one_out
@@ -26,6 +32,7 @@ from focus_ray.detect.shift import Shift, compare_scores
 from focus_ray.errors import DataError
 from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
 from focus_ray.fitting.projection import MAX_NEIGHBOURS
+from focus_ray.fitting.settings import Config
 from focus_ray.metrics.trade_off import TradeOff, trade_off
 
 
@@ -77,38 +84,45 @@ def calibrate_bundle(
         BundleError: the bundle is missing or damaged.
     """
     inspector = Inspector.load(uri, device)
-    current = inspector.bundle.calibration
-    builder = CalibrationBuilder(
-        "split",
-        current.target_fpr if target_fpr is None else target_fpr,
-        current.target_pixel_fpr if target_pixel_fpr is None else target_pixel_fpr,
-    )
+    config = _with_targets(inspector.bundle, target_fpr, target_pixel_fpr)
     copies: dict[Path, Path] = {}
-    originals = {"good": _inspect_distinct(inspector, good, copies), "bad": _inspect_distinct(inspector, bad, copies)}
-    _refuse_contradictions(originals["good"], originals["bad"])
-    good_inspections, bad_inspections = ([entry for _, entry in originals[kind].values()] for kind in ("good", "bad"))
-    new = [inspection for inspection in good_inspections if not inspection.trained_on]
+    good_images, bad_images = (_inspect_distinct(inspector, paths, copies) for paths in (good, bad))
+    pairs = [f"{good_images[key][0]} and {bad_images[key][0]}" for key in good_images if key in bad_images]
+    if pairs:
+        raise DataError(
+            f"{len(pairs)} images are given both as good and as bad ({'; '.join(pairs)}): remove the wrong file of each pair"
+        )
+    new = [inspection for _, inspection in good_images.values() if not inspection.trained_on]
     if not new:
         raise DataError(
-            f"{uri}: the model was trained on all {len(good_inspections)} good images, so they score near zero: give images "
+            f"{uri}: the model was trained on all {len(good_images)} good images, so they score near zero: give images "
             "that the model has not seen; or for a model that was joined from several sites, the site's own bundle (--site)"
         )
-    shift = compare_scores(current.image_scores, [inspection.score for inspection in new])
-    new_values = [inspector.frame.scored_values(inspection.anomaly_map) for inspection in new]
-    builder.add([inspection.score for inspection in new], new_values)
-    calibration = replace(
-        builder.finish(),
-        precision=describe_precision(inspector.bundle.config, inspector.device),
+    scores = [inspection.score for inspection in new]
+    builder = CalibrationBuilder("split", config.calibration.target_fpr, config.calibration.target_pixel_fpr)
+    builder.add(scores, [inspector.frame.scored_values(inspection.anomaly_map) for inspection in new])
+    calibration = replace(builder.finish(), precision=describe_precision(config, inspector.device))
+    bad_scores = np.array([inspection.score for _, inspection in bad_images.values()])
+    fingerprint = _fingerprint([path for path, _ in good_images.values()])
+    note = {"how": "good images", "num_good": len(new), "num_bad": len(bad_scores), "images_sha256": fingerprint}
+    return Recalibration(
+        manifest=rewrite_calibration(uri, output, calibration, note),
+        calibration=calibration,
+        num_trained_on=len(good_images) - len(new),
+        curve=trade_off(np.array(scores), bad_scores) if bad else None,
+        shift=compare_scores(inspector.bundle.calibration.image_scores, scores),
+        copies=copies,
     )
-    curve = None
-    if bad:
-        bad_scores = np.array([inspection.score for inspection in bad_inspections])
-        curve = trade_off(np.array([inspection.score for inspection in new]), bad_scores)
-    fingerprint = _fingerprint([path for path, _ in originals["good"].values()])
-    note = {"how": "good images", "num_good": len(new), "num_bad": len(bad_inspections), "images_sha256": fingerprint}
-    manifest = rewrite_calibration(uri, output, calibration, note)
-    num_trained_on = len(good_inspections) - len(new)
-    return Recalibration(manifest, calibration, num_trained_on, curve, shift=shift, copies=copies)
+
+
+def _with_targets(bundle: Bundle, target_fpr: float | None, target_pixel_fpr: float | None) -> Config:
+    """Returns the configuration of a bundle with other targets. None: the target of the bundle's calibration."""
+    current = bundle.calibration
+    targets = {
+        "target_fpr": current.target_fpr if target_fpr is None else target_fpr,
+        "target_pixel_fpr": current.target_pixel_fpr if target_pixel_fpr is None else target_pixel_fpr,
+    }
+    return bundle.config.model_copy(update={"calibration": bundle.config.calibration.model_copy(update=targets)})
 
 
 def _inspect_distinct(
@@ -121,21 +135,10 @@ def _inspect_distinct(
     originals: dict[str, tuple[Path, Inspection]] = {}
     distinct_paths = list(dict.fromkeys(paths))
     for path, (inspection, content_hash) in zip(distinct_paths, inspector.inspect_hashed(distinct_paths), strict=True):
-        original, _ = originals.setdefault(content_hash, (path, inspection))
+        original, _ = originals.setdefault(str(content_hash), (path, inspection))
         if original != path:
             copies[path] = original
     return originals
-
-
-def _refuse_contradictions(
-    good: Mapping[str, tuple[Path, Inspection]], bad: Mapping[str, tuple[Path, Inspection]]
-) -> None:
-    """Checks that no image is both good and bad. Raises: DataError: such images exist; the message names their files."""
-    pairs = [f"{good[key][0]} and {bad[key][0]}" for key in good if key in bad]
-    if pairs:
-        raise DataError(
-            f"{len(pairs)} images are given both as good and as bad ({'; '.join(pairs)}): remove the wrong file of each pair"
-        )
 
 
 def calibrate_for_site(
@@ -173,18 +176,9 @@ def calibrate_for_site(
             f"{uri}: the bundle has no image of {site}: join it first (`focus-ray update {uri} NEW --join {site}`), or give "
             "good images of the site"
         )
-    current = bundle.calibration
-    targets = {
-        "target_fpr": current.target_fpr if target_fpr is None else target_fpr,
-        "target_pixel_fpr": current.target_pixel_fpr if target_pixel_fpr is None else target_pixel_fpr,
-    }
-    settings = bundle.config.calibration.model_copy(update=targets)
-    config = bundle.config.model_copy(update={"calibration": settings})
+    config = _with_targets(bundle, target_fpr, target_pixel_fpr)
     builder = collect_leave_one_out_scores(bundle.detector, statistics, config, images=rows)
-    calibration = replace(
-        builder.finish(),
-        precision=describe_precision(config, bundle.detector.density.device),
-    )
+    calibration = replace(builder.finish(), precision=describe_precision(config, bundle.detector.density.device))
     site_manifest = read_manifest(site)
     note = {"how": "images of a site, each left out", "site": site_manifest["sha256"], "num_good": len(rows)}
     # the metric was learnt from the site's images if the bundle was trained on them, not made with another bundle's network
@@ -227,22 +221,16 @@ def rewrite_calibration(
     Raises: BundleError: a file of the bundle is missing or damaged.
     """
     previous = read_manifest(uri)
-    changes = list(previous["data"].get("calibrations", []))
-    changes.append(
-        {
-            **note,
-            "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "version": previous["sha256"],
-            "focus_ray": __version__,
-            "image_threshold": previous["calibration"]["image_threshold"],
-            "pixel_threshold": previous["calibration"]["pixel_threshold"],
-        }
-    )
-    manifest = {
-        **previous,
-        "calibration": calibration.to_dict(),
-        "data": {**previous["data"], "calibrations": changes},
+    change = {
+        **note,
+        "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "version": previous["sha256"],
+        "focus_ray": __version__,
+        "image_threshold": previous["calibration"]["image_threshold"],
+        "pixel_threshold": previous["calibration"]["pixel_threshold"],
     }
+    data = {**previous["data"], "calibrations": [*previous["data"].get("calibrations", []), change]}
+    manifest = {**previous, "calibration": calibration.to_dict(), "data": data}
     manifest["sha256"] = manifest_hash(manifest)
     copy_bundle(uri, manifest, output)
     return manifest
@@ -250,5 +238,5 @@ def rewrite_calibration(
 
 def _fingerprint(paths: Sequence[Path]) -> str:
     """Returns a SHA-256 of the contents of files. It does not depend on their names and order."""
-    digests: NDArray[np.bytes_] = np.sort([hashlib.sha256(path.read_bytes()).hexdigest().encode() for path in paths])
-    return hashlib.sha256(b"\n".join(digests.tolist())).hexdigest()
+    digests = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -29,10 +29,12 @@ import re
 import socket
 import tempfile
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from itertools import dropwhile
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -176,13 +178,11 @@ class Registry:
             version is damaged (the message has its path).
         """
         check_name(ref, "version or alias")
-        name = ref
+        name: str | None = ref
         if not _VERSION.fullmatch(ref):
             target = self._head(team, category, ref).target
-            if target is None:
-                raise RegistryError(self._missing_message(team, category, ref))
-            name = target.version
-        version = self._find(team, category, name)
+            name = target.version if target else None
+        version = self._find(team, category, name) if name else None
         if version is None:
             raise RegistryError(self._missing_message(team, category, ref))
         return version
@@ -194,17 +194,17 @@ class Registry:
         that wrote no marks. The caller must then look up the names of this category.
         """
         folder = join(self.root, check_name(team, "team"), _CHANGES)
-        marks_of: dict[str, list[str]] = {}
-        for category, mark in (_split_mark(name) for name in list_names(folder)):
-            if is_name(category):
-                marks_of.setdefault(category, []).append(mark)
+        marks_of: defaultdict[str, list[str]] = defaultdict(list)
+        for name in list_names(folder):
+            category, _, mark = name.partition("@")
+            marks_of[category].append(mark)
         # A change writes "done" before it deletes "begun", and S3 lists "begun" names first. So a listing of several pages
         # shows at least one of the two. A "done" mark is deleted only after a newer one exists, so a changed category never
         # gets an earlier mark again.
         return {
             category: " ".join(sorted(marks))
             for category, marks in marks_of.items()
-            if all(mark.startswith(_DONE) for mark in marks)
+            if is_name(category) and all(mark.startswith(_DONE) for mark in marks)
         }
 
     # ---- writing
@@ -244,21 +244,21 @@ class Registry:
             raise RegistryError(
                 f"{target}: copying the bundle took {now - claimed_at}, but the limit is {CLAIM_LASTS}: publish again"
             )
-        record = {"sha256": manifest["sha256"], "published_at": now.isoformat(), "num_bytes": num_bytes, **_author()}
+        record = {"sha256": manifest["sha256"], "published_at": now.isoformat(), "num_bytes": num_bytes, **_signature()}
         write_bytes(join(folder, "_published", f"{name}.json"), _encode(record))
-        self._move(team, bundle_category, LATEST, name, only_forward=True)
+        self._promote(team, bundle_category, LATEST, name, only_forward=True)
         for alias in aliases:
-            self._move(team, bundle_category, alias, name)
+            self._promote(team, bundle_category, alias, name)
         return Version(team, bundle_category, name, target, str(manifest["sha256"]), now, num_bytes)
 
     def promote(self, team: str, category: str, ref: str, alias: str) -> Version:
-        """Moves an alias to a version and returns the version. ref: name of the version, or another alias of it.
+        """Moves an alias to a version and returns the version. ref: name or another alias of the version.
 
         Raises: RegistryError: `ref` does not exist, or the alias has the form of a version name.
         """
         _check_alias(alias)
         version = self.resolve(team, category, ref)
-        self._move(team, category, alias, version.name)
+        self._promote(team, category, alias, version.name)
         return version
 
     def roll_back(self, team: str, category: str, alias: str) -> Version:
@@ -267,26 +267,23 @@ class Registry:
         Raises: RegistryError: the alias does not exist, or none of its earlier versions exists any more.
         """
         _check_alias(alias)
-        for _ in range(_ATTEMPTS):
-            number, target, _ = self._head(team, category, alias)
-            if target is None:
+
+        def step_back(head: _Head) -> list[str]:
+            if head.target is None:
                 raise RegistryError(self._missing_message(team, category, alias))
-            earlier = list(target.before)
-            while earlier and self._find_readable(team, category, earlier[0]) is None:
-                earlier.pop(0)
+            earlier = list(dropwhile(lambda name: not self._find_readable(team, category, name), head.target.before))
             if not earlier:
                 raise RegistryError(
-                    f"team {team!r}, category {category!r}: alias {alias!r} names {target.version}, and none of its earlier "
-                    f"versions exists: promote another version; the category has "
+                    f"team {team!r}, category {category!r}: alias {alias!r} names {head.target.version}, and none of its "
+                    f"earlier versions exists: promote another version; the category has "
                     f"{', '.join(self._names(team, category)) or 'none'}"
                 )
-            if self._append(team, category, alias, number + 1, earlier[0], earlier[1:], "rolled back"):
-                version = self._find(team, category, earlier[0])
-                if version is not None:
-                    return version
-        raise RegistryError(
-            f"alias {alias!r} of {team}/{category}: other processes moved it at every attempt: try again"
-        )
+            return earlier
+
+        while True:  # again if a garbage collection deleted the version meanwhile
+            _, versions = self._move(team, category, alias, "rolled back", step_back)
+            if (version := self._find(team, category, versions[0])) is not None:
+                return version
 
     def collect_garbage(
         self,
@@ -333,15 +330,12 @@ class Registry:
                 remove_folder(version.uri)
                 removed.append(version.name)
                 log(f"{team}/{category}/{version.name}: deleted, {version.num_bytes} bytes")
-        published = set(self._names(team, category))
-        folders = set(list_names(folder))
-        for file in list_names(join(folder, "_claims")):
-            name = file.removesuffix(".json")
-            if _VERSION.fullmatch(name) and name in folders - published:
-                claim = _read_or_log(join(folder, "_claims", file), _Claim)
-                if claim and now - claim.at > 2 * CLAIM_LASTS and list_names(join(folder, name)):
-                    remove_folder(join(folder, name))
-                    log(f"{team}/{category}/{name}: deleted, its publisher never finished")
+        unpublished = set(list_names(folder)) - set(self._names(team, category))
+        for name in _list_versions(join(folder, "_claims")):
+            claim = _read_or_log(join(folder, "_claims", f"{name}.json"), _Claim) if name in unpublished else None
+            if claim and now - claim.at > 2 * CLAIM_LASTS and list_names(join(folder, name)):
+                remove_folder(join(folder, name))
+                log(f"{team}/{category}/{name}: deleted, its publisher never finished")
         return removed
 
     def set_thresholds(
@@ -366,8 +360,7 @@ class Registry:
 
     def _names(self, team: str, category: str) -> list[str]:
         """Returns the names of the published versions, oldest first."""
-        names = (name.removesuffix(".json") for name in list_names(join(self._folder(team, category), "_published")))
-        return sorted((name for name in names if _VERSION.fullmatch(name)), key=_number)
+        return _list_versions(join(self._folder(team, category), "_published"))
 
     def _find(self, team: str, category: str, name: str) -> Version | None:
         """Returns a published version; None if there is none, or if its path or a link in it leaves the team's folder.
@@ -394,28 +387,26 @@ class Registry:
     def _claim(self, category_folder: str) -> str:
         """Reserves the next version number permanently, and returns the name of the version."""
         folder = join(category_folder, "_claims")
-        names = (name.removesuffix(".json") for name in list_names(folder))
-        number = max((_number(name) for name in names if _VERSION.fullmatch(name)), default=0)
-        for _ in range(_ATTEMPTS):
-            number += 1
+        claimed = _list_versions(folder)
+        first = _number(claimed[-1]) + 1 if claimed else 1
+        for number in range(first, first + _ATTEMPTS):
             name = f"v{number:04}"
-            record = {"at": datetime.now(timezone.utc).isoformat(), **_author()}
-            if create_bytes(join(folder, f"{name}.json"), _encode(record)):
+            if create_bytes(join(folder, f"{name}.json"), _encode(_signature())):
                 return name
         raise RegistryError(f"{category_folder}: other publishers took the next number at every attempt: publish again")
 
     def _head(self, team: str, category: str, alias: str) -> _Head:
         """Reads the last record of an alias. If it is damaged, reads up to `MAX_STEPS_BACK` records back to a readable one."""
         folder = join(self._folder(team, category), "_aliases", alias)
-        entries = sorted((name for name in list_names(folder) if _ENTRY.fullmatch(name)), key=_entry_number)
-        number = _entry_number(entries[-1]) if entries else 0
+        entries = sorted((name for name in list_names(folder) if _ENTRY.fullmatch(name)), key=_number)
+        number = _number(entries[-1]) if entries else 0
         for steps, name in enumerate(reversed(entries[-MAX_STEPS_BACK:])):
             target = _read_or_log(join(folder, name), _Target)
             if target is not None:
                 return _Head(number, target, steps > 0)
         return _Head(number, None, bool(entries))
 
-    def _move(self, team: str, category: str, alias: str, name: str, only_forward: bool = False) -> None:
+    def _promote(self, team: str, category: str, alias: str, name: str, only_forward: bool = False) -> None:
         """Moves an alias to the published version `name`.
 
         Args:
@@ -423,46 +414,55 @@ class Registry:
 
         Raises: RegistryError: the version was deleted during the move, or other processes moved the alias at every attempt.
         """
-        for _ in range(_ATTEMPTS):
-            number, target, is_damaged = self._head(team, category, alias)
-            current = target.version if target else None
-            is_ahead = only_forward and current is not None and _number(current) > _number(name)
-            if (current == name and not is_damaged) or is_ahead:
-                return
-            earlier: list[str] = []
-            if target is not None:
-                earlier = target.before if current == name else [target.version, *target.before]
-            if self._append(team, category, alias, number + 1, name, earlier, "promoted"):
-                break
-        else:
-            raise RegistryError(
-                f"alias {alias!r} of {team}/{category}: other processes moved it at every attempt: try again"
-            )
+
+        def put_first(head: _Head) -> list[str]:
+            if head.target is None:
+                return [name]
+            current, before = head.target.version, head.target.before
+            is_ahead = only_forward and _number(current) > _number(name)
+            if (current == name and not head.is_damaged) or is_ahead:
+                return []
+            return [name, *before] if current == name else [name, current, *before]
+
+        number, versions = self._move(team, category, alias, "promoted", put_first)
         # a garbage collection may have deleted the version before it could see the new alias record: undo the move
-        if self._find(team, category, name) is None:
-            if earlier:
-                self._append(team, category, alias, number + 2, earlier[0], earlier[1:], "rolled back")
+        if versions and self._find(team, category, name) is None:
+            if earlier := versions[1:]:
+                self._append(team, category, alias, number + 1, earlier, "rolled back")
             raise RegistryError(
                 f"{team}/{category}/{name}: a garbage collection deleted the version during its promotion"
             )
 
-    def _append(
-        self, team: str, category: str, alias: str, number: int, name: str, earlier: Sequence[str], action: str
-    ) -> bool:
-        """Creates the record `number` of an alias. Returns False if another process has created this number.
+    def _move(
+        self, team: str, category: str, alias: str, action: str, choose: Callable[[_Head], list[str]]
+    ) -> tuple[int, list[str]]:
+        """Appends a record to an alias, again and again until no other process takes its number.
 
         Args:
-            name: version that the alias moves to.
-            earlier: earlier versions of the alias, latest first.
             action: "promoted" or "rolled back", for people.
+            choose: returns the version that the alias moves to and its earlier versions, latest first; empty: no move.
+
+        Returns: number and versions of the record; the number is 0 without a move.
+
+        Raises: RegistryError: other processes moved the alias at every attempt.
         """
-        record = {
-            "version": name,
-            "before": list(earlier[:MAX_STEPS_BACK]),
-            "action": action,
-            "at": datetime.now(timezone.utc).isoformat(),
-            **_author(),
-        }
+        for _ in range(_ATTEMPTS):
+            head = self._head(team, category, alias)
+            versions = choose(head)
+            if not versions:
+                return 0, versions
+            if self._append(team, category, alias, head.number + 1, versions, action):
+                return head.number + 1, versions
+        raise RegistryError(
+            f"alias {alias!r} of {team}/{category}: other processes moved it at every attempt: try again"
+        )
+
+    def _append(self, team: str, category: str, alias: str, number: int, versions: Sequence[str], action: str) -> bool:
+        """Creates the record `number` of an alias. Returns False if another process has created this number.
+
+        Args: versions, action: see `_move`.
+        """
+        record = {"version": versions[0], "before": versions[1 : MAX_STEPS_BACK + 1], "action": action, **_signature()}
         file = join(self._folder(team, category), "_aliases", alias, f"{number:08}.json")
         with self._mark_change(team, category):
             return create_bytes(file, _encode(record))
@@ -476,22 +476,19 @@ class Registry:
         folder = join(self.root, team, _CHANGES)
         now, token = datetime.now(timezone.utc), uuid.uuid4().hex
         # an older "begun" belongs to a process that died; a younger one to a process that is still changing the category
-        oldest_live_mark = f"{_BEGUN}{now - 2 * CLAIM_LASTS:{_TIME}}"
-        obsolete_marks = [
-            name
-            for name in list_names(folder)
-            for marked_category, mark in [_split_mark(name)]
-            if marked_category == category and (mark.startswith(_DONE) or mark < oldest_live_mark)
-        ]
-        begun = f"{category}@{_BEGUN}{now:{_TIME}}-{token}.json"
-        record = _encode({"at": now.isoformat(), **_author()})
+        prefix = f"{category}@"
+        done_prefix, oldest_live_mark = f"{prefix}{_DONE}", f"{prefix}{_BEGUN}{now - 2 * CLAIM_LASTS:{_TIME}}"
+        marks = [name for name in list_names(folder) if name.startswith(prefix)]
+        obsolete_marks = [name for name in marks if name.startswith(done_prefix) or name < oldest_live_mark]
+        begun = f"{prefix}{_BEGUN}{now:{_TIME}}-{token}.json"
+        record = _encode(_signature())
         write_bytes(join(folder, begun), record)
         try:
             yield
         finally:
             # the change is complete, so errors are ignored: a remaining "begun" only makes readers look up the category
             with suppress(DataError):
-                write_bytes(join(folder, f"{category}@{_DONE}{token}.json"), record)
+                write_bytes(join(folder, f"{done_prefix}{token}.json"), record)
                 for name in [begun, *obsolete_marks]:
                     with suppress(DataError):  # another process deleted the mark, or this process may not delete files
                         remove_file(join(folder, name))
@@ -521,34 +518,30 @@ def _check_alias(alias: str) -> None:
         raise RegistryError(f"alias {alias!r}: v with digits is the name of a version: give another name")
 
 
-def _split_mark(name: str) -> tuple[str, str]:
-    """Splits the name of a file in `_changes` into category and mark."""
-    category, _, mark = name.partition("@")
-    return category, mark
+def _list_versions(folder: str) -> list[str]:
+    """Returns the names of the versions that have a record in a folder, in the order of their numbers."""
+    names = (name.removesuffix(".json") for name in list_names(folder))
+    return sorted((name for name in names if _VERSION.fullmatch(name)), key=_number)
 
 
-def _number(version: str) -> int:
-    """Returns the number of a version name, such as 7 for v0007."""
-    return int(version[1:])
+def _number(name: str) -> int:
+    """Returns the number of a version or of an alias record, such as 7 for v0007 and for 00000007.json."""
+    return int(name.removeprefix("v").removesuffix(".json"))
 
 
-def _author() -> dict[str, str]:
-    """Returns user and machine, for people, and a random token, which makes the content unique as `create_bytes` needs."""
+def _signature() -> dict[str, str]:
+    """Returns time, user and machine, for people, and a random token, which makes the content unique for `create_bytes`."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # the user of a container may have no name
         user = "unknown"
-    return {"by": f"{user}@{socket.gethostname()}", "token": uuid.uuid4().hex}
+    now = datetime.now(timezone.utc).isoformat()
+    return {"at": now, "by": f"{user}@{socket.gethostname()}", "token": uuid.uuid4().hex}
 
 
 def _encode(record: dict[str, Any]) -> bytes:
     """Returns a record as a line of JSON."""
     return (json.dumps(record) + "\n").encode()
-
-
-def _entry_number(file: str) -> int:
-    """Returns the number in the file name of an alias record, such as 3 for 00000003.json."""
-    return int(file.removesuffix(".json"))
 
 
 def _read_record(uri: str, kind: type[_Record]) -> _Record:
@@ -561,15 +554,16 @@ def _read_record(uri: str, kind: type[_Record]) -> _Record:
     """
     try:
         return kind.model_validate_json(read_bytes(uri, max_bytes=_MAX_RECORD_BYTES))
-    except ValidationError as error:
-        first = error.errors()[0]
-        entry = ".".join(map(str, first["loc"])) or "the whole record"
-        reason = f"{entry}: {first['msg']}"
     except StorageError:
         raise
-    except DataError as error:  # the file is too large
+    except (ValidationError, DataError) as error:  # DataError: the file is too large
         reason = str(error)
-    raise RegistryError(f"{uri}: this record of the registry is damaged ({reason}): write it again or delete it")
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc'])) or 'the whole record'}: {first['msg']}"
+        raise RegistryError(
+            f"{uri}: this record of the registry is damaged ({reason}): write it again or delete it"
+        ) from None
 
 
 def _read_or_log(uri: str, kind: type[_Record]) -> _Record | None:

@@ -8,14 +8,14 @@ stores a hash of the pixels of each image, and an image in the density is not ad
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from focus_ray.bundle.bundle import Bundle, read_bundle, read_statistics, write_bundle
@@ -31,16 +31,17 @@ from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
 from focus_ray.fitting.passes import collect_calibration_scores, compute_statistics
 from focus_ray.fitting.split import plan_category, short_hash
+from focus_ray.names import Log
 from focus_ray.precision import compute_dtype
 from focus_ray.settings.kinds import DENSITIES
 
 ONLY = "focus-ray update BUNDLE NEW --only DATA"
 # Two bundles join only if these settings are equal: they decide how an embedding is computed and stored. The tensors of the
 # network must be equal too.
-_JOINABLE_SETTINGS = {
-    "model": ("image_size_px", "resize", "tiling", "padding", "batch_norm"),
-    "density": ("kind", "layers", "map_stride_px", "smooth_layers", "coreset_channels"),
-}
+_JOINABLE_SETTINGS = (
+    *("model.image_size_px", "model.resize", "model.tiling", "model.padding", "model.batch_norm"),
+    *("density.kind", "density.layers", "density.map_stride_px", "density.smooth_layers", "density.coreset_channels"),
+)
 
 
 class _NormalImages(NamedTuple):
@@ -58,13 +59,9 @@ class _NormalImages(NamedTuple):
     hashes: dict[int, int]
     groups: dict[int, str]
 
-    def select_included(self, hashes: frozenset[int]) -> _NormalImages:
-        """Returns the images whose hash is in `hashes`."""
-        return self._replace(hashes={row: value for row, value in self.hashes.items() if value in hashes})
-
-    def select_missing(self, hashes: frozenset[int]) -> _NormalImages:
-        """Returns the images whose hash is not in `hashes`."""
-        return self._replace(hashes={row: value for row, value in self.hashes.items() if value not in hashes})
+    def select(self, hashes: Collection[int], included: bool) -> _NormalImages:
+        """Returns the images whose hash is in `hashes`, or with included=False the other images."""
+        return self._replace(hashes={row: value for row, value in self.hashes.items() if (value in hashes) is included})
 
 
 @dataclass
@@ -75,11 +72,22 @@ class _DensityUpdate:
         statistics: statistics of the images in the density.
         fit_hashes: `short_hash` of these images; empty if the bundle does not store hashes.
         changes: provenance entries for the manifest.
+        log: receives a message about images that were ignored.
     """
 
     statistics: Statistics
     fit_hashes: frozenset[int]
     changes: list[dict[str, Any]] = field(default_factory=list)
+    log: Log = lambda message: None
+
+    def record(self, action: str, source: str, num_images: int, num_ignored: int, **facts: Any) -> None:
+        """Adds a provenance entry of a change, and logs how many images of the source were ignored."""
+        change = {action: source, **facts, "num_images": num_images}
+        if num_ignored:
+            change["left_out"] = num_ignored
+            reason = "not in the bundle" if action == "remove" else "already in the bundle"
+            self.log(f"{action} {source}: {num_ignored} {'image' if num_ignored == 1 else 'images'} left out: {reason}")
+        self.changes.append(change)
 
 
 def update_bundle(
@@ -92,7 +100,7 @@ def update_bundle(
     only: str | None = None,
     calibrate: str | None = None,
     device: torch.device | str = "cpu",
-    log: Callable[[str], None] = lambda message: None,
+    log: Log = lambda message: None,
 ) -> dict[str, Any]:
     """Writes a changed copy of a bundle, and returns its manifest.
 
@@ -114,36 +122,28 @@ def update_bundle(
         DataError: there is no new image to add or join, or no image to remove or calibrate with, or too few images would remain.
     """
     joined = [str(join)] if isinstance(join, (str, Path)) else [str(address) for address in join]
-    if only is not None and (add is not None or remove is not None or joined):
-        raise DataError(
-            f"--only {only} makes a bundle of these images alone: join, add or remove images in a second update of the new bundle"
-        )
     bundle = read_bundle(uri, device)
-    provenance = dict(bundle.manifest["data"])
+    config, data = bundle.config, bundle.manifest["data"]
+    provenance: dict[str, Any]
     if only is not None:
+        if add is not None or remove is not None or joined:
+            raise DataError(
+                f"--only {only} makes a bundle of these images alone: join, add or remove images in a second update of the "
+                "new bundle"
+            )
         update = _replace_images(bundle, only)
-        update.statistics.same_part_distance = bundle.same_part_distance
-        config = bundle.config.model_copy(update={"data": bundle.config.data.model_copy(update={"uri": only})})
-        provenance = {
-            "uri": only,
-            "fingerprint": data_fingerprint(only, bundle.category),
-            "network_of": bundle.version,
-        }
+        config = config.model_copy(update={"data": config.data.model_copy(update={"uri": only})})
+        fingerprint = data_fingerprint(only, bundle.category)
+        provenance = {"uri": only, "fingerprint": fingerprint, "network_of": bundle.version}
     else:
-        config = bundle.config
-        update = _DensityUpdate(read_statistics(uri), bundle.fit_hashes, list(provenance.get("updates", [])))
+        update = _DensityUpdate(read_statistics(uri), bundle.fit_hashes, log=log)
         for other in joined:
             _join(update, bundle, other)
         if add is not None:
             _add(update, bundle, add)
         if remove is not None:
             _remove(update, bundle, remove)
-        for change in update.changes[len(provenance.get("updates", [])) :]:
-            if num_ignored := change.get("left_out"):
-                action, source = next(iter(change.items()))  # the first entry of a change
-                reason = "not in the bundle" if action == "remove" else "already in the bundle"
-                log(f"{action} {source}: {num_ignored} {'image' if num_ignored == 1 else 'images'} left out: {reason}")
-        provenance["updates"] = update.changes
+        provenance = {**data, "updates": [*data.get("updates", []), *update.changes]}
     statistics = update.statistics
     statistics.limit_bank(config.density.max_images)
     relate_duplicates(statistics)
@@ -157,7 +157,7 @@ def update_bundle(
         num_holdout = len(holdout.hashes)
         with prepared_for_inference(bundle.detector.net, compute_dtype(config.model.precision, device)):
             images = _decode_images(bundle, holdout)
-            builder = collect_calibration_scores(detector, images, config.calibration, "split", torch.device(device))
+            builder = collect_calibration_scores(detector, images, config.calibration, "split")
     return write_bundle(
         output,
         config=config,
@@ -187,7 +187,9 @@ def _replace_images(bundle: Bundle, source: str) -> _DensityUpdate:
         raise DataError(
             f"{source}: category {bundle.category!r} has {len(images.hashes)} normal training image, expected at least 2"
         )
-    return _DensityUpdate(_compute_statistics(bundle, images), frozenset(images.hashes.values()))
+    statistics = _compute_statistics(bundle, images)
+    statistics.same_part_distance = bundle.same_part_distance
+    return _DensityUpdate(statistics, frozenset(images.hashes.values()))
 
 
 # ---- joining bundles
@@ -213,8 +215,7 @@ def _join(update: _DensityUpdate, bundle: Bundle, place: str) -> None:
     count = other_statistics.num_images
     update.statistics.join(other_statistics)
     update.fit_hashes |= other.fit_hashes
-    change = {"join": place, "version": other.version, "num_images": count}
-    update.changes.append({**change, "left_out": len(shared_hashes)} if shared_hashes else change)
+    update.record("join", place, count, len(shared_hashes), version=other.version)
 
 
 def _check_same_network(bundle: Bundle, other: Bundle, name: str) -> None:
@@ -222,31 +223,21 @@ def _check_same_network(bundle: Bundle, other: Bundle, name: str) -> None:
 
     Raises: BundleError: one of them differs.
     """
+    advice = f"start all sites from the same bundle, with `{ONLY}` and each site's own images"
     files = [entry.manifest["files"]["network"]["sha256"] for entry in (bundle, other)]
     if bundle.category != other.category or files[0] != files[1]:
         raise BundleError(
             f"{name}: this bundle has another category or network than the bundle to be changed, so their statistics do not "
-            f"add: start all sites from the same bundle, with `{ONLY}` and each site's own images"
+            f"add: {advice}"
         )
-    for section, keys in _JOINABLE_SETTINGS.items():
-        for key in keys:
-            values = [getattr(getattr(entry.config, section), key) for entry in (bundle, other)]
-            if values[0] != values[1]:
-                raise BundleError(
-                    f"{name}: this bundle was made with {section}.{key}={values[1]}, but the bundle to be changed with "
-                    f"{values[0]}: start all sites from the same bundle, with `{ONLY}` and each site's own images"
-                )
-    if not _is_same_region(bundle.frame.region, other.frame.region):
-        raise BundleError(
-            f"{name}: this bundle has another region of interest than the bundle to be changed: start both from the same bundle"
-        )
-
-
-def _is_same_region(region: NDArray[np.bool_] | None, other: NDArray[np.bool_] | None) -> bool:
-    """Whether two regions of interest are equal; None is the whole image."""
-    if region is None or other is None:
-        return region is other
-    return bool((region == other).all())
+    for key in _JOINABLE_SETTINGS:
+        value, other_value = attrgetter(key)(bundle.config), attrgetter(key)(other.config)
+        if value != other_value:
+            raise BundleError(
+                f"{name}: this bundle was made with {key}={other_value}, but the bundle to be changed with {value}: {advice}"
+            )
+    if not np.array_equal(np.asarray(bundle.frame.region), np.asarray(other.frame.region)):  # None: the whole image
+        raise BundleError(f"{name}: this bundle has another region of interest than the bundle to be changed: {advice}")
 
 
 def _remove_shared(other: Statistics, statistics: Statistics, count: int, place: str) -> None:
@@ -258,24 +249,21 @@ def _remove_shared(other: Statistics, statistics: Statistics, count: int, place:
 
     Raises: BundleError: the embedding of a shared image is not stored.
     """
-    shared: list[int] = []
+    shared: set[int] = set()
     if other.bank is not None and statistics.bank is not None:
         # images that came from an earlier join have identical embeddings
-        shared = _find_equal_rows(other.bank, statistics.bank)
-        if len(shared) < count:
-            # both sites computed the embedding of the same image: it is equal except for rounding
-            candidates = [number for number in range(len(other.bank)) if number not in set(shared)]
-            unmatched = _find_unmatched_rows(other.bank[candidates], statistics.bank, count - len(shared))
-            shared = sorted({*shared, *(candidates[n] for n in set(range(len(candidates))) - set(unmatched))})
-    if len(shared) != count:
+        shared = set(_find_equal_rows(other.bank, statistics.bank))
+        # both sites computed the embedding of the same image: it is equal except for rounding
+        candidates = [number for number in range(len(other.bank)) if number not in shared]
+        unmatched = _find_unmatched_rows(other.bank[candidates], statistics.bank, count - len(shared))
+        shared |= {candidate for number, candidate in enumerate(candidates) if number not in set(unmatched)}
+    if other.bank is None or len(shared) != count:
         raise BundleError(
             f"{place}: {count} of its images are in the bundle already, but only {len(shared)} of their embeddings are stored, "
             f"so these images cannot be subtracted: join a bundle of the site's own images, made with `{ONLY}`"
         )
-    assert other.bank is not None
-    other.moments.remove(_compute_moments(other, shared))
-    removed = set(shared)
-    other.select_bank_images([number for number in range(len(other.bank)) if number not in removed])
+    other.moments.remove(_compute_moments(other, sorted(shared)))
+    other.select_bank_images([number for number in range(len(other.bank)) if number not in shared])
 
 
 def _compute_moments(statistics: Statistics, rows: Sequence[int]) -> Moments:
@@ -315,13 +303,13 @@ def _digest(row: Tensor) -> bytes:
 def _add(update: _DensityUpdate, bundle: Bundle, source: str) -> None:
     """Adds the normal images of `source` that are not in the density yet. Raises: DataError: there is none."""
     images = _read_normal_images(source, bundle.category)
-    new, num_images = images.select_missing(update.fit_hashes), len(images.hashes)
+    new, num_images = images.select(update.fit_hashes, included=False), len(images.hashes)
     if not new.hashes:
         raise DataError(f"{source}: all of its {num_images} normal images are in the bundle already: nothing to add")
     update.statistics.join(_compute_statistics(bundle, new))
     if update.fit_hashes:
         update.fit_hashes |= set(new.hashes.values())
-    update.changes.append(_change_entry("add", source, len(new.hashes), num_images))
+    update.record("add", source, len(new.hashes), num_images - len(new.hashes))
 
 
 def _remove(update: _DensityUpdate, bundle: Bundle, source: str) -> None:
@@ -330,10 +318,8 @@ def _remove(update: _DensityUpdate, bundle: Bundle, source: str) -> None:
     Raises: DataError: the density has no image of `source`, or fewer than 2 images would remain.
     """
     images = _read_normal_images(source, bundle.category)
-    included, num_images = (
-        images.select_included(update.fit_hashes) if update.fit_hashes else images,
-        len(images.hashes),
-    )
+    included = images.select(update.fit_hashes, included=True) if update.fit_hashes else images
+    num_images = len(images.hashes)
     if not included.hashes:
         raise DataError(f"{source}: none of its {num_images} normal images is in the bundle: nothing to remove")
     statistics, count = update.statistics, len(included.hashes)
@@ -346,13 +332,7 @@ def _remove(update: _DensityUpdate, bundle: Bundle, source: str) -> None:
     if statistics.bank is not None and part.bank is not None:
         statistics.select_bank_images(_find_unmatched_rows(statistics.bank, part.bank))
     update.fit_hashes -= set(included.hashes.values())
-    update.changes.append(_change_entry("remove", source, count, num_images))
-
-
-def _change_entry(action: str, source: str, count: int, num_images: int) -> dict[str, Any]:
-    """Returns a provenance entry: `count` of the source's `num_images` images were added or removed."""
-    change: dict[str, Any] = {action: source, "num_images": count}
-    return {**change, "left_out": num_images - count} if num_images > count else change
+    update.record("remove", source, count, num_images - count)
 
 
 def _read_normal_images(uri: str, category: str) -> _NormalImages:
@@ -440,7 +420,7 @@ def _choose_calibration_images(
     """
     if calibrate is not None:
         images = _read_normal_images(calibrate, bundle.category)
-        new = images.select_missing(fit_hashes)
+        new = images.select(fit_hashes, included=False)
         if not new.hashes:
             raise DataError(
                 f"{calibrate}: all of its {len(images.hashes)} normal images are in the density and score near zero: "
@@ -460,7 +440,7 @@ def _choose_calibration_images(
     if not is_unchanged:
         raise DataError(f"{uri} has changed since the bundle was made, so its holdout images are unknown: {hint}")
     holdout_rows = set(plan_category(bundle.config, bundle.category).holdout_rows.tolist())
-    holdout = _read_normal_images(uri, bundle.category).select_missing(fit_hashes)
+    holdout = _read_normal_images(uri, bundle.category).select(fit_hashes, included=False)
     holdout = holdout._replace(hashes={row: value for row, value in holdout.hashes.items() if row in holdout_rows})
     if not holdout.hashes:
         raise DataError(f"all holdout images of the bundle are in the density now: {hint}")

@@ -35,8 +35,6 @@ def add_inspect_parser(commands: Any) -> None:
 def _inspect(arguments: argparse.Namespace) -> int:
     """Runs `inspect`: prints one JSON line per image, and can write overlays and a CSV table. Returns the exit status."""
     require(arguments.bundle)
-    from focus_ray.data.images import decode_image, encode_png
-
     paths = image_paths(arguments.images)
     if arguments.overlays and "://" in arguments.overlays:
         raise DataError(f"--overlays {arguments.overlays}: expected a folder of this machine")
@@ -53,7 +51,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     say(f"inspect: {len(paths)} images with {arguments.bundle}")
     from focus_ray.bundle.inspector import Inspector  # takes seconds to import, so check the paths first
     from focus_ray.csv_tables import table_row, table_text
-    from focus_ray.drawing.strip import overlay_with_strip
+    from focus_ray.detect.pictures import overlay_with_strip
     from focus_ray.storage.files import write_bytes
 
     examples = image_paths(arguments.examples) if arguments.examples else []
@@ -84,8 +82,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
             if arguments.overlays:
                 target = Path(arguments.overlays) / names[path]
                 try:
-                    picture = overlay_with_strip(decode_image(data, None), inspection_or_error)
-                    write_bytes(target, encode_png(picture, drawn=True))
+                    write_bytes(target, overlay_with_strip(data, inspection_or_error))
                     line["overlay"] = readable_name(target)
                 except DataError as error:  # keep the verdict, and try the next overlay
                     line["overlay_error"] = readable_name(str(error))

@@ -32,12 +32,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.ExifTags import IFD, Base
-from PIL.PngImagePlugin import PngInfo
 
 from focus_ray.data import tiff
 from focus_ray.data.framing import Frame
 from focus_ray.data.image_errors import ImageError as ImageError
-from focus_ray.drawing.mark import MARK, is_drawing
+from focus_ray.drawing.mark import is_drawing
+from focus_ray.drawing.png import encode_png
 from focus_ray.errors import DataError
 
 # Largest image that is read, in pixels (about 9459 x 9459). Above this size, Pillow warns of decompression bombs: a file of a few
@@ -235,30 +235,6 @@ def _probe_page(data: bytes, page: int) -> tuple[npt.NDArray[np.bool_], int]:
         num_values = len(np.unique(values[mask]))
     upright = _turn_upright(Image.fromarray(mask.astype(np.uint8)), orientation)
     return np.asarray(upright) > 0, num_values
-
-
-def encode_png(array: npt.NDArray[Any], *, drawn: bool = False) -> bytes:
-    """Encodes an array as a lossless PNG and returns the bytes of the file.
-
-    Args:
-        array: (H, W, 3) or (H, W) uint8 gives an 8-bit PNG; (H, W) bool gives a 1-bit PNG.
-        drawn: marks the file as a picture that focus_ray drew, so that no command uses it as a photograph.
-
-    Raises: ValueError: the array has another shape or type.
-    """
-    is_colour = array.ndim == 3 and array.shape[2] == 3 and array.dtype == np.uint8
-    if not is_colour and not (array.ndim == 2 and array.dtype in (np.uint8, np.bool_)):
-        raise ValueError(f"shape {array.shape} of {array.dtype}: expected uint8 (H, W, 3) or (H, W), or bool (H, W)")
-    if array.dtype == np.bool_:
-        image = Image.fromarray(array.astype(np.uint8) * np.uint8(255)).convert("1", dither=Image.Dither.NONE)
-    else:
-        image = Image.fromarray(np.ascontiguousarray(array))
-    sink = io.BytesIO()
-    text = PngInfo()
-    if drawn:
-        text.add_text("Software", MARK)
-    image.save(sink, format="PNG", pnginfo=text)
-    return sink.getvalue()
 
 
 def encode_opened(image: Image.Image) -> bytes:

@@ -1,18 +1,19 @@
-"""The interface of all densities, and the statistics of normal images from which each kind builds its density."""
+"""Fitted densities, and the statistics of normal images from which each kind (`density.kinds`) builds its density."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from focus_ray.density.moments import Moments, mean_variance
+from focus_ray.density.bank import join_unused_embeddings, select_unused_embeddings
+from focus_ray.density.moments import Moments, pack_lower, unpack_lower
 from focus_ray.density.relations import Relations, join_relations
 from focus_ray.density.settings import DensityConfig
-from focus_ray.density.tiles import TiledDensity, split_bank_into_tiles
+from focus_ray.density.tiles import TiledDensity, join_bank_of_tiles, split_bank_into_tiles
 from focus_ray.settings.kinds import DENSITIES
 
 
@@ -51,37 +52,12 @@ class LeaveOneOutScorer(Protocol):
         """
 
 
-class DensityKind(Protocol):
-    """Builds, stores and loads densities of one kind. The key in `DENSITIES` is the value of density.kind.
-
-    A kind may also define `leave_one_out_scorer(config, statistics, density) -> LeaveOneOutScorer`, where `density` is the result
-    of `build` for the same statistics. A kind without this method is calibrated by cross-validation folds.
-
-    keeps_bank: whether the density needs the embeddings of normal images, not only their moments.
-    """
-
-    keeps_bank: bool
-
-    def build(self, config: DensityConfig, statistics: Statistics) -> Density:
-        """Fits the density to the statistics. Raises: ValueError: the statistics are of fewer than two images."""
-
-    def tensors(self, config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:
-        """Returns the tensors that a bundle stores and that `load` needs.
-
-        A kind with a bank stores it under 'bank', with the channels of the moments only. If it stores a part of the bank, it also
-        stores the number of the source image of each embedding, under 'bank.images'.
-
-        Args:
-            density: the result of `build` for the same statistics.
-        """
-
-    def load(
-        self, config: DensityConfig, tensors: Mapping[str, Tensor], height: int, width: int, device: torch.device | str
-    ) -> Density:
-        """Rebuilds the density from the result of `tensors`.
-
-        Raises: KeyError: a tensor is missing. ValueError: the shapes do not fit together.
-        """
+_PER_IMAGE = (
+    "bank",
+    "thetas",
+    "shown",
+    "descriptors",
+)  # attributes of `Statistics` with a row for each image of the bank
 
 
 @dataclass
@@ -150,15 +126,9 @@ class Statistics:
         self.moments.merge(other.moments)
         if self.bank is not None and other.bank is not None:
             self.relations = join_relations(self.relations, len(self.bank), other.relations, len(other.bank))
-            self.bank = torch.cat([self.bank, other.bank])
-        if self.thetas is not None and other.thetas is not None:
-            self.thetas = torch.cat([self.thetas, other.thetas])
-        if self.shown is not None and other.shown is not None:
-            self.shown = torch.cat([self.shown, other.shown])
-        if self.descriptors is not None and other.descriptors is not None:
-            self.descriptors = torch.cat([self.descriptors, other.descriptors])
-        else:
-            self.descriptors = None
+        for name in _PER_IMAGE:
+            own, others = getattr(self, name), getattr(other, name)
+            setattr(self, name, None if own is None or others is None else torch.cat([own, others]))
         if self.same_part_distance is None:
             self.same_part_distance = other.same_part_distance
         return self
@@ -170,22 +140,46 @@ class Statistics:
 
     def select_bank_images(self, images: list[int]) -> None:
         """Reduces the bank and all data per bank image to the images with these numbers; the moments do not change."""
-        if self.bank is not None:
-            self.bank = self.bank[images]
-        if self.thetas is not None:
-            self.thetas = self.thetas[images]
-        if self.shown is not None:
-            self.shown = self.shown[images]
+        for name in _PER_IMAGE:
+            rows = getattr(self, name)
+            setattr(self, name, None if rows is None else rows[images])
         if self.relations is not None:
             self.relations = self.relations.subset(images)
-        if self.descriptors is not None:
-            self.descriptors = self.descriptors[images]
+
+    def tensors(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the tensors from which `restore_moments` and `restore_bank` rebuild moments and bank.
+
+        Args: stored: the result of `density_tensors`, stored elsewhere: every embedding is stored once.
+        """
+        moments, channels = self.moments, self.moments.channels
+        tensors = {"mean": moments.mean, "scatter": pack_lower(moments.scatter)}
+        tiles = self.per_tile.bank
+        if "bank.images" in stored and tiles is not None:
+            tensors["bank.rest"] = select_unused_embeddings(tiles[:, :, :channels], stored["bank.images"])
+        if self.bank is not None and self.bank.shape[2] > channels:
+            tensors["coreset_bank"] = self.bank[:, :, channels:]
+        return tensors
 
 
-def absolute_ridge(config: DensityConfig, moments: Moments) -> float:
-    """Returns the number to add to a covariance's diagonal, in the squared unit of the embeddings (density.shrinkage)."""
-    scale = mean_variance(moments) if config.shrinkage_unit == "mean_variance" else 1.0
-    return max(config.shrinkage * scale, 1e-12)
+def restore_moments(count: int, height: int, width: int, tensors: Mapping[str, Tensor]) -> Moments:
+    """Rebuilds moments from the result of `Statistics.tensors`."""
+    moments = Moments(0, 0, 0)
+    moments.count, moments.height, moments.width, moments.channels = count, height, width, tensors["mean"].shape[1]
+    moments.mean, moments.scatter = tensors["mean"], unpack_lower(tensors["scatter"], symmetric=True)
+    return moments
+
+
+def restore_bank(
+    moments: Moments, grid: tuple[int, int], tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]
+) -> Tensor | None:
+    """Rebuilds the bank from the results of `Statistics.tensors` and `density_tensors`; None if the density has no bank."""
+    bank = stored.get("bank")
+    if bank is None:
+        return None
+    if "bank.rest" in tensors:
+        bank = join_unused_embeddings(bank, stored["bank.images"], tensors["bank.rest"])
+    bank = join_bank_of_tiles(bank, grid, moments.height, moments.width)
+    return torch.cat([bank, tensors["coreset_bank"]], dim=2) if "coreset_bank" in tensors else bank
 
 
 def build_density(config: DensityConfig, statistics: Statistics) -> Density:
@@ -196,15 +190,7 @@ def build_density(config: DensityConfig, statistics: Statistics) -> Density:
     kind = DENSITIES[config.kind]
     if kind.keeps_bank and statistics.bank is None:
         raise ValueError(f"density.kind={config.kind} needs statistics with a bank of normal embeddings, got none")
-    num_tiles = statistics.grid[0] * statistics.grid[1]
-    if (
-        num_tiles > 1 and config.per_place is not None
-    ):  # a location of the shared tile has the embeddings of num_tiles locations
-        config = config.model_copy(update={"per_place": config.per_place * num_tiles})
-    if num_tiles > 1:  # tiled textures have no fixed locations, so no Gaussian per location can describe them
-        config = config.model_copy(update={"gaussian_share": 0.0})
-    density = kind.build(config, statistics.per_tile)
-    return density if statistics.grid == (1, 1) else TiledDensity(density, statistics.grid)
+    return _of_images(kind.build(_tile_config(config, statistics.grid), statistics.per_tile), statistics.grid)
 
 
 def supports_leave_one_out(config: DensityConfig, grid: tuple[int, int] = (1, 1)) -> bool:
@@ -216,7 +202,7 @@ def supports_leave_one_out(config: DensityConfig, grid: tuple[int, int] = (1, 1)
     Args: grid: (rows, columns) of tiles of one image that share one density; (1, 1) for images without tiles.
     """
     kind = DENSITIES[config.kind]
-    return hasattr(kind, "leave_one_out_scorer") and (grid == (1, 1) or kind.keeps_bank)
+    return kind.supports_leave_one_out and (grid == (1, 1) or kind.keeps_bank)
 
 
 def leave_one_out_scorer(config: DensityConfig, statistics: Statistics, density: Density) -> LeaveOneOutScorer:
@@ -228,11 +214,31 @@ def leave_one_out_scorer(config: DensityConfig, statistics: Statistics, density:
 
     Raises: ValueError: a density of kind `gaussian` was fitted to fewer than three images.
     """
-    tile_density = density.tile_density if isinstance(density, TiledDensity) else density
-    scorer: LeaveOneOutScorer = DENSITIES[config.kind].leave_one_out_scorer(  # type: ignore[attr-defined]
-        config, statistics.per_tile, tile_density
+    scorer = DENSITIES[config.kind].leave_one_out_scorer(config, statistics.per_tile, _of_tile(density))
+    return _of_images(scorer, statistics.grid)
+
+
+def leave_one_out_refits(
+    config: DensityConfig,
+    density: Density,
+    statistics: Iterable[Statistics],
+    score: Callable[[LeaveOneOutScorer, Tensor], Tensor],
+) -> Iterator[Tensor]:
+    """Yields the leave-one-out distances of all images for each of several projections of the same images.
+
+    Args:
+        density: the result of `build_density` for the projection of all images.
+        statistics: of each projection, with a bank. The channels for a coreset are the same in all of them.
+        score: computes the leave-one-out distances of all images by a scorer and the channels (N, L, C) of a bank that it needs.
+    """
+    grid = density.grid if isinstance(density, TiledDensity) else (1, 1)
+
+    def score_tiles(scorer: LeaveOneOutScorer, bank: Tensor) -> Tensor:
+        return score(_of_images(scorer, grid), join_bank_of_tiles(bank, grid, scorer.height, scorer.width))
+
+    return DENSITIES[config.kind].leave_one_out_refits(
+        _tile_config(config, grid), _of_tile(density), (each.per_tile for each in statistics), score_tiles
     )
-    return scorer if statistics.grid == (1, 1) else TiledDensity(scorer, statistics.grid)
 
 
 def density_tensors(config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:
@@ -240,9 +246,7 @@ def density_tensors(config: DensityConfig, statistics: Statistics, density: Dens
 
     Args: density: the result of `build_density` for the same statistics.
     """
-    if isinstance(density, TiledDensity):
-        density = density.tile_density
-    return DENSITIES[config.kind].tensors(config, statistics.per_tile, density)
+    return DENSITIES[config.kind].tensors(config, statistics.per_tile, _of_tile(density))
 
 
 def load_density(
@@ -261,7 +265,43 @@ def load_density(
 
     Raises: KeyError: a tensor is missing. ValueError: the shapes do not fit together.
     """
-    density = DENSITIES[config.kind].load(config, tensors, height, width, device)
+    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return _of_images(DENSITIES[config.kind].load(config, on_device, height, width), grid)
+
+
+def exportable_density(config: DensityConfig, density: Density, half: bool) -> Density:
+    """Returns a density that `torch.export` can trace, with the same distances in float32.
+
+    Args:
+        density: computes in float32.
+        half: see `shrink_for_export`.
+    """
+    exportable = DENSITIES[config.kind].exportable(_of_tile(density), half)
+    return _of_images(exportable, density.grid if isinstance(density, TiledDensity) else (1, 1))
+
+
+def shrink_for_export(values: Tensor, half: bool) -> Tensor:
+    """Returns the values in float16 if `half` is set and no value overflows, or if float16 represents all values exactly.
+
+    Otherwise the values keep their type.
+    """
+    half_values = values.half()
+    fits = bool(torch.isfinite(half_values).all()) if half else bool((half_values.float() == values).all())
+    return (half_values if fits else values).contiguous()
+
+
+def _tile_config(config: DensityConfig, grid: tuple[int, int]) -> DensityConfig:
+    """Returns the settings of the density of one tile."""
+    return config if grid == (1, 1) else DENSITIES[config.kind].for_tiles(config, grid[0] * grid[1])
+
+
+def _of_tile(density: Any) -> Any:
+    """Returns the density of one tile, for a density of whole images."""
+    return density.tile_density if isinstance(density, TiledDensity) else density
+
+
+def _of_images(density: Any, grid: tuple[int, int]) -> Any:
+    """Returns the density, or leave-one-out scorer, of whole images for that of one tile."""
     return density if grid == (1, 1) else TiledDensity(density, grid)
 
 

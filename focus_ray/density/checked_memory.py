@@ -17,10 +17,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from focus_ray.density.base import Density, LeaveOneOutScorer, Statistics, sample_evenly
+from focus_ray.density.base import Statistics, sample_evenly
 from focus_ray.density.gaussian import Gaussian, LeaveOneOutGaussian, fit_gaussian
 from focus_ray.density.moments import mean_variance, pack_lower, unpack_lower
-from focus_ray.density.settings import DensityConfig
+from focus_ray.density.nearest import JointMemory
 
 RIDGE = 0.1  # as a share of the embedding's mean variance: ten times more blurs Gaussians of locations with little variation
 MIN_IMAGES = 16  # images that remain without one part: with fewer images, a covariance consists mostly of its ridge
@@ -29,15 +29,15 @@ _TYPICAL_IMAGES = 16
 
 
 class CheckedMemory:
-    """A density whose distance is the smaller of a memory's distance and a scaled Gaussian distance.
+    """A density, or a leave-one-out scorer: its distance is the smaller of a memory's and a scaled Gaussian distance.
 
     Attributes:
         memory: a memory whose typical distance is 1.
-        gaussian: Gaussians of the first channels of the embedding.
+        gaussian: Gaussians of the first channels of the embedding, for a leave-one-out scorer those without the scored image.
         scale: (), factor for a Gaussian's distance: density.gaussian_share / mean leave-one-out distance of good images.
     """
 
-    def __init__(self, memory: Density, gaussian: Gaussian, scale: Tensor) -> None:
+    def __init__(self, memory: JointMemory, gaussian: Gaussian | LeaveOneOutGaussian, scale: Tensor) -> None:
         self.memory, self.gaussian, self.scale = memory, gaussian, scale
         self.height, self.width = memory.height, memory.width
 
@@ -45,67 +45,38 @@ class CheckedMemory:
     def device(self) -> torch.device:
         return self.memory.device
 
-    def score(self, embedding: Tensor) -> Tensor:
+    def score(self, embedding: Tensor, *excluded_images: Tensor) -> Tensor:
         """Computes distances (B, H, W), >= 0, of B images.
 
-        Args: embedding: (B, C + K, H, W). The memory compares all channels, the Gaussians compare the first C channels.
-        """
-        num_channels = self.gaussian.mean.shape[1]
-        distance = self.gaussian.score(embedding[:, :num_channels])
-        return torch.minimum(self.memory.score(embedding), distance * self.scale)
-
-
-class LeaveOneOutCheckedMemory:
-    """Computes leave-one-out distances of the images from which a `CheckedMemory` was built.
-
-    The distance of an image is the smaller of its leave-one-out distance in the memory and its scaled leave-one-out distance to
-    the Gaussians.
-
-    Attributes:
-        memory: leave-one-out scorer of the memory.
-        gaussian: leave-one-out scorer of the Gaussians.
-        scale: (), factor for a Gaussian's distance, see `CheckedMemory`.
-    """
-
-    def __init__(self, memory: LeaveOneOutScorer, gaussian: LeaveOneOutGaussian, scale: Tensor) -> None:
-        self.memory, self.gaussian, self.scale = memory, gaussian, scale
-        self.height, self.width = memory.height, memory.width
-
-    def score(self, embedding: Tensor, excluded_images: Tensor) -> Tensor:
-        """Computes distances (B, H, W), >= 0, of B training images, without some excluded images.
-
         Args:
-            embedding: (B, C + K, H, W), embeddings of the training images. The memory compares all channels, the Gaussians
-                compare the first C channels.
-            excluded_images: (B,) or (B, K'), numbers of the bank's images to exclude for each of the B images.
+            embedding: (B, C + K, H, W). The memory compares all channels, the Gaussians compare the first C channels.
+            excluded_images: (B,) or (B, K'), numbers of the bank's images to exclude for each of the B images; only for a
+                leave-one-out scorer.
         """
-        distance = self.gaussian.score(embedding[:, : self.gaussian.moments.channels], excluded_images)
-        return torch.minimum(self.memory.score(embedding, excluded_images), distance * self.scale)
+        distance = self.gaussian.score(embedding[:, : self.gaussian.channels], *excluded_images)
+        return torch.minimum(self.memory.score(embedding, *excluded_images), distance * self.scale)
 
 
-def is_checkable(config: DensityConfig, statistics: Statistics) -> bool:
+def is_checkable(statistics: Statistics, gaussian_share: float) -> bool:
     """Returns whether Gaussians can check a memory.
 
-    This needs density.gaussian_share above 0, at least `MIN_IMAGES` images that do not show the part of the scored image, and a
-    map whose precision factors have at most `MAX_FACTOR_VALUES` values.
+    This needs a `gaussian_share` above 0, at least `MIN_IMAGES` images that do not show the part of the scored image, and a map
+    whose precision factors have at most `MAX_FACTOR_VALUES` values.
     """
     moments, relations = statistics.moments, statistics.relations
     num_excluded = 1 if relations is None else int(relations.related.sum(dim=1).max())
     num_values = moments.height * moments.width * moments.channels * (moments.channels + 1) // 2
-    return config.gaussian_share > 0 and moments.count - num_excluded >= MIN_IMAGES and num_values <= MAX_FACTOR_VALUES
+    return gaussian_share > 0 and moments.count - num_excluded >= MIN_IMAGES and num_values <= MAX_FACTOR_VALUES
 
 
-def build_checked_memory(config: DensityConfig, statistics: Statistics, memory: Density) -> CheckedMemory:
-    """Fits a Gaussian for each location, and combines the Gaussians with a memory.
-
-    Args:
-        statistics: the statistics from which the memory was built, with a bank.
-        memory: a memory whose typical distance is 1.
-    """
+def build_checked_memory(memory: JointMemory, statistics: Statistics, gaussian_share: float) -> CheckedMemory:
+    """Fits a Gaussian for each location, and combines the Gaussians with the memory of the same statistics."""
     moments = statistics.moments
-    mean, packed = fit_gaussian(moments, _ridge(statistics), packed=True)
-    gaussian = Gaussian(mean, unpack_lower(_round_to_half(packed).float()), moments.height, moments.width)
-    return CheckedMemory(memory, gaussian, measure_scale(config, statistics, leave_one_out_gaussian(statistics)))
+    mean, factor = fit_gaussian(moments, _ridge(statistics))
+    gaussian = Gaussian(mean, _round_to_half(factor).float(), moments.height, moments.width)
+    return CheckedMemory(
+        memory, gaussian, measure_scale(statistics, leave_one_out_gaussian(statistics), gaussian_share)
+    )
 
 
 def leave_one_out_gaussian(statistics: Statistics) -> LeaveOneOutGaussian:
@@ -116,7 +87,7 @@ def leave_one_out_gaussian(statistics: Statistics) -> LeaveOneOutGaussian:
     return LeaveOneOutGaussian(statistics.moments, _ridge(statistics), 0.0, statistics.bank)
 
 
-def measure_scale(config: DensityConfig, statistics: Statistics, gaussian: LeaveOneOutGaussian) -> Tensor:
+def measure_scale(statistics: Statistics, gaussian: LeaveOneOutGaussian, gaussian_share: float) -> Tensor:
     """Computes `CheckedMemory.scale`, a scalar, from the leave-one-out distances of some images of the bank."""
     bank, moments = statistics.bank, statistics.moments
     assert bank is not None
@@ -126,11 +97,12 @@ def measure_scale(config: DensityConfig, statistics: Statistics, gaussian: Leave
         rows = bank[numbers, :, : moments.channels].to(moments.mean).transpose(1, 2)
         embedding = rows.unflatten(2, (moments.height, moments.width))
         total += gaussian.score(embedding, statistics.images_to_exclude(numbers)).mean() * len(numbers)
-    return config.gaussian_share / (total / len(sampled)).clamp_min(1e-12)
+    return gaussian_share / (total / len(sampled)).clamp_min(1e-12)
 
 
 def gaussian_tensors(density: CheckedMemory) -> dict[str, Tensor]:
     """Returns the tensors that a bundle stores for the Gaussians of a `CheckedMemory`, by name."""
+    assert isinstance(density.gaussian, Gaussian)
     factor = _round_to_half(pack_lower(density.gaussian.precision_factor))
     return {
         "gaussian.mean": density.gaussian.mean,
@@ -139,15 +111,11 @@ def gaussian_tensors(density: CheckedMemory) -> dict[str, Tensor]:
     }
 
 
-def load_checked_memory(memory: Density, tensors: Mapping[str, Tensor]) -> Density:
-    """Combines a memory with the Gaussians that `gaussian_tensors` returned. Without their tensors, returns the memory itself."""
-    if "gaussian.mean" not in tensors:
-        return memory
-    mean, packed, scale = (
-        tensors[f"gaussian.{name}"].to(memory.device) for name in ("mean", "precision_factor", "scale")
-    )
-    gaussian = Gaussian(mean, unpack_lower(packed.float()), memory.height, memory.width)
-    return CheckedMemory(memory, gaussian, scale)
+def load_checked_memory(memory: JointMemory, tensors: Mapping[str, Tensor]) -> CheckedMemory:
+    """Combines a memory with the Gaussians that `gaussian_tensors` returned."""
+    factor = unpack_lower(tensors["gaussian.precision_factor"].float())
+    gaussian = Gaussian(tensors["gaussian.mean"], factor, memory.height, memory.width)
+    return CheckedMemory(memory, gaussian, tensors["gaussian.scale"])
 
 
 def _ridge(statistics: Statistics) -> float:
@@ -155,7 +123,7 @@ def _ridge(statistics: Statistics) -> float:
     return max(RIDGE * mean_variance(statistics.moments), 1e-12)
 
 
-def _round_to_half(packed: Tensor) -> Tensor:
+def _round_to_half(factor: Tensor) -> Tensor:
     """Rounds precision factors to float16, as bundles store them; returns them unchanged if a value is too large."""
-    half = packed.half()
-    return half if bool(torch.isfinite(half).all()) else packed
+    half = factor.half()
+    return half if bool(torch.isfinite(half).all()) else factor

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from focus_ray.density.base import shrink_for_export
+
 MAX_CANDIDATES = 32768  # patches among which the coreset is chosen: the cost of the choice grows with their number
 _SEARCH_CHANNELS = 64  # of the random projection in which the coreset is chosen [kin: Johnson-Lindenstrauss]
 _CHUNK_BYTES = 64 * 2**20  # of distances that are in memory at the same time
@@ -151,3 +153,19 @@ def greedy_coresets(points: Tensor, count: int) -> Tensor:
         distance[sets, chosen[:, number - 1]] = -torch.inf  # or a set of equal points would give the same point again
         chosen[:, number] = distance.argmax(dim=1)
     return chosen
+
+
+class ExportableCoreset(Coreset):
+    """A coreset that `torch.export` can trace: without chunks and in-place writes, with small patches."""
+
+    def __init__(self, coreset: Coreset, half: bool) -> None:
+        """Args: coreset: computes in float32. half: see `shrink_for_export`."""
+        assert coreset.centre is None
+        self.patches = shrink_for_export(coreset.patches.t(), half)  # (K, M)
+        self.half_squares = self.patches.float().square().sum(dim=0) / 2
+
+    def score(self, embedding: Tensor, excluded_images: Tensor | None = None) -> Tensor:
+        """Computes distances (B, H, W) of embeddings (B, K, H, W), without the exclusion of images."""
+        queries = embedding.permute(0, 2, 3, 1)
+        best_agreement = (queries @ self.patches.float() - self.half_squares).amax(dim=3)
+        return (queries.square().sum(dim=3) - 2 * best_agreement).clamp_min(0).sqrt()

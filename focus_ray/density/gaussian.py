@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from focus_ray.density.base import Density, LeaveOneOutScorer, Statistics, absolute_ridge
-from focus_ray.density.moments import (
-    Moments,
-    check_num_images,
-    location_chunks,
-    locations_first,
-    pack_lower,
-    pooled_covariance,
-    unpack_lower,
-)
-from focus_ray.density.settings import DensityConfig
+from focus_ray.density.base import shrink_for_export
+from focus_ray.density.moments import Moments, check_num_images, location_chunks, locations_first, pooled_covariance
 
 
 class Gaussian:
@@ -35,27 +24,25 @@ class Gaussian:
                 f"L = {height * width}, got {tuple(mean.shape)} and {tuple(precision_factor.shape)}"
             )
         self.mean, self.precision_factor, self.height, self.width = mean, precision_factor, height, width
+        self.channels = mean.shape[1]
 
     @property
     def device(self) -> torch.device:
         return self.mean.device
 
     def score(self, embedding: Tensor) -> Tensor:
-        """Computes Mahalanobis distances (B, H, W), >= 0, of B embeddings (B, C, H, W).
-
-        Raises: ValueError: H or W differs from the size that the Gaussian was fitted at.
-        """
-        if tuple(embedding.shape[2:]) != (self.height, self.width):
-            raise ValueError(
-                f"the embedding has {tuple(embedding.shape[2:])} locations, but the Gaussian was fitted to "
-                f"{(self.height, self.width)}: use images of the size that the model was trained with"
-            )
+        """Computes Mahalanobis distances (B, H, W), >= 0, of B embeddings (B, C, H, W)."""
+        assert embedding.shape[2:] == (self.height, self.width)
         return mahalanobis(embedding, self.mean, self.precision_factor)
+
+    def exportable(self, half: bool) -> Gaussian:
+        """Returns a Gaussian with a small precision factor; see `shrink_for_export`."""
+        return Gaussian(self.mean, shrink_for_export(self.precision_factor, half), self.height, self.width)
 
 
 @torch.no_grad()
 def fit_gaussian(
-    moments: Moments, ridge: float, pooling: float = 0.0, packed: bool = False, divisor: int | None = None
+    moments: Moments, ridge: float, pooling: float = 0.0, divisor: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Computes the mean and the precision factor of each location from its moments.
 
@@ -67,17 +54,15 @@ def fit_gaussian(
     Args:
         ridge: added to the diagonal of each covariance.
         pooling: weight of the pooled covariance, 0 to 1.
-        packed: return the factors in the form of `pack_lower`, which takes half the memory.
         divisor: number that replaces count - 1 under the scatter; None: count - 1.
 
-    Returns: mean (L, C), and precision factor (L, C, C), or (L, C (C + 1) / 2) if packed.
+    Returns: mean (L, C), and precision factor (L, C, C).
 
     Raises: ValueError: fewer than two images.
     """
     check_num_images(moments)
     num_locations, channels = moments.mean.shape
-    shape = (channels * (channels + 1) // 2,) if packed else (channels, channels)
-    factors = torch.empty(num_locations, *shape, device=moments.mean.device)
+    factors = torch.empty_like(moments.scatter)
     identity = torch.eye(channels, device=moments.mean.device)
     base = ridge * identity
     if pooling:
@@ -85,8 +70,7 @@ def fit_gaussian(
     for part in location_chunks(num_locations, channels):
         covariance = torch.add(base, moments.scatter[part], alpha=(1 - pooling) / (divisor or moments.count - 1))
         root = torch.linalg.cholesky(covariance)
-        factor = torch.linalg.solve_triangular(root, identity.expand_as(root), upper=False)
-        factors[part] = pack_lower(factor) if packed else factor
+        factors[part] = torch.linalg.solve_triangular(root, identity.expand_as(root), upper=False)
     return moments.mean.clone(), factors
 
 
@@ -136,12 +120,11 @@ class LeaveOneOutGaussian:
             raise ValueError(
                 f"leave-one-out needs at least 3 training images, got {moments.count}: add training images"
             )
-        self.height, self.width = moments.height, moments.width
+        self.height, self.width, self.channels = moments.height, moments.width, moments.channels
         self.moments, self.ridge, self.pooling, self.bank = moments, ridge, pooling, bank
         self.fits: dict[int, Gaussian] = {}  # by the number of excluded images
-        self.gaussian, self.num_excluded = self._get_gaussian_for(1), 1
 
-    def _get_gaussian_for(self, num_excluded: int) -> Gaussian:
+    def _gaussian_for(self, num_excluded: int) -> Gaussian:
         """Returns the Gaussian that leave-one-out scores are computed from if `num_excluded` images are excluded together.
 
         Mean and scatter are of all n images. The covariance is the scatter divided by n - num_excluded - 1, which is the divisor
@@ -150,21 +133,17 @@ class LeaveOneOutGaussian:
         Raises: ValueError: fewer than two images would remain.
         """
         if num_excluded not in self.fits:
+            divisor = self.moments.count - num_excluded - 1
+            if divisor < 1:
+                raise ValueError(
+                    f"{num_excluded} images show the same part and are left out together; this needs at least {num_excluded + 2} "
+                    f"training images, got {self.moments.count}: add training images of other parts"
+                )
             if len(self.fits) >= MAX_FITS:
                 self.fits.pop(next(iter(self.fits)))
-            self.fits[num_excluded] = self._fit_gaussian_for(num_excluded)
+            fit = fit_gaussian(self.moments, self.ridge, self.pooling, divisor=divisor)
+            self.fits[num_excluded] = Gaussian(*fit, self.height, self.width)
         return self.fits[num_excluded]
-
-    def _fit_gaussian_for(self, num_excluded: int) -> Gaussian:
-        """Does the same as `_get_gaussian_for`, without the cache."""
-        divisor = self.moments.count - num_excluded - 1
-        if divisor < 1:
-            raise ValueError(
-                f"{num_excluded} images show the same part and are left out together; this needs at least {num_excluded + 2} "
-                f"training images, got {self.moments.count}: add training images of other parts"
-            )
-        mean, factor = fit_gaussian(self.moments, self.ridge, self.pooling, divisor=divisor)
-        return Gaussian(mean, factor, self.height, self.width)
 
     def score(self, embedding: Tensor, excluded_images: Tensor) -> Tensor:
         """Computes the distances of B training images to the Gaussian of the other training images.
@@ -176,19 +155,16 @@ class LeaveOneOutGaussian:
 
         Returns: (B, H, W), >= 0.
         """
-        excluded_sets = [numbers.unique() for numbers in excluded_images.view(len(excluded_images), -1)]
+        excluded_sets = [tuple(numbers.unique().tolist()) for numbers in excluded_images.view(len(excluded_images), -1)]
         if all(len(numbers) == 1 for numbers in excluded_sets):
             return self._score_without_itself(embedding)
         distances = torch.empty(len(excluded_images), self.height, self.width, device=embedding.device)
-        for size in sorted({len(numbers) for numbers in excluded_sets}):  # all sets of one size share a fit
-            if size != self.num_excluded:
-                self.gaussian, self.num_excluded = self._get_gaussian_for(size), size
-            for numbers in {tuple(numbers.tolist()) for numbers in excluded_sets if len(numbers) == size}:
-                images = [image for image, excluded in enumerate(excluded_sets) if tuple(excluded.tolist()) == numbers]
-                if size == 1:
-                    distances[images] = self._score_without_itself(embedding[images])
-                else:
-                    distances[images] = self._score_without_set(embedding[images], torch.tensor(numbers))
+        for numbers in sorted(set(excluded_sets), key=len):  # all sets of one size share a fit
+            images = [image for image, excluded in enumerate(excluded_sets) if excluded == numbers]
+            if len(numbers) == 1:
+                distances[images] = self._score_without_itself(embedding[images])
+            else:
+                distances[images] = self._score_without_set(embedding[images], torch.tensor(numbers))
         return distances
 
     def _score_without_itself(self, embedding: Tensor) -> Tensor:
@@ -198,10 +174,8 @@ class LeaveOneOutGaussian:
 
         Args: embedding: (B, C, H, W), embeddings of the training images.
         """
-        if self.num_excluded != 1:
-            self.gaussian, self.num_excluded = self._get_gaussian_for(1), 1
         n = self.moments.count
-        square = self.gaussian.score(embedding).square()  # v^T A^-1 v
+        square = self._gaussian_for(1).score(embedding).square()  # v^T A^-1 v
         c = (1 - self.pooling) * n / ((n - 1) * (n - 2))
         # y = x - left-out mean = n / (n - 1) v, and v^T (A - c v v^T)^-1 v = square / (1 - c square)
         return n / (n - 1) * (square / (1 - c * square).clamp_min(1e-6)).sqrt()
@@ -220,12 +194,12 @@ class LeaveOneOutGaussian:
         """
         assert self.bank is not None, "only a density with a bank can leave out several images together"
         n, k = self.moments.count, len(numbers)
-        factor, mean = self.gaussian.precision_factor, self.gaussian.mean
+        gaussian = self._gaussian_for(k)
+        factor, mean = gaussian.precision_factor, gaussian.mean
         rows = self.bank[numbers].to(mean).transpose(0, 1)[:, :, : mean.shape[1]]  # (L, k, C)
         centred = rows - mean[:, None]
-        query = (
-            locations_first(embedding.to(mean)) - mean[:, None] + centred.sum(dim=1, keepdim=True) / (n - k)
-        )  # (L, B, C)
+        # (L, B, C)
+        query = locations_first(embedding.to(mean)) - mean[:, None] + centred.sum(dim=1, keepdim=True) / (n - k)
         whitened = torch.bmm(centred, factor.transpose(1, 2)).double()
         whitened_query = torch.bmm(query, factor.transpose(1, 2)).double()
         gram = whitened @ whitened.transpose(1, 2)  # V^T A^-1 V, (L, k, k)
@@ -236,34 +210,3 @@ class LeaveOneOutGaussian:
         correction = (cross * torch.linalg.solve(inverse - gram, cross)).sum(dim=1)
         square = whitened_query.square().sum(dim=2) + correction  # (L, B)
         return square.clamp_min(0).sqrt().float().t().reshape(-1, self.height, self.width)
-
-
-class _GaussianKind:
-    """The density kind `gaussian`; see `DensityKind` for its methods."""
-
-    keeps_bank = False
-
-    def build(self, config: DensityConfig, statistics: Statistics) -> Gaussian:
-        moments = statistics.moments
-        mean, factor = fit_gaussian(moments, absolute_ridge(config, moments), config.pooling)
-        return Gaussian(mean, factor, moments.height, moments.width)
-
-    def leave_one_out_scorer(
-        self, config: DensityConfig, statistics: Statistics, density: Density
-    ) -> LeaveOneOutScorer:
-        ridge = absolute_ridge(config, statistics.moments)
-        return LeaveOneOutGaussian(statistics.moments, ridge, config.pooling, statistics.bank)
-
-    def tensors(self, config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:
-        moments = statistics.moments
-        mean, packed = fit_gaussian(moments, absolute_ridge(config, moments), config.pooling, packed=True)
-        return {"mean": mean, "precision_factor": packed}
-
-    def load(
-        self, config: DensityConfig, tensors: Mapping[str, Tensor], height: int, width: int, device: torch.device | str
-    ) -> Gaussian:
-        factor = unpack_lower(tensors["precision_factor"].to(device))
-        return Gaussian(tensors["mean"].to(device), factor, height, width)
-
-
-GAUSSIAN = _GaussianKind()

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from focus_ray.density.settings import DensityConfig
+
 _CHUNK_BYTES = 8 * 2**20  # of covariances that are computed together: bounds the peak memory of a fit
 
 
@@ -36,19 +38,27 @@ class Moments:
 
         Raises: ValueError: C, H or W differs, or a value is not finite.
         """
-        self._check_embedding(embedding)
-        self._absorb(locations_first(embedding.float()), sign=1)
-
-    @torch.no_grad()
-    def downdate(self, embedding: Tensor) -> None:
-        """Removes the embeddings (B, C, H, W) of B images that were added before.
-
-        Raises: ValueError: C, H or W differs, a value is not finite, or B is larger than `count`.
-        """
-        self._check_embedding(embedding)
-        if embedding.shape[0] > self.count:
-            raise ValueError(f"cannot remove {embedding.shape[0]} images from the moments of {self.count} images")
-        self._absorb(locations_first(embedding.float()), sign=-1)
+        expected = (self.channels, self.height, self.width)
+        if embedding.ndim != 4 or tuple(embedding.shape[1:]) != expected:
+            raise ValueError(
+                f"the embedding has shape {tuple(embedding.shape)}, but these moments need (B, *{expected})"
+            )
+        if not bool(torch.isfinite(embedding).all()):
+            raise ValueError("an embedding has values that are not finite: training diverged, or an image is broken")
+        batch = len(embedding)
+        if batch == 0:
+            return
+        values = locations_first(embedding.float())  # (L, B, C)
+        total = self.count + batch
+        weight = (self.count * batch / total) ** 0.5
+        for part in location_chunks(len(values), self.channels):
+            batch_mean = values[part].mean(dim=1)
+            difference = batch_mean - self.mean[part]
+            # the shift between the two means is one more row of the same matrix product, which saves a second product
+            centred = torch.cat([values[part] - batch_mean[:, None], weight * difference[:, None]], dim=1)
+            self.scatter[part].baddbmm_(centred.transpose(1, 2), centred)
+            self.mean[part] += difference * (batch / total)
+        self.count = total
 
     @torch.no_grad()
     def merge(self, other: Moments) -> Moments:
@@ -58,9 +68,8 @@ class Moments:
         if other.count:
             difference = other.mean - self.mean
             self.scatter += other.scatter
-            self.scatter.baddbmm_(
-                difference[:, :, None], difference[:, None, :], alpha=self.count * other.count / total
-            )
+            alpha = self.count * other.count / total
+            self.scatter.baddbmm_(difference[:, :, None], difference[:, None, :], alpha=alpha)
             self.mean += difference * (other.count / total)
             self.count = total
         return self
@@ -75,61 +84,24 @@ class Moments:
         if other.count > self.count:
             raise ValueError(f"cannot remove moments of {other.count} images from the moments of {self.count} images")
         remaining = self.count - other.count
-        if remaining == 0:
-            self.count = 0
-            self.mean.zero_()
-            self.scatter.zero_()
-        elif other.count:
+        if remaining and other.count:
             mean = self.mean + (self.mean - other.mean) * (other.count / remaining)
             difference = other.mean - mean
             self.scatter -= other.scatter
-            self.scatter.baddbmm_(
-                difference[:, :, None], difference[:, None, :], alpha=-remaining * other.count / self.count
-            )
+            alpha = -remaining * other.count / self.count
+            self.scatter.baddbmm_(difference[:, :, None], difference[:, None, :], alpha=alpha)
             self.mean = mean
-            self.count = remaining
-        return self
-
-    def _absorb(self, values: Tensor, sign: int) -> None:
-        """Adds (sign 1) or removes (sign -1) embeddings (L, B, C)."""
-        batch = values.shape[1]
-        if batch == 0:
-            return
-        new_count = self.count + sign * batch
-        if new_count == 0:
-            self.count = 0
+        elif not remaining:
             self.mean.zero_()
             self.scatter.zero_()
-            return
-        smaller = self.count if sign > 0 else new_count  # count without the batch
-        weight = (smaller * batch / (self.count if sign < 0 else new_count)) ** 0.5
-        for part in location_chunks(len(values), self.channels):
-            batch_mean = values[part].mean(dim=1)
-            difference = batch_mean - self.mean[part]
-            new_mean = self.mean[part] + difference * (sign * batch / new_count)
-            # the shift between the two means is one more row of the same matrix product, which saves a second product
-            shift = difference if sign > 0 else batch_mean - new_mean
-            centred = torch.cat([values[part] - batch_mean[:, None], weight * shift[:, None]], dim=1)
-            self.scatter[part].baddbmm_(centred.transpose(1, 2), centred, alpha=sign)
-            self.mean[part] = new_mean
-        self.count = new_count
-
-    def _check_embedding(self, embedding: Tensor) -> None:
-        """Raises ValueError if an embedding does not have the shape (B, C, H, W) of the moments, or a value is not finite."""
-        expected = (self.channels, self.height, self.width)
-        if embedding.ndim != 4 or tuple(embedding.shape[1:]) != expected:
-            raise ValueError(
-                f"the embedding has shape {tuple(embedding.shape)}, but these moments need (B, *{expected})"
-            )
-        if not bool(torch.isfinite(embedding).all()):
-            raise ValueError("an embedding has values that are not finite: training diverged, or an image is broken")
+        self.count = remaining
+        return self
 
     def _check_shape(self, other: Moments) -> None:
         """Raises ValueError if other moments have a different C, H or W."""
-        shape = (self.height, self.width, self.channels)
-        other_shape = (other.height, other.width, other.channels)
-        if shape != other_shape:
-            raise ValueError(f"moments with (H, W, C) = {other_shape} do not fit moments with (H, W, C) = {shape}")
+        shapes = [(moments.height, moments.width, moments.channels) for moments in (self, other)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"moments with (H, W, C) = {shapes[1]} do not fit moments with (H, W, C) = {shapes[0]}")
 
 
 def pooled_covariance(moments: Moments) -> Tensor:
@@ -142,6 +114,12 @@ def mean_variance(moments: Moments) -> float:
     """Computes the variance within locations, averaged over locations and channels. Raises: ValueError: fewer than two images."""
     check_num_images(moments)
     return float(moments.scatter.diagonal(dim1=1, dim2=2).mean()) / (moments.count - 1)
+
+
+def absolute_ridge(config: DensityConfig, moments: Moments) -> float:
+    """Returns the number to add to a covariance's diagonal, in the squared unit of the embeddings (density.shrinkage)."""
+    scale = mean_variance(moments) if config.shrinkage_unit == "mean_variance" else 1.0
+    return max(config.shrinkage * scale, 1e-12)
 
 
 def check_num_images(moments: Moments) -> None:
@@ -157,9 +135,13 @@ def locations_first(embedding: Tensor) -> Tensor:
 
 
 def pack_lower(matrices: Tensor) -> Tensor:
-    """Extracts the lower triangles of (L, C, C), row by row: (L, C (C + 1) / 2)."""
-    rows, columns = torch.tril_indices(matrices.shape[1], matrices.shape[1], device=matrices.device)
-    return matrices[:, rows, columns]
+    """Extracts the lower triangles of (L, C, C), row by row: (L, C (C + 1) / 2); a few locations at a time, to save memory."""
+    channels = matrices.shape[1]
+    rows, columns = torch.tril_indices(channels, channels, device=matrices.device)
+    packed = matrices.new_empty(matrices.shape[0], len(rows))
+    for part in location_chunks(matrices.shape[0], channels):
+        packed[part] = matrices[part][:, rows, columns]
+    return packed
 
 
 def unpack_lower(packed: Tensor, symmetric: bool = False) -> Tensor:
@@ -173,25 +155,8 @@ def unpack_lower(packed: Tensor, symmetric: bool = False) -> Tensor:
     return matrices
 
 
-def pack_lower_in_chunks(matrices: Tensor) -> Tensor:
-    """Extracts the lower triangles of (L, C, C), row by row: (L, C (C + 1) / 2), contiguous.
-
-    It gives the same result as `pack_lower`. It packs a few locations at a time and therefore needs less memory.
-    """
-    channels = matrices.shape[1]
-    packed = matrices.new_empty(matrices.shape[0], channels * (channels + 1) // 2)
-    for part in location_chunks(matrices.shape[0], channels):
-        packed[part] = pack_lower(matrices[part])
-    return packed
-
-
 def location_chunks(num_locations: int, channels: int) -> Iterator[slice]:
     """Yields slices over the locations, each small enough that its covariances (n, C, C) take at most _CHUNK_BYTES."""
     step = max(1, _CHUNK_BYTES // (channels * channels * 4))
     for start in range(0, num_locations, step):
         yield slice(start, min(start + step, num_locations))
-
-
-def moments_tensors(moments: Moments) -> dict[str, Tensor]:
-    """Returns the tensors that a bundle stores for the moments: the mean (L, C), and the packed scatter (L, C (C + 1) / 2)."""
-    return {"mean": moments.mean, "scatter": pack_lower_in_chunks(moments.scatter)}

@@ -14,26 +14,19 @@ same kind, and thresholds become slightly higher.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from focus_ray.density.base import Density, LeaveOneOutScorer, Statistics, absolute_ridge, sample_evenly
-from focus_ray.density.checked_memory import (
-    CheckedMemory,
-    LeaveOneOutCheckedMemory,
-    build_checked_memory,
-    gaussian_tensors,
-    is_checkable,
-    leave_one_out_gaussian,
-    load_checked_memory,
-)
-from focus_ray.density.coreset import Coreset, choose_coreset, greedy_coresets
-from focus_ray.density.moments import Moments, check_num_images, locations_first, pooled_covariance
-from focus_ray.density.relations import Relations
-from focus_ray.density.settings import DensityConfig
+from focus_ray.density.base import Statistics, sample_evenly, shrink_for_export
+from focus_ray.density.coreset import Coreset, greedy_coresets
+from focus_ray.density.moments import absolute_ridge, check_num_images, locations_first, pooled_covariance
 from focus_ray.precision import compute_dtype
+
+if TYPE_CHECKING:
+    from focus_ray.density.kinds.nearest import NearestSettings
 
 _CHUNK_BYTES = 64 * 2**20  # of distances that are in memory at the same time
 _TYPICAL_IMAGES = 16
@@ -70,7 +63,7 @@ class NearestMemory:
             bank: (L, M, C), whitened but not centred, any float type, any device.
             dtype: type in which the bank is stored and distances are computed, float32 or bfloat16.
 
-        Raises: ValueError: the shapes do not fit together, or the window is even or not positive.
+        Raises: ValueError: the shapes do not fit together.
         """
         if bank.ndim != 3 or bank.shape[0] != height * width or whitening.shape != (bank.shape[2], bank.shape[2]):
             raise ValueError(
@@ -81,15 +74,12 @@ class NearestMemory:
             raise ValueError(
                 f"a bank {tuple(bank.shape)} needs image numbers {tuple(bank.shape[:2])}, got {tuple(image_numbers.shape)}"
             )
-        if window < 1 or window % 2 == 0:
-            raise ValueError(f"density.window={window} must be odd and positive")
         num_locations, count, channels = bank.shape
         # stored as (L, C, M), the layout in which matrix products are fast
         stored_LCM = torch.empty(num_locations, channels, count, dtype=dtype, device=whitening.device)
         centres = []
-        for start in range(
-            0, num_locations, _LOCATIONS_AT_ONCE
-        ):  # in parts, because a float32 copy of the bank is large
+        # in parts, because a float32 copy of the bank is large
+        for start in range(0, num_locations, _LOCATIONS_AT_ONCE):
             part = bank[start : start + _LOCATIONS_AT_ONCE].to(whitening.device, torch.float32)
             if dtype == torch.bfloat16:
                 centres.append(part.mean(dim=1, keepdim=True))
@@ -98,6 +88,7 @@ class NearestMemory:
         self.centre = torch.cat(centres) if centres else None
         self.bank = bank = stored_LCM.transpose(1, 2)
         self.whitening, self.height, self.width, self.window = whitening, height, width, window
+        self.channels = channels
         self.image_numbers = None if image_numbers is None else image_numbers.to(whitening.device, torch.int32)
         self.is_unwhitened = _is_identity(whitening)
         norms = torch.linalg.vector_norm(bank, dim=2, dtype=torch.float32)
@@ -116,15 +107,9 @@ class NearestMemory:
                 memory has `image_numbers`, a negative number stands for no image. None ignores no image.
 
         Returns: (B, H, W), >= 0; infinite if all normal images are ignored.
-
-        Raises: ValueError: H or W differs from the size of the memory.
         """
         batch, channels, height, width = embedding.shape
-        if (height, width) != (self.height, self.width):
-            raise ValueError(
-                f"the embedding has {(height, width)} locations, but the memory was fitted to {(self.height, self.width)}: use "
-                "images of the size that the model was trained with"
-            )
+        assert (height, width) == (self.height, self.width)
         queries = locations_first(embedding).to(self.whitening.dtype)  # (L, B, C)
         if not self.is_unwhitened:
             queries = queries @ self.whitening.t()
@@ -145,9 +130,8 @@ class NearestMemory:
                 near = (near - self.centre[part]).to(self.bank.dtype)
             agreement = torch.baddbmm(self.half_squares[part, None], near, self.bank[part].transpose(1, 2), beta=-1)
             if excluded_images is not None:
-                self._exclude(
-                    agreement.view(len(agreement), -1, batch, agreement.shape[2]), excluded_images.view(batch, -1), part
-                )
+                agreement_PWBM = agreement.view(len(agreement), -1, batch, agreement.shape[2])
+                self._exclude(agreement_PWBM, excluded_images.view(batch, -1), part)
             best = agreement.amax(dim=2)
             if self.centre is not None:  # every location has another centre, so |q - centre|^2 differs between them
                 best = best.to(queries.dtype) - near.to(queries.dtype).square().sum(dim=2) / 2
@@ -195,32 +179,40 @@ class JointMemory:
     def device(self) -> torch.device:
         return self.location_memory.device
 
-    def score(self, embedding: Tensor, excluded_images: Tensor | None = None) -> Tensor:
+    def score(self, embedding: Tensor, *excluded_images: Tensor) -> Tensor:
         """Computes distances (B, H, W), >= 0, of B images; a typical good patch has the distance 1.
 
         Args:
             embedding: (B, C + K, H, W), C channels for the location memory and K channels for the coreset.
-            excluded_images: (B,) or (B, K'), numbers of the normal images that are ignored for each of the B images; None ignores
-                no image.
+            excluded_images: (B,) or (B, K'), numbers of the normal images that are ignored for each of the B images.
         """
-        channels = self.location_memory.bank.shape[2]
+        channels = self.location_memory.channels
         return (
-            self.location_memory.score(embedding[:, :channels], excluded_images) / self.typical_distance[0]
-            + self.coreset.score(embedding[:, channels:], excluded_images) / self.typical_distance[1]
+            self.location_memory.score(embedding[:, :channels], *excluded_images) / self.typical_distance[0]
+            + self.coreset.score(embedding[:, channels:], *excluded_images) / self.typical_distance[1]
         ) / 2
 
 
-def measure_typical_distances(
-    location_memory: NearestMemory, coreset: Coreset, bank: Tensor, relations: Relations | None = None
-) -> Tensor:
+class LeaveOneOutCoreset:
+    """Scores images with the coreset of a joint memory alone (a `LeaveOneOutScorer`)."""
+
+    def __init__(self, memory: JointMemory) -> None:
+        self.height, self.width, self.coreset = memory.height, memory.width, memory.coreset
+
+    def score(self, embedding: Tensor, excluded_images: Tensor) -> Tensor:
+        """See `Coreset.score`."""
+        return self.coreset.score(embedding, excluded_images)
+
+
+def measure_typical_distances(location_memory: NearestMemory, coreset: Coreset, statistics: Statistics) -> Tensor:
     """Computes the mean leave-one-out distance of a sample of at most `_TYPICAL_IMAGES` images of the bank, in both memories.
 
-    Args:
-        bank: (N, L, C + K), the bank from which both memories were built.
-        relations: relations between the images of the bank; related images are left out together. None: no two are related.
+    Args: statistics: with the bank from which both memories were built.
 
     Returns: (2,), above 0: the mean distance in the location memory, and in the coreset. Both are 1 if the bank has one image.
     """
+    bank, channels = statistics.bank, location_memory.channels
+    assert bank is not None
     if len(bank) < 2:
         return torch.ones(2, device=location_memory.device)
     sampled = torch.tensor(sorted(sample_evenly(len(bank), _TYPICAL_IMAGES)))
@@ -228,17 +220,10 @@ def measure_typical_distances(
     for numbers in sampled.split(8):  # 8 images together, so that the bank is read only once for them
         rows = bank[numbers].to(location_memory.device, torch.float32).transpose(1, 2)
         rows = rows.unflatten(2, (location_memory.height, location_memory.width))
-        channels = location_memory.bank.shape[2]
-        excluded = numbers if relations is None else relations.relatives(numbers)
+        excluded = statistics.images_to_exclude(numbers)
         distances = location_memory.score(rows[:, :channels], excluded), coreset.score(rows[:, channels:], excluded)
         totals += torch.stack([distance.mean() for distance in distances]) * len(numbers)
     return (totals / len(sampled)).clamp_min_(1e-12)
-
-
-def _channel_counts(statistics: Statistics) -> list[int]:
-    """Returns [C, K]: how many channels of the bank belong to the location memory, and how many to the coreset."""
-    assert statistics.bank is not None
-    return [statistics.moments.channels, statistics.bank.shape[2] - statistics.moments.channels]
 
 
 def maximum_into(target: Tensor, values: Tensor, top: int, left_edge: int) -> None:
@@ -257,34 +242,27 @@ def maximum_into(target: Tensor, values: Tensor, top: int, left_edge: int) -> No
 
 
 @torch.no_grad()
-def build_memory(
-    bank: Tensor,
-    moments: Moments,
-    ridge: float | None,
-    window: int = 1,
-    dtype: torch.dtype = torch.float32,
-    per_place: int | None = None,
-) -> NearestMemory:
-    """Builds a memory of locations from raw embeddings.
+def build_memory(config: NearestSettings, statistics: Statistics) -> NearestMemory:
+    """Builds a memory of locations from the first C channels of a bank of raw embeddings.
 
-    Args:
-        bank: (N, L, C), raw embeddings, any float type.
-        moments: moments of all training images; the bank may contain only some of these images.
-        ridge: number to add to the pooled covariance's diagonal; None: embeddings are not whitened.
-        window, dtype: see `NearestMemory`.
-        per_place: largest number of embeddings at a location; None keeps all embeddings.
+    A discriminant projection replaces the whitening.
+
+    Args: statistics: with a bank, which may contain only some of the images of the moments.
 
     Raises: ValueError: the bank has no image, or the moments have fewer than two.
     """
-    if len(bank) == 0:
+    moments, device = statistics.moments, statistics.moments.mean.device
+    assert statistics.bank is not None
+    if len(statistics.bank) == 0:
         raise ValueError("a memory needs at least 1 normal image, got 0: add training images")
     check_num_images(moments)
-    if ridge is None:
-        whitening = torch.eye(bank.shape[2], device=moments.mean.device)
-    else:
-        whitening = whitening_matrix(pooled_covariance(moments), ridge)
-    coreset, images = subsample_coreset(_whiten_by_location(bank, whitening), per_place, whitening.device)
-    return NearestMemory(coreset, whitening, moments.height, moments.width, window, dtype, images)
+    whitening = torch.eye(moments.channels, device=device)
+    if config.reduction != "discriminant":
+        whitening = whitening_matrix(pooled_covariance(moments), absolute_ridge(config, moments))
+    whitened = whiten(statistics.bank[:, :, : moments.channels], whitening)
+    coreset, images = subsample_coreset(whitened, config.per_place, device)
+    dtype = compute_dtype(config.precision, device)
+    return NearestMemory(coreset, whitening, moments.height, moments.width, config.window, dtype, images)
 
 
 @torch.no_grad()
@@ -314,43 +292,6 @@ def subsample_coreset(bank: Tensor, limit: int | None, device: torch.device | st
     return bank[torch.arange(num_locations)[:, None], images.to(bank.device)], images.int()
 
 
-def select_unused_embeddings(bank: Tensor, images: Tensor) -> Tensor:
-    """Returns the embeddings of a bank that are not in the coreset of their location.
-
-    Args:
-        bank: (N, L, C), embeddings of N images at L locations.
-        images: (M, L), for each location the numbers of the M images whose embeddings are in its coreset.
-
-    Returns: (L * (N - M), C), in the order of the bank: image by image.
-    """
-    return bank[_is_unused(len(bank), images)]
-
-
-def restore_bank(coreset: Tensor, images: Tensor, unused: Tensor) -> Tensor:
-    """Rebuilds a whole bank from the coresets of all locations and the remaining embeddings.
-
-    Args:
-        coreset: (M, L, C), the M embeddings in the coreset of each location.
-        images: (M, L), image number of each embedding in `coreset`.
-        unused: (L * (N - M), C), the result of `select_unused_embeddings`.
-
-    Returns: (N, L, C).
-    """
-    size, num_locations, channels = coreset.shape
-    bank = coreset.new_empty(size + len(unused) // num_locations, num_locations, channels)
-    bank[images.long(), torch.arange(num_locations)] = coreset
-    bank[_is_unused(len(bank), images)] = unused
-    return bank
-
-
-def _is_unused(num_images: int, images: Tensor) -> Tensor:
-    """Returns a mask (N, L) that is False where the embedding of image n is in the coreset of location l.
-
-    Args: images: (M, L), for each location the numbers of the images whose embeddings are in its coreset.
-    """
-    return torch.ones(num_images, images.shape[1], dtype=torch.bool).scatter_(0, images.long(), False)
-
-
 def whitening_matrix(covariance: Tensor, ridge: float) -> Tensor:
     """Computes the lower triangular W (C, C) with W^T W = (covariance + ridge I)^-1 for a covariance (C, C)."""
     identity = torch.eye(len(covariance), device=covariance.device, dtype=covariance.dtype)
@@ -362,97 +303,59 @@ def _is_identity(whitening: Tensor) -> bool:
     return bool((whitening == torch.eye(len(whitening), device=whitening.device)).all())
 
 
-def _whiten_by_location(bank: Tensor, whitening: Tensor) -> Tensor:
-    """Whitens a raw bank (N, L, C) and returns it as (L, N, C); a view of the bank if the whitening is the identity."""
-    return bank.transpose(0, 1) if _is_identity(whitening) else whiten(bank, whitening)
-
-
 def whiten(bank: Tensor, whitening: Tensor) -> Tensor:
-    """Whitens a raw bank (N, L, C) and returns it as (L, N, C), float32, on the whitening's device."""
+    """Whitens a raw bank (N, L, C) and returns it as (L, N, C); a view of the bank if the whitening is the identity.
+
+    A whitened bank is float32, on the whitening's device.
+    """
+    if _is_identity(whitening):
+        return bank.transpose(0, 1)
     whitened = torch.empty(bank.shape[1], bank.shape[0], bank.shape[2], device=whitening.device)
     for number, image in enumerate(bank):
         whitened[:, number] = image.to(whitening.device, torch.float32) @ whitening.t()
     return whitened
 
 
-def to_bank_rows(embedding: Tensor) -> Tensor:
-    """Converts an embedding (B, C, H, W) to rows of a bank (B, L, C), float16 on the CPU."""
-    batch, channels, height, width = embedding.shape
-    return embedding.permute(0, 2, 3, 1).reshape(batch, height * width, channels).to("cpu", torch.float16)
+_LOWEST = -3e38  # agreement of a missing neighbour; not -inf, because not every runtime supports infinity
 
 
-def _ridge(config: DensityConfig, statistics: Statistics) -> float | None:
-    """Returns the ridge for the whitening; None for a discriminant projection, which replaces the whitening."""
-    return None if config.reduction == "discriminant" else absolute_ridge(config, statistics.moments)
+class ExportableMemory(NearestMemory):
+    """A memory that `torch.export` can trace: without chunks and in-place writes, with a small bank (L, C, M)."""
 
+    def __init__(self, memory: NearestMemory, half: bool) -> None:
+        """Args: memory: computes in float32. half: see `shrink_for_export`."""
+        assert memory.centre is None
+        self.height, self.width, self.window, self.channels = (
+            memory.height,
+            memory.width,
+            memory.window,
+            memory.channels,
+        )
+        self.bank = shrink_for_export(memory.bank.transpose(1, 2), half)
+        self.half_squares = self.bank.float().square().sum(dim=1)[:, None] / 2
+        self.whitening, self.is_unwhitened = memory.whitening, memory.is_unwhitened
 
-def unwrap_memory(density: Density) -> NearestMemory | JointMemory:
-    """Returns the memory of a density of kind `nearest`, without the Gaussians of a `CheckedMemory`."""
-    memory = density.memory if isinstance(density, CheckedMemory) else density
-    assert isinstance(memory, (NearestMemory, JointMemory))
-    return memory
-
-
-class _NearestKind:
-    """The density kind `nearest`; see `DensityKind` for its methods."""
-
-    keeps_bank = True
-
-    def build(self, config: DensityConfig, statistics: Statistics) -> Density:
-        assert statistics.bank is not None
-        bank, coreset_bank = statistics.bank.split(_channel_counts(statistics), dim=2)
-        dtype = compute_dtype(config.precision, statistics.moments.mean.device)
-        ridge = _ridge(config, statistics)
-        location_memory = build_memory(bank, statistics.moments, ridge, config.window, dtype, config.per_place)
-        if not config.keeps_coreset:
-            return location_memory
-        coreset = choose_coreset(coreset_bank, config.coreset, location_memory.device, dtype)
-        typical_distance = measure_typical_distances(location_memory, coreset, statistics.bank, statistics.relations)
-        memory = JointMemory(location_memory, coreset, typical_distance)
-        return build_checked_memory(config, statistics, memory) if is_checkable(config, statistics) else memory
-
-    def leave_one_out_scorer(
-        self, config: DensityConfig, statistics: Statistics, density: Density
-    ) -> LeaveOneOutScorer:
-        memory = unwrap_memory(density)
-        if isinstance(density, CheckedMemory):
-            return LeaveOneOutCheckedMemory(memory, leave_one_out_gaussian(statistics), density.scale)
-        return memory
-
-    def tensors(self, config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:
-        assert statistics.bank is not None
-        memory = unwrap_memory(density)
-        bank = statistics.bank[:, :, : _channel_counts(statistics)[0]]
-        location_memory = memory if isinstance(memory, NearestMemory) else memory.location_memory
-        tensors = {"bank": bank, "whitening": location_memory.whitening}
-        if isinstance(density, CheckedMemory):
-            tensors.update(gaussian_tensors(density))
-        if location_memory.image_numbers is not None:
-            images = location_memory.image_numbers.t().cpu()
-            tensors = {**tensors, "bank": bank[images, torch.arange(bank.shape[1])], "bank.images": images}
-        if isinstance(memory, NearestMemory):
-            return tensors
-        coreset = memory.coreset
-        return {
-            **tensors,
-            "coreset.patches": coreset.stored_patches,
-            "coreset.images": coreset.image_numbers.int(),
-            "typical": memory.typical_distance,
-        }
-
-    def load(
-        self, config: DensityConfig, tensors: Mapping[str, Tensor], height: int, width: int, device: torch.device | str
-    ) -> Density:
-        whitening = tensors["whitening"].to(device)
-        dtype = compute_dtype(config.precision, device)
-        images = tensors["bank.images"].t() if "bank.images" in tensors else None
-        bank = _whiten_by_location(tensors["bank"], whitening)
-        location_memory = NearestMemory(bank, whitening, height, width, config.window, dtype, images)
-        if not config.keeps_coreset:
-            return location_memory
-        patches, image_numbers = (tensors[f"coreset.{name}"].to(device) for name in ("patches", "images"))
-        coreset = Coreset(patches.float(), image_numbers.long(), dtype)
-        return load_checked_memory(JointMemory(location_memory, coreset, tensors["typical"].to(device)), tensors)
-
-
-NEAREST = _NearestKind()
+    def score(self, embedding: Tensor, excluded_images: Tensor | None = None) -> Tensor:
+        """Computes distances (B, H, W) of embeddings (B, C, H, W), without the exclusion of images."""
+        batch, channels, height, width = embedding.shape
+        queries = locations_first(embedding)  # (L, B, C)
+        if not self.is_unwhitened:
+            queries = queries @ self.whitening.t()
+        reach = self.window // 2
+        # Every location compares its bank with all queries of the window around it: (L, W * B, C) against (L, C, M).
+        query_grid = queries.reshape(height, width, batch, channels)
+        padded = F.pad(query_grid, (0, 0, 0, 0, reach, reach, reach, reach))
+        offsets = [(down, right) for down in range(self.window) for right in range(self.window)]
+        near = torch.stack([padded[down : down + height, right : right + width] for down, right in offsets], dim=2)
+        near = near.reshape(height * width, len(offsets) * batch, channels)
+        # |q - m|^2 / 2 = |q|^2 / 2 - (q m - |m|^2 / 2): the nearest memory entry has the largest agreement.
+        agreement = (near @ self.bank.float() - self.half_squares).amax(dim=2)
+        agreement = agreement.reshape(height, width, len(offsets), batch)
+        best_agreement = agreement[:, :, len(offsets) // 2]
+        for number, (down, right) in enumerate(offsets):
+            # move each agreement from the location of the bank to the location of the query
+            padding = (0, 0, right, 2 * reach - right, down, 2 * reach - down)
+            moved = F.pad(agreement[:, :, number], padding, value=_LOWEST)
+            best_agreement = torch.maximum(best_agreement, moved[reach : reach + height, reach : reach + width])
+        squares = queries.square().sum(dim=2).reshape(height, width, batch)
+        return (squares - 2 * best_agreement).clamp_min(0).sqrt().permute(2, 0, 1)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from focus_ray.density.settings import DensityConfig
+from focus_ray.settings.kinds import DENSITIES
 from focus_ray.settings.sections import LAYERS
 
 
@@ -54,17 +57,15 @@ class ChannelReduction(nn.Module):
         # a discriminant projection is semi-orthogonal until it is learnt
         self.has_projection = config.reduction in ("semi_orthogonal", "discriminant")
         if self.has_projection:
-            gaussian = torch.randn(total, config.num_channels, generator=generator, dtype=torch.float64)
-            basis = torch.linalg.qr(gaussian).Q.to(torch.float32)
-            self.register_buffer("projection", basis.t().contiguous())
+            self.register_buffer("projection", _semi_orthogonal(total, config.num_channels, generator))
         self.widths = widths
         self.num_coreset_channels = 0
-        if config.keeps_coreset:
+        limit = DENSITIES[config.kind].num_coreset_channels(config)
+        if limit:
             total = sum(channels[1:])
-            self.num_coreset_channels = min(config.coreset_channels, total)
-            gaussian = torch.randn(total, self.num_coreset_channels, generator=generator, dtype=torch.float64)
+            self.num_coreset_channels = min(limit, total)
             self.coreset_projection: Tensor
-            self.register_buffer("coreset_projection", torch.linalg.qr(gaussian).Q.float().t().contiguous())
+            self.register_buffer("coreset_projection", _semi_orthogonal(total, self.num_coreset_channels, generator))
 
     def forward(self, levels: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Computes the embedding (B, C + K, H/stride, W/stride) from three levels (B, C_i, H_i, W_i) in one frame."""
@@ -92,24 +93,17 @@ class ChannelReduction(nn.Module):
                 level = F.avg_pool2d(level, 3, stride=1, padding=1, count_include_pad=False)
             reduced.append(self._resample(level, size))
             start += width
-        if self.has_projection:
-            total_sum = reduced[0]
-            for part in reduced[1:]:
-                total_sum = total_sum + part
-            return total_sum
-        return torch.cat(reduced, dim=1)
+        return _add(reduced) if self.has_projection else torch.cat(reduced, dim=1)
 
     def _reduce_for_coreset(self, levels: tuple[Tensor, Tensor, Tensor], size: tuple[int, int]) -> Tensor:
         """Computes the K channels for the coreset: (B, K, *size)."""
-        total_sum: Tensor | None = None
+        parts: list[Tensor] = []
         start = 0
         for level in levels[1:]:
             weight = self.coreset_projection[:, start : start + level.shape[1], None, None].to(level.dtype)
             start += level.shape[1]
-            part = self._resample(F.avg_pool2d(F.conv2d(level, weight), 3, stride=1, padding=1), size)
-            total_sum = part if total_sum is None else total_sum + part
-        assert total_sum is not None
-        return total_sum
+            parts.append(self._resample(F.avg_pool2d(F.conv2d(level, weight), 3, stride=1, padding=1), size))
+        return _add(parts)
 
     def _resample(self, level: Tensor, size: tuple[int, int]) -> Tensor:
         """Resamples a level (B, C, h, w) to the map's size: (B, C, *size)."""
@@ -120,3 +114,14 @@ class ChannelReduction(nn.Module):
         if level.shape[2] > size[0]:
             return F.adaptive_avg_pool2d(level, size)
         return F.interpolate(level, size=size, mode="bilinear", align_corners=False)
+
+
+def _semi_orthogonal(num_inputs: int, num_outputs: int, generator: torch.Generator) -> Tensor:
+    """Draws a projection (num_outputs, num_inputs) whose rows are orthonormal."""
+    gaussian = torch.randn(num_inputs, num_outputs, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(gaussian).Q.float().t().contiguous()
+
+
+def _add(parts: list[Tensor]) -> Tensor:
+    """Adds tensors, from the first to the last."""
+    return functools.reduce(torch.add, parts)

@@ -1,144 +1,19 @@
-"""Settings of the densities.
-
-Each default names its source: [paper] arXiv 2110.04538, [kin] the paper's published relatives (RegAD, SimSiam, PaDiM), [ours] a
-choice of this project.
-"""
+"""The section `density`: the settings that all densities share, and the settings that each kind in `DENSITIES` adds."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import create_model
 
 from focus_ray.settings.kinds import DENSITIES
-from focus_ray.settings.sections import Layer, Precision, Section
 
-DensityName = Annotated[str, AfterValidator(DENSITIES.check)]
+if TYPE_CHECKING:  # code outside a kind uses only the shared settings
+    from focus_ray.density.kinds.shared import SharedSettings as DensityConfig
+else:
+    from focus_ray.density.kinds.shared import SharedSettings
 
-
-class DensityConfig(Section):
-    """The density of normal embeddings, one for each place of the map."""
-
-    kind: DensityName = Field(
-        default="nearest",
-        description="What the model remembers of normal images. nearest: their embeddings; the distance at a place is "
-        "the distance to the nearest normal embedding around it, whitened by the pooled covariance if no "
-        "discriminant projection is learnt [ours]. gaussian: a mean and a covariance for each place [kin, "
-        "PaDiM].",
+    _OWN = [DENSITIES[name].settings for name in DENSITIES if DENSITIES[name].settings is not SharedSettings]
+    DensityConfig = create_model(
+        "DensityConfig", __doc__=SharedSettings.__doc__, __module__=__name__, __base__=(*_OWN, SharedSettings)
     )
-    layers: tuple[Layer, ...] = Field(
-        default=("layer1", "layer2", "layer3"),
-        min_length=1,
-        description="Layers of the backbone whose features are joined to an embedding, in order [paper].",
-    )
-    map_stride_px: Literal[4, 8] = Field(
-        default=8,
-        description="Side of a place of the map, in pixels of the network's input. 4: all layers are brought to layer "
-        "1's places by nearest neighbour [kin, PaDiM]. 8: to layer 2's places, layer 1 by averaging, "
-        "layer 3 bilinearly [ours]. DINOv2: a patch of 14 pixels in both cases.",
-    )
-    smooth_layers: tuple[Layer, ...] = Field(
-        default=("layer2", "layer3"),
-        description="Layers whose features are first averaged over 3x3 places [kin, PatchCore].",
-    )
-    reduction: Literal["random", "semi_orthogonal", "none", "discriminant"] = Field(
-        default="discriminant",
-        description="How the channels of an embedding are reduced to num_channels [kin: 100 random channels in "
-        "PaDiM]. discriminant: by a projection, learnt in closed form, to directions in which synthetic "
-        "defects differ from normal images [ours]; nearest then compares without whitening. "
-        "semi_orthogonal: by a random projection. random: to randomly chosen channels. none: no "
-        "reduction.",
-    )
-    num_channels: int = Field(default=100, ge=1, le=4096, description="Channels after the reduction [kin: 100].")
-    metric: str | None = Field(
-        default=None,
-        description="discriminant: path or URI of a discriminant projection that was learnt on other categories "
-        "(`focus-ray metric` writes it). null learns the category's own projection [ours].",
-    )
-    shrinkage: float = Field(
-        default=2.0,
-        gt=0.0,
-        le=1000.0,
-        description="Ridge that is added to the covariance's diagonal, in shrinkage_unit.",
-    )
-    shrinkage_unit: Literal["mean_variance", "absolute"] = Field(
-        default="mean_variance",
-        description="The unit of shrinkage. mean_variance: multiples of the embeddings' mean variance within places, "
-        "which suits any backbone [ours]. absolute: the value itself [kin: 0.01].",
-    )
-    pooling: float = Field(
-        default=0.0,
-        ge=0.0,
-        le=1.0,
-        description="gaussian: weight of the covariance pooled over all places, relative to a place's own covariance. "
-        "0 uses only the place's own [ours].",
-    )
-    window: Literal[1, 3, 5] = Field(
-        default=3,
-        description="nearest: a place is compared with the normal embeddings of window x window places around it [ours].",
-    )
-    max_images: int = Field(
-        default=512,
-        ge=2,
-        description="nearest: largest number of images whose embeddings are kept, chosen at even steps. gaussian uses "
-        "all images.",
-    )
-    per_place: int | None = Field(
-        default=128,
-        ge=2,
-        description="nearest: largest number of embeddings that a place keeps (times the number of tiles if tiles "
-        "share places). A greedy selection keeps, for every dropped embedding, a similar one [ours]. null "
-        "keeps all.",
-    )
-    precision: Precision = Field(
-        default="auto",
-        description="nearest: the number format of the place memory and its search, as in model.precision. bf16 takes "
-        "half the memory.",
-    )
-    coreset: int = Field(
-        default=1024,
-        ge=0,
-        le=65536,
-        description="nearest: size of the coreset, a second memory without places: patches that are chosen greedily "
-        "from all images. Its distance and the distance of the place memory are averaged [kin, "
-        "PatchCore]. 0 switches it off.",
-    )
-    coreset_channels: int = Field(
-        default=128,
-        ge=1,
-        le=4096,
-        description="Largest number of channels that the coreset compares, a random projection of layers 2 and 3.",
-    )
-    gaussian_share: float = Field(
-        default=0.9,
-        ge=0.0,
-        le=1.0,
-        description="nearest, with a coreset: the distance of a patch is at most this share of its distance to a "
-        "Gaussian of its place, both as multiples of the distances of good images. So places where good "
-        "parts vary, for instance a printed number, count less [ours]. 0 switches it off. It is also off "
-        "with fewer than 16 images, with tiles that share places, and with maps of more than about 3300 "
-        "places.",
-    )
-    keep_moments: bool = Field(
-        default=True,
-        description="Whether the bundle keeps the data with which `focus-ray update` adds or removes images later. "
-        "This is the largest file of the bundle.",
-    )
-
-    @property
-    def map_layer(self) -> int:
-        """Index of the layer whose grid is the grid of the map."""
-        return 0 if self.map_stride_px == 4 else 1
-
-    @property
-    def keeps_coreset(self) -> bool:
-        return self.kind == "nearest" and self.coreset > 0
-
-    @field_validator("layers")
-    @classmethod
-    def _ordered(cls, value: tuple[Layer, ...]) -> tuple[Layer, ...]:
-        if list(value) != sorted(set(value)):
-            raise ValueError(
-                f"layers must be in order and named once, for instance [layer1, layer2]: got {list(value)}"
-            )
-        return value

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from focus_ray.features.settings import ModelConfig
-
 if TYPE_CHECKING:
     from focus_ray.density.base import Density, LeaveOneOutScorer
 
@@ -20,11 +18,6 @@ class Tiles(NamedTuple):
     columns: int
     side_px: int
     overlap_px: int
-
-    @classmethod
-    def from_config(cls, config: ModelConfig) -> Tiles:
-        """Returns the grid of tiles that the settings of the model describe."""
-        return cls(*config.grid, config.image_size_px, config.overlap_px)
 
     @property
     def num_tiles(self) -> int:
@@ -52,18 +45,14 @@ class Tiles(NamedTuple):
         """Joins maps of tiles (B * num_tiles, C, h, w) to maps of images (B, C, rows * h, columns * w), side by side."""
         return join_maps(tiles, self.rows, self.columns)
 
-    def split(self, maps: Tensor) -> Tensor:
-        """Splits maps of images (B, C, rows * h, columns * w) into maps of tiles (B * num_tiles, C, h, w); undoes `join`."""
-        return split_maps(maps, self.rows, self.columns)
-
 
 def join_maps(tiles: Tensor, rows: int, columns: int) -> Tensor:
     """Joins maps of tiles (B * rows * columns, C, h, w) to maps of images (B, C, rows * h, columns * w), side by side."""
     if rows == columns == 1:
         return tiles
-    _, channels, height, width = tiles.shape
-    maps = tiles.reshape(-1, rows, columns, channels, height, width).permute(0, 3, 1, 4, 2, 5)
-    return maps.reshape(-1, channels, rows * height, columns * width)
+    count, channels, height, width = tiles.shape  # there may be no tiles, or no channels
+    shape = count // (rows * columns), rows, columns, channels, height, width
+    return tiles.reshape(shape).permute(0, 3, 1, 4, 2, 5).reshape(shape[0], channels, rows * height, columns * width)
 
 
 def split_maps(maps: Tensor, rows: int, columns: int) -> Tensor:

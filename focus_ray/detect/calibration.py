@@ -6,24 +6,24 @@ images are never used. docs/learn/verdicts.md explains which guarantees hold wit
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from scipy.special import betainc
 
 from focus_ray.detect.tail import Tail, fit_tail
 from focus_ray.errors import DataError
+from focus_ray.metrics.ties import certain_part, is_above
 
 Method = Literal["split", "cross", "leave_one_out"]
-
-# Scores with a smaller relative difference count as equal, because the last digits of a score depend on the batches.
-TIE = 1e-5
 
 # Relative. bfloat16 instead of float32 changed image scores of real images by at most 0.6 %, and maxima of maps by 1.4 %.
 PRECISION_SHIFT = 0.015
@@ -31,19 +31,8 @@ PRECISION_SHIFT = 0.015
 # With fewer scores above the threshold, the model of the tail sets the threshold, because it varies less. For the method
 # "split" it does so only where counting cannot reach the target, because it would lose the guarantee.
 _MIN_SCORES_ABOVE = 5
-# values of the fields that calibrations of older bundles lack
-_OLD_DEFAULTS = {"tail": None, "by_hand": False, "num_groups": None, "precision": None, "converted_from": None}
+_INTERVAL_MASS = 0.9  # probability of the interval of the false alarm rate
 _ROUNDING = 1e-12  # relative rounding error of a sum of pixel shares such as 1/50176, when it is compared with a budget
-
-
-def certain_part(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns the lowest values that the scores can have without rounding errors (`TIE`)."""
-    return scores - TIE * np.abs(scores)
-
-
-def is_above(scores: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:
-    """Returns whether scores exceed a threshold by more than `TIE`, so that the result does not depend on the batches."""
-    return np.asarray(certain_part(scores) > threshold)
 
 
 @dataclass(frozen=True)
@@ -74,6 +63,8 @@ class Calibration:
         converted_from: the original precision, if `at_precision` converted the thresholds; otherwise None.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # of `from_dict`
+
     method: Method
     image_scores: tuple[float, ...]
     target_fpr: float
@@ -89,9 +80,7 @@ class Calibration:
     converted_from: str | None = None
 
     def __post_init__(self) -> None:
-        _check_method(self.method)
-        _check_share(self.target_fpr, "target_fpr")
-        _check_share(self.target_pixel_fpr, "target_pixel_fpr")
+        _check_settings(self.method, target_fpr=self.target_fpr, target_pixel_fpr=self.target_pixel_fpr)
         if not self.image_scores:
             raise DataError("image_scores is empty; calibration needs at least one held-out normal image")
         if self.num_groups is not None and not 1 <= self.num_groups <= self.num_images:
@@ -156,12 +145,12 @@ class Calibration:
         """Probability that the long-run false alarm rate of this one threshold is above 2 target_fpr."""
         return self.probability_above(2 * self.target_fpr)
 
-    def fpr_interval(self, mass: float = 0.9) -> tuple[float, float]:
-        """Returns the central interval that holds the long-run false alarm rate with probability `mass`.
+    def fpr_interval(self) -> tuple[float, float]:
+        """Returns the central interval that holds the long-run false alarm rate with probability 0.9.
 
         The rate has the distribution that `probability_above` describes.
         """
-        return _interval(self.probability_above, mass)
+        return _interval(self.probability_above)
 
     def conformal_p_value(self, scores: ArrayLike) -> NDArray[np.float64]:
         """Computes the conformal p-value of each score, which is small if the image differs from the normal images.
@@ -285,7 +274,7 @@ class Calibration:
         num_steady = math.ceil(_MIN_SCORES_ABOVE / self.target_fpr)
         if high > 2 * self.target_fpr and n < num_steady and not self.by_hand:
             risk = self.probability_above_twice_target
-            lower, higher = _interval(lambda rate: _counted_probability_above(rate, num_steady, self.target_fpr), 0.9)
+            lower, higher = _interval(lambda rate: _counted_probability_above(rate, num_steady, self.target_fpr))
             sentences.append(
                 f"With {good_images} the false alarm rate of this one threshold lies between {low:.1%} and {high:.1%} in 9 "
                 f"of 10 cases. With probability {risk:.2f} the false alarm rate is above {100 * 2 * self.target_fpr:g} %. "
@@ -304,77 +293,52 @@ class Calibration:
         return {
             **asdict(self),
             "image_scores": list(self.image_scores),
-            "tail": None if self.tail is None else self.tail._asdict(),
+            "tail": self.tail and self.tail._asdict(),
         }
 
     @staticmethod
     def from_dict(tree: Mapping[str, Any]) -> Calibration:
-        """Makes a calibration from the result of `to_dict`. Raises: DataError: a key is unknown or missing, or a value wrong."""
-        field_names = {field.name for field in fields(Calibration)}
-        tree = {**_OLD_DEFAULTS, **tree}
-        if set(tree) != field_names:
-            raise DataError(
-                f"calibration: unknown keys {sorted(set(tree) - field_names)}, missing keys {sorted(field_names - set(tree))}; "
-                "expected the keys that Calibration.to_dict writes"
-            )
+        """Makes a calibration from the result of `to_dict`. Older bundles lack some attributes that have a default.
+
+        Raises: DataError: a key is unknown or missing, or a value wrong.
+        """
         try:
-            return Calibration(
-                method=cast(Method, tree["method"]),
-                image_scores=tuple(float(score) for score in tree["image_scores"]),
-                target_fpr=float(tree["target_fpr"]),
-                image_threshold=float(tree["image_threshold"]),
-                image_guaranteed=_read_bool(tree, "image_guaranteed"),
-                target_pixel_fpr=float(tree["target_pixel_fpr"]),
-                pixel_threshold=float(tree["pixel_threshold"]),
-                pixel_guaranteed=_read_bool(tree, "pixel_guaranteed"),
-                tail=None if tree["tail"] is None else Tail(**tree["tail"]),
-                by_hand=_read_bool(tree, "by_hand"),
-                num_groups=None if tree["num_groups"] is None else int(tree["num_groups"]),
-                precision=None if tree["precision"] is None else str(tree["precision"]),
-                converted_from=None if tree["converted_from"] is None else str(tree["converted_from"]),
-            )
-        except TypeError as error:
-            raise DataError(f"calibration: a value has the wrong type: {error}") from error
+            return TypeAdapter(Calibration).validate_json(json.dumps(tree))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise DataError(f"calibration: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+class _NormalImage(NamedTuple):
+    """A scored normal image: its score, its group (None: independent), its highest pixel scores, and its number of pixels."""
+
+    score: float
+    group: int | None
+    top: NDArray[Any]
+    num_pixels: int
 
 
 class CalibrationBuilder:
     """Collects scores and maps of held-out normal images batch by batch. Builders of several workers can be merged.
 
-    The builder stores only the highest `kept_fraction` of the pixel scores of each image, so memory is bounded. The pixel
-    threshold is exact unless all stored pixels of an image lie above it. This cannot happen with fewer than
-    kept_fraction/target_pixel_fpr images (100 by default). With more images, such an image counts as completely above the
-    threshold. So the threshold can only be too high, and the guarantee still holds.
+    The builder stores only the highest `kept_fraction` of the pixel scores of each image, so memory is bounded. This share is
+    100 * target_pixel_fpr, but at least 0.01. The pixel threshold is exact unless all stored pixels of an image lie above it,
+    which cannot happen with fewer than 100 images. With more images, such an image counts as completely above the threshold.
+    So the threshold can only be too high, and the guarantee still holds.
     """
 
-    def __init__(
-        self, method: Method, target_fpr: float, target_pixel_fpr: float, kept_fraction: float | None = None
-    ) -> None:
-        """
-        Args:
-            kept_fraction: in (0, 1], share of the pixels of each map to store; None: 100 * target_pixel_fpr, at least 0.01.
-
-        Raises: DataError: a share lies outside its range.
-        """
-        _check_method(method)
-        _check_share(target_fpr, "target_fpr")
-        _check_share(target_pixel_fpr, "target_pixel_fpr")
-        if kept_fraction is None:
-            kept_fraction = min(1.0, max(0.01, 100.0 * target_pixel_fpr))
-        if not 0.0 < kept_fraction <= 1.0:
-            raise DataError(f"kept_fraction={kept_fraction}; expected a share in (0, 1]")
+    def __init__(self, method: Method, target_fpr: float, target_pixel_fpr: float) -> None:
+        """Raises: DataError: a target is no share."""
+        _check_settings(method, target_fpr=target_fpr, target_pixel_fpr=target_pixel_fpr)
         self.method: Method = method
-        self.target_fpr = target_fpr
-        self.target_pixel_fpr = target_pixel_fpr
-        self.kept_fraction = kept_fraction
-        self._scores: list[float] = []
-        self._tops: list[NDArray[Any]] = []
-        self._num_pixels: list[int] = []
-        self._groups: list[int | None] = []
+        self.target_fpr, self.target_pixel_fpr = target_fpr, target_pixel_fpr
+        self.kept_fraction = min(1.0, max(0.01, 100.0 * target_pixel_fpr))
+        self._images: list[_NormalImage] = []
 
     @property
     def num_images(self) -> int:
         """Number of added images."""
-        return len(self._scores)
+        return len(self._images)
 
     def add(
         self, scores: ArrayLike, maps: NDArray[Any] | Sequence[NDArray[Any]], groups: NDArray[np.int64] | None = None
@@ -389,53 +353,45 @@ class CalibrationBuilder:
         Raises: DataError: counts differ, a map is empty, or a value is NaN or infinite. Then no image is added.
         """
         values = np.asarray(scores, dtype=np.float64)
-        images = [np.asarray(image) for image in maps]
-        if values.shape != (len(images),):
-            raise DataError(f"scores {values.shape} for {len(images)} maps; expected one score per map")
+        if not (len(values) == len(maps) == len(values if groups is None else groups)):
+            raise DataError(f"{len(values)} scores for {len(maps)} maps; expected one score and one group per map")
         if not np.isfinite(values).all():
-            raise DataError(f"calibration scores hold {values[~np.isfinite(values)][0]}; expected finite numbers")
-        for index, image in enumerate(images):
-            if image.ndim != 2 or not image.size:
-                raise DataError(f"calibration map {index} has shape {image.shape}; expected a non-empty (H, W)")
-            if not np.isfinite(image).all():
-                raise DataError(f"calibration map {index} has NaN or infinite values; expected finite scores")
-        if groups is not None and groups.shape != values.shape:
-            raise DataError(f"groups {groups.shape} for scores {values.shape}; expected one group number per score")
-        self._scores.extend(values.tolist())
-        self._groups.extend([None] * len(images) if groups is None else groups.tolist())
-        for image in images:
-            if not np.issubdtype(image.dtype, np.floating):
-                image = image.astype(np.float64)
-            num_kept = math.ceil(image.size * self.kept_fraction)
-            self._tops.append(np.partition(image.ravel(), image.size - num_kept)[image.size - num_kept :].copy())
-            self._num_pixels.append(image.size)
+            raise DataError(f"calibration scores contain {values[~np.isfinite(values)][0]}; expected finite numbers")
+        for index, image in enumerate(maps):
+            if not image.size or not np.isfinite(image).all():
+                raise DataError(f"calibration map {index} is empty or not finite; expected finite numbers")
+        numbers = [None] * len(values) if groups is None else groups.tolist()
+        for score, group, image in zip(values.tolist(), numbers, maps, strict=True):
+            first_kept = image.size - math.ceil(image.size * self.kept_fraction)
+            top = np.partition(image.ravel(), first_kept)[first_kept:].copy()
+            self._images.append(_NormalImage(score, group, top, image.size))
 
     def merge(self, other: CalibrationBuilder) -> CalibrationBuilder:
-        """Returns a new builder with the images of both. It equals a builder to which all images were added, in any order.
+        """Returns a new builder with the images of two builders that have the same settings.
 
-        Raises: DataError: the two have different settings.
+        It equals a builder to which all images were added, in any order.
         """
-        settings, other_settings = self._settings(), other._settings()
-        if settings != other_settings:
-            raise DataError(f"cannot merge calibrations with different settings: {settings} and {other_settings}")
-        merged = CalibrationBuilder(**settings)
-        merged._scores = self._scores + other._scores
-        merged._tops = self._tops + other._tops
-        merged._num_pixels = self._num_pixels + other._num_pixels
-        merged._groups = self._groups + other._groups
+        merged = CalibrationBuilder(self.method, self.target_fpr, self.target_pixel_fpr)
+        merged._images = self._images + other._images
         return merged
 
     def finish(self) -> Calibration:
         """Computes the calibration from all added images. Raises: DataError: no image was added."""
-        if not self._scores:
+        if not self._images:
             raise DataError(
                 "there is no normal image for the calibration; set data.holdout_fraction above 0, or "
                 "calibration.method=leave_one_out"
             )
-        image_scores = np.sort(np.array(self._scores))
-        sizes = Counter(group for group in self._groups if group is not None)
-        num_groups = len(sizes) + self._groups.count(None)
-        image_threshold, image_attained = _image_threshold(image_scores, num_groups, self.target_fpr)
+        image_scores = np.sort(np.array([image.score for image in self._images]))
+        sizes = Counter(image.group for image in self._images)
+        num_independent = sizes.pop(None, 0)  # images without a group
+        num_groups = len(sizes) + num_independent
+        # The threshold is the ceil((1 - a)(n + 1))-th smallest score for the target a, or the highest score if n is too small.
+        # Then score > threshold holds if and only if p <= a. The rank is found by comparing p-values with a as floats, so
+        # rounding cannot contradict this.
+        num_extreme = _num_scores_at_threshold_or_above(image_scores.size, num_groups, self.target_fpr)
+        image_attained = num_extreme > 0
+        image_threshold = float(image_scores[-max(1, num_extreme)])
         is_counted = image_attained and (
             self.method == "split"
             or _num_scores_at_threshold_or_above(num_groups, num_groups, self.target_fpr) >= _MIN_SCORES_ABOVE
@@ -444,7 +400,7 @@ class CalibrationBuilder:
         if tail is not None:
             image_threshold = tail.score_at(self.target_fpr)
         # The guarantee needs exchangeable groups. Groups count equally only if all have the same size.
-        has_equal_groups = len(set(sizes.values()) | ({1} if None in self._groups else set())) == 1
+        has_equal_groups = len({*sizes.values(), *([1] if num_independent else [])}) == 1
         are_all_independent = num_groups == self.num_images
         pixel_threshold, pixel_attained = self._pixel_threshold()
         return Calibration(
@@ -460,14 +416,6 @@ class CalibrationBuilder:
             num_groups=None if are_all_independent else num_groups,
         )
 
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "method": self.method,
-            "target_fpr": self.target_fpr,
-            "target_pixel_fpr": self.target_pixel_fpr,
-            "kept_fraction": self.kept_fraction,
-        }
-
     def _pixel_threshold(self) -> tuple[float, bool]:
         """Computes the pixel threshold by conformal risk control (arXiv 2208.02814) with a loss bounded by 1.
 
@@ -481,33 +429,21 @@ class CalibrationBuilder:
         attained = budget >= 0.0
         if not attained:
             budget = n * target
-        values = np.concatenate(self._tops)
-        shares = np.repeat(1.0 / np.array(self._num_pixels), [top.size for top in self._tops])
+        values = np.concatenate([image.top for image in self._images])
+        num_stored = np.array([image.top.size for image in self._images])
+        num_pixels = np.array([image.num_pixels for image in self._images])
+        shares = np.repeat(1.0 / num_pixels, num_stored)
         # Below the lowest stored score of an image, the share above is unknown. It counts as 1.
-        floors = np.array([top.min() for top in self._tops], dtype=values.dtype)
-        unknown_shares = 1.0 - np.array([top.size for top in self._tops]) / np.array(self._num_pixels)
+        floors = np.array([image.top.min() for image in self._images], dtype=values.dtype)
+        unknown_shares = 1.0 - num_stored / num_pixels
         values, shares = np.concatenate([values, floors]), np.concatenate([shares, unknown_shares])
         order = np.argsort(-values, kind="stable")
         values, above = values[order], np.cumsum(shares[order])
         last_of_ties = np.flatnonzero(np.append(values[1:] != values[:-1], True))
-        values, above = (
-            values[last_of_ties],
-            above[last_of_ties],
-        )  # distinct scores, descending, and n R(lambda) just below each score
+        # distinct scores, descending, and n R(lambda) just below each score
+        values, above = values[last_of_ties], above[last_of_ties]
         affordable = int(np.searchsorted(above, budget * (1.0 + _ROUNDING), side="right"))
         return float(values[min(affordable, values.size - 1)]), attained
-
-
-def _image_threshold(scores: NDArray[np.float64], num_groups: int, target_fpr: float) -> tuple[float, bool]:
-    """Returns the image threshold, and whether the images can show the target rate a.
-
-    The threshold is the ceil((1 - a)(n + 1))-th smallest score, or the highest score if n is too small. Then score > threshold
-    holds if and only if p <= a. The rank is found by comparing p-values with a as floats, so rounding cannot contradict this.
-    """
-    num_extreme = _num_scores_at_threshold_or_above(scores.size, num_groups, target_fpr)
-    if num_extreme == 0:
-        return float(scores[-1]), False
-    return float(scores[scores.size - num_extreme]), True
 
 
 def _num_scores_at_threshold_or_above(num_images: int, num_groups: int, target_fpr: float) -> int:
@@ -541,10 +477,10 @@ def _counted_probability_above(rate: float, n: int, target_fpr: float) -> float:
     return float(1 - betainc(m, n + 1 - m, rate))
 
 
-def _interval(probability_above: Callable[[float], float], mass: float) -> tuple[float, float]:
-    """Returns the central interval that holds a rate in [0, 1] with probability `mass`."""
+def _interval(probability_above: Callable[[float], float]) -> tuple[float, float]:
+    """Returns the central interval that holds a rate in [0, 1] with probability `_INTERVAL_MASS`, by bisection."""
     bounds = []
-    for share in ((1 + mass) / 2, (1 - mass) / 2):
+    for share in ((1 + _INTERVAL_MASS) / 2, (1 - _INTERVAL_MASS) / 2):
         low, high = 0.0, 1.0
         while high - low > 1e-7:
             middle = (low + high) / 2
@@ -561,18 +497,10 @@ def _check_no_nan(scores: ArrayLike) -> NDArray[np.float64]:
     return values
 
 
-def _read_bool(tree: Mapping[str, Any], key: str) -> bool:
-    """Returns a boolean of a mapping. Raises: DataError: the value is not a boolean."""
-    if not isinstance(tree[key], (bool, np.bool_)):
-        raise DataError(f"calibration: {key}={tree[key]!r}; expected true or false")
-    return bool(tree[key])
-
-
-def _check_method(method: str) -> None:
+def _check_settings(method: str, **shares: float) -> None:
+    """Raises: DataError: the method is unknown, or a value of `shares`, given by name, is no share."""
     if method not in get_args(Method):
         raise DataError(f"method={method!r}; expected one of {', '.join(get_args(Method))}")
-
-
-def _check_share(value: float, name: str) -> None:
-    if not 0.0 < value < 1.0:
-        raise DataError(f"{name}={value}; expected a share between 0 and 1, both excluded")
+    for name, value in shares.items():
+        if not 0.0 < value < 1.0:
+            raise DataError(f"{name}={value}; expected a share between 0 and 1, both excluded")

@@ -16,7 +16,7 @@ from focus_ray.detect.anomaly_map import AnomalyMapGenerator
 from focus_ray.detect.profile import Profile, zero_unscored
 from focus_ray.detect.settings import ScoringConfig
 from focus_ray.features.alignment.theta import invert_theta, warp
-from focus_ray.features.network import AlignedFeatures, FocusNet, compute_seen_mask, warp_to_common_frame
+from focus_ray.features.network import AlignedFeatures, FocusNet, compute_seen_mask, to_images, warp_to_common_frame
 
 # Images per forward pass on a CPU: ResNet-18 at 224 px takes 5.8 ms per image in batches of 4 to 8, 7.1 ms in batches of 16, and
 # 7.8 ms in batches of 32 (two cores of an EPYC with 32 MiB of cache).
@@ -61,7 +61,7 @@ class Detector:
         self.profile_distances: Tensor | None = None
         self.net, self.reduction, self.density, self.scoring = net.eval(), reduction.eval(), density, scoring
         self.seen_mask = compute_seen_mask(net, density.height, density.width)
-        self.tiles = Tiles.from_config(net.config)
+        self.tiles = Tiles(*net.config.tiles)
         locations_per_side = density.height // self.tiles.rows
         self.map_generator = AnomalyMapGenerator.for_tiles(
             self.tiles, locations_per_side, SMOOTHING_SIGMA_PX, density.device
@@ -82,17 +82,6 @@ class Detector:
         if not describe:
             return scored
         return scored._replace(descriptors=describe_embedding(descriptor_channels(embedding, self.reduction)))
-
-    @torch.inference_mode()
-    def score_features(self, aligned: AlignedFeatures, shown: Tensor | None = None) -> ScoredImages:
-        """Scores B images from the network's features of all their tiles.
-
-        Args:
-            aligned: result of the network for the tiles (B * num_tiles, ...), the tiles of an image row by row.
-            shown: (B, H, W) bool, pixels of the input images that are scored, from `shown_mask`; None: all pixels.
-        """
-        levels, theta = warp_to_common_frame(aligned)
-        return self.score_embedding(self.tiles.join(self.reduction(levels)), theta, shown)
 
     @torch.inference_mode()
     def score_embedding(self, embedding: Tensor, theta: Tensor | None, shown: Tensor | None = None) -> ScoredImages:
@@ -144,13 +133,12 @@ def can_share_backbone_pass(first: Detector, second: Detector) -> bool:
 
     This needs the same backbone object, the same input size, and no alignment between the layers.
     """
-    first_net, second_net = first.net, second.net
+    nets = first.net, second.net
     return (
-        first_net.backbone is second_net.backbone
-        and first_net.compiled is second_net.compiled
-        and not len(first_net.feature_aligners)
-        and not len(second_net.feature_aligners)
-        and first_net.config.image_size_px == second_net.config.image_size_px
+        nets[0].backbone is nets[1].backbone
+        and nets[0].compiled is nets[1].compiled
+        and not any(len(net.feature_aligners) for net in nets)
+        and nets[0].config.image_size_px == nets[1].config.image_size_px
     )
 
 
@@ -173,29 +161,18 @@ def score_together(parts: Sequence[tuple[Detector, Tensor]]) -> list[ScoredImage
         detector.net.align_image(detector.tiles.cut(to_images(images, detector.density.device)))
         for detector, images in parts
     ]
-    passes = [
-        parts[0][0].net.features(part) for part in split_for_inference(torch.cat([image for image, _ in aligned]))
-    ]
-    levels, level_thetas = (  # the thetas between layers are None, because there are no feature aligners
-        tuple(torch.cat(level) for level in zip(*(part_levels for part_levels, _ in passes), strict=True)),
-        passes[0][1],
-    )
-    sizes = [len(image) for image, _ in aligned]
-    levels_by_part = zip(*(level.split(sizes) for level in levels), strict=True)
-    return [
-        detector.score_features(
-            AlignedFeatures(part_levels, level_thetas, image, theta), shown_mask(images, detector.density.device)
-        )
-        for (detector, images), part_levels, (image, theta) in zip(parts, levels_by_part, aligned, strict=True)
-    ]
-
-
-def to_images(batch: Tensor, device: torch.device | str) -> Tensor:
-    """Converts uint8 (B, H, W, 3 or 4) to float (B, 3, H, W) in 0..1, channels last in memory; a float batch is unchanged."""
-    batch = batch.to(device, non_blocking=True)
-    if batch.dtype != torch.uint8:
-        return batch
-    return batch[..., :3].permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
+    net = parts[0][0].net
+    all_tiles = torch.cat([image for image, _ in aligned])
+    passes = [net.features(part) for part in split_for_inference(all_tiles)]
+    levels = [torch.cat(level) for level in zip(*(part_levels for part_levels, _ in passes), strict=True)]
+    _, no_thetas = passes[0]  # there are no feature aligners
+    levels_by_part = zip(*(level.split([len(image) for image, _ in aligned]) for level in levels), strict=True)
+    scores = []
+    for (detector, images), part_levels, (image, theta) in zip(parts, levels_by_part, aligned, strict=True):
+        common_levels, theta = warp_to_common_frame(AlignedFeatures(part_levels, no_thetas, image, theta))
+        embedding = detector.tiles.join(detector.reduction(common_levels))
+        scores.append(detector.score_embedding(embedding, theta, shown_mask(images, detector.density.device)))
+    return scores
 
 
 def shown_mask(batch: Tensor, device: torch.device | str) -> Tensor | None:
@@ -257,7 +234,7 @@ def embed(
     Returns: embedding (B, C + K, H/stride, W/stride), with the maps of tiles side by side; theta (B, 2, 3), or None without image
         alignment.
     """
-    tiles = Tiles.from_config(net.config)
+    tiles = Tiles(*net.config.tiles)
     embedding, theta = embed_tiles(net, reduction, tiles.cut(images), pad_batches)
     return tiles.join(embedding), theta
 

@@ -76,33 +76,13 @@ class Inspection:
         """Returns a copy with an empty map, which is small enough to send between processes."""
         return replace(self, anomaly_map=np.empty((0, 0), np.float32))
 
-    def scaled(self, factor: float) -> Inspection:
-        """Returns a copy with regions in pixels of a picture that is `factor` times as large."""
-        regions = tuple(
-            replace(
-                region,
-                x=int(region.x * factor),
-                y=int(region.y * factor),
-                width=max(1, round(region.width * factor)),
-                height=max(1, round(region.height * factor)),
-            )
-            for region in self.regions
-        )
-        return replace(self, regions=regions)
-
     def to_dict(self) -> dict[str, Any]:
-        """Returns all attributes except the map as JSON types."""
-        return {
-            "score": self.score,
-            "p_value": self.p_value,
-            "anomalous": self.anomalous,
-            "threshold": self.threshold,
-            "pixel_threshold": self.pixel_threshold,
-            "width": self.width,
-            "height": self.height,
-            "regions": [region.to_dict() for region in self.regions],
-            **({"trained_on": True} if self.trained_on else {}),
-        }
+        """Returns all attributes except the map as JSON types; `trained_on` only if it is true."""
+        tree = {**vars(self), "regions": [region.to_dict() for region in self.regions]}
+        del tree["anomaly_map"]
+        if not self.trained_on:
+            del tree["trained_on"]
+        return tree
 
 
 def find_regions(anomaly_map: NDArray[np.float32], threshold: float, width: int, height: int) -> tuple[Region, ...]:
@@ -115,17 +95,8 @@ def find_regions(anomaly_map: NDArray[np.float32], threshold: float, width: int,
     regions = []
     for number, box in enumerate(ndimage.find_objects(numbered_areas), start=1):
         inside = numbered_areas[box] == number
-        rows, columns = box
-        regions.append(
-            Region(
-                x=int(columns.start),
-                y=int(rows.start),
-                width=int(columns.stop - columns.start),
-                height=int(rows.stop - rows.start),
-                area=int(inside.sum()),
-                peak=float(full_map[box][inside].max()),
-            )
-        )
+        (top, left), (height, width) = (edge.start for edge in box), inside.shape
+        regions.append(Region(left, top, width, height, int(inside.sum()), float(full_map[box][inside].max())))
     return tuple(sorted(regions, key=lambda region: -region.peak))
 
 

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr
 
-from focus_ray.detect.calibration import certain_part
 from focus_ray.errors import DataError
+from focus_ray.metrics.ties import certain_part
 
 Direction = Literal["higher", "lower"]
 
@@ -90,18 +90,17 @@ def compare_scores(calibration_scores: ArrayLike, new_scores: ArrayLike) -> Shif
 
     Two tests are combined with a Bonferroni correction: the rank sum (Mann and Whitney), and for higher scores the number of
     new scores in the highest tenth of the calibration scores, which detects changes of a few images. Scores closer than
-    `calibration.TIE` count as equal, and count for neither direction.
+    `ties.TIE` count as equal, and count for neither direction.
 
     Args:
-        calibration_scores: (n,), any order.
+        calibration_scores: (n,), n >= 1, any order.
         new_scores: (m,), scores of good images that the model was not trained on.
 
     Returns: None for fewer than `MIN_NEW` new scores.
 
-    Raises: DataError: there is no calibration score, or a score is NaN or infinite.
+    Raises: DataError: a score is NaN or infinite.
     """
     calibration, new = _to_finite_vector(calibration_scores), _to_finite_vector(new_scores)
-    _check_not_empty(calibration)
     if new.size < MIN_NEW:
         return None
     rank_higher, superiority = _rank_sum(new, calibration)
@@ -111,8 +110,9 @@ def compare_scores(calibration_scores: ArrayLike, new_scores: ArrayLike) -> Shif
     is_rank_shift = p_rank <= ALPHA and superiority >= _MIN_SUPERIORITY
     is_tail_shift = p_tail <= ALPHA and ratio >= _MIN_TAIL_RATIO
     is_lower = p_lower <= ALPHA and inferiority >= _MIN_SUPERIORITY
-    is_relevant: dict[Direction, bool] = {"higher": is_rank_shift or is_tail_shift, "lower": is_lower}
-    return _make_shift(new.size, calibration.size, min(p_rank, p_tail), p_lower, is_relevant)
+    return _make_shift(
+        new.size, calibration.size, min(p_rank, p_tail), p_lower, is_rank_shift or is_tail_shift, is_lower
+    )
 
 
 def compare_stream(calibration_scores: ArrayLike, recent_scores: ArrayLike) -> Shift | None:
@@ -126,18 +126,17 @@ def compare_stream(calibration_scores: ArrayLike, recent_scores: ArrayLike) -> S
 
     Returns: None for fewer than `MIN_STREAM` scores.
 
-    Raises: DataError: there is no calibration score, or a score is NaN or infinite.
+    Raises: DataError: a score is NaN or infinite.
     """
     calibration, recent = _to_finite_vector(calibration_scores), _to_finite_vector(recent_scores)
-    _check_not_empty(calibration)
     if recent.size < MIN_STREAM:
         return None
     without_defects = np.sort(recent)[: recent.size - math.ceil(DEFECT_SHARE * recent.size)]
     p_higher = min(1.0, 2.0 * _rank_sum(without_defects, calibration)[0])
     p_lower = min(1.0, 2.0 * _rank_sum(-recent, -calibration)[0])
     # a difference that is significant at this low level with at most WINDOW images is also relevant
-    is_relevant: dict[Direction, bool] = {"higher": p_higher <= STREAM_ALPHA, "lower": p_lower <= STREAM_ALPHA}
-    return _make_shift(recent.size, calibration.size, p_higher, p_lower, is_relevant)
+    is_higher, is_lower = p_higher <= STREAM_ALPHA, p_lower <= STREAM_ALPHA
+    return _make_shift(recent.size, calibration.size, p_higher, p_lower, is_higher, is_lower)
 
 
 def describe_test_shift(shift: Shift) -> str | None:
@@ -201,15 +200,18 @@ class RecentScores:
 
 
 def _make_shift(
-    num_new: int, num_calibrating: int, p_higher: float, p_lower: float, is_relevant: dict[Direction, bool]
+    num_new: int, num_calibrating: int, p_higher: float, p_lower: float, is_higher: bool, is_lower: bool
 ) -> Shift:
     """Makes the result of a test. If both directions are relevant, it reports the direction with the smaller p-value.
 
-    Args: is_relevant: whether the shift in each direction is significant and large enough to report.
+    Args: is_higher, is_lower: whether the shift in this direction is significant and large enough to report.
     """
-    p_values = {"higher": p_higher, "lower": p_lower}
-    directions = sorted((name for name in is_relevant if is_relevant[name]), key=lambda name: p_values[name])
-    return Shift(num_new, num_calibrating, p_higher, p_lower, directions[0] if directions else None)
+    direction: Direction | None = None
+    if is_higher and not (is_lower and p_lower < p_higher):
+        direction = "higher"
+    elif is_lower:
+        direction = "lower"
+    return Shift(num_new, num_calibrating, p_higher, p_lower, direction)
 
 
 def _shift_sentence(shift: Shift, images: str, remark: str, remedy: str) -> str | None:
@@ -271,8 +273,3 @@ def _to_finite_vector(scores: ArrayLike) -> NDArray[np.float64]:
     if not np.isfinite(values).all():
         raise DataError(f"scores contain {values[~np.isfinite(values)][0]}; expected finite numbers to compare")
     return values
-
-
-def _check_not_empty(calibration: NDArray[np.float64]) -> None:
-    if not calibration.size:
-        raise DataError("there is no calibration score; the comparison needs at least 1")

@@ -121,8 +121,11 @@ def _download_location(model: ModelConfig) -> tuple[str | None, Path | None]:
 
     if model.weights.startswith(("http://", "https://")):
         return model.weights, download_path(model.weights)
-    hub_entry = find_hub_weights(model.backbone) if model.weights == "default" else None
-    return (None, None) if hub_entry is None else (hub_entry.url, hub_cache_path(Path(hub_entry.url).name))
+    hub_weights = model.backbone_spec.hub_weights
+    if model.weights != "default" or hub_weights is None:
+        return None, None
+    url = find_hub_weights(hub_weights).url
+    return url, hub_cache_path(Path(url).name)
 
 
 def _url_problem(url: str) -> str:

@@ -1,22 +1,39 @@
-"""The plots of a sweep as PNG: settings with scores, learning curves, parameter importance. No Ray."""
+"""The plots of a sweep as PNG: settings with scores, learning curves, parameter importance."""
 
 from __future__ import annotations
 
 import io
-import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from focus_ray.drawing.mark import MARK
 from focus_ray.drawing.plots import escape_text
-from focus_ray.sweep import records
-from focus_ray.sweep.records import TrialRecord
-from focus_ray.sweep.settings import SweepConfig
 
 MIN_SPAN = 0.02  # least length of a score axis: twice the noise of a score (`summary.NOISE`)
-_BEST, _CUT, _GRID = "#c0392b", "#9aa5b1", "#e3e7eb"
+_BEST, _FINISHED, _CUT, _GRID = "#c0392b", "#2c6fad", "#9aa5b1", "#e3e7eb"
+_CURVE_STYLES: dict[str, dict[str, Any]] = {
+    "best": {"color": _BEST, "linewidth": 2.4, "marker": "o", "zorder": 3},
+    "finished": {"color": _FINISHED, "linewidth": 1.1, "marker": "o", "zorder": 2},
+    "cut": {"color": _CUT, "linewidth": 1.1, "marker": "x", "zorder": 1},
+}
+
+
+class Axis(NamedTuple):
+    """A vertical axis. heights: of each line, in 0..1.  ticks: (height, text)."""
+
+    name: str
+    heights: list[float]
+    ticks: list[tuple[float, str]]
+
+
+class LearningCurve(NamedTuple):
+    """Scores of a trial by epoch. kind: best, finished or cut."""
+
+    epochs: Sequence[float]
+    scores: Sequence[float]
+    kind: str
 
 
 def score_axis(values: Sequence[float]) -> tuple[float, float]:
@@ -38,120 +55,86 @@ def score_axis(values: Sequence[float]) -> tuple[float, float]:
 
 def describe_range(values: Sequence[float]) -> str:
     """Returns the range of scores as text: "scores 0.9100 to 0.9500"; "score 0.9100" if both ends print the same."""
-    low, high = (f"{value:.{records.DECIMALS}f}" for value in (min(values), max(values)))
+    low, high = (f"{value:.4f}" for value in (min(values), max(values)))
     return f"score {low}" if low == high else f"scores {low} to {high}"
 
 
-def parallel_coordinates(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes | None:
-    """Returns a PNG with one line per finished trial through its settings, its category scores and the mean score.
+def parallel_coordinates(
+    settings: Sequence[Axis], scores: Mapping[str, Sequence[float]], best: str, objective: str
+) -> bytes:
+    """Returns a PNG with one line per trial through its settings and its scores. The last trial is the best.
 
-    Returns None if no trial finished.
+    Args:
+        settings: the axes of the settings.
+        scores: name of an axis -> score of each trial; the last axis has the score that ranks the trials.
+        best: name of the best trial.
+        objective: what the scores measure.
     """
-    scored = sorted(records.finished_records(trials), key=records.rank_key, reverse=True)
-    if not scored:
-        return None
-    keys = list(sweep.space)
-    categories = list(scored[0].categories) if len(scored[0].categories) > 1 else []
-    columns: list[tuple[str, list[float], list[tuple[float, str]]]] = []
-    for key in keys:
-        positions, ticks = _place_on_setting_axis(sweep, key, [record.point[key] for record in scored])
-        columns.append((key.replace(".", ".\n", 1), positions, ticks))
-    results = [(name, [record.categories[name]["score"] for record in scored]) for name in categories]
-    results.append(("mean score" if categories else "score", [record.score or 0.0 for record in scored]))
-    for name, values in results:
-        columns.append((name, *_place_on_score_axis(values)))
+    columns = [*settings, *(_place_on_score_axis(name, values) for name, values in scores.items())]
     figure, axes = _make_figure(1.6 * len(columns) + 1.6, 4.4)
-    low, high = score_axis(results[-1][1])
-    rng = np.random.default_rng(0)
+    ranking = list(scores.values())[-1]
+    low, high = score_axis(ranking)
     # Jitter, so that lines with equal settings do not cover each other.
-    jitter = rng.uniform(-0.012, 0.012, (len(scored), len(columns)))
-    jitter[:, len(keys) :] = 0
-    for number, record in enumerate(scored):
-        is_best = number == len(scored) - 1
-        relative_score = ((record.score or 0.0) - low) / (high - low)
-        heights = [column[1][number] + jitter[number, column_index] for column_index, column in enumerate(columns)]
-        axes.plot(
-            range(len(columns)),
-            heights,
-            color=_BEST if is_best else _score_colour(relative_score),
-            linewidth=2.6 if is_best else 1.3,
-            alpha=1.0 if is_best else 0.85,
-            zorder=3 if is_best else 2,
-            label=f"best: trial {record.number}" if is_best else None,
-        )
-    for column_index, (_, _, ticks) in enumerate(columns):
-        axes.axvline(column_index, color="#5f6b76", linewidth=1.0, zorder=1)
-        for height, text in ticks:
+    jitter = np.random.default_rng(0).uniform(-0.012, 0.012, (len(ranking), len(columns)))
+    jitter[:, len(settings) :] = 0
+    for number, score in enumerate(ranking):
+        heights = [column.heights[number] + jitter[number, index] for index, column in enumerate(columns)]
+        if number == len(ranking) - 1:
+            style = {"color": _BEST, "linewidth": 2.6, "zorder": 3, "label": f"best: {best}"}
+        else:
+            style = {"color": _score_colour((score - low) / (high - low)), "linewidth": 1.3, "alpha": 0.85, "zorder": 2}
+        axes.plot(range(len(columns)), heights, **style)
+    for index, column in enumerate(columns):
+        axes.axvline(index, color="#5f6b76", linewidth=1.0, zorder=1)
+        for height, text in column.ticks:
             axes.text(
-                column_index + 0.05, height, escape_text(text), fontsize=8, va="center", zorder=4,
+                index + 0.05, height, escape_text(text), fontsize=8, va="center", zorder=4,
                 bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8},
             )  # fmt: skip
-    axes.set_xticks(range(len(columns)), [escape_text(column[0]) for column in columns], fontsize=9)
+    axes.set_xticks(range(len(columns)), [escape_text(column.name) for column in columns], fontsize=9)
     axes.set_yticks([])
     axes.set_xlim(-0.2, len(columns) - 1 + 0.55)
     axes.set_ylim(-0.08, 1.12)
     axes.legend(loc="upper left", fontsize=8, frameon=False, ncols=2)
-    title = f"{len(scored)} finished trials, {describe_range(results[-1][1])}; darker is better"
-    axes.set_title(
-        f"{title}\n{records.describe_objective(sweep)}; axes of scores span {MIN_SPAN:g} at least", fontsize=10
-    )
+    title = f"{len(ranking)} finished trials, {describe_range(ranking)}; darker is better"
+    axes.set_title(f"{title}\n{objective}; axes of scores span {MIN_SPAN:g} at least", fontsize=10)
     return _encode_png(figure)
 
 
-def learning_curves(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes | None:
+def learning_curves(panels: Mapping[str, Sequence[LearningCurve]], objective: str) -> bytes:
     """Returns a PNG of the score by epoch with one panel per category. The curve of a pruned trial is grey and short.
 
-    Returns None if nothing was trained.
+    Args:
+        panels: category -> its curves.
+        objective: what the scores measure.
     """
-    categories = list(dict.fromkeys(name for record in trials for name in record.categories))
-    if not any(len(curve) > 1 for record in trials for curve in record.curves().values()):
-        return None
-    best = records.best_records(trials)
-    best_names = {record.name for record in best.values()}
     from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6 * len(categories), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(categories), squeeze=False)[0]
-    for panel, category in zip(panels, categories, strict=True):
-        _style_axes(panel)
-        panel_scores: list[float] = []
-        for record in trials:
-            curve = record.curves().get(category)
-            if not curve:
-                continue
-            epochs, scores = zip(*curve, strict=True)
-            panel_scores += scores
-            is_best, is_cut = record.name in best_names, record.status != "finished"
-            panel.plot(
-                epochs, scores, marker="x" if is_cut else "o", markersize=4,
-                markevery=[len(curve) - 1] if len(curve) > 1 else None,
-                color=_BEST if is_best else _CUT if is_cut else "#2c6fad",
-                linewidth=2.4 if is_best else 1.1, zorder=3 if is_best else 1 if is_cut else 2,
-            )  # fmt: skip
-        low, high = score_axis(panel_scores)
-        panel.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-        panel.set_title(f"{escape_text(category)}\n{describe_range(panel_scores)}", fontsize=10)
-        panel.set_xlabel("epochs")
-        panel.xaxis.get_major_locator().set_params(integer=True)
-    panels[0].set_ylabel(records.describe_objective(sweep), fontsize=9)
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D([], [], color=_BEST, linewidth=2.4, marker="o", markersize=4, label="best"),
-        Line2D([], [], color="#2c6fad", marker="o", markersize=4, label="finished"),
-        Line2D([], [], color=_CUT, marker="x", markersize=4, label="cut"),
-    ]
+    figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (category, curves) in zip(all_axes, panels.items(), strict=True):
+        _style_axes(axes)
+        for epochs, scores, kind in curves:
+            last = [len(scores) - 1] if len(scores) > 1 else None
+            axes.plot(epochs, scores, markersize=4, markevery=last, **_CURVE_STYLES[kind])
+        panel_scores = [score for curve in curves for score in curve.scores]
+        low, high = score_axis(panel_scores)
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        axes.set_title(f"{escape_text(category)}\n{describe_range(panel_scores)}", fontsize=10)
+        axes.set_xlabel("epochs")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    all_axes[0].set_ylabel(objective, fontsize=9)
+    handles = [Line2D([], [], markersize=4, label=kind, **style) for kind, style in _CURVE_STYLES.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return _encode_png(figure)
 
 
-def importance_plot(sweep: SweepConfig, importance: dict[str, float] | None, num_trials: int) -> bytes | None:
-    """Returns a PNG of the parameter importance; None if there is none."""
-    if not importance:
-        return None
+def importance_plot(importance: Mapping[str, float], num_trials: int) -> bytes:
+    """Returns a PNG of the parameter importance: setting -> share of the score's variance."""
     keys = list(importance)[::-1]
     figure, axes = _make_figure(6.4, 1.1 + 0.42 * len(keys))
-    axes.barh(keys, [importance[key] for key in keys], color="#2c6fad", height=0.6)
+    axes.barh(keys, [importance[key] for key in keys], color=_FINISHED, height=0.6)
     for number, key in enumerate(keys):
         axes.text(importance[key] + 0.012, number, f"{importance[key]:.2f}", va="center", fontsize=9)
     axes.set_xlim(0, max(importance.values()) * 1.15 + 0.02)
@@ -161,33 +144,10 @@ def importance_plot(sweep: SweepConfig, importance: dict[str, float] | None, num
     return _encode_png(figure)
 
 
-def _place_on_setting_axis(
-    sweep: SweepConfig, key: str, values: Sequence[Any]
-) -> tuple[list[float], list[tuple[float, str]]]:
-    """Returns the heights in [0, 1] of values on the axis of a setting, and the ticks (height, text)."""
-    domain = sweep.space[key]
-    if domain.choice is not None:
-        texts = [json.dumps(value) for value in domain.choice]
-        heights = np.linspace(0, 1, len(texts)) if len(texts) > 1 else np.array([0.5])
-        labels = [
-            (float(height), records.format_value(value)) for height, value in zip(heights, domain.choice, strict=True)
-        ]
-        return [float(heights[texts.index(json.dumps(value))]) for value in values], labels
-    low, high = (np.log(domain.ends) if domain.is_log else np.asarray(domain.ends)).tolist()
-    numbers = np.log(values) if domain.is_log else np.asarray(values, dtype=float)
-    tick_heights = np.linspace(0, 1, 3)
-    ticks = low + tick_heights * (high - low)
-    labels_shown = [records.format_value(float(np.exp(tick) if domain.is_log else tick)) for tick in ticks]
-    return [float(v) for v in (numbers - low) / (high - low)], list(
-        zip(tick_heights.tolist(), labels_shown, strict=True)
-    )
-
-
-def _place_on_score_axis(values: Sequence[float]) -> tuple[list[float], list[tuple[float, str]]]:
-    """Returns the heights in [0, 1] of scores on their axis, and the ticks (height, text)."""
+def _place_on_score_axis(name: str, values: Sequence[float]) -> Axis:
+    """Returns the axis of scores."""
     low, high = score_axis(values)
-    ticks = [(height, f"{end:.{records.DECIMALS}f}") for height, end in ((0.0, low), (1.0, high))]
-    return [(value - low) / (high - low) for value in values], ticks
+    return Axis(name, [(value - low) / (high - low) for value in values], [(0.0, f"{low:.4f}"), (1.0, f"{high:.4f}")])
 
 
 def _score_colour(relative_score: float) -> str:

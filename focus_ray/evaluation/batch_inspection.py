@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,16 +14,19 @@ import pyarrow.parquet as pq
 
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.cluster.connect import connect
-from focus_ray.cluster.pool import Failed, WorkerPool
-from focus_ray.cluster.preflight import probe_nodes
 from focus_ray.data.prefetch import prefetch
 from focus_ray.data.read import index_version, list_categories, read_index, read_rows
 from focus_ray.data.schema import Row
-from focus_ray.errors import DataError, FocusRayError
-from focus_ray.evaluation.measuring import PART_IMAGES, Rows, split_rows
-from focus_ray.evaluation.scoring_pool import load_inspector, scoring_pool
-from focus_ray.progress import Progress
+from focus_ray.errors import DataError
+from focus_ray.evaluation.pieces import (
+    PART_IMAGES,
+    Rows,
+    ScoringJob,
+    ScoringPiece,
+    ScoringRun,
+    load_inspector,
+    open_pool,
+)
 from focus_ray.storage.files import join, list_names, make_absolute, read_bytes, remove_file, remove_folder, write_bytes
 
 UNFINISHED = (
@@ -47,64 +51,31 @@ _COPIED_COLUMNS = ("id", "label", "defect_type", "site")
 
 
 @dataclass(frozen=True)
-class BatchJob:
-    """The inspection of a category.
+class BatchJob(ScoringJob):
+    """The inspection of a category. split: train or test; None: both."""
 
-    Attributes:
-        version: version of the bundle.
-        commit: version of the data set.
-        place: folder of the results.
-        part_images: number of images of a result file.
-    """
+    IDENTITY = ("version", "data", "commit", "split", "part_images")
 
-    category: str
-    bundle: str
-    version: str
-    data: str
-    commit: str
     split: str | None
-    place: str
-    part_images: int
     batch_size: int
 
-    def identity(self) -> bytes:
-        """Returns the settings that a later run must share to continue this job, as JSON."""
-        names = ("version", "data", "commit", "split", "part_images")
-        return (json.dumps({name: getattr(self, name) for name in names}) + "\n").encode()
+    @property
+    def marker(self) -> str:
+        """File that exists until the results are complete."""
+        return join(self.folder, UNFINISHED)
 
-    def part_name(self, first: int, count: int) -> str:
-        """Returns the file name of the results of `count` images from number `first`."""
-        return f"part-{first:09d}-{first + count:09d}.parquet"
-
-
-@dataclass(frozen=True)
-class BatchPiece:
-    """A part of a job. first: number of the first image, part of the file name.  rows: row numbers in the data set."""
-
-    job: BatchJob
-    first: int
-    rows: Rows
+    def identity_line(self) -> bytes:
+        """Returns the content of `marker`."""
+        return (json.dumps(self.identity()) + "\n").encode()
 
 
-@dataclass
-class InspectionCounts:
-    """Counts of inspected images."""
+BatchPiece = ScoringPiece[BatchJob]
 
-    num_images: int = 0
-    num_anomalous: int = 0
-    num_errors: int = 0
 
-    def add(self, other: InspectionCounts) -> None:
-        """Adds other counts to these."""
-        self.num_images += other.num_images
-        self.num_anomalous += other.num_anomalous
-        self.num_errors += other.num_errors
-
-    @staticmethod
-    def of(table: pa.Table) -> InspectionCounts:
-        """Counts the rows of a table with the columns anomalous and error."""
-        anomalous, errors = pc.sum(table["anomalous"]).as_py(), pc.sum(pc.not_equal(table["error"], "")).as_py()
-        return InspectionCounts(table.num_rows, int(anomalous or 0), int(errors or 0))
+def count_results(table: pa.Table) -> Counter[str]:
+    """Counts num_images, num_anomalous and num_errors in a table with the columns anomalous and error."""
+    anomalous, errors = pc.sum(table["anomalous"]).as_py(), pc.sum(pc.not_equal(table["error"], "")).as_py()
+    return Counter(num_images=table.num_rows, num_anomalous=int(anomalous or 0), num_errors=int(errors or 0))
 
 
 def inspect_records(inspector: Inspector, records: Sequence[Row]) -> pa.Table:
@@ -135,37 +106,26 @@ def inspect_records(inspector: Inspector, records: Sequence[Row]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
 
 
-def inspect_piece(piece: BatchPiece) -> InspectionCounts:
+def inspect_piece(piece: BatchPiece) -> Counter[str]:
     """Inspects a part and writes its result file. A repeated call writes the same file again.
 
     Raises: DataError: the bundle was replaced, or the version of the images was deleted.
     """
     job = piece.job
     inspector = load_inspector(job.bundle, job.version)
+    ((first, rows),) = piece.parts.items()
+    columns = (*_COPIED_COLUMNS, "image")
+    records = prefetch(read_rows(job.data, job.category, rows, columns=columns, version=job.commit), job.batch_size)
     tables = []
-    batch: list[Row] = []
-    records = read_rows(job.data, job.category, piece.rows, columns=(*_COPIED_COLUMNS, "image"), version=job.commit)
-    for record in prefetch(records, job.batch_size):
-        batch.append(record)
-        if len(batch) == job.batch_size:
-            tables.append(inspect_records(inspector, batch))
-            batch = []
-    if batch:
+    while batch := list(islice(records, job.batch_size)):
         tables.append(inspect_records(inspector, batch))
     table = pa.concat_tables(tables)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    write_bytes(join(job.place, job.part_name(piece.first, len(piece.rows))), sink.getvalue().to_pybytes())
-    return InspectionCounts.of(table)
+    job.write_part(first, table)
+    return count_results(table)
 
 
-class Batch:
-    """State of a batch inspection: supplies the pieces of work and records their results.
-
-    Attributes:
-        counts: category -> counts of inspected images.
-        failed: category -> reason.
-    """
+class Batch(ScoringRun[BatchJob]):
+    """State of a batch inspection. counts: category -> counts of inspected images."""
 
     def __init__(
         self,
@@ -177,93 +137,67 @@ class Batch:
         part_images: int,
         log: Callable[[str], None],
     ) -> None:
-        self.bundles, self.uri, self.output, self.split = bundles, uri, output, split
-        self.batch_size, self.part_images, self.log = batch_size, part_images, log
-        self.counts: dict[str, InspectionCounts] = {}
-        self.failed: dict[str, str] = {}
-        self._num_unfinished: dict[str, int] = {}  # category -> number of unfinished parts
-        self._progress = Progress("inspecting", 0, log)
-        self._pieces = self._plan_all()
+        super().__init__(bundles, log)
+        self.uri, self.output, self.split = uri, output, split
+        self.batch_size, self.part_images = batch_size, part_images
+        self.counts: dict[str, Counter[str]] = {}
 
-    def next_piece(self) -> BatchPiece | None:
-        """Returns the next piece of work; None if there is none left."""
-        return next(self._pieces, None)
-
-    def _plan_all(self) -> Iterator[BatchPiece]:
-        """Yields the pieces of all categories. A category is planned when its turn comes."""
-        for category in self.bundles:
-            try:
-                yield from self._plan(category)
-            except FocusRayError as error:  # other categories are still inspected
-                self._fail(category, str(error))
-
-    def _plan(self, category: str) -> Iterator[BatchPiece]:
-        """Yields the pieces of a category that have no result yet."""
-        bundle = self.bundles[category]
-        place = join(self.output, f"category={category}")
-        version = str(read_manifest(bundle)["sha256"])
+    def plan(self, category: str) -> list[BatchPiece]:
+        """Returns the pieces of a category that have no result yet."""
         index = read_index(self.uri, category, split=self.split)
-        commit = index_version(index)
         job = BatchJob(
-            category, bundle, version, self.uri, commit, self.split, place, self.part_images, self.batch_size
+            category=category,
+            bundle=self.bundles[category],
+            version=str(read_manifest(self.bundles[category])["sha256"]),
+            data=self.uri,
+            commit=index_version(index),
+            part_images=self.part_images,
+            folder=join(self.output, f"category={category}"),
+            split=self.split,
+            batch_size=self.batch_size,
         )
-        rows = index["row"].to_numpy()
-        parts = split_rows(self.uri, category, rows, self.part_images, commit)
-        self.counts[category] = InspectionCounts()
-        self._progress.total += len(rows)
-        remaining_parts = self._remaining_parts(job, parts)
-        self._num_unfinished[category] = len(remaining_parts)
+        self.counts[category] = Counter(num_images=0, num_anomalous=0, num_errors=0)
+        remaining_parts = self._remaining_parts(job, job.split_rows(index["row"].to_numpy()))
         if not remaining_parts:
             self._finish(job)
-        for first, part_rows in remaining_parts.items():
-            if category in self.failed:
-                return
-            yield BatchPiece(job, first, part_rows)
+        return [BatchPiece(job, {first: rows}) for first, rows in remaining_parts.items()]
 
     def _remaining_parts(self, job: BatchJob, parts: dict[int, Rows]) -> dict[int, Rows]:
         """Returns the parts without results. Results of an unfinished run of the same job are reused and counted."""
-        existing_names = list_names(job.place)
-        marker = join(job.place, UNFINISHED)
-        if UNFINISHED in existing_names and read_bytes(marker) == job.identity():
-            finished = {first for first, rows in parts.items() if job.part_name(first, len(rows)) in existing_names}
-            for first in finished:
-                data = read_bytes(join(job.place, job.part_name(first, len(parts[first]))))
-                self._count(
-                    job.category,
-                    InspectionCounts.of(pq.read_table(pa.BufferReader(data), columns=["anomalous", "error"])),
-                )
-            self.log(f"{job.place}: continuing an unfinished run, {len(finished)} of {len(parts)} parts are complete")
-            return {first: rows for first, rows in parts.items() if first not in finished}
+        existing_names = list_names(job.folder)
+        if UNFINISHED in existing_names and read_bytes(job.marker) == job.identity_line():
+            remaining_parts = {}
+            for first, rows in parts.items():
+                file = job.part_file(first, len(rows))
+                if file.rpartition("/")[2] in existing_names:
+                    table = pq.read_table(pa.BufferReader(read_bytes(file)), columns=["anomalous", "error"])
+                    self.counts[job.category].update(count_results(table))
+                else:
+                    remaining_parts[first] = rows
+            num_finished = len(parts) - len(remaining_parts)
+            self.log(f"{job.folder}: continuing an unfinished run, {num_finished} of {len(parts)} parts are complete")
+            return remaining_parts
         if UNFINISHED in existing_names:
-            self.log(f"{job.place}: results of another unfinished run are removed")
-            remove_folder(job.place)
-        write_bytes(marker, job.identity())
+            self.log(f"{job.folder}: results of another unfinished run are removed")
+            remove_folder(job.folder)
+        write_bytes(job.marker, job.identity_line())
         return parts
 
-    def record_result(self, piece: BatchPiece, outcome: Any) -> None:
-        """Records the result of a piece."""
-        category = piece.job.category
-        if category in self.failed:
-            return
-        if isinstance(outcome, Failed):
-            self._fail(category, outcome.reason)
-            return
-        self._count(category, outcome)
-        self._num_unfinished[category] -= 1
-        if not self._num_unfinished[category]:
+    def record(self, piece: BatchPiece, result: Counter[str]) -> None:
+        """Records the counts of a part."""
+        self.counts[piece.job.category].update(result)
+        if not self.num_open[piece.job.category]:
             self._finish(piece.job)
 
-    def _count(self, category: str, counts: InspectionCounts) -> None:
-        self.counts[category].add(counts)
-        self._progress.add(counts.num_images)
-
     def _finish(self, job: BatchJob) -> None:
-        remove_file(join(job.place, UNFINISHED))
-        summary = ", ".join(f"{key} {value}" for key, value in vars(self.counts[job.category]).items())
+        """Marks the results of a category as complete."""
+        remove_file(job.marker)
+        summary = ", ".join(f"{key} {value}" for key, value in self.counts[job.category].items())
         self.log(f"{job.category}: {summary}")
 
-    def _fail(self, category: str, reason: str) -> None:
-        self.failed[category] = reason
+    def fail(self, category: str, reason: str) -> None:
+        """Records that a category has failed."""
+        super().fail(category, reason)
         self.log(f"{category}: FAILED: {reason}")
 
 
@@ -302,16 +236,12 @@ def inspect_dataset(
         names = list_names(place)
         if names and UNFINISHED not in names:
             raise DataError(f"{place} holds results already: give another output folder, or remove this folder")
-    private = connect()
-    probe_nodes([], [output])
     batch = Batch(bundles, uri, output, split, batch_size, part_images, log)
-    workers: WorkerPool[BatchPiece] = scoring_pool(num_actors, private, log)
-    for piece, outcome in workers.run(inspect_piece, batch.next_piece):
-        batch.record_result(piece, outcome)
+    batch.run(inspect_piece, open_pool(num_actors, [], output, log))
     if batch.failed:
         raise DataError(
             f"{len(batch.failed)} of {len(bundles)} categories failed; "
             + "; ".join(f"{category}: {reason}" for category, reason in sorted(batch.failed.items()))
             + ". Fix the cause and run again: finished results are kept"
         )
-    return {category: dict(vars(batch.counts[category])) for category in bundles}
+    return {category: dict(batch.counts[category]) for category in bundles}

@@ -1,31 +1,28 @@
-"""Evaluates a category in parts: any process can score a part, and no image counts twice.
+"""Measures the test images of a category in parts, and joins the parts to metrics.
 
-A part is a range of consecutive rows. Its results go into a Parquet file that is named after the part and written in a single
-step, so a part that is scored again replaces its file. The scores and pixel bins of each part are added once to the
-category's progress, from which the metrics are computed.
+The scores and pixel bins of each part are added once to the category's progress, from which the metrics are computed.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, overload
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import TEST_COLUMNS, index_version, read_index, read_rows
-from focus_ray.data.store import open_store
+from focus_ray.data.schema import Row
 from focus_ray.errors import DataError
+from focus_ray.evaluation.pieces import PART_IMAGES, Rows, ScoringJob, ScoringPiece, encode_parquet, load_inspector
 from focus_ray.metrics.evaluate import (
     EXACT_PIXELS,
     MAX_SIDE_PX,
@@ -33,12 +30,12 @@ from focus_ray.metrics.evaluate import (
     EvaluationPart,
     LabelledImages,
     evaluation_size,
-    join_evaluation_parts,
 )
 from focus_ray.metrics.pixels import PixelBins
+from focus_ray.reporting.evaluation import EvaluationSection, build_section
+from focus_ray.reporting.gallery import make_cards
 from focus_ray.storage.files import exists, join, read_bytes, remove_file, remove_folder, write_bytes
 
-PART_IMAGES = 512  # approximate number of images in a part
 IMAGES, CATEGORIES = "images", "categories"  # folders of a report: results of images, results of categories
 IMAGE_SCHEMA = pa.schema(
     [
@@ -54,49 +51,34 @@ IMAGE_SCHEMA = pa.schema(
     ]
 )
 
-Rows = NDArray[np.int64]
 _LOG = logging.getLogger(__name__)
 
 
-class _Record(BaseModel):
+class EvaluationRecord(BaseModel):
     """A category's file: identity of the job, metrics, and section of the page."""
 
     identity: dict[str, Any]
     result: dict[str, Any]
-    section: dict[str, Any]
+    section: EvaluationSection
 
 
 @dataclass(frozen=True)
-class EvaluationJob:
-    """The evaluation of a category. The object is small, because every part is sent to a worker with it.
+class EvaluationJob(ScoringJob):
+    """The evaluation of a category.
 
     Attributes:
-        bundle: URI of the bundle.
-        version: hash of the bundle's manifest.
-        data: URI of the data set.
-        commit: version of the category in the data set.
         num_images: number of test images.
         exact: whether all maps are stored in memory, so that the same process measures all parts.
         max_side_px: longest side at which maps and masks are compared.
-        part_images: approximate number of images in a part.
         output: folder of the report.
     """
 
-    category: str
-    bundle: str
-    version: str
-    data: str
-    commit: str
+    IDENTITY = ("version", "data", "commit", "num_images", "exact", "max_side_px", "part_images")
+
     num_images: int
     exact: bool
     max_side_px: int
-    part_images: int
     output: str
-
-    @property
-    def images(self) -> str:
-        """Folder of the results of images."""
-        return join(self.output, IMAGES, f"category={self.category}")
 
     @property
     def record(self) -> str:
@@ -108,56 +90,62 @@ class EvaluationJob:
         """File of the progress: pixel bins, and the list of measured parts."""
         return join(self.output, CATEGORIES, f"{self.category}.bins.parquet")
 
-    def identity(self) -> dict[str, Any]:
-        """Returns the properties that must be equal for a later run to continue from this job's files."""
-        names = ("version", "data", "commit", "num_images", "exact", "max_side_px", "part_images")
-        return {name: getattr(self, name) for name in names}
+    def read_test_records(self, numbers: Sequence[int]) -> Iterable[Row]:
+        """Reads ids, images and masks of test images from their ascending numbers among all test images."""
+        index = read_index(self.data, self.category, split="test", version=self.commit)
+        rows = index["row"].take(numbers).to_numpy()
+        return read_rows(self.data, self.category, rows, columns=("id", "image", "mask"), version=self.commit)
 
-    def part_file(self, first: int, count: int) -> str:
-        """Returns the file of a part's results. first: number of its first image; count: number of its images."""
-        return join(self.images, f"part-{first:09d}-{first + count:09d}.parquet")
+    def discard_results(self) -> None:
+        """Deletes the files that an earlier run of the job wrote."""
+        for file in (self.state, self.record):
+            remove_file(file)
+        remove_folder(self.folder)
+
+
+EvaluationPiece = ScoringPiece[EvaluationJob]
 
 
 @dataclass(frozen=True)
-class EvaluationPlan:
-    """A job and its parts. parts: number of a part's first image among the test images -> rows of the data set."""
+class EvaluationSettings:
+    """Settings of an evaluation.
 
-    job: EvaluationJob
-    parts: dict[int, Rows]
-
-
-def plan_evaluation(
-    category: str,
-    bundle: str,
-    output: str,
-    data: str | None = None,
-    max_side_px: int = MAX_SIDE_PX,
-    exact_pixels: int = EXACT_PIXELS,
-    part_images: int = PART_IMAGES,
-) -> EvaluationPlan:
-    """Plans the evaluation of a category from its index and the bundle's manifest.
-
-    Args:
-        bundle: URI of the bundle.
+    Attributes:
         output: folder of the report.
-        data: URI of the data set; None: the data set that the bundle was trained with.
+        data: URI of the data set; None: the data set that each bundle was trained with.
         max_side_px: longest side at which maps and masks are compared.
         exact_pixels: maps are stored in memory if they have at most this many pixels together, otherwise counted in bins.
         part_images: approximate number of images in a part.
+        resume: whether results of an earlier run are reused.
+    """
+
+    output: str
+    data: str | None = None
+    max_side_px: int = MAX_SIDE_PX
+    exact_pixels: int = EXACT_PIXELS
+    part_images: int = PART_IMAGES
+    resume: bool = False
+
+
+def plan_evaluation(category: str, bundle: str, settings: EvaluationSettings) -> tuple[EvaluationJob, dict[int, Rows]]:
+    """Plans the evaluation of a category from its index and the bundle's manifest.
+
+    Args: bundle: URI of the bundle.
+
+    Returns: the job, and its parts: number of a part's first image among the test images -> rows of the data set.
 
     Raises:
         BundleError: there is no bundle.
         DataError: the data set or category does not exist or has no test image.
     """
     manifest = read_manifest(bundle)
-    uri = data or str(manifest["config"]["data"]["uri"])
+    uri = settings.data or str(manifest["config"]["data"]["uri"])
     index = read_index(uri, category, split="test")
     if not index.num_rows:
         raise DataError("there is no test image to evaluate: ingest a set that has some")
-    rows = index["row"].to_numpy()
     sizes = np.stack([index["height"].to_numpy(), index["width"].to_numpy()], axis=1)
     distinct_sizes, counts = np.unique(sizes, axis=0, return_counts=True)
-    map_sizes = (evaluation_size(height, width, max_side_px) for height, width in distinct_sizes.tolist())
+    map_sizes = (evaluation_size(height, width, settings.max_side_px) for height, width in distinct_sizes.tolist())
     areas = [height * width for height, width in map_sizes]
     job = EvaluationJob(
         category=category,
@@ -165,135 +153,66 @@ def plan_evaluation(
         version=str(manifest["sha256"]),
         data=uri,
         commit=index_version(index),
-        num_images=len(rows),
-        exact=int(np.dot(areas, counts)) <= exact_pixels,
-        max_side_px=max_side_px,
-        part_images=part_images,
-        output=output,
+        part_images=settings.part_images,
+        folder=join(settings.output, IMAGES, f"category={category}"),
+        num_images=index.num_rows,
+        exact=int(np.dot(areas, counts)) <= settings.exact_pixels,
+        max_side_px=settings.max_side_px,
+        output=settings.output,
     )
-    return EvaluationPlan(job, split_rows(uri, category, rows, part_images, index_version(index)))
+    return job, job.split_rows(index["row"].to_numpy())
 
 
-def split_rows(uri: str, category: str, rows: Rows, size: int, version: str | None = None) -> dict[int, Rows]:
-    """Splits rows of a category into consecutive parts, preferably between row groups, so that a row group is read once.
-
-    Args:
-        rows: ascending row numbers of the category.
-        size: approximate number of rows in a part.
-        version: version of the category that the row numbers belong to; None: the current version.
-
-    Returns: index of a part's first row in `rows` -> the rows of the part.
-
-    Raises: DataError: the category does not exist.
-    """
-    files = open_store(uri).require_commit(category, version)["files"]
-    ends = np.cumsum([count for entry in files for count in entry["row_group_rows"]])
-    group_ends = np.searchsorted(rows, ends)  # as indices into `rows`
-    equal_cuts = np.arange(size, len(rows), size)
-    # each cut moves to the nearest end of a row group, unless this end is more than half a part away
-    nearest = (
-        group_ends[np.abs(group_ends[None] - equal_cuts[:, None]).argmin(axis=1)] if len(group_ends) else equal_cuts
-    )
-    cuts = np.where(np.abs(nearest - equal_cuts) <= size // 2, nearest, equal_cuts)
-    bounds = np.unique(np.concatenate([[0], cuts, [len(rows)]])).tolist()
-    return {first: rows[first:last] for first, last in itertools.pairwise(bounds)}
-
-
-def measure_plan(
-    inspector: Inspector, plan: EvaluationPlan, on_image: Callable[[], None] = lambda: None
-) -> LabelledImages:
-    """Measures all parts of a job whose maps are stored in memory.
+def run_piece(piece: EvaluationPiece, on_image: Callable[[], None] = lambda: None) -> Any:
+    """Measures the images of a piece. Without further pieces, writes metrics and the section of the page to the job's record.
 
     Args:
-        on_image: called after each image.
+        on_image: is called after each scored image.
 
-    Raises: DataError: see `measure_part`.
+    Returns: `EvaluationPart` for a part of a job whose pixels are counted in bins, otherwise the metrics.
+
+    Raises: BundleError, DataError: the bundle or an image cannot be used.
     """
-    gathered = EvaluationCollector(sys.maxsize)
-    for first, rows in plan.parts.items():
-        _score(inspector, plan.job, first, rows, gathered, on_image)
-    ids = TestIds(plan.job)
-    return gathered.labelled(float(inspector.bundle.calibration.image_threshold), ids)
+    job = piece.job
+    inspector = load_inspector(job.bundle, job.version)
+    threshold = float(inspector.bundle.calibration.image_threshold)
+    if piece.total is not None:
+        return _finish_job(inspector, job, piece.total.labelled(threshold))
+    collector = EvaluationCollector(sys.maxsize if job.exact else 0)
+    for first, rows in piece.parts.items():
+        records = read_rows(job.data, job.category, rows, columns=TEST_COLUMNS, version=job.commit)
+        scored = []
+        for record in inspector.gather(records, collector, job.max_side_px):
+            scored.append(record)
+            on_image()
+        job.write_part(first, _image_table(inspector, scored))
+    return _finish_job(inspector, job, collector.labelled(threshold)) if job.exact else collector.part()
 
 
-def measure_part(
-    inspector: Inspector, job: EvaluationJob, first: int, rows: Rows, on_image: Callable[[], None] = lambda: None
-) -> EvaluationPart:
-    """Measures a part of a job whose pixels are counted in bins.
-
-    Args:
-        first: number of the part's first image among the test images.
-        rows: rows of the data set.
-        on_image: called after each image.
-
-    Raises: DataError: an image cannot be decoded, the bundle was replaced, or the version of the images was deleted.
-    """
-    gathered = EvaluationCollector(0)
-    _score(inspector, job, first, rows, gathered, on_image)
-    return gathered.part()
-
-
-def _score(
-    inspector: Inspector,
-    job: EvaluationJob,
-    first: int,
-    rows: Rows,
-    into: EvaluationCollector,
-    on_image: Callable[[], None],
-) -> None:
-    """Scores a part's images, adds them to `into`, and writes the Parquet file of the part."""
-    if inspector.bundle.version != job.version:
-        raise DataError(f"{job.bundle}: the bundle was replaced after the evaluation began: evaluate it again")
-    records = read_rows(job.data, job.category, rows, columns=TEST_COLUMNS, version=job.commit)
-    scored = []
-    for record, score in inspector.gather(records, into, job.max_side_px):
-        scored.append((record, score))
-        on_image()
+def _image_table(inspector: Inspector, records: Sequence[Row]) -> pa.Table:
+    """Returns the results of images as a table of `IMAGE_SCHEMA`. records: from `Inspector.gather`."""
     calibration = inspector.bundle.calibration
-    scores = np.array([score for _, score in scored], dtype=np.float64)
-    table = pa.table(
-        {
-            **{name: [record[name] for record, _ in scored] for name in ("id", "label", "defect_type", "trained_on")},
-            "score": scores,
-            "p_value": calibration.conformal_p_value(scores),
-            "anomalous": calibration.is_anomalous(scores),
-            "threshold": np.full(len(scores), calibration.image_threshold),
-            "bundle": [job.version] * len(scores),
-        },
-        schema=IMAGE_SCHEMA,
-    )
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    write_bytes(job.part_file(first, len(rows)), sink.getvalue().to_pybytes())
+    scores = np.array([record["score"] for record in records], dtype=np.float64)
+    columns = {
+        **{name: [record[name] for record in records] for name in ("id", "label", "defect_type", "trained_on")},
+        "score": scores,
+        "p_value": calibration.conformal_p_value(scores),
+        "anomalous": calibration.is_anomalous(scores),
+        "threshold": np.full(len(scores), calibration.image_threshold),
+        "bundle": [inspector.bundle.version] * len(scores),
+    }
+    return pa.table(columns, schema=IMAGE_SCHEMA)
 
 
-class TestIds(Sequence[str]):
-    """Sequence of the ids of a category's test images. The ids are read at first use and stay in an Arrow array."""
-
-    __test__ = False  # pytest would collect the class because of its name
-
-    def __init__(self, job: EvaluationJob) -> None:
-        self._job = job
-        self._ids: pa.ChunkedArray | None = None
-
-    @property
-    def packed(self) -> pa.ChunkedArray:
-        """All ids as an Arrow array."""
-        if self._ids is None:
-            job = self._job
-            self._ids = read_index(job.data, job.category, split="test", version=job.commit)["id"]
-        return self._ids
-
-    def __len__(self) -> int:
-        return len(self.packed)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        value = self.packed[index]
-        return value.to_pylist() if isinstance(index, slice) else str(value.as_py())
+def _finish_job(inspector: Inspector, job: EvaluationJob, labelled: LabelledImages) -> dict[str, Any]:
+    """Writes the record of a job, and returns the metrics. labelled: all images of the job."""
+    result = {**inspector.figures(labelled), "bundle": job.bundle, "version": job.version, "data": job.data}
+    cards = make_cards(inspector, labelled, job.read_test_records)
+    warnings = inspector.bundle.manifest.get("metrics", {}).get("warnings", [])
+    section = build_section(labelled.measured, inspector.bundle.calibration, warnings, result, cards)
+    content = {"identity": job.identity(), "result": result, "section": asdict(section)}
+    write_bytes(job.record, (json.dumps(content, ensure_ascii=False) + "\n").encode())
+    return result
 
 
 @dataclass
@@ -323,18 +242,10 @@ class EvaluationProgress:
         """Number of images in the measured parts."""
         return sum(len(part.labels) for part in self.scores.values())
 
-    def total(self) -> EvaluationPart:
-        """Returns a part with the images of all measured parts, in the order of the images."""
-        parts = [self.scores[first] for first in sorted(self.scores)]
-        return EvaluationPart(
-            labels=np.concatenate([part.labels for part in parts]),
-            scores=np.concatenate([part.scores for part in parts]),
-            types=tuple(defect_type for part in parts for defect_type in part.types),
-            bins=self.bins,
-            reduced=any(part.reduced for part in parts),
-            trained_on=np.concatenate([part.trained_on for part in parts]),
-            num_repeats=sum(part.num_repeats for part in parts),
-        )
+    def joinable_parts(self) -> list[EvaluationPart]:
+        """Returns the measured parts in the order of the images. The first part has the bins of all parts."""
+        first, *later_parts = [self.scores[first] for first in sorted(self.scores)]
+        return [replace(first, bins=self.bins), *later_parts]
 
     def save(self) -> None:
         """Writes the bins and the list of measured parts to the job's state file. The scores are in the files of the parts.
@@ -353,9 +264,7 @@ class EvaluationProgress:
             "repeats": {str(first): part.num_repeats for first, part in self.scores.items()},
         }
         table = pa.table({"group": groups, **columns}).replace_schema_metadata({_FACTS: json.dumps(facts)})
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        write_bytes(self.job.state, sink.getvalue().to_pybytes())
+        write_bytes(self.job.state, encode_parquet(table))
 
 
 _COLUMNS = ("keys", "normal", "anomalous", "overlap")
@@ -395,39 +304,16 @@ def load_progress(job: EvaluationJob) -> EvaluationProgress | None:
     return progress
 
 
-def read_record(job: EvaluationJob) -> dict[str, Any] | None:
-    """Reads the record that an earlier run of the same job wrote with `write_record`; None if there is none.
+def read_record(job: EvaluationJob) -> EvaluationRecord | None:
+    """Reads the record of the same job; None if there is none.
 
     A damaged record is logged and ignored: the category is then measured again.
     """
     if not exists(job.record):
         return None
     try:
-        record = _Record.model_validate_json(read_bytes(job.record))
+        record = EvaluationRecord.model_validate_json(read_bytes(job.record))
     except ValidationError as error:
         _LOG.warning("%s: the record is damaged, so %s is measured again: %s", job.record, job.category, error)
         return None
-    return record.model_dump() if record.identity == job.identity() else None
-
-
-def write_record(job: EvaluationJob, **facts: Any) -> None:
-    """Writes the results of a category, for the page and for a resumed run. facts: result and section, in JSON types."""
-    content = {"identity": job.identity(), **facts}
-    write_bytes(job.record, (json.dumps(content, ensure_ascii=False) + "\n").encode())
-
-
-def join_parts(job: EvaluationJob, total: EvaluationPart, threshold: float) -> LabelledImages:
-    """Returns the images of a job, ready for metrics.
-
-    Args:
-        total: all parts of the job as a single part (`EvaluationProgress.total`).
-        threshold: threshold of the image score.
-    """
-    return join_evaluation_parts([total], threshold, TestIds(job))
-
-
-def discard_progress(job: EvaluationJob) -> None:
-    """Deletes the files that an earlier run of a job wrote."""
-    for file in (job.state, job.record):
-        remove_file(file)
-    remove_folder(job.images)
+    return record if record.identity == job.identity() else None

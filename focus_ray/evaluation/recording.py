@@ -1,17 +1,19 @@
-"""Records the results of an evaluation in experiment trackers: those of the training, or those of the command line."""
+"""Records the results of an evaluation in the experiment trackers of the training or of the command line."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 from focus_ray.bundle.bundle import complete_settings, read_manifest
 from focus_ray.errors import BundleError, ConfigError, FocusRayError
-from focus_ray.evaluation.report import mean_metrics
 from focus_ray.fitting.settings import parse_config
 from focus_ray.names import Log
 from focus_ray.reporting.evaluation import EvaluationSection
+from focus_ray.reporting.gallery import Card
+from focus_ray.reporting.tables import mean_metrics
 from focus_ray.settings.sections import override_tree
 from focus_ray.tracking.recorder import Recorder
 from focus_ray.tracking.runs import EvaluatedCategory, record_evaluation
@@ -28,13 +30,11 @@ def evaluation_recorder(bundles: Mapping[str, str], output: str, overrides: Sequ
     Raises: ConfigError, MissingPackageError: an override is of another section or has a wrong value, or its tracker cannot be
         used.
     """
-    other_settings = [
-        override for override in overrides if override.partition("=")[0].strip().partition(".")[0] != "trackers"
-    ]
-    if other_settings:
-        raise ConfigError(
-            f"{other_settings[0]!r}: an evaluation accepts only settings of trackers, such as trackers.mlflow.uri=PLACE"
-        )
+    for override in overrides:
+        if override.partition("=")[0].strip().partition(".")[0] != "trackers":
+            raise ConfigError(
+                f"{override!r}: an evaluation accepts only settings of trackers, such as trackers.mlflow.uri=PLACE"
+            )
     for bundle in bundles.values():
         try:
             tree = read_manifest(bundle)["config"]
@@ -57,35 +57,32 @@ def evaluation_recorder(bundles: Mapping[str, str], output: str, overrides: Sequ
 
 
 def record_results(
-    recorder: Recorder, bundles: Mapping[str, str], results: Mapping[str, Mapping[str, Any]], section: Any, log: Log
+    recorder: Recorder,
+    bundles: Mapping[str, str],
+    results: Mapping[str, Mapping[str, Any]],
+    section_of: Callable[[str], EvaluationSection],
+    log: Log,
 ) -> None:
     """Records the results. A failure gives a warning only.
 
-    Args: section: function that returns the section of the page of a category.
+    Args: section_of: returns the section of the page of a category.
     """
     if not recorder:
         return
+
+    def cards_of(category: str) -> list[list[Card]]:
+        return [group.cards for group in section_of(category).gallery]
+
     with closing(recorder):
         try:
-            measured = {
-                category: _to_evaluated_category(
-                    bundles[category], result, lambda category=category: _cards(section(category))
+            measured = {}
+            for category in (category for category, result in results.items() if "error" not in result):
+                bundle, manifest = bundles[category], read_manifest(bundles[category])
+                config = parse_config(complete_settings(manifest), bundle, is_fitted=True)
+                cards = partial(cards_of, category)
+                measured[category] = EvaluatedCategory(
+                    bundle, manifest, config.model_dump(mode="json"), results[category], cards
                 )
-                for category, result in results.items()
-                if "error" not in result
-            }
             record_evaluation(recorder, measured, mean_metrics(results))
         except FocusRayError as error:
             log(f"WARNING: not everything was recorded: {error}")
-
-
-def _to_evaluated_category(bundle: str, result: Mapping[str, Any], cards: Any) -> EvaluatedCategory:
-    """Returns the result of a category with the configuration of its bundle, for the trackers."""
-    manifest = read_manifest(bundle)
-    config = parse_config(complete_settings(manifest), bundle, is_fitted=True)
-    return EvaluatedCategory(bundle, manifest, config.model_dump(mode="json"), result, cards)
-
-
-def _cards(section: EvaluationSection) -> list[list[Any]]:
-    """Returns the cards of each part of the gallery of a section."""
-    return [list(part.cards) for part in section.gallery]

@@ -4,46 +4,29 @@ from __future__ import annotations
 
 import json
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from focus_ray.bundle.bundle import MANIFEST
-from focus_ray.cluster.connect import connect, runs_here
-from focus_ray.cluster.pool import Failed, WorkerPool
-from focus_ray.cluster.preflight import probe_nodes
+from focus_ray.cluster.connect import runs_here
 from focus_ray.cluster.settings import ClusterConfig
-from focus_ray.errors import FocusRayError
 from focus_ray.evaluation.measuring import (
     CATEGORIES,
-    PART_IMAGES,
     EvaluationJob,
-    EvaluationPlan,
+    EvaluationPiece,
     EvaluationProgress,
-    Rows,
-    discard_progress,
-    join_parts,
+    EvaluationRecord,
+    EvaluationSettings,
     load_progress,
-    measure_part,
-    measure_plan,
     plan_evaluation,
     read_record,
-    write_record,
+    run_piece,
 )
+from focus_ray.evaluation.pieces import PART_IMAGES, ScoringRun, open_pool
 from focus_ray.evaluation.recording import evaluation_recorder, record_results
-from focus_ray.evaluation.scoring_pool import load_inspector, scoring_pool
-from focus_ray.progress import Progress
-from focus_ray.reporting.evaluation import (
-    EvaluationSection,
-    build_section,
-    evaluation_page,
-    results_table,
-    section_from_dict,
-    section_to_dict,
-    summarize_result,
-    without_pictures,
-)
+from focus_ray.reporting.evaluation import EvaluationSection, evaluation_page, summarize_result
+from focus_ray.reporting.tables import evaluation_table, mean_metrics
 from focus_ray.storage.files import check_access, join, make_absolute, read_bytes, remove_file, write_bytes
 
 MAX_CATEGORIES_ON_PAGE = 20  # with more categories, each category has its own page with pictures
@@ -51,61 +34,7 @@ _SAVE_INTERVAL_S = 30.0  # between two saves of the results of parts
 _WRITE_INTERVAL_S = 10.0  # between two writes of the tables
 
 
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """Settings of an evaluation, with the same meaning as the arguments of `evaluate_bundles`."""
-
-    output: str
-    data: str | None
-    max_side_px: int
-    exact_pixels: int
-    part_images: int
-    resume: bool
-
-
-@dataclass(frozen=True)
-class EvaluationPiece:
-    """A piece of the evaluation of a category.
-
-    Attributes:
-        kind: "whole": all images, if maps fit into memory. "part": some of the images. "figures": metrics and pictures after
-            all parts.
-        parts: number of the first image -> row numbers.
-        total: joined result of all parts, for the kind "figures".
-    """
-
-    kind: Literal["whole", "part", "figures"]
-    job: EvaluationJob
-    parts: dict[int, Rows]
-    total: Any = None
-
-
-def run_piece(piece: EvaluationPiece, on_image: Callable[[], None] = lambda: None) -> Any:
-    """Evaluates a piece. Writes metrics and the section of the page to the record of the job, except for the kind "part".
-
-    Args:
-        on_image: is called after each scored image.
-
-    Returns: `EvaluationPart` for the kind "part", otherwise the metrics.
-
-    Raises: BundleError, DataError: the bundle or an image cannot be used.
-    """
-    inspector = load_inspector(piece.job.bundle, piece.job.version)
-    if piece.kind == "part":
-        ((first, rows),) = piece.parts.items()
-        return measure_part(inspector, piece.job, first, rows, on_image)
-    if piece.kind == "whole":
-        labelled = measure_plan(inspector, EvaluationPlan(piece.job, piece.parts), on_image)
-    else:
-        labelled = join_parts(piece.job, piece.total, float(inspector.bundle.calibration.image_threshold))
-    job = piece.job
-    result = {**inspector.figures(labelled), "bundle": job.bundle, "version": job.version, "data": job.data}
-    section = build_section(inspector, labelled, result, job.data)
-    write_record(job, result=result, section=section_to_dict(section))
-    return result
-
-
-class Evaluation:
+class Evaluation(ScoringRun[EvaluationJob]):
     """State of an evaluation: supplies the pieces of work, records their results, and writes the report.
 
     Attributes:
@@ -114,152 +43,115 @@ class Evaluation:
     """
 
     def __init__(self, bundles: Mapping[str, str], settings: EvaluationSettings, log: Callable[[str], None]) -> None:
-        self.bundles, self.settings, self.log = bundles, settings, log
+        super().__init__(bundles, log)
+        self.settings = settings
         self.results: dict[str, dict[str, Any]] = {}
         self.jobs: dict[str, EvaluationJob] = {}
-        self.num_to_score = 0  # number of images of all started categories, without reused results
-        self.progress: Progress | None = None
-        self._sums: dict[str, EvaluationProgress] = {}
-        self._unfinished_parts: dict[str, set[int]] = {}  # category -> parts without a result
-        self._ready: deque[EvaluationPiece] = deque()
-        self._pieces = self._plan_all()
+        self._measured: dict[str, EvaluationProgress] = {}  # of unfinished categories whose pixels are counted in bins
         self._saved_at: dict[str, float] = {}
         self._written_at = 0.0
 
-    def next_piece(self) -> EvaluationPiece | None:
-        """Returns the next piece; None if there is none now. Running pieces may lead to more."""
-        while self._ready:
-            piece = self._ready.popleft()
-            if piece.job.category not in self.results:  # the category may have failed meanwhile
-                return piece
-        return next(self._pieces, None)
-
-    def _plan_all(self) -> Iterator[EvaluationPiece]:
-        """Yields the pieces of all categories. Each category is planned at its turn: the plan of a million rows takes 8 MB."""
-        for category in self.bundles:
-            try:
-                yield from self._plan(category)
-            except FocusRayError as error:  # other categories are still evaluated
-                self._finish(category, {"error": str(error), "bundle": self.bundles[category]})
-
-    def _plan(self, category: str) -> Iterator[EvaluationPiece]:
-        """Yields the pieces of a category. With `resume`, reuses the results of an earlier run."""
+    def plan(self, category: str) -> list[EvaluationPiece]:
+        """Returns the pieces of a category. With `resume`, reuses the results of an earlier run."""
         settings = self.settings
-        plan = plan_evaluation(
-            category,
-            self.bundles[category],
-            settings.output,
-            settings.data,
-            settings.max_side_px,
-            settings.exact_pixels,
-            settings.part_images,
-        )
-        job = self.jobs[category] = plan.job
-        saved_sum = None
-        if settings.resume:
-            record = read_record(job)
-            if record is not None:
-                self.log(f"{category}: measured already")
-                self._finish(category, record["result"])
-                return
-            saved_sum = load_progress(job)
-        if saved_sum is None:
-            discard_progress(job)
-        self.num_to_score += job.num_images - (saved_sum.num_images if saved_sum else 0)
+        job, parts = plan_evaluation(category, self.bundles[category], settings)
+        self.jobs[category] = job
+        record = read_record(job) if settings.resume else None
+        if record is not None:
+            self.log(f"{category}: measured already")
+            self._finish(category, record.result)
+            return []
+        measured = load_progress(job) if settings.resume else None
+        if measured is None:
+            job.discard_results()
+            measured = EvaluationProgress(job)
         self.log(f"{category}: evaluating {job.bundle} on {job.num_images} images")
         if job.exact:
-            self.progress = Progress(f"{category}: scoring", job.num_images, self.log)
-            yield EvaluationPiece("whole", job, plan.parts)
-            return
+            return [EvaluationPiece(job, parts)]
         self.log(
             f"{category}: too many pixels for the memory: pixel metrics come from counts in bins, with an error bound"
         )
-        category_sum = self._sums[category] = saved_sum or EvaluationProgress(job)
-        if category_sum.scores:
-            self.log(f"{category}: continuing after {category_sum.num_images} images")
-        remaining_parts = {first: rows for first, rows in plan.parts.items() if first not in category_sum.scores}
-        self.progress = Progress(f"{category}: scoring", job.num_images, self.log, num_before=category_sum.num_images)
-        self._unfinished_parts[category] = set(remaining_parts)
+        if measured.scores:
+            self.log(f"{category}: continuing after {measured.num_images} images")
+        self._measured[category] = measured
         self._saved_at[category] = time.monotonic()
-        if not remaining_parts:
-            yield EvaluationPiece("figures", job, {}, category_sum.total())
-        for first, rows in remaining_parts.items():
-            if category in self.results:  # the category has failed
-                return
-            yield EvaluationPiece("part", job, {first: rows})
+        pieces = [EvaluationPiece(job, {first: rows}) for first, rows in parts.items() if first not in measured.scores]
+        return pieces or [EvaluationPiece(job, {}, measured.joinable_parts())]
 
-    def record_result(self, piece: EvaluationPiece, outcome: Any) -> None:
-        """Records the result of a piece."""
-        category = piece.job.category
-        if category in self.results:
+    def record(self, piece: EvaluationPiece, result: Any) -> None:
+        """Records the result of a piece. After the last part of a category follows a piece with its metrics."""
+        job, category = piece.job, piece.job.category
+        if job.exact or piece.total is not None:
+            remove_file(job.state)  # the record has everything
+            self._finish(category, result)
             return
-        if isinstance(outcome, Failed):
+        (first,) = piece.parts
+        measured, is_complete = self._measured[category], not self.num_open[category]
+        measured.add(first, result)
+        if is_complete:
+            self.num_open[category] = 1
+            self.urgent.append(EvaluationPiece(job, {}, measured.joinable_parts()))
+        if is_complete or time.monotonic() - self._saved_at[category] >= _SAVE_INTERVAL_S:
             self._save(category)
-            self._finish(category, {"error": outcome.reason, "bundle": piece.job.bundle})
-        elif piece.kind == "part":
-            (first,) = piece.parts
-            category_sum, unfinished = self._sums[category], self._unfinished_parts[category]
-            category_sum.add(first, outcome)
-            unfinished.discard(first)
-            if not unfinished:
-                self._save(category)
-                self._ready.append(EvaluationPiece("figures", piece.job, {}, category_sum.total()))
-            elif time.monotonic() - self._saved_at[category] >= _SAVE_INTERVAL_S:
-                self._save(category)
-        else:
-            remove_file(piece.job.state)  # the record has everything
-            self._finish(category, outcome)
+
+    def fail(self, category: str, reason: str) -> None:
+        """Records that a category has failed, and keeps the results of its parts for a resumed run."""
+        super().fail(category, reason)
+        self._save(category)
+        self._finish(category, {"error": reason, "bundle": self.bundles[category]})
 
     def save(self) -> None:
         """Saves the results of parts of unfinished categories."""
-        for category in self._sums:
+        for category in self._measured:
             self._save(category)
 
     def _save(self, category: str) -> None:
-        if category in self._sums and self._sums[category].scores:
-            self._sums[category].save()
+        """Saves the results of parts of a category, if there are any."""
+        if category in self._measured and self._measured[category].scores:
+            self._measured[category].save()
             self._saved_at[category] = time.monotonic()
 
     def _finish(self, category: str, result: dict[str, Any]) -> None:
+        """Stores the result of a category."""
         self.results[category] = result
-        self._sums.pop(category, None)
-        self._unfinished_parts.pop(category, None)
+        self._measured.pop(category, None)
         summary = f"not measured: {result['error']}" if "error" in result else summarize_result(result)
         self.log(f"{category}: {summary} ({len(self.results)} of {len(self.bundles)})")
         if time.monotonic() - self._written_at >= _WRITE_INTERVAL_S:
             self.write_tables()
 
-    def ordered(self) -> dict[str, dict[str, Any]]:
+    def ordered_results(self) -> dict[str, dict[str, Any]]:
         """Returns the results in the order of the bundles."""
         return {category: self.results[category] for category in self.bundles if category in self.results}
 
     def write_tables(self) -> str:
         """Writes report.json and report.md. Returns the Markdown text."""
-        table, content = results_table(self.ordered())
-        write_bytes(join(self.settings.output, "report.json"), content)
+        results = self.ordered_results()
+        content = json.dumps({"categories": results, "mean": mean_metrics(results)}, indent=1, ensure_ascii=False)
+        table = evaluation_table(results)
+        write_bytes(join(self.settings.output, "report.json"), f"{content}\n".encode())
         write_bytes(join(self.settings.output, "report.md"), table.encode())
         self._written_at = time.monotonic()
         return table
 
     def write_pages(self) -> dict[str, list[str]]:
         """Writes report.html, and a page for each category if there are many. Returns category -> caveats."""
-        results, sections = self.ordered(), {}
-        measured = [category for category, result in results.items() if "error" not in result]
+        results, sections = self.ordered_results(), {}
         pages = {}
-        for category in measured:
+        for category in (category for category, result in results.items() if "error" not in result):
             section = self.section(category)
             if len(results) > MAX_CATEGORIES_ON_PAGE:
                 pages[category] = f"{CATEGORIES}/{category}.html"
                 page = evaluation_page({category: results[category]}, {category: section})
                 write_bytes(join(self.settings.output, pages[category]), page)
-                section = without_pictures(section)
+                section = replace(section, plots=[], gallery=[])
             sections[category] = section
         write_bytes(join(self.settings.output, "report.html"), evaluation_page(results, sections, pages))
         return {category: section.caveats for category, section in sections.items()}
 
     def section(self, category: str) -> EvaluationSection:
         """Returns the section of an evaluated category, with its pictures."""
-        return section_from_dict(json.loads(read_bytes(self.jobs[category].record))["section"])
+        return EvaluationRecord.model_validate_json(read_bytes(self.jobs[category].record)).section
 
 
 @dataclass(frozen=True)
@@ -316,36 +208,15 @@ def evaluate_bundles(
     recorder = evaluation_recorder(bundles, settings.output, trackers, log)
     evaluation = Evaluation(bundles, settings, log)
     try:
-        _run(evaluation, num_workers)
+        if runs_here(ClusterConfig(num_workers=num_workers or 1)):
+            check_access(settings.output)
+            pool = None
+        else:
+            first_bundle = next(iter(bundles.values()))  # all bundles are in the same storage
+            pool = open_pool(num_workers, [join(first_bundle, MANIFEST)], settings.output, log)
+        evaluation.run(run_piece, pool)
     finally:  # also after an interruption or a failure of the storage
         evaluation.save()
-    report = EvaluationReport(evaluation.ordered(), evaluation.write_tables(), evaluation.write_pages())
+    report = EvaluationReport(evaluation.ordered_results(), evaluation.write_tables(), evaluation.write_pages())
     record_results(recorder, bundles, report.results, evaluation.section, log)
     return report
-
-
-def _run(evaluation: Evaluation, num_workers: int | None) -> None:
-    """Evaluates all pieces in this process or on a pool of workers."""
-    if runs_here(ClusterConfig(num_workers=num_workers or 1)):
-        check_access(evaluation.settings.output)
-        _run_here(evaluation)
-    else:
-        is_private = connect()
-        first_bundle = next(iter(evaluation.bundles.values()))  # all bundles are in the same storage
-        probe_nodes([join(first_bundle, MANIFEST)], [evaluation.settings.output])
-        workers: WorkerPool[EvaluationPiece] = scoring_pool(num_workers, is_private, evaluation.log)
-        progress = Progress("scoring", 0, evaluation.log)
-        for piece, outcome in workers.run(run_piece, evaluation.next_piece):
-            progress.total = evaluation.num_to_score  # of all started categories
-            progress.add(sum(len(rows) for rows in piece.parts.values()))
-            evaluation.record_result(piece, outcome)
-
-
-def _run_here(evaluation: Evaluation) -> None:
-    while (piece := evaluation.next_piece()) is not None:
-        progress = evaluation.progress
-        try:
-            outcome = run_piece(piece, progress.add if progress is not None else lambda: None)
-        except FocusRayError as error:
-            outcome = Failed(str(error))
-        evaluation.record_result(piece, outcome)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,45 +26,37 @@ _ROUNDING = 1e-6  # relative rounding error of a score in float32
 _P_ROUNDING = 1e-3  # relative rounding error of a p-value in float32
 
 
-class Tolerance(NamedTuple):
-    """The largest deviations from PyTorch in float32 that an export may have; None: no limit.
-
-    Attributes:
-        score: largest score difference, as a share of the spread of the examples' scores.
-        anomaly_map: largest pixel difference, as a share of the spread of all pixels of all maps.
-        auroc: loss of image AUROC.
-    """
-
-    score: float
-    anomaly_map: float | None
-    auroc: float | None
-
-
-TOLERANCE = {
-    "fp32": Tolerance(1e-3, 1e-3, None),
-    "fp16": Tolerance(0.02, 0.02, 0.002),
-    "int8": Tolerance(0.1, None, 0.01),
+# The largest deviations from PyTorch in float32 that an export may have; None: no limit.
+# score: largest score difference, as a share of the spread of the examples' scores.
+# anomaly_map: largest pixel difference, as a share of the spread of all pixels of all maps.
+# auroc: loss of image AUROC.
+TOLERANCE: dict[str, dict[str, float | None]] = {
+    "fp32": {"score": 1e-3, "anomaly_map": 1e-3, "auroc": None},
+    "fp16": {"score": 0.02, "anomaly_map": 0.02, "auroc": 0.002},
+    "int8": {"score": 0.1, "anomaly_map": None, "auroc": 0.01},
+}
+# name of the limit -> entry of `check_export`, and the deviation in words
+_LIMITED = {
+    "score": ("score_difference", "scores differ by up to {:.2g} of their spread"),
+    "anomaly_map": ("map_difference", "maps differ by up to {:.2g} of their spread"),
+    "auroc": ("auroc_lost", "image AUROC falls by {:.4f}"),
 }
 
 
-def find_failures(check: Mapping[str, Any], tolerance: Tolerance) -> list[str]:
+def find_failures(check: Mapping[str, Any], tolerance: Mapping[str, float | None]) -> list[str]:
     """Returns one sentence for each deviation that exceeds the tolerance; empty if the export passes.
 
-    Args: check: from `check_export`.
+    Args:
+        check: from `check_export`.
+        tolerance: a value of `TOLERANCE`.
     """
     sentences = []
-    if not check["score_difference"] <= tolerance.score:
-        difference = f"{check['score_difference']:.2g}"
-        sentences.append(f"scores differ by up to {difference} of their spread, more than {tolerance.score:g}")
-    if tolerance.anomaly_map is not None and not check["map_difference"] <= tolerance.anomaly_map:
-        difference = f"{check['map_difference']:.2g}"
-        sentences.append(f"maps differ by up to {difference} of their spread, more than {tolerance.anomaly_map:g}")
+    for name, (entry, text) in _LIMITED.items():
+        limit, value = tolerance[name], check[entry]
+        if limit is not None and value is not None and not value <= limit:
+            sentences.append(f"{text.format(value)}, more than {limit:g}")
     if check["verdict_errors"]:
         sentences.append(f"{check['verdict_errors']} verdicts or p-values do not follow from their scores")
-    auroc_lost = check["auroc_lost"]
-    if tolerance.auroc is not None and auroc_lost is not None and not auroc_lost <= tolerance.auroc:
-        fall = f"{check['auroc_torch']:.4f} to {check['auroc_export']:.4f}"
-        sentences.append(f"image AUROC falls from {fall}, more than {tolerance.auroc:g}")
     return sentences
 
 

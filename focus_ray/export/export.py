@@ -200,7 +200,7 @@ def _make_sidecar(
         "check": {
             "against": "PyTorch in float32, the same decoded pixels",
             **comparison,
-            "tolerance": TOLERANCE[precision]._asdict(),
+            "tolerance": TOLERANCE[precision],
             "accepted_beyond_tolerance": list(failures),
         },
         "settings": OPENVINO_SETTINGS if to == "openvino" else {},

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from focus_ray.bundle.bundle import Bundle
+from focus_ray.density.base import exportable_density
 from focus_ray.density.tiles import Tiles
-from focus_ray.detect.calibration import TIE, Calibration
+from focus_ray.detect.calibration import Calibration
 from focus_ray.detect.detector import score_if_inspected, shown_locations
 from focus_ray.detect.profile import zero_unscored
-from focus_ray.export.densities import to_traceable_module
 from focus_ray.export.resize import ToFrame
 from focus_ray.features.alignment.congealing import CongealingAligner
 from focus_ray.features.alignment.theta import invert_theta, warp
 from focus_ray.features.batch_norm import fuse_batch_norms
 from focus_ray.features.network import ALIGNED_IMAGE_PADDING, AlignedFeatures, warp_to_common_frame
+from focus_ray.metrics.ties import TIE
 
 OUTPUTS = ("score", "p_value", "anomalous", "anomaly_map")
 BOX = "box"  # an additional output if images keep their aspect ratio
@@ -47,8 +48,8 @@ class ExportableScorer(nn.Module):
         fuse_batch_norms(detector.net.backbone)
         if half:
             detector.net.backbone.half()
-        self.tiles = Tiles.from_config(detector.net.config)
-        self.density = to_traceable_module(detector.density, half)
+        self.tiles = Tiles(*detector.net.config.tiles)
+        self.density = exportable_density(bundle.config.density, detector.density, half)
         self.map_generator, self.profile, self.seen_mask = detector.map_generator, detector.profile, detector.seen_mask
         self.verdict = Verdict(bundle.calibration)
         self.eval().requires_grad_(False)
@@ -60,7 +61,7 @@ class ExportableScorer(nn.Module):
         aligned = pixels if theta is None else warp(pixels, theta, ALIGNED_IMAGE_PADDING)
         levels, thetas = self.net.features(_cut_tiles(aligned, self.tiles))
         features, total_theta = warp_to_common_frame(AlignedFeatures(levels, thetas, aligned, theta))
-        distance = self.density(self.tiles.join(self.reduction(features)))
+        distance = self.density.score(self.tiles.join(self.reduction(features)))
         inspected = torch.ones_like(distance)
         if shown is not None:
             shown_per_image = shown.expand(images.shape[0], *shown.shape)

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from focus_ray.distributed import world_size
+
 
 class _SumOverWorkers(torch.autograd.Function):
     """An all_reduce whose gradient is an all_reduce (torch.distributed.nn has one, but it is deprecated since torch 2.13)."""
@@ -31,16 +33,18 @@ class _SumOverWorkers(torch.autograd.Function):
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the joined batch of all workers, on any device (SyncBatchNorm of torch needs a GPU)."""
+    """Batch norm with running statistics over the joined batch of all workers, on any device (SyncBatchNorm needs a GPU)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises (B, C, H, W) with the statistics of all workers' batches in training, and with running ones otherwise."""
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        if not self.training or world == 1:
+        if not self.training or world_size() == 1:
             return super().forward(x)
         values = x.float()
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.momentum is not None
         # subtract a point near the mean, equal on all workers, before squaring: otherwise float32 loses small variances
-        shift_point = torch.zeros_like(values[0, :, 0, 0]) if self.running_mean is None else self.running_mean.float()
+        shift_point = self.running_mean.float()
         values = values - shift_point[:, None, None]
         count = values.numel() / values.shape[1]
         sums = torch.cat([values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), values.new_full((1,), count)])
@@ -48,17 +52,11 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         total = sums[-1].detach()
         mean = sums[: self.num_features] / total
         variance = (sums[self.num_features : -1] / total - mean.square()).clamp_min(0)
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
-            with torch.no_grad():
-                momentum = 0.1 if self.momentum is None else self.momentum
-                self.running_mean.lerp_(mean + shift_point, momentum)
-                self.running_var.lerp_(variance * (total / (total - 1).clamp_min(1)), momentum)
-        scale = (variance + self.eps).rsqrt()
-        if self.weight is not None:
-            scale = scale * self.weight
-        shift = -mean * scale
-        if self.bias is not None:
-            shift = shift + self.bias
+        with torch.no_grad():
+            self.running_mean.lerp_(mean + shift_point, self.momentum)
+            self.running_var.lerp_(variance * (total / (total - 1).clamp_min(1)), self.momentum)
+        scale = (variance + self.eps).rsqrt() * self.weight
+        shift = -mean * scale + self.bias
         return (values * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""FocusNet: image alignment, a backbone with feature alignment between its layers, projector and predictor."""
+"""FocusNet: image alignment, and a backbone with feature alignment between its layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from focus_ray.features.alignment.congealing import CongealingAligner
-from focus_ray.features.alignment.theta import TransformBounds, compose_theta, valid_mask, warp
+from focus_ray.features.alignment.theta import TransformBounds, compose_theta, warp
 from focus_ray.features.alignment.transformer import LocalisedAligner, SpatialTransformer
 from focus_ray.features.backbones.base import Backbone, build_backbone, set_padding
 from focus_ray.features.batch_norm import use_global_batch_norm
@@ -24,7 +24,6 @@ FEATURE_BOUNDS = TransformBounds(max_rotation_rad=math.radians(15.0), max_transl
 ALIGNED_IMAGE_PADDING = (
     "reflection"  # content of the area that an aligned image leaves empty; it is never scored [ours]
 )
-PROJECTOR_WIDTH = 256  # channels of the projector f [kin: RegAD]
 
 
 class AlignedFeatures(NamedTuple):
@@ -43,14 +42,13 @@ class AlignedFeatures(NamedTuple):
 
 
 class FocusNet(nn.Module):
-    """The network of FYD, without its losses. Inputs are square images (B, 3, H, W), RGB in 0..1, of the configured size."""
+    """The network of FYD, without the head and the losses of its training.
 
-    def __init__(self, config: ModelConfig, backbone: Backbone, head: bool = True) -> None:
-        """
-        Args:
-            backbone: with its weights; `build_net` loads the configured weights.
-            head: whether to build projector and predictor, which training needs and scoring does not.
-        """
+    Inputs are square images (B, 3, H, W), RGB in 0..1, of the configured size.
+    """
+
+    def __init__(self, config: ModelConfig, backbone: Backbone) -> None:
+        """Args: backbone: with its weights; `build_net` loads the configured weights."""
         super().__init__()
         self.config, self.backbone = config, backbone
         # a compiled function that replaces the backbone for scoring, only without feature aligners (`bundle.engine`)
@@ -65,12 +63,10 @@ class FocusNet(nn.Module):
         self.feature_aligners = nn.ModuleDict(
             {
                 layer: SpatialTransformer(channels, config.image_size_px // stride, group, FEATURE_BOUNDS)
-                for layer, channels, stride in zip(LAYERS, spec.channels, config.geometry.strides, strict=True)
+                for layer, channels, stride in zip(LAYERS, spec.channels, spec.strides, strict=True)
                 if (group := getattr(config.feature_alignment, layer)) != "none"
             }
         )
-        self.projector = build_projector(spec.channels[2]) if head else None
-        self.predictor = build_predictor(config) if head else None
         use_global_batch_norm(self)
 
     def train(self, mode: bool = True) -> FocusNet:
@@ -125,41 +121,18 @@ class FocusNet(nn.Module):
             thetas.append(theta)
         return (levels[0], levels[1], levels[2]), (thetas[0], thetas[1], thetas[2])
 
-    def project(self, aligned: AlignedFeatures) -> tuple[Tensor, Tensor]:
-        """Applies projector f and predictor g to the last level. Returns: f(x) and g(f(x)), both (B, C, H/stride, W/stride)."""
-        assert self.projector is not None, "this network was built with head=False and has no projector and predictor"
-        assert self.predictor is not None
-        projected = self.projector(aligned.levels[2])
-        return projected, self.predictor(projected)
-
 
 def build_net(config: ModelConfig) -> FocusNet:
     """Builds the network and loads the configured backbone weights. Raises: WeightsError: see `build_backbone`."""
     return FocusNet(config, build_backbone(config.backbone, config.weights, config.weights_sha256))
 
 
-def build_projector(channels: int) -> nn.Module:
-    """Builds the projector f, from (B, channels, H, W) to (B, PROJECTOR_WIDTH, H, W) [kin: the encoder of RegAD]."""
-    width = PROJECTOR_WIDTH
-    return nn.Sequential(
-        nn.Conv2d(channels, width, 1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-        nn.Conv2d(width, width, 1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-        nn.Conv2d(width, width, 1),
-    )
-
-
-def build_predictor(config: ModelConfig) -> nn.Module:
-    """Builds the predictor g, which keeps the shape (B, PROJECTOR_WIDTH, H, W)."""
-    return nn.Sequential(
-        nn.Conv2d(PROJECTOR_WIDTH, config.predictor_width, 1, bias=False),
-        nn.BatchNorm2d(config.predictor_width),
-        nn.ReLU(),
-        nn.Conv2d(config.predictor_width, PROJECTOR_WIDTH, 1),
-    )
+def to_images(batch: Tensor, device: torch.device | str) -> Tensor:
+    """Converts uint8 (B, H, W, 3 or 4) to float (B, 3, H, W) in 0..1, channels last in memory; a float batch is unchanged."""
+    batch = batch.to(device, non_blocking=True)
+    if batch.dtype != torch.uint8:
+        return batch
+    return batch[..., :3].permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
 
 
 def build_image_aligner(config: ModelConfig) -> nn.Module | None:
@@ -196,30 +169,14 @@ def _chain(outer: Tensor | None, inner: Tensor | None) -> Tensor | None:
     return compose_theta(outer, inner)
 
 
-def inside_mask(theta: Tensor | None, like: Tensor) -> Tensor | None:
-    """Returns the pixels (B, H, W), bool, of aligned images that come from inside the input images.
+def compute_seen_mask(net: FocusNet, height: int, width: int) -> Tensor | None:
+    """Returns which locations (height, width), bool, of the aligned frame at least half of the training images showed.
 
-    Args:
-        theta: (B, 2, 3), the transform of the image alignment. Without image alignment (None), the result is None.
-        like: (B, C, H, W), a tensor of the size of the aligned images.
-    """
-    return None if theta is None else valid_mask(theta, like.shape[2], like.shape[3])
-
-
-def compute_seen_mask(net: FocusNet, height: int, width: int, share: float = 0.5) -> Tensor | None:
-    """Returns which locations of the aligned frame at least a certain share of the training images showed.
-
-    Args:
-        height, width: rows and columns of locations.
-        share: smallest share of the training images.
-
-    Returns: (height, width) bool. The result is None, which means all locations, in two cases. First, no congealing aligner is
-        enabled, so it is not known which locations the images showed. Second, the network aligns features: distances are then in
-        a frame that differs between images, and the shares that the aligner stores are not in that frame.
+    The result is None, which means all locations, in two cases. First, no congealing aligner is enabled, so it is not known which
+    locations the images showed. Second, the network aligns features: distances are then in a frame that differs between images,
+    and the shares that the aligner stores are not in that frame.
     """
     aligner = net.image_aligner
-    if len(net.feature_aligners):
+    if len(net.feature_aligners) or not isinstance(aligner, CongealingAligner) or not bool(aligner.enabled):
         return None
-    if not isinstance(aligner, CongealingAligner) or not bool(aligner.enabled):
-        return None
-    return F.adaptive_avg_pool2d(aligner.weight[None, None], (height, width))[0, 0] >= share
+    return F.adaptive_avg_pool2d(aligner.weight[None, None], (height, width))[0, 0] >= 0.5

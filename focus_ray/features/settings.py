@@ -11,7 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
-from focus_ray.settings.kinds import BACKBONES, GEOMETRIES, BackboneGeometry
+from focus_ray.features.backbones.spec import BackboneSpec
+from focus_ray.settings.kinds import BACKBONES
 from focus_ray.settings.sections import Layer, Precision, Section
 
 Group = Literal[
@@ -160,7 +161,7 @@ class ModelConfig(Section):
 
     def place_px(self, map_layer: int) -> int:
         """Side of a place of the map, in pixels of the network's input. map_layer: 0, 1 or 2, the layer with the map's grid."""
-        return self.geometry.strides[map_layer]
+        return self.backbone_spec.strides[map_layer]
 
     @property
     def shared_grid(self) -> tuple[int, int]:
@@ -173,21 +174,26 @@ class ModelConfig(Section):
         return round(self.tiling.overlap * self.image_size_px) if self.tiling is not None else 0
 
     @property
+    def tiles(self) -> tuple[int, int, int, int]:
+        """Rows and columns of tiles, their side and their overlap in pixels: the arguments of `density.tiles.Tiles`."""
+        return *self.grid, self.image_size_px, self.overlap_px
+
+    @property
     def frame_px(self) -> tuple[int, int]:
         """Height and width to which images are resized: the area of all tiles."""
         step = self.image_size_px - self.overlap_px
         return self.grid[0] * step + self.overlap_px, self.grid[1] * step + self.overlap_px
 
     @property
-    def geometry(self) -> BackboneGeometry:
-        """Strides and limits of the backbone."""
-        return GEOMETRIES.get(self.backbone, BackboneGeometry())
+    def backbone_spec(self) -> BackboneSpec:
+        """Channels, strides and limits of the backbone."""
+        return BACKBONES[self.backbone]
 
     @field_validator("image_size_px")
     @classmethod
     def _divisible(cls, value: int, info: ValidationInfo) -> int:
-        backbone = info.data.get("backbone", "")  # missing if the backbone was refused
-        step = GEOMETRIES.get(backbone, BackboneGeometry()).strides[2]
+        backbone = info.data.get("backbone")
+        step = 1 if backbone is None else BACKBONES[backbone].strides[2]  # None: the backbone was refused
         if value % step:
             below = value - value % step
             raise ValueError(
@@ -212,7 +218,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _large_enough(self) -> ModelConfig:
-        smallest = self.geometry.min_reflected_px
+        smallest = self.backbone_spec.min_reflected_px
         if self.padding == "reflect" and self.image_size_px < smallest:
             raise ValueError(
                 f"padding=reflect with {self.backbone} needs an image_size_px of at least {smallest}, got {self.image_size_px}: "
@@ -223,7 +229,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _aligns_maps(self) -> ModelConfig:
         moving = [key for key in get_args(Layer) if getattr(self.feature_alignment, key) != "none"]
-        if moving and not self.geometry.passes_feature_maps:
+        if moving and not self.backbone_spec.passes_feature_maps:
             raise ValueError(
                 f"{self.backbone} hands tokens from layer to layer, which cannot be aligned as maps: set "
                 f"{', '.join(f'model.feature_alignment.{key}=none' for key in moving)}, or take another backbone"

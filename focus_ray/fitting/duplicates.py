@@ -24,8 +24,8 @@ from torch import Tensor
 from focus_ray.density.base import Statistics
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.relations import Relations
-from focus_ray.detect.detector import GRID, describe_embedding, descriptor_channels, embed, to_images
-from focus_ray.features.network import FocusNet
+from focus_ray.detect.detector import GRID, describe_embedding, descriptor_channels, embed
+from focus_ray.features.network import FocusNet, to_images
 
 GAP = 0.8  # an image's nearest images are its duplicates if the next image is at least 1 / GAP times as far away
 # Duplicates are ignored if a smaller share of the images has duplicates. Chance pairs stayed below 0.2 in all tested categories.
@@ -69,18 +69,16 @@ def describe_images(net: FocusNet, reduction: ChannelReduction, images: Tensor) 
     return describe_embedding(descriptor_channels(embedding, reduction))
 
 
-def describe_bank(bank: Tensor, height: int, width: int) -> Tensor:
-    """Computes descriptors (N, GRID * GRID, C), float32, of the images of a bank (N, height * width, C), any float type."""
-    parts = [describe_embedding(rows.transpose(1, 2).unflatten(2, (height, width))) for rows in bank.split(16)]
-    return torch.cat(parts) if parts else torch.empty(0, GRID * GRID, bank.shape[2])
-
-
 def describe_statistics(statistics: Statistics, reduction: ChannelReduction) -> Tensor:
-    """Computes descriptors (N, P, K), float16, of the images of the statistics' bank."""
+    """Computes descriptors (N, GRID * GRID, K), float16, of the images of the statistics' bank."""
     bank, moments, grid = statistics.bank, statistics.moments, statistics.grid
     assert bank is not None
+    size = moments.height * grid[0], moments.width * grid[1]
     first = reduction.num_channels if reduction.num_coreset_channels else 0
-    return describe_bank(bank[:, :, first:], moments.height * grid[0], moments.width * grid[1]).half()
+    parts = [torch.empty(0, GRID * GRID, bank.shape[2] - first)]
+    for rows in bank[:, :, first:].split(16):  # a few images at a time bound the memory
+        parts.append(describe_embedding(rows.transpose(1, 2).unflatten(2, size)))
+    return torch.cat(parts).half()
 
 
 def descriptor_distances(first: Tensor, second: Tensor) -> Tensor:

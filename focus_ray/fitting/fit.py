@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -27,18 +28,17 @@ from focus_ray.density.base import (
     sample_evenly,
     supports_leave_one_out,
 )
-from focus_ray.density.moments import Moments
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.relations import Relations, assign_folds
 from focus_ray.density.tiles import Tiles
 from focus_ray.detect.calibration import Calibration, CalibrationBuilder, Method
-from focus_ray.detect.detector import GRID, Detector, to_images
+from focus_ray.detect.detector import GRID, Detector
 from focus_ray.detect.profile import fit_profile
 from focus_ray.distributed import broadcast_from_rank0, gather_objects, gather_rows, world_size
-from focus_ray.errors import ConfigError, DataError
+from focus_ray.errors import ConfigError
 from focus_ray.features.alignment.congealing import CongealingAligner
 from focus_ray.features.batch_norm import prepared_for_inference
-from focus_ray.features.network import FocusNet, build_net
+from focus_ray.features.network import FocusNet, build_net, to_images
 from focus_ray.fitting.duplicates import (
     SHIFTS_PX,
     ImageOrigins,
@@ -61,11 +61,13 @@ from focus_ray.fitting.shards import BatchSchedule, Shard
 from focus_ray.fitting.shared_metric import read_shared_metric
 from focus_ray.fitting.split import MAX_CALIBRATION_IMAGES, NUM_CALIBRATION_FOLDS
 from focus_ray.fitting.state import BestNetwork, FitNotes, OnEpoch, TrainState
-from focus_ray.fyd.objective import TrainingObjective, build_optimizer, build_schedule, has_collapsed, train_epoch
 from focus_ray.precision import compute_dtype
 from focus_ray.progress import track
 from focus_ray.seeds import derive_seed
 from focus_ray.settings.kinds import DENSITIES
+
+if TYPE_CHECKING:
+    from focus_ray.fyd.training import FydTraining
 
 _MAX_LEAVE_ONE_OUT_IMAGES = 128  # images that a density without a bank keeps for leave-one-out
 MAX_ALIGNMENT_IMAGES = 512  # images from which congealing learns its mean image
@@ -105,7 +107,6 @@ def fit(
     *,
     net: FocusNet | None = None,
     rank: int = 0,
-    wrap: Callable[[torch.nn.Module], Any] | None = None,
     state: TrainState | None = None,
     on_epoch: OnEpoch | None = None,
     log: Callable[[str], None] = lambda message: None,
@@ -118,7 +119,6 @@ def fit(
         net: network to fit; None: a new one with the configured weights.
         device: device of the network and the density.
         rank: number of this worker, from 0.
-        wrap: makes the objective data-parallel (DDP) if there are several workers.
         state: saved state from which training resumes; None starts a new fit.
         on_epoch: called by every worker after every epoch, with a function that returns the state to save; see `state.OnEpoch`.
         log: called with each message.
@@ -132,7 +132,7 @@ def fit(
         WeightsError, ConfigError: see `check_prerequisites`.
     """
     category_fit = CategoryFit(config, shard, num_images, device, net=net, rank=rank, log=log)
-    category_fit.align_and_train(wrap, state, on_epoch)
+    category_fit.align_and_train(state, on_epoch)
     return category_fit.finish()
 
 
@@ -182,6 +182,7 @@ class CategoryFit:
         num_own: number of training images of this worker.
         offset: number, over all workers, of this worker's first training image.
         validation: this worker's validation images (N, H, W, C) and masks of their synthetic defects; None without selection.
+        training: the training of the network; None with train.epochs=0.
         method: calibration method.
         best: the network with the best validation score so far.
         projection: the learnt projection; None before it is learnt, and for other reductions.
@@ -203,25 +204,25 @@ class CategoryFit:
         torch.manual_seed(config.train.seed)
         net = build_net(config.model) if net is None else net
         net = net.to(device).to(memory_format=torch.channels_last)
+        self.training: FydTraining | None = None
+        if config.train.epochs:
+            from focus_ray.fyd.training import FydTraining
+
+            self.training = FydTraining(net, device, config.train)
         self.config, self.net, self.shard = config, net, shard
         self.device, self.rank, self.log = device, rank, log
-        self._set_own_range(num_images)
+        self.num_images = num_images
+        self.offset = num_images * rank // world_size()
+        self.num_own = num_images * (rank + 1) // world_size() - self.offset
         self.reduction = ChannelReduction(net.backbone.spec.channels, config.density, config.train.seed).to(device)
         self.notes = FitNotes()
         self.seconds: dict[str, float] = {}
         self.best: BestNetwork | None = None
         self.projection: DiscriminantProjection | None = None
         self.validation = self._make_validation_set()
-        self.method = self.choose_calibration_method()
+        self.method = self._choose_calibration_method()
         # a few training images (N, H, W, 3), from which the distance between two photographs of one part is measured
         self._reference_images: Tensor | None = None
-        self._own_groups: NDArray[np.int64] = shard.fit_groups()
-
-    def _set_own_range(self, num_images: int) -> None:
-        """Sets the number of training images, and the range of this worker's images in the numbering over all workers."""
-        self.num_images = num_images
-        self.offset = num_images * self.rank // world_size()
-        self.num_own = num_images * (self.rank + 1) // world_size() - self.offset
 
     def _log_progress(self, stage: str, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yields the batches, and logs from time to time how many images are finished."""
@@ -242,26 +243,24 @@ class CategoryFit:
         """
         if not self.config.selection.enabled:
             return None
-        normals = list(self.shard.validation_batches())
-        if not normals:
-            size = self.config.model.frame_px
-            return np.empty((0, *size, 3), np.uint8), np.empty((0, *size), bool)
-        return validation_images(
-            torch.cat(normals).numpy(), seed=derive_seed(self.config.train.seed, "synthetic defects", self.rank)
-        )
+        normals = self._join_batches(self.shard.validation_batches()).numpy()
+        if not len(normals):
+            return normals, np.empty(normals.shape[:3], bool)
+        return validation_images(normals, derive_seed(self.config.train.seed, "synthetic defects", self.rank))
 
-    def validate(self, choice: dict[str, float | str]) -> float | None:
+    def _join_batches(self, batches: Iterable[Tensor]) -> Tensor:
+        """Concatenates batches to images (N, H, W, C) uint8; without batches, N is 0."""
+        parts = list(batches)
+        return torch.cat(parts) if parts else torch.empty(0, *self.config.model.frame_px, 3, dtype=torch.uint8)
+
+    def _validate(self, choice: dict[str, float | str]) -> float:
         """Computes the validation score of the current network, and adds it to the notes and the log.
 
         Args: choice: describes the network in notes and logs, for instance {"epoch": 3}.
-
-        Returns: the score; None without selection.
         """
-        if self.validation is None:
-            return None
+        assert self.validation is not None
         detector = build_detector(self.config, self.net, self.reduction, self.training_statistics())
-        images, masks = self.validation
-        figures = compute_validation_figures(detector, images, masks)
+        figures = compute_validation_figures(detector, *self.validation)
         self.notes.selection.append({**choice, **figures})
         self.log(
             ", ".join(f"{key} {value}" for key, value in choice.items())
@@ -290,23 +289,16 @@ class CategoryFit:
             aligner = self.net.image_aligner
             assert isinstance(aligner, CongealingAligner)
             group = self.config.model.image_alignment.group
-            aligned_score = self.validate({"image_alignment": group})
+            aligned_score = self._validate({"image_alignment": group})
             aligner.enabled.fill_(False)
-            unaligned_score = self.validate({"image_alignment": "none"})
-            assert aligned_score is not None
-            assert unaligned_score is not None
+            unaligned_score = self._validate({"image_alignment": "none"})
             report.enabled = broadcast_from_rank0(lambda: aligned_score > unaligned_score)
             aligner.enabled.fill_(report.enabled)
         on_or_off = "on" if report.enabled else "off"
         self.log(f"image alignment {on_or_off} (pairwise L2 of held-out images falls by {report.drop:.0%})")
 
     # ---- training
-    def align_and_train(
-        self,
-        wrap: Callable[[torch.nn.Module], Any] | None = None,
-        state: TrainState | None = None,
-        on_epoch: OnEpoch | None = None,
-    ) -> None:
+    def align_and_train(self, state: TrainState | None = None, on_epoch: OnEpoch | None = None) -> None:
         """Fits the image aligner and trains the network, or resumes training from a saved state.
 
         The arguments are described in `fit`.
@@ -317,86 +309,60 @@ class CategoryFit:
             with self._measure_time("alignment"):
                 self.fit_image_aligner()
         with self._measure_time("train"):
-            if self.config.train.epochs:
-                self.train(wrap, state, on_epoch)
+            if self.training is not None:
+                self.train(self.training, state, on_epoch)
 
     def restore(self, state: TrainState) -> None:
         """Takes over from a saved state the network's weights, the notes (`FitNotes`) and the best network so far."""
-        self.net.load_state_dict(state.net)
+        assert self.training is not None
+        self.training.load_network(state.net)
         self.notes, self.best = state.notes, state.best
 
-    def train(
-        self,
-        wrap: Callable[[torch.nn.Module], Any] | None,
-        state: TrainState | None,
-        on_epoch: OnEpoch | None,
-    ) -> None:
+    def train(self, training: FydTraining, state: TrainState | None, on_epoch: OnEpoch | None) -> None:
         """Trains for train.epochs epochs. With selection, the network then gets the weights of `best`.
 
         The arguments are described in `fit`.
 
         Raises: DataError: no loss trains a parameter.
         """
-        train, net = self.config.train, self.net
+        from focus_ray.fyd.training import cut_tiles
+
+        train, tiles = self.config.train, Tiles(*self.config.model.tiles)
         steps = BatchSchedule.agree(self.num_images, world_size(), train.batch_size_per_worker)
-        objective = TrainingObjective(net, train)
-        if not any(parameter.requires_grad for parameter in net.parameters()):
-            raise DataError(
-                "train.epochs is above 0, but no loss trains anything: set train.lambda_fine or lambda_ica above 0"
-            )
-        optimizer = build_optimizer(net, train)
-        schedule = build_schedule(optimizer, train, steps.steps)
-        first = 0
-        if state is not None:
-            optimizer.load_state_dict(state.optimizer)
-            schedule.load_state_dict(state.schedule)
-            first = state.epoch + 1
-            schedule.last_epoch = first * steps.steps  # computed again, because the number of workers may have changed
-        else:
+        training.start(steps.steps)
+        if state is None:
             self._keep_best(-1)
-        parallel = objective if wrap is None else wrap(objective)
-        autocast = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        for epoch in range(first, train.epochs):
-            net.train()
+        else:
+            training.resume(state.optimizer, state.schedule, state.epoch)
+        for epoch in range(0 if state is None else state.epoch + 1, train.epochs):
             generator = torch.Generator().manual_seed(derive_seed(train.seed, "epoch", epoch, self.rank))
             start = time.perf_counter()
-            batches = self._cut_tiles(self.shard.train_batches(steps.batch_size, steps.steps, generator), epoch)
-            figures = train_epoch(parallel, batches, optimizer, schedule, train, self.device, generator, autocast)
+            batches = self.shard.train_batches(steps.batch_size, steps.steps, generator)
+            figures = training.run_epoch(cut_tiles(batches, tiles, train.seed, epoch), generator)
             figures = {"epoch": float(epoch), **figures, "seconds": time.perf_counter() - start}
             self._note_epoch(figures)
             self._keep_best(epoch)
             if on_epoch is not None:
 
                 def snapshot(epoch: int = epoch) -> TrainState:
-                    states = optimizer.state_dict(), schedule.state_dict()
-                    return TrainState(epoch, net.state_dict(), *states, copy.deepcopy(self.notes), self.best)
+                    return TrainState(epoch, *training.state(), copy.deepcopy(self.notes), self.best)
 
                 on_epoch(epoch, figures, snapshot)
         if self.best is not None:
-            net.load_state_dict(self.best.net)
+            self.net.load_state_dict(self.best.net)
             self.log(f"kept the network after epoch {self.best.epoch + 1} of {train.epochs} (0: untrained)")
-
-    def _cut_tiles(self, batches: Iterable[Tensor], epoch: int) -> Iterator[Tensor]:
-        """Cuts one tile out of each image of a batch, the same tile for the whole batch and on all workers; tiles take turns."""
-        tiles = Tiles.from_config(self.config.model)
-        generator = torch.Generator().manual_seed(derive_seed(self.config.train.seed, "tiles", epoch))
-        order = torch.randperm(tiles.num_tiles, generator=generator).tolist()
-        for number, batch in enumerate(batches):
-            yield batch if tiles.num_tiles == 1 else tiles.cut_tile(batch, order[number % len(order)])
 
     def _note_epoch(self, figures: dict[str, float]) -> None:
         """Notes and logs the figures of an epoch, and warns if they show a collapse."""
+        from focus_ray.fyd.training import collapse_warning
+
         self.notes.history.append(figures)
         epoch, epochs = int(figures["epoch"]) + 1, self.config.train.epochs
         shown = ", ".join(f"{key} {value:.4g}" for key, value in figures.items() if key != "epoch")
         self.log(f"epoch {epoch}/{epochs}: {shown}")
-        if has_collapsed(figures):
-            message = (
-                f"epoch {epoch}: the features have collapsed (std {figures['feature_std']:.3g} of an even spread, "
-                f"effective rank {figures['effective_rank']:.1f}): lower train.learning_rate or train.lambda_fine"
-            )
-            self.notes.warnings.append(message)
-            self.log(f"WARNING: {message}")
+        warning = collapse_warning(figures)
+        if warning is not None:
+            self._warn(f"epoch {epoch}: {warning}")
 
     def _keep_best(self, epoch: int) -> None:
         """Validates the network, and stores a copy as `best` if it is the first one or beats `best` by MIN_GAIN.
@@ -405,10 +371,10 @@ class CategoryFit:
 
         Args: epoch: number of the last finished epoch; -1 for the untrained network.
         """
-        self.net.eval()
-        score = self.validate({"epoch": epoch + 1})
-        if score is None:
+        if self.validation is None:
             return
+        self.net.eval()
+        score = self._validate({"epoch": epoch + 1})
         best = self.best
         if best is None or broadcast_from_rank0(lambda: score > best.score + MIN_GAIN):
             network = {name: value.detach().cpu().clone() for name, value in self.net.state_dict().items()}
@@ -420,23 +386,24 @@ class CategoryFit:
 
         Nothing happens unless density.reduction=discriminant.
         """
-        if self.config.density.reduction == "discriminant":
-            chosen = choose_projection_images(self.num_images, Tiles.from_config(self.config.model).num_tiles)
-            rows = self._own_rows(chosen)
-            self.projection = learn_projection(
-                self.net,
-                self.reduction,
-                self.shard.fit_batches(positions=rows),
-                self.device,
-                self.num_images,
-                [self.offset + row for row in rows],
-                self.config.train.seed,
-                read_shared_metric(self.config),
-                with_folds=self.method == "leave_one_out",
-                origins=self._origins(sorted(chosen), self.reduction),
-                log=self.log,
-            )
-            self.reduction.projection.copy_(self.projection.projection)
+        if self.config.density.reduction != "discriminant":
+            return
+        chosen = choose_projection_images(self.num_images, Tiles(*self.config.model.tiles).num_tiles)
+        rows = self._own_rows(chosen)
+        self.projection = learn_projection(
+            self.net,
+            self.reduction,
+            self.shard.fit_batches(positions=rows),
+            self.device,
+            self.num_images,
+            [self.offset + row for row in rows],
+            self.config.train.seed,
+            read_shared_metric(self.config),
+            with_folds=self.method == "leave_one_out",
+            origins=self._fit_origins(sorted(chosen)),
+            log=self.log,
+        )
+        self.reduction.projection.copy_(self.projection.projection)
 
     def training_statistics(self, for_calibration: bool = False) -> Statistics:
         """Computes the statistics of the training images with the current network, after learning the projection.
@@ -444,60 +411,48 @@ class CategoryFit:
         Args: for_calibration: make a bank of some images even if the density needs none.
         """
         self.net.eval()
-        config = self.config.density
         self.learn_projection()
-        bank_images = choose_bank_images(config, self.num_images)
-        if bank_images is None and for_calibration:
-            bank_images = sample_evenly(self.num_images, _MAX_LEAVE_ONE_OUT_IMAGES)
+        bank_images = self._choose_bank_images(for_calibration)
         batches = self._log_progress("statistics", self.shard.fit_batches())
         cache = None if self.projection is None else self.projection.cache
         statistics = compute_statistics(self.net, self.reduction, batches, self.device, bank_images, self.offset, cache)
         if self.projection is not None:
             self.projection = self.projection._replace(cache=None)  # frees its memory
-        if statistics.bank is not None and bank_images is not None:
-            self._find_relations(statistics, self._origins(sorted(bank_images), self.reduction))
+        if bank_images is not None:
+            statistics.descriptors = describe_statistics(statistics, self.reduction)
+            origins = self._fit_origins(sorted(bank_images))
+            statistics.same_part_distance = origins.same_part_distance
+            statistics.relations = _find_relations(statistics.descriptors.float(), origins)
         return statistics
 
+    def _choose_bank_images(self, for_calibration: bool) -> set[int] | None:
+        """Returns the numbers, over all workers, of the bank's images. Args and None: as in `training_statistics`."""
+        images = choose_bank_images(self.config.density, self.num_images)
+        if images is None and for_calibration:
+            return sample_evenly(self.num_images, _MAX_LEAVE_ONE_OUT_IMAGES)
+        return images
+
     # ---- images that show the same part
-    def _origins(self, positions: Sequence[int], reduction: ChannelReduction) -> ImageOrigins:
-        """Returns group and rank of some training images, for the search for images of the same part.
+    def _fit_origins(self, positions: Sequence[int]) -> ImageOrigins:
+        """Returns the origins of some training images, given by their numbers over all workers."""
+        groups, order = _join_workers(self.shard.fit_groups()), _join_workers(self.shard.fit_order())
+        return ImageOrigins(groups[list(positions)], order[list(positions)], self._same_part_distance())
 
-        Args: positions: numbers of the images over all workers.
-        """
-        groups, order = (
-            torch.from_numpy(np.concatenate(gather_objects(numbers)))[list(positions)]
-            for numbers in (self.shard.fit_groups(), self.shard.fit_order())
-        )
-        return ImageOrigins(groups, order, self._same_part_distance(reduction))
-
-    def _same_part_distance(self, reduction: ChannelReduction) -> float | None:
+    def _same_part_distance(self) -> float | None:
         """Runs `measure_same_part_distance` on a few training images; the result is the same on every worker."""
         if self._reference_images is None:
             rows = self._own_rows(sample_evenly(self.num_images, len(SHIFTS_PX)))
-            batches = list(self.shard.fit_batches(positions=rows))
-            size = self.config.model.frame_px
-            own_images = (
-                torch.cat([batch[..., :3] for batch in batches])
-                if batches
-                else torch.empty(0, *size, 3, dtype=torch.uint8)
-            )
-            self._reference_images = gather_rows(own_images, self.device)
-        references = self._reference_images
-        return broadcast_from_rank0(lambda: measure_same_part_distance(self.net, reduction, references, self.device))
-
-    def _find_relations(self, statistics: Statistics, origins: ImageOrigins) -> None:
-        """Finds the images of the bank that show the same part, and sets relations and descriptors of the statistics."""
-        statistics.descriptors = describe_statistics(statistics, self.reduction)
-        descriptors = statistics.descriptors.float()
-        statistics.same_part_distance = origins.same_part_distance
-        statistics.relations = broadcast_from_rank0(lambda: find_relations(descriptors, origins))
+            own_images = self._join_batches(self.shard.fit_batches(positions=rows))[..., :3]
+            self._reference_images = gather_rows(own_images)
+        images = self._reference_images
+        return broadcast_from_rank0(lambda: measure_same_part_distance(self.net, self.reduction, images, self.device))
 
     def _describe(self, batches: Iterable[Tensor]) -> Tensor:
         """Computes descriptors (n, P, K) of the images of all workers."""
-        parts = [describe_images(self.net, self.reduction, to_images(batch, self.device)) for batch in batches]
         num_channels = self.reduction.num_coreset_channels or self.reduction.num_channels
-        own_descriptors = torch.cat(parts).cpu() if parts else torch.empty(0, GRID * GRID, num_channels)
-        return gather_rows(own_descriptors, self.device)
+        parts = [torch.empty(0, GRID * GRID, num_channels)]
+        parts += [describe_images(self.net, self.reduction, to_images(batch, self.device)).cpu() for batch in batches]
+        return gather_rows(torch.cat(parts))
 
     @torch.inference_mode()
     def _unrelated_holdout(self, statistics: Statistics) -> list[int] | None:
@@ -506,40 +461,28 @@ class CategoryFit:
         Returns: None if there are too few. Then the scores of held-out images do not show how a new part scores.
         """
         counts = gather_objects(self.shard.num_holdout())
-        own_rows = range(self.shard.num_holdout())
-        if statistics.bank is None or statistics.descriptors is None:
-            return list(own_rows)
-        holdout_descriptors = self._describe(self.shard.holdout_batches())
-        bank_positions = sorted(
-            choose_bank_images(self.config.density, self.num_images)
-            or sample_evenly(self.num_images, _MAX_LEAVE_ONE_OUT_IMAGES)
-        )
-        bank_origins = self._origins(bank_positions, self.reduction)
-        num_bank = len(bank_positions)
-        groups, order = (
-            torch.from_numpy(np.concatenate(gather_objects(numbers)))
-            for numbers in (self.shard.holdout_groups(), self.shard.holdout_order())
-        )
+        bank_images = self._choose_bank_images(for_calibration=True)
+        assert bank_images is not None
+        assert statistics.descriptors is not None
+        bank = self._fit_origins(sorted(bank_images))
+        groups, order = _join_workers(self.shard.holdout_groups()), _join_workers(self.shard.holdout_order())
         origins = ImageOrigins(
-            torch.cat([bank_origins.groups, groups]),
-            torch.cat([bank_origins.order, order]),
-            bank_origins.same_part_distance,
+            torch.cat([bank.groups, groups]), torch.cat([bank.order, order]), bank.same_part_distance
         )
-        descriptors = torch.cat([statistics.descriptors.float(), holdout_descriptors])
-        relations = broadcast_from_rank0(lambda: find_relations(descriptors, origins))
-        if relations is None:
-            return list(own_rows)
-        unrelated = ~relations.related[num_bank:, :num_bank].any(dim=1)
-        num_related = int((~unrelated).sum())
-        if num_related:
+        holdout_descriptors = self._describe(self.shard.holdout_batches())
+        relations = _find_relations(torch.cat([statistics.descriptors.float(), holdout_descriptors]), origins)
+        is_related = torch.zeros(sum(counts), dtype=torch.bool)
+        if relations is not None:
+            is_related = relations.related[len(bank_images) :, : len(bank_images)].any(dim=1)
+        if num_related := int(is_related.sum()):
             self._warn(
-                f"{num_related} of {len(unrelated)} held-out photographs show parts that training photographs also show: these "
+                f"{num_related} of {len(is_related)} held-out photographs show parts that training photographs also show: these "
                 "photographs are not used for the threshold"
             )
-        if float(unrelated.float().mean()) < _MIN_UNRELATED_SHARE:
+        if 1 - float(is_related.float().mean()) < _MIN_UNRELATED_SHARE:
             return None
         first = sum(counts[: self.rank])
-        return [row for row in own_rows if bool(unrelated[first + row])]
+        return [row for row in range(self.shard.num_holdout()) if not is_related[first + row]]
 
     def _note_relations(self, relations: Relations) -> None:
         """Notes and logs how many parts the photographs show."""
@@ -561,19 +504,17 @@ class CategoryFit:
         self.num_images, self.num_own = sum(counts), counts[self.rank]
         self.offset = sum(counts[: self.rank])
 
-    def choose_calibration_method(self) -> Method:
-        """Chooses the calibration method: calibration.method or, if that is auto, the first one possible.
-
-        The order is split (with held-out images), leave_one_out, cross.
-        """
+    def _choose_calibration_method(self) -> Method:
+        """Chooses the calibration method: calibration.method or, if that is auto, split if there are held-out images."""
         method = self.config.calibration.method
         if method != "auto":
             return method
-        if sum(gather_objects(self.shard.num_holdout())):
-            return "split"
-        return (
-            "leave_one_out" if supports_leave_one_out(self.config.density, self.config.model.shared_grid) else "cross"
-        )
+        return "split" if sum(gather_objects(self.shard.num_holdout())) else self._method_without_holdout()
+
+    def _method_without_holdout(self) -> Method:
+        """Returns the calibration method that uses training images: leave_one_out if the density supports it, else cross."""
+        config = self.config
+        return "leave_one_out" if supports_leave_one_out(config.density, config.model.shared_grid) else "cross"
 
     def finish(self) -> FitResult:
         """Computes statistics, builds the detector and calibrates it, with the trained network."""
@@ -583,8 +524,7 @@ class CategoryFit:
 
     def _finish(self) -> FitResult:
         """Does the work of `finish`, with a network that is prepared for inference."""
-        folds: list[Statistics] = []
-        fold_rows: list[list[int]] = []
+        folds: list[_Fold] = []
         holdout_rows: list[int] | None = None
         self._join_validation()
         with self._measure_time("statistics"):
@@ -592,16 +532,14 @@ class CategoryFit:
                 statistics = self.training_statistics(for_calibration=True)
                 holdout_rows = self._unrelated_holdout(statistics)
                 if holdout_rows is None:
-                    can_leave_out = supports_leave_one_out(self.config.density, self.config.model.shared_grid)
-                    self.method = "leave_one_out" if can_leave_out else "cross"
+                    self.method = self._method_without_holdout()
                     self._warn(
                         "the threshold is set from training photographs instead, each scored without the photographs of its part"
                     )
             if self.method == "cross":
                 self.learn_projection()
-                fold_rows = self._assign_folds()
-                folds = [self._compute_fold_statistics(rows) for rows in fold_rows]
-                statistics = _join_all(folds)
+                folds = self._compute_folds()
+                statistics = _join_all([fold.statistics for fold in folds])
             elif self.method == "leave_one_out":
                 statistics = self.training_statistics(for_calibration=True)
             statistics.limit_bank(self.config.density.max_images)
@@ -614,7 +552,7 @@ class CategoryFit:
                 statistics = dataclasses.replace(statistics, bank=None, thetas=None, shown=None, relations=None)
             detector = build_detector(self.config, self.net, self.reduction, statistics)
             if self.method == "cross":
-                builder = self._cross_calibrate(folds, fold_rows)
+                builder = self._cross_calibrate(folds)
             elif self.method == "leave_one_out":
                 builder = collect_leave_one_out_scores(
                     detector, statistics_with_bank, self.config, self.projection, self.log
@@ -622,85 +560,84 @@ class CategoryFit:
             else:
                 batches = self._log_progress("calibration", self.shard.holdout_batches(holdout_rows))
                 groups = self.shard.holdout_groups()[holdout_rows]
-                builder = collect_calibration_scores(
-                    detector, batches, self.config.calibration, self.method, self.device, groups
-                )
-        return FitResult(
-            detector,
-            statistics,
-            builder.finish(),
-            self.notes,
-            self.seconds,
-        )
+                builder = collect_calibration_scores(detector, batches, self.config.calibration, "split", groups)
+        return FitResult(detector, statistics, builder.finish(), self.notes, self.seconds)
 
-    def _assign_folds(self) -> list[list[int]]:
-        """Returns, for each fold of the cross calibration, the rows of its images in this worker's shard.
+    def _compute_folds(self) -> list[_Fold]:
+        """Divides the images into folds for cross calibration. Photographs of one part, as far as recognised, are in one fold.
 
-        Photographs that are recognised to show the same part are in the same fold.
+        The banks are small enough that the banks of all folds but one together have about density.max_images images.
         """
-        folds, self._own_groups = self.shard.fit_folds(), self.shard.fit_groups()
+        fold_of, groups = self.shard.fit_folds(), self.shard.fit_groups()
         if self.num_images <= _MAX_COMPARED_IMAGES:
-            origins = self._origins(range(self.num_images), self.reduction)
-            descriptors = self._describe(self.shard.fit_batches())
-            relations = broadcast_from_rank0(lambda: find_relations(descriptors, origins))
+            origins = self._fit_origins(range(self.num_images))
+            relations = _find_relations(self._describe(self.shard.fit_batches()), origins)
             if relations is not None:
                 self._note_relations(relations)
                 own_images = slice(self.offset, self.offset + self.num_own)
-                folds = assign_folds(relations.groups, NUM_CALIBRATION_FOLDS).numpy()[own_images]
-                self._own_groups = relations.groups.numpy()[own_images]
-        return [np.flatnonzero(folds == fold).tolist() for fold in range(NUM_CALIBRATION_FOLDS)]
-
-    def _compute_fold_statistics(self, rows: list[int]) -> Statistics:
-        """Computes the statistics of one fold.
-
-        The bank is small enough that the banks of all folds but one together have about density.max_images images.
-
-        Args: rows: row numbers, in this worker's shard, of the fold's images.
-        """
-        config = self.config.density
-        sizes = gather_objects(len(rows))
+                fold_of = assign_folds(relations.groups, NUM_CALIBRATION_FOLDS).numpy()[own_images]
+                groups = relations.groups.numpy()[own_images]
+        config, folds = self.config.density, []
         limit = -(-config.max_images // (NUM_CALIBRATION_FOLDS - 1))
-        bank_images = sample_evenly(sum(sizes), limit) if DENSITIES[config.kind].keeps_bank else None
-        batches = self.shard.fit_batches(rows)
-        return compute_statistics(self.net, self.reduction, batches, self.device, bank_images, sum(sizes[: self.rank]))
+        for number in range(NUM_CALIBRATION_FOLDS):
+            rows = np.flatnonzero(fold_of == number)
+            sizes = gather_objects(len(rows))
+            first, num_images = sum(sizes[: self.rank]), sum(sizes)
+            bank_images = sample_evenly(num_images, limit) if DENSITIES[config.kind].keeps_bank else None
+            batches = self.shard.fit_batches(rows.tolist())
+            statistics = compute_statistics(self.net, self.reduction, batches, self.device, bank_images, first)
+            folds.append(_Fold(rows, groups[rows], first, num_images, statistics))
+        return folds
 
-    def _cross_calibrate(self, folds: list[Statistics], fold_rows: list[list[int]]) -> CalibrationBuilder:
+    def _cross_calibrate(self, folds: Sequence[_Fold]) -> CalibrationBuilder:
         """Scores the training images of each fold with a density of the other folds.
 
         This density's bank is not larger than the bank of the final density.
         """
         images_per_fold = -(-MAX_CALIBRATION_IMAGES // len(folds))
-        joined: CalibrationBuilder | None = None
-        groups = self._own_groups
-        for fold, statistics in enumerate(folds):
-            if not statistics.moments.count:
+        builders = []
+        for fold in folds:
+            if not fold.num_images:
                 continue
-            remaining = _join_all([other for number, other in enumerate(folds) if number != fold])
+            remaining = _join_all([other.statistics for other in folds if other is not fold])
             remaining.limit_bank(self.config.density.max_images)
             detector = build_detector(self.config, self.net, self.reduction, remaining)
-            sizes = gather_objects(len(fold_rows[fold]))
-            first = sum(sizes[: self.rank])
-            chosen = sample_evenly(sum(sizes), images_per_fold)
-            rows = [row for number, row in enumerate(fold_rows[fold]) if first + number in chosen]
-            batches = self.shard.fit_batches(rows)
-            builder = collect_calibration_scores(
-                detector, batches, self.config.calibration, "cross", self.device, groups[rows]
+            chosen = sample_evenly(fold.num_images, images_per_fold)
+            used = [number for number in range(len(fold.rows)) if fold.first + number in chosen]
+            batches = self.shard.fit_batches(fold.rows[used].tolist())
+            builders.append(
+                collect_calibration_scores(detector, batches, self.config.calibration, "cross", fold.groups[used])
             )
-            joined = builder if joined is None else joined.merge(builder)
-        assert joined is not None
-        return joined
+        return functools.reduce(CalibrationBuilder.merge, builders)
 
 
-def _join_all(parts: list[Statistics]) -> Statistics:
+class _Fold(NamedTuple):
+    """A fold of the training images for cross calibration.
+
+    rows: (n,) rows, in this worker's shard, of the worker's n images of the fold.
+    groups: (n,) group number of each image.
+    first: number, over all workers, of the worker's first image among the images of the fold.
+    num_images: number of images of the fold, over all workers.
+    statistics: of all images of the fold.
+    """
+
+    rows: NDArray[np.int64]
+    groups: NDArray[np.int64]
+    first: int
+    num_images: int
+    statistics: Statistics
+
+
+def _join_workers(numbers: NDArray[np.int64]) -> Tensor:
+    """Concatenates the numbers (n,) of all workers' images."""
+    return torch.from_numpy(np.concatenate(gather_objects(numbers)))
+
+
+def _find_relations(descriptors: Tensor, origins: ImageOrigins) -> Relations | None:
+    """Runs `find_relations` on rank 0, for all workers."""
+    return broadcast_from_rank0(lambda: find_relations(descriptors, origins))
+
+
+def _join_all(parts: Sequence[Statistics]) -> Statistics:
     """Joins statistics into new ones; the parts do not change."""
-    first = parts[0].moments
-    total = Statistics(
-        Moments(first.height, first.width, first.channels, first.mean.device),
-        None if parts[0].bank is None else parts[0].bank[:0],
-        None if parts[0].thetas is None else parts[0].thetas[:0],
-        shown=None if parts[0].shown is None else parts[0].shown[:0],
-        grid=parts[0].grid,
-    )
-    for part in parts:
-        total.join(part)
-    return total
+    return functools.reduce(Statistics.join, parts[1:], copy.deepcopy(parts[0]))

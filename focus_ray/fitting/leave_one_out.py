@@ -16,20 +16,17 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from focus_ray.density.base import LeaveOneOutScorer, Statistics, build_density, leave_one_out_scorer, sample_evenly
-from focus_ray.density.checked_memory import CheckedMemory, leave_one_out_gaussian, measure_scale
-from focus_ray.density.moments import Moments
-from focus_ray.density.nearest import (
-    JointMemory,
-    NearestMemory,
-    measure_typical_distances,
-    subsample_coreset,
-    to_bank_rows,
-    unwrap_memory,
-    whiten,
+from focus_ray.density.bank import to_bank_rows
+from focus_ray.density.base import (
+    LeaveOneOutScorer,
+    Statistics,
+    leave_one_out_refits,
+    leave_one_out_scorer,
+    sample_evenly,
 )
+from focus_ray.density.moments import Moments
 from focus_ray.density.settings import DensityConfig
-from focus_ray.density.tiles import TiledDensity, split_bank_into_tiles, split_maps
+from focus_ray.density.tiles import split_maps
 from focus_ray.detect.calibration import CalibrationBuilder
 from focus_ray.detect.detector import Detector, ScoredImages, shown_pixels
 from focus_ray.detect.profile import MAX_IMAGES, compute_profile, leave_one_out_distances
@@ -126,15 +123,13 @@ def _score_by_folds(
     bank = statistics.bank
     assert bank is not None
     assert projection.fold_of is not None
-    density = detector.density.tile_density if isinstance(detector.density, TiledDensity) else detector.density
-    all_images = torch.arange(len(bank))
-    if isinstance(density, CheckedMemory):
-        distances_by_fold = _checked_distances_by_fold(detector, density, statistics, projection, config)
-    elif isinstance(density, (NearestMemory, JointMemory)):
-        distances_by_fold = _memory_distances_by_fold(detector, density, statistics, projection)
-    else:
-        distances_by_fold = _rebuilt_distances_by_fold(detector, statistics, projection, config)
-    for fold, distances in enumerate(distances_by_fold):
+    all_images, device = torch.arange(len(bank)), detector.density.device
+    projected = (_project_statistics(statistics, projection, fold, device) for fold in range(NUM_FOLDS))
+
+    def score(scorer: LeaveOneOutScorer, rows: Tensor) -> Tensor:
+        return leave_one_out_distances(scorer, statistics, rows, detector.seen_mask, all_images, device)
+
+    for fold, distances in enumerate(leave_one_out_refits(config, detector.density, projected, score)):
         for image in _own_numbers(len(bank)).split(1):
             number = int(image)
             if int(projection.fold_of[number]) == fold:
@@ -143,112 +138,22 @@ def _score_by_folds(
                 yield _score_with_profile(other_distances, detector, distance, statistics, image)
 
 
-def _project(projection: DiscriminantProjection, fold: int, device: torch.device) -> Iterator[Tensor]:
-    """Yields batches of embeddings (B, k, H, W) of all images, in order, with the projection that was learnt without a fold.
-
-    Args: fold: number of the fold.
-    """
+def _project_statistics(
+    statistics: Statistics, projection: DiscriminantProjection, fold: int, device: torch.device
+) -> Statistics:
+    """Returns the statistics with the embeddings of all images by the projection that was learnt without a fold."""
     assert projection.fold_projections is not None
     assert projection.embeddings is not None
+    assert statistics.bank is not None
+    all_moments = statistics.moments
+    moments = Moments(all_moments.height, all_moments.width, all_moments.channels, device)
+    rows = []
     for part in projection.embeddings.split(_IMAGES_AT_ONCE):
-        yield torch.einsum("kc,nchw->nkhw", projection.fold_projections[fold], part.to(device, torch.float32))
-
-
-def _rebuilt_distances_by_fold(
-    detector: Detector, statistics: Statistics, projection: DiscriminantProjection, config: DensityConfig
-) -> Iterator[Tensor]:
-    """Yields leave-one-out distances (N, H, W) of all images for each fold's projection, for any kind of density.
-
-    The density is built again for each projection.
-    """
-    device, bank, all_moments = detector.density.device, statistics.bank, statistics.moments
-    assert bank is not None
-    for fold in range(NUM_FOLDS):
-        moments = Moments(all_moments.height, all_moments.width, all_moments.channels, device)
-        rows = []
-        for embedding in _project(projection, fold, device):
-            moments.update(split_maps(embedding, *statistics.grid))
-            rows.append(to_bank_rows(embedding))
-        fold_statistics = dataclasses.replace(statistics, moments=moments, bank=torch.cat(rows))
-        scorer = leave_one_out_scorer(config, fold_statistics, build_density(config, fold_statistics))
-        all_images = torch.arange(len(bank))
-        yield leave_one_out_distances(scorer, statistics, torch.cat(rows), detector.seen_mask, all_images, device)
-
-
-def _memory_distances_by_fold(
-    detector: Detector, density: NearestMemory | JointMemory, statistics: Statistics, projection: DiscriminantProjection
-) -> Iterator[Tensor]:
-    """Yields leave-one-out distances (N, H, W) of all images for each fold's projection, for a density that is a memory.
-
-    The location memory is built again for each projection. The coreset does not depend on the projection, so its distances are
-    computed only once.
-    """
-    bank, grid = statistics.bank, statistics.grid
-    assert bank is not None
-    device, all_images = density.device, torch.arange(len(bank))
-    memory = density.location_memory if isinstance(density, JointMemory) else density
-    num_channels = memory.bank.shape[2]
-
-    def for_images(tile_scorer: LeaveOneOutScorer) -> LeaveOneOutScorer:
-        """Returns a scorer of whole images for a scorer of tiles."""
-        return tile_scorer if grid == (1, 1) else TiledDensity(tile_scorer, grid)
-
-    def to_tiles(rows: Tensor) -> Tensor:
-        """Splits rows (N, L, C) of whole images into rows of tiles."""
-        return split_bank_into_tiles(rows, grid, memory.height, memory.width)
-
-    coreset_distances: Tensor | None = None
-    if isinstance(density, JointMemory):
-        coreset_bank = bank[:, :, num_channels:]
-        scorer = for_images(_CoresetScorer(density))
-        coreset_distances = leave_one_out_distances(
-            scorer, statistics, coreset_bank, detector.seen_mask, all_images, device
-        )
-    for fold in range(NUM_FOLDS):
-        rows = torch.cat([to_bank_rows(embedding) for embedding in _project(projection, fold, device)])
-        whitening = memory.whitening
-        coreset, images = subsample_coreset(whiten(to_tiles(rows), whitening), memory.bank.shape[1], device)
-        fold_memory = NearestMemory(
-            coreset, whitening, memory.height, memory.width, memory.window, memory.bank.dtype, images
-        )
-        distances = leave_one_out_distances(
-            for_images(fold_memory), statistics, rows, detector.seen_mask, all_images, device
-        )
-        if isinstance(density, JointMemory):
-            assert coreset_distances is not None
-            joint_bank = to_tiles(torch.cat([rows, bank[:, :, num_channels:]], dim=2))
-            relations = statistics.per_tile.relations
-            typical = measure_typical_distances(fold_memory, density.coreset, joint_bank, relations)
-            distances = (distances / typical[0] + coreset_distances / typical[1]) / 2
-        yield distances
-
-
-def _checked_distances_by_fold(
-    detector: Detector,
-    density: CheckedMemory,
-    statistics: Statistics,
-    projection: DiscriminantProjection,
-    config: DensityConfig,
-) -> Iterator[Tensor]:
-    """Yields leave-one-out distances (N, H, W) of all images for each fold's projection, for a `CheckedMemory`.
-
-    The location memory is built again, and the Gaussians are fitted again, for each projection.
-    """
-    device, all_moments = density.device, statistics.moments
-    memory_distances = _memory_distances_by_fold(detector, unwrap_memory(density), statistics, projection)
-    for fold, distances in enumerate(memory_distances):
-        moments = Moments(all_moments.height, all_moments.width, all_moments.channels, device)
-        rows = []
-        for embedding in _project(projection, fold, device):
-            moments.update(embedding)
-            rows.append(to_bank_rows(embedding))
-        fold_statistics = dataclasses.replace(statistics, moments=moments, bank=torch.cat(rows))
-        gaussian = leave_one_out_gaussian(fold_statistics)
-        all_images = torch.arange(len(distances))
-        gaussian_distances = leave_one_out_distances(
-            gaussian, fold_statistics, torch.cat(rows), detector.seen_mask, all_images, device
-        )
-        yield torch.minimum(distances, gaussian_distances * measure_scale(config, fold_statistics, gaussian))
+        embedding = torch.einsum("kc,nchw->nkhw", projection.fold_projections[fold], part.to(device, torch.float32))
+        moments.update(split_maps(embedding, *statistics.grid))
+        rows.append(to_bank_rows(embedding))
+    coreset_bank = statistics.bank[:, :, moments.channels :]
+    return dataclasses.replace(statistics, moments=moments, bank=torch.cat([torch.cat(rows), coreset_bank], dim=2))
 
 
 def _unrelated_positions(statistics: Statistics, image: Tensor, numbers: Tensor) -> Tensor:
@@ -262,22 +167,6 @@ def _unrelated_positions(statistics: Statistics, image: Tensor, numbers: Tensor)
     """
     excluded = statistics.images_to_exclude(image).view(-1)
     return (~torch.isin(numbers, excluded)).nonzero()[:, 0]
-
-
-class _CoresetScorer:
-    """Scores images with the coreset of a joint memory alone (a `LeaveOneOutScorer`)."""
-
-    def __init__(self, density: JointMemory) -> None:
-        self.height, self.width, self.coreset = density.height, density.width, density.coreset
-
-    def score(self, embedding: Tensor, excluded_images: Tensor) -> Tensor:
-        """Computes distances (B, H, W), >= 0, of B images in the coreset, without some excluded images.
-
-        Args:
-            embedding: (B, K, H, W), the channels for the coreset.
-            excluded_images: (B,) or (B, K'), numbers of the bank's images to exclude for each of the B images.
-        """
-        return self.coreset.score(embedding, excluded_images)
 
 
 def _score_with_profile(

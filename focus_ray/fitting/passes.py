@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Container, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from focus_ray.density.bank import to_bank_rows
 from focus_ray.density.base import Statistics
 from focus_ray.density.moments import Moments
-from focus_ray.density.nearest import to_bank_rows
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.tiles import Tiles, split_maps
 from focus_ray.detect.calibration import CalibrationBuilder, Method
-from focus_ray.detect.detector import Detector, ScoredImages, embed, shown_locations, shown_mask, to_images
+from focus_ray.detect.detector import Detector, ScoredImages, embed, shown_locations, shown_mask
 from focus_ray.detect.settings import CalibrationConfig
-from focus_ray.distributed import broadcast_from_rank0, gather_objects, gather_rows, reduce_moments
+from focus_ray.distributed import broadcast_from_rank0, gather_objects, gather_rows, world_size
 from focus_ray.features.alignment.congealing import AlignmentReport, CongealingAligner
-from focus_ray.features.network import FocusNet
+from focus_ray.features.network import FocusNet, to_images
 from focus_ray.fitting.projection import CachedEmbeddings
 from focus_ray.fitting.selection import validation_figures
 
@@ -47,20 +49,19 @@ def compute_statistics(
     """
     net.eval()
     pad_batches = reduction.num_coreset_channels > 0
-    tiles = Tiles.from_config(net.config)
+    tiles = Tiles(*net.config.tiles)
 
     def embed_batch(batch: Tensor, position: int) -> tuple[Tensor, Tensor | None]:
         """Embeds a batch whose first image has the number `position`; takes cached embeddings where they exist."""
-        rows = {} if cache is None else cache.row
-        new = [number for number in range(len(batch)) if position + number not in rows]
-        if len(new) == len(batch):
+        cached_rows = {} if cache is None else cache.row
+        cached = [number for number in range(len(batch)) if position + number in cached_rows]
+        if cache is None or not cached:
             return embed(net, reduction, to_images(batch, device), pad_batches)
-        assert cache is not None
-        old = [number for number in range(len(batch)) if position + number in rows]
-        embedding, theta = cache.embedding([position + number for number in old], reduction.projection)
+        embedding, theta = cache.embedding([position + number for number in cached], reduction.projection)
+        new = [number for number in range(len(batch)) if position + number not in cached_rows]
         if new:
             new_embedding, new_theta = embed(net, reduction, to_images(batch[new], device), pad_batches)
-            order = torch.tensor(old + new).argsort().to(device)  # back to the order of the batch
+            order = torch.tensor(cached + new).argsort().to(device)  # back to the order of the batch
             embedding = torch.cat([embedding, new_embedding])[order]
             theta = None if theta is None or new_theta is None else torch.cat([theta, new_theta])[order]
         return embedding, theta
@@ -116,33 +117,45 @@ def compute_embedding_statistics(
         grid: rows and columns of tiles that share these locations.
     """
     num_channels = reduction.num_channels
+    num_locations = map_size[0] * map_size[1] * grid[0] * grid[1]
     moments = Moments(*map_size, num_channels, device)
-    bank_parts: list[Tensor] = []
-    theta_parts: list[Tensor] = []
-    shown_parts: list[Tensor] = []
+    bank_parts = [torch.empty(0, num_locations, num_channels + reduction.num_coreset_channels, dtype=torch.float16)]
+    theta_parts = [torch.empty(0, 2, 3)]
+    shown_parts = [torch.empty(0, num_locations, dtype=torch.uint8)]
     position = first_image
     for embedding, theta, shown in batches:
         moments.update(split_maps(embedding[:, :num_channels], *grid))
-        if bank_images is not None:
-            chosen = [number for number in range(len(embedding)) if position + number in bank_images]
-            if chosen:
-                bank_parts.append(to_bank_rows(embedding[chosen]))
-                if theta is not None:
-                    theta_parts.append(theta[chosen].float().cpu())
-                if shown is not None:
-                    shown_parts.append(shown[chosen].byte().cpu())
+        chosen = [number for number in range(len(embedding)) if position + number in (bank_images or ())]
+        bank_parts.append(to_bank_rows(embedding[chosen]))
+        if theta is not None:
+            theta_parts.append(theta[chosen].float().cpu())
+        if shown is not None:
+            shown_parts.append(shown[chosen].byte().cpu())
         position += len(embedding)
-    reduce_moments(moments)
+    _reduce_moments(moments)
     if bank_images is None:
         return Statistics(moments, grid=grid)
-    all_channels = num_channels + reduction.num_coreset_channels
-    num_locations = map_size[0] * map_size[1] * grid[0] * grid[1]
-    bank = torch.cat(bank_parts) if bank_parts else torch.empty(0, num_locations, all_channels, dtype=torch.float16)
-    bank = gather_rows(bank, device)
-    thetas = gather_rows(torch.cat(theta_parts) if theta_parts else torch.empty(0, 2, 3), device)
-    no_rows = torch.empty(0, num_locations, dtype=torch.uint8)
-    shown = gather_rows(torch.cat(shown_parts) if shown_parts else no_rows, device) > 0
-    return Statistics(moments, bank, thetas if len(thetas) else None, shown=shown if len(shown) else None, grid=grid)
+    bank, thetas, shown = (gather_rows(torch.cat(parts)) for parts in (bank_parts, theta_parts, shown_parts))
+    return Statistics(
+        moments, bank, thetas if len(thetas) else None, shown=shown > 0 if len(shown) else None, grid=grid
+    )
+
+
+def _reduce_moments(moments: Moments) -> None:
+    """Merges the moments of all workers, in place, into the exact mean and scatter of all images."""
+    if world_size() == 1:
+        return
+    count = torch.tensor([moments.count], dtype=torch.float64, device=moments.mean.device)
+    total_sum = moments.mean.double() * moments.count
+    dist.all_reduce(count)
+    dist.all_reduce(total_sum)
+    mean = (total_sum / count).to(moments.mean.dtype)
+    # scatter about the common mean = own scatter + count * outer product of the difference of the means
+    difference = moments.mean - mean
+    moments.scatter.baddbmm_(difference[:, :, None], difference[:, None, :], alpha=float(moments.count))
+    dist.all_reduce(moments.scatter)
+    moments.mean = mean
+    moments.count = int(count.item())
 
 
 @torch.inference_mode()
@@ -156,7 +169,7 @@ def fit_aligner(net: FocusNet, batches: Iterable[Tensor], device: torch.device, 
         return None
     size = aligner.FINE_PX
     prepared = [aligner.prepare(to_images(batch, device)).cpu() for batch in batches]
-    rows = gather_rows(torch.cat(prepared) if prepared else torch.empty(0, size, size), device)
+    rows = gather_rows(torch.cat([torch.empty(0, size, size), *prepared]))
 
     def fit() -> tuple[AlignmentReport, dict[str, Tensor]]:
         report = aligner.fit(rows.to(device), seed)
@@ -173,7 +186,6 @@ def collect_calibration_scores(
     batches: Iterable[Tensor],
     config: CalibrationConfig,
     method: Method,
-    device: torch.device,
     groups: NDArray[np.int64] | None = None,
 ) -> CalibrationBuilder:
     """Scores normal images that the detector's density has not seen, and joins the scores of all workers.
@@ -184,12 +196,10 @@ def collect_calibration_scores(
         groups: (N,), group number of each image of this worker's batches, in order; None: every image shows a different part.
     """
     builder = CalibrationBuilder(method, config.target_fpr, config.target_pixel_fpr)
-    num_scored = 0
     for batch in batches:
         scored = detector(batch)
-        batch_groups = None if groups is None else groups[num_scored : num_scored + len(batch)]
+        batch_groups = None if groups is None else groups[builder.num_images : builder.num_images + len(batch)]
         builder.add(scored.score.cpu().numpy(), calibration_pixels(scored, shown_mask(batch, "cpu")), batch_groups)
-        num_scored += len(batch)
     return merge_over_workers(builder)
 
 
@@ -208,10 +218,7 @@ def calibration_pixels(scored: ScoredImages, shown: Tensor | None) -> NDArray[np
 
 def merge_over_workers(builder: CalibrationBuilder) -> CalibrationBuilder:
     """Merges the builders of all workers, with the same result on every worker."""
-    merged, *other_builders = gather_objects(builder)
-    for other in other_builders:
-        merged = merged.merge(other)
-    return merged
+    return functools.reduce(CalibrationBuilder.merge, gather_objects(builder))
 
 
 @torch.inference_mode()

@@ -27,17 +27,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from focus_ray.defects import merge_copies, synthetic_validation_set
+from focus_ray.defects import Picture, draw_defective_copies, find_objects, merge_copies
 from focus_ray.density.base import sample_evenly
 from focus_ray.density.nearest import whitening_matrix
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.relations import Relations, assign_folds
 from focus_ray.density.settings import DensityConfig
 from focus_ray.density.tiles import Tiles
-from focus_ray.detect.detector import describe_embedding, embed_tiles, shown_locations, to_images
+from focus_ray.detect.detector import describe_embedding, embed_tiles, shown_locations
 from focus_ray.distributed import gather_rows, worker_range, world_size
 from focus_ray.features.alignment.theta import warp
-from focus_ray.features.network import FocusNet
+from focus_ray.features.network import FocusNet, to_images
 from focus_ray.fitting.duplicates import ImageOrigins, find_relations
 from focus_ray.progress import track
 from focus_ray.seeds import derive_seed
@@ -151,21 +151,26 @@ def learn_projection(
     Raises: ValueError: fewer than two images.
     """
     net.eval()
-    tiles = Tiles.from_config(net.config)
+    tiles = Tiles(*net.config.tiles)
     size = net.config.image_size_px
     own_parts = [torch.empty(0, size, size, 4, dtype=torch.uint8)]
-    own_parts += [_with_shown_channel(tiles.cut_batch(image)) for batch in batches for image in batch.split(1)]
+    for batch in batches:
+        # without a fourth channel (`data.framing`), all pixels are scored
+        framed = batch if batch.shape[3] > 3 else F.pad(batch, (0, 1), value=255)
+        own_parts.append(tiles.cut_batch(framed))
     own_images = torch.cat(own_parts)  # (n, S, S, 4), tiles count as images
     full_reduction = build_full_reduction(reduction, net.backbone.spec.channels).to(device)
     # every worker needs all chosen images, because synthetic defects contain pieces of other images
-    images = gather_rows(own_images, device)
+    images = gather_rows(own_images)
     embedding, theta = _embed_all_channels(net, full_reduction, own_images, device)
     num_channels = full_reduction.num_channels
     full, coreset = embedding.cpu().split([num_channels, full_reduction.num_coreset_channels], dim=1)
     rows = {number: row for row, number in enumerate(numbers)}
     cache = CachedEmbeddings(rows, tiles.join(full), tiles.join(coreset), theta)
-    bank = gather_rows(full, device)
-    scored = gather_rows(_scored_locations(own_images[..., 3], theta, bank.shape[2], device).byte().cpu(), device) > 0
+    bank = gather_rows(full)
+    # (n, H, W) bool, locations of the aligned frame that are scored
+    scored = shown_locations(own_images[..., 3].to(device) > 0, theta, Tiles(1, 1, size, 0), full.shape[2:])
+    scored = gather_rows(scored.cpu())
     if len(images) < 2:
         raise ValueError(
             f"density.reduction=discriminant needs at least 2 normal images, got {len(images)}: add training images"
@@ -174,29 +179,26 @@ def learn_projection(
     if origins is not None:
         # same_part_distance was measured on the channels of the coreset and is not valid for all channels
         origins = origins if coreset.shape[1] else origins._replace(same_part_distance=None)
-        compared = tiles.join(gather_rows(coreset if coreset.shape[1] else full, device))
+        compared = tiles.join(gather_rows(coreset if coreset.shape[1] else full))
         relations = find_relations(describe_embedding(compared), origins)
     scatter = ResidualScatter(bank.to(device), reduction.config, seed, tiles.num_tiles, relations)
     queries = _choose_queries(len(images), tiles.num_tiles, use_all=len(images) == num_images)
     own_queries = worker_range(len(queries))
     defects_per_image = max(3, min(8, -(-NUM_DEFECTS // len(queries))))
-    query_images = images[queries, ..., :3].numpy()
-    foregrounds: dict[int, NDArray[np.bool_]] = {}
+    pictures = [] if shared is not None else find_objects(images[queries, ..., :3].numpy())
     groups = [own_queries[start : start + _IMAGES_AT_ONCE] for start in range(0, len(own_queries), _IMAGES_AT_ONCE)]
     for group in track(groups, "metric: images with defects", len(own_queries), log, count=len):
         group_images = torch.tensor([queries[number] for number in group])
-        scatter.add_normal_residuals(group_images, scored[group_images].to(device))
+        scatter.add(0, scatter.bank[group_images].float(), group_images, scored[group_images].to(device))
         if shared is not None:
             continue
-        copies, masks, sources = _paint_defects(
-            query_images, group, derive_seed(seed, "metric"), defects_per_image, foregrounds
-        )
+        copies, masks, sources = _paint_defects(pictures, group, derive_seed(seed, "metric"), defects_per_image)
         source_images = torch.tensor(queries)[sources]
         masks &= images[source_images, ..., 3].numpy() > 0
         embedding, theta = _embed_all_channels(net, full_reduction, torch.from_numpy(copies), device)
         covered = _covered_locations(masks, theta, bank.shape[2], device)
         for part in torch.arange(len(copies)).split(_IMAGES_AT_ONCE):
-            scatter.add_defective_residuals(embedding[part, :num_channels].float(), source_images[part], covered[part])
+            scatter.add(1, embedding[part, :num_channels].float(), source_images[part], covered[part])
     projection, scatters = scatter.compute_projection(reduction.num_channels, shared)
     num_used = len(queries) if tiles.num_tiles == 1 else len(images) // tiles.num_tiles
     if not with_folds or shared is not None or num_used < num_images or num_images < 2 * NUM_FOLDS:
@@ -206,29 +208,23 @@ def learn_projection(
 
 
 def _paint_defects(
-    images: NDArray[np.uint8],
-    numbers: Iterable[int],
-    seed: int,
-    defects_per_image: int,
-    foregrounds: dict[int, NDArray[np.bool_]],
+    pictures: Sequence[Picture], numbers: Iterable[int], seed: int, defects_per_image: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_], list[int]]:
-    """Paints synthetic defects on copies of some images.
+    """Paints synthetic defects on copies of some pictures.
 
     Args:
-        images: (N, S, S, 3), normal images, from which defects also take pieces.
-        numbers: numbers of the images to copy.
-        foregrounds: cache of the images' foregrounds (S, S), by number; missing foregrounds are computed and added.
+        pictures: normal images, from which defects also take pieces.
+        numbers: numbers of the pictures to copy.
 
-    Returns: copies (M, S, S, 3), masks (M, S, S) of the defects, and the number of the image that each copy shows.
+    Returns: copies (M, S, S, 3), masks (M, S, S) of the defects, and the number of the picture that each copy shows.
     """
     painted, masks, sources = [], [], []
     for number in numbers:
-        only = range(number, number + 1)
-        copies, covered, _ = synthetic_validation_set(images, seed, defects_per_image, only, foregrounds)
-        combined, covered = merge_copies(images[number], copies, covered)
-        painted.append(combined)
+        copies, covered, _ = draw_defective_copies(pictures, number, seed, defects_per_image)
+        copies, covered = merge_copies(pictures[number].pixels, copies, covered)
+        painted.append(copies)
         masks.append(covered)
-        sources += [number] * len(combined)
+        sources += [number] * len(copies)
     return np.concatenate(painted), np.concatenate(masks), sources
 
 
@@ -248,23 +244,14 @@ def _embed_all_channels(
     """
     if not len(images):
         side = net.config.image_size_px // net.config.place_px(full_reduction.config.map_layer)
-        channels = full_reduction.num_channels + full_reduction.num_coreset_channels
-        return torch.empty(0, channels, side, side, device=device, dtype=torch.float16), None
+        num_channels = full_reduction.num_channels + full_reduction.num_coreset_channels
+        return torch.empty(0, num_channels, side, side, device=device, dtype=torch.float16), None
     parts = [
         embed_tiles(net, full_reduction, to_images(part, device), pad_batches=True)
         for part in images.split(_IMAGES_AT_ONCE_FP32)
     ]
     thetas = [theta for _, theta in parts if theta is not None]
     return torch.cat([embedding.half() for embedding, _ in parts]), torch.cat(thetas) if thetas else None
-
-
-def _with_shown_channel(images: Tensor) -> Tensor:
-    """Adds a fourth channel, which is above 0 at pixels that are scored (`data.framing`), to images (B, S, S, 3).
-
-    Without this channel, all pixels are scored, so it is 255 everywhere. Images (B, S, S, 4) have the channel already and are
-    returned unchanged.
-    """
-    return images if images.shape[3] > 3 else F.pad(images, (0, 1), value=255)
 
 
 def _choose_queries(num_images: int, num_tiles: int, use_all: bool) -> list[int]:
@@ -278,20 +265,6 @@ def _choose_queries(num_images: int, num_tiles: int, use_all: bool) -> list[int]
         return sorted(sample_evenly(num_images, num_images if use_all else MAX_QUERIES))
     order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
     return sorted(order[:MAX_NEIGHBOURS].tolist())
-
-
-def _scored_locations(shown: Tensor, theta: Tensor | None, side: int, device: torch.device) -> Tensor:
-    """Returns the locations of the aligned frame that are scored.
-
-    Args:
-        shown: (B, S, S) uint8, above 0 at pixels that are scored.
-        theta: (B, 2, 3), alignment of each image; None without image alignment.
-        side: locations along one side of the map.
-
-    Returns: (B, side, side) bool.
-    """
-    one_tile = Tiles(1, 1, shown.shape[1], 0)
-    return shown_locations(shown.to(device) > 0, theta, one_tile, (side, side))
 
 
 def _covered_locations(masks: np.ndarray, theta: Tensor | None, side: int, device: torch.device) -> Tensor:
@@ -358,33 +331,19 @@ class ResidualScatter:
         self.sums = torch.zeros(NUM_FOLDS, 2, channels, channels, dtype=torch.float64, device=bank.device)
         self.counts = torch.zeros(NUM_FOLDS, 2, dtype=torch.float64, device=bank.device)
 
-    def add_normal_residuals(self, images: Tensor, scored: Tensor | None = None) -> None:
-        """Adds the residuals of normal images to the normal sums.
+    def add(self, kind: int, embedding: Tensor, images: Tensor, used: Tensor) -> None:
+        """Adds residuals to the normal (kind 0) or defective (kind 1) sums.
 
         The residual of a patch is its difference to the most similar patch of another normal image.
 
         Args:
-            images: (B,), numbers of the images in the bank.
-            scored: (B, H, W) bool, locations to use; None: all locations.
+            embedding: (B, C, H, W) float32, all channels of images of the bank, or of copies of them with synthetic defects.
+            images: (B,), numbers of the images in the bank, or of the images that were copied.
+            used: (B, H, W) bool, locations whose residuals are added.
         """
-        residuals = self._compute_residuals(self.bank[images].float(), images)
-        self._add(0, residuals, images, scored)
-
-    def add_defective_residuals(self, embedding: Tensor, images: Tensor, covered: Tensor) -> None:
-        """Adds the residuals of defective patches to the defective sums.
-
-        Args:
-            embedding: (B, C, H, W), all channels of copies of normal images with synthetic defects.
-            images: (B,), numbers in the bank of the images that were copied.
-            covered: (B, H, W) bool, locations that a defect covers; only these are added.
-        """
-        self._add(1, self._compute_residuals(embedding, images), images, covered)
-
-    def _add(self, kind: int, residuals: Tensor, images: Tensor, used: Tensor | None) -> None:
-        """Adds residuals (B, H, W, C) at the used locations (B, H, W) to the normal (kind 0) or defective (kind 1) sums."""
-        for number, image in enumerate(residuals):
+        for number, image in enumerate(self._compute_residuals(embedding, images)):
             fold = int(self.fold_of[int(images[number]) // self.tiles_per_image])
-            rows = (image.flatten(0, 1) if used is None else image[used[number]]).double()
+            rows = image[used[number]].double()
             self.sums[fold, kind] += rows.t() @ rows
             self.counts[fold, kind] += len(rows)
 
@@ -445,32 +404,27 @@ class ResidualScatter:
         distance = torch.baddbmm(
             self.squares_LN[:, None], around.reshape(height * width, -1, query.shape[3]), self.reduced_LKN, alpha=-2
         )
-        excluded = images if self.relations is None else self.relations.relatives(images)
-        image_numbers = torch.arange(batch)[:, None].expand(batch, excluded.view(batch, -1).shape[1])
-        distance.view(height * width, window**2, batch, -1)[
-            :, :, image_numbers, excluded.view(batch, -1).to(query.device)
-        ] = torch.inf
+        excluded = (images if self.relations is None else self.relations.relatives(images)).view(batch, -1)
+        by_query = distance.view(height * width, window**2, batch, -1)
+        by_query[:, :, torch.arange(batch)[:, None], excluded.to(query.device)] = torch.inf
         value, image = (minimum.view(height, width, window, window, batch) for minimum in distance.min(dim=2))
+        # a patch of the bank has the number image * L + location
+        patch = image * (height * width) + torch.arange(height * width, device=query.device).view(
+            height, width, 1, 1, 1
+        )
         best = query.new_full((height, width, batch), torch.inf)
         nearest = torch.zeros(height, width, batch, dtype=torch.long, device=query.device)
-        y, x = torch.zeros_like(nearest), torch.zeros_like(nearest)
-        down_all = torch.arange(height, device=query.device)[:, None, None].expand_as(nearest)
-        right_all = torch.arange(width, device=query.device)[None, :, None].expand_as(nearest)
         for offset in range(window**2):
             down, right = (number - reach for number in divmod(offset, window))
             # compare the query at (r + down, c + right) with the bank of (r, c), as far as both are inside the map
             at_query = slice(max(down, 0), height + min(down, 0)), slice(max(right, 0), width + min(right, 0))
             at_bank = slice(max(-down, 0), height + min(-down, 0)), slice(max(-right, 0), width + min(-right, 0))
-            candidate = value[at_bank][:, :, down + reach, right + reach]
+            candidate, number = (found[at_bank][:, :, down + reach, right + reach] for found in (value, patch))
             is_closer = candidate < best[at_query]
-            for target, update in (
-                (best, candidate),
-                (nearest, image[at_bank][:, :, down + reach, right + reach]),
-                (y, down_all[at_bank]),
-                (x, right_all[at_bank]),
-            ):
-                target[at_query] = torch.where(is_closer, update, target[at_query])
-        neighbour = self.bank.permute(0, 2, 3, 1)[nearest, y, x].float()  # (H, W, B, C)
+            best[at_query] = torch.where(is_closer, candidate, best[at_query])
+            nearest[at_query] = torch.where(is_closer, number, nearest[at_query])
+        bank = self.bank.flatten(2).transpose(1, 2)  # (N, L, C)
+        neighbour = bank[nearest // bank.shape[1], nearest % bank.shape[1]].float()  # (H, W, B, C)
         return (embedding.permute(2, 3, 0, 1) - neighbour).permute(2, 0, 1, 3)
 
 

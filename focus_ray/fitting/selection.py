@@ -25,25 +25,22 @@ JUDGED_BY = {
 }
 
 
-def validation_images(
-    normals: NDArray[np.uint8], seed: int, per_image: int = DEFECTS_PER_IMAGE
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Returns normal images followed by defective copies, (N * (1 + per_image), H, W, C), and their masks (..., H, W).
+def validation_images(normals: NDArray[np.uint8], seed: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Returns N normal images followed by `DEFECTS_PER_IMAGE` defective copies of each, (M, H, W, C), and masks (M, H, W).
 
     Args:
         normals: (N, H, W, C) uint8 images that the density has not seen. A fourth channel marks the scored pixels
             (`data.framing`). The copies keep this channel, and masks lie inside the scored pixels.
         seed: 0 or more.
-        per_image: number of defective copies of each image.
 
     Raises: DataError: fewer than two images.
     """
     if len(normals) < 2:
         raise DataError(f"a validation score needs at least 2 held-out normal images, got {len(normals)}")
-    defective, masks, _ = synthetic_validation_set(normals[..., :3], seed, per_image)
+    defective, masks, _ = synthetic_validation_set(normals[..., :3], seed, DEFECTS_PER_IMAGE)
     clean = np.zeros(normals.shape[:3], dtype=bool)
     if normals.shape[3] > 3:
-        scored_pixels = np.repeat(normals[..., 3:], per_image, axis=0)
+        scored_pixels = np.repeat(normals[..., 3:], DEFECTS_PER_IMAGE, axis=0)
         defective, masks = np.concatenate([defective, scored_pixels], axis=3), masks & (scored_pixels[..., 0] > 0)
     return np.concatenate([normals, defective]), np.concatenate([clean, masks])
 

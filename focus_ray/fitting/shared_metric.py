@@ -9,7 +9,7 @@ category.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import safetensors
@@ -18,7 +18,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from focus_ray.errors import ConfigError, DataError
+from focus_ray.errors import ConfigError
 from focus_ray.fitting.settings import Config
 from focus_ray.storage.files import read_bytes, write_bytes
 
@@ -36,16 +36,8 @@ def matching_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def average_scatter(scatters: Sequence[Tensor]) -> Tensor:
-    """Averages scatter matrices (2, C, C), each divided by the mean variance of its normal residuals.
-
-    Returns: (2, C, C) float32, normal and defective.
-    """
-    return torch.stack([scatter / scatter[0].diagonal().mean().clamp_min(1e-24) for scatter in scatters]).mean(dim=0)
-
-
 def write_shared_metric(uri: str, scatters: Mapping[str, Tensor], config: Config) -> None:
-    """Writes a shared metric.
+    """Writes a shared metric: the mean of the scatter matrices, each divided by the mean variance of its normal residuals.
 
     Args:
         scatters: (2, C, C) of each category, by name of the category.
@@ -56,8 +48,8 @@ def write_shared_metric(uri: str, scatters: Mapping[str, Tensor], config: Config
         "categories": json.dumps(sorted(scatters)),
         "fits": json.dumps(matching_settings(config)),
     }
-    tensors = {"scatter": average_scatter(list(scatters.values())).contiguous()}
-    write_bytes(uri, save_tensors(tensors, metadata=metadata))
+    scaled = [scatter / scatter[0].diagonal().mean().clamp_min(1e-24) for scatter in scatters.values()]
+    write_bytes(uri, save_tensors({"scatter": torch.stack(scaled).mean(dim=0)}, metadata=metadata))
 
 
 def read_shared_metric(config: Config) -> Tensor | None:
@@ -73,20 +65,15 @@ def read_shared_metric(config: Config) -> Tensor | None:
     )
     try:
         content = read_bytes(uri)
-    except (FileNotFoundError, DataError) as error:
-        raise ConfigError(f"density.metric={uri}: cannot read the file ({error}): {advice}") from None
-    try:
-        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
-        tensors = load_tensors(content)
-        file_settings = json.loads(metadata["fits"])
-        scatter = tensors["scatter"]
-    except (ValueError, KeyError, safetensors.SafetensorError):
-        raise ConfigError(f"density.metric={uri}: the file is not a shared metric: {advice}") from None
-    if metadata.get("format") != FORMAT:
+        # a safetensors file starts with the length of its JSON header
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        file_settings = {"format": metadata["format"], **json.loads(metadata["fits"])}
+        scatter = load_tensors(content)["scatter"]
+    except (FileNotFoundError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise ConfigError(
-            f"density.metric={uri}: the format is {metadata.get('format')!r}, expected {FORMAT!r}: {advice}"
-        )
-    for key, value in matching_settings(config).items():
+            f"density.metric={uri}: the file cannot be read as a shared metric ({error}): {advice}"
+        ) from None
+    for key, value in {"format": FORMAT, **matching_settings(config)}.items():
         if file_settings.get(key) != value:
             raise ConfigError(
                 f"density.metric={uri}: the file was made with {key}={file_settings.get(key)}, but this run has {key}={value}: "

@@ -65,25 +65,15 @@ class TrainState:
 
     def to_dict(self) -> dict[str, Any]:
         """Converts to plain types and tensors, which `torch.load(weights_only=True)` can read; state dicts are not copied."""
-        return {
-            "epoch": self.epoch,
-            "net": self.net,
-            "optimizer": self.optimizer,
-            "schedule": self.schedule,
-            "notes": asdict(self.notes),
-            "best": None if self.best is None else dict(vars(self.best)),
-        }
+        return {**vars(self), "notes": asdict(self.notes), "best": self.best and vars(self.best)}
 
     @staticmethod
     def from_dict(tree: dict[str, Any]) -> TrainState:
         """Rebuilds a state from the dictionary that `to_dict` returned."""
-        notes = dict(tree["notes"])
-        report = notes.pop("alignment")
-        alignment = None if report is None else AlignmentReport(**report)
-        best = None if tree["best"] is None else BestNetwork(**tree["best"])
-        return TrainState(
-            tree["epoch"], tree["net"], tree["optimizer"], tree["schedule"], FitNotes(alignment, **notes), best
-        )
+        notes = FitNotes(**tree["notes"])
+        notes.alignment = tree["notes"]["alignment"] and AlignmentReport(**tree["notes"]["alignment"])
+        best = tree["best"] and BestNetwork(**tree["best"])
+        return TrainState(**{**tree, "notes": notes, "best": best})
 
 
 OnEpoch = Callable[[int, Figures, Callable[[], TrainState]], None]

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from focus_ray.data.images import ImageError, content_hash, encode_png, probe_mask, read_image, refuse_drawing
+from focus_ray.data.images import ImageError, content_hash, probe_mask, read_image, refuse_drawing
 from focus_ray.data.importers.base import ImportSettings, Sample, describe_broken_link, is_broken_link
 from focus_ray.data.schema import Reject, RejectReason
 from focus_ray.data.source import SourcePath
+from focus_ray.drawing.png import encode_png
 
 FileDigest = tuple[int, str]
 """Size in bytes and SHA-256 hex of a file; -1 and the error number if the file cannot be read."""

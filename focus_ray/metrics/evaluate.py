@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from focus_ray.errors import DataError
-from focus_ray.metrics.metrics import MeasuredImages, Metric, UnavailableMaps
+from focus_ray.metrics.metrics import MeasuredImages, UnavailableMaps
 from focus_ray.metrics.pixels import PixelBins
 from focus_ray.settings.kinds import METRICS
 
@@ -25,7 +25,7 @@ class LabelledImages(NamedTuple):
     Attributes:
         measured: labels, scores, masks and maps of the N images.
         types: N defect types.
-        ids: N record ids; '' for a record without id.
+        numbers: (N,) int64, number of each image among all records.
         reduced: whether maps are smaller than their images.
         num_trained_on: number of omitted images. The model was trained on them, so their scores say nothing about new parts.
         num_repeats: number of images that are almost equal to a training image: photographs of the same part.
@@ -33,7 +33,7 @@ class LabelledImages(NamedTuple):
 
     measured: MeasuredImages
     types: tuple[str, ...]
-    ids: Sequence[str]
+    numbers: NDArray[np.int64]
     reduced: bool
     num_trained_on: int = 0
     num_repeats: int = 0
@@ -46,7 +46,7 @@ class LabelledImages(NamedTuple):
 
 @dataclass(frozen=True)
 class EvaluationPart:
-    """Scores of some labelled images of a category, with pixels counted in bins. `join_evaluation_parts` joins several parts.
+    """Scores of some labelled images of a category, with pixels counted in bins.
 
     Attributes:
         labels: (N,) int8.
@@ -65,6 +65,13 @@ class EvaluationPart:
     trained_on: NDArray[np.bool_]
     num_repeats: int = 0
 
+    def labelled(self, threshold: float) -> LabelledImages:
+        """Returns the images that the model was not trained on. Arguments and errors as in `EvaluationCollector.labelled`."""
+        labels, unavailable = self.labels.astype(np.int64), UnavailableMaps()
+        bins = dict(sorted(self.bins.items()))  # so that sums do not depend on the order of the images
+        measured = MeasuredImages(labels, self.scores, unavailable, unavailable, threshold, bins=bins)
+        return _omit_training_images(self, measured)
+
 
 class EvaluationCollector:
     """Collects labelled images while they are scored.
@@ -80,15 +87,15 @@ class EvaluationCollector:
         self.trained_on: list[bool] = []
         self.reduced = False
         self.num_repeats = 0
-        self._remaining_pixels = exact_pixels
-        self._stored_images: list[tuple[NDArray[np.float32], NDArray[np.bool_] | None, NDArray[np.bool_] | None]] = []
-        self._bins: dict[str, PixelBins] | None = None
-        self._unmerged_bins: list[tuple[str, PixelBins]] = []
+        self._exact_pixels, self._num_pixels = exact_pixels, 0
+        # map, mask and counted pixels of the latest images; with bins, of the images that are not in the bins yet
+        self._images: list[tuple[NDArray[np.float32], NDArray[np.bool_] | None, NDArray[np.bool_] | None]] = []
+        self._bins: dict[str, PixelBins] = {}
 
     @property
     def binned(self) -> bool:
         """Whether pixels are counted in bins."""
-        return self._bins is not None
+        return self._num_pixels > self._exact_pixels
 
     def add(
         self,
@@ -111,139 +118,76 @@ class EvaluationCollector:
 
         Raises: DataError: pixels are counted in bins, and sizes differ or the map is not finite.
         """
-        self.labels.append(int(label))
-        self.scores.append(float(score))
+        self.labels.append(label)
+        self.scores.append(score)
         self.types.append(kind)
         self.trained_on.append(trained_on)
-        self._remaining_pixels -= anomaly_map.size
-        if self._remaining_pixels >= 0:
-            self._stored_images.append((anomaly_map, mask, inside))
-            return
-        if self._bins is None:
-            self._bins = {}
-            for number, stored_image in enumerate(self._stored_images):
-                self._count_in_bins(number, *stored_image)
-            self._stored_images.clear()
-        self._count_in_bins(len(self.labels) - 1, anomaly_map, mask, inside)
+        self._num_pixels += anomaly_map.size
+        self._images.append((anomaly_map, mask, inside))
+        if self.binned and len(self._images) >= _IMAGES_PER_MERGE:
+            self._count_in_bins()
 
-    def _count_in_bins(
-        self,
-        number: int,
-        anomaly_map: NDArray[np.float32],
-        mask: NDArray[np.bool_] | None,
-        inside: NDArray[np.bool_] | None,
-    ) -> None:
-        if mask is None or self.trained_on[number]:
-            return
-        group = self.types[number] if self.labels[number] else ""
-        self._unmerged_bins.append((group, PixelBins.of_image(mask, anomaly_map, inside, f"image {number}")))
-        if len(self._unmerged_bins) >= _IMAGES_PER_MERGE:
-            self._merge_bins()
-
-    def _merge_bins(self) -> dict[str, PixelBins]:
-        assert self._bins is not None
-        for group in {group for group, _ in self._unmerged_bins}:
-            new_bins = [bins for bins_group, bins in self._unmerged_bins if bins_group == group]
-            self._bins[group] = PixelBins.total([*([self._bins[group]] if group in self._bins else []), *new_bins])
-        self._unmerged_bins.clear()
-        return self._bins
+    def _count_in_bins(self) -> None:
+        """Adds the pixels of the stored images to the bins of their defect types, and deletes their maps."""
+        parts = {group: [bins] for group, bins in self._bins.items()}
+        first = len(self.labels) - len(self._images)
+        for number, (anomaly_map, mask, inside) in enumerate(self._images, start=first):
+            if mask is not None and not self.trained_on[number]:
+                group = self.types[number] if self.labels[number] else ""
+                bins = PixelBins.of_image(mask, anomaly_map, inside, f"image {number}")
+                parts.setdefault(group, []).append(bins)
+        self._bins = {group: PixelBins.total(bins) for group, bins in parts.items()}
+        self._images.clear()
 
     def part(self) -> EvaluationPart:
-        """Returns the images as a part with pixels in bins. All images must be in bins."""
-        bins = self._merge_bins() if self.binned else {}
-        labels, scores = np.asarray(self.labels, dtype=np.int8), np.asarray(self.scores, dtype=np.float64)
-        trained_on = np.asarray(self.trained_on, dtype=bool)
-        return EvaluationPart(labels, scores, tuple(self.types), bins, self.reduced, trained_on, self.num_repeats)
+        """Returns the images as a part. It has bins only if pixels are counted in bins."""
+        if self.binned:
+            self._count_in_bins()
+        return EvaluationPart(
+            np.asarray(self.labels, dtype=np.int8),
+            np.asarray(self.scores, dtype=np.float64),
+            tuple(self.types),
+            self._bins,
+            self.reduced,
+            np.asarray(self.trained_on, dtype=bool),
+            self.num_repeats,
+        )
 
-    def labelled(self, threshold: float, ids: Sequence[str]) -> LabelledImages:
+    def labelled(self, threshold: float) -> LabelledImages:
         """Returns all images that the model was not trained on.
 
-        Args:
-            threshold: image threshold.
-            ids: record ids of all added images.
+        Args: threshold: image threshold.
 
         Raises: DataError: the model was trained on all images, or there is no image.
         """
-        indices = _untrained_indices(np.asarray(self.trained_on, dtype=bool))
-        if self.binned:
-            return join_evaluation_parts([self.part()], threshold, ids)
-        labels, scores = np.asarray(self.labels, dtype=np.int64), np.asarray(self.scores, dtype=np.float64)
-        maps, masks, inside = (list(column) for column in zip(*self._stored_images, strict=True))
-        measured = MeasuredImages(labels, scores, masks, maps, threshold, inside)
-        num_omitted = len(labels) - len(indices)
-        if num_omitted:
-            measured = measured.only(~np.asarray(self.trained_on, dtype=bool), [])
-        types = tuple(self.types[index] for index in indices)
-        return LabelledImages(
-            measured, types, _chosen_ids(ids, indices, num_omitted), self.reduced, num_omitted, self.num_repeats
-        )
+        part = self.part()
+        if self.binned or not self.labels:
+            return part.labelled(threshold)
+        maps, masks, inside = (list(column) for column in zip(*self._images, strict=True))
+        measured = MeasuredImages(part.labels.astype(np.int64), part.scores, masks, maps, threshold, inside)
+        return _omit_training_images(part, measured)
 
 
-def join_evaluation_parts(parts: Sequence[EvaluationPart], threshold: float, ids: Sequence[str]) -> LabelledImages:
-    """Joins parts of one category, in order, without the images that the model was trained on.
+def _omit_training_images(part: EvaluationPart, measured: MeasuredImages) -> LabelledImages:
+    """Returns the images of a part that the model was not trained on.
 
-    Args:
-        threshold: image threshold.
-        ids: record ids of all images of the parts.
+    Args: measured: all images of the part.
 
-    Raises: DataError: the model was trained on all images, or there is no image.
+    Raises: DataError: there is no such image.
     """
-    trained_on = np.concatenate([part.trained_on for part in parts]) if parts else np.zeros(0, dtype=bool)
-    indices = _untrained_indices(trained_on)
-    groups = {group for part in parts for group in part.bins}
-    measured = MeasuredImages(
-        labels=np.concatenate([part.labels for part in parts]).astype(np.int64)[indices],
-        scores=np.concatenate([part.scores for part in parts])[indices],
-        masks=UnavailableMaps(),
-        maps=UnavailableMaps(),
-        threshold=threshold,
-        bins={
-            group: PixelBins.total([part.bins[group] for part in parts if group in part.bins])
-            for group in sorted(groups)
-        },
-    )
-    all_types = [kind for part in parts for kind in part.types]
-    types = tuple(all_types[index] for index in indices)
-    num_repeats = sum(part.num_repeats for part in parts)
-    is_reduced = any(part.reduced for part in parts)
-    num_omitted = len(trained_on) - len(indices)
-    return LabelledImages(measured, types, _chosen_ids(ids, indices, num_omitted), is_reduced, num_omitted, num_repeats)
-
-
-class _ChosenIds(Sequence[str]):
-    """Selected ids of a sequence. An id is read at its first use."""
-
-    def __init__(self, ids: Sequence[str], indices: NDArray[np.int64]) -> None:
-        self._ids, self._indices = ids, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    @overload
-    def __getitem__(self, place: int) -> str: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[str]: ...
-    def __getitem__(self, place: int | slice) -> str | list[str]:
-        if isinstance(place, slice):
-            return [self._ids[index] for index in self._indices[place].tolist()]
-        return self._ids[int(self._indices[place])]
-
-
-def _chosen_ids(ids: Sequence[str], indices: NDArray[np.int64], num_omitted: int) -> Sequence[str]:
-    """Returns the ids at these indices; all ids if no image is omitted."""
-    return _ChosenIds(ids, indices) if num_omitted else ids
-
-
-def _untrained_indices(trained_on: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Returns the indices of the images that the model was not trained on. Raises: DataError: there is no such image."""
-    if not len(trained_on):
+    num_images, num_omitted = len(part.labels), int(part.trained_on.sum())
+    if not num_images:
         raise DataError("there is no test image to evaluate: ingest a data set with test images")
-    if trained_on.all():
+    if num_omitted == num_images:
         raise DataError(
-            f"the model was trained on all {len(trained_on)} test images, so their scores are near zero: evaluate with images "
+            f"the model was trained on all {num_images} test images, so their scores are near zero: evaluate with images "
             "that the model has not seen"
         )
-    return np.flatnonzero(~trained_on)
+    numbers = np.flatnonzero(~part.trained_on)
+    if num_omitted:
+        measured = measured.only(~part.trained_on, list(part.bins))
+    types = tuple(part.types[number] for number in numbers)
+    return LabelledImages(measured, types, numbers, part.reduced, num_omitted, part.num_repeats)
 
 
 def describe_training_images(num_trained_on: int, num_images: int) -> str | None:
@@ -259,28 +203,6 @@ def describe_training_images(num_trained_on: int, num_images: int) -> str | None
         f"The model was trained on {num_trained_on} of {num_images} test images. They are left out of all metrics, because their "
         "scores say nothing about new parts."
     )
-
-
-def compute_metrics_of_arrays(
-    labels: Sequence[int],
-    types: Sequence[str],
-    scores: Sequence[float],
-    maps: Sequence[NDArray[np.float32]],
-    masks: Sequence[NDArray[np.bool_] | None],
-    threshold: float,
-    target_fpr: float,
-) -> dict[str, Any]:
-    """Computes `compute_metrics` from arrays.
-
-    Args:
-        labels, types, scores, maps, masks: one entry for each image. A mask of None means unknown: such an image counts in
-            image metrics only.
-        threshold: image threshold.
-    """
-    measured = MeasuredImages(
-        np.asarray(labels, dtype=np.int64), np.asarray(scores, dtype=np.float64), masks, maps, float(threshold)
-    )
-    return compute_metrics(measured, types, target_fpr)
 
 
 def compute_metrics(measured: MeasuredImages, types: Sequence[str], target_fpr: float) -> dict[str, Any]:
@@ -302,21 +224,22 @@ def compute_metrics(measured: MeasuredImages, types: Sequence[str], target_fpr: 
         "threshold": measured.threshold,
         "target_fpr": float(target_fpr),
         "binned": measured.bins is not None,
-        **{key: _value_or_reason(METRICS[key], measured, reasons, key) for key in METRICS},
+        **{key: _value_or_reason(METRICS[key].value, measured, reasons, key) for key in METRICS},
         "bounds": _bounds(measured, list(METRICS)),
     }
     kinds = np.array([kind if label else "" for kind, label in zip(types, labels.tolist(), strict=True)], dtype=object)
     result["defect_types"] = {
-        str(kind): _metrics_of_type(measured, kinds == kind, str(kind), reasons)
-        for kind in sorted(set(kinds[labels == 1]))
+        kind: _metrics_of_type(measured, kinds == kind, kind, reasons) for kind in sorted(set(kinds[labels == 1]))
     }
     return {**result, "reasons": reasons}
 
 
-def _value_or_reason(metric: Metric, measured: MeasuredImages, reasons: dict[str, str], where: str) -> float | None:
+def _value_or_reason(
+    function: Callable[[MeasuredImages], float | None], measured: MeasuredImages, reasons: dict[str, str], where: str
+) -> float | None:
     """Returns the value of a metric. If the metric fails, returns None and stores the reason under the key `where`."""
     try:
-        return metric.value(measured)
+        return function(measured)
     except DataError as error:
         reasons[where] = str(error)
         return None
@@ -324,15 +247,11 @@ def _value_or_reason(metric: Metric, measured: MeasuredImages, reasons: dict[str
 
 def _bounds(measured: MeasuredImages, keys: Sequence[str]) -> dict[str, float]:
     """Returns the error bounds of pixel metrics on binned pixels, by key; without metrics that have no value."""
-    bounds: dict[str, float] = {}
-    for key in keys:
-        bound = METRICS[key].bound
-        value = (
-            None if bound is None or measured.bins is None else _value_or_reason(Metric(key, bound), measured, {}, key)
-        )
-        if value is not None:
-            bounds[key] = value
-    return bounds
+    if measured.bins is None:
+        return {}
+    functions = {key: METRICS[key].bound for key in keys}
+    values = {key: bound and _value_or_reason(bound, measured, {}, key) for key, bound in functions.items()}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _metrics_of_type(
@@ -343,16 +262,13 @@ def _metrics_of_type(
         "alone": measured.only(chosen, [kind]),
         "with_normals": measured.only(chosen | (measured.labels == 0), [kind, ""]),
     }
-    type_metrics = {key: METRICS[key] for key in METRICS if METRICS[key].per_defect}
-    bounded_keys = [key for key, metric in type_metrics.items() if metric.per_defect == "alone"]
-    return {
-        "num_images": int(chosen.sum()),
-        **{
-            key: _value_or_reason(metric, parts[metric.per_defect], reasons, f"{kind}: {key}")
-            for key, metric in type_metrics.items()
-        },
-        "bounds": _bounds(parts["alone"], bounded_keys),
+    places = {key: METRICS[key].per_defect for key in METRICS if METRICS[key].per_defect}
+    values = {
+        key: _value_or_reason(METRICS[key].value, parts[place], reasons, f"{kind}: {key}")
+        for key, place in places.items()
     }
+    bounds = _bounds(parts["alone"], [key for key, place in places.items() if place == "alone"])
+    return {"num_images": int(chosen.sum()), **values, "bounds": bounds}
 
 
 def evaluation_size(height: int, width: int, max_side_px: int) -> tuple[int, int]:

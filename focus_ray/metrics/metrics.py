@@ -7,16 +7,16 @@ The metric never returns a silent 0 or 0.5.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from focus_ray.detect.calibration import is_above
 from focus_ray.errors import DataError
 from focus_ray.metrics.pixels import PixelBins, PixelCurve
+from focus_ray.metrics.ties import is_above
 
 
 def image_auroc(labels: ArrayLike, scores: ArrayLike) -> float:
@@ -25,7 +25,7 @@ def image_auroc(labels: ArrayLike, scores: ArrayLike) -> float:
     Args:
         labels: (N,), 0 normal or 1 anomalous.  scores: (N,), higher is more anomalous, any finite range.
 
-    Raises: DataError: lengths differ, a score is NaN or infinite, a label is not 0 or 1, or only one class is present.
+    Raises: DataError: lengths differ, a score is NaN or infinite, or the labels are not 0 and 1, each at least once.
     """
     from sklearn.metrics import roc_auc_score  # takes a second to import, and a fit does not need it
 
@@ -42,21 +42,19 @@ def average_precision(labels: ArrayLike, scores: ArrayLike) -> float:
     return float(average_precision_score(*_check_labels_and_scores(labels, scores)))
 
 
-def f1_max(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
-    """Computes the best F1 over all thresholds and its threshold. An image counts as bad if score >= threshold.
+def f1_max(labels: ArrayLike, scores: ArrayLike) -> float:
+    """Computes the best F1 over all thresholds. An image counts as bad if score >= threshold.
 
-    The threshold uses the labels of the measured set. So the best F1 is an upper bound for reports, and the threshold must not
-    be deployed; `focus_ray.detect.calibration` sets thresholds. Of several best thresholds the lowest is returned.
+    The best threshold depends on the labels of the measured set, so the best F1 is an upper bound for reports.
 
     Args and raises as for `image_auroc`.
     """
     from sklearn.metrics import precision_recall_curve  # takes a second to import, and a fit does not need it
 
-    precision, recall, thresholds = precision_recall_curve(*_check_labels_and_scores(labels, scores))
+    precision, recall, _ = precision_recall_curve(*_check_labels_and_scores(labels, scores))
     total = precision + recall
-    f1 = np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total > 0)[:-1]
-    best = int(np.argmax(f1))
-    return float(f1[best]), float(thresholds[best])
+    f1 = np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total > 0)
+    return float(f1.max())
 
 
 class UnavailableMaps(Sequence[Any]):
@@ -114,31 +112,20 @@ class MeasuredImages:
         """Curve of all pixels with a known mask, computed once for all metrics; None without an anomalous pixel."""
         if self.bins is not None:
             return PixelBins.total(self.bins.values()).curve()
-        indices = [index for index, mask in enumerate(self.masks) if mask is not None]
-        masks = [np.asarray(self.masks[index]) for index in indices]
-        inside = None if self.inside is None else [self.inside[index] for index in indices]
-        clipped_masks = (
-            masks
-            if inside is None
-            else [
-                mask if pixels_inside is None else mask & pixels_inside
-                for mask, pixels_inside in zip(masks, inside, strict=True)
-            ]
-        )
-        if not any(mask.any() for mask in clipped_masks):
-            return None
-        return PixelCurve.of(clipped_masks, [self.maps[index] for index in indices], regions=True, inside=inside)
+        return PixelCurve.of(*self._pixels([index for index, mask in enumerate(self.masks) if mask is not None]))
 
     def only(self, chosen: NDArray[np.bool_], kinds: Sequence[str]) -> MeasuredImages:
         """Returns the chosen images. `chosen` (N,) must hold exactly the images of the defect types `kinds`; "" is good."""
-        labels, scores = self.labels[chosen], self.scores[chosen]
+        images = replace(self, labels=self.labels[chosen], scores=self.scores[chosen])
         if self.bins is not None:
-            bins = {kind: self.bins[kind] for kind in kinds if kind in self.bins}
-            return MeasuredImages(labels, scores, self.masks, self.maps, self.threshold, bins=bins)
-        indices = np.flatnonzero(chosen).tolist()
+            return replace(images, bins={kind: self.bins[kind] for kind in kinds if kind in self.bins})
+        masks, maps, inside = self._pixels(np.flatnonzero(chosen))
+        return replace(images, masks=masks, maps=maps, inside=inside)
+
+    def _pixels(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[list[Any], list[Any], list[Any] | None]:
+        """Returns masks, maps and counted pixels (`inside`) of the images at these indices."""
         masks, maps = [self.masks[index] for index in indices], [self.maps[index] for index in indices]
-        inside = None if self.inside is None else [self.inside[index] for index in indices]
-        return MeasuredImages(labels, scores, masks, maps, self.threshold, inside)
+        return masks, maps, None if self.inside is None else [self.inside[index] for index in indices]
 
 
 class Metric(NamedTuple):
@@ -163,28 +150,14 @@ class Metric(NamedTuple):
 
 def _check_labels_and_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Returns labels (N,) and scores (N,) as arrays. Raises: DataError: see `image_auroc`."""
-    values = _finite_vector(scores, "scores")
-    truth = np.asarray(labels)
+    truth, values = np.asarray(labels, dtype=np.int64), np.asarray(scores, dtype=np.float64)
     if truth.shape != values.shape:
         raise DataError(f"labels {truth.shape} and scores {values.shape}; expected one label per score")
-    if not np.isin(truth, (0, 1)).all():
-        raise DataError(f"labels hold {sorted(set(truth.tolist()))[:5]}; expected 0 (normal) or 1 (anomalous) only")
-    truth = truth.astype(np.int64)
-    if truth.min() == truth.max():
-        kind = "anomalous" if truth[0] else "normal"
-        raise DataError(f"all {truth.size} images are {kind}; this metric needs both classes, so skip it for this set")
+    if not np.isfinite(values).all():
+        raise DataError(f"scores contain {values[~np.isfinite(values)][0]}; expected finite numbers")
+    if set(truth.tolist()) != {0, 1}:
+        raise DataError(f"the labels are {sorted(set(truth.tolist()))}; expected normal (0) and anomalous (1) images")
     return truth, values
-
-
-def _finite_vector(values: ArrayLike, name: str) -> NDArray[np.float64]:
-    """Returns values as a vector. Raises: DataError: they are no vector, are empty, or contain NaN or infinity."""
-    vector = np.asarray(values, dtype=np.float64)
-    if vector.ndim != 1 or not vector.size:
-        raise DataError(f"{name} has shape {vector.shape}; expected a non-empty vector, one number per image")
-    bad_indices = np.flatnonzero(~np.isfinite(vector))
-    if bad_indices.size:
-        raise DataError(f"{name}[{bad_indices[0]}] is {vector[bad_indices[0]]}; expected finite numbers")
-    return vector
 
 
 # Entries of the table `focus_ray.settings.kinds.METRICS`
@@ -218,7 +191,7 @@ def _share_called_bad(label: int) -> Callable[[MeasuredImages], float | None]:
 
 IMAGE_AUROC = Metric("image AUROC", _image_metric_value(image_auroc), "with_normals")
 IMAGE_AVERAGE_PRECISION = Metric("image AP", _image_metric_value(average_precision))
-IMAGE_F1_MAX = Metric("image F1-max", _image_metric_value(lambda labels, scores: f1_max(labels, scores)[0]))
+IMAGE_F1_MAX = Metric("image F1-max", _image_metric_value(f1_max))
 PIXEL_AUROC = _pixel_metric("pixel AUROC", PixelCurve.auroc, PixelCurve.auroc_bound)
 PIXEL_AVERAGE_PRECISION = _pixel_metric("pixel AP", PixelCurve.average_precision, PixelCurve.average_precision_bound)
 AUPRO_03 = _pixel_metric("AUPRO 0.3", lambda curve: curve.aupro(0.3), lambda curve: curve.aupro_bound(0.3))

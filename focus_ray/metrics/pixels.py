@@ -8,7 +8,7 @@ corners, so the largest error of each metric can be computed from the bins.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,15 +17,10 @@ from scipy import ndimage
 
 from focus_ray.errors import DataError
 
-Stack = NDArray[Any] | Sequence[NDArray[Any]]
-"""Masks or maps of N images: an array (N, H, W), or N arrays (H, W) whose sizes may differ."""
-
 _EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)
-_DROPPED_BITS = (
-    10  # of 32 bits of a float32; 13 bits of the fraction remain, so a bin is 1/8192 to 1/16384 of its score wide
-)
+# of 32 bits of a float32; 13 bits of the fraction remain, so a bin is 1/8192 to 1/16384 of its score wide
+_DROPPED_BITS = 10
 _SIGN = np.uint32(1 << 31)
-_NO_ANOMALOUS = "no anomalous pixel in any mask; pixel metrics need both classes, so skip them for this set"
 _NO_NORMAL = "no normal pixel in any mask; pixel metrics need both classes, so skip them for this set"
 
 
@@ -35,7 +30,7 @@ class ImagePixels(NamedTuple):
     Attributes:
         normal: (n,) scores of normal pixels.
         anomalous: (m,) scores of anomalous pixels.
-        region: (m,) region number of each anomalous pixel, from 0; zeros if regions were not requested.
+        region: (m,) region number of each anomalous pixel, from 0.
         num_regions: number of regions in the image.
     """
 
@@ -45,39 +40,26 @@ class ImagePixels(NamedTuple):
     num_regions: int
 
 
-def split_image(
-    mask: NDArray[Any], scores: NDArray[Any], inside: NDArray[np.bool_] | None, regions: bool, name: str
-) -> ImagePixels:
-    """Separates the normal from the anomalous pixels of an image.
+def split_image(mask: NDArray[Any], scores: NDArray[Any], inside: NDArray[np.bool_] | None, name: str) -> ImagePixels:
+    """Separates the normal from the anomalous pixels of an image, and numbers the regions of the mask.
 
     Args:
         mask: (H, W) bool or integer, non-zero where anomalous.
         scores: (H, W).
-        inside: (H, W), pixels that count; the mask must lie inside. None: all.
-        regions: whether to number the regions of the mask.
+        inside: (H, W), pixels that count; None: all.
         name: name of the image for error messages.
 
-    Raises: DataError: sizes differ, a score is NaN or infinite, or the mask is not bool or integer.
+    Raises: DataError: sizes differ, or a score is NaN or infinite.
     """
-    mask, scores = np.asarray(mask), np.asarray(scores)
-    if mask.ndim != 2 or mask.shape != scores.shape:
+    if mask.shape != scores.shape:
         raise DataError(f"{name}: mask {mask.shape} and map {scores.shape}; expected two of one (H, W)")
-    if mask.dtype != np.bool_ and not np.issubdtype(mask.dtype, np.integer):
-        raise DataError(f"{name}: mask of {mask.dtype}; expected bool or integer, non-zero where anomalous")
-    if scores.dtype not in (np.float32, np.float64):
-        scores = scores.astype(np.float64)
     if not np.isfinite(scores).all():
         raise DataError(f"{name}: the map has NaN or infinite values; expected finite scores")
-    mask = mask != 0
-    if not mask.any():
-        normal = scores.ravel() if inside is None else scores[inside]
-        return ImagePixels(normal, scores[:0, 0], np.empty(0, np.int64), 0)
-    normal = scores[~mask] if inside is None else scores[~mask & inside]
-    anomalous = scores[mask]
-    if not regions:
-        return ImagePixels(normal, anomalous, np.zeros(anomalous.size, np.int64), 0)
-    labelled, count = ndimage.label(mask, structure=_EIGHT_CONNECTED)
-    return ImagePixels(normal, anomalous, labelled[mask].astype(np.int64) - 1, count)
+    is_anomalous = mask != 0 if inside is None else (mask != 0) & inside
+    is_normal = ~is_anomalous if inside is None else ~is_anomalous & inside
+    numbers, num_regions = ndimage.label(is_anomalous, structure=_EIGHT_CONNECTED)
+    region = numbers[is_anomalous].astype(np.int64) - 1
+    return ImagePixels(scores[is_normal], scores[is_anomalous], region, num_regions)
 
 
 @dataclass(frozen=True)
@@ -89,27 +71,48 @@ class PixelCurve:
 
     A curve of bins treats all scores in a bin as equal. The `*_bound` methods return the largest difference between a metric
     of the bins and the exact metric.
+
+    Attributes:
+        normals_above: (K,) number of normal pixels with a higher score.
+        normals_at_or_above: (K,) number of normal pixels with this score or a higher one.
+        num_found: (K,) number of anomalous pixels with this score or a higher one.
+        overlap: (K,) mean over regions of the share of pixels with this score or a higher one.
+        num_normal: number of normal pixels.
     """
 
-    normals_above: NDArray[np.int64]  # (K,) number of normal pixels with a higher score
-    normals_at_or_above: NDArray[np.int64]  # (K,) number of normal pixels with this score or a higher one
-    num_found: NDArray[np.int64]  # (K,) number of anomalous pixels with this score or a higher one
-    overlap: NDArray[
-        np.float64
-    ]  # (K,) mean over regions of the share of pixels with this score or higher; zeros without regions
+    normals_above: NDArray[np.int64]
+    normals_at_or_above: NDArray[np.int64]
+    num_found: NDArray[np.int64]
+    overlap: NDArray[np.float64]
     num_normal: int
 
     @staticmethod
     def of(
-        masks: Stack, maps: Stack, regions: bool, inside: Sequence[NDArray[np.bool_] | None] | None = None
-    ) -> PixelCurve:
+        masks: Sequence[NDArray[Any]],
+        maps: Sequence[NDArray[Any]],
+        inside: Sequence[NDArray[np.bool_] | None] | None = None,
+    ) -> PixelCurve | None:
         """Computes the exact curve of images.
 
-        Args: regions: whether to compute `overlap`.  inside: pixels that count in each image; None: all.
+        Args: masks, maps, inside: of each image, as in `split_image`; inside None: all pixels count.
 
-        Raises: DataError: as `split_image`, or all pixels are of one class.
+        Returns: None without an anomalous pixel.
+
+        Raises: DataError: as in `split_image`, or there is no normal pixel.
         """
-        normal, anomalous, weights = _split_pixels(masks, maps, regions, inside)
+        images = zip(masks, maps, [None] * len(masks) if inside is None else inside, strict=True)
+        pixels = [split_image(*image, f"image {index}") for index, image in enumerate(images)]
+        if not any(image.num_regions for image in pixels):
+            return None
+        normal = np.concatenate([image.normal for image in pixels])
+        if not normal.size:
+            raise DataError(_NO_NORMAL)
+        anomalous = np.concatenate([image.anomalous for image in pixels])
+        # region numbers continue from image to image
+        first_regions = np.cumsum([0, *(image.num_regions for image in pixels)])
+        regions = np.repeat(first_regions[:-1], [image.region.size for image in pixels])
+        regions += np.concatenate([image.region for image in pixels])
+        weights = (1.0 / (np.bincount(regions) * first_regions[-1]))[regions]  # of each pixel in the mean overlap
         num_normal = normal.size
         order = np.argsort(anomalous)[::-1]
         anomalous = anomalous[order]
@@ -121,7 +124,7 @@ class PixelCurve:
             normals_above=normal.size - np.searchsorted(normal, ascending, side="right")[::-1],
             normals_at_or_above=normal.size - np.searchsorted(normal, ascending, side="left")[::-1],
             num_found=last + 1,
-            overlap=np.cumsum(weights[order])[last] if regions else np.zeros(last.size),
+            overlap=np.cumsum(weights[order])[last],
             num_normal=num_normal,
         )
 
@@ -176,9 +179,8 @@ class PixelCurve:
         recall_steps = np.diff(self.num_found, prepend=0) / self.num_found[-1]
         precision = self.num_found / (self.num_found + self.normals_at_or_above)
         all_after = self.num_found / (self.num_found + self.normals_above)
-        first = (
-            np.append(0, self.num_found[:-1]) + 1
-        )  # from here, precision is a concave rising function of the number of anomalous pixels
+        # from this number of anomalous pixels on, precision is a concave rising function of their number
+        first = np.append(0, self.num_found[:-1]) + 1
         all_before = 0.5 * (precision + first / (first + self.normals_at_or_above))
         return float(
             max(np.sum(recall_steps * (all_after - precision)), np.sum(recall_steps * (precision - all_before)))
@@ -219,25 +221,23 @@ class PixelBins:
     def of_image(
         mask: NDArray[Any], scores: NDArray[Any], inside: NDArray[np.bool_] | None = None, name: str = "an image"
     ) -> PixelBins:
-        """Counts the pixels of an image. Arguments and errors as in `split_image`, but a mask is clipped to `inside`."""
-        mask = np.asarray(mask) if inside is None else np.asarray(mask) * inside
-        pixels = split_image(mask, scores, inside, True, name)
-        normal, anomalous = score_bins(pixels.normal), score_bins(pixels.anomalous)
-        if not normal.size + anomalous.size:
-            return PixelBins(*_NO_ROWS, num_images=1)
-        lowest = min(int(keys.min()) for keys in (normal, anomalous) if keys.size)
-        share = (1.0 / np.bincount(pixels.region))[pixels.region] if anomalous.size else np.empty(0)
-        length = max(int(keys.max()) for keys in (normal, anomalous) if keys.size) - lowest + 1
-        normal_counts = np.bincount(normal - np.uint32(lowest), minlength=length)
-        anomalous_counts = np.bincount(anomalous - np.uint32(lowest), minlength=length)
-        overlap = np.bincount(anomalous - np.uint32(lowest), weights=share, minlength=length)
+        """Counts the pixels of an image. Arguments and errors as in `split_image`."""
+        pixels = split_image(mask, scores, inside, name)
+        bins = score_bins(np.concatenate([pixels.normal, pixels.anomalous]))
+        if not bins.size:
+            return replace(PixelBins.total([]), num_images=1)
+        # the bins of an image lie close together: counting all bins from the lowest to the highest is faster than sorting
+        normal, anomalous = np.split(bins - bins.min(), [pixels.normal.size])
+        length = int(bins.max() - bins.min()) + 1
+        normal_counts, anomalous_counts = (np.bincount(numbers, minlength=length) for numbers in (normal, anomalous))
+        shares = (1.0 / np.bincount(pixels.region))[pixels.region]
+        overlap = np.bincount(anomalous, weights=shares, minlength=length).astype(np.float64)
         occupied = np.flatnonzero(normal_counts + anomalous_counts)
-        keys = (occupied + lowest).astype(np.uint32)
         return PixelBins(
-            keys,
+            (occupied + bins.min()).astype(np.uint32),
             normal_counts[occupied],
             anomalous_counts[occupied],
-            overlap[occupied].astype(np.float64),
+            overlap[occupied],
             pixels.num_regions,
             1,
         )
@@ -246,16 +246,15 @@ class PixelBins:
     def total(parts: Iterable[PixelBins]) -> PixelBins:
         """Adds the counts of several bins."""
         all_bins = list(parts)
-        keys = np.unique(np.concatenate([_NO_ROWS[0], *(bins.keys for bins in all_bins)]))
-        normal, anomalous = np.zeros(keys.size, np.int64), np.zeros(keys.size, np.int64)
-        overlap = np.zeros(keys.size, np.float64)
+        keys = np.unique(np.concatenate([np.empty(0, np.uint32), *(bins.keys for bins in all_bins)]))
+        total = PixelBins(keys, np.zeros(keys.size, np.int64), np.zeros(keys.size, np.int64), np.zeros(keys.size))
         for bins in all_bins:
             rows = np.searchsorted(keys, bins.keys)
-            normal[rows] += bins.normal
-            anomalous[rows] += bins.anomalous
-            overlap[rows] += bins.overlap
+            total.normal[rows] += bins.normal
+            total.anomalous[rows] += bins.anomalous
+            total.overlap[rows] += bins.overlap
         regions, images = sum(bins.num_regions for bins in all_bins), sum(bins.num_images for bins in all_bins)
-        return PixelBins(keys, normal, anomalous, overlap, regions, images)
+        return replace(total, num_regions=regions, num_images=images)
 
     def __add__(self, other: PixelBins) -> PixelBins:
         return PixelBins.total([self, other])
@@ -278,43 +277,7 @@ class PixelBins:
         )
 
 
-_NO_ROWS = (np.empty(0, np.uint32), np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float64))
-
-
 def score_bins(scores: NDArray[Any]) -> NDArray[np.uint32]:
     """Returns the bin numbers of finite scores of any shape. A higher score never has a lower bin number."""
     bits = (np.asarray(scores, dtype=np.float32) + np.float32(0.0)).view(np.uint32)  # adding 0 turns -0 into 0
     return np.asarray(np.where(bits & _SIGN, ~bits, bits | _SIGN) >> np.uint32(_DROPPED_BITS))
-
-
-def _split_pixels(
-    masks: Stack, maps: Stack, regions: bool, inside: Sequence[NDArray[np.bool_] | None] | None = None
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float64]]:
-    """Returns scores of normal pixels, scores of anomalous pixels, and the weight of each anomalous pixel in the mean overlap.
-
-    Arguments and errors as in `PixelCurve.of`. Without regions, the weights are empty.
-    """
-    if len(masks) != len(maps):
-        raise DataError(
-            f"{len(masks)} masks for {len(maps)} maps; expected one mask per map, all-zero for a good image"
-        )
-    normal, anomalous, region_of = [], [], []
-    num_regions = 0
-    for index, (mask, scores) in enumerate(zip(masks, maps, strict=True)):
-        pixels = split_image(mask, scores, None if inside is None else inside[index], regions, f"image {index}")
-        normal.append(pixels.normal)
-        if pixels.anomalous.size:
-            anomalous.append(pixels.anomalous)
-            region_of.append(pixels.region + num_regions)
-            num_regions += pixels.num_regions
-    if not anomalous:
-        raise DataError(_NO_ANOMALOUS)
-    normal_scores, anomalous_scores = np.concatenate(normal), np.concatenate(anomalous)
-    if not normal_scores.size:
-        raise DataError(_NO_NORMAL)
-    if normal_scores.dtype != anomalous_scores.dtype:
-        normal_scores, anomalous_scores = normal_scores.astype(np.float64), anomalous_scores.astype(np.float64)
-    if not regions:
-        return normal_scores, anomalous_scores, np.empty(0)
-    regions_of_pixels = np.concatenate(region_of)
-    return normal_scores, anomalous_scores, (1.0 / (np.bincount(regions_of_pixels) * num_regions))[regions_of_pixels]

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
-from focus_ray.bundle.inspector import Inspector
+from focus_ray.detect.calibration import Calibration
 from focus_ray.drawing import plots
-from focus_ray.evaluation.report import evaluation_table, mean_metrics
-from focus_ray.metrics.evaluate import LabelledImages
 from focus_ray.metrics.metrics import MeasuredImages
 from focus_ray.reporting.caveats import Share, count_called_bad, evaluation_caveats
-from focus_ray.reporting.gallery import PER_KIND, Card, Kind, make_cards
+from focus_ray.reporting.gallery import PER_KIND, Card, Kind
 from focus_ray.reporting.page import render
+from focus_ray.reporting.tables import mean_metrics
 from focus_ray.settings.kinds import METRICS
 
 PRO_LIMIT = 0.3  # largest false positive rate of the PRO curve and of AUPRO 0.3
@@ -55,20 +54,20 @@ class EvaluationSection:
 
 
 def build_section(
-    inspector: Inspector, labelled: LabelledImages, result: Mapping[str, Any], data: str
+    measured: MeasuredImages,
+    calibration: Calibration,
+    warnings: Sequence[str],
+    result: Mapping[str, Any],
+    cards: Mapping[Kind, list[Card]],
 ) -> EvaluationSection:
     """Builds the section of a category.
 
     Args:
-        labelled: the result of `inspector.measure`.
-        result: the result of `inspector.figures` for `labelled`.
-        data: URI of the data set of the images. The images of the gallery are read again from it.
-
-    Raises: DataError: an image of the gallery cannot be read again.
+        warnings: warnings of the training.
+        result: the metrics of `measured`.
+        cards: the pictures of the gallery, from `gallery.make_cards`.
     """
-    calibration, measured = inspector.bundle.calibration, labelled.measured
     good, bad = count_called_bad(measured, 0), count_called_bad(measured, 1)
-    warnings = inspector.bundle.manifest.get("metrics", {}).get("warnings", [])
     return EvaluationSection(
         good=good,
         bad=bad,
@@ -77,32 +76,8 @@ def build_section(
         method=calibration.method,
         caveats=evaluation_caveats(calibration.caveats(), warnings, result, good, bad),
         plots=_plots(measured, calibration.image_scores, result, good, bad),
-        gallery=_gallery(make_cards(inspector, data, labelled), good, bad),
+        gallery=_gallery(cards, good, bad),
     )
-
-
-def section_to_dict(section: EvaluationSection) -> dict[str, Any]:
-    """Returns a section in JSON types."""
-    return asdict(section)
-
-
-def section_from_dict(fields: Mapping[str, Any]) -> EvaluationSection:
-    """Returns the section of a result of `section_to_dict`."""
-    gallery = [{**group, "cards": [Card(**card) for card in group["cards"]]} for group in fields["gallery"]]
-    return EvaluationSection(
-        **{
-            **fields,
-            "good": Share(**fields["good"]),
-            "bad": Share(**fields["bad"]),
-            "plots": [plots.Plot(**plot) for plot in fields["plots"]],
-            "gallery": [GalleryGroup(**group) for group in gallery],
-        }
-    )
-
-
-def without_pictures(section: EvaluationSection) -> EvaluationSection:
-    """Returns a small copy of a section, with figures and caveats but without plots and gallery."""
-    return replace(section, plots=[], gallery=[])
 
 
 def summarize_result(result: Mapping[str, Any]) -> str:
@@ -112,12 +87,6 @@ def summarize_result(result: Mapping[str, Any]) -> str:
     prefix = f"without {num_left_out} images that the model was trained on: " if num_left_out else ""
     figures = ", ".join(f"{title} {value:.4f}" for title, value in shown if value is not None)
     return prefix + (figures or "no metric can be computed")
-
-
-def results_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[str, bytes]:
-    """Returns the content of report.md (text) and report.json (bytes) for the categories measured so far."""
-    content = {"categories": results, "mean": mean_metrics(results)}
-    return evaluation_table(results), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def evaluation_page(
@@ -154,35 +123,18 @@ def evaluation_page(
     )
 
 
-def roc(measured: MeasuredImages) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Returns the false positive rates and the true positive rates of images over all thresholds."""
-    from sklearn.metrics import roc_curve  # this import takes a second, so other commands avoid it
-
-    false_positive_rate, true_positive_rate, _ = roc_curve(measured.labels, measured.scores)
-    return false_positive_rate, true_positive_rate
-
-
-def precision_recall(measured: MeasuredImages) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Returns recall, in ascending order, and precision of images over all thresholds."""
-    from sklearn.metrics import precision_recall_curve
-
-    precision, recall, _ = precision_recall_curve(measured.labels, measured.scores)
-    return recall[::-1], precision[::-1]
-
-
-def pro(measured: MeasuredImages, limit: float = PRO_LIMIT) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
-    """Returns false positive rates of pixels up to `limit`, and the mean overlap of regions; None without masks."""
+def pro(measured: MeasuredImages) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
+    """Returns false positive rates of pixels up to `PRO_LIMIT`, and the mean overlap of regions; None without masks."""
     if measured.curve is None:
         return None
     exact_rates, overlap = measured.curve.pro()
-    rates = limit * np.linspace(0.0, 1.0, _PRO_POINTS) ** 2  # squared: dense near 0, where the curve is steep
+    rates = PRO_LIMIT * np.linspace(0.0, 1.0, _PRO_POINTS) ** 2  # squared: dense near 0, where the curve is steep
     return rates, np.interp(rates, exact_rates, overlap)
 
 
 def _total(shares: Iterable[Share]) -> Share:
     """Returns the share of all categories together."""
-    share_list = list(shares)
-    return Share(sum(share.count for share in share_list), sum(share.total for share in share_list))
+    return reduce(lambda a, b: Share(a.count + b.count, a.total + b.total), shares, Share(0, 0))
 
 
 def _plots(
@@ -203,22 +155,26 @@ def _plots(
         )
     ]
     if measured.has_both:
+        from sklearn.metrics import precision_recall_curve, roc_curve  # this import takes a second
+
+        false_positive_rate, true_positive_rate, _ = roc_curve(measured.labels, measured.scores)
         drawn.append(
             plots.curve(
                 "ROC",
                 f"Area {result['image_auroc']:.4f}. The dot is the calibrated threshold.",
-                roc(measured),
+                (false_positive_rate, true_positive_rate),
                 ("good images called bad", "bad images found"),
                 point=(good.share, bad.share),
             )
         )
+        precision, recall, _ = precision_recall_curve(measured.labels, measured.scores)
         num_called_bad = good.count + bad.count
         drawn.append(
             plots.curve(
                 "Precision and recall",
                 f"Average precision {result['image_average_precision']:.4f}. The dot is the calibrated threshold. Precision "
                 f"hangs on how many are bad: here {bad.total} of {good.total + bad.total}.",
-                precision_recall(measured),
+                (recall[::-1], precision[::-1]),
                 ("recall: bad images found", "precision"),
                 point=(bad.share, bad.count / num_called_bad) if num_called_bad else None,
                 steps=True,
@@ -242,25 +198,22 @@ def _plots(
 def _gallery(cards: Mapping[Kind, list[Card]], good: Share, bad: Share) -> list[GalleryGroup]:
     """Groups the cards into misses, false alarms and correct finds, and leaves out empty groups."""
     num_missed = bad.total - bad.count
+    misses = "Worst misses" if num_missed else "Bad images that came closest to being missed"
+    alarms = "Worst false alarms" if good.count else "Good images that came closest to a false alarm"
+    notes = (
+        _count_note(num_missed, "bad", "called good") if num_missed else "Every bad test image is found.",
+        _count_note(good.count, "good", "called bad") if good.count else "No good test image is called bad.",
+        "Bad images called bad, with scores about the median.",
+    )
     groups = [
-        GalleryGroup(
-            "Worst misses" if num_missed else "Bad images that came closest to being missed",
-            _count_note(num_missed, "bad images were called good") if num_missed else "Every bad test image is found.",
-            cards["misses"],
-        ),
-        GalleryGroup(
-            "Worst false alarms" if good.count else "Good images that came closest to a false alarm",
-            _count_note(good.count, "good images were called bad")
-            if good.count
-            else "No good test image is called bad.",
-            cards["false_alarms"],
-        ),
-        GalleryGroup("Typical finds", "Bad images called bad, with scores about the median.", cards["finds"]),
+        GalleryGroup(misses, notes[0], cards["misses"]),
+        GalleryGroup(alarms, notes[1], cards["false_alarms"]),
+        GalleryGroup("Typical finds", notes[2], cards["finds"]),
     ]
     return [group for group in groups if group.cards]
 
 
-def _count_note(count: int, statement: str) -> str:
+def _count_note(count: int, kind: str, verdict: str) -> str:
     """Returns a sentence such as '2 bad images were called good.', and adds if only the worst images are shown."""
-    sentence = f"{count} {statement}" if count != 1 else f"1 {statement.replace('images were', 'image was')}"
+    sentence = f"{count} {kind} {'image was' if count == 1 else 'images were'} {verdict}"
     return f"{sentence}; the worst {PER_KIND} are shown." if count > PER_KIND else f"{sentence}."

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage
 
-from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import decode_image, decode_mask
-from focus_ray.data.read import index_version, read_index, read_rows
-from focus_ray.detect.calibration import is_above
+from focus_ray.data.schema import Row
 from focus_ray.detect.inspection import Inspection
-from focus_ray.errors import DataError
-from focus_ray.evaluation.report import overlay
+from focus_ray.detect.pictures import overlay
+from focus_ray.drawing.overlay import draw_outline
 from focus_ray.metrics.evaluate import LabelledImages
 from focus_ray.metrics.metrics import MeasuredImages
+from focus_ray.metrics.ties import is_above
 from focus_ray.reporting.page import jpeg_uri
 
 Kind = Literal["misses", "false_alarms", "finds"]
+ReadRecords = Callable[[Sequence[int]], Iterable[Row]]
+"""Reads the records (id, image and mask) of test images, from their ascending numbers among all test images."""
 PER_KIND = 4
 PICTURE_PX = 320  # longest side of a picture
+
+
+class ImageInspector(Protocol):
+    """The part of `Inspector` that a gallery needs."""
+
+    def inspect(self, images: Sequence[bytes]) -> list[Inspection]: ...
+
+    def align(self, image: bytes) -> NDArray[np.uint8] | None: ...
 
 
 @dataclass(frozen=True)
@@ -67,60 +73,47 @@ def choose_images(measured: MeasuredImages, per_kind: int = PER_KIND) -> dict[Ki
     return {"misses": misses.tolist(), "false_alarms": false_alarms.tolist(), "finds": finds.tolist()}
 
 
-def make_cards(inspector: Inspector, data: str, labelled: LabelledImages) -> dict[Kind, list[Card]]:
-    """Chooses images, reads them again from the data set at `data` one by one, and draws them.
+def make_cards(
+    inspector: ImageInspector, labelled: LabelledImages, read_records: ReadRecords
+) -> dict[Kind, list[Card]]:
+    """Chooses images, reads them again one by one, and draws them.
 
-    Raises: DataError: an image does not exist any more or cannot be read.
+    Raises: DataError: an image cannot be read again.
     """
-    numbers_of = choose_images(labelled.measured)
-    cards = _draw_cards(
-        inspector, data, labelled, sorted({number for chosen in numbers_of.values() for number in chosen})
+    chosen = choose_images(labelled.measured)
+    indices = sorted({index for indices in chosen.values() for index in indices})
+    records = read_records(labelled.numbers[indices].tolist())
+    cards = {
+        index: _draw_card(inspector, record, labelled.types[index], bool(labelled.measured.labels[index]))
+        for index, record in zip(indices, records, strict=True)
+    }
+    return {kind: [cards[index] for index in indices] for kind, indices in chosen.items()}
+
+
+def _draw_card(inspector: ImageInspector, record: Row, defect_type: str, is_bad: bool) -> Card:
+    """Inspects an image again and draws its card."""
+    (inspection,) = inspector.inspect([record["image"]])
+    mistake = "missed" if is_bad else "false alarm"
+    return Card(
+        name=record["id"],
+        defect_type=defect_type,
+        score=inspection.score,
+        threshold=inspection.threshold,
+        score_to_threshold=inspection.score_to_threshold,
+        p_value=inspection.p_value,
+        verdict=inspection.verdict,
+        mistake=mistake if is_bad != inspection.anomalous else "",
+        views=_views(inspector, inspection, record["image"], record["mask"]),
     )
-    return {kind: [cards[number] for number in numbers] for kind, numbers in numbers_of.items()}
 
 
-def _draw_cards(inspector: Inspector, data: str, labelled: LabelledImages, numbers: Sequence[int]) -> dict[int, Card]:
-    """Returns image number -> card. numbers: ascending numbers in `labelled`."""
-    category = inspector.bundle.category
-    names = [labelled.ids[number] for number in numbers]
-    index = read_index(data, category, split="test")
-    positions = pc.index_in(pa.array(names, pa.string()), value_set=index["id"])
-    if positions.null_count:
-        missing = names[positions.is_null().to_pylist().index(True)]
-        raise DataError(f"{data}: category {category!r} has no image {missing!r} any more: evaluate the category again")
-    number_of_row = dict(zip(index["row"].take(positions).to_pylist(), numbers, strict=True))
-    rows = sorted(number_of_row)
-    cards = {}
-    records = read_rows(data, category, rows, columns=("id", "image", "mask"), version=index_version(index))
-    for row, record in zip(rows, records, strict=True):
-        number = number_of_row[row]
-        (inspection,) = inspector.inspect([record["image"]])
-        cards[number] = Card(
-            name=record["id"],
-            defect_type=labelled.types[number],
-            score=inspection.score,
-            threshold=inspection.threshold,
-            score_to_threshold=inspection.score_to_threshold,
-            p_value=inspection.p_value,
-            verdict=inspection.verdict,
-            mistake=_mistake(bool(labelled.measured.labels[number]), inspection.anomalous),
-            views=_views(inspector, inspection, record["image"], record["mask"]),
-        )
-    return cards
-
-
-def _mistake(is_bad: bool, is_called_bad: bool) -> str:
-    """Returns the kind of mistake of a verdict; empty if the verdict is right."""
-    return "" if is_bad == is_called_bad else "missed" if is_bad else "false alarm"
-
-
-def _views(inspector: Inspector, inspection: Inspection, image: bytes, mask: bytes | None) -> dict[str, str]:
+def _views(inspector: ImageInspector, inspection: Inspection, image: bytes, mask: bytes | None) -> dict[str, str]:
     """Draws the image, its heat map with the outline of the mask, and the aligned image if the model aligns images."""
     full_image = Image.fromarray(decode_image(image, None))
     scale = min(1.0, PICTURE_PX / max(full_image.size))
     size = max(1, round(full_image.width * scale)), max(1, round(full_image.height * scale))
     picture = np.asarray(full_image.resize(size, Image.Resampling.BILINEAR))
-    heat_map = overlay(picture, inspection.scaled(scale))
+    heat_map = overlay(picture, inspection, scale)
     if mask is not None:
         heat_map = draw_outline(heat_map, decode_mask(mask, size[1], size[0]))
     views = {"image": jpeg_uri(picture), "heat map": jpeg_uri(heat_map)}
@@ -130,15 +123,3 @@ def _views(inspector: Inspector, inspection: Inspection, image: bytes, mask: byt
         thumbnail.thumbnail((PICTURE_PX, PICTURE_PX))
         views["as aligned"] = jpeg_uri(np.asarray(thumbnail))
     return views
-
-
-def draw_outline(picture: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Returns a copy of a picture (H, W, 3) with the outline of a mask (H, W).
-
-    The outline is black inside the mask and white outside, so that it is visible on every colour.
-    """
-    outlined = picture.copy()
-    neighbourhood = np.ones((3, 3), dtype=bool)
-    outlined[mask & ~ndimage.binary_erosion(mask, neighbourhood, border_value=1)] = 0
-    outlined[ndimage.binary_dilation(mask, neighbourhood) & ~mask] = 255
-    return outlined

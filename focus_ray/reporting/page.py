@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from focus_ray.evaluation.report import format_bound
+from focus_ray.reporting.tables import format_bound
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _JPEG_QUALITY = 82

@@ -21,7 +21,7 @@ from focus_ray import __version__
 from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
 from focus_ray.detect.inspection import Inspection, Region
-from focus_ray.drawing.rendering import MapValues, Output
+from focus_ray.detect.pictures import MapValues, Output
 from focus_ray.names import NAME_PATTERN, suggest_name
 from focus_ray.serving.envelope import Envelope
 from focus_ray.serving.limits import read_body, read_content_length, read_document, split_images

@@ -132,8 +132,6 @@ class ModelCache:
         if bundle.version != version.sha256:
             raise BundleError(f"{version.uri}: not the bundle that was published as {version.name}: publish it again")
         self._backbones.share(bundle.detector, compute_dtype(bundle.config.model.precision, self.device))
-        bundle.detector.net.projector = nn.Sequential()  # projector and predictor are for training only [kin]
-        bundle.detector.net.predictor = nn.Identity()
         inspector = Inspector(bundle, self.device)
         return LoadedModel(
             version, inspector, sum(tensor.nbytes for tensor in tensors_without_backbone(bundle.detector))

@@ -23,7 +23,7 @@ from focus_ray.bundle.registry import Version
 from focus_ray.data.images import MAX_PIXELS, ImageError
 from focus_ray.detect.detector import can_share_backbone_pass, score_together
 from focus_ray.detect.inspection import Inspection
-from focus_ray.drawing.rendering import MapValues, Output, draw, map_values, picture_size
+from focus_ray.detect.pictures import MapValues, Output, draw, map_values, picture_size
 from focus_ray.serving.batching import Batcher
 from focus_ray.serving.decoders import Decoded, Decoders, TeamSlots
 from focus_ray.serving.measures import Measures

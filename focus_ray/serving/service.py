@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 from focus_ray.bundle.registry import Registry, Version
 from focus_ray.data.images import ImageError
 from focus_ray.detect.calibration import Calibration
+from focus_ray.detect.pictures import Output
 from focus_ray.detect.shift import describe_stream_shift
-from focus_ray.drawing.rendering import Output
 from focus_ray.errors import BundleError, DataError, RegistryError, ScoreError
 from focus_ray.serving.examples import ExampleStore
 from focus_ray.serving.limits import Gate

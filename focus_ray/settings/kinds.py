@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from focus_ray.names import suggest_name
 
 if TYPE_CHECKING:
     from focus_ray.data.importers.base import Importer
-    from focus_ray.density.base import DensityKind
-    from focus_ray.features.backbones.base import BackboneSpec
+    from focus_ray.density.kinds.base import DensityKind
+    from focus_ray.features.backbones.spec import BackboneSpec
     from focus_ray.metrics.metrics import Metric
     from focus_ray.tracking.base import Tracker
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 class Kinds(Generic[T]):
     """A table of the kinds of one component (density, backbone, importer ...), by name. A kind is imported when it is looked up.
 
-    The table itself imports nothing, so that a configuration can be checked without torch.
+    The files of densities and backbones import torch only inside functions, so that a configuration can be checked without torch.
     """
 
     def __init__(self, component: str, import_paths: dict[str, str]) -> None:
@@ -51,11 +51,11 @@ class Kinds(Generic[T]):
         return cast(T, getattr(importlib.import_module(module), attribute))
 
 
-DENSITIES: Kinds[DensityKind] = Kinds(
+DENSITIES: Kinds[DensityKind[Any]] = Kinds(
     "density",
     {
-        "gaussian": "focus_ray.density.gaussian:GAUSSIAN",
-        "nearest": "focus_ray.density.nearest:NEAREST",
+        "gaussian": "focus_ray.density.kinds.gaussian:GAUSSIAN",
+        "nearest": "focus_ray.density.kinds.nearest:NEAREST",
     },
 )
 
@@ -77,37 +77,6 @@ BACKBONES: Kinds[BackboneSpec] = Kinds(
     },
 )
 
-
-class BackboneGeometry(NamedTuple):
-    """The properties of a backbone that a configuration needs. They are listed here because it is checked without torch.
-
-    Attributes:
-        strides: input pixels per cell of the feature maps of layers 1, 2 and 3. The side of the input is a multiple of the last
-            stride.
-        min_reflected_px: smallest side of the input with padding=reflect. In a smaller input a kernel would have to mirror more
-            cells than the last feature map has.
-        passes_feature_maps: whether the layers exchange feature maps, which can be aligned between layers. Transformers
-            exchange tokens.
-    """
-
-    strides: tuple[int, int, int] = (4, 8, 16)
-    min_reflected_px: int = 32
-    passes_feature_maps: bool = True
-
-
-_PATCHES = BackboneGeometry((14, 14, 14), passes_feature_maps=False)
-
-# backbones whose geometry differs from the default
-GEOMETRIES = {
-    "convnext_tiny": BackboneGeometry(min_reflected_px=64),  # kernels of 7 x 7 need a map of at least 4 x 4 cells
-    "efficientnet_lite0": BackboneGeometry(min_reflected_px=48),  # kernels of 5 x 5 need a map of at least 3 x 3 cells
-    "efficientnet_lite1": BackboneGeometry(min_reflected_px=48),
-    "efficientnet_lite2": BackboneGeometry(min_reflected_px=48),
-    "dinov2_vits14": _PATCHES,
-    "dinov2_vitb14": _PATCHES,
-    "dinov2_vits14_reg": _PATCHES,
-    "dinov2_vitb14_reg": _PATCHES,
-}
 
 # in the order in which they are compared with a folder
 IMPORTERS: Kinds[Importer] = Kinds(

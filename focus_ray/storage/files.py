@@ -178,7 +178,7 @@ def retry_while_busy(action: Callable[[], T]) -> T:
 def _retry(action: Callable[[], T], is_temporary: Callable[[Exception], bool]) -> T:
     """Calls a function up to `max_attempts` times while its errors are temporary.
 
-    The pauses double up to 5 s, and vary so that clients do not retry together. Raises: the error of the last attempt.
+    Raises: the error of the last attempt.
     """
     attempt = 1
     while True:

@@ -10,10 +10,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from focus_ray.drawing.sweep_plots import importance_plot, learning_curves, parallel_coordinates
+from focus_ray.drawing.sweep_plots import importance_plot
 from focus_ray.reporting.page import png_uri, render
 from focus_ray.storage.files import join, write_bytes
 from focus_ray.sweep import records, summary
+from focus_ray.sweep.plots import learning_curves, parallel_coordinates
 from focus_ray.sweep.proposer import Proposer
 from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import SweepConfig
@@ -43,7 +44,7 @@ def write_report(root: str, sweep: SweepConfig, trials: Sequence[TrialRecord]) -
         plots = {
             ("parallel", "Settings and scores"): parallel_coordinates(sweep, stage_trials),
             ("curves", "Learning curves"): learning_curves(sweep, stage_trials),
-            ("importance", "Parameter importance"): importance_plot(sweep, importance, num_finished),
+            ("importance", "Parameter importance"): importance_plot(importance, num_finished) if importance else None,
         }
         pictures = {}
         for (name, title), picture in plots.items():

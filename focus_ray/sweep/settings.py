@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, model_valida
 from focus_ray.errors import ConfigError
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.names import NAME_PATTERN, suggest_name
-from focus_ray.settings.kinds import METRICS
+from focus_ray.settings.kinds import DENSITIES, METRICS
 from focus_ray.settings.sections import Section, apply_override, parse_model, read_mapping
 
 Point = dict[str, Any]  # dotted key of Config -> value
@@ -84,18 +84,8 @@ def inert_keys(config: Config) -> dict[str, str]:
     if alignment.group == "none":
         why = "model.image_alignment.group is none"
         reasons.update({f"model.image_alignment.{key}": why for key in ("method", "min_drop")})
-    if density.kind == "nearest":
-        reasons["density.pooling"] = "density.kind is nearest"
-        if density.reduction == "discriminant":
-            why = "density.reduction is discriminant: it learns the metric, and nothing is whitened"
-            reasons.update(dict.fromkeys(("density.shrinkage", "density.shrinkage_unit"), why))
-    if density.kind == "gaussian":
-        nearest_keys = ("density.max_images", "density.per_place", "density.coreset", "density.coreset_channels")
-        reasons.update(dict.fromkeys(nearest_keys, "density.kind is gaussian"))
-        if density.reduction != "discriminant":
-            reasons["density.window"] = "density.kind is gaussian"
-    elif not density.coreset:
-        reasons["density.coreset_channels"] = "density.coreset is 0"
+    inert_in_density = DENSITIES[density.kind].inert_settings(density)
+    reasons.update({f"density.{key}": why for key, why in inert_in_density.items()})
     if density.reduction != "discriminant":
         reasons["density.metric"] = "density.reduction is not discriminant"
     if density.reduction == "none":

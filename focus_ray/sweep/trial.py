@@ -11,7 +11,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,8 +32,9 @@ from focus_ray.fitting.selection import validation_figures
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import Shard
 from focus_ray.fitting.state import TrainState
-from focus_ray.metrics.evaluate import compute_metrics_of_arrays
-from focus_ray.settings.kinds import BACKBONES, METRICS
+from focus_ray.metrics.evaluate import compute_metrics
+from focus_ray.metrics.metrics import MeasuredImages
+from focus_ray.settings.kinds import BACKBONES, DENSITIES, METRICS
 from focus_ray.sweep.settings import Objective, objective_metric
 from focus_ray.sweep.trial_inputs import (
     JUDGING_BATCH_SIZE,
@@ -91,7 +91,6 @@ def judge_category(
     num_images: int | None = None,
     features: FrozenFeatures | None = None,
     rank: int = 0,
-    wrap: Callable[[torch.nn.Module], Any] | None = None,
     on_score: Callable[[int, float, bool], str | None] = lambda epoch, score, final: None,
     shard: Shard | None = None,
 ) -> CategoryResult:
@@ -108,7 +107,6 @@ def judge_category(
         num_images: Number of training images of all workers together; None if `images` contains all.
         features: Result of `embed_images`, if `features_key` of this trial has shared features.
         rank: Rank of this worker.
-        wrap: Wraps the network for distributed training.
         on_score: Called on rank 0 with (trained epochs, score, is_final). It returns a reason to prune the trial, or None.
         shard: This worker's share of the images for streamed training; None takes the share from `images`.
 
@@ -137,7 +135,7 @@ def judge_category(
         else:
             own_images = shard or make_worker_shard(config, images, rank)
             run = CategoryFit(config, own_images, num_images or len(images.fit), device, rank=rank)
-            _train_and_judge(run, images.judged, objective, wrap, result, report_score)
+            _train_and_judge(run, images.judged, objective, result, report_score)
     except TrialPruned as pruned:
         result.cut = str(pruned)
     except (FloatingPointError, torch.linalg.LinAlgError) as error:  # LinAlgError: values too large to decompose
@@ -150,7 +148,6 @@ def _train_and_judge(
     run: CategoryFit,
     judged: JudgingImages,
     objective: Objective,
-    wrap: Callable[[torch.nn.Module], Any] | None,
     result: CategoryResult,
     report_score: Callable[[int, dict[str, float | None], bool], None],
 ) -> None:
@@ -162,7 +159,6 @@ def _train_and_judge(
         run: The fit of this worker.
         judged: Images to judge on; each worker scores its own part.
         objective: Objective of the sweep.
-        wrap: Wraps the network for distributed training.
         result: Receives the number of epochs, the alignment report and the warnings.
         report_score: Takes (epoch, metrics, is_final).
     """
@@ -186,7 +182,7 @@ def _train_and_judge(
             report_score(epoch + 1, judge(), False)
 
     try:
-        run.align_and_train(wrap, None, on_epoch)
+        run.align_and_train(None, on_epoch)
         report_score(config.train.epochs, judge(), True)  # judges the selected epoch, if the settings select one
     finally:
         result.alignment, result.warnings = run.notes.alignment, run.notes.warnings
@@ -225,7 +221,7 @@ def clear_caches() -> None:
 @functools.lru_cache(4)
 def _untrained_net(config: ModelConfig, features: FrozenFeatures, device: torch.device) -> FocusNet:
     """Returns a network that has the image size and the fitted alignment. Its backbone has no weights and is never run."""
-    net = FocusNet(config, build_meta_backbone(config.backbone).to_empty(device="cpu"), head=False)
+    net = FocusNet(config, build_meta_backbone(config.backbone).to_empty(device="cpu"))
     if features.aligner is not None:
         assert net.image_aligner is not None
         state = {name: torch.from_numpy(np.array(value)) for name, value in features.aligner.items()}
@@ -243,7 +239,8 @@ def _fit_reduced(
     """
     density = config.density
     keys = ("layers", "map_stride_px", "smooth_layers", "reduction", "num_channels", "max_images", "kind")
-    cache_settings = {key: getattr(density, key) for key in (*keys, "keeps_coreset", "coreset_channels")}
+    cache_settings = {key: getattr(density, key) for key in keys}
+    cache_settings["coreset"] = DENSITIES[density.kind].num_coreset_channels(density)
     cache_key = f"{features.uid} {cache_settings} {device}"
     if cache_key in _reductions:
         return _reductions[cache_key]
@@ -290,7 +287,8 @@ def _compute_metrics(
         return {**validation_figures(judged.masks, scores, maps)}
     masks = [mask if has_mask else None for mask, has_mask in zip(judged.masks, judged.has_mask, strict=True)]
     kinds = ["anomalous" if label else "good" for label in judged.labels]
-    metrics = compute_metrics_of_arrays(judged.labels.tolist(), kinds, scores.tolist(), list(maps), masks, 0.0, 0.0)
+    measured = MeasuredImages(judged.labels, scores.astype(np.float64), masks, list(maps), 0.0)
+    metrics = compute_metrics(measured, kinds, 0.0)
     score = metrics[key]
     if score is None:
         raise DataError(

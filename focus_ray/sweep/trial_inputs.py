@@ -18,11 +18,11 @@ from torch import Tensor
 from focus_ray.data.images import decode_batch, decode_mask
 from focus_ray.data.read import decode_rows, iter_test_records, read_index
 from focus_ray.density.reduction import ChannelReduction
-from focus_ray.detect.detector import split_for_inference, to_images
+from focus_ray.detect.detector import split_for_inference
 from focus_ray.distributed import world_size
 from focus_ray.errors import DataError
 from focus_ray.features.alignment.congealing import AlignmentReport
-from focus_ray.features.network import warp_to_common_frame
+from focus_ray.features.network import to_images, warp_to_common_frame
 from focus_ray.fitting.fit import CategoryFit
 from focus_ray.fitting.selection import DEFECTS_PER_IMAGE, validation_images
 from focus_ray.fitting.settings import Config
@@ -146,12 +146,9 @@ def image_bytes(config: Config, split: Split, objective: Objective, size_px: int
 def feature_bytes(config: Config, split: Split, objective: Objective) -> int:
     """Returns the number of bytes that `embed_images` will return."""
     size = config.model.image_size_px
-    channels = BACKBONES[config.model.backbone].channels
+    spec = BACKBONES[config.model.backbone]
     bytes_per_image = (
-        sum(
-            count * (size // stride) ** 2 for count, stride in zip(channels, config.model.geometry.strides, strict=True)
-        )
-        * 4
+        sum(count * (size // stride) ** 2 for count, stride in zip(spec.channels, spec.strides, strict=True)) * 4
     )
     return (split.num_fit + count_judging_images(config, split, objective)) * bytes_per_image
 

@@ -7,7 +7,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,6 @@ from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import Objective, SweepConfig
 from focus_ray.sweep.trial import CategoryResult, clear_caches, judge_category
 from focus_ray.sweep.trial_inputs import CategoryImages, FrozenFeatures, embed_images, features_key, load_images
-from focus_ray.training.category import data_parallel
 from focus_ray.training.streams import worker_stream
 from focus_ray.training.trainer import TrainerJob, run_trainer
 
@@ -150,7 +149,7 @@ def _judge_on_train_worker(job: TrialJob, device: torch.device) -> CategoryResul
 
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
-    return _judge_on_worker(job, device, rank, num_workers, data_parallel(num_workers, device))
+    return _judge_on_worker(job, device, rank, num_workers)
 
 
 def _judge_on_worker(
@@ -158,7 +157,6 @@ def _judge_on_worker(
     device: torch.device,
     rank: int = 0,
     num_workers: int = 1,
-    wrap: Callable[[torch.nn.Module], Any] | None = None,
 ) -> CategoryResult:
     """Judges one category as one of `num_workers` workers.
 
@@ -167,7 +165,6 @@ def _judge_on_worker(
         device: Device to compute on.
         rank: Rank of this worker.
         num_workers: Number of workers.
-        wrap: Wraps the network for distributed training.
     """
     import ray
 
@@ -198,7 +195,6 @@ def _judge_on_worker(
         num_images=job.split.num_fit,
         features=features,
         rank=rank,
-        wrap=wrap,
         on_score=on_score,
         shard=shard,
     )

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
@@ -97,7 +96,6 @@ def fit_category(
         len(plan.fit_rows),
         device,
         rank=rank,
-        wrap=data_parallel(num_workers, device),
         state=state,
         on_epoch=on_epoch,
         log=log_line,
@@ -125,18 +123,6 @@ def fit_category(
         },
         fit_hashes=plan.fit_hashes,
     )
-
-
-def data_parallel(num_workers: int, device: torch.device) -> Callable[[torch.nn.Module], Any] | None:
-    """Returns the function that makes a module data-parallel; None for one worker."""
-    if num_workers == 1:
-        return None
-
-    def wrap(module: torch.nn.Module) -> Any:
-        devices = [device] if device.type == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(module, device_ids=devices)
-
-    return wrap
 
 
 def _write_checkpoint(folder: str, epoch: int, state: TrainState) -> None:

@@ -16,11 +16,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from focus_ray.bundle.bundle import Bundle
-from focus_ray.data.images import decode_image, encode_png
 from focus_ray.detect.inspection import Inspection
+from focus_ray.detect.pictures import overlay_with_strip
 from focus_ray.detect.shift import RecentScores, compare_stream
 from focus_ray.drawing.mark import MARK_WITHIN_BYTES, is_drawing
-from focus_ray.drawing.strip import overlay_with_strip
 from focus_ray.errors import DataError
 from focus_ray.names import readable_name
 from focus_ray.storage.files import is_storage_full, write_bytes
@@ -302,8 +301,7 @@ class Watch:
         stem = path.stem.encode()[:_MAX_STEM_BYTES].decode(errors="ignore")
         name = str(OVERLAY_FOLDER / path.parent / f"{stem}-{image.content:016x}.png")
         try:
-            picture = overlay_with_strip(decode_image(image.encoded, None), result)
-            write_bytes(self.journal.folder / name, encode_png(picture, drawn=True))
+            write_bytes(self.journal.folder / name, overlay_with_strip(image.encoded, result))
         except DataError as error:
             if is_storage_full(error):
                 raise

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from small_set import fit_alone, ingest_parts, make_bundle, small_config
+from small_set import fit_alone, make_bundle, small_config
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import decode_batch
@@ -20,11 +20,6 @@ from focus_ray.fitting.settings import Config
 from focus_ray.serving.models import SharedBackbones
 
 SIZES = {"convnext_tiny": 64, "efficientnet_lite1": 64, "dinov2_vits14": 70, "dinov2_vits14_reg": 70}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return ingest_parts(tmp_path_factory.mktemp("set"))
 
 
 def config_of(name: str, uri: str, folder: Path, **sections: dict[str, Any]) -> Config:
@@ -49,60 +44,58 @@ def check_the_whole_way(config: Config, images: NDArray[np.uint8]) -> None:
 
 
 @pytest.mark.parametrize("name", ["convnext_tiny", "dinov2_vits14"])
-def test_a_bundle_scores_as_the_fitted_model_and_nearly_so_in_bfloat16(name: str, data: str, tmp_path: Path) -> None:
-    check_the_whole_way(config_of(name, data, tmp_path), photographs(data, name))
+def test_a_bundle_scores_as_the_fitted_model_and_nearly_so_in_bfloat16(name: str, parts: str, tmp_path: Path) -> None:
+    check_the_whole_way(config_of(name, parts, tmp_path), photographs(parts, name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
-def test_a_bundle_with_a_metric_and_a_profile_scores_as_the_fitted_model(name: str, data: str, tmp_path: Path) -> None:
+def test_a_bundle_with_a_metric_and_a_profile_scores_as_the_fitted_model(name: str, parts: str, tmp_path: Path) -> None:
     density, scoring = {"reduction": "discriminant"}, {"image_score": "profile"}
-    check_the_whole_way(config_of(name, data, tmp_path, density=density, scoring=scoring), photographs(data, name))
+    check_the_whole_way(config_of(name, parts, tmp_path, density=density, scoring=scoring), photographs(parts, name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["convnext_tiny", "dinov2_vits14"])
-def test_a_backbone_without_batch_norms_is_trained_by_both_losses(name: str, data: str, tmp_path: Path) -> None:
-    result = fit_alone(config_of(name, data, tmp_path, train={"epochs": 2, "batch_size_per_worker": 12}))
+def test_a_backbone_without_batch_norms_is_trained_by_both_losses(name: str, parts: str, tmp_path: Path) -> None:
+    result = fit_alone(config_of(name, parts, tmp_path, train={"epochs": 2, "batch_size_per_worker": 12}))
     assert len(result.notes.history) == 2
     assert all(np.isfinite(epoch["loss"]) for epoch in result.notes.history)
     torch.manual_seed(0)
-    untrained = fit_alone(config_of(name, data, tmp_path)).detector.net.backbone.state_dict()
+    untrained = fit_alone(config_of(name, parts, tmp_path)).detector.net.backbone.state_dict()
     trained = result.detector.net.backbone.state_dict()
     changed = {key.partition(".")[0] for key, value in trained.items() if not torch.equal(value, untrained[key])}
     assert changed == {"layer1", "layer2", "layer3"}
 
 
 @pytest.mark.slow
-def test_models_with_the_same_transformer_share_its_forward_pass(data: str, tmp_path: Path) -> None:
+def test_models_with_the_same_transformer_share_its_forward_pass(parts: str, tmp_path: Path) -> None:
     name = "dinov2_vits14"
     shared, detectors = SharedBackbones(), []
     for category in ("gear", "board"):
-        config = config_of(name, data, tmp_path, data={"categories": [category]}, density={"map_stride_px": 4})
+        config = config_of(name, parts, tmp_path, data={"categories": [category]}, density={"map_stride_px": 4})
         detectors.append(fit_alone(config, category).detector)
         shared.share(detectors[-1], torch.float32)
     assert detectors[0].net.backbone is detectors[1].net.backbone
-    parts = [torch.from_numpy(photographs(data, name, category)) for category in ("gear", "board")]
+    parts = [torch.from_numpy(photographs(parts, name, category)) for category in ("gear", "board")]
     together = score_together(list(zip(detectors, parts, strict=True)))
     for detector, images, scored in zip(detectors, parts, together, strict=True):
         torch.testing.assert_close(scored.score, detector(images).score, rtol=1e-4, atol=1e-4)
 
 
-def test_tiles_and_regions_work_with_patches_of_14_pixels(data: str, tmp_path: Path) -> None:
+def test_tiles_and_regions_work_with_patches_of_14_pixels(parts: str, tmp_path: Path) -> None:
     tiling = {"grid": [2, 2], "overlap": 0.125, "density": "shared"}
     config = config_of(
-        "dinov2_vits14", data, tmp_path,
+        "dinov2_vits14", parts, tmp_path,
         model={"image_size_px": 42, "tiling": tiling, "image_alignment": {"group": "none"}},
         data={"regions": {"gear": [[[0.0, 0.0], [0.5, 0.0], [0.5, 1.0], [0.0, 1.0]]]}},
     )  # fmt: skip
     inspector = Inspector.load(make_bundle(config), "cpu")
     assert (inspector.bundle.detector.density.height, inspector.bundle.detector.density.width) == (6, 6)
-    records = list(iter_test_records(data, "gear"))
-    maps = np.concatenate(
-        [batch_maps for _, batch_maps in inspector.score_batches(record["image"] for record in records)]
-    )
     height, width = config.model.frame_px
-    assert maps.shape == (len(records), height, width)
+    images = [record["image"] for record in iter_test_records(parts, "gear")]
+    _, maps = inspector.score(decode_batch(images, inspector.frame))
+    assert maps.shape == (len(images), height, width)
     assert maps[:, :, : width // 4].max() > 0
     assert maps[:, :, width // 2 + 1 :].max() == 0
 
@@ -110,11 +103,11 @@ def test_tiles_and_regions_work_with_patches_of_14_pixels(data: str, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["onnxruntime", "onnxruntime-int8"])
 @pytest.mark.parametrize("name", ["convnext_tiny", "dinov2_vits14", "dinov2_vits14_reg"])
-def test_an_engine_computes_the_backbone(name: str, engine: str, data: str, tmp_path: Path) -> None:
+def test_an_engine_computes_the_backbone(name: str, engine: str, parts: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    place = make_bundle(config_of(name, data, tmp_path))
-    examples = [record["image"] for record in iter_test_records(data, "gear") if record["label"] == 0]
+    place = make_bundle(config_of(name, parts, tmp_path))
+    examples = [record["image"] for record in iter_test_records(parts, "gear") if record["label"] == 0]
     compiled = Inspector.load(place, "cpu", engine=engine, examples=examples)
     assert compiled.bundle.detector.net.compiled is not None
-    expected, _ = Inspector.load(place, "cpu").score(photographs(data, name))
-    np.testing.assert_allclose(compiled.score(photographs(data, name))[0], expected, rtol=0.1)
+    expected, _ = Inspector.load(place, "cpu").score(photographs(parts, name))
+    np.testing.assert_allclose(compiled.score(photographs(parts, name))[0], expected, rtol=0.1)

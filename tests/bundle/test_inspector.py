@@ -12,96 +12,79 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
-from small_set import ingest_parts, make_bundle, small_config
+from small_set import make_bundle, small_config
 
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.data.images import decode_batch, decode_mask, encode_png
+from focus_ray.data.images import decode_batch, decode_mask
 from focus_ray.data.read import iter_test_records, read_index, read_rows
 from focus_ray.detect.inspection import find_regions, resize_map
+from focus_ray.detect.pictures import overlay
+from focus_ray.drawing.png import encode_png
 from focus_ray.errors import BundleError, DataError
-from focus_ray.evaluation.report import overlay
 from focus_ray.metrics import metrics
-from focus_ray.metrics.evaluate import compute_metrics_of_arrays, evaluation_size
+from focus_ray.metrics.evaluate import compute_metrics, evaluation_size
 from focus_ray.metrics.pixels import PixelCurve
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return ingest_parts(tmp_path_factory.mktemp("parts"))
+Records = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def bundle(data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+def inspector(parts: str, tmp_path_factory: pytest.TempPathFactory) -> Inspector:
     model = {"image_alignment": {"min_drop": 0.0}}
-    return make_bundle(small_config(data, tmp_path_factory.mktemp("runs"), model=model))
-
-
-@pytest.fixture(scope="module")
-def inspector(bundle: str) -> Inspector:
+    bundle = make_bundle(small_config(parts, tmp_path_factory.mktemp("runs"), model=model))
     return Inspector.load(bundle, "cpu", batch_size=3)
 
 
 @pytest.fixture(scope="module")
-def records(data: str) -> list[dict[str, Any]]:
+def records(parts: str) -> Records:
     """The labelled test images: 4 good, 4 with a defect and its mask."""
-    return list(iter_test_records(data, "gear"))
+    return list(iter_test_records(parts, "gear"))
 
 
 # Scores
 
 
-def test_a_batch_scores_as_its_single_images(inspector: Inspector, records: list[dict[str, Any]]) -> None:
-    batch = decode_batch([record["image"] for record in records], 64)
-    scores, maps = inspector.score(batch)
-    for number in range(len(batch)):
-        score, anomaly_map = inspector.score(batch[number : number + 1])
-        assert scores[number] == pytest.approx(score[0], rel=1e-4)
-        np.testing.assert_allclose(maps[number], anomaly_map[0], rtol=1e-4, atol=1e-4 * float(maps.max()))
-
-
-def test_a_stream_of_images_scores_as_a_single_batch(inspector: Inspector, records: list[dict[str, Any]]) -> None:
+def test_a_batch_and_a_stream_score_as_single_images(inspector: Inspector, records: Records) -> None:
     images = [record["image"] for record in records]
-    batches = list(inspector.score_batches(iter(images)))
-    assert [len(scores) for scores, _ in batches] == [3, 3, 2]
-    whole, maps = inspector.score(decode_batch(images, 64))
-    np.testing.assert_allclose(np.concatenate([scores for scores, _ in batches]), whole, rtol=1e-4)
-    np.testing.assert_allclose(np.concatenate([part for _, part in batches]), maps, atol=1e-4 * float(maps.max()))
-
-
-def test_no_images_give_no_scores(inspector: Inspector) -> None:
-    assert list(inspector.score_batches([])) == []
+    batch = decode_batch(images, 64)
+    scores, maps = inspector.score(batch)
+    tolerance = 1e-4 * float(maps.max())
+    for number, inspection in enumerate(inspector.inspect(images)):
+        score, anomaly_map = inspector.score(batch[number : number + 1])
+        assert scores[number] == pytest.approx(score[0], rel=1e-4) == pytest.approx(inspection.score, rel=1e-4)
+        np.testing.assert_allclose(maps[number], anomaly_map[0], rtol=1e-4, atol=tolerance)
+        np.testing.assert_allclose(maps[number], inspection.anomaly_map, rtol=1e-4, atol=tolerance)
     assert inspector.inspect([]) == []
 
 
-def test_an_image_that_cannot_be_decoded_is_named_by_its_number(
-    inspector: Inspector, records: list[dict[str, Any]]
-) -> None:
-    images = [records[0]["image"]] * 4 + [b"not an image"]
-    with pytest.raises(DataError, match=r"^image 4: 12 bytes that start with"):
-        list(inspector.score_batches(images))
+def test_an_image_that_cannot_be_decoded_is_named_by_its_number(inspector: Inspector, records: Records) -> None:
+    with pytest.raises(DataError, match=r"^image 4: 12 bytes"):
+        inspector.inspect([records[0]["image"]] * 4 + [b"not an image"])
 
 
-def test_verdicts_follow_the_calibration_of_the_bundle(inspector: Inspector, records: list[dict[str, Any]]) -> None:
+def test_verdicts_follow_the_calibration_of_the_bundle(inspector: Inspector, records: Records) -> None:
     calibration = inspector.bundle.calibration
     for inspection in inspector.inspect([record["image"] for record in records]):
         assert inspection.anomalous == (inspection.score > calibration.image_threshold)
         assert inspection.p_value == float(calibration.conformal_p_value(inspection.score))
         assert (inspection.width, inspection.height) == (64, 64)
         assert inspection.regions == find_regions(inspection.anomaly_map, calibration.pixel_threshold, 64, 64)
-        keys = set(vars(inspection)) - {"anomaly_map"}
-        assert set(inspection.to_dict()) == (keys if inspection.trained_on else keys - {"trained_on"})
+        assert set(inspection.to_dict()) == set(vars(inspection)) - {"anomaly_map", "trained_on"}
 
 
-def test_an_oblong_image_has_its_regions_and_overlay_in_its_own_pixels(
-    inspector: Inspector, records: list[dict[str, Any]]
-) -> None:
+def test_an_oblong_image_has_its_regions_and_overlay_in_its_own_pixels(inspector: Inspector, records: Records) -> None:
     square = Image.fromarray(decode_batch([records[0]["image"]], 64)[0])
     oblong = np.asarray(square.resize((150, 70)))
     (inspection,) = inspector.inspect([encode_png(oblong)])
     assert (inspection.width, inspection.height, inspection.anomaly_map.shape) == (150, 70, (64, 64))
-    everywhere = find_regions(np.ones((64, 64), np.float32), 0.5, 150, 70)
-    assert [(r.x, r.y, r.width, r.height, r.area) for r in everywhere] == [(0, 0, 150, 70, 150 * 70)]
+    (everywhere,) = find_regions(np.ones((64, 64), np.float32), 0.5, 150, 70)
+    assert everywhere.to_dict() == {"x": 0, "y": 0, "width": 150, "height": 70, "area": 150 * 70, "peak": 1.0}
     assert overlay(oblong, inspection).shape == (70, 150, 3)
+
+
+def test_a_missing_bundle_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"nothing: .*no manifest\.json"):
+        Inspector.load(tmp_path / "nothing")
 
 
 # Maps and regions
@@ -113,15 +96,10 @@ def test_regions_are_joined_through_corners_and_ordered_by_their_peaks() -> None
     anomaly_map[6:9, 8:13] = 1.5
     anomaly_map[7, 9] = 5.0
     anomaly_map[10, 0] = 1.0  # not above the threshold
-    found = find_regions(anomaly_map, 1.0, width=16, height=12)
-    assert [region.to_dict() for region in found] == [
+    assert [region.to_dict() for region in find_regions(anomaly_map, 1.0, width=16, height=12)] == [
         {"x": 8, "y": 6, "width": 5, "height": 3, "area": 15, "peak": 5.0},
         {"x": 2, "y": 1, "width": 2, "height": 2, "area": 2, "peak": 3.0},
     ]
-
-
-def test_a_map_without_a_value_above_the_threshold_has_no_region() -> None:
-    assert find_regions(np.ones((8, 8), np.float32), 1.0, 8, 8) == ()
 
 
 def test_a_region_is_in_pixels_of_the_original_image() -> None:
@@ -138,10 +116,10 @@ def bilinear(values: NDArray[np.float32], height: int, width: int) -> NDArray[np
         for column in range(width):
             y = min(max((row + 0.5) * values.shape[0] / height - 0.5, 0), values.shape[0] - 1)
             x = min(max((column + 0.5) * values.shape[1] / width - 0.5, 0), values.shape[1] - 1)
-            top, left_column = int(y), int(x)
-            below, right_column = min(top + 1, values.shape[0] - 1), min(left_column + 1, values.shape[1] - 1)
-            upper = values[top, left_column] * (left_column + 1 - x) + values[top, right_column] * (x - left_column)
-            lower = values[below, left_column] * (left_column + 1 - x) + values[below, right_column] * (x - left_column)
+            top, start = int(y), int(x)
+            below, end = min(top + 1, values.shape[0] - 1), min(start + 1, values.shape[1] - 1)
+            upper = values[top, start] * (start + 1 - x) + values[top, end] * (x - start)
+            lower = values[below, start] * (start + 1 - x) + values[below, end] * (x - start)
             out[row, column] = upper * (top + 1 - y) + lower * (y - top)
     return out
 
@@ -155,56 +133,55 @@ def test_a_map_is_resized_bilinearly_about_pixel_centres(height: int, width: int
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 600))
 def test_maps_are_compared_at_the_image_size_up_to_a_limit(height: int, width: int, limit: int) -> None:
     size = evaluation_size(height, width, limit)
-    if max(height, width) <= limit:
-        assert size == (height, width)
-    else:
-        assert max(size) == limit
-        assert abs(size[0] - height * limit / max(height, width)) <= 1
-        assert abs(size[1] - width * limit / max(height, width)) <= 1
+    longest = max(height, width)
+    assert max(size) == min(longest, limit)
+    for side, original in zip(size, (height, width), strict=True):
+        assert side == original if longest <= limit else abs(side - original * limit / longest) <= 1
 
 
 # Evaluation
 
 
-def arrays_of(
-    inspector: Inspector, records: list[dict[str, Any]], side: int
-) -> tuple[NDArray[np.int64], NDArray[np.float64], list[NDArray[np.float32]], list[NDArray[np.bool_]]]:
-    labels = np.array([record["label"] for record in records])
+def arrays_of(inspector: Inspector, records: Records, side: int) -> tuple[Any, ...]:
+    """Returns labels, scores, maps and masks of records."""
     scores, maps = inspector.score(decode_batch([record["image"] for record in records], 64))
-    resized = [resize_map(anomaly_map, side, side) for anomaly_map in maps]
     masks = [
         np.zeros((side, side), bool) if record["mask"] is None else decode_mask(record["mask"], side, side)
         for record in records
     ]
-    return labels, scores.astype(float), resized, masks
+    labels = np.array([record["label"] for record in records])
+    return (
+        labels,
+        scores.astype(float),
+        np.stack([resize_map(anomaly_map, side, side) for anomaly_map in maps]),
+        np.stack(masks),
+    )
 
 
 @pytest.mark.parametrize("side", [64, 48])
-def test_an_evaluation_gives_the_metrics_of_its_arrays(
-    inspector: Inspector, records: list[dict[str, Any]], side: int
-) -> None:
+def test_an_evaluation_gives_the_metrics_of_its_arrays(inspector: Inspector, records: Records, side: int) -> None:
     result = inspector.evaluate(records, max_side_px=side)
     labels, scores, maps, masks = arrays_of(inspector, records, side)
-    assert (result["num_normal"], result["num_anomalous"], result["num_masks"]) == (4, 4, 4)
-    assert result["image_auroc"] == pytest.approx(roc_auc_score(labels, scores))
-    assert result["image_average_precision"] == pytest.approx(average_precision_score(labels, scores))
-    assert result["image_f1_max"] == pytest.approx(metrics.f1_max(labels, scores)[0])
-    flat_masks, flat_maps = np.stack(masks).ravel(), np.stack(maps).ravel()
+    pixels, threshold = (masks.ravel(), maps.ravel()), inspector.bundle.calibration.image_threshold
+    curve = PixelCurve.of(masks, maps)
     # batches of another size round differently, which may swap the order of nearly equal pixels
-    assert result["pixel_auroc"] == pytest.approx(roc_auc_score(flat_masks, flat_maps), abs=1e-4)
-    assert result["pixel_average_precision"] == pytest.approx(average_precision_score(flat_masks, flat_maps), abs=1e-4)
-    curve = PixelCurve.of(masks, maps, regions=True)
-    assert result["aupro_0.3"] == pytest.approx(curve.aupro(0.3), abs=1e-3)
-    assert result["aupro_0.05"] == pytest.approx(curve.aupro(0.05), abs=1e-3)
-    threshold = inspector.bundle.calibration.image_threshold
-    assert result["threshold"] == threshold
-    assert result["false_positive_rate"] == float((scores[labels == 0] > threshold).mean())
-    assert result["recall"] == float((scores[labels == 1] > threshold).mean())
+    for key, expected, tolerance in (
+        ("image_auroc", roc_auc_score(labels, scores), 1e-12),
+        ("image_average_precision", average_precision_score(labels, scores), 1e-12),
+        ("image_f1_max", metrics.f1_max(labels, scores), 1e-12),
+        ("pixel_auroc", roc_auc_score(*pixels), 1e-4),
+        ("pixel_average_precision", average_precision_score(*pixels), 1e-4),
+        ("aupro_0.3", curve.aupro(0.3), 1e-3),
+        ("aupro_0.05", curve.aupro(0.05), 1e-3),
+        ("threshold", threshold, 0),
+        ("false_positive_rate", float((scores[labels == 0] > threshold).mean()), 0),
+        ("recall", float((scores[labels == 1] > threshold).mean()), 0),
+    ):
+        assert result[key] == pytest.approx(expected, abs=tolerance), key
+    assert (result["num_normal"], result["num_anomalous"], result["num_masks"]) == (4, 4, 4)
 
 
-def test_each_defect_type_is_measured_against_all_good_images(
-    inspector: Inspector, records: list[dict[str, Any]]
-) -> None:
+def test_each_defect_type_is_measured_against_all_good_images(inspector: Inspector, records: Records) -> None:
     types = inspector.evaluate(records, 64)["defect_types"]
     labels, scores, _, _ = arrays_of(inspector, records, 64)
     assert sorted(types) == ["broken_tooth", "contamination", "missing_hole", "scratch"]
@@ -214,31 +191,24 @@ def test_each_defect_type_is_measured_against_all_good_images(
         assert part["image_auroc"] == pytest.approx(roc_auc_score(labels[use], scores[use]))
 
 
-def test_an_anomalous_image_without_a_mask_counts_only_in_image_metrics(
-    inspector: Inspector, records: list[dict[str, Any]]
-) -> None:
+def test_an_anomalous_image_without_a_mask_counts_only_in_image_metrics(inspector: Inspector, records: Records) -> None:
     at = next(number for number, record in enumerate(records) if record["label"])
-    unmasked = [{**record, "mask": None} if number == at else record for number, record in enumerate(records)]
-    result, complete = inspector.evaluate(unmasked, 64), inspector.evaluate(records, 64)
-    remaining_result = inspector.evaluate(records[:at] + records[at + 1 :], 64)
+    unmasked = [*records[:at], {**records[at], "mask": None}, *records[at + 1 :]]
+    without = [*records[:at], *records[at + 1 :]]
+    result, complete, remaining = (inspector.evaluate(images, 64) for images in (unmasked, records, without))
     assert (result["num_anomalous"], result["num_masks"]) == (4, 3)
     for key in ("image_auroc", "image_average_precision", "recall"):
         assert result[key] == complete[key]
     for key in ("pixel_auroc", "pixel_average_precision", "aupro_0.3"):
-        assert result[key] == pytest.approx(remaining_result[key], abs=1e-3)
+        assert result[key] == pytest.approx(remaining[key], abs=1e-3)
     assert result["defect_types"][records[at]["defect_type"]]["pixel_auroc"] is None
 
 
-def test_good_images_alone_give_a_false_positive_rate_and_no_auroc(
-    inspector: Inspector, records: list[dict[str, Any]]
-) -> None:
+def test_good_images_alone_give_a_false_positive_rate_and_no_auroc(inspector: Inspector, records: Records) -> None:
     result = inspector.evaluate([record for record in records if not record["label"]], 64)
     assert result["false_positive_rate"] is not None
     assert [result[key] for key in ("image_auroc", "pixel_auroc", "recall")] == [None, None, None]
     assert result["defect_types"] == {}
-
-
-def test_a_set_without_test_images_is_refused(inspector: Inspector) -> None:
     with pytest.raises(DataError, match="no test image"):
         inspector.evaluate([])
 
@@ -246,25 +216,14 @@ def test_a_set_without_test_images_is_refused(inspector: Inspector) -> None:
 def test_the_verdict_at_the_threshold_itself_is_normal() -> None:
     masks: list[Any] = [None, None]
     empty = np.zeros((2, 2), np.float32)
-    result = compute_metrics_of_arrays(
-        [0, 1], ["good", "crack"], [1.0, 1.0], [empty, empty], masks, threshold=1.0, target_fpr=0.05
-    )
+    measured = metrics.MeasuredImages(np.array([0, 1]), np.ones(2), masks, [empty, empty], threshold=1.0)
+    result = compute_metrics(measured, ["good", "crack"], target_fpr=0.05)
     assert (result["false_positive_rate"], result["recall"]) == (0.0, 0.0)
 
 
-def test_training_images_score_below_defective_ones(inspector: Inspector, data: str) -> None:
-    index = read_index(data, "gear")
-    rows = index["row"].to_numpy()
-    anomalous = index["label"].to_numpy() == 1
-    train = np.array(index["split"].to_pylist()) == "train"
+def test_training_images_score_below_defective_ones(inspector: Inspector, records: Records, parts: str) -> None:
 
-    def mean_score(chosen: NDArray[np.bool_]) -> float:
-        images = [record["image"] for record in read_rows(data, "gear", rows[chosen], columns=("image",))]
-        return float(inspector.score(decode_batch(images, 64))[0].mean())
-
-    assert mean_score(train) < mean_score(anomalous)
-
-
-def test_a_missing_bundle_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"nothing: .*no manifest\.json"):
-        Inspector.load(tmp_path / "nothing")
+    rows = read_index(parts, "gear", split="train")["row"].to_numpy()
+    train = inspector.inspect([record["image"] for record in read_rows(parts, "gear", rows, columns=("image",))])
+    bad = inspector.inspect([record["image"] for record in records if record["label"]])
+    assert np.mean([result.score for result in train]) < np.mean([result.score for result in bad])

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from small_set import ingest_parts, make_bundle, small_config
+from shared_bundles import PLAIN
+from small_set import make_bundle, small_config
 from torch import Tensor
 
 from focus_ray.bundle.bundle import MANIFEST, manifest_hash, read_bundle, read_manifest, read_statistics
@@ -25,15 +26,9 @@ LIMIT = 256 * MIB
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("parts")
-    config = small_config(
-        ingest_parts(folder),
-        folder,
-        model={"image_alignment": {"group": "none"}},
-        scoring={"image_score": "profile"},
-    )
-    return make_bundle(config)
+def original(parts: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("runs")
+    return make_bundle(small_config(parts, folder, model=PLAIN, scoring={"image_score": "profile"}))
 
 
 @pytest.fixture
@@ -76,17 +71,12 @@ def test_a_valid_bundle_is_read_within_the_limit(bundle: Path) -> None:
 # Sizes of files
 
 
-def test_a_file_that_is_larger_than_its_manifest_says_is_not_read(bundle: Path) -> None:
-    entry = read_manifest(bundle)["files"]["density"]
-    os.truncate(bundle / entry["name"], 2**40)  # a sparse file, which takes no disk space
-    with pytest.raises(BundleError, match=rf"the file has {2**40} bytes, expected at most {entry['num_bytes']}"):
+@pytest.mark.parametrize("part", ["density", "manifest"])
+def test_a_file_of_a_terabyte_is_not_read(bundle: Path, part: str) -> None:
+    name = MANIFEST if part == "manifest" else read_manifest(bundle)["files"][part]["name"]
+    os.truncate(bundle / name, 2**40)  # a sparse file, which takes no disk space
+    with pytest.raises(BundleError, match=rf"{name}: the file has {2**40} bytes, expected at most"):
         read_bundle(bundle)
-
-
-def test_a_manifest_of_a_terabyte_is_not_read(bundle: Path) -> None:
-    os.truncate(bundle / MANIFEST, 2**40)
-    with pytest.raises(BundleError, match=rf"{MANIFEST}: the file has {2**40} bytes"):
-        read_manifest(bundle)
 
 
 def test_a_bundle_above_the_limit_is_refused_before_its_files_are_read(bundle: Path) -> None:
@@ -105,31 +95,22 @@ def test_a_deeply_nested_manifest_is_refused(bundle: Path) -> None:
 # Entries of the manifest
 
 
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("moments.height", -8),
-        ("moments.height", "8"),
-        ("moments.width", 2**62),
-        ("moments.count", None),
-        ("moments", [8, 8]),
-        ("files.density.num_bytes", -1),
-        ("files.density.num_bytes", 1e9),
-        ("files.density.name", "../../secret.safetensors"),
-        ("files.density.name", "/etc/x.safetensors"),
-        ("files.density.sha256", 7),
-        ("files", []),
-        ("category", "../../other"),
-        ("category", ""),
-        ("category", ["gear"]),
-        ("created_at", "2026-13-45"),
-        ("created_at", 5),
-        ("config", None),
-        ("metrics", "many"),
-        ("data", 3),
-        ("calibration", []),
-    ],
-)
+ENTRIES: dict[str, list[Any]] = {
+    "moments.height": [-8, "8"],
+    "moments.width": [2**62],
+    "moments.count": [None],
+    "moments": [[8, 8]],
+    "files.density.num_bytes": [-1, 1e9],
+    "files.density.name": ["../../secret.safetensors", "/etc/x.safetensors"],
+    "files.density.sha256": [7],
+    "files": [[]],
+    "category": ["../../other", "", ["gear"]],
+    "created_at": ["2026-13-45", 5],
+    **{"config": [None], "metrics": ["many"], "data": [3], "calibration": [[]]},
+}
+
+
+@pytest.mark.parametrize(("path", "value"), [(path, value) for path, values in ENTRIES.items() for value in values])
 def test_a_manifest_entry_of_a_wrong_kind_is_named(bundle: Path, path: str, value: Any) -> None:
     def change(manifest: dict[str, Any]) -> None:
         *folders, name = path.split(".")
@@ -176,6 +157,11 @@ def test_a_map_of_another_size_than_the_configuration_gives_is_refused(bundle: P
 # Headers of tensor files
 
 
+def entry(dtype: bytes = b"F32", shape: bytes = b"[1]", offsets: bytes = b"[0, 4]") -> bytes:
+    """Returns a header with a single tensor."""
+    return b'{"bank": {"dtype": "%b", "shape": %b, "data_offsets": %b}}' % (dtype, shape, offsets)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -185,15 +171,15 @@ def test_a_map_of_another_size_than_the_configuration_gives_is_refused(bundle: P
         file_of(b"[" * 100_000),
         file_of(b"[]"),
         file_of(b'{"bank": 3}'),
-        file_of(b'{"bank": {"dtype": "F32", "shape": [1099511627776], "data_offsets": [0, 4]}}', b"1234"),
-        file_of(b'{"bank": {"dtype": "F32", "shape": [0, 4611686018427387904], "data_offsets": [0, 0]}}'),
-        file_of(b'{"bank": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', b"1234"),
-        file_of(b'{"bank": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}', b"1234"),
-        file_of(b'{"bank": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}', b"12341234"),
-        file_of(b'{"bank": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', b"1234 and more"),
-        file_of(b'{"bank": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', b"1234"),
-        file_of(b'{"bank": {"dtype": "OBJECT", "shape": [1], "data_offsets": [0, 4]}}', b"1234"),
-        file_of(b'{"bank": {"dtype": "F32", "shape": [' + b"1," * 999 + b'1], "data_offsets": [0, 4]}}', b"1234"),
+        file_of(entry(shape=b"[1099511627776]"), b"1234"),
+        file_of(entry(shape=b"[0, 4611686018427387904]", offsets=b"[0, 0]")),
+        file_of(entry(shape=b"[2]"), b"1234"),
+        file_of(entry(shape=b"[-1, -1]"), b"1234"),
+        file_of(entry(offsets=b"[4, 8]"), b"12341234"),
+        file_of(entry(), b"1234 and more"),
+        file_of(entry(shape=b"[true]"), b"1234"),
+        file_of(entry(dtype=b"OBJECT"), b"1234"),
+        file_of(entry(shape=b"[" + b"1," * 999 + b"1]"), b"1234"),
     ],
 )
 @pytest.mark.parametrize("part", ["network", "density", "moments"])
@@ -254,13 +240,10 @@ def test_the_limit_counts_the_memory_of_tensors_and_not_their_file_size(bundle: 
 
 
 def test_distances_to_a_large_coreset_count_before_the_first_image(bundle: Path) -> None:
-    change_manifest(bundle, lambda manifest: manifest["config"]["density"].update(coreset=65536, coreset_channels=1))
     count = 65536
-    change_tensors(
-        bundle,
-        "density",
-        **{"coreset.patches": torch.zeros(count, 1), "coreset.images": torch.zeros(count, dtype=torch.int32)},
-    )
+    change_manifest(bundle, lambda manifest: manifest["config"]["density"].update(coreset=count, coreset_channels=1))
+    patches, numbers = torch.zeros(count, 1), torch.zeros(count, dtype=torch.int32)
+    change_tensors(bundle, "density", **{"coreset.patches": patches, "coreset.images": numbers})
     change_tensors(bundle, "network", **{"reduction.coreset_projection": torch.zeros(1, 384)})
     read_bundle(bundle, max_bytes=LIMIT)
     with pytest.raises(BundleError, match=r"coreset would take 16 MiB"):

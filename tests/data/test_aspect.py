@@ -21,7 +21,7 @@ from focus_ray.data.framing import Frame
 from focus_ray.data.images import MAX_PIXELS, decode_image, encode_png, read_batch
 from focus_ray.data.read import iter_test_records
 from focus_ray.detect.inspection import Inspection
-from focus_ray.evaluation.report import overlay
+from focus_ray.detect.pictures import overlay
 from focus_ray.fitting.regions import load_frame
 from focus_ray.serving.decoders import Decoders
 from focus_ray.serving.scorer import Scores, _judge

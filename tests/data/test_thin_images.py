@@ -16,11 +16,12 @@ from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import MAX_PIXELS, ImageError, decode_image, encode_png
 from focus_ray.density.tiles import Tiles
-from focus_ray.detect.detector import embed, shown_locations, to_images
+from focus_ray.detect.detector import embed, shown_locations
 from focus_ray.detect.inspection import Inspection
 from focus_ray.errors import DataError
 from focus_ray.evaluation.batch_inspection import inspect_records
 from focus_ray.export.scorer import ExportableScorer
+from focus_ray.features.network import to_images
 from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.split import split_category
@@ -57,7 +58,7 @@ def test_the_frame_refuses_exactly_the_sizes_without_an_inspected_cell(
     tiling: Any, region: Any, data: str, tmp_path: Path
 ) -> None:
     config = padded_config(data, tmp_path, region, tiling=tiling)
-    frame, tiles = load_frame(config, "gear"), Tiles.from_config(config.model)
+    frame, tiles = load_frame(config, "gear"), Tiles(*config.model.tiles)
     side = config.model.image_size_px // config.model.place_px(config.density.map_layer)
     num_refused = 0
     for longer in (8, 16, 24, 32, 48, 64, 128):

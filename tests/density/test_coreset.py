@@ -1,34 +1,21 @@
-"""Tests of the coreset: the choice of patches, distances, and the combination with a memory of locations."""
+"""The coreset: the choice of patches, its distances, and the combination with a memory of locations."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from made_embeddings import make_embeddings, statistics_of
 from torch import Tensor
 
-from focus_ray.density import coreset as module
-from focus_ray.density.base import Statistics, build_density, density_tensors, load_density
+from focus_ray.density.bank import to_bank_rows
+from focus_ray.density.base import build_density
 from focus_ray.density.coreset import Coreset, choose_coreset, greedy_coreset, greedy_coresets
-from focus_ray.density.moments import Moments
-from focus_ray.density.nearest import JointMemory, NearestMemory, to_bank_rows
+from focus_ray.density.nearest import JointMemory
 from focus_ray.density.settings import DensityConfig
 
-HEIGHT, WIDTH, LOCATION_CHANNELS, CORESET_CHANNELS = 5, 4, 6, 7
 
-
-def points(count: int, channels: int = 3, seed: int = 0) -> Tensor:
-    return torch.randn(count, channels, generator=torch.Generator().manual_seed(seed))
-
-
-def embeddings(count: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, LOCATION_CHANNELS + CORESET_CHANNELS, HEIGHT, WIDTH, generator=generator).half().float()
-
-
-def statistics_of(images: Tensor) -> Statistics:
-    moments = Moments(HEIGHT, WIDTH, LOCATION_CHANNELS)
-    moments.update(images[:, :LOCATION_CHANNELS])
-    return Statistics(moments, to_bank_rows(images))
+def points(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, generator=torch.Generator().manual_seed(seed))
 
 
 def slow_greedy(rows: Tensor, count: int) -> list[int]:
@@ -39,23 +26,19 @@ def slow_greedy(rows: Tensor, count: int) -> list[int]:
 
 
 def test_each_chosen_point_is_the_farthest_from_the_points_chosen_before() -> None:
-    rows = points(60)
-    assert greedy_coreset(rows, 12).tolist() == slow_greedy(rows, 12)
+    sets = points(4 * 60).view(4, 60, 3)
+    expected = [slow_greedy(rows, 12) for rows in sets]
+    assert [greedy_coreset(rows, 12).tolist() for rows in sets] == expected
+    assert greedy_coresets(sets, 12).tolist() == expected
 
 
 def test_the_choice_does_not_depend_on_the_order_of_the_points() -> None:
-    rows = points(60)
-    order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    rows, order = points(60), torch.randperm(60, generator=torch.Generator().manual_seed(1))
     assert order[greedy_coreset(rows[order], 12)].tolist() == greedy_coreset(rows, 12).tolist()
 
 
 def test_a_coreset_larger_than_the_set_contains_every_point_once() -> None:
     assert sorted(greedy_coreset(points(5), 9).tolist()) == [0, 1, 2, 3, 4]
-
-
-def test_coresets_of_many_sets_equal_the_coreset_of_each_set() -> None:
-    sets = points(4 * 30).view(4, 30, 3)
-    assert greedy_coresets(sets, 12).tolist() == [greedy_coreset(rows, 12).tolist() for rows in sets]
 
 
 def test_equal_points_are_not_chosen_twice() -> None:
@@ -71,27 +54,20 @@ def test_a_coreset_covers_points_better_than_an_arbitrary_choice_of_the_same_siz
     assert coreset < arbitrary / 4
 
 
-def test_the_distance_is_the_distance_to_the_nearest_patch(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = embeddings(4)[:, :CORESET_CHANNELS]
-    coreset = choose_coreset(to_bank_rows(images), 9, "cpu")
-    rows = images.permute(0, 2, 3, 1).reshape(-1, CORESET_CHANNELS)
-    expected = torch.cdist(rows, coreset.patches).min(dim=1).values.view(4, HEIGHT, WIDTH)
-    torch.testing.assert_close(coreset.score(images), expected, atol=1e-3, rtol=1e-3)
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 1)  # one image at a time
-    torch.testing.assert_close(coreset.score(images), expected, atol=1e-3, rtol=1e-3)
-
-
-def test_patches_of_an_excluded_image_are_ignored() -> None:
-    images = embeddings(4)[:, :CORESET_CHANNELS]
-    coreset = choose_coreset(to_bank_rows(images), 4 * HEIGHT * WIDTH, "cpu")  # all patches
-    assert sorted(coreset.image_numbers.tolist()) == sorted(list(range(4)) * HEIGHT * WIDTH)
-    assert coreset.score(images).max() < 0.01
-    excluded_images = torch.arange(4)
+@pytest.mark.parametrize("chunk_bytes", [2**20, 1], ids=["whole", "one image at a time"])
+def test_the_distance_is_the_distance_to_the_nearest_patch(chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("focus_ray.density.coreset._CHUNK_BYTES", chunk_bytes)
+    images = make_embeddings(4) - 5
+    rows = images.permute(0, 2, 3, 1).reshape(-1, 6)
+    few, all_patches = (choose_coreset(to_bank_rows(images), count, "cpu") for count in (9, 4 * 12))
+    expected = torch.cdist(rows, few.patches).min(dim=1).values.view(4, 3, 4)
+    torch.testing.assert_close(few.score(images), expected, atol=1e-2, rtol=1e-3)
+    assert sorted(all_patches.image_numbers.tolist()) == sorted(list(range(4)) * 12)
+    distances = all_patches.score(images, torch.arange(4))  # each without its own patches
     for number in range(4):
-        is_other = coreset.image_numbers != number
-        remaining = Coreset(coreset.patches[is_other], coreset.image_numbers[is_other])
-        distance = coreset.score(images, excluded_images)[number : number + 1]
-        torch.testing.assert_close(distance, remaining.score(images[number : number + 1]))
+        is_other = all_patches.image_numbers != number
+        remaining = Coreset(all_patches.patches[is_other], all_patches.image_numbers[is_other])
+        torch.testing.assert_close(distances[number : number + 1], remaining.score(images[number : number + 1]))
 
 
 def test_patches_with_too_few_image_numbers_are_refused() -> None:
@@ -100,40 +76,12 @@ def test_patches_with_too_few_image_numbers_are_refused() -> None:
 
 
 def test_a_joint_memory_averages_both_distances_in_units_of_typical_distances() -> None:
-    statistics = statistics_of(embeddings(9))
-    density = build_density(DensityConfig(coreset=30), statistics)
+    images, queries = make_embeddings(9, 13), make_embeddings(3, 13, seed=2)
+    density = build_density(DensityConfig(coreset=30, precision="fp32"), statistics_of(images, coreset_channels=7))
     assert isinstance(density, JointMemory)
-    queries = embeddings(3, seed=2)
-    expected = density.location_memory.score(queries[:, :LOCATION_CHANNELS]) / density.typical_distance[0]
-    expected = (expected + density.coreset.score(queries[:, LOCATION_CHANNELS:]) / density.typical_distance[1]) / 2
+    alone = build_density(DensityConfig(coreset=0, precision="fp32"), statistics_of(images[:, :6]))
+    expected = alone.score(queries[:, :6]) / density.typical_distance[0]
+    expected = (expected + density.coreset.score(queries[:, 6:]) / density.typical_distance[1]) / 2
     torch.testing.assert_close(density.score(queries), expected)
     # a left-out good image has a distance of about 1
-    assert float(density.score(embeddings(9), torch.arange(9)).mean()) == pytest.approx(1, abs=0.05)
-    # its location memory equals a density without a coreset
-    without_coreset = build_density(
-        DensityConfig(coreset=0), Statistics(statistics.moments, statistics.bank[:, :, :LOCATION_CHANNELS])
-    )  # type: ignore[index]
-    assert isinstance(without_coreset, NearestMemory)
-    torch.testing.assert_close(
-        without_coreset.score(queries[:, :LOCATION_CHANNELS]),
-        density.location_memory.score(queries[:, :LOCATION_CHANNELS]),
-    )
-
-
-def test_a_density_loaded_from_its_tensors_scores_the_same() -> None:
-    config, statistics = DensityConfig(coreset=30), statistics_of(embeddings(9))
-    built = build_density(config, statistics)
-    tensors = density_tensors(config, statistics, built)
-    assert tensors["bank"].shape[2] == LOCATION_CHANNELS
-    loaded = load_density(config, tensors, HEIGHT, WIDTH, "cpu")
-    queries = embeddings(4, seed=4)
-    torch.testing.assert_close(loaded.score(queries), built.score(queries), atol=1e-5, rtol=1e-5)
-
-
-def test_joined_statistics_of_two_sites_score_like_statistics_of_all_images() -> None:
-    images = embeddings(10)
-    config = DensityConfig(coreset=40)
-    joined = statistics_of(images[6:]).join(statistics_of(images[:6]))
-    queries = embeddings(3, seed=5)
-    expected = build_density(config, statistics_of(images)).score(queries)
-    torch.testing.assert_close(build_density(config, joined).score(queries), expected, rtol=1e-3, atol=1e-3)
+    assert float(density.score(images, torch.arange(9)).mean()) == pytest.approx(1, abs=0.05)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from focus_ray.density.bank import to_bank_rows
 from focus_ray.density.base import Statistics, build_density
 from focus_ray.density.moments import Moments
-from focus_ray.density.nearest import NearestMemory, to_bank_rows
+from focus_ray.density.nearest import NearestMemory
 from focus_ray.density.settings import DensityConfig
 from focus_ray.density.tiles import Tiles
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator
@@ -22,30 +23,27 @@ def embeddings(count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
 
 
-def memory(values: Tensor, window: int = 1) -> tuple[NearestMemory, Tensor]:
+def memory(values: Tensor, window: int = 1) -> NearestMemory:
     moments = Moments(SIDE, SIDE, CHANNELS)
     moments.update(values)
-    bank = to_bank_rows(values)
-    density = build_density(
-        DensityConfig(coreset=0, reduction="discriminant", window=window, precision="fp32"), Statistics(moments, bank)
-    )  # type: ignore[arg-type]
+    config = DensityConfig(coreset=0, reduction="discriminant", window=window, precision="fp32")
+    density = build_density(config, Statistics(moments, to_bank_rows(values)))
     assert isinstance(density, NearestMemory)
-    return density, bank
+    return density
 
 
-def make_statistics(bank: Tensor, thetas: Tensor | None = None) -> Statistics:
-    return Statistics(Moments(SIDE, SIDE, CHANNELS), bank, thetas)
+def profile_of(values: Tensor, thetas: Tensor | None = None, seen_mask: Tensor | None = None) -> Profile:
+    statistics = Statistics(Moments(SIDE, SIDE, CHANNELS), to_bank_rows(values), thetas)
+    return fit_profile(memory(embeddings(2) if len(values) < 2 else values), statistics, seen_mask, MAP_GENERATOR)[0]
 
 
 @pytest.mark.parametrize("window", [1, 3])
 def test_an_image_of_the_bank_is_scored_as_if_it_were_new(window: int) -> None:
-    values = embeddings(7)
-    density, bank = memory(values, window)
-    rows = bank.float().transpose(1, 2).unflatten(2, (SIDE, SIDE))
+    rows = embeddings(7).half().float()  # as the bank stores them
+    density = memory(rows, window)
     distances = density.score(rows, torch.arange(7))
     for number in range(7):
-        other_memory, _ = memory(torch.cat([rows[:number], rows[number + 1 :]]), window)
-        expected = other_memory.score(rows[number : number + 1])[0]
+        expected = memory(torch.cat([rows[:number], rows[number + 1 :]]), window).score(rows[number : number + 1])[0]
         torch.testing.assert_close(distances[number], expected, rtol=1e-4, atol=1e-4)
     assert float(density.score(rows).max()) < 0.05  # nothing is excluded
 
@@ -53,19 +51,17 @@ def test_an_image_of_the_bank_is_scored_as_if_it_were_new(window: int) -> None:
 def test_a_location_where_good_images_vary_has_a_small_weight() -> None:
     values = embeddings(12)
     values[:, :, 5, 5] *= 8
-    density, bank = memory(values)
-    profile, _ = fit_profile(density, make_statistics(bank), None, MAP_GENERATOR)
-    assert profile.weight.shape == (SIDE, SIDE)
-    assert int(profile.weight.argmin()) in [row * SIDE + column for row in (4, 5, 6) for column in (4, 5, 6)]
-    assert float(profile.weight.max()) <= (1 + FLOOR) / FLOOR + 1e-6
+    weight = profile_of(values).weight
+    row, column = divmod(int(weight.argmin()), SIDE)
+    assert max(abs(row - 5), abs(column - 5)) <= 1
+    assert float(weight.max()) <= (1 + FLOOR) / FLOOR + 1e-6
 
 
-def test_a_good_image_has_a_score_of_about_1_and_a_defective_one_more() -> None:
-    density, bank = memory(embeddings(40))
-    profile, _ = fit_profile(density, make_statistics(bank), None, MAP_GENERATOR)
-    new = embeddings(20, seed=1)
+def test_a_good_image_has_a_score_of_about_1_and_a_defective_one_more_in_any_batch() -> None:
+    density, profile, new = memory(embeddings(40)), profile_of(embeddings(40)), embeddings(20, seed=1)
     scores = profile.score(density.score(new), MAP_GENERATOR)
     assert 0.8 < float(scores.mean()) < 1.2
+    torch.testing.assert_close(profile.score(density.score(new)[3:4], MAP_GENERATOR), scores[3:4])
     new[:, :, 2:4, 2:4] += 6
     assert float(profile.score(density.score(new), MAP_GENERATOR).min()) > float(scores.max())
 
@@ -77,26 +73,11 @@ def test_the_highest_values_fall_from_the_maximum_to_the_largest_share() -> None
 
 
 def test_locations_that_are_not_scored_do_not_influence_the_profile() -> None:
-    density, bank = memory(embeddings(10))
     seen_mask = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     seen_mask[2:6, 2:6] = True
-    identity = torch.eye(2, 3).expand(10, 2, 3)
-    masked, _ = fit_profile(density, make_statistics(bank, identity), seen_mask, MAP_GENERATOR)
-    unmasked, _ = fit_profile(density, make_statistics(bank), None, MAP_GENERATOR)
-    assert bool((masked.typical[1:] < unmasked.typical[1:]).all())
-
-
-def test_a_score_does_not_depend_on_the_batch() -> None:
-    density, bank = memory(embeddings(10))
-    profile, _ = fit_profile(density, make_statistics(bank), None, MAP_GENERATOR)
-    distance = density.score(embeddings(6, seed=3))
-    whole = profile.score(distance, MAP_GENERATOR)
-    for number in range(6):
-        torch.testing.assert_close(profile.score(distance[number : number + 1], MAP_GENERATOR)[0], whole[number])
+    masked = profile_of(embeddings(10), torch.eye(2, 3).expand(10, 2, 3), seen_mask)
+    assert bool((masked.typical[1:] < profile_of(embeddings(10)).typical[1:]).all())
 
 
 def test_with_one_image_all_weights_are_1() -> None:
-    density, bank = memory(embeddings(2))
-    profile, _ = fit_profile(density, make_statistics(bank[:1]), None, MAP_GENERATOR)
-    assert isinstance(profile, Profile)
-    assert bool((profile.weight == 1).all())
+    assert bool((profile_of(embeddings(1)).weight == 1).all())

@@ -27,35 +27,28 @@ def simulate(rng: np.random.Generator, n: int, prior: TailPrior) -> tuple[np.nda
 @pytest.mark.parametrize("prior", [NO_PRIOR, SHIPPED_PRIOR], ids=["no prior", "shipped prior"])
 @pytest.mark.parametrize(("n", "target"), [(4, 0.05), (10, 0.05), (20, 0.05), (40, 0.01)])
 def test_rates_and_their_probabilities_are_right_where_tails_are_exponential(n, target, prior):
-    rng = np.random.default_rng(0)
-    rates, risks, quantiles = [], [], []
-    for _ in range(NUM_DRAWS):
+    rng, rates, risks = np.random.default_rng(0), np.empty(NUM_DRAWS), []
+    for draw in range(NUM_DRAWS):
         scores, share, scale = simulate(rng, n, prior)
         tail = fit_tail(scores, prior=prior)
         threshold = tail.score_at(target)
-        rates.append(share * math.exp(-(threshold - 1) / scale))
+        rates[draw] = share * math.exp(-(threshold - 1) / scale)
         if len(risks) < 100:  # nearly the same of each draw
             risks.append(tail.probability_above(2 * target, threshold, n))
-        quantiles.append(rates[-1] > target / 2)
     assert np.mean(rates) == pytest.approx(target, abs=4 * np.std(rates) / math.sqrt(NUM_DRAWS))
-    assert np.mean(np.array(rates) > 2 * target) == pytest.approx(np.mean(risks), abs=0.025)
-    assert np.mean(quantiles) == pytest.approx(tail.probability_above(target / 2, threshold, n), abs=0.03)
+    assert np.mean(rates > 2 * target) == pytest.approx(np.mean(risks), abs=0.025)
+    assert np.mean(rates > target / 2) == pytest.approx(tail.probability_above(target / 2, threshold, n), abs=0.03)
 
 
-def test_a_calibration_states_the_probability_of_twice_the_target_with_the_shipped_prior():
-    rng = np.random.default_rng(1)
-    above, stated = [], []
-    for _ in range(1000):
-        scores, share, scale = simulate(rng, 20, SHIPPED_PRIOR)
-        builder = CalibrationBuilder("leave_one_out", 0.05, 0.001)
-        builder.add(scores, np.zeros((20, 2, 2)))
-        calibration = builder.finish()
-        above.append(share * math.exp(-(calibration.image_threshold - 1) / scale) > 0.1)
-        stated.append(calibration.probability_above_twice_target)
-    assert np.mean(above) == pytest.approx(np.mean(stated), abs=0.025)
-    low, high = calibration.fpr_interval()
-    assert calibration.probability_above(low) == pytest.approx(0.95, abs=1e-3)
-    assert calibration.probability_above(high) == pytest.approx(0.05, abs=1e-3)
+def test_a_calibration_states_probability_and_interval_of_the_rate_with_the_shipped_prior():
+    scores, _, _ = simulate(np.random.default_rng(1), 20, SHIPPED_PRIOR)
+    builder = CalibrationBuilder("leave_one_out", 0.05, 0.001)
+    builder.add(scores, np.zeros((20, 2, 2)))
+    calibration, tail = builder.finish(), fit_tail(scores)
+    assert calibration.image_threshold == tail.score_at(0.05)
+    assert calibration.probability_above_twice_target == tail.probability_above(0.1, tail.score_at(0.05), 20)
+    for bound, probability in zip(calibration.fpr_interval(), (0.95, 0.05), strict=True):
+        assert calibration.probability_above(bound) == pytest.approx(probability, abs=1e-3)
 
 
 def test_the_unit_of_the_scores_does_not_matter():
@@ -64,17 +57,12 @@ def test_the_unit_of_the_scores_does_not_matter():
 
 
 def test_the_prior_draws_thresholds_of_few_scores_together():
-    rng = np.random.default_rng(0)
-    draws = [np.sort(rng.gamma(50.0, size=10)) / 50 for _ in range(500)]
-    spreads = [
-        np.std([fit_tail(scores, prior=prior).score_at(0.05) for scores in draws])
-        for prior in (NO_PRIOR, SHIPPED_PRIOR)
-    ]
-    assert spreads[1] < 0.8 * spreads[0]
+    draws = np.sort(np.random.default_rng(0).gamma(50.0, size=(500, 10))) / 50
+    without, shipped = (np.std([fit_tail(d, prior=p).score_at(0.05) for d in draws]) for p in (NO_PRIOR, SHIPPED_PRIOR))
+    assert shipped < 0.8 * without
 
 
 def test_scores_repeated_within_their_groups_give_the_same_tail():
     scores = np.sort(np.random.default_rng(0).gamma(50.0, size=11))
-    once, twice = fit_tail(scores), fit_tail(np.repeat(scores, 2), 11)
-    assert twice == pytest.approx(once, rel=1e-12)
+    assert fit_tail(np.repeat(scores, 2), 11) == pytest.approx(fit_tail(scores), rel=1e-12)
     assert fit_tail(np.repeat(scores[:3], 5), 3) is None

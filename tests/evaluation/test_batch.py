@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from s3_server import S3Server
-from small_set import NUM_TEST, NUM_TRAIN, corrupt_image, draw_parts, ingest_parts, make_bundle, small_config
+from shared_bundles import PLAIN
+from small_set import NUM_TEST, NUM_TRAIN, corrupt_image, draw_parts, ingest_parts, small_config
 
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
@@ -23,138 +24,126 @@ from focus_ray.ingestion.ingest import ingest
 from focus_ray.storage.files import list_names, open_filesystem
 
 DAMAGED = 5  # a row
-PLAIN = {"image_alignment": {"group": "none"}}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Ingests a data set with one image that cannot be decoded."""
-    uri = ingest_parts(tmp_path_factory.mktemp("parts"))
+    uri = ingest_parts(tmp_path_factory.mktemp("damaged_parts"))
     corrupt_image(uri, "gear", DAMAGED)
     return uri
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("runs")
-    return make_bundle(small_config(ingest_parts(folder), folder, model=PLAIN))
+def bundles(part_bundles: dict[str, str]) -> dict[str, str]:
+    return {"gear": part_bundles["gear"]}
 
 
 @pytest.fixture(scope="module")
 def results(
-    ray_cluster: None, data: str, bundle: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
-    """Returns folder, counts and rows of the results."""
+    ray_cluster: None, data: str, bundles: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, int]]:
+    """Returns the folder of the results, and their counts."""
     output = str(tmp_path_factory.mktemp("results"))
-    counts = inspect_dataset({"gear": bundle}, data, output, batch_size=5)
-    return output, counts["gear"], pq.read_table(f"{output}/category=gear", partitioning=None).to_pylist()
+    return output, inspect_dataset(bundles, data, output, batch_size=5)["gear"]
+
+
+def rows_of(folder: str | Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(f"{folder}/category=gear", partitioning=None).to_pylist()
+    return rows
 
 
 @pytest.mark.ray
 def test_every_image_of_both_splits_is_scored_as_the_inspector_scores_it(
-    results: tuple[str, dict[str, Any], list[dict[str, Any]]], data: str, bundle: str
+    results: tuple[str, dict[str, int]], data: str, bundles: dict[str, str]
 ) -> None:
-    _, counts, rows = results
-    index = read_index(data, "gear")
-    assert sorted(row["id"] for row in rows) == sorted(index["id"].to_pylist())
+    rows = rows_of(results[0])
     records = {r["id"]: r for r in read_rows(data, "gear", range(NUM_TRAIN + NUM_TEST), ("id", "image", "label"))}
-    inspector = Inspector.load(bundle, "cpu")
+    assert sorted(row["id"] for row in rows) == sorted(records)
+    inspector = Inspector.load(bundles["gear"], "cpu")
     for row in rows:
-        assert row["label"] == records[row["id"]]["label"]
-        assert row["bundle"] == inspector.bundle.version
+        assert (row["label"], row["bundle"]) == (records[row["id"]]["label"], inspector.bundle.version)
         if row["error"]:
             continue
         (alone,) = inspector.inspect([records[row["id"]]["image"]])
         # compares squares, because the squared distance of a training image is only rounding error
         assert row["score"] ** 2 == pytest.approx(alone.score**2, rel=2e-4, abs=1e-3 * row["threshold"] ** 2)
-        # the held-out images are in the set and tie with their own calibration scores up to rounding, which decides nothing
-        assert row["p_value"] == pytest.approx(
-            alone.p_value, rel=1e-2
-        )  # with a tail, the p-value depends on the last digits of the score
-        assert row["anomalous"] == alone.anomalous
-        assert len(json.loads(row["regions"])) == len(alone.regions)
-    assert counts["num_images"] == NUM_TRAIN + NUM_TEST
-    assert counts["num_anomalous"] == sum(row["anomalous"] for row in rows)
+        assert row["p_value"] == pytest.approx(alone.p_value, rel=1e-2)  # depends on the last digits of the score
+        assert (row["anomalous"], len(json.loads(row["regions"]))) == (alone.anomalous, len(alone.regions))
+    num_anomalous = sum(row["anomalous"] for row in rows)
+    assert results[1] == {"num_images": NUM_TRAIN + NUM_TEST, "num_anomalous": num_anomalous, "num_errors": 1}
 
 
 @pytest.mark.ray
 def test_a_damaged_image_has_its_reason_and_no_score_and_does_not_stop_the_run(
-    results: tuple[str, dict[str, Any], list[dict[str, Any]]], data: str
+    results: tuple[str, dict[str, int]], data: str
 ) -> None:
-    _, counts, rows = results
-    assert counts["num_errors"] == 1
-    (row,) = (row for row in rows if row["error"])
+    (row,) = (row for row in rows_of(results[0]) if row["error"])
     assert row["id"] == read_index(data, "gear")["id"][DAMAGED].as_py()
-    assert "not an image" in row["error"] or "image" in row["error"]
-    assert np.isnan(row["score"])
-    assert np.isnan(row["p_value"])
+    assert "image" in row["error"]
+    assert np.isnan([row["score"], row["p_value"]]).all()
     assert (row["anomalous"], row["regions"]) == (False, "[]")
 
 
 @pytest.mark.ray
 def test_existing_results_are_not_overwritten(
-    results: tuple[str, dict[str, Any], list[dict[str, Any]]], data: str, bundle: str
+    results: tuple[str, dict[str, int]], data: str, bundles: dict[str, str]
 ) -> None:
-    output, _, _ = results
     with pytest.raises(DataError, match="/category=gear"):
-        inspect_dataset({"gear": bundle}, data, output)
+        inspect_dataset(bundles, data, results[0])
 
 
 @pytest.mark.ray
-def test_incomplete_results_are_replaced(
-    results: tuple[str, dict[str, Any], list[dict[str, Any]]], data: str, bundle: str, tmp_path: Path
+def test_incomplete_results_of_another_run_are_replaced(
+    results: tuple[str, dict[str, int]], data: str, bundles: dict[str, str], tmp_path: Path
 ) -> None:
     place = tmp_path / "category=gear"
     place.mkdir()
     (place / UNFINISHED).touch()
     (place / "half.parquet").write_bytes(b"PAR1")
-    said: list[str] = []
-    assert inspect_dataset({"gear": bundle}, data, str(tmp_path), log=said.append)["gear"] == results[1]
-    assert any("results of another unfinished run are removed" in line for line in said)
+    assert inspect_dataset(bundles, data, str(tmp_path))["gear"] == results[1]
     assert not (place / UNFINISHED).exists()
-    assert pq.read_table(place, partitioning=None).num_rows == results[1]["num_images"]
+    assert len(rows_of(tmp_path)) == results[1]["num_images"]
 
 
 @pytest.mark.ray
 def test_an_interrupted_run_continues_and_keeps_its_parts(
-    results: tuple[str, dict[str, Any], list[dict[str, Any]]], data: str, bundle: str, tmp_path: Path
+    results: tuple[str, dict[str, int]], data: str, bundles: dict[str, str], tmp_path: Path
 ) -> None:
-    batch = Batch({"gear": bundle}, data, str(tmp_path), None, 32, 8, print)
-    pieces = list(iter(batch.next_piece, None))
-    assert [len(piece.rows) for piece in pieces] == [8] * 4
-    counts = [inspect_piece(piece) for piece in pieces[1:3]]  # then the run is interrupted
+    pieces = list(iter(Batch(bundles, data, str(tmp_path), None, 32, 8, print).next_piece, None))
+    assert [piece.num_images for piece in pieces] == [8] * 4
+    assert sum(inspect_piece(piece)["num_images"] for piece in pieces[1:3]) == 16  # then the run is interrupted
     place = tmp_path / "category=gear"
     before = {path.name: path.stat().st_mtime_ns for path in place.glob("*.parquet")}
-    said: list[str] = []
-    resumed_counts = inspect_dataset({"gear": bundle}, data, str(tmp_path), log=said.append, part_images=8)["gear"]
-    assert any("2 of 4 parts are complete" in line for line in said)
-    assert resumed_counts == results[1]
-    assert sum(count.num_images for count in counts) == 16
+    messages: list[str] = []
+    counts = inspect_dataset(bundles, data, str(tmp_path), log=messages.append, part_images=8)["gear"]
+    assert any("2 of 4 parts are complete" in line for line in messages)
+    assert counts == results[1]
     assert {name: (place / name).stat().st_mtime_ns for name in before} == before
-    rows = pq.read_table(place, partitioning=None)
-    assert sorted(rows["id"].to_pylist()) == sorted(row["id"] for row in results[2])
-    assert list_names(place)[0].startswith("part-")
+    assert sorted(row["id"] for row in rows_of(tmp_path)) == sorted(row["id"] for row in rows_of(results[0]))
 
 
 @pytest.mark.ray
 def test_failed_categories_are_named_and_the_others_are_complete(
-    ray_cluster: None, data: str, bundle: str, tmp_path: Path
+    ray_cluster: None, data: str, bundles: dict[str, str], tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=r"^1 of 2 categories failed; board: .*gone: .*manifest\.json"):
-        inspect_dataset({"board": str(tmp_path / "gone"), "gear": bundle}, data, str(tmp_path / "out"), split="test")
-    assert pq.read_table(tmp_path / "out/category=gear", partitioning=None).num_rows == NUM_TEST
+    with pytest.raises(DataError, match=r"^1 of 2 categories failed; board: .*gone"):
+        inspect_dataset({"board": str(tmp_path / "gone"), **bundles}, data, str(tmp_path / "out"), split="test")
+    assert len(rows_of(tmp_path / "out")) == NUM_TEST
 
 
-def test_a_category_that_the_set_lacks_is_named_before_anything_starts(data: str, bundle: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has no category nut; it has board, gear"):
-        inspect_dataset({"nut": bundle}, data, str(tmp_path))
+def test_a_category_that_the_set_lacks_is_named_before_anything_starts(
+    data: str, bundles: dict[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"no category nut; it has board, gear"):
+        inspect_dataset({"nut": bundles["gear"]}, data, str(tmp_path))
 
 
-def test_each_row_of_a_batch_of_damaged_images_has_an_error(bundle: str) -> None:
+def test_each_row_of_a_batch_of_damaged_images_has_an_error(bundles: dict[str, str]) -> None:
     records = [{"id": "x", "label": 0, "defect_type": "good", "site": "a", "image": image} for image in (b"", b"no")]
-    table = inspect_records(Inspector.load(bundle, "cpu"), records)
-    assert table.num_rows == 2
-    assert all(table["error"].to_pylist())
+    errors = inspect_records(Inspector.load(bundles["gear"], "cpu"), records)["error"].to_pylist()
+    assert len(errors) == 2
+    assert all(errors)
 
 
 ON_S3 = """
@@ -180,13 +169,8 @@ if __name__ == "__main__":
 def test_data_checkpoints_bundle_and_results_can_all_lie_on_s3(s3: S3Server, tmp_path: Path) -> None:
     root = s3.new_uri()
     ingest(draw_parts(tmp_path / "images"), f"{root}/data", categories=["gear"], progress=False)
-    config = small_config(
-        f"{root}/data",
-        f"{root}/runs",
-        model=PLAIN,
-        train={"epochs": 1},
-        cluster={"num_workers": 2},
-    )
+    sections: dict[str, Any] = {"model": PLAIN, "train": {"epochs": 1}, "cluster": {"num_workers": 2}}
+    config = small_config(f"{root}/data", f"{root}/runs", **sections)
     # a process of its own: what runs in the cluster takes the server's address from the environment it was started in
     arguments = [sys.executable, "-c", ON_S3, json.dumps(config.model_dump(mode="json")), f"{root}/results"]
     ended = subprocess.run(arguments, capture_output=True, text=True, timeout=250)

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from focus_ray.features.alignment.theta import (
-    GROUPS,
+    GROUP_COMPONENTS,
     TransformBounds,
     compose_theta,
     count_parameters,
-    identity_theta,
     invert_theta,
     make_theta,
     rotation_angle,
@@ -26,6 +25,7 @@ from focus_ray.features.alignment.theta import (
 )
 from focus_ray.features.alignment.transformer import SpatialTransformer
 
+GROUPS = tuple(GROUP_COMPONENTS)
 IDENTITY = torch.eye(2, 3)
 SIZE = 64
 INSIDE = slice(22, 42)  # central pixels, which two of the transforms below do not move out of the frame
@@ -53,34 +53,23 @@ def make(angle: float = 0.0, scale: float = 1.0, shift: tuple[float, float] = (0
 # Groups
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_zero_parameters_give_the_identity(group: str) -> None:
-    theta = theta_from_parameters(torch.zeros(3, count_parameters(group)), group, TransformBounds())
-    assert torch.equal(theta, IDENTITY.expand(3, 2, 3))
+WIDTHS = {
+    "none": 0,
+    "rotation": 1,
+    "translation": 2,
+    "scale": 1,
+    "rotation_scale": 2,
+    "rotation_translation": 3,
+    "similarity": 4,
+    "affine": 6,
+}
 
 
-@pytest.mark.parametrize(
-    ("group", "width"),
-    [
-        ("none", 0),
-        ("rotation", 1),
-        ("translation", 2),
-        ("scale", 1),
-        ("rotation_scale", 2),
-        ("rotation_translation", 3),
-        ("similarity", 4),
-        ("affine", 6),
-    ],
-)
-def test_a_group_has_one_parameter_per_degree_of_freedom(group: str, width: int) -> None:
+@pytest.mark.parametrize(("group", "width"), WIDTHS.items())
+def test_a_group_has_one_parameter_per_degree_of_freedom_and_zeros_give_the_identity(group: str, width: int) -> None:
     assert count_parameters(group) == width
-    with pytest.raises(ValueError, match=rf"'{group}'.*\(B, {width}\).*\(2, {width + 1}\)"):
-        theta_from_parameters(torch.zeros(2, width + 1), group, TransformBounds())
-
-
-def test_the_error_for_an_unknown_group_lists_the_known_groups() -> None:
-    with pytest.raises(ValueError, match=r"'shear'.*none, rotation"):
-        count_parameters("shear")
+    theta = theta_from_parameters(torch.zeros(3, width), group, TransformBounds())
+    assert torch.equal(theta, IDENTITY.expand(3, 2, 3))
 
 
 @given(group=st.sampled_from(GROUPS), data=st.data())
@@ -148,16 +137,7 @@ def test_the_padding_sets_the_values_outside_the_frame(padding: str, expected: f
     assert float(beyond[0, 0, 0, 3]) == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_warp_can_change_the_size() -> None:
-    assert warp(smooth(), IDENTITY[None], size=(5, 7)).shape == (1, 2, 5, 7)
-
-
 # Laws
-
-
-def test_the_identity_does_not_change_a_picture() -> None:
-    picture = torch.rand(2, 3, 9, 12, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(warp(picture, identity_theta(picture)), picture, rtol=0, atol=1e-5)
 
 
 @given(thetas(), thetas(), thetas())
@@ -166,6 +146,7 @@ def test_composing_is_associative_with_the_identity_as_neutral_element(a: Tensor
     torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
     assert torch.equal(compose_theta(a, IDENTITY[None]), a)
     assert torch.equal(compose_theta(IDENTITY[None], a), a)
+    torch.testing.assert_close(warp(smooth(), IDENTITY[None]), smooth(), rtol=0, atol=1e-5)
 
 
 @given(thetas())
@@ -210,28 +191,16 @@ def test_a_pixel_is_valid_if_its_transformed_centre_is_inside_the_frame(theta: T
                 assert bool(mask[0, row, column]) == (np.abs(centre).max() < 1)
 
 
-def test_after_a_shift_by_half_the_frame_half_of_it_is_valid() -> None:
-    mask = valid_mask(make(shift=(1.0, 0.0)), 4, 8)
-    assert mask[0].tolist() == [[True] * 4 + [False] * 4] * 4
-
-
 # The localisation network
 
 
 @pytest.mark.parametrize("group", GROUPS[1:])
-@pytest.mark.parametrize("training", [True, False])
-def test_an_untrained_spatial_transformer_predicts_the_identity(group: str, training: bool) -> None:
-    net = SpatialTransformer(5, 8, group, TransformBounds()).train(training)
-    assert torch.equal(net(torch.randn(3, 5, 8, 8)), IDENTITY.expand(3, 2, 3))
-
-
-@pytest.mark.parametrize("size", [2, 7, 14, 33])
-def test_a_spatial_transformer_accepts_maps_of_any_size_and_has_a_gradient_from_the_first_step(size: int) -> None:
-    torch.manual_seed(0)
-    net = SpatialTransformer(3, size, "similarity", TransformBounds())
-    theta = net(torch.randn(2, 3, size, size))
-    assert theta.shape == (2, 2, 3)
-    theta[:, 0, 1].sum().backward()
+@pytest.mark.parametrize("size", [2, 7, 33])
+def test_an_untrained_spatial_transformer_predicts_the_identity_and_has_a_gradient(group: str, size: int) -> None:
+    net = SpatialTransformer(5, size, group, TransformBounds())
+    theta = net(torch.randn(3, 5, size, size, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(theta, IDENTITY.expand(3, 2, 3))
+    (theta * torch.arange(1.0, 7).view(2, 3)).sum().backward()
     assert float(net.parameters_out.weight.grad.abs().max()) > 0
 
 
@@ -249,9 +218,7 @@ def test_a_warp_samples_the_same_coordinates_in_half_precision(group: str) -> No
     exact = warp(coordinates, theta, "border")
     with torch.autocast("cpu", torch.bfloat16):
         assert float((warp(coordinates, theta, "border") - exact).abs().max()) < 1e-3
-        composed = compose_theta(theta, invert_theta(theta))
-        assert float((composed - identity_theta(theta)).abs().max()) < 1e-5
-        assert torch.equal(valid_mask(theta, 256, 256), valid_mask(theta, 256, 256))
+        assert float((compose_theta(theta, invert_theta(theta)) - IDENTITY).abs().max()) < 1e-5
     half = warp(coordinates.bfloat16(), theta, "border").float()
     assert float((half - exact).abs().max()) <= 0.51  # the rounding of bfloat16 for values near 128
 

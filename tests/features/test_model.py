@@ -1,7 +1,8 @@
-"""Tests of the network: two workers equal one, frames of levels, frozen batch norms, and channel reduction."""
+"""The network: two workers equal one, frames of levels, frozen batch norms, and channel reduction."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import multiprocessing
 from pathlib import Path
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.settings import DensityConfig
 from focus_ray.features.alignment.theta import warp
-from focus_ray.features.batch_norm import GlobalBatchNorm2d, use_global_batch_norm
-from focus_ray.features.network import AlignedFeatures, build_net, warp_to_common_frame
+from focus_ray.features.batch_norm import GlobalBatchNorm2d
+from focus_ray.features.network import ALIGNED_IMAGE_PADDING, AlignedFeatures, build_net, warp_to_common_frame
 from focus_ray.features.settings import ModelConfig
 from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.passes import compute_statistics
 from focus_ray.fitting.settings import Config, parse_config
+from focus_ray.fyd.head import Head
 from focus_ray.fyd.objective import TrainingObjective
 from focus_ray.fyd.settings import TrainConfig
 
@@ -73,19 +75,28 @@ def run_norm(norm: nn.Module, x: Tensor, factors: Tensor) -> dict[str, Tensor]:
     return {"out": out.detach(), "x": x.grad, "mean": norm.running_mean, "var": norm.running_var}
 
 
+def build_objective(mode: str) -> TrainingObjective:
+    net = build_net(aligned_config(mode))
+    return TrainingObjective(net, Head(net), TrainConfig()).train()
+
+
+def load_objective(folder: Path | str, mode: str) -> TrainingObjective:
+    objective = build_objective(mode)
+    objective.load_state_dict(torch.load(f"{folder}/{mode}.pth", weights_only=True))
+    return objective
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=WORKERS)
     norm, x, factors = norm_case()
     results: dict[str, Any] = {"norm": run_norm(norm, x.chunk(WORKERS)[rank], factors.chunk(WORKERS)[rank])}
     for mode in MODES:
-        net = build_net(aligned_config(mode))
-        net.load_state_dict(torch.load(f"{folder}/{mode}.pth", weights_only=True))
-        objective = TrainingObjective(net.train(), TrainConfig())
+        objective = load_objective(folder, mode)
         parallel = nn.parallel.DistributedDataParallel(objective)
         loss = parallel(random_images(8).chunk(WORKERS)[rank], PAIRS[rank])["loss"]
         loss.backward()
-        results[mode] = {name: parameter.grad for name, parameter in net.named_parameters()}
+        results[mode] = {name: parameter.grad for name, parameter in objective.named_parameters()}
         results[f"{mode} loss"] = loss.detach()
     torch.save(results, f"{folder}/rank{rank}.pth")
     dist.destroy_process_group()
@@ -97,12 +108,11 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
     folder = tmp_path_factory.mktemp("workers")
     for mode in MODES:
         torch.manual_seed(0)
-        net = build_net(aligned_config(mode))
-        for (
-            aligner
-        ) in net.feature_aligners.values():  # at the identity, no gradient reaches the first layers of an aligner
+        objective = build_objective(mode)
+        for aligner in objective.net.feature_aligners.values():
+            # at the identity, no gradient reaches the first layers of an aligner
             nn.init.normal_(aligner.parameters_out.weight, std=0.02)
-        torch.save(net.state_dict(), folder / f"{mode}.pth")
+        torch.save(objective.state_dict(), folder / f"{mode}.pth")
     # one process imports for both workers: DDP alone takes seconds, because it imports the compiler of torch
     multiprocessing.set_forkserver_preload(
         ["torch._dynamo", "torch.nn.parallel", "torchvision", "focus_ray.fitting.fit"]
@@ -127,13 +137,12 @@ def test_batch_norm_over_two_workers_equals_torch_on_the_joined_batch(workers) -
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_of_two_workers_equal_those_of_one_worker_on_the_joined_batch(workers, mode: str) -> None:
     folder, results = workers
-    net = build_net(aligned_config(mode))
-    net.load_state_dict(torch.load(folder / f"{mode}.pth", weights_only=True))
+    objective = load_objective(folder, mode)
     joined = torch.cat([PAIRS[0], PAIRS[1] + 4])
-    loss = TrainingObjective(net.train(), TrainConfig())(random_images(8), joined)["loss"]
+    loss = objective(random_images(8), joined)["loss"]
     loss.backward()
     assert float(loss.detach()) == pytest.approx(np.mean([float(part[f"{mode} loss"]) for part in results]), abs=1e-5)
-    for name, parameter in net.named_parameters():
+    for name, parameter in objective.named_parameters():
         gradient = results[0][mode][name]
         assert torch.equal(gradient, results[1][mode][name])
         largest = float(parameter.grad.abs().max())
@@ -143,37 +152,23 @@ def test_gradients_of_two_workers_equal_those_of_one_worker_on_the_joined_batch(
         # the image aligner is at the identity, where only its last layer has a gradient; the last bias of f has none,
         # because the batch norm of g removes it
         if not name.startswith(
-            ("image_aligner.transformer.features", "image_aligner.transformer.head", "projector.6.b")
+            ("net.image_aligner.transformer.features", "net.image_aligner.transformer.head", "head.projector.6.b")
         ):
             assert largest > 1e-6, name
-
-
-def test_without_workers_the_global_batch_norm_equals_torch() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    images = random_images(2)
-    expected = net(images)
-    use_global_batch_norm(net)
-    assert type(net[1]) is GlobalBatchNorm2d
-    assert torch.equal(net(images), expected)
 
 
 # Frozen statistics
 
 
 @pytest.mark.parametrize(("mode", "moves"), [("frozen", False), ("train", True)])
-def test_only_a_frozen_backbone_keeps_its_statistics_in_training(mode: str, moves: bool) -> None:
-    net = build_net(model_config(mode)).train()
-    before = {name: value.clone() for name, value in net.state_dict().items() if "running" in name}
-    net.project(net(random_images(2)))
-    for name, value in net.state_dict().items():
+def test_only_a_frozen_backbone_keeps_its_statistics_in_training_but_learns_its_weights(mode: str, moves: bool) -> None:
+    objective = build_objective(mode)
+    before = {name: value.clone() for name, value in objective.state_dict().items() if "running" in name}
+    objective(random_images(2), torch.tensor([1, 0]))["loss"].backward()
+    for name, value in objective.state_dict().items():
         if "running" in name:
-            assert torch.equal(before[name], value) != (moves or not name.startswith("backbone.")), name
-
-
-def test_weights_of_frozen_batch_norms_still_have_a_gradient() -> None:
-    net = build_net(model_config("frozen")).train()
-    TrainingObjective(net, TrainConfig())(random_images(2), torch.tensor([1, 0]))["loss"].backward()
-    assert float(net.backbone.layer1[1].weight.grad.abs().max()) > 0
+            assert torch.equal(before[name], value) != (moves or not name.startswith("net.backbone.")), name
+    assert float(objective.net.backbone.layer1[1].weight.grad.abs().max()) > 0
 
 
 # Frames
@@ -205,19 +200,9 @@ IMAGE, FIRST, SECOND, THIRD = (
 )
 
 
-@pytest.mark.parametrize(
-    "moved",
-    [
-        (IMAGE, FIRST, SECOND, THIRD),
-        (None, FIRST, SECOND, THIRD),
-        (IMAGE, None, SECOND, None),
-        (IMAGE, None, None, THIRD),
-        (None, FIRST, None, None),
-        (IMAGE, None, None, None),
-    ],
-    ids=lambda moved: "".join("-" if transform is None else "x" for transform in moved),
-)
-def test_every_level_is_warped_to_the_last_frame(moved: tuple[np.ndarray | None, ...]) -> None:
+@pytest.mark.parametrize("is_moved", list(itertools.product([True, False], repeat=4))[:-1])
+def test_every_level_is_warped_to_the_last_frame(is_moved: tuple[bool, ...]) -> None:
+    moved = [frame if move else None for frame, move in zip((IMAGE, FIRST, SECOND, THIRD), is_moved, strict=True)]
     image, first, second, third = (np.eye(3) if transform is None else transform for transform in moved)
     frames = (image @ first, image @ first @ second, image @ first @ second @ third)
     levels = tuple(scene(frame, size) for frame, size in zip(frames, (96, 64, 32), strict=True))
@@ -244,7 +229,7 @@ def test_levels_and_thetas_of_the_network_are_in_the_documented_frames() -> None
     images = random_images(2)
     with torch.inference_mode():
         aligned = net(images)
-        assert torch.equal(aligned.image, warp(images, aligned.theta_image, net.config.image_alignment.padding))
+        assert torch.equal(aligned.image, warp(images, aligned.theta_image, ALIGNED_IMAGE_PADDING))
         x = (aligned.image - net.pixel_mean) / net.pixel_std
         for number, layer in enumerate(("layer1", "layer2", "layer3")):
             x = warp(getattr(net.backbone, layer)(x), aligned.thetas[number])
@@ -290,19 +275,6 @@ def test_an_anomaly_is_marked_at_its_position_in_the_input_image(quarter_turns: 
     for anomaly_map, spot in zip(scored.anomaly_map, spots, strict=True):
         peak = np.unravel_index(int(anomaly_map.argmax()), anomaly_map.shape)
         assert math.dist(peak, spot) <= 8, f"marked at {peak}, expected {spot}"
-
-
-def test_statistics_of_two_passes_can_be_joined() -> None:
-    net = build_net(model_config()).eval()
-    config = config_of(net.config)
-    reduction = ChannelReduction(net.backbone.spec.channels, config.density, 0)
-    cpu = torch.device("cpu")
-    first, second, joined = (
-        compute_statistics(net, reduction, [parts(4, s) for s in seeds], cpu) for seeds in ([0], [1], [0, 1])
-    )
-    first.join(second)
-    assert first.moments.count == joined.moments.count == 8
-    torch.testing.assert_close(first.moments.mean, joined.moments.mean)
 
 
 # Channel reduction

@@ -8,15 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from focus_ray.detect.detector import describe_embedding
-from focus_ray.fitting.duplicates import (
-    ImageOrigins,
-    RepeatFinder,
-    connected_components,
-    describe_repeats,
-    descriptor_distances,
-    find_duplicates,
-    find_relations,
-)
+from focus_ray.fitting import duplicates
+from focus_ray.fitting.duplicates import ImageOrigins, find_relations
 
 
 def make_parts(num_parts: int, photographs: int, noise: float, seed: int = 0) -> torch.Tensor:
@@ -31,77 +24,64 @@ def make_origins(count: int, same_part_distance: float | None = 1.0) -> ImageOri
     return ImageOrigins(torch.arange(count), shuffled, same_part_distance)
 
 
-@pytest.mark.parametrize("photographs", [2, 3, 4, 10])
-def test_only_photographs_of_the_same_part_are_related(photographs: int) -> None:
-    descriptors = make_parts(10, photographs, noise=0.05)
-    relations = find_relations(descriptors, make_origins(len(descriptors)))
-    parts = torch.arange(10).repeat_interleave(photographs)
-    assert relations is not None
-    assert torch.equal(relations.related, parts[:, None] == parts)
-    assert relations.num_groups == 10
-
-
-def test_different_parts_are_not_related() -> None:
-    for seed in range(20):
-        descriptors = make_parts(30, 1, noise=0.0, seed=seed)
-        assert find_relations(descriptors, make_origins(30, same_part_distance=100.0)) is None
-
-
-def test_images_that_are_farther_apart_than_two_photographs_are_not_related() -> None:
-    descriptors = make_parts(10, 2, noise=0.05)
-    assert find_relations(descriptors, make_origins(20, same_part_distance=1e-3)) is None
-    assert find_relations(descriptors, make_origins(20, same_part_distance=None)) is None
-
-
-def test_a_few_duplicates_among_many_images_are_ignored() -> None:
-    descriptors = torch.cat([make_parts(2, 2, noise=0.05), make_parts(30, 1, noise=0.0, seed=1)])
-    assert find_relations(descriptors, make_origins(34)) is None
-
-
-def test_images_of_a_named_group_are_related_even_if_they_look_different() -> None:
-    descriptors = make_parts(12, 1, noise=0.0)
-    named = torch.arange(12)
-    named[7] = 2
-    relations = find_relations(descriptors, make_origins(12)._replace(groups=named))
-    assert relations is not None
-    assert relations.related.nonzero().tolist() == sorted([[n, n] for n in range(12)] + [[2, 7], [7, 2]])
-
-
-def test_if_all_photographs_show_one_part_there_are_no_relations() -> None:
-    descriptors = make_parts(12, 1, noise=0.0)
-    assert find_relations(descriptors, make_origins(12)._replace(groups=torch.zeros(12, dtype=torch.long))) is None
-
-
-def make_walk(count: int, step: float) -> torch.Tensor:
+def make_walk(count: int) -> torch.Tensor:
     """Makes descriptors (count, 4, 8) of a slowly changing part: each is close to the previous one."""
     generator = torch.Generator().manual_seed(3)
-    angles = torch.arange(count)[:, None, None] * step
+    angles = 0.1 * torch.arange(count)[:, None, None]
     axes = torch.randn(2, 4, 8, generator=generator)
     noise = 0.3 * torch.randn(count, 4, 8, generator=generator)
     return angles.sin() * axes[0] + angles.cos() * axes[1] + noise
 
 
+@pytest.mark.parametrize("photographs", [2, 3, 4, 10])
+def test_only_photographs_of_the_same_part_are_related(photographs: int) -> None:
+    descriptors = make_parts(10, photographs, noise=0.05)
+    relations = find_relations(descriptors, make_origins(len(descriptors)))
+    parts = torch.arange(10).repeat_interleave(photographs)
+    assert torch.equal(relations.related, parts[:, None] == parts)
+    assert relations.num_groups == 10
+
+
+PAIRS = make_parts(10, 2, noise=0.05)
+
+
+@pytest.mark.parametrize(
+    ("descriptors", "origins"),
+    [
+        *((make_parts(30, 1, 0.0, seed), make_origins(30, 100.0)) for seed in range(20)),
+        (PAIRS, make_origins(20, 1e-3)),
+        (PAIRS, make_origins(20, None)),
+        (torch.cat([make_parts(2, 2, 0.05), make_parts(30, 1, 0.0, seed=1)]), make_origins(34)),
+        (make_parts(12, 1, 0.0), make_origins(12)._replace(groups=torch.zeros(12, dtype=torch.long))),
+        (make_walk(64), make_origins(64, None)),
+        (torch.zeros(3, 4, 8), make_origins(3)),
+    ],
+    ids=[
+        *(f"different parts {seed}" for seed in range(20)),
+        *("too far apart", "not searched", "few duplicates", "one part", "random order", "three images"),
+    ],
+)
+def test_images_without_a_reason_are_not_related(descriptors: torch.Tensor, origins: ImageOrigins) -> None:
+    assert find_relations(descriptors, origins) is None
+
+
+def test_images_of_a_named_group_are_related_even_if_they_look_different() -> None:
+    named = torch.arange(12)
+    named[7] = 2
+    relations = find_relations(make_parts(12, 1, noise=0.0), make_origins(12)._replace(groups=named))
+    assert relations.related.nonzero().tolist() == sorted([[n, n] for n in range(12)] + [[2, 7], [7, 2]])
+
+
 def test_neighbours_in_a_sequence_are_related() -> None:
-    descriptors = make_walk(64, step=0.1)
-    relations = find_relations(descriptors, ImageOrigins(torch.arange(64), torch.arange(64), None))
-    assert relations is not None
-    assert bool(relations.related[10, 11])
-    assert bool(relations.related[10, 9])
-    assert not bool(relations.related[10, 40])
+    relations = find_relations(make_walk(64), ImageOrigins(torch.arange(64), torch.arange(64), None))
+    assert relations.related[10, [11, 9, 40]].tolist() == [True, True, False]
     assert int(relations.related.sum(dim=1).max()) <= 64 // 2
     assert 4 <= relations.num_groups < 64
-    same = relations.groups[:, None] == relations.groups
-    assert bool(relations.related[same].all())
-
-
-def test_the_same_images_in_random_order_are_no_sequence() -> None:
-    assert find_relations(make_walk(64, step=0.1), make_origins(64, None)) is None
+    assert bool(relations.related[relations.groups[:, None] == relations.groups].all())
 
 
 def test_bursts_in_file_order_are_no_sequence() -> None:
-    descriptors = make_parts(10, 4, noise=0.05)
-    relations = find_relations(descriptors, ImageOrigins(torch.arange(40), torch.arange(40), 1.0))
-    assert relations is not None
+    relations = find_relations(make_parts(10, 4, 0.05), ImageOrigins(torch.arange(40), torch.arange(40), 1.0))
     assert int(relations.related.sum()) == 10 * 4 * 4
 
 
@@ -113,31 +93,24 @@ def test_components_equal_those_of_union_find(edges: list[tuple[int, int]]) -> N
         linked[first, second] = linked[second, first] = True
         a, b = parent[first], parent[second]
         parent = [min(a, b) if value in (a, b) else value for value in parent]
-    assert connected_components(linked).tolist() == parent
+    assert duplicates.connected_components(linked).tolist() == parent
 
 
 def test_distances_are_means_over_cells() -> None:
-    embedding = torch.randn(3, 5, 16, 16, generator=torch.Generator().manual_seed(0))
-    descriptors = describe_embedding(embedding)
-    distances = descriptor_distances(descriptors, descriptors)
+    descriptors = describe_embedding(torch.randn(3, 5, 16, 16, generator=torch.Generator().manual_seed(0)))
     assert descriptors.shape == (3, 64, 5)
     expected = (descriptors[0] - descriptors[1]).norm(dim=1).mean()
-    torch.testing.assert_close(distances[0, 1], expected, rtol=1e-3, atol=1e-4)
-
-
-def test_fewer_than_four_images_have_no_duplicates() -> None:
-    assert find_duplicates(torch.zeros(3, 3), 1.0).tolist() == [0, 1, 2]
+    distance = duplicates.descriptor_distances(descriptors, descriptors)[0, 1]
+    torch.testing.assert_close(distance, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_photographs_of_training_parts_are_recognised_among_test_images() -> None:
     parts = make_parts(30, 1, noise=0.0)
-    finder = RepeatFinder(parts, same_part_distance=0.5)
     again = parts[:5] + 0.05 * torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(9))
-    new = make_parts(5, 1, noise=0.0, seed=8)
-    assert finder.find(torch.cat([again, new])).tolist() == [True] * 5 + [False] * 5
+    images = torch.cat([again, make_parts(5, 1, noise=0.0, seed=8)])
+    assert duplicates.RepeatFinder(parts, same_part_distance=0.5).find(images).tolist() == [True] * 5 + [False] * 5
 
 
 def test_many_repeats_are_reported_and_few_are_not() -> None:
-    assert describe_repeats(3, 20) is None
-    assert describe_repeats(0, 2) is None
-    assert "5 of 20" in str(describe_repeats(5, 20))
+    assert (duplicates.describe_repeats(3, 20), duplicates.describe_repeats(0, 2)) == (None, None)
+    assert "5 of 20" in str(duplicates.describe_repeats(5, 20))

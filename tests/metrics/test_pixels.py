@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from focus_ray.errors import DataError
-from focus_ray.evaluation.report import format_bound
-from focus_ray.metrics.evaluate import EvaluationCollector, compute_metrics, join_evaluation_parts
+from focus_ray.metrics.evaluate import EvaluationCollector, compute_metrics
 from focus_ray.metrics.metrics import MeasuredImages
 from focus_ray.metrics.pixels import PixelBins, score_bins
+from focus_ray.reporting.tables import format_bound
 from focus_ray.settings.kinds import METRICS
 
 METRIC_KEYS_OF_PIXELS = ("pixel_auroc", "pixel_average_precision", "aupro_0.3", "aupro_0.05")
@@ -36,7 +36,7 @@ def scored_images(masks: np.ndarray, maps: np.ndarray, inside: np.ndarray, exact
     collector = EvaluationCollector(exact_pixels)
     for number, (mask, scores, counted_pixels) in enumerate(zip(masks, maps, inside, strict=True)):
         collector.add(int(mask.any()), f"kind {number % 2}", float(scores.max()), scores, mask, counted_pixels)
-    return collector.labelled(1.0, [str(number) for number in range(len(masks))]).measured
+    return collector.labelled(1.0).measured
 
 
 @given(MASKS, MAPS, INSIDE, st.integers(0, 4))
@@ -63,10 +63,8 @@ def test_the_error_of_every_metric_is_within_its_bound(masks: np.ndarray, maps: 
             assert (exact_values[key] is None) == (binned_values[key] is None)
             if exact_values[key] is not None:
                 assert abs(exact_values[key] - binned_values[key]) <= binned_values["bounds"][key] + 1e-9
-    unbinned_keys = [
-        key for key in exact_metrics if key not in ("binned", "bounds", "defect_types", *METRIC_KEYS_OF_PIXELS)
-    ]
-    assert {key: exact_metrics[key] for key in unbinned_keys} == {key: binned_metrics[key] for key in unbinned_keys}
+    for key in set(exact_metrics) - {"binned", "bounds", "defect_types", *METRIC_KEYS_OF_PIXELS}:
+        assert exact_metrics[key] == binned_metrics[key]
 
 
 @given(hnp.arrays(np.float32, 40, elements=st.floats(-(2.0**99), 2.0**99, width=32)))
@@ -102,55 +100,33 @@ def test_binning_changes_metrics_of_realistic_maps_by_less_than_a_ten_thousandth
         assert abs(exact_value - binned_value) < 1e-4  # type: ignore[operator]
 
 
-def test_a_set_that_exceeds_the_pixel_limit_equals_a_set_that_was_binned_from_the_start() -> None:
-    masks, maps, inside = blurred_set(1)
-    exceeding, binned = (scored_images(masks, maps, inside, pixels) for pixels in (maps.size // 2, 0))
-    for group, bins in binned.bins.items():  # type: ignore[union-attr]
-        np.testing.assert_array_equal(bins.normal, exceeding.bins[group].normal)  # type: ignore[index]
-        np.testing.assert_array_equal(bins.anomalous, exceeding.bins[group].anomalous)  # type: ignore[index]
-    for key in METRICS:
-        assert METRICS[key].value(exceeding) == pytest.approx(METRICS[key].value(binned), abs=1e-12)
+@pytest.mark.parametrize("limit", [5, 40])
+def test_a_set_that_exceeds_the_pixel_limit_equals_a_set_that_was_binned_from_the_start(limit: int) -> None:
+    masks, maps, inside = (np.repeat(images, 5, axis=0) for images in blurred_set(1))
+    exceeding, binned = (scored_images(masks, maps, inside, pixels) for pixels in (limit * maps[0].size, 0))
+    assert [METRICS[key].value(exceeding) for key in METRICS] == [METRICS[key].value(binned) for key in METRICS]
 
 
-def test_parts_join_in_order_to_the_whole() -> None:
-    masks, maps, inside = blurred_set(2)
-    parts = []
-    for chosen in (slice(0, 5), slice(5, 12)):
-        collector = EvaluationCollector(0)
-        for number, mask in enumerate(masks[chosen], start=chosen.start):
-            collector.add(int(mask.any()), f"kind {number % 2}", float(number), maps[number], mask, None)
-        parts.append(collector.part())
-    whole, single_part = join_evaluation_parts(parts, 1.0, []), scored_images(masks, maps, inside, 0)
-    assert whole.measured.scores.tolist() == list(range(12))
-    assert METRICS["aupro_0.3"].value(whole.measured) == pytest.approx(
-        METRICS["aupro_0.3"].value(single_part), abs=1e-12
-    )
-    assert whole.types == ("kind 0", "kind 1") * 6
+@pytest.mark.parametrize("exact_pixels", [0, 10**9])
+def test_images_of_the_training_set_and_images_without_a_mask_count_in_no_pixel_metric(exact_pixels: int) -> None:
+    masks, maps, _ = blurred_set(2)
+    collector = EvaluationCollector(exact_pixels)
+    for number, mask in enumerate(masks):
+        known_mask = None if number == 6 else mask
+        collector.add(int(mask.any()), "cut", float(number), maps[number], known_mask, None, trained_on=number < 2)
+    labelled = collector.labelled(1.0)
+    others = [2, 3, 4, 5, 7, 8, 9, 10, 11]
+    expected = scored_images(masks[others], maps[others], np.ones_like(masks[others]), exact_pixels)
+    assert (labelled.numbers.tolist(), labelled.num_trained_on) == (list(range(2, 12)), 2)
+    assert labelled.measured.scores.tolist() == list(range(2, 12))
+    assert METRICS["aupro_0.3"].value(labelled.measured) == pytest.approx(METRICS["aupro_0.3"].value(expected))
 
 
 def test_access_to_maps_of_a_binned_set_is_refused() -> None:
-    masks, maps, inside = blurred_set(3)
-    binned = scored_images(masks, maps, inside, 0)
-    with pytest.raises(DataError, match="--exact-megapixels"):
-        len(binned.maps)
-    with pytest.raises(DataError, match="--exact-megapixels"):
-        binned.masks[0]
-
-
-def test_an_image_without_a_mask_is_not_counted() -> None:
-    collector = EvaluationCollector(0)
-    collector.add(1, "crack", 1.0, np.ones((3, 3), np.float32), None, None)
-    assert collector.labelled(1.0, [""]).measured.curve is None
-
-
-def test_bins_refuse_bad_input_like_exact_metrics() -> None:
-    scores = np.ones((3, 3), np.float32)
-    with pytest.raises(DataError, match=r"image 7: mask \(3, 2\) and map \(3, 3\)"):
-        PixelBins.of_image(np.zeros((3, 2), bool), scores, name="image 7")
-    with pytest.raises(DataError, match="NaN or infinite"):
-        PixelBins.of_image(np.zeros((3, 3), bool), scores * np.inf)
-    with pytest.raises(DataError, match="no normal pixel in any mask"):
-        PixelBins.of_image(np.ones((3, 3), bool), scores).curve()
+    binned = scored_images(*blurred_set(3), 0)
+    for access in (lambda: len(binned.maps), lambda: binned.masks[0]):
+        with pytest.raises(DataError, match="--exact-megapixels"):
+            access()
 
 
 @given(st.floats(1e-12, 1.0))

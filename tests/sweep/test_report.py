@@ -15,11 +15,12 @@ import pytest
 from focus_ray.cli.main import main
 from focus_ray.cli.sweep import _print_outcome
 from focus_ray.cli.train import read_config
-from focus_ray.drawing.sweep_plots import MIN_SPAN, learning_curves, parallel_coordinates, score_axis
+from focus_ray.drawing.sweep_plots import MIN_SPAN, score_axis
 from focus_ray.errors import ConfigError
 from focus_ray.fitting.settings import load_config
 from focus_ray.sweep import records, summary
 from focus_ray.sweep.driver import SweepOutcome
+from focus_ray.sweep.plots import learning_curves, parallel_coordinates
 from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.report import write_report
 from focus_ray.sweep.settings import SweepConfig, parse_sweep

@@ -15,8 +15,7 @@ from small_set import CATEGORIES, ingest_parts, make_bundle, small_config
 
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.cli.main import main
-from focus_ray.doctor.checks import read_context
-from focus_ray.doctor.diagnosis import run_checks
+from focus_ray.doctor.diagnosis import CheckContext, run_checks
 from focus_ray.doctor.resources import check_trackers
 from focus_ray.errors import ConfigError, MissingPackageError, TrainingError
 from focus_ray.evaluation.run import evaluate_bundles
@@ -373,11 +372,11 @@ def test_a_storage_on_s3_needs_a_folder_for_trackers(kind: str) -> None:
 
 
 def test_doctor_checks_trackers(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = [f"data.uri={data}", f"storage={tmp_path}", "trackers.tensorboard={}"]
-    (diagnosis,) = run_checks({"trackers": check_trackers}, read_context("default", words))
+    context = CheckContext(make_config(data, tmp_path, {"tensorboard": {}}))
+    (diagnosis,) = run_checks({"trackers": check_trackers}, context)
     assert (diagnosis.status, diagnosis.message) == ("ok", f"tensorboard: {tmp_path}/trackers/tensorboard")
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    (diagnosis,) = run_checks({"trackers": check_trackers}, read_context("default", words))
+    (diagnosis,) = run_checks({"trackers": check_trackers}, context)
     assert diagnosis.status == "FAILED"
     assert "focus-ray[tensorboard]" in diagnosis.message
 

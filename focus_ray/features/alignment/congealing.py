@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from focus_ray.features.alignment.pairwise import pairwise_l2
 from focus_ray.features.alignment.theta import (
     GROUP_COMPONENTS,
-    GROUPS,
     compose_theta,
     identity_theta,
     invert_theta,
@@ -36,11 +36,11 @@ from focus_ray.features.alignment.theta import (
     rotation_angle,
     rotation_theta,
     shrink,
+    split_parameters,
     valid_mask,
     warp,
     wrap_angle,
 )
-from focus_ray.fyd.losses import pairwise_l2
 
 
 @dataclass
@@ -79,18 +79,13 @@ class CongealingAligner(nn.Module):
 
     FINE_PX, MIDDLE_PX, COARSE_PX = 128, 64, 32  # search at the coarse resolution, Gauss-Newton steps at all three
     NUM_ANGLES = 72  # angles of the search, 5 degrees apart
-    NUM_CANDIDATES = (
-        3  # candidates to refine before the choice, because parts rotated by 180 degrees look alike at 32 px
-    )
+    NUM_CANDIDATES = 3  # to refine before the choice, because parts rotated by 180 degrees look alike at 32 px
     COARSE_STEPS, MIDDLE_STEPS, FINE_STEPS = 4, 4, 2
     MIN_OVERLAP = 0.6  # share of the template's weight that must lie inside the image
     OUT_OF_BOUNDS_PENALTY = 4.0  # subtracted from the correlation (-1..1) of a movement outside the learnt bounds
-    ROBUST_STDS = (
-        3.0  # a residual above this many standard deviations comes from a defect or shadow, not from misalignment
-    )
-    MAX_STEP = (
-        0.3  # largest increment, in half widths and radians: the linear model of Lucas and Kanade is not valid beyond
-    )
+    ROBUST_STDS = 3.0  # a residual above this many standard deviations comes from a defect or shadow
+    # largest increment, in half widths and radians: the linear model of Lucas and Kanade is not valid beyond
+    MAX_STEP = 0.3
     MIN_GAIN = 0.1  # smallest gain, because an increment is divided by it
     OVERLAP_PENALTY = 5.0  # added to the cost per missing share of overlap
     DAMPING = 1e-3  # of Levenberg and Marquardt, as a share of the normal matrix's diagonal
@@ -112,22 +107,17 @@ class CongealingAligner(nn.Module):
     def __init__(self, group: str, max_shift: float = 0.4, max_scale: float = 1.15, min_drop: float = 0.25) -> None:
         """
         Args:
-            group: transform group, one of GROUPS.
+            group: transform group, a key of `GROUP_COMPONENTS`.
             max_shift: bound of the translation, in half widths.
             max_scale: bound of zooming in or out, if the group contains scale.
             min_drop: `fit` disables the aligner unless the pairwise L2 of held-out normal images falls by this share.
-
-        Raises: ValueError: unknown group.
         """
         super().__init__()
-        if group not in GROUPS:
-            raise ValueError(f"transform group {group!r} does not exist: choose one of {', '.join(GROUPS)}")
         self.group, self.components = group, GROUP_COMPONENTS[group]
         self.has_rotation, self.has_shift = "r" in self.components, "t" in self.components
         self.max_shift, self.max_scale, self.min_drop = max_shift, max_scale, min_drop
-        self.radius = (
-            math.ceil(max_shift * self.COARSE_PX / 2) if self.has_shift else 0
-        )  # largest shift of the search, in coarse pixels
+        # largest shift of the search, in coarse pixels
+        self.radius = math.ceil(max_shift * self.COARSE_PX / 2) if self.has_shift else 0
         self.template: Tensor
         self.weight: Tensor
         self.enabled: Tensor
@@ -201,11 +191,8 @@ class CongealingAligner(nn.Module):
         var_t = (wtt / w - mean_t**2).clamp_min(self.MIN_STD)
         overlap = w / w.max()
         penalty = (self.MIN_OVERLAP - overlap).clamp_min(0) * 5
-        step = math.pi / num
-        penalty = (
-            penalty
-            + self.OUT_OF_BOUNDS_PENALTY * (wrap_angle(angles.float()).abs() > self.angle_bound + step)[:, None, None]
-        )
+        is_beyond = wrap_angle(angles.float()).abs() > self.angle_bound + math.pi / num
+        penalty = penalty + self.OUT_OF_BOUNDS_PENALTY * is_beyond[:, None, None]
         if self.has_shift:
             px = (torch.arange(2 * radius + 1, device=device) - radius) * (2 / size)
             outside = [(px - c).abs() > b + 1 / size for c, b in zip(self.shift_centre, self.shift_bound, strict=True)]
@@ -271,9 +258,7 @@ class CongealingAligner(nn.Module):
 
     def _increment(self, delta: Tensor) -> Tensor:
         """Builds small transforms (B, 2, 3) of the group from parameters (B, d) in the order of `_template_derivatives`."""
-        widths = {"r": 1, "s": 1, "a": 2, "t": 2}
-        sizes = [widths[component] for component in self.components]
-        parts = dict(zip(self.components, delta.split(sizes, dim=1), strict=True))
+        parts = split_parameters(delta, self.group)
         zero = delta.new_zeros(delta.shape[0])
         angle = parts["r"][:, 0] if "r" in parts else zero
         scale = parts["s"][:, 0].exp() if "s" in parts else zero + 1
@@ -289,19 +274,15 @@ class CongealingAligner(nn.Module):
         """Moves thetas (..., 2, 3) to the nearest values inside the bounds of the group."""
         linear, shift = theta[..., :2], theta[..., 2]
         if self.has_shift:
-            shift = torch.minimum(
-                torch.maximum(shift, self.shift_centre - self.shift_bound), self.shift_centre + self.shift_bound
-            )
+            low, high = self.shift_centre - self.shift_bound, self.shift_centre + self.shift_bound
+            shift = torch.minimum(torch.maximum(shift, low), high)
         if self.has_rotation:
             angle = rotation_angle(theta)
             excess = angle - torch.minimum(torch.maximum(angle, -self.angle_bound), self.angle_bound)
             linear = rotation_theta(-excess)[..., :2] @ linear
         limit = math.log(self.max_scale)
         if "a" in self.components:
-            rotation = rotation_theta(
-                torch.atan2(linear[..., 1, 0] - linear[..., 0, 1], linear[..., 0, 0] + linear[..., 1, 1])
-            )
-            rotation = rotation[..., :2]
+            rotation = rotation_theta(rotation_angle(linear))[..., :2]
             stretch = rotation.transpose(-1, -2) @ linear - torch.eye(2, device=theta.device)
             linear = rotation + rotation @ stretch.clamp(-limit, limit)
         elif "s" in self.components:
@@ -347,11 +328,8 @@ class CongealingAligner(nn.Module):
             # cost: clipped squared residual relative to the image's variance, plus penalties for negative gain and small overlap
             variance = (inside * moved.square()).sum(1) / total[:, 0] - ((inside * moved).sum(1) / total[:, 0]).square()
             cost = (inside * torch.minimum(square, clip)).sum(1) / total[:, 0] / variance.clamp_min(self.MIN_VARIANCE)
-            cost = (
-                cost
-                + (fit[:, 0] <= 0)
-                + self.OVERLAP_PENALTY * (self.MIN_OVERLAP - total[:, 0] / weight.sum()).clamp_min(0)
-            )
+            missing_overlap = (self.MIN_OVERLAP - total[:, 0] / weight.sum()).clamp_min(0)
+            cost = cost + (fit[:, 0] <= 0) + self.OVERLAP_PENALTY * missing_overlap
             is_better = cost < best_cost
             best = torch.where(is_better[:, None, None], theta, best)
             best_cost = torch.where(is_better, cost, best_cost)
@@ -393,7 +371,7 @@ class CongealingAligner(nn.Module):
             pick = cost.view(batch, count).argmin(1)
             theta = refined.view(batch, count, 2, 3)[torch.arange(batch, device=fine.device), pick]
         theta, cost = self.refine(middle, theta, self.MIDDLE_STEPS)
-        if use_fine and self.FINE_STEPS:
+        if use_fine:
             theta, cost = self.refine(fine, theta, self.FINE_STEPS)
         return theta, cost
 
@@ -421,9 +399,8 @@ class CongealingAligner(nn.Module):
         share = count / len(fine)
         mean = total / count.clamp_min(1)
         # pixels that almost no image shows get the overall mean, the level of the background
-        return torch.where(
-            share > self.MIN_SEEN_SHARE, mean, (mean * share).sum() / share.sum().clamp_min(self.MIN_VARIANCE)
-        ), share
+        overall_mean = (mean * share).sum() / share.sum().clamp_min(self.MIN_VARIANCE)
+        return torch.where(share > self.MIN_SEEN_SHARE, mean, overall_mean), share
 
     @torch.no_grad()
     def fit(self, prepared: Tensor, seed: int = 0) -> AlignmentReport:
@@ -445,7 +422,9 @@ class CongealingAligner(nn.Module):
                 "model.image_alignment.group=none"
             )
         self.enabled.fill_(True)
-        self._reset_bounds()
+        self.angle_bound.fill_(math.pi)  # all angles, and shifts up to `max_shift`
+        self.shift_centre.zero_()
+        self.shift_bound.fill_(self.max_shift)
         order = torch.randperm(len(prepared), generator=torch.Generator().manual_seed(seed))
         shuffled = prepared[order.to(prepared.device)]
         num_holdout = max(2, len(shuffled) // 5)
@@ -517,20 +496,12 @@ class CongealingAligner(nn.Module):
         before = min(pairwise_l2(fine[:, None], valid), pairwise_l2(mixed, mixed_valid))
         return before, pairwise_l2(aligned, valid)
 
-    def _reset_bounds(self) -> None:
-        """Allows all angles, and shifts up to `max_shift`."""
-        self.angle_bound.fill_(math.pi)
-        self.shift_centre.zero_()
-        self.shift_bound.fill_(self.max_shift)
-        self._bank = None
-
     def _learn_bounds(self, theta: Tensor) -> None:
         """Sets the bounds for later images to the movement in training, plus a margin; theta: (N, 2, 3)."""
         if self.has_rotation:
             bound = rotation_angle(theta).abs().max() * self.BOUND_MARGIN + math.radians(self.BOUND_ANGLE_DEG)
-            self.angle_bound.copy_(
-                torch.where(bound > math.radians(self.FREE_ANGLE_DEG), torch.full_like(bound, math.pi), bound)
-            )
+            is_free = bound > math.radians(self.FREE_ANGLE_DEG)
+            self.angle_bound.copy_(torch.where(is_free, torch.full_like(bound, math.pi), bound))
         if self.has_shift:
             low, high = theta[..., 2].amin(0), theta[..., 2].amax(0)
             self.shift_centre.copy_((low + high) / 2)

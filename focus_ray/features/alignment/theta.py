@@ -15,16 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GROUPS = (
-    "none",
-    "rotation",
-    "translation",
-    "scale",
-    "rotation_scale",
-    "rotation_translation",
-    "similarity",
-    "affine",
-)
 # components of each group: r rotation, s scale, a anisotropy and shear, t translation
 GROUP_COMPONENTS = {
     "none": "",
@@ -48,10 +38,15 @@ class TransformBounds(NamedTuple):
 
 
 def count_parameters(group: str) -> int:
-    """Returns the number of parameters that a localisation network predicts for a group. Raises: ValueError: unknown group."""
-    if group not in GROUP_COMPONENTS:
-        raise ValueError(f"transform group {group!r} does not exist: choose one of {', '.join(GROUPS)}")
-    return sum(_PARAMETERS_PER_COMPONENT[use] for use in GROUP_COMPONENTS[group])
+    """Returns the number of parameters of the transforms of a group."""
+    return sum(_PARAMETERS_PER_COMPONENT[component] for component in GROUP_COMPONENTS[group])
+
+
+def split_parameters(parameters: Tensor, group: str) -> dict[str, Tensor]:
+    """Splits parameters (B, count_parameters(group)) into the parameters (B, n) of each component of the group."""
+    components = GROUP_COMPONENTS[group]
+    parts = parameters.split([_PARAMETERS_PER_COMPONENT[component] for component in components], dim=1)
+    return dict(zip(components, parts, strict=True))
 
 
 def theta_from_parameters(parameters: Tensor, group: str, bounds: TransformBounds) -> Tensor:
@@ -59,21 +54,10 @@ def theta_from_parameters(parameters: Tensor, group: str, bounds: TransformBound
 
     Args:
         parameters: (B, count_parameters(group)).
-        group: transform group, one of `GROUPS`.
+        group: transform group, a key of `GROUP_COMPONENTS`.
         bounds: the largest transform; tanh keeps every parameter inside its bound.
-
-    Raises: ValueError: the group is unknown, or the number of parameters does not fit the group.
     """
-    width = count_parameters(group)
-    if parameters.ndim != 2 or parameters.shape[1] != width:
-        raise ValueError(f"group {group!r} needs parameters of shape (B, {width}), got {tuple(parameters.shape)}")
-    parts = dict(
-        zip(
-            GROUP_COMPONENTS[group],
-            parameters.tanh().split([_PARAMETERS_PER_COMPONENT[use] for use in GROUP_COMPONENTS[group]], dim=1),
-            strict=True,
-        )
-    )
+    parts = split_parameters(parameters.tanh(), group)
     zero = parameters.new_zeros(parameters.shape[0])
     angle = parts["r"][:, 0] * bounds.max_rotation_rad if "r" in parts else zero
     log_scale = math.log(bounds.max_scale)
@@ -97,8 +81,7 @@ def make_theta(
         shear: (B,); None: 0.
     """
     cos, sin = angle.cos(), angle.sin()
-    across = scale if anisotropy is None else scale * anisotropy
-    along = scale if anisotropy is None else scale / anisotropy
+    across, along = (scale, scale) if anisotropy is None else (scale * anisotropy, scale / anisotropy)
     slant = torch.zeros_like(angle) if shear is None else shear
     first = torch.stack([cos * across, cos * slant - sin * along, shift[:, 0]], dim=1)
     second = torch.stack([sin * across, sin * slant + cos * along, shift[:, 1]], dim=1)
@@ -158,7 +141,7 @@ def _shrink_matrix(length: int, size: int) -> Tensor:
     return torch.from_numpy((weights / weights.sum(axis=1, keepdims=True)).astype(np.float32))
 
 
-def warp(images: Tensor, theta: Tensor, padding: str = "border", size: tuple[int, int] | None = None) -> Tensor:
+def warp(images: Tensor, theta: Tensor, padding: str = "border") -> Tensor:
     """Returns images that are aligned by theta: each output pixel is read bilinearly at the coordinates that theta maps it to.
 
     Coordinates are computed in float32 or higher precision for every type of image, also under autocast.
@@ -167,20 +150,18 @@ def warp(images: Tensor, theta: Tensor, padding: str = "border", size: tuple[int
         images: (B, C, H, W).
         theta: (B, 2, 3), maps output coordinates to input coordinates; see the top of this file.
         padding: values outside the frame: 'border', 'reflection' or 'zeros'.
-        size: rows and columns of the result; None: (H, W).
 
-    Returns: (B, C, *size), in the images' type.
+    Returns: (B, C, H, W), in the images' type.
     """
-    shape = [images.shape[0], images.shape[1], *(size or images.shape[2:])]
     exact = torch.promote_types(images.dtype, torch.float32)
     with disable_autocast(images):
-        grid = F.affine_grid(theta.to(exact), shape, align_corners=False)
+        grid = F.affine_grid(theta.to(exact), list(images.shape), align_corners=False)
         sampled = F.grid_sample(images.to(exact), grid, mode="bilinear", padding_mode=padding, align_corners=False)
     return sampled.to(images.dtype)
 
 
 def rotation_angle(theta: Tensor) -> Tensor:
-    """Returns the angle (...,), in radians, of the rotation that is nearest to the linear part of each theta (..., 2, 3)."""
+    """Returns the angle (...,), in radians, of the rotation that is nearest to each theta (..., 2, 3) or its linear part."""
     return torch.atan2(theta[..., 1, 0] - theta[..., 0, 1], theta[..., 0, 0] + theta[..., 1, 1])
 
 

@@ -1,9 +1,8 @@
-"""Backbones that end after their third layer: their interface, and loading of their weights."""
+"""Backbones that end after their third layer: the network, and loading of their weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,36 +10,6 @@ from torch import Tensor, nn
 from focus_ray.errors import WeightsError
 from focus_ray.features.backbones.weights import read_weights
 from focus_ray.settings.kinds import BACKBONES
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def _identity(value: Any) -> Any:
-    """Returns the value."""
-    return value
-
-
-class BackboneSpec(NamedTuple):
-    """Describes a kind of backbone. Its key in `BACKBONES` is the value of model.backbone; its strides are in `kinds.GEOMETRIES`.
-
-    channels: numbers of channels of layers 1, 2, 3.
-    mean, std: input normalisation, for images in 0..1.
-    build_layers: builds the three layers. Each takes the output of the previous layer.
-    map_key: converts the published name of a weight to its name in `Backbone`; None for a weight that is not needed. An unknown
-        name is returned unchanged.
-    load_default_state: loads the default weights, under their published names. Raises: WeightsError: they cannot be loaded.
-    to_map: converts the output of a layer to features (B, C, H, W).
-    rename_state: converts weights with another published naming to the names that `map_key` expects.
-    """
-
-    channels: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    build_layers: Callable[[], tuple[nn.Module, nn.Module, nn.Module]]
-    map_key: Callable[[str], str | None]
-    load_default_state: Callable[[], Mapping[str, Tensor]]
-    to_map: Callable[[Tensor], Tensor] = _identity
-    rename_state: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = _identity
 
 
 class Backbone(nn.Module):

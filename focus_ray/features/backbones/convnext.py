@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from focus_ray.features.backbones.base import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec
+from focus_ray.features.backbones.spec import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec
 from focus_ray.features.backbones.weights import load_hub_state
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_HUB_WEIGHTS = "ConvNeXt_Tiny_Weights.IMAGENET1K_V1"
 
 
 def map_convnext_key(key: str) -> str | None:
@@ -24,6 +28,7 @@ def map_convnext_key(key: str) -> str | None:
 
 def build_convnext_layers() -> tuple[nn.Module, nn.Module, nn.Module]:
     """Builds layers 1 to 3 of ConvNeXt-Tiny with random weights; layer 1 contains the stem."""
+    from torch import nn
     from torchvision import models
 
     # no stochastic depth: in training, the two images of a pair must pass through the same network
@@ -37,5 +42,7 @@ CONVNEXT_TINY = BackboneSpec(
     IMAGENET_STD,
     build_convnext_layers,
     map_convnext_key,
-    partial(load_hub_state, "convnext_tiny"),
+    partial(load_hub_state, "convnext_tiny", _HUB_WEIGHTS),
+    min_reflected_px=64,  # kernels of 7 x 7 need a map of at least 4 x 4 cells
+    hub_weights=_HUB_WEIGHTS,
 )

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from focus_ray.features.backbones.base import BackboneSpec
+from focus_ray.features.backbones.spec import BackboneSpec
 from focus_ray.features.backbones.weights import load_packaged_state
+
+if TYPE_CHECKING:
+    from torch import nn
 
 LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3  # input normalisation that EfficientNet-Lite was trained with
 
 # EfficientNet-Lite (github.com/tensorflow/tpu, efficientnet/lite): MBConv blocks without squeeze-and-excitation, ReLU6.
-_STEM = 32
-_GROUPS = (
-    (1, 1, 3),
-    (6, 2, 3),
-    (6, 2, 5),
-    (6, 2, 3),
-    (6, 1, 5),
-)  # expansion, stride and kernel of each group of blocks
-_LAYERS = ((0, 1), (2,), (3, 4))  # numbers of the groups in each layer
+LAYERS = ((0, 1), (2,), (3, 4))  # numbers of the groups in each layer
 
 Numbers = tuple[int, int, int, int, int]  # one for each group
 
@@ -44,7 +37,7 @@ def map_lite_key(repeats: Numbers, key: str) -> str | None:
         if not number.isdigit():
             return key
         block = int(number)
-        ends = list(accumulate(sum(repeats[group] for group in groups) for groups in _LAYERS))
+        ends = list(accumulate(sum(repeats[group] for group in groups) for groups in LAYERS))
         if block >= ends[2]:
             return None
         layer = next(index for index in range(3) if block < ends[index])
@@ -62,67 +55,19 @@ def map_lite_key(repeats: Numbers, key: str) -> str | None:
     return key
 
 
-class _ConvNorm(nn.Module):
-    """A convolution with the SAME padding of TensorFlow, then batch norm and an optional ReLU6."""
-
-    def __init__(
-        self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True
-    ) -> None:
-        super().__init__()
-        self.padding_mode = "zeros"
-        # for an even input and stride 2, SAME adds kernel - 2 pixels in total, one more at the end than at the start
-        self.uneven_padding = (kernel // 2 - 1, kernel // 2) * 2 if stride == 2 else None
-        padding = 0 if stride == 2 else kernel // 2
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
-        self.norm = nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.01)
-        self.act = nn.ReLU6() if act else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.uneven_padding is not None:
-            x = F.pad(x, self.uneven_padding, "constant" if self.padding_mode == "zeros" else self.padding_mode)
-        return self.act(self.norm(self.conv(x)))  # type: ignore[no-any-return]
-
-
-class _MBConv(nn.Module):
-    """An inverted residual block: a 1x1 expansion, a depthwise convolution, and a 1x1 projection."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
-        super().__init__()
-        width = inputs * expansion
-        self.expand = _ConvNorm(inputs, width, 1) if expansion > 1 else nn.Identity()
-        self.depthwise = _ConvNorm(width, width, kernel, stride, groups=width)
-        self.project = _ConvNorm(width, outputs, 1, act=False)
-        self.has_residual = stride == 1 and inputs == outputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.project(self.depthwise(self.expand(x)))
-        return x + y if self.has_residual else y
-
-
 def build_lite_layers(widths: Numbers, repeats: Numbers) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Builds layers 1 to 3 of an EfficientNet-Lite with random weights; layer 1 contains the stem.
+    """Builds layers 1 to 3 with random weights; see `efficientnet_lite_layers.build_layers`."""
+    from focus_ray.features.backbones.efficientnet_lite_layers import build_layers
 
-    Args:
-        widths: output channels of each group.
-        repeats: number of blocks in each group.
-    """
-    stages = []
-    inputs = _STEM
-    for number, groups in enumerate(_LAYERS):
-        layers: list[nn.Module] = [_ConvNorm(3, _STEM, 3, stride=2)] if number == 0 else []
-        for group in groups:
-            expansion, stride, kernel = _GROUPS[group]
-            for repeat in range(repeats[group]):
-                layers.append(_MBConv(inputs, widths[group], kernel, stride if repeat == 0 else 1, expansion))
-                inputs = widths[group]
-        stages.append(nn.Sequential(*layers))
-    return stages[0], stages[1], stages[2]
+    return build_layers(widths, repeats)
 
 
 def _spec(name: str, widths: Numbers, repeats: Numbers) -> BackboneSpec:
     build_layers, map_key = partial(build_lite_layers, widths, repeats), partial(map_lite_key, repeats)
     channels = (widths[1], widths[2], widths[4])
-    return BackboneSpec(channels, LITE_MEAN, LITE_STD, build_layers, map_key, partial(load_packaged_state, name))
+    load_state = partial(load_packaged_state, name)
+    # kernels of 5 x 5 need a map of at least 3 x 3 cells
+    return BackboneSpec(channels, LITE_MEAN, LITE_STD, build_layers, map_key, load_state, min_reflected_px=48)
 
 
 LITE0 = _spec("efficientnet_lite0", (16, 24, 40, 80, 112), (1, 2, 2, 3, 3))

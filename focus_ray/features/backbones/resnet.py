@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from focus_ray.features.backbones.base import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec
+from focus_ray.features.backbones.spec import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec
 from focus_ray.features.backbones.weights import load_hub_state
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def map_resnet_key(key: str) -> str | None:
@@ -27,18 +29,27 @@ def build_resnet_layers(name: str) -> tuple[nn.Module, nn.Module, nn.Module]:
 
     Args: name: name of the ResNet in torchvision.
     """
+    from torch import nn
     from torchvision import models
 
     net = getattr(models, name)(weights=None)
     return nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1), net.layer2, net.layer3
 
 
-def _spec(name: str, channels: tuple[int, int, int]) -> BackboneSpec:
-    build_layers, state = partial(build_resnet_layers, name), partial(load_hub_state, name)
-    return BackboneSpec(channels, IMAGENET_MEAN, IMAGENET_STD, build_layers, map_resnet_key, state)
+def _spec(name: str, channels: tuple[int, int, int], enum: str) -> BackboneSpec:
+    hub_weights = f"{enum}.IMAGENET1K_V1"  # PaDiM, RegAD and PatchCore report results with V1 weights
+    return BackboneSpec(
+        channels,
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        partial(build_resnet_layers, name),
+        map_resnet_key,
+        partial(load_hub_state, name, hub_weights),
+        hub_weights=hub_weights,
+    )
 
 
-RESNET18 = _spec("resnet18", (64, 128, 256))
-RESNET34 = _spec("resnet34", (64, 128, 256))
-RESNET50 = _spec("resnet50", (256, 512, 1024))
-WIDE_RESNET50_2 = _spec("wide_resnet50_2", (256, 512, 1024))
+RESNET18 = _spec("resnet18", (64, 128, 256), "ResNet18_Weights")
+RESNET34 = _spec("resnet34", (64, 128, 256), "ResNet34_Weights")
+RESNET50 = _spec("resnet50", (256, 512, 1024), "ResNet50_Weights")
+WIDE_RESNET50_2 = _spec("wide_resnet50_2", (256, 512, 1024), "Wide_ResNet50_2_Weights")

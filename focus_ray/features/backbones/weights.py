@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from importlib.util import find_spec
+from io import BytesIO
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from focus_ray.errors import WeightsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def read_weights(source: str, sha256: str | None = None) -> dict[str, Tensor]:
@@ -21,59 +23,39 @@ def read_weights(source: str, sha256: str | None = None) -> dict[str, Tensor]:
 
     Raises: WeightsError: the source cannot be read, has a different hash, or contains no state dict.
     """
-    if source.startswith(("http://", "https://")):
-        try:
-            path = download_path(source)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                torch.hub.download_url_to_file(source, str(path), hash_prefix=sha256, progress=False)
-            data = path.read_bytes()
-        except (OSError, RuntimeError) as error:
-            raise WeightsError(
-                f"{source}: cannot download the weights: {error}; set model.weights to a local file"
-            ) from error
-    else:
-        try:
-            data = _read_file(source)
-        except (OSError, ValueError) as error:
-            raise WeightsError(
-                f"model.weights={source!r}: cannot read the file: {error}; set it to an existing file"
-            ) from error
+    try:
+        data = _download(source, sha256) if source.startswith(("http://", "https://")) else _read_file(source)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise WeightsError(
+            f"model.weights={source!r}: cannot read the weights: {error}; set it to an existing local file"
+        ) from error
     digest = hashlib.sha256(data).hexdigest()
     if sha256 is not None and not digest.startswith(sha256):
         raise WeightsError(f"{source}: SHA-256 is {digest}, but must start with {sha256}: download the file again")
     return _parse_state(data, source)
 
 
-def find_hub_weights(name: str) -> Any:
-    """Returns the member of torchvision's weights enum for a backbone; its `url` is the address of the file.
-
-    Returns: None if the weights of the backbone are not from torchvision.
-    """
+def find_hub_weights(path: str) -> Any:
+    """Returns a member of a weights enum of torchvision.models by its path; its `url` is the address of the file."""
     from torchvision import models
 
-    # PaDiM, RegAD and PatchCore report results with V1 weights
-    return {
-        "resnet18": models.ResNet18_Weights.IMAGENET1K_V1,
-        "resnet34": models.ResNet34_Weights.IMAGENET1K_V1,
-        "resnet50": models.ResNet50_Weights.IMAGENET1K_V1,
-        "wide_resnet50_2": models.Wide_ResNet50_2_Weights.IMAGENET1K_V1,
-        "convnext_tiny": models.ConvNeXt_Tiny_Weights.IMAGENET1K_V1,
-    }.get(name)
+    return attrgetter(path)(models)
 
 
-def load_hub_state(name: str) -> Mapping[str, Tensor]:
+def load_hub_state(name: str, hub_weights: str) -> Mapping[str, Tensor]:
     """Loads the torchvision weights of a backbone from torch's cache or from the hub.
+
+    Args: hub_weights: see `BackboneSpec`.
 
     Raises: WeightsError: the weights are not in the cache, and the hub cannot be reached.
     """
-    weights = find_hub_weights(name)
+    weights = find_hub_weights(hub_weights)
     try:
         return weights.get_state_dict(progress=False, check_hash=True)  # type: ignore[no-any-return]
     except (OSError, RuntimeError) as error:
         raise WeightsError(
             f"model.weights=default: cannot download the {name} weights of torchvision from {weights.url} ({error}). Without "
-            f"internet access, set model.weights to a local file, copy the file to {torch.hub.get_dir()}/checkpoints, or set "
+            f"internet access, set model.weights to a local file, copy the file to {hub_cache_path('')}, or set "
             "model.backbone=efficientnet_lite0, whose weights are in a Python package"
         ) from error
 
@@ -101,7 +83,20 @@ def download_path(url: str) -> Path:
 
 def hub_cache_path(name: str) -> Path:
     """Returns the path of a file in torch's hub cache."""
+    import torch
+
     return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
+def _download(url: str, sha256: str | None) -> bytes:
+    """Reads a file that was downloaded to torch's hub cache; downloads it first if it is not there."""
+    from torch.hub import download_url_to_file
+
+    path = download_path(url)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
+    return path.read_bytes()
 
 
 def _read_file(source: str) -> bytes:
@@ -118,7 +113,7 @@ def _parse_state(data: bytes, source: str) -> dict[str, Tensor]:
 
     Raises: WeightsError: the content is no state dict.
     """
-    import io
+    import torch
 
     try:
         if source.endswith(".safetensors"):
@@ -126,11 +121,11 @@ def _parse_state(data: bytes, source: str) -> dict[str, Tensor]:
 
             state = load(data)
         else:
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            state = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises any of six error types for a bad file
         raise WeightsError(f"{source}: cannot read a state dict ({error.__class__.__name__}): {error}") from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise WeightsError(f"{source}: expected a mapping of names to tensors; save model.state_dict()")
     return {key.removeprefix("module."): value for key, value in state.items()}

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from places import free_port
 from torch import Tensor, nn
 
-from focus_ray.fyd import objective as module
-from focus_ray.fyd.objective import LAST_LEVEL, build_schedule, train_epoch
+from focus_ray.fyd.objective import LAST_LEVEL
 from focus_ray.fyd.settings import TrainConfig
+from focus_ray.fyd.training import build_schedule, collapse_warning, train_epoch
 
 CPU = torch.device("cpu")
 
@@ -50,7 +50,9 @@ def test_weights_that_are_not_finite_after_the_last_step_raise() -> None:
 
 def test_the_effective_rank_is_computed_once_per_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     levels = []
-    monkeypatch.setattr(module, "effective_rank", lambda level: levels.append(level) or torch.tensor(2.0))
+    monkeypatch.setattr(
+        "focus_ray.fyd.training.effective_rank", lambda level: levels.append(level) or torch.tensor(2.0)
+    )
     assert run(Slope(), steps=5)["effective_rank"] == 2.0
     assert len(levels) == 1
 
@@ -59,6 +61,11 @@ def test_the_reported_learning_rate_is_the_rate_of_the_last_step() -> None:
     assert run(Slope(), steps=1, learning_rate=0.25)["learning_rate"] == 0.25
     half_way_down_the_cosine = run(Slope(), steps=2, learning_rate=0.25)["learning_rate"]
     assert half_way_down_the_cosine == pytest.approx(0.125)
+
+
+def test_features_that_are_nearly_equal_give_a_warning() -> None:
+    assert collapse_warning({"feature_std": 0.9, "effective_rank": 20.0}) is None
+    assert "0.01" in str(collapse_warning({"feature_std": 0.01, "effective_rank": 1.0}))
 
 
 def _as_worker(rank: int, port: int, folder: str) -> None:

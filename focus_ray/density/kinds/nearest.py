@@ -1,0 +1,218 @@
+"""The density kind `nearest`: the distance to the nearest normal embeddings; see `density.nearest` for the method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from focus_ray.density.kinds.base import DensityKind, Shapes
+from focus_ray.density.kinds.shared import SharedSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from focus_ray.density.base import Density, LeaveOneOutScorer, Statistics
+
+_FLOAT_BYTES = 4
+
+
+class NearestSettings(SharedSettings):
+    """The settings that the kind adds."""
+
+    per_place: int | None = Field(
+        default=128,
+        ge=2,
+        description="nearest: largest number of embeddings that a place keeps (times the number of tiles if tiles "
+        "share places). A greedy selection keeps, for every dropped embedding, a similar one [ours]. null "
+        "keeps all.",
+    )
+    coreset: int = Field(
+        default=1024,
+        ge=0,
+        le=65536,
+        description="nearest: size of the coreset, a second memory without places: patches that are chosen greedily "
+        "from all images. Its distance and the distance of the place memory are averaged [kin, "
+        "PatchCore]. 0 switches it off.",
+    )
+    coreset_channels: int = Field(
+        default=128,
+        ge=1,
+        le=4096,
+        description="Largest number of channels that the coreset compares, a random projection of layers 2 and 3.",
+    )
+    gaussian_share: float = Field(
+        default=0.9,
+        ge=0.0,
+        le=1.0,
+        description="nearest, with a coreset: the distance of a patch is at most this share of its distance to a "
+        "Gaussian of its place, both as multiples of the distances of good images. So places where good "
+        "parts vary, for instance a printed number, count less [ours]. 0 switches it off. It is also off "
+        "with fewer than 16 images, with tiles that share places, and with maps of more than about 3300 "
+        "places.",
+    )
+
+
+class NearestKind(DensityKind[NearestSettings]):
+    """See `DensityKind` for the methods.
+
+    The density is a `NearestMemory`, with a coreset a `JointMemory`, and with Gaussians a `CheckedMemory`.
+    """
+
+    settings = NearestSettings
+    keeps_bank = True
+    supports_leave_one_out = True
+
+    def inert_settings(self, config: NearestSettings) -> dict[str, str]:
+        reasons = super().inert_settings(config)
+        if config.reduction == "discriminant":
+            why = "density.reduction is discriminant: it learns the metric, and nothing is whitened"
+            reasons.update(dict.fromkeys(("shrinkage", "shrinkage_unit"), why))
+        if not config.coreset:
+            reasons.update(dict.fromkeys(("coreset_channels", "gaussian_share"), "density.coreset is 0"))
+        return reasons
+
+    def num_coreset_channels(self, config: NearestSettings) -> int:
+        return config.coreset_channels if config.coreset else 0
+
+    def for_tiles(self, config: NearestSettings, num_tiles: int) -> NearestSettings:
+        # A location of the shared tile has the embeddings of num_tiles locations. Tiled textures have no fixed locations, so no
+        # Gaussian of a location can describe them.
+        per_place = config.per_place and config.per_place * num_tiles
+        return config.model_copy(update={"per_place": per_place, "gaussian_share": 0.0})
+
+    def build(self, config: NearestSettings, statistics: Statistics) -> Density:
+        from focus_ray.density.checked_memory import build_checked_memory, is_checkable
+        from focus_ray.density.coreset import choose_coreset
+        from focus_ray.density.nearest import JointMemory, build_memory, measure_typical_distances
+
+        assert statistics.bank is not None
+        memory = build_memory(config, statistics)
+        if not config.coreset:
+            return memory
+        coreset_bank = statistics.bank[:, :, statistics.moments.channels :]
+        coreset = choose_coreset(coreset_bank, config.coreset, memory.device, memory.bank.dtype)
+        joint = JointMemory(memory, coreset, measure_typical_distances(memory, coreset, statistics))
+        share = config.gaussian_share
+        return build_checked_memory(joint, statistics, share) if is_checkable(statistics, share) else joint
+
+    def leave_one_out_scorer(
+        self, config: NearestSettings, statistics: Statistics, density: Density
+    ) -> LeaveOneOutScorer:
+        from focus_ray.density.checked_memory import CheckedMemory, leave_one_out_gaussian
+
+        if isinstance(density, CheckedMemory):
+            return CheckedMemory(density.memory, leave_one_out_gaussian(statistics), density.scale)
+        return density  # type: ignore[return-value]  # a memory can leave out images itself
+
+    def leave_one_out_refits(
+        self,
+        config: NearestSettings,
+        density: Density,
+        statistics: Iterable[Statistics],
+        score: Callable[[LeaveOneOutScorer, Tensor], Tensor],
+    ) -> Iterator[Tensor]:
+        """Builds only memory and Gaussians again: the coreset does not depend on the projection."""
+        import torch
+
+        from focus_ray.density.checked_memory import CheckedMemory, leave_one_out_gaussian, measure_scale
+        from focus_ray.density.nearest import JointMemory, LeaveOneOutCoreset, build_memory, measure_typical_distances
+
+        joint = density.memory if isinstance(density, CheckedMemory) else density
+        coreset_distances: Tensor | None = None
+        for each in statistics:
+            assert each.bank is not None
+            bank, coreset_bank = each.bank.tensor_split([each.moments.channels], dim=2)
+            memory = build_memory(config, each)
+            distances = score(memory, bank)
+            if isinstance(joint, JointMemory):
+                if coreset_distances is None:
+                    coreset_distances = score(LeaveOneOutCoreset(joint), coreset_bank)
+                typical = measure_typical_distances(memory, joint.coreset, each)
+                distances = (distances / typical[0] + coreset_distances / typical[1]) / 2
+            if isinstance(density, CheckedMemory):
+                gaussian = leave_one_out_gaussian(each)
+                scale = measure_scale(each, gaussian, config.gaussian_share)
+                distances = torch.minimum(distances, score(gaussian, bank) * scale)
+            yield distances
+
+    def tensors(self, config: NearestSettings, statistics: Statistics, density: Density) -> dict[str, Tensor]:
+        import torch
+
+        from focus_ray.density.checked_memory import CheckedMemory, gaussian_tensors
+        from focus_ray.density.nearest import JointMemory, NearestMemory
+
+        assert statistics.bank is not None
+        bank = statistics.bank[:, :, : statistics.moments.channels]
+        tensors: dict[str, Tensor] = {}
+        memory = density
+        if isinstance(memory, CheckedMemory):
+            tensors.update(gaussian_tensors(memory))
+            memory = memory.memory
+        if isinstance(memory, JointMemory):
+            tensors["coreset.patches"] = memory.coreset.stored_patches
+            tensors["coreset.images"] = memory.coreset.image_numbers.int()
+            tensors["typical"] = memory.typical_distance
+            memory = memory.location_memory
+        assert isinstance(memory, NearestMemory)
+        if memory.image_numbers is not None:
+            tensors["bank.images"] = memory.image_numbers.t().cpu()
+            bank = bank[tensors["bank.images"], torch.arange(bank.shape[1])]
+        return {**tensors, "bank": bank, "whitening": memory.whitening}
+
+    def load(self, config: NearestSettings, tensors: Mapping[str, Tensor], height: int, width: int) -> Density:
+        from focus_ray.density.checked_memory import load_checked_memory
+        from focus_ray.density.coreset import Coreset
+        from focus_ray.density.nearest import JointMemory, NearestMemory, whiten
+        from focus_ray.precision import compute_dtype
+
+        whitening = tensors["whitening"]
+        dtype = compute_dtype(config.precision, whitening.device)
+        images = tensors["bank.images"].t() if "bank.images" in tensors else None
+        bank = whiten(tensors["bank"], whitening)
+        memory = NearestMemory(bank, whitening, height, width, config.window, dtype, images)
+        if not config.coreset:
+            return memory
+        coreset = Coreset(tensors["coreset.patches"].float(), tensors["coreset.images"].long(), dtype)
+        joint = JointMemory(memory, coreset, tensors["typical"])
+        return load_checked_memory(joint, tensors) if "gaussian.mean" in tensors else joint
+
+    def check_shapes(self, config: NearestSettings, shapes: Shapes) -> None:
+        for name, expected in {"typical": (2,), "gaussian.scale": ()}.items():
+            if name in shapes and shapes[name] != expected:
+                raise ValueError(f"tensor {name} has the shape {shapes[name]}, expected {expected}")
+        if "coreset.patches" in shapes and shapes["coreset.patches"][:1] > (config.coreset,):
+            raise ValueError(f"the coreset has more patches than density.coreset={config.coreset}")
+
+    def scoring_bytes(
+        self, config: NearestSettings, shapes: Shapes, rows: int, columns: int, num_images: int
+    ) -> dict[str, int]:
+        patches, bank = shapes.get("coreset.patches", (0,)), shapes.get("bank", (0, 0, 0))
+        row_bytes = columns * config.window**2 * (bank[0] + bank[-1]) * _FLOAT_BYTES
+        return {
+            "the distances to the coreset": rows * columns * patches[0] * _FLOAT_BYTES,
+            "the distances to the bank for a row of locations": row_bytes * num_images,
+        }
+
+    def exportable(self, density: Density, half: bool) -> Any:
+        from focus_ray.density.checked_memory import CheckedMemory
+        from focus_ray.density.coreset import ExportableCoreset
+        from focus_ray.density.gaussian import Gaussian
+        from focus_ray.density.nearest import ExportableMemory, JointMemory, NearestMemory
+
+        if isinstance(density, CheckedMemory):
+            assert isinstance(density.gaussian, Gaussian)
+            memory, gaussian = self.exportable(density.memory, half), density.gaussian.exportable(half)
+            return CheckedMemory(memory, gaussian, density.scale)
+        if isinstance(density, JointMemory):
+            location_memory, coreset = (
+                ExportableMemory(density.location_memory, half),
+                ExportableCoreset(density.coreset, half),
+            )
+            return JointMemory(location_memory, coreset, density.typical_distance)
+        assert isinstance(density, NearestMemory)
+        return ExportableMemory(density, half)
+
+
+NEAREST = NearestKind()

@@ -1,0 +1,89 @@
+"""Draws an inspection: heat map, overlay, overlay with a strip of text, mask, and the map's values for other programs."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from focus_ray.data.images import decode_image
+from focus_ray.detect.inspection import Inspection, resize_map
+from focus_ray.drawing.overlay import draw_overlay, heat_map
+from focus_ray.drawing.png import encode_png
+from focus_ray.drawing.strip import add_strip, enlarge_narrow
+from focus_ray.metrics.evaluate import evaluation_size
+
+Output = Literal["json", "heatmap", "overlay", "mask"]
+MAX_SIDE_PX = 1024  # of heat maps and overlays; a mask has the size of the image
+
+
+def picture_size(width: int, height: int) -> tuple[int, int]:
+    """Returns the (width, height) in pixels of the heat map and overlay of an image of `width` x `height` pixels."""
+    rows, columns = evaluation_size(height, width, MAX_SIDE_PX)
+    return columns, rows
+
+
+def overlay(image: NDArray[np.uint8], inspection: Inspection, scale: float = 1.0) -> NDArray[np.uint8]:
+    """Draws the heat map of an inspection over its image (H, W, 3) and outlines the regions. Returns (H, W, 3) uint8.
+
+    Args: scale: size of `image` divided by the size of the inspected image.
+    """
+    boxes = [
+        (int(r.x * scale), int(r.y * scale), max(1, round(r.width * scale)), max(1, round(r.height * scale)))
+        for r in inspection.regions
+    ]
+    full_map = resize_map(inspection.anomaly_map, *image.shape[:2])
+    return draw_overlay(image, full_map, inspection.pixel_threshold, boxes)
+
+
+def overlay_with_strip(data: bytes, inspection: Inspection) -> bytes:
+    """Draws the overlay of an image file with a strip below it: verdict, score, threshold and colour scale.
+
+    Returns: a PNG with the overlay at the top left. An image that is narrower than `strip.MIN_WIDTH_PX` is enlarged.
+
+    Raises: DataError: the image cannot be decoded.
+    """
+    image = decode_image(data, None)
+    enlarged = enlarge_narrow(image)
+    text = (
+        f"score {inspection.score:.4g}, threshold {inspection.threshold:.4g} "
+        f"({inspection.score_to_threshold:.3g} times), p-value {inspection.p_value:.3g}"
+    )
+    picture = overlay(enlarged, inspection, len(enlarged) / len(image))
+    return encode_png(add_strip(picture, inspection.verdict, text, inspection.pixel_threshold), drawn=True)
+
+
+def draw(output: Output, inspection: Inspection, data: bytes | NDArray[np.uint8]) -> bytes:
+    """Draws an inspection as a PNG.
+
+    Heat map and overlay have at most `MAX_SIDE_PX` a side. A mask has the size of the image and is white above the pixel
+    threshold.
+
+    Args: data: the image under an overlay: an encoded file, or (H, W, 3) RGB.
+    """
+    width, height = picture_size(inspection.width, inspection.height)
+    anomaly_map, threshold = inspection.anomaly_map, inspection.pixel_threshold
+    if output == "mask":
+        return encode_png(resize_map(anomaly_map, inspection.height, inspection.width) > threshold, drawn=True)
+    if output == "heatmap":
+        return encode_png(heat_map(resize_map(anomaly_map, height, width), 0.0, 2 * threshold), drawn=True)
+    pixels = decode_image(data, None) if isinstance(data, bytes) else data
+    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+    return encode_png(overlay(np.asarray(image), inspection, width / inspection.width), drawn=True)
+
+
+class MapValues(NamedTuple):
+    """An anomaly map as an 8-bit grey PNG; a pixel value v means `high * v / 255`."""
+
+    png: bytes
+    high: float
+
+
+def map_values(inspection: Inspection) -> MapValues:
+    """Encodes the anomaly map; `high` is twice the pixel threshold, or the maximum of the map if this is larger."""
+    anomaly_map = inspection.anomaly_map
+    high = max(2 * inspection.pixel_threshold, float(anomaly_map.max()), 1e-12)
+    values = np.clip(np.round(anomaly_map * (255 / high)), 0, 255).astype(np.uint8)
+    return MapValues(encode_png(values, drawn=True), high)

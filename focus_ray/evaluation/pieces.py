@@ -1,0 +1,230 @@
+"""Scores the images of categories in pieces, in this process or on workers: the base of evaluation and batch inspection.
+
+A part is a range of consecutive images of a category. Its results go into a Parquet file that is named after the part and
+written in a single step, so a part that is scored again replaces its file, and no image counts twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from focus_ray.bundle.inspector import Inspector
+from focus_ray.cluster.connect import connect, uses_gpu
+from focus_ray.cluster.pool import Failed, WorkerPool, options_per_worker
+from focus_ray.cluster.preflight import count_concurrent_runs, probe_nodes
+from focus_ray.cluster.settings import ClusterConfig
+from focus_ray.data.store import open_store
+from focus_ray.errors import DataError, FocusRayError
+from focus_ray.names import Log
+from focus_ray.progress import Progress
+from focus_ray.storage.files import join, write_bytes
+
+PART_IMAGES = 512  # approximate number of images in a part
+MAX_LOADED_BUNDLES = 2  # per process; the previous bundle is still needed for the pictures of its category
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ScoringJob:
+    """The images of a category that a bundle scores. The object is small, because every piece is sent to a worker with it.
+
+    Attributes:
+        bundle: URI of the bundle.
+        version: hash of the bundle's manifest.
+        data: URI of the data set.
+        commit: version of the category in the data set.
+        part_images: approximate number of images in a part.
+        folder: folder of the results of images.
+    """
+
+    IDENTITY: ClassVar[tuple[str, ...]]  # attributes that a later run must share to continue from this job's files
+
+    category: str
+    bundle: str
+    version: str
+    data: str
+    commit: str
+    part_images: int
+    folder: str
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the attributes of `IDENTITY`."""
+        return {name: getattr(self, name) for name in self.IDENTITY}
+
+    def part_file(self, first: int, count: int) -> str:
+        """Returns the file of a part's results. first: number of its first image; count: number of its images."""
+        return join(self.folder, f"part-{first:09d}-{first + count:09d}.parquet")
+
+    def write_part(self, first: int, table: pa.Table) -> None:
+        """Writes the results of a part. first: number of its first image."""
+        write_bytes(self.part_file(first, table.num_rows), encode_parquet(table))
+
+    def split_rows(self, rows: Rows) -> dict[int, Rows]:
+        """Splits rows into consecutive parts, preferably between row groups, so that a row group is read once.
+
+        Args: rows: ascending row numbers of the category.
+
+        Returns: index of a part's first row in `rows` -> the rows of the part.
+        """
+        files = open_store(self.data).require_commit(self.category, self.commit)["files"]
+        ends = np.cumsum([count for entry in files for count in entry["row_group_rows"]])
+        group_ends = np.searchsorted(rows, ends)  # as indices into `rows`
+        equal_cuts = np.arange(self.part_images, len(rows), self.part_images)
+        # each cut moves to the nearest end of a row group, unless this end is more than half a part away
+        nearest = (
+            group_ends[np.abs(group_ends[None] - equal_cuts[:, None]).argmin(axis=1)] if len(group_ends) else equal_cuts
+        )
+        cuts = np.where(np.abs(nearest - equal_cuts) <= self.part_images // 2, nearest, equal_cuts)
+        bounds = np.unique(np.concatenate([[0], cuts, [len(rows)]])).tolist()
+        return {first: rows[first:last] for first, last in itertools.pairwise(bounds)}
+
+
+Job = TypeVar("Job", bound=ScoringJob)
+
+
+@dataclass(frozen=True)
+class ScoringPiece(Generic[Job]):
+    """A piece of work.
+
+    Attributes:
+        parts: number of a part's first image -> row numbers of the part.
+        total: results of all parts of the job, for a last piece that scores no image.
+    """
+
+    job: Job
+    parts: dict[int, Rows]
+    total: Any = None
+
+    @property
+    def num_images(self) -> int:
+        """Number of images to score."""
+        return sum(len(rows) for rows in self.parts.values())
+
+
+def encode_parquet(table: pa.Table) -> bytes:
+    """Returns a table as a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue().to_pybytes())
+
+
+@lru_cache(MAX_LOADED_BUNDLES)
+def load_inspector(uri: str, version: str) -> Inspector:
+    """Returns the inspector of a bundle. The process caches it for the next pieces.
+
+    Args:
+        version: SHA-256 of the manifest.
+
+    Raises: BundleError: the bundle is missing or damaged.  DataError: the bundle is of another version.
+    """
+    inspector = Inspector.load(uri)
+    if inspector.bundle.version != version:
+        raise DataError(f"{uri}: the bundle was replaced after the run began: run again")
+    return inspector
+
+
+class ScoringRun(Generic[Job]):
+    """State of a run over categories: plans pieces of work and records their results.
+
+    The failure of a category does not stop the others.
+
+    Attributes:
+        failed: category -> reason.
+        num_open: category -> number of its planned pieces without a result.
+        urgent: pieces that come before the next planned piece.
+    """
+
+    def __init__(self, bundles: Mapping[str, str], log: Log) -> None:
+        """Args: bundles: category -> bundle."""
+        self.bundles, self.log = bundles, log
+        self.failed: dict[str, str] = {}
+        self.num_open: dict[str, int] = {}
+        self.urgent: deque[ScoringPiece[Job]] = deque()
+        self.progress = Progress("scoring", 0, log)
+        self._planned = self._plan_all()
+
+    def plan(self, category: str) -> list[ScoringPiece[Job]]:
+        """Returns the pieces of a category. Raises: FocusRayError: the category cannot be scored."""
+        raise NotImplementedError
+
+    def record(self, piece: ScoringPiece[Job], result: Any) -> None:
+        """Records the result of a piece."""
+        raise NotImplementedError
+
+    def fail(self, category: str, reason: str) -> None:
+        """Records that a category has failed."""
+        self.failed[category] = reason
+
+    def _plan_all(self) -> Iterator[ScoringPiece[Job]]:
+        """Yields the pieces of all categories. Each category is planned at its turn: the plan of a million rows takes 8 MB."""
+        for category in self.bundles:
+            try:
+                pieces = self.plan(category)
+                self.num_open[category] = len(pieces)
+                self.progress.total += sum(piece.num_images for piece in pieces)
+                for piece in pieces:
+                    yield piece
+                    if category in self.failed:
+                        break
+            except FocusRayError as error:
+                self.fail(category, str(error))
+
+    def next_piece(self) -> ScoringPiece[Job] | None:
+        """Returns the next piece; None if there is none now. Running pieces may lead to more."""
+        return self.urgent.popleft() if self.urgent else next(self._planned, None)
+
+    def record_outcome(self, piece: ScoringPiece[Job], outcome: Any) -> None:
+        """Records the result of a piece, or its failure."""
+        category = piece.job.category
+        if category in self.failed:
+            return
+        if isinstance(outcome, Failed):
+            self.fail(category, outcome.reason)
+        else:
+            self.num_open[category] -= 1
+            self.record(piece, outcome)
+
+    def run(self, function: Callable[..., Any], pool: WorkerPool[ScoringPiece[Job]] | None) -> None:
+        """Does all pieces with a function, on the workers of a pool; None: in this process.
+
+        Args: function: returns the result of a piece. In this process it gets a function `on_image` to call after each image.
+        """
+        if pool is None:
+            while (piece := self.next_piece()) is not None:
+                try:
+                    outcome = function(piece, on_image=self.progress.add)
+                except FocusRayError as error:
+                    outcome = Failed(str(error))
+                self.record_outcome(piece, outcome)
+            return
+        for piece, outcome in pool.run(function, self.next_piece):
+            self.progress.add(piece.num_images)
+            self.record_outcome(piece, outcome)
+
+
+def open_pool(num_workers: int | None, inputs: Sequence[str], output: str, log: Log) -> WorkerPool[Any]:
+    """Joins the cluster, or starts one on this machine, and returns a pool of workers that score images.
+
+    Args:
+        num_workers: None takes as many as the cluster has room for.
+        inputs: files that every node must be able to read.
+        output: folder that every node must be able to write to.
+
+    Raises: TrainingError: the cluster has no room for a worker.  DataError: a node cannot use the storage.
+    """
+    is_private = connect()
+    probe_nodes(inputs, [output])
+    config = ClusterConfig()
+    count = count_concurrent_runs(config, is_private, log=log, limit=num_workers)
+    return WorkerPool(count, options_per_worker(config, uses_gpu(config)), config.max_failures, log)

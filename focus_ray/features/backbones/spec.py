@@ -1,0 +1,51 @@
+"""The description of a kind of backbone. Settings are checked without torch, so its file imports torch only inside functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _identity(value: Any) -> Any:
+    """Returns the value."""
+    return value
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Describes a kind of backbone. Its key in `BACKBONES` is the value of model.backbone.
+
+    channels: numbers of channels of layers 1, 2, 3.
+    mean, std: input normalisation, for images in 0..1.
+    build_layers: builds the three layers. Each takes the output of the previous layer.
+    map_key: converts the published name of a weight to its name in `Backbone`; None for a weight that is not needed. An unknown
+        name is returned unchanged.
+    load_default_state: loads the default weights, under their published names. Raises: WeightsError: they cannot be loaded.
+    to_map: converts the output of a layer to features (B, C, H, W).
+    rename_state: converts weights with another published naming to the names that `map_key` expects.
+    strides: input pixels per cell of the feature maps of layers 1, 2 and 3; the side of the input is a multiple of the last one.
+    min_reflected_px: smallest side of the input with padding=reflect. In a smaller input a kernel would have to mirror more cells
+        than the last feature map has.
+    passes_feature_maps: whether the layers exchange feature maps, which can be aligned between layers. Transformers exchange
+        tokens.
+    hub_weights: the default weights in torchvision.models, as in "ResNet18_Weights.IMAGENET1K_V1"; None if they are not there.
+    """
+
+    channels: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    build_layers: Callable[[], tuple[nn.Module, nn.Module, nn.Module]]
+    map_key: Callable[[str], str | None]
+    load_default_state: Callable[[], Mapping[str, Tensor]]
+    to_map: Callable[[Tensor], Tensor] = _identity
+    rename_state: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = _identity
+    strides: tuple[int, int, int] = (4, 8, 16)
+    min_reflected_px: int = 32
+    passes_feature_maps: bool = True
+    hub_weights: str | None = None

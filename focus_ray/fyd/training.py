@@ -1,0 +1,207 @@
+"""The FYD training of a network: optimiser, schedule, and the loop over an epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from focus_ray.density.tiles import Tiles
+from focus_ray.distributed import world_size
+from focus_ray.errors import DataError
+from focus_ray.features.network import FocusNet, to_images
+from focus_ray.fyd.head import Head
+from focus_ray.fyd.losses import draw_pairs, effective_rank
+from focus_ray.fyd.objective import LAST_LEVEL, TrainingObjective, named_parameters
+from focus_ray.fyd.settings import TrainConfig
+from focus_ray.seeds import derive_seed
+
+MOMENTUM = 0.9  # of SGD [kin]
+# Projector and predictor start at random and are dropped after training, so they learn at SimSiam's rate [kin], while the
+# backbone is only fine-tuned [ours]. The feature aligners start at zero and would not move at the backbone's rate [ours].
+LEARNING_RATE_HEAD = 0.05
+LEARNING_RATE_FEATURE_ALIGNERS = 0.05
+LEARNING_RATE_IMAGE_ALIGNER = 0.01  # [kin]
+COLLAPSE_STD = 0.05  # smallest `feature_std` of a healthy run: below it, features of different images are nearly equal
+
+
+class FydTraining:
+    """The training of a network, alone or by every worker of a torch.distributed group (then with DDP).
+
+    Attributes:
+        head: projector and predictor; a new head has random weights.
+    """
+
+    def __init__(self, net: FocusNet, device: torch.device, config: TrainConfig) -> None:
+        self.net, self.device, self.config = net, device, config
+        self.head = Head(net).to(device).to(memory_format=torch.channels_last)
+
+    def start(self, steps_per_epoch: int) -> None:
+        """Builds optimiser and schedule. Raises: DataError: no loss trains a parameter."""
+        objective = TrainingObjective(self.net, self.head, self.config)
+        if not any(parameter.requires_grad for parameter in objective.parameters()):
+            raise DataError(
+                "train.epochs is above 0, but no loss trains anything: set train.lambda_fine or lambda_ica above 0"
+            )
+        self.optimizer = build_optimizer(self.net, self.head, self.config)
+        self.schedule = build_schedule(self.optimizer, self.config, steps_per_epoch)
+        self.steps_per_epoch = steps_per_epoch
+        self.objective: nn.Module = objective
+        if world_size() > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            self.objective = nn.parallel.DistributedDataParallel(objective, device_ids=devices)
+        self.autocast = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+        """Returns the states of network and head together, of the optimiser, and of the schedule."""
+        network = {**self.net.state_dict(), **self.head.state_dict()}
+        return network, self.optimizer.state_dict(), self.schedule.state_dict()
+
+    def load_network(self, state: dict[str, Tensor]) -> None:
+        """Loads network and head."""
+        names = self.head.state_dict().keys()
+        self.head.load_state_dict({name: state[name] for name in names})
+        self.net.load_state_dict({name: value for name, value in state.items() if name not in names})
+
+    def resume(self, optimizer: dict[str, Any], schedule: dict[str, Any], epoch: int) -> None:
+        """Continues with the states after an epoch."""
+        self.optimizer.load_state_dict(optimizer)
+        self.schedule.load_state_dict(schedule)
+        # computed again, because the number of workers may have changed
+        self.schedule.last_epoch = (epoch + 1) * self.steps_per_epoch
+
+    def run_epoch(self, batches: Iterable[Tensor], generator: torch.Generator) -> dict[str, float]:
+        """Trains for one epoch; see `train_epoch`."""
+        self.net.train()
+        self.head.train()
+        return train_epoch(
+            self.objective,
+            batches,
+            self.optimizer,
+            self.schedule,
+            self.config,
+            self.device,
+            generator,
+            self.autocast,
+        )
+
+
+def cut_tiles(batches: Iterable[Tensor], tiles: Tiles, seed: int, epoch: int) -> Iterator[Tensor]:
+    """Cuts one tile out of each image of a batch, the same tile for the whole batch and on all workers; tiles take turns."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "tiles", epoch))
+    order = torch.randperm(tiles.num_tiles, generator=generator).tolist()
+    for number, batch in enumerate(batches):
+        yield batch if tiles.num_tiles == 1 else tiles.cut_tile(batch, order[number % len(order)])
+
+
+def collapse_warning(figures: dict[str, float]) -> str | None:
+    """Returns a warning if the figures of an epoch show a collapse: features of different images are nearly equal."""
+    if figures.get("feature_std", math.inf) >= COLLAPSE_STD:
+        return None
+    return (
+        f"the features have collapsed (std {figures['feature_std']:.3g} of an even spread, "
+        f"effective rank {figures['effective_rank']:.1f}): lower train.learning_rate or train.lambda_fine"
+    )
+
+
+def build_optimizer(net: FocusNet, head: Head, config: TrainConfig) -> torch.optim.SGD:
+    """Builds SGD with separate learning rates for image aligner, feature aligners, head (projector, predictor) and backbone."""
+    rates = {
+        "image_aligner": LEARNING_RATE_IMAGE_ALIGNER,
+        "feature_aligners": LEARNING_RATE_FEATURE_ALIGNERS,
+        "projector": LEARNING_RATE_HEAD,
+        "predictor": LEARNING_RATE_HEAD,
+    }
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in named_parameters(net, head):
+        if parameter.requires_grad:
+            groups.setdefault(rates.get(name.partition(".")[0], config.learning_rate), []).append(parameter)
+    # the group of the backbone first, because logs show the rate of the first group
+    order = sorted(groups, key=lambda rate: rate != config.learning_rate)
+    return torch.optim.SGD(
+        [{"params": groups[rate], "lr": rate} for rate in order],
+        momentum=MOMENTUM,
+    )
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Builds a cosine schedule to zero over all steps. Step it after every optimiser step."""
+    total = max(1, config.epochs * steps_per_epoch)
+
+    def factor(step: int) -> float:
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def train_epoch(
+    objective: Callable[[Tensor, Tensor], dict[str, Tensor]],
+    batches: Iterable[Tensor],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+    config: TrainConfig,
+    device: torch.device,
+    generator: torch.Generator,
+    autocast: bool = False,
+) -> dict[str, float]:
+    """Trains for one epoch.
+
+    Args:
+        batches: uint8 (B, H, W, 3), or float (B, 3, H, W) in 0..1.
+        generator: draws the pairs of images.
+        autocast: compute the losses in bfloat16 where torch allows it.
+
+    Returns: the means of losses and collapse figures over all steps and workers, 'steps', and 'learning_rate' of the last step.
+        'effective_rank' is computed from the last step only, because it needs an eigen-decomposition.
+
+    Raises:
+        ValueError: there is no batch.
+        FloatingPointError: on every worker, if the loss, or a weight after the last step, is not finite on any worker.
+    """
+    sums: dict[str, Tensor] = {}
+    steps, rate = 0, 0.0
+    level: Tensor | None = None
+    for batch in batches:
+        images = to_images(batch, device)
+        pairs = draw_pairs(images.shape[0], generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            parts = objective(images, pairs)
+        level = parts.pop(LAST_LEVEL, None)
+        loss = parts["loss"]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        rate = float(schedule.get_last_lr()[0])
+        schedule.step()
+        for key, value in parts.items():
+            sums[key] = sums.get(key, value.new_zeros((), dtype=torch.float32)) + value.detach().float()
+        steps += 1
+    if not steps:
+        raise ValueError(
+            "an epoch needs at least 1 batch, got 0: add training images or lower train.batch_size_per_worker"
+        )
+    keys = sorted(sums)
+    means = _mean_over_workers(torch.stack([sums[key] for key in keys]) / steps)
+    result = dict(zip(keys, means.tolist(), strict=True))
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    broken = _mean_over_workers(torch.stack([~p.detach().isfinite().all() for p in weights]).any().float())
+    if not math.isfinite(result["loss"]) or float(broken) > 0:
+        problem = f"the loss is {result['loss']}" if not math.isfinite(result["loss"]) else "weights are not finite"
+        raise FloatingPointError(f"{problem} after {steps} steps: lower train.learning_rate")
+    if level is not None:
+        result["effective_rank"] = float(_mean_over_workers(effective_rank(level)))
+    return {**result, "steps": float(steps), "learning_rate": rate}
+
+
+def _mean_over_workers(figures: Tensor) -> Tensor:
+    """Averages a tensor over all workers; a group may change the input in place."""
+    if world_size() > 1:
+        dist.all_reduce(figures)
+        figures = figures / world_size()
+    return figures

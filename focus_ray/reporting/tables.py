@@ -1,0 +1,106 @@
+"""Makes the tables of an evaluation in Markdown."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from focus_ray.settings.kinds import METRICS
+
+
+def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns a Markdown text with a table of the metrics of each category and a table of the metrics of each defect type.
+
+    A missing metric is shown as '-' and left out of the mean row. The text begins with notices about images that the model was
+    trained on. Below the tables follow the reasons of failed metrics and failed categories, and notices of a distribution
+    shift.
+
+    Args: results: category -> metrics, as `Inspector.evaluate` returns them, or a mapping with the key 'error' alone.
+    """
+    rows = [
+        [category, result.get("num_normal", "-"), result.get("num_anomalous", "-"), *_figures(result, METRICS)]
+        for category, result in results.items()
+    ]
+    if len(results) > 1:
+        rows.append(["**mean**", "", "", *_figures(mean_metrics(results), METRICS)])
+    per_defect = [key for key in METRICS if METRICS[key].per_defect]
+    type_rows = [
+        [category, defect_type, type_result["num_images"], *_figures(type_result, per_defect)]
+        for category, result in results.items()
+        for defect_type, type_result in result.get("defect_types", {}).items()
+    ]
+    reasons = [
+        f"{category}: not measured: {result['error']}" for category, result in results.items() if "error" in result
+    ]
+    for category, result in results.items():
+        reasons += [f"{category}: {metric_key}: {reason}" for metric_key, reason in result.get("reasons", {}).items()]
+    sections = [
+        _list(_notices(results, "trained_on")),
+        _table(["category", "good", "bad"], METRICS, rows),
+        _table(["category", "defect type", "images"], per_defect, type_rows),
+        _list([*reasons, *_notices(results, "shift", "repeats")]),
+    ]
+    explanations = {
+        "binned": "Pixels counted in bins ({}): the exact value lies within the ± next to each value.",
+        "reduced": "Compared at a reduced size ({}): a reduced pixel is defective if any of its original pixels is "
+        "defective, so defects are up to one pixel wider.",
+    }
+    for key, explanation in explanations.items():
+        categories = [category for category, result in results.items() if result.get(key)]
+        sections.append(explanation.format(_markdown(", ".join(categories))) if categories else "")
+    return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def mean_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """Returns the unweighted mean of each metric over the categories that have it; None if no category has it."""
+    means: dict[str, float | None] = {}
+    for key in METRICS:
+        values = [result[key] for result in results.values() if result.get(key) is not None]
+        means[key] = float(np.mean(values)) if values else None
+    return means
+
+
+def format_bound(bound: float) -> str:
+    """Returns an error bound as text such as '±2e-05', rounded up to one digit."""
+    if bound <= 0:
+        return "±0"
+    unit = 10.0 ** math.floor(math.log10(bound))
+    return f"±{math.ceil(bound / unit - 1e-9) * unit:.1g}"
+
+
+def _notices(results: Mapping[str, Mapping[str, Any]], *findings: str) -> list[str]:
+    """Returns the notices of findings about each category."""
+    notices = (
+        (category, (result.get(key) or {}).get("notice")) for category, result in results.items() for key in findings
+    )
+    return [f"{category}: {notice}" for category, notice in notices if notice]
+
+
+def _figures(result: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Returns the metrics of a category or defect type as text, with their error bounds; '-' for a missing metric."""
+    figures = []
+    for key in keys:
+        value, bound = result.get(key), result.get("bounds", {}).get(key)
+        figures.append("-" if value is None else f"{value:.4f}" + ("" if bound is None else f" {format_bound(bound)}"))
+    return figures
+
+
+def _table(head: list[str], metrics: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """Returns a table whose columns have these heads and the titles of metrics."""
+    titles = [*head, *(METRICS[key].title for key in metrics)]
+    lines = [f"| {' | '.join(map(_markdown, cells))} |" for cells in (titles, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(titles), *lines[1:]])
+
+
+def _list(items: Iterable[str]) -> str:
+    """Returns a list with an item on each line."""
+    return "\n".join(f"- {_markdown(item)}" for item in items)
+
+
+def _markdown(text: object) -> str:
+    """Returns a text as one line of Markdown that is shown literally, without markup and without new table columns."""
+    return re.sub(r"([\\|<`\[\]])", r"\\\1", " ".join(str(text).split()))

@@ -1,0 +1,64 @@
+"""Draws the records of a sweep: the plots of its report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from focus_ray.drawing import sweep_plots
+from focus_ray.drawing.sweep_plots import Axis, LearningCurve
+from focus_ray.sweep import records
+from focus_ray.sweep.records import TrialRecord
+from focus_ray.sweep.settings import SweepConfig
+
+
+def parallel_coordinates(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes | None:
+    """Returns a PNG with one line per finished trial through its settings, its category scores and the mean score.
+
+    Returns None if no trial finished.
+    """
+    scored = sorted(records.finished_records(trials), key=records.rank_key, reverse=True)
+    if not scored:
+        return None
+    settings = [_setting_axis(sweep, key, [record.point[key] for record in scored]) for key in sweep.space]
+    categories = list(scored[0].categories) if len(scored[0].categories) > 1 else []
+    scores = {name: [record.categories[name]["score"] for record in scored] for name in categories}
+    scores["mean score" if categories else "score"] = [record.score or 0.0 for record in scored]
+    best = f"trial {scored[-1].number}"
+    return sweep_plots.parallel_coordinates(settings, scores, best, records.describe_objective(sweep))
+
+
+def learning_curves(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes | None:
+    """Returns a PNG of the score by epoch with one panel per category; None if nothing was trained."""
+    if not any(len(curve) > 1 for record in trials for curve in record.curves().values()):
+        return None
+    best_names = {record.name for record in records.best_records(trials).values()}
+    panels: dict[str, list[LearningCurve]] = {name: [] for record in trials for name in record.categories}
+    for record in trials:
+        kind = "best" if record.name in best_names else "finished" if record.status == "finished" else "cut"
+        for category, curve in record.curves().items():
+            if curve:
+                epochs, scores = zip(*curve, strict=True)
+                panels[category].append(LearningCurve(epochs, scores, kind))
+    return sweep_plots.learning_curves(panels, records.describe_objective(sweep))
+
+
+def _setting_axis(sweep: SweepConfig, key: str, values: Sequence[Any]) -> Axis:
+    """Returns the axis of a setting: choices at equal distances, or numbers between the ends of their range."""
+    domain, name = sweep.space[key], key.replace(".", ".\n", 1)
+    if domain.choice is not None:
+        texts = [json.dumps(value) for value in domain.choice]
+        heights = np.linspace(0, 1, len(texts)).tolist() if len(texts) > 1 else [0.5]
+        labels = [records.format_value(value) for value in domain.choice]
+        return Axis(
+            name, [heights[texts.index(json.dumps(v))] for v in values], list(zip(heights, labels, strict=True))
+        )
+    low, high = (np.log(domain.ends) if domain.is_log else np.asarray(domain.ends)).tolist()
+    numbers = np.log(values) if domain.is_log else np.asarray(values, dtype=float)
+    tick_heights = np.linspace(0, 1, 3)
+    ticks = low + tick_heights * (high - low)
+    labels = [records.format_value(float(np.exp(tick) if domain.is_log else tick)) for tick in ticks]
+    return Axis(name, ((numbers - low) / (high - low)).tolist(), list(zip(tick_heights.tolist(), labels, strict=True)))
