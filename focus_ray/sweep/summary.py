@@ -146,8 +146,8 @@ def _find_ties(
 def _list_numbers(trials: Sequence[TrialRecord]) -> str:
     """Returns the sorted numbers of trials as text; of many trials the first numbers and the number of the others."""
     numbers = [str(number) for number in sorted(record.number for record in trials)]
-    others = f" and {len(numbers) - _MAX_NAMED} more" if len(numbers) > _MAX_NAMED else ""
-    return ", ".join(numbers[:_MAX_NAMED]) + others
+    suffix = f" and {len(numbers) - _MAX_NAMED} more" if len(numbers) > _MAX_NAMED else ""
+    return ", ".join(numbers[:_MAX_NAMED]) + suffix
 
 
 def _list_caveats(sweep: SweepConfig, trials: Sequence[TrialRecord], num_level: int) -> list[str]:
