@@ -56,4 +56,7 @@ class Measures:
     """Receives metrics and ignores them; a subclass records them."""
 
     def record(self, name: str, value: float = 1, **tags: str) -> None:
-        """Adds `value` to a counter or histogram of METRICS, or sets a gauge. Args: tags: values of all tags of the metric."""
+        """Adds a value to a counter of METRICS, observes it in a histogram, or sets a gauge. This base class ignores the value.
+
+        Args: tags: values of all tags of the metric.
+        """

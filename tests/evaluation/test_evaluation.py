@@ -180,7 +180,7 @@ def test_workers_give_the_metrics_of_one_process(
     settings = EvaluationSettings(str(tmp_path / "here"), None, SIDE, exact_pixels, 3, False)
     local = Evaluation(part_bundles, settings, print)
     local.run(run_piece, None)
-    assert_same(report.results, local.ordered_results())
+    assert_same(report.results, local.results_in_bundle_order())
     assert list(report.results) == list(part_bundles)
     assert any("side by side: 2 as set" in line for line in messages)
     for category in part_bundles:
