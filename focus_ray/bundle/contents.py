@@ -201,7 +201,7 @@ def check_memory(config: Config, network: Header, density: Header, max_bytes: in
         f"a batch of {FRAMES_AT_ONCE} images of {height} x {width} pixels": height * width * 4 * FRAMES_AT_ONCE,
         # float64, in three copies while they are smoothed
         "the matrices that upsample anomaly maps": 24 * (height * rows + width * columns),
-        **DENSITIES[config.density.kind].scoring_bytes(config.density, _shapes(density), *tile, FRAMES_AT_ONCE),
+        **DENSITIES[config.density.kind].scoring_memory_bytes(config.density, _shapes(density), *tile, FRAMES_AT_ONCE),
     }
     for step, num_bytes in required_bytes.items():
         if num_bytes > max_bytes:

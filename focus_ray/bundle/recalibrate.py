@@ -182,8 +182,10 @@ def calibrate_for_site(
     site_manifest = read_manifest(site)
     note = {"how": "images of a site, each left out", "site": site_manifest["sha256"], "num_good": len(rows)}
     # the metric was learnt from the site's images if the bundle was trained on them, not made with another bundle's network
-    learns_metric = config.density.reduction == "discriminant" and config.density.metric is None
-    is_biased = learns_metric and "network_of" not in site_manifest["data"] and len(rows) <= MAX_NEIGHBOURS
+    learns_shareable_projection = config.density.reduction == "discriminant" and config.density.metric is None
+    is_biased = (
+        learns_shareable_projection and "network_of" not in site_manifest["data"] and len(rows) <= MAX_NEIGHBOURS
+    )
     return Recalibration(rewrite_calibration(uri, output, calibration, note), calibration, 0, None, is_biased)
 
 

@@ -84,7 +84,12 @@ def format_markdown(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> str:
 
 
 def train_commands(root: str, trials: Sequence[TrialRecord]) -> list[str]:
-    """Returns the commands that train the best configuration of each stage."""
+    """Returns one `focus-ray train` command for the best configuration of each stage that has a finished trial.
+
+    Args:
+        root: Folder of the sweep.
+        trials: Records of all trials.
+    """
     files = (join(root, records.best_file_name(stage)) for stage in records.best_records(trials))
     return [f"focus-ray train {shlex.quote(file)}" for file in files]
 
