@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Pillow
-from pydantic import BaseModel
 
 from focus_ray.bundle.bundle import MANIFEST, copy_bundle, find_bundles, read_manifest
 from focus_ray.bundle.inspector import Inspector
@@ -36,7 +35,7 @@ from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.split import split_category
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.names import is_name, suggest_name
-from focus_ray.settings.sections import read_mapping
+from focus_ray.settings.sections import read_mapping, setting_keys
 from focus_ray.settings.standard import find_config
 from focus_ray.storage.files import join, read_bytes
 from focus_ray.training.category import bundle_uri, fit_category
@@ -224,7 +223,7 @@ def _merge_settings(changes: Mapping[str, Any]) -> dict[str, Any]:
     for section in ("data", "cluster"):
         tree.pop(section, None)
     tree.pop("name", None)
-    keys = list(_setting_keys(Config))
+    keys = list(setting_keys(Config, with_sections=True))
     for name, value in changes.items():
         dotted = name.replace("__", ".")
         matching = [key for key in keys if key == dotted or key.endswith(f".{dotted}")]
@@ -242,14 +241,6 @@ def _merge_settings(changes: Mapping[str, Any]) -> dict[str, Any]:
             section_tree = section_tree.setdefault(section, {})
         section_tree[last_part] = str(value) if isinstance(value, Path) else value
     return tree
-
-
-def _setting_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yields the dotted names of all settings and sections."""
-    for name, field in model.model_fields.items():
-        yield f"{prefix}{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _setting_keys(field.annotation, f"{prefix}{name}.")
 
 
 def _ingest_or_use(

@@ -40,7 +40,7 @@ _GREY_CHROMA = 10.0  # a picture with a smaller mean spread of its channels (0 t
 _MIN_DISTANCE_PX = 8  # between two defects that share a copy
 
 
-class Picture(NamedTuple):
+class SegmentedImage(NamedTuple):
     """A normal image and its object.
 
     Attributes:
@@ -52,9 +52,9 @@ class Picture(NamedTuple):
     foreground: NDArray[np.bool_]
 
 
-def find_objects(images: NDArray[np.uint8]) -> list[Picture]:
+def find_objects(images: NDArray[np.uint8]) -> list[SegmentedImage]:
     """Finds the object in each of the images (N, H, W, 3) uint8."""
-    return [Picture(image, find_foreground(image)) for image in images]
+    return [SegmentedImage(image, find_foreground(image)) for image in images]
 
 
 def synthetic_validation_set(
@@ -76,7 +76,7 @@ def synthetic_validation_set(
 
 
 def draw_defective_copies(
-    pictures: Sequence[Picture], number: int, seed: int, per_image: int
+    pictures: Sequence[SegmentedImage], number: int, seed: int, per_image: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_], list[str]]:
     """Makes copies of one image, each with one defect. The kinds of defects take turns, so that all are equally frequent.
 
@@ -182,7 +182,7 @@ def find_foreground(image: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def _draw_defect(
-    picture: Picture, source: Picture, rng: np.random.Generator, kind: str
+    picture: SegmentedImage, source: SegmentedImage, rng: np.random.Generator, kind: str
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]] | None:
     """Draws one defect of a kind, and tries again with larger sizes while the change is not visible.
 
@@ -232,8 +232,8 @@ class _Site:
         patch: Patch,
         centre: tuple[int, int],
         radius: float,
-        picture: Picture,
-        source: Picture,
+        picture: SegmentedImage,
+        source: SegmentedImage,
         rng: np.random.Generator,
     ) -> None:
         self.patch, self.radius, self.picture, self.source, self.rng = patch, radius, picture, source, rng

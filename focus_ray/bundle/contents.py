@@ -75,7 +75,7 @@ class _Manifest(BaseModel):
         return value
 
 
-class TensorShape(NamedTuple):
+class StoredTensor(NamedTuple):
     """Shape of a tensor in a file, and the number of bytes of each value in the file."""
 
     shape: tuple[int, ...]
@@ -87,7 +87,7 @@ class TensorShape(NamedTuple):
         return math.prod(self.shape)
 
 
-Header = Mapping[str, TensorShape]
+Header = Mapping[str, StoredTensor]
 
 
 def check_manifest(manifest: Mapping[str, Any], uri: str) -> None:
@@ -105,7 +105,7 @@ def check_manifest(manifest: Mapping[str, Any], uri: str) -> None:
         ) from None
 
 
-def read_header(content: bytes, uri: str) -> dict[str, TensorShape]:
+def read_header(content: bytes, uri: str) -> dict[str, StoredTensor]:
     """Returns name -> shape for the tensors in a safetensors file.
 
     Args:
@@ -134,12 +134,12 @@ def read_header(content: bytes, uri: str) -> dict[str, TensorShape]:
     return tensors
 
 
-def _read_entry(entry: Mapping[str, Any], file_bytes: int) -> TensorShape:
+def _read_entry(entry: Mapping[str, Any], file_bytes: int) -> StoredTensor:
     """Returns shape and value size of a header's entry. Raises: ValueError, TypeError, KeyError: the entry is malformed."""
     shape = tuple(entry["shape"])
     if len(shape) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size <= file_bytes for size in shape):
         raise ValueError(f"shape {shape[:MAX_DIMENSIONS]}")
-    tensor = TensorShape(shape, _VALUE_BYTES[entry["dtype"]])
+    tensor = StoredTensor(shape, _VALUE_BYTES[entry["dtype"]])
     start, end = entry["data_offsets"]
     if end - start != tensor.num_values * tensor.value_bytes:
         raise ValueError(f"{entry['dtype']} {shape} at offsets {start} to {end}")
@@ -201,7 +201,7 @@ def check_memory(config: Config, network: Header, density: Header, max_bytes: in
         f"a batch of {FRAMES_AT_ONCE} images of {height} x {width} pixels": height * width * 4 * FRAMES_AT_ONCE,
         # float64, in three copies while they are smoothed
         "the matrices that upsample anomaly maps": 24 * (height * rows + width * columns),
-        **DENSITIES[config.density.kind].scoring_bytes(config.density, _shapes(density), *tile, FRAMES_AT_ONCE),
+        **DENSITIES[config.density.kind].scoring_memory_bytes(config.density, _shapes(density), *tile, FRAMES_AT_ONCE),
     }
     for step, num_bytes in required_bytes.items():
         if num_bytes > max_bytes:
@@ -215,7 +215,7 @@ def _shapes(header: Header) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for name, tensor in header.items()}
 
 
-def _memory_bytes(name: str, tensor: TensorShape) -> int:
+def _memory_bytes(name: str, tensor: StoredTensor) -> int:
     """Returns an upper bound of the memory that a stored tensor takes after reading."""
     value_bytes = max(tensor.value_bytes, _FLOAT_BYTES)
     return tensor.num_values * value_bytes * (2 if name.endswith(_PACKED) else 1)

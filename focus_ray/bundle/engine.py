@@ -70,12 +70,15 @@ def check_engine(engine: str, net: FocusNet, device: torch.device | str, num_exa
     require_extra("onnx", f"engine={engine}")
 
 
-def compile_features(net: FocusNet, engine: str, examples: Tensor) -> Compiled:
-    """Returns a function that computes a network's features with an engine that `check_engine` accepts.
+def compile_feature_extractor(net: FocusNet, engine: str, examples: Tensor) -> Compiled:
+    """Exports a network to ONNX and returns a function that computes its features with ONNX Runtime on the CPU.
+
+    The function takes images (B, 3, S, S) and returns the features of the three layers.
 
     Args:
         net: a network with float32 weights.
-        examples: (N, 3, S, S) in 0..1, aligned; their activations set the scales of int8.
+        examples: (N, 3, S, S) in 0..1, after image alignment. All of them set the scales of int8; the export runs on the first
+            two.
     """
     import onnxruntime
 

@@ -20,7 +20,14 @@ import torch
 from numpy.typing import NDArray
 
 from focus_ray.bundle.bundle import Bundle, read_bundle
-from focus_ray.bundle.engine import MAX_EXAMPLES, MIN_EXAMPLES, TOLERANCE, TORCH, check_engine, compile_features
+from focus_ray.bundle.engine import (
+    MAX_EXAMPLES,
+    MIN_EXAMPLES,
+    TOLERANCE,
+    TORCH,
+    check_engine,
+    compile_feature_extractor,
+)
 from focus_ray.data.images import ImageError, ImageInfo, decode_batch, decode_mask, read_batch
 from focus_ray.data.prefetch import prefetch
 from focus_ray.data.schema import Row
@@ -139,7 +146,8 @@ class Inspector:
     def inspect(self, images: Sequence[bytes | str | Path]) -> list[Inspection]:
         """Inspects encoded images or paths of image files, and returns an `Inspection` for each, in the same order.
 
-        Raises: DataError: an image cannot be read or decoded, or is neither bytes nor a path; or `judge` raises it.
+        Raises: DataError: `images` is a single image, an image cannot be read or decoded, no part of an image is inspected, or
+        the model gives no finite score. There is then no result for any image.
         """
         if isinstance(images, (bytes, bytearray, str, Path)):
             raise DataError(
@@ -161,15 +169,18 @@ class Inspector:
             trained_on = info.content_hash is not None and short_hash(info.content_hash) in fit_hashes
             yield replace(inspection, trained_on=trained_on), info.content_hash
 
-    def inspect_each(self, images: Sequence[bytes]) -> list[Inspection | DataError]:
-        """Inspects images as `inspect` does, and returns an error instead of the inspection for each unusable image."""
+    def inspect_or_explain(self, images: Sequence[bytes]) -> list[Inspection | DataError]:
+        """Inspects images as `inspect` does, and returns the error of an image in the place of its inspection.
+
+        An error is an unusable image, or a score that is not finite.
+        """
         try:
             return list(self.inspect(images))
         except DataError as error:
             if len(images) == 1:
                 return [_innermost_error(error)]
             # the batch has an unusable image: inspect the images one by one
-            return [outcome for image in images for outcome in self.inspect_each([image])]
+            return [outcome for image in images for outcome in self.inspect_or_explain([image])]
 
     def judge(self, score: float, anomaly_map: NDArray[np.float32], width: int, height: int) -> Inspection:
         """Returns verdict, p-value and regions for the score and map of an image.
@@ -235,7 +246,7 @@ class Inspector:
         return self.figures(self.measure(records, max_side_px, exact_pixels))
 
     def figures(self, labelled: LabelledImages) -> dict[str, Any]:
-        """Returns the result of `evaluate` for images that `measure` scored."""
+        """Returns metrics, shift and notices, as `evaluate` does, for images that `measure` scored."""
         metrics = compute_metrics(labelled.measured, labelled.types, self.bundle.calibration.target_fpr)
         try:
             shift = compare_scores(self.bundle.calibration.image_scores, labelled.good_scores)
@@ -346,7 +357,7 @@ class Inspector:
         batch = torch.from_numpy(pixels)
         expected = detector(batch).score
         tiles = detector.tiles.cut(to_images(batch, "cpu"))
-        compiled = compile_features(
+        compiled = compile_feature_extractor(
             detector.net, engine, detector.net.align_image(tiles[:MAX_EXAMPLES])[0].contiguous()
         )
         detector.net.compiled = compiled

@@ -12,17 +12,20 @@ from focus_ray.names import is_name
 _NUM_PROBED = 3  # categories of a folder that are looked up to recognise the folder of a team
 
 
-def resolve_bundles(
+def find_bundle_of_each_category(
     place: str, version: str = LATEST, log: Callable[[str], None] = lambda message: None
 ) -> dict[str, str]:
     """Maps each category to the URI of its bundle.
 
     Args:
         place: a bundle, a run, a folder of bundles, a registry, or the folder of a team in a registry.
-        version: name of a version or an alias, for models of a registry. A category without this version is left out.
+        version: name of a version or an alias, for models of a registry. A category without this version, or with a damaged
+            record of this version, is left out.
         log: receives a message for each category that is left out.
 
-    Raises: DataError: the address has no bundle, or several teams of a registry have a category of the same name.
+    Raises:
+        DataError: the address has no bundle, or several teams of a registry have a category of the same name.
+        BundleError: the manifest of a bundle in a folder is damaged.
     """
     try:
         return find_bundles(place)

@@ -24,7 +24,7 @@ from focus_ray.bundle.bundle import (
     read_statistics,
 )
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.bundle.update import find_shared_rows
+from focus_ray.bundle.update import find_shared_images
 from focus_ray.density.base import supports_leave_one_out
 from focus_ray.detect.calibration import Calibration, CalibrationBuilder
 from focus_ray.detect.inspection import Inspection
@@ -170,7 +170,7 @@ def calibrate_for_site(
         raise DataError(
             f"{uri}: a density of kind {bundle.config.density.kind} does not support leave-one-out: give good images of the site"
         )
-    rows = find_shared_rows(site, statistics)
+    rows = find_shared_images(site, statistics)
     if not rows:
         raise DataError(
             f"{uri}: the bundle has no image of {site}: join it first (`focus-ray update {uri} NEW --join {site}`), or give "
@@ -182,8 +182,10 @@ def calibrate_for_site(
     site_manifest = read_manifest(site)
     note = {"how": "images of a site, each left out", "site": site_manifest["sha256"], "num_good": len(rows)}
     # the metric was learnt from the site's images if the bundle was trained on them, not made with another bundle's network
-    learns_metric = config.density.reduction == "discriminant" and config.density.metric is None
-    is_biased = learns_metric and "network_of" not in site_manifest["data"] and len(rows) <= MAX_NEIGHBOURS
+    learns_shareable_projection = config.density.reduction == "discriminant" and config.density.metric is None
+    is_biased = (
+        learns_shareable_projection and "network_of" not in site_manifest["data"] and len(rows) <= MAX_NEIGHBOURS
+    )
     return Recalibration(rewrite_calibration(uri, output, calibration, note), calibration, 0, None, is_biased)
 
 

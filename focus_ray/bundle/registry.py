@@ -69,8 +69,8 @@ _LOG = logging.getLogger(__name__)
 _VersionName = Annotated[StrictStr, Field(pattern=f"^{_VERSION.pattern}$")]
 
 
-class _Publication(BaseModel):
-    """A file in `_published`."""
+class _PublishedRecord(BaseModel):
+    """The record that makes a version visible: hash of the manifest, time and size in bytes. It is a file in `_published`."""
 
     sha256: Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{64}$")]
     published_at: AwareDatetime
@@ -231,7 +231,7 @@ class Registry:
         folder = self._folder(team, bundle_category)
         for alias in aliases:
             _check_alias(alias)
-        name = self._claim(folder)
+        name = self._claim_version_number(folder)
         claimed_at = datetime.now(timezone.utc)
         target = join(folder, name)
         try:
@@ -315,7 +315,7 @@ class Registry:
         now = datetime.now(timezone.utc)
         versions = self.versions(team, category)
         removed = []
-        with self._mark_change(team, category) if versions else nullcontext():
+        with self._announce_change(team, category) if versions else nullcontext():
             for version in versions[: max(0, len(versions) - keep)]:
                 if now - version.published_at < min_age or self._is_named(team, category, version.name):
                     continue
@@ -371,7 +371,7 @@ class Registry:
         if not _VERSION.fullmatch(name) or leads_out(join(folder, name), join(self.root, team)):
             return None
         try:
-            record = _read_record(join(folder, "_published", f"{name}.json"), _Publication)
+            record = _read_record(join(folder, "_published", f"{name}.json"), _PublishedRecord)
         except FileNotFoundError:
             return None
         return Version(team, category, name, join(folder, name), record.sha256, record.published_at, record.num_bytes)
@@ -384,8 +384,13 @@ class Registry:
             _LOG.warning("left out: %s", error)
             return None
 
-    def _claim(self, category_folder: str) -> str:
-        """Reserves the next version number permanently, and returns the name of the version."""
+    def _claim_version_number(self, category_folder: str) -> str:
+        """Reserves the next version number permanently, and returns the name of the version.
+
+        Raises:
+            RegistryError: other publishers took the next number at every attempt.
+            DataError: the storage cannot be written.
+        """
         folder = join(category_folder, "_claims")
         claimed = _list_versions(folder)
         first = _number(claimed[-1]) + 1 if claimed else 1
@@ -464,14 +469,16 @@ class Registry:
         """
         record = {"version": versions[0], "before": versions[1 : MAX_STEPS_BACK + 1], "action": action, **_signature()}
         file = join(self._folder(team, category), "_aliases", alias, f"{number:08}.json")
-        with self._mark_change(team, category):
+        with self._announce_change(team, category):
             return create_bytes(file, _encode(record))
 
     @contextmanager
-    def _mark_change(self, team: str, category: str) -> Iterator[None]:
-        """Marks a category before and after a change to the targets of its names, so that `marks` shows the change.
+    def _announce_change(self, team: str, category: str) -> Iterator[None]:
+        """Context manager around a change of versions or aliases of a category, which readers notice by `marks`.
 
-        Raises: DataError: the mark "begun" cannot be written. The body of the context then does not run.
+        It writes the mark "begun" before the change and the mark "done" after the change.
+
+        Raises: DataError: the marks cannot be listed, or "begun" cannot be written. The body of the context then does not run.
         """
         folder = join(self.root, team, _CHANGES)
         now, token = datetime.now(timezone.utc), uuid.uuid4().hex

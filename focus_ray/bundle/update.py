@@ -211,7 +211,7 @@ def _join(update: _DensityUpdate, bundle: Bundle, place: str) -> None:
         raise DataError(f"{place}: all of its {len(shared_hashes)} images are in the bundle already: nothing to join")
     other_statistics = read_statistics(place)
     if shared_hashes:
-        _remove_shared(other_statistics, update.statistics, len(shared_hashes), place)
+        _remove_shared_images(other_statistics, update.statistics, len(shared_hashes), place)
     count = other_statistics.num_images
     update.statistics.join(other_statistics)
     update.fit_hashes |= other.fit_hashes
@@ -240,14 +240,16 @@ def _check_same_network(bundle: Bundle, other: Bundle, name: str) -> None:
         raise BundleError(f"{name}: this bundle has another region of interest than the bundle to be changed: {advice}")
 
 
-def _remove_shared(other: Statistics, statistics: Statistics, count: int, place: str) -> None:
-    """Removes the images from `other` that `statistics` contains too. The images are found by their embeddings.
+def _remove_shared_images(other: Statistics, statistics: Statistics, count: int, place: str) -> None:
+    """Removes from `other`, in place, the images that `statistics` contains too.
+
+    Two stored embeddings belong to the same image if they are equal except for rounding.
 
     Args:
         count: number of shared images, which is known from their hashes.
         place: address of the other bundle, for messages.
 
-    Raises: BundleError: the embedding of a shared image is not stored.
+    Raises: BundleError: not exactly `count` shared images are found.
     """
     shared: set[int] = set()
     if other.bank is not None and statistics.bank is not None:
@@ -279,8 +281,10 @@ def _compute_moments(statistics: Statistics, rows: Sequence[int]) -> Moments:
     return moments
 
 
-def find_shared_rows(uri: str | Path, statistics: Statistics) -> list[int]:
-    """Returns the numbers of the bank's images that the bundle at `uri`, with the same network, stores too.
+def find_shared_images(uri: str | Path, statistics: Statistics) -> list[int]:
+    """Returns the positions, in the bank of the statistics, of the images whose embedding the bundle at `uri` stores bit for bit.
+
+    The other bundle has the same network. The result is empty if one of the two has no bank.
 
     Raises: BundleError: the bundle is missing or stores no statistics.
     """

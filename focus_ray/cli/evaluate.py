@@ -77,13 +77,13 @@ def evaluate_run(
 ) -> int:
     """Measures all bundles of a place, prints the metrics and writes the reports. Returns the exit status."""
     say(f"evaluate: {place}")
-    from focus_ray.bundle.published import resolve_bundles
+    from focus_ray.bundle.published import find_bundle_of_each_category
     from focus_ray.evaluation.run import evaluate_bundles
     from focus_ray.storage.files import join
 
     output = output or join(place, "report")
     report = evaluate_bundles(
-        resolve_bundles(place, version, say),
+        find_bundle_of_each_category(place, version, say),
         output,
         data=data,
         max_side_px=max_side_px,

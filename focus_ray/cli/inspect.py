@@ -117,7 +117,7 @@ def _inspect_files(inspector: Any, paths: Sequence[Path]) -> list[tuple[Path, by
         except OSError as error:
             results.append((path, b"", f"cannot read the file: {error.strerror or error}"))
     readable = [number for number, (_, _, reason) in enumerate(results) if reason is None]
-    inspections = inspector.inspect_each([results[number][1] for number in readable])
+    inspections = inspector.inspect_or_explain([results[number][1] for number in readable])
     for number, inspection in zip(readable, inspections, strict=True):
         results[number] = (*results[number][:2], str(inspection) if isinstance(inspection, DataError) else inspection)
     return results
@@ -182,11 +182,11 @@ def _inspect_batch(arguments: argparse.Namespace) -> int:
     """Runs `inspect-batch`: inspects a data set on Ray and prints the counts as JSON. Returns the exit status."""
     require(arguments.bundles, arguments.data)
     say(f"inspect-batch: {arguments.data} with {arguments.bundles} -> {arguments.output}")
-    from focus_ray.bundle.published import resolve_bundles
+    from focus_ray.bundle.published import find_bundle_of_each_category
     from focus_ray.evaluation.batch_inspection import inspect_dataset
 
     counts = inspect_dataset(
-        resolve_bundles(arguments.bundles, arguments.version_of, say),
+        find_bundle_of_each_category(arguments.bundles, arguments.version_of, say),
         arguments.data,
         arguments.output,
         split=arguments.split,

@@ -25,15 +25,15 @@ def explain_no_cluster(address: str) -> str:
     host_and_port = find_local_cluster() if address == "auto" else address.removeprefix("ray://")
     if host_and_port is None:
         return "no cluster runs on this machine"
-    return explain_unreachable(host_and_port) or _explain_no_answer(host_and_port, is_token_known=address != "auto")
+    return explain_unreachable(host_and_port) or _explain_refusal(host_and_port, is_token_known=address != "auto")
 
 
-def _explain_no_answer(host_and_port: str, is_token_known: bool) -> str:
-    """Returns the reason why the server is no Ray server, or refuses the token; an empty string if Ray accepts us.
+def _explain_refusal(host_and_port: str, is_token_known: bool) -> str:
+    """Returns why a server does not speak gRPC as Ray does, or refuses the token; an empty string if no problem was found.
 
-    Ray's servers speak gRPC.
+    With TLS (RAY_USE_TLS) nothing is checked.
 
-    Args: is_token_known: whether Ray would send the token of RAY_AUTH_TOKEN, instead of looking for another one.
+    Args: is_token_known: whether Ray would send the token of RAY_AUTH_TOKEN. False skips the check of the token.
     """
     if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
         return ""  # a check would need Ray's certificates

@@ -10,7 +10,7 @@ from typing import Any
 
 from focus_ray.cluster.address import explain_no_cluster
 from focus_ray.cluster.messages import is_verbose
-from focus_ray.cluster.ray_private import autoscaler_limits, check_private_parts, require_token
+from focus_ray.cluster.ray_private import autoscaler_limits, check_private_parts, require_token_of_private_cluster
 from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.errors import TrainingError
 
@@ -36,14 +36,15 @@ def runs_here(config: ClusterConfig) -> bool:
 def connect(num_cpus: int | None = None, namespace: str | None = None) -> bool:
     """Joins the cluster of RAY_ADDRESS or of the current job, or starts a private cluster on this machine.
 
-    A private cluster requires a token (`require_token`). To join another cluster with a token, the user sets
-    RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
+    Does nothing and returns False if this process has already joined or started a cluster. A private cluster requires a token
+    (`require_token_of_private_cluster`). To join another cluster with a token, the user sets RAY_AUTH_MODE=token and
+    RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
 
     Args:
-        num_cpus: number of CPUs of a private cluster; None: all.
+        num_cpus: number of CPUs of a new private cluster; None: all.
         namespace: namespace of named actors; None: a new one for this process.
 
-    Returns: whether the cluster is private to this process.
+    Returns: whether a cluster was started that is private to this process.
 
     Raises: TrainingError: the installed Ray lacks a private function that focus_ray uses, or Ray does not start or answer.
     """
@@ -63,7 +64,7 @@ def connect(num_cpus: int | None = None, namespace: str | None = None) -> bool:
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # otherwise every line is shown twice
-    require_token()
+    require_token_of_private_cluster()
     # ray.init without address would join a cluster that a killed driver left in /tmp/ray (seen with Ray 2.60). Without the
     # dashboard, Ray Train cannot detect that a controller is alive, warns every second, and may leak placement groups.
     _init(

@@ -39,7 +39,7 @@ class Messages:
     def __init__(self) -> None:
         import ray
 
-        self._queue: Any = ray.remote(max_restarts=1, **options_on_this_node())(_QueueActor).remote()
+        self._queue: Any = ray.remote(max_restarts=1, **actor_options_on_this_node())(_QueueActor).remote()
 
     def put(self, message: Message) -> None:
         """Sends a message. Called by a worker; does not wait."""
@@ -55,8 +55,11 @@ class Messages:
             return []
 
 
-def options_on_this_node() -> dict[str, Any]:
-    """Returns the options of `ray.remote` for an actor on the node of this process, which the loss of other nodes spares."""
+def actor_options_on_this_node() -> dict[str, Any]:
+    """Returns options of `ray.remote` that keep an actor on the node of this process. It reserves no CPU.
+
+    So the actor survives the loss of other nodes.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -37,7 +37,7 @@ class Failed:
 
 
 class _WorkerActor:
-    """The worker actor."""
+    """The Ray actor in a process of the cluster. It runs a function on one piece at a time."""
 
     def start(self) -> None:
         """Does nothing; the call returns as soon as the actor runs."""
@@ -62,9 +62,10 @@ class WorkerPool(Generic[Piece]):
 
     Attributes:
         actor_options: options of `ray.remote`, for instance from `options_per_worker`.
-        max_retries: how often a piece is repeated after the loss of its worker, or after an error.
-        log: receives a line for each retry.
-        listen: is called about once a second.
+        max_retries: how often a piece is repeated after the loss of its worker or after an error, and how many starts of workers
+            may fail.
+        log: receives a line for each retry, and each minute while no worker has room.
+        listen: is called at least once a second while `run` waits.
         retry_errors: False repeats a piece only after the loss of its worker. Permanent errors are never repeated.
     """
 
@@ -78,15 +79,16 @@ class WorkerPool(Generic[Piece]):
     def run(
         self, function: Callable[[Piece], Any], next_piece: Callable[[], Piece | None]
     ) -> Iterator[tuple[Piece, Any]]:
-        """Yields each piece with its result, or with `Failed`, until no piece is left and no call is open.
+        """Yields each piece with its result, or with `Failed`.
 
-        The end of the iteration, also by an exception in the loop over it, stops the workers.
+        The iteration ends when `next_piece` returns None while no piece runs or waits for a retry. Its end, also by an exception
+        in the loop over it, stops the workers.
 
         Args:
-            function: must be idempotent: it may run twice on a piece after a worker was lost.
+            function: must be idempotent: it may run more than once on a piece.
             next_piece: returns None if there is no piece at the moment. It is called again after each result.
 
-        Raises: TrainingError: no worker starts.
+        Raises: TrainingError: more than `max_retries` starts of workers failed.
         """
         import ray
 

@@ -31,7 +31,9 @@ def count_concurrent_runs(
     prefix: str = "",
     growing: bool = False,
 ) -> int:
-    """Returns how many trainings can run at the same time, each with all workers of the configuration. Logs the arithmetic.
+    """Returns how many trainings can run at the same time with all workers of the configuration. Logs the arithmetic.
+
+    If not all workers fit but `min_workers` do, the result is 1. If only growth makes room, it logs this and returns 1.
 
     Args:
         is_private: whether the cluster belongs to this process and cannot grow.
@@ -39,11 +41,11 @@ def count_concurrent_runs(
             for ever (seen with Ray 2.60).
         share: share of the cluster that the run may use.
         limit: largest result; None: no limit.
-        prefix: prefix of the setting names in the advice.
-        growing: also count resources that the autoscaler can add. For work whose pieces can wait for resources one by one.
+        prefix: text before the names of settings in error messages.
+        growing: also count resources that the autoscaler can add. For runs that can start one by one as nodes arrive.
 
-    Raises: TrainingError: this share of the cluster, even after growth, cannot hold a single training. The message shows the
-        arithmetic.
+    Raises: TrainingError: not even the smallest allowed number of workers of one training fits, also after growth. The message
+    shows the arithmetic.
     """
     import ray
 

@@ -52,7 +52,7 @@ def check_private_parts(parts: dict[str, tuple[str, str]] = PARTS) -> None:
 
 
 def autoscaler_limits() -> dict[str, float]:
-    """Returns the resources that the autoscaler can add up to, by kind; empty without an autoscaler."""
+    """Returns the largest total of each resource that the autoscaler can reach, by kind; empty without an autoscaler."""
     from ray._private.state import state
 
     limits = state.get_max_resources_from_cluster_config()
@@ -69,14 +69,14 @@ def find_local_cluster() -> str | None:
         return None
 
 
-def prepare_trainers() -> None:
-    """Changes the trainers of Ray Train that this process creates later in two ways.
+def patch_ray_train() -> None:
+    """Patches Ray Train in this process, for all trainers that are created later.
 
     A failure that no retry can solve (`is_retryable`) ends a training at once. Ray Train has no public option for this.
 
-    Their actors get the address of the cluster. The placement group cleaner of Ray Train asks the state API whether its
-    controller is alive, without naming a cluster. With two clusters on a machine, its thread would die with a traceback and
-    clean nothing.
+    The actors of a trainer get the address of the cluster as RAY_ADDRESS, which is also set in this process. The placement group
+    cleaner of Ray Train asks the state API whether its controller is alive, without naming a cluster. With two clusters on a
+    machine, its thread would die with a traceback and clean nothing.
     """
     import ray
     from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
@@ -103,11 +103,11 @@ def cluster_metadata(client: Any) -> dict[str, Any]:
     return dict(answer.json()["data"])
 
 
-def require_token() -> None:
-    """Makes the next cluster that this process starts refuse requests without a token.
+def require_token_of_private_cluster() -> None:
+    """Makes the next private cluster of this process refuse requests without a token.
 
-    The ports of a private cluster listen on all network interfaces. A mode, a token or a token file of the user is kept. Without
-    a token, a random token is made, which only this process and its children know.
+    The ports of a private cluster listen on all network interfaces. Settings of the user stay: RAY_AUTH_MODE, a token or a token
+    file. If the user set no token, a random token is made, which only this process and its children know.
     """
     raylet: Any = importlib.import_module("ray._raylet")  # a compiled module without types
 
@@ -141,7 +141,7 @@ def is_token_refused(channel: Any, timeout_s: float) -> bool:
 
 
 def remove_working_folders(experiment: str) -> None:
-    """Removes the working folders of a Tune experiment on this node."""
+    """Removes on this node the working folders of all Tune experiments whose names begin with a text."""
     import ray
 
     session = Path(ray._private.worker._global_node.get_session_dir_path())

@@ -89,13 +89,13 @@ class ImageInfo:
 
     Attributes:
         width, height: pixels after EXIF rotation; `read_header` gives the size before EXIF rotation.
-        see_through: whether the image has an alpha channel that is zero everywhere, so that the image shows nothing.
+        fully_transparent: whether the image has an alpha channel that is zero everywhere, so that the image shows nothing.
         content_hash: `content_hash` of the pixels; None unless it was requested.
     """
 
     width: int
     height: int
-    see_through: bool = False
+    fully_transparent: bool = False
     content_hash: str | None = None
 
 
@@ -162,8 +162,9 @@ def read_header(data: bytes) -> ImageInfo:
 def decode_mask(data: bytes, height: int, width: int) -> npt.NDArray[np.bool_]:
     """Decodes a mask, and resizes it to (height, width). A pixel is anomalous if at least one of its channels is above 0.
 
-    This holds for every bit depth. For a palette image, the colours count and not their numbers. Transparent pixels are composed
-    over black. `resize_mask` describes the resizing.
+    This holds for every bit depth; of 16-bit colour only the high byte counts. A palette image is judged by its colours, not by
+    its palette indices. Transparent pixels are composed over black. Pages of a TIFF are combined: a pixel is anomalous if it is
+    anomalous on one page. `resize_mask` describes the resizing.
 
     Args:
         data: bytes of a file in one of the formats ``FORMATS``.
@@ -346,7 +347,7 @@ def _conversion_errors(image: Image.Image) -> Iterator[None]:
 
 @contextmanager
 def _pillow_errors(data: bytes, part: str) -> Iterator[None]:
-    """Raises ImageError if Pillow cannot read a part of a file. part: for the message."""
+    """Context manager: turns errors of Pillow into ImageError. part: what was read, for the message, such as "header"."""
     try:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -373,9 +374,9 @@ def _load(data: bytes, size_px: int | None, page: int = 0) -> tuple[Image.Image,
     tags = _tiff_tags(data, page)
     image: Image.Image
     if tags is not None and tiff.choose_reader(tags) == "tifffile":
-        pixels, see_through = tiff.read_pixels(data, tags, page)
+        pixels, fully_transparent = tiff.read_pixels(data, tags, page)
         image, orientation = Image.fromarray(pixels), tags.orientation
-        image.info["see_through"] = see_through
+        image.info["fully_transparent"] = fully_transparent
         size = image.size
     else:
         image = _open(data)
@@ -425,7 +426,7 @@ def _is_see_through(image: Image.Image) -> bool:
     """Returns whether an image has an alpha channel that is zero everywhere."""
     if image.mode in ("RGBA", "LA", "PA"):
         return not np.asarray(image.getchannel("A")).any()
-    return bool(image.info.get("see_through", False))
+    return bool(image.info.get("fully_transparent", False))
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
@@ -451,7 +452,7 @@ def _check_structure(data: bytes) -> None:
     Such a file could take very long to decode. Damaged files pass, because the decoder detects the damage.
     """
     if data.startswith(b"\xff\xd8"):
-        _check_jpeg(data)
+        _limit_jpeg_structure(data)
     elif data.startswith(b"\x89PNG"):
         offset = 8
         for _ in range(_MAX_PNG_CHUNKS):
@@ -461,10 +462,10 @@ def _check_structure(data: bytes) -> None:
         raise ImageError("too_large", f"a PNG of more than {_MAX_PNG_CHUNKS} chunks: save it again")
 
 
-def _check_jpeg(data: bytes) -> None:
-    """Raises ImageError if a JPEG has too many scans or segments, or no pixels; see `_check_structure`.
+def _limit_jpeg_structure(data: bytes) -> None:
+    """Raises ImageError if a JPEG has too many scans or segments, too many bytes between segments, or much data without a scan.
 
-    It jumps from marker to marker, so that marker bytes inside a segment do not count.
+    It jumps from marker to marker, so that marker bytes inside a segment do not count; see `_check_structure`.
     """
     offset, num_scans, num_segments, fill_bytes = 2, 0, 0, 0
     while (marker := _JPEG_MARKER.search(data, offset)) is not None:

@@ -19,7 +19,10 @@ _SYSTEM_FOLDERS |= {"$recycle.bin", "recycler", "system volume information", "lo
 
 
 def is_system_folder(name: str) -> bool:
-    """Returns whether a folder of this name was created by a file server or an operating system, not by a person."""
+    """Returns whether the name is a known folder name of file servers and operating systems, such as @eaDir or __MACOSX.
+
+    `is_hidden` handles names that begin with a dot.
+    """
     return name.startswith("__MACOSX") or name.casefold() in _SYSTEM_FOLDERS
 
 

@@ -41,7 +41,7 @@ def index_version(table: pa.Table) -> str:
 
 
 def read_index(uri: str | Path, category: str, split: str | None = None, version: str | None = None) -> pa.Table:
-    """Returns the index of a category: all columns except images and masks, in row order.
+    """Returns the index of a category, in row order.
 
     The index is one file, independent of the number of part files. If the commit names no index file, every part file is read.
 
@@ -54,7 +54,8 @@ def read_index(uri: str | Path, category: str, split: str | None = None, version
         `index_version` returns the version of the table.
 
     Raises:
-        DataError: the data set, category or split does not exist, the version was removed, or a file is damaged.
+        DataError: the data set or category does not exist, the split is neither train nor test, the version was removed, or a
+            file is damaged.
     """
     if split is not None and split not in SPLITS:
         raise DataError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
@@ -171,15 +172,18 @@ def decode_rows(
     num_threads: int = 1,
     version: str | None = None,
 ) -> Iterator[np.ndarray[Any, Any]]:
-    """Yields batches of decoded images, uint8 (B, H, W, 3 or 4), in the order of the rows.
+    """Yields batches of decoded images, uint8 (B, H, W, 3), in the order of the rows.
 
-    The batches are prefetched: up to four batches are in memory.
+    If the frame marks scored pixels, the mark is a fourth channel (see `Frame.shape`). The batches are prefetched: up to four
+    batches are in memory.
 
     Args:
         rows: strictly ascending row numbers.
         size: the frame, or the side of a square in pixels, see `decode_batch`.
         num_threads: threads that decode.
         version: the version in which the row numbers are valid; None takes the current version.
+
+    Raises: DataError: see `read_rows`. ImageError: see `decode_batch`.
     """
     records = read_rows(uri, category, rows, columns=("id", "image"), version=version)
 

@@ -148,7 +148,7 @@ def relative_name(path: SourcePath, root: SourcePath) -> str:
 def open_source(source: str | Path) -> SourcePath:
     """Returns the path of a local folder, or lists an s3:// prefix and returns its path.
 
-    Raises: DataError: the folder does not exist, or the prefix contains no object.
+    Raises: DataError: the folder does not exist, the path is no folder, or the prefix cannot be listed or contains no object.
     """
     if is_s3(source):
         tree = S3Tree(str(source))

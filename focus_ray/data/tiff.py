@@ -108,7 +108,7 @@ def list_pages(data: bytes) -> list[int]:
 
     Raises: ImageError: the pages are damaged or too many, or the file has images or samples that are not stored as pages.
     """
-    offsets, is_whole = _find_directories(data)
+    offsets, is_whole = _find_page_directories(data)
     for offset in offsets:
         _check_directory(data, offset)
     with tifffile.TiffFile(io.BytesIO(data)) as file:
@@ -135,7 +135,7 @@ def _byte_order(data: bytes) -> Literal["little", "big"]:
     return "big" if data.startswith(b"MM") else "little"
 
 
-def _find_directories(data: bytes) -> tuple[list[int], bool]:
+def _find_page_directories(data: bytes) -> tuple[list[int], bool]:
     """Finds the directories of all pages. Each directory links to the next one.
 
     tifffile stops at a broken link without an error. So this function also reports whether the links are intact.
@@ -249,7 +249,7 @@ def read_tags(data: bytes, number: int = 0) -> Tags | None:
 
     Raises: ImageError: the samples of a pixel differ in bits or number type, or the page is refused by `_check_directory`.
     """
-    offsets, _ = _find_directories(data)
+    offsets, _ = _find_page_directories(data)
     for offset in {*offsets[:1], *offsets[number : number + 1]}:  # tifffile always parses the first directory
         _check_directory(data, offset)
     try:

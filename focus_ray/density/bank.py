@@ -24,7 +24,7 @@ def select_unused_embeddings(bank: Tensor, images: Tensor) -> Tensor:
     return bank[_is_unused(len(bank), images)]
 
 
-def join_unused_embeddings(coreset: Tensor, images: Tensor, unused: Tensor) -> Tensor:
+def restore_bank_rows(coreset: Tensor, images: Tensor, unused: Tensor) -> Tensor:
     """Rebuilds a whole bank from the coresets of all locations and the remaining embeddings.
 
     Args:
@@ -32,7 +32,7 @@ def join_unused_embeddings(coreset: Tensor, images: Tensor, unused: Tensor) -> T
         images: (M, L), image number of each embedding in `coreset`.
         unused: (L * (N - M), C), the result of `select_unused_embeddings`.
 
-    Returns: (N, L, C).
+    Returns: (N, L, C), in the original order of the images.
     """
     size, num_locations, channels = coreset.shape
     bank = coreset.new_empty(size + len(unused) // num_locations, num_locations, channels)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from focus_ray.density.bank import join_unused_embeddings, select_unused_embeddings
+from focus_ray.density.bank import restore_bank_rows, select_unused_embeddings
 from focus_ray.density.moments import Moments, pack_lower, unpack_lower
 from focus_ray.density.relations import Relations, join_relations
 from focus_ray.density.settings import DensityConfig
@@ -91,7 +91,7 @@ class Statistics:
 
     @property
     def num_images(self) -> int:
-        """Number of whole images in the moments."""
+        """Number of images in the moments. All tiles of an image count as one image."""
         return self.moments.count // (self.grid[0] * self.grid[1])
 
     @property
@@ -177,7 +177,7 @@ def restore_bank(
     if bank is None:
         return None
     if "bank.rest" in tensors:
-        bank = join_unused_embeddings(bank, stored["bank.images"], tensors["bank.rest"])
+        bank = restore_bank_rows(bank, stored["bank.images"], tensors["bank.rest"])
     bank = join_bank_of_tiles(bank, grid, moments.height, moments.width)
     return torch.cat([bank, tensors["coreset_bank"]], dim=2) if "coreset_bank" in tensors else bank
 

@@ -29,11 +29,14 @@ _TYPICAL_IMAGES = 16
 
 
 class CheckedMemory:
-    """A density, or a leave-one-out scorer: its distance is the smaller of a memory's and a scaled Gaussian distance.
+    """A patch is anomalous only if both a memory and the Gaussian of its location find it far away.
+
+    The distance is the smaller of the memory's distance and the scaled distance of the Gaussian. It is a density, or a leave-
+    one-out scorer.
 
     Attributes:
-        memory: a memory whose typical distance is 1.
-        gaussian: Gaussians of the first channels of the embedding, for a leave-one-out scorer those without the scored image.
+        memory: a memory whose distances are scaled so that a good patch has about 1.
+        gaussian: for scoring a `Gaussian`, for leave-one-out a `LeaveOneOutGaussian`. Both use only the first channels.
         scale: (), factor for a Gaussian's distance: density.gaussian_share / mean leave-one-out distance of good images.
     """
 
@@ -57,11 +60,11 @@ class CheckedMemory:
         return torch.minimum(self.memory.score(embedding, *excluded_images), distance * self.scale)
 
 
-def is_checkable(statistics: Statistics, gaussian_share: float) -> bool:
-    """Returns whether Gaussians can check a memory.
+def can_build_checked_memory(statistics: Statistics, gaussian_share: float) -> bool:
+    """Returns whether a `CheckedMemory` can be built.
 
-    This needs a `gaussian_share` above 0, at least `MIN_IMAGES` images that do not show the part of the scored image, and a map
-    whose precision factors have at most `MAX_FACTOR_VALUES` values.
+    Conditions: `gaussian_share` is above 0; at least `MIN_IMAGES` images remain when an image and all images of the same part
+    are left out; the precision factors have at most `MAX_FACTOR_VALUES` values.
     """
     moments, relations = statistics.moments, statistics.relations
     num_excluded = 1 if relations is None else int(relations.related.sum(dim=1).max())
@@ -80,7 +83,7 @@ def build_checked_memory(memory: JointMemory, statistics: Statistics, gaussian_s
 
 
 def leave_one_out_gaussian(statistics: Statistics) -> LeaveOneOutGaussian:
-    """Builds the leave-one-out scorer of the Gaussians of a `CheckedMemory`.
+    """Builds the leave-one-out scorer of the Gaussians of a `CheckedMemory`, with its ridge and without pooling.
 
     Raises: ValueError: the statistics are of fewer than three images.
     """

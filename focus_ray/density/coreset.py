@@ -82,8 +82,10 @@ def choose_coreset(
 ) -> Coreset:
     """Chooses a coreset of at most `num_patches` patches. The choice is deterministic.
 
+    At most `MAX_CANDIDATES` patches are considered.
+
     Args:
-        bank: (N, L, K), normal embeddings of N images, any float type.
+        bank: (N, L, K), normal embeddings of N images, with values that float16 represents exactly.
         device: device of the coreset.
         dtype: type in which the coreset computes distances, float32 or bfloat16.
     """

@@ -36,7 +36,7 @@ class Gaussian:
         return mahalanobis(embedding, self.mean, self.precision_factor)
 
     def exportable(self, half: bool) -> Gaussian:
-        """Returns a Gaussian with a small precision factor; see `shrink_for_export`."""
+        """Returns a copy for export, whose precision factor is float16 where `shrink_for_export` allows it."""
         return Gaussian(self.mean, shrink_for_export(self.precision_factor, half), self.height, self.width)
 
 
@@ -98,12 +98,12 @@ MAX_FITS = 4  # fits that a `LeaveOneOutGaussian` stores: 41 MB each at 1024 loc
 
 
 class LeaveOneOutGaussian:
-    """Distances of images to the Gaussian of all the others, from one fit [ours].
+    """Scores each training image against the Gaussian of all other training images, from one fit [ours].
 
-    Taking an image x out of n moves the mean m by (x - m) / (n - 1) and takes n / (n - 1) v v^T, v = x - m, from the
-    scatter. With A the covariance of the whole scatter over n - 2, the left-out covariance is A - c v v^T, and the
-    Sherman-Morrison formula gives its Mahalanobis distance from v^T A^-1 v alone. This is exact, except that the
-    ridge and the pooled covariance still include the excluded image. The Woodbury formula excludes several images at once.
+    The Gaussian of all images is fitted once and corrected by a formula: Sherman-Morrison for one excluded image, Woodbury for
+    several. Let x be one of n images, m the mean of all, v = x - m, and A the covariance of the whole scatter over n - 2.
+    Without x the covariance is A - c v v^T with a constant c, so the distance follows from v^T A^-1 v alone. This is exact,
+    except that the ridge and the pooled covariance still include the excluded images.
     """
 
     def __init__(self, moments: Moments, ridge: float, pooling: float, bank: Tensor | None = None) -> None:
@@ -124,11 +124,11 @@ class LeaveOneOutGaussian:
         self.moments, self.ridge, self.pooling, self.bank = moments, ridge, pooling, bank
         self.fits: dict[int, Gaussian] = {}  # by the number of excluded images
 
-    def _gaussian_for(self, num_excluded: int) -> Gaussian:
-        """Returns the Gaussian that leave-one-out scores are computed from if `num_excluded` images are excluded together.
+    def _fit_for_exclusion(self, num_excluded: int) -> Gaussian:
+        """Returns the Gaussian from which leave-one-out distances are computed if `num_excluded` images are excluded together.
 
-        Mean and scatter are of all n images. The covariance is the scatter divided by n - num_excluded - 1, which is the divisor
-        of the remaining images. The last `MAX_FITS` Gaussians are cached.
+        Mean and scatter are of all n images. The covariance is computed as in `fit_gaussian`, but with the divisor n -
+        num_excluded - 1, which is the divisor of the remaining images. The last `MAX_FITS` Gaussians are cached.
 
         Raises: ValueError: fewer than two images would remain.
         """
@@ -150,10 +150,12 @@ class LeaveOneOutGaussian:
 
         Args:
             embedding: (B, C, H, W), embeddings of the training images.
-            excluded_images: (B,) or (B, K), numbers of the bank's images to exclude for each of the B images. A single excluded
-                image is assumed to be the scored image itself.
+            excluded_images: (B,) or (B, K), positions in the bank of the images to exclude for each of the B images. A single
+                excluded image is assumed to be the scored image itself.
 
         Returns: (B, H, W), >= 0.
+
+        Raises: ValueError: fewer than two images would remain.
         """
         excluded_sets = [tuple(numbers.unique().tolist()) for numbers in excluded_images.view(len(excluded_images), -1)]
         if all(len(numbers) == 1 for numbers in excluded_sets):
@@ -164,7 +166,7 @@ class LeaveOneOutGaussian:
             if len(numbers) == 1:
                 distances[images] = self._score_without_itself(embedding[images])
             else:
-                distances[images] = self._score_without_set(embedding[images], torch.tensor(numbers))
+                distances[images] = self._score_without_images(embedding[images], torch.tensor(numbers))
         return distances
 
     def _score_without_itself(self, embedding: Tensor) -> Tensor:
@@ -175,26 +177,28 @@ class LeaveOneOutGaussian:
         Args: embedding: (B, C, H, W), embeddings of the training images.
         """
         n = self.moments.count
-        square = self._gaussian_for(1).score(embedding).square()  # v^T A^-1 v
+        square = self._fit_for_exclusion(1).score(embedding).square()  # v^T A^-1 v
         c = (1 - self.pooling) * n / ((n - 1) * (n - 2))
         # y = x - left-out mean = n / (n - 1) v, and v^T (A - c v v^T)^-1 v = square / (1 - c square)
         return n / (n - 1) * (square / (1 - c * square).clamp_min(1e-6)).sqrt()
 
-    def _score_without_set(self, embedding: Tensor, numbers: Tensor) -> Tensor:
+    def _score_without_images(self, embedding: Tensor, numbers: Tensor) -> Tensor:
         """Computes the distances (B, H, W) of B training images to the Gaussian of all images except k images of the bank.
 
         Args:
             embedding: (B, C, H, W), embeddings of the training images.
-            numbers: (k,), numbers of the excluded images in the bank.
+            numbers: (k,), positions of the excluded images in the bank.
 
-        Let m be the mean of all n images, v_j = x_j - m for the k excluded images, and V = (v_1 ... v_k). The remaining images
-        have mean m - V 1 / (n - k) and scatter S - V M V^T. Here M = I + 1 1^T / (n - k), and its inverse is I - 1 1^T / n.
-        Let c = (1 - pooling) / (n - k - 1). The Woodbury formula gives the squared distance of y = v + V 1 / (n - k) under the
-        covariance A - c V M V^T: y^T A^-1 y + (y^T A^-1 V) ((c M)^-1 - V^T A^-1 V)^-1 (V^T A^-1 y).
+        Let m be the mean and S the scatter of all n images, v_j = x_j - m for the k excluded images, and V = (v_1 ... v_k). The
+        remaining images have mean m - V 1 / (n - k) and scatter S - V M V^T. Here M = I + 1 1^T / (n - k), and its inverse is I
+        - 1 1^T / n. Let c = (1 - pooling) / (n - k - 1), and A = c S + pooling * pooled covariance + ridge I. For a scored
+        embedding x with v = x - m, let y = v + V 1 / (n - k), which is x minus the mean of the remaining images. The Woodbury
+        formula gives the squared distance of y under the covariance A - c V M V^T: y^T A^-1 y + (y^T A^-1 V) ((c M)^-1 - V^T
+        A^-1 V)^-1 (V^T A^-1 y).
         """
         assert self.bank is not None, "only a density with a bank can leave out several images together"
         n, k = self.moments.count, len(numbers)
-        gaussian = self._gaussian_for(k)
+        gaussian = self._fit_for_exclusion(k)
         factor, mean = gaussian.precision_factor, gaussian.mean
         rows = self.bank[numbers].to(mean).transpose(0, 1)[:, :, : mean.shape[1]]  # (L, k, C)
         centred = rows - mean[:, None]

@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 class Relations(NamedTuple):
-    """Relations between the N images of a bank.
+    """Says which of the N stored training images show the same part. Leave-one-out leaves them out together.
 
     Attributes:
         related: (N, N) bool with a true diagonal. Row n has the images that are left out together with image n.
-        groups: (N,) int64, the number of the part that each image shows; in a sequence that changes gradually, the number of a
-            block of neighbours that count as one observation. The images of a group are related to each other.
+        groups: (N,) int64, group number of each image. Images of one part have the same number. In a sequence that changes
+            gradually, a block of neighbouring images has the same number. The images of a group are related to each other.
     """
 
     related: Tensor

@@ -64,8 +64,8 @@ class BatchJob(ScoringJob):
         """File that exists until the results are complete."""
         return join(self.folder, UNFINISHED)
 
-    def identity_line(self) -> bytes:
-        """Returns the content of `marker`."""
+    def marker_content(self) -> bytes:
+        """Returns the content of the file `marker`: the attributes in `IDENTITY` as a line of JSON."""
         return (json.dumps(self.identity()) + "\n").encode()
 
 
@@ -87,7 +87,7 @@ def inspect_records(inspector: Inspector, records: Sequence[Row]) -> pa.Table:
     """
     results = [
         {"error": str(result)} if isinstance(result, DataError) else result.to_dict()
-        for result in inspector.inspect_each([record["image"] for record in records])
+        for result in inspector.inspect_or_explain([record["image"] for record in records])
     ]
     threshold, version = float(inspector.bundle.calibration.image_threshold), inspector.bundle.version
     rows = [
@@ -165,10 +165,10 @@ class Batch(ScoringRun[BatchJob]):
     def _remaining_parts(self, job: BatchJob, parts: dict[int, Rows]) -> dict[int, Rows]:
         """Returns the parts without results. Results of an unfinished run of the same job are reused and counted."""
         existing_names = list_names(job.folder)
-        if UNFINISHED in existing_names and read_bytes(job.marker) == job.identity_line():
+        if UNFINISHED in existing_names and read_bytes(job.marker) == job.marker_content():
             remaining_parts = {}
             for first, rows in parts.items():
-                file = job.part_file(first, len(rows))
+                file = job.part_path(first, len(rows))
                 if file.rpartition("/")[2] in existing_names:
                     table = pq.read_table(pa.BufferReader(read_bytes(file)), columns=["anomalous", "error"])
                     self.counts[job.category].update(count_results(table))
@@ -180,7 +180,7 @@ class Batch(ScoringRun[BatchJob]):
         if UNFINISHED in existing_names:
             self.log(f"{job.folder}: results of another unfinished run are removed")
             remove_folder(job.folder)
-        write_bytes(job.marker, job.identity_line())
+        write_bytes(job.marker, job.marker_content())
         return parts
 
     def record(self, piece: BatchPiece, result: Counter[str]) -> None:

@@ -68,7 +68,8 @@ class EvaluationJob(ScoringJob):
 
     Attributes:
         num_images: number of test images.
-        exact: whether all maps are stored in memory, so that the same process measures all parts.
+        exact: whether the metrics come from all pixels. One worker then scores the whole category, because all maps stay in its
+            memory. Otherwise pixels are counted in bins, and several workers score parts.
         max_side_px: longest side at which maps and masks are compared.
         output: folder of the report.
     """
@@ -82,7 +83,7 @@ class EvaluationJob(ScoringJob):
 
     @property
     def record(self) -> str:
-        """File of the category's metrics and its section of the page."""
+        """Path of the JSON file with the identity, the metrics and the page section of the category."""
         return join(self.output, CATEGORIES, f"{self.category}.json")
 
     @property
@@ -242,10 +243,18 @@ class EvaluationProgress:
         """Number of images in the measured parts."""
         return sum(len(part.labels) for part in self.scores.values())
 
-    def joinable_parts(self) -> list[EvaluationPart]:
-        """Returns the measured parts in the order of the images. The first part has the bins of all parts."""
-        first, *later_parts = [self.scores[first] for first in sorted(self.scores)]
-        return [replace(first, bins=self.bins), *later_parts]
+    def total(self) -> EvaluationPart:
+        """Joins all measured parts to one part, in the order of the images. At least one part must be measured."""
+        parts = [self.scores[first] for first in sorted(self.scores)]
+        return EvaluationPart(
+            labels=np.concatenate([part.labels for part in parts]),
+            scores=np.concatenate([part.scores for part in parts]),
+            types=tuple(defect_type for part in parts for defect_type in part.types),
+            bins=self.bins,
+            reduced=any(part.reduced for part in parts),
+            trained_on=np.concatenate([part.trained_on for part in parts]),
+            num_repeats=sum(part.num_repeats for part in parts),
+        )
 
     def save(self) -> None:
         """Writes the bins and the list of measured parts to the job's state file. The scores are in the files of the parts.
@@ -290,7 +299,7 @@ def load_progress(job: EvaluationJob) -> EvaluationProgress | None:
             keys, normal, anomalous, overlap = (table[name].to_numpy()[rows] for name in _COLUMNS)
             progress.bins[group] = PixelBins(keys, normal, anomalous, overlap, num_regions, num_images)
         for first, count in facts["parts"].items():
-            part = pq.read_table(pa.BufferReader(read_bytes(job.part_file(int(first), count))))
+            part = pq.read_table(pa.BufferReader(read_bytes(job.part_path(int(first), count))))
             labels, scores = part["label"].to_numpy(), part["score"].to_numpy()
             types = tuple(map(sys.intern, part["defect_type"].to_pylist()))
             trained_on = part["trained_on"].to_numpy(zero_copy_only=False)

@@ -39,6 +39,9 @@ Rows = NDArray[np.int64]
 class ScoringJob:
     """The images of a category that a bundle scores. The object is small, because every piece is sent to a worker with it.
 
+    A part is a range of consecutive images. A later run reuses the files of a job only if the attributes in `IDENTITY` are
+    equal.
+
     Attributes:
         bundle: URI of the bundle.
         version: hash of the bundle's manifest.
@@ -62,13 +65,14 @@ class ScoringJob:
         """Returns the attributes of `IDENTITY`."""
         return {name: getattr(self, name) for name in self.IDENTITY}
 
-    def part_file(self, first: int, count: int) -> str:
-        """Returns the file of a part's results. first: number of its first image; count: number of its images."""
+    def part_path(self, first: int, count: int) -> str:
+        """Returns the path of the Parquet file with a part's results. first: number of its first image; count: number of its
+        images."""
         return join(self.folder, f"part-{first:09d}-{first + count:09d}.parquet")
 
     def write_part(self, first: int, table: pa.Table) -> None:
         """Writes the results of a part. first: number of its first image."""
-        write_bytes(self.part_file(first, table.num_rows), encode_parquet(table))
+        write_bytes(self.part_path(first, table.num_rows), encode_parquet(table))
 
     def split_rows(self, rows: Rows) -> dict[int, Rows]:
         """Splits rows into consecutive parts, preferably between row groups, so that a row group is read once.
@@ -99,7 +103,7 @@ class ScoringPiece(Generic[Job]):
 
     Attributes:
         parts: number of a part's first image -> row numbers of the part.
-        total: results of all parts of the job, for a last piece that scores no image.
+        total: joined results of all parts of the job, for a last piece that scores no image.
     """
 
     job: Job
@@ -167,7 +171,11 @@ class ScoringRun(Generic[Job]):
         self.failed[category] = reason
 
     def _plan_all(self) -> Iterator[ScoringPiece[Job]]:
-        """Yields the pieces of all categories. Each category is planned at its turn: the plan of a million rows takes 8 MB."""
+        """Yields the pieces of all categories, without those of failed categories.
+
+        A category is planned when its first piece is needed, because the plan of a million images takes 8 MB. If planning fails,
+        the category has failed.
+        """
         for category in self.bundles:
             try:
                 pieces = self.plan(category)
@@ -196,9 +204,12 @@ class ScoringRun(Generic[Job]):
             self.record(piece, outcome)
 
     def run(self, function: Callable[..., Any], pool: WorkerPool[ScoringPiece[Job]] | None) -> None:
-        """Does all pieces with a function, on the workers of a pool; None: in this process.
+        """Calls a function for each piece and records its result. After a failure, no further piece of the category is started.
 
-        Args: function: returns the result of a piece. In this process it gets a function `on_image` to call after each image.
+        Args:
+            function: returns the result of a piece. In this process it also gets a function `on_image`, which it calls after
+                each image.
+            pool: workers that call the function. None: this process calls it.
         """
         if pool is None:
             while (piece := self.next_piece()) is not None:
@@ -217,11 +228,13 @@ def open_pool(num_workers: int | None, inputs: Sequence[str], output: str, log: 
     """Joins the cluster, or starts one on this machine, and returns a pool of workers that score images.
 
     Args:
-        num_workers: None takes as many as the cluster has room for.
+        num_workers: largest number of workers; there are fewer if the cluster has no room. None: as many as fit.
         inputs: files that every node must be able to read.
         output: folder that every node must be able to write to.
 
-    Raises: TrainingError: the cluster has no room for a worker.  DataError: a node cannot use the storage.
+    Raises:
+        TrainingError: Ray cannot be used or started, or the cluster has no room for a worker.
+        DataError: a node cannot use the storage.
     """
     is_private = connect()
     probe_nodes(inputs, [output])

@@ -56,16 +56,18 @@ def evaluation_recorder(bundles: Mapping[str, str], output: str, overrides: Sequ
         return Recorder({}, output, log)
 
 
-def record_results(
+def record_in_trackers(
     recorder: Recorder,
     bundles: Mapping[str, str],
     results: Mapping[str, Mapping[str, Any]],
     section_of: Callable[[str], EvaluationSection],
     log: Log,
 ) -> None:
-    """Records the results. A failure gives a warning only.
+    """Records metrics and pictures of the measured categories in the experiment trackers, then closes the recorder.
 
-    Args: section_of: returns the section of the page of a category.
+    An error of focus_ray gives only a warning.
+
+    Args: section_of: returns a category's section of the report page, which has the pictures.
     """
     if not recorder:
         return

@@ -24,7 +24,7 @@ from focus_ray.evaluation.measuring import (
     run_piece,
 )
 from focus_ray.evaluation.pieces import PART_IMAGES, ScoringRun, open_pool
-from focus_ray.evaluation.recording import evaluation_recorder, record_results
+from focus_ray.evaluation.recording import evaluation_recorder, record_in_trackers
 from focus_ray.reporting.evaluation import EvaluationSection, evaluation_page, summarize_result
 from focus_ray.reporting.tables import evaluation_table, mean_metrics
 from focus_ray.storage.files import check_access, join, make_absolute, read_bytes, remove_file, write_bytes
@@ -52,7 +52,11 @@ class Evaluation(ScoringRun[EvaluationJob]):
         self._written_at = 0.0
 
     def plan(self, category: str) -> list[EvaluationPiece]:
-        """Returns the pieces of a category. With `resume`, reuses the results of an earlier run."""
+        """Plans a category and returns its pieces.
+
+        With `resume`, a finished category is reused, and so are finished parts of a category whose pixels are counted in bins.
+        All other files of earlier runs of the category are deleted.
+        """
         settings = self.settings
         job, parts = plan_evaluation(category, self.bundles[category], settings)
         self.jobs[category] = job
@@ -76,7 +80,7 @@ class Evaluation(ScoringRun[EvaluationJob]):
         self._measured[category] = measured
         self._saved_at[category] = time.monotonic()
         pieces = [EvaluationPiece(job, {first: rows}) for first, rows in parts.items() if first not in measured.scores]
-        return pieces or [EvaluationPiece(job, {}, measured.joinable_parts())]
+        return pieces or [EvaluationPiece(job, {}, measured.total())]
 
     def record(self, piece: EvaluationPiece, result: Any) -> None:
         """Records the result of a piece. After the last part of a category follows a piece with its metrics."""
@@ -90,7 +94,7 @@ class Evaluation(ScoringRun[EvaluationJob]):
         measured.add(first, result)
         if is_complete:
             self.num_open[category] = 1
-            self.urgent.append(EvaluationPiece(job, {}, measured.joinable_parts()))
+            self.urgent.append(EvaluationPiece(job, {}, measured.total()))
         if is_complete or time.monotonic() - self._saved_at[category] >= _SAVE_INTERVAL_S:
             self._save(category)
 
@@ -101,7 +105,10 @@ class Evaluation(ScoringRun[EvaluationJob]):
         self._finish(category, {"error": reason, "bundle": self.bundles[category]})
 
     def save(self) -> None:
-        """Saves the results of parts of unfinished categories."""
+        """Saves pixel bins and the list of measured parts of unfinished categories whose pixels are counted in bins.
+
+        With `resume`, a later run continues from them. A category with exact metrics has nothing to save.
+        """
         for category in self._measured:
             self._save(category)
 
@@ -120,13 +127,13 @@ class Evaluation(ScoringRun[EvaluationJob]):
         if time.monotonic() - self._written_at >= _WRITE_INTERVAL_S:
             self.write_tables()
 
-    def ordered_results(self) -> dict[str, dict[str, Any]]:
-        """Returns the results in the order of the bundles."""
+    def results_in_bundle_order(self) -> dict[str, dict[str, Any]]:
+        """Returns the results in the order of the bundles, without categories that have no result yet."""
         return {category: self.results[category] for category in self.bundles if category in self.results}
 
     def write_tables(self) -> str:
         """Writes report.json and report.md. Returns the Markdown text."""
-        results = self.ordered_results()
+        results = self.results_in_bundle_order()
         content = json.dumps({"categories": results, "mean": mean_metrics(results)}, indent=1, ensure_ascii=False)
         table = evaluation_table(results)
         write_bytes(join(self.settings.output, "report.json"), f"{content}\n".encode())
@@ -136,10 +143,10 @@ class Evaluation(ScoringRun[EvaluationJob]):
 
     def write_pages(self) -> dict[str, list[str]]:
         """Writes report.html, and a page for each category if there are many. Returns category -> caveats."""
-        results, sections = self.ordered_results(), {}
+        results, sections = self.results_in_bundle_order(), {}
         pages = {}
         for category in (category for category, result in results.items() if "error" not in result):
-            section = self.section(category)
+            section = self.read_section(category)
             if len(results) > MAX_CATEGORIES_ON_PAGE:
                 pages[category] = f"{CATEGORIES}/{category}.html"
                 page = evaluation_page({category: results[category]}, {category: section})
@@ -149,8 +156,8 @@ class Evaluation(ScoringRun[EvaluationJob]):
         write_bytes(join(self.settings.output, "report.html"), evaluation_page(results, sections, pages))
         return {category: section.caveats for category, section in sections.items()}
 
-    def section(self, category: str) -> EvaluationSection:
-        """Returns the section of an evaluated category, with its pictures."""
+    def read_section(self, category: str) -> EvaluationSection:
+        """Reads a category's section of the report page, with its pictures, from the file that the evaluation wrote."""
         return EvaluationRecord.model_validate_json(read_bytes(self.jobs[category].record)).section
 
 
@@ -159,9 +166,9 @@ class EvaluationReport:
     """Result of an evaluation.
 
     Attributes:
-        results: category -> metrics, or 'error'.
-        table: Markdown text.
-        caveats: category -> sentences.
+        results: category -> metrics; of a failed category {"error": reason, "bundle": URI}.
+        table: the metrics as Markdown.
+        caveats: category -> sentences, without failed categories.
     """
 
     results: dict[str, dict[str, Any]]
@@ -217,6 +224,6 @@ def evaluate_bundles(
         evaluation.run(run_piece, pool)
     finally:  # also after an interruption or a failure of the storage
         evaluation.save()
-    report = EvaluationReport(evaluation.ordered_results(), evaluation.write_tables(), evaluation.write_pages())
-    record_results(recorder, bundles, report.results, evaluation.section, log)
+    report = EvaluationReport(evaluation.results_in_bundle_order(), evaluation.write_tables(), evaluation.write_pages())
+    record_in_trackers(recorder, bundles, report.results, evaluation.read_section, log)
     return report

@@ -139,10 +139,11 @@ def check_export(run: RunModel, reference: ReferenceScores) -> dict[str, Any]:
         map_difference: largest pixel difference, as a share of `map_spread`.
         p_value_difference: largest difference of a p-value.
         verdict_changes: number of images with a different verdict.
-        verdict_errors: number of images whose verdict or p-value contradicts the calibration at the export's score.
-        auroc_torch, auroc_export, auroc_lost: image AUROC, and the difference; None without good and bad examples.
-        ms_torch, ms_export: median milliseconds for one image on this machine, from decoded pixels, with torch's number of
-        threads.
+        verdict_errors: number of images whose verdict or p-value does not follow from the export's own score by the calibration.
+        auroc_torch, auroc_export, auroc_lost: image AUROC, and the difference; None without good and bad examples, or if a score
+            of the export is not finite.
+        ms_torch, ms_export: median milliseconds for one image on this machine, from decoded pixels. Both use the same number of
+            threads.
 
     Raises:
         ExportError: PyTorch gives all examples the same score.

@@ -65,7 +65,7 @@ def _read_source(source: str, category: str, max_images: int) -> list[ExportExam
         return _read_data_set(source, category, max_images)
     path = Path(source).expanduser()
     if path.is_file():
-        return _read_files([path], None, max_images)
+        return _read_file_examples([path], None, max_images)
     if not path.is_dir():
         raise DataError(f"{source}: no such file or folder: --examples takes image files, folders or a data set")
     files: dict[int, list[Path]] = {}
@@ -74,14 +74,16 @@ def _read_source(source: str, category: str, max_images: int) -> list[ExportExam
             if folder.is_dir() and not is_hidden(folder.name) and matches_label(folder.name):
                 files.setdefault(label, []).extend(find_image_files(folder))
     if not files:
-        return _read_files(find_image_files(path), None, max_images)
-    return [example for label in sorted(files) for example in _read_files(files[label], label, max_images // 2)]
+        return _read_file_examples(find_image_files(path), None, max_images)
+    return [example for label in sorted(files) for example in _read_file_examples(files[label], label, max_images // 2)]
 
 
-def _read_files(paths: Sequence[Path], label: int | None, max_images: int) -> list[ExportExample]:
-    """Reads at most `max_images` files, chosen evenly. Files without a defect label also serve int8.
+def _read_file_examples(paths: Sequence[Path], label: int | None, max_images: int) -> list[ExportExample]:
+    """Reads up to `max_images` files, chosen evenly, as examples for the check of an export.
 
-    Raises: DataError: a file cannot be read, or it is a vector drawing.
+    Files without the label bad also give up to `MAX_INT8_EXAMPLES` examples that set the value ranges of int8.
+
+    Raises: DataError: a file cannot be read, or focus_ray drew it (a heat map or a plot).
     """
     examples = []
     for for_int8, limit in ((False, max_images), (True, 0 if label else MAX_INT8_EXAMPLES)):

@@ -19,7 +19,7 @@ from focus_ray.errors import DataError, ExportError, require_extra
 from focus_ray.export.check import TOLERANCE, check_export, decode_example, find_failures, score_reference
 from focus_ray.export.examples import gather_examples
 from focus_ray.export.formats import INPUT, MODEL_FILES, OPENVINO_SETTINGS, check_format, open_model, write_model
-from focus_ray.export.scorer import BOX, ExportableScorer, max_side_px
+from focus_ray.export.scorer import BOX, ExportableScorer, max_image_side_px
 
 FORMAT, FORMAT_VERSION = "focus_ray export", 1
 SIDECAR = "model.json"
@@ -82,7 +82,7 @@ def export_bundle(
                 "--precision int8 needs images of good parts, but no example is good: give good images with --examples"
             )
     log(f"export: tracing {bundle.category!r} for {to} in {precision}")
-    with _new_folder(target) as folder:
+    with _replace_folder(target) as folder:
         scorer = ExportableScorer(read_bundle(uri, "cpu", precision="fp32"), half=precision == "fp16")
         write_model(scorer, to, precision, folder, int8_images)
         log(f"export: checking {len(reference.pixels)} examples")
@@ -123,10 +123,12 @@ def _output_folder(output: str | Path) -> Path:
 
 
 @contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """Yields a temporary folder that replaces the target at the end.
+def _replace_folder(target: Path) -> Iterator[Path]:
+    """Yields a temporary folder, and moves it to the place of the target at the end.
 
     After an exception the temporary folder is removed, and the target is unchanged.
+
+    Raises: DataError: the folder cannot be written.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +174,7 @@ def _make_sidecar(
             "type": "uint8",
             "shape": ["batch", "height", "width", 3],
             "colours": "RGB, 0 to 255; grey repeated three times, transparency composed over black, EXIF orientation applied",
-            "sizes": f"2 to {max_side_px(frame.height, frame.width)} pixels a side, one size a batch: the model resizes",
+            "sizes": f"2 to {max_image_side_px(frame.height, frame.width)} pixels a side, one size a batch: the model resizes",
         },
         "frame": {
             "height": frame.height,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from focus_ray.bundle.engine import QUANTISED, quantise, suppress_exporter_messages
 from focus_ray.errors import ConfigError, ExportError, require_extra
-from focus_ray.export.scorer import BOX, OUTPUTS, ExportableScorer, max_side_px
+from focus_ray.export.scorer import BOX, OUTPUTS, ExportableScorer, max_image_side_px
 from focus_ray.storage.files import find_os_error
 
 MODEL_FILES = {"onnx": "model.onnx", "torch": "model.pt2", "openvino": "model.xml"}
@@ -84,9 +84,9 @@ def open_model(folder: Path, to: str, num_threads: int = 1) -> RunModel:
 
 
 def trace(scorer: ExportableScorer) -> torch.export.ExportedProgram:
-    """Traces a scorer for any batch size and any image size up to `max_side_px`. Raises: ExportError: it cannot be traced."""
+    """Traces a scorer for any batch size and any image up to `max_image_side_px`. Raises: ExportError: it cannot be traced."""
     frame, dim = scorer.to_frame, torch.export.Dim
-    max_px = max_side_px(frame.height, frame.width)
+    max_px = max_image_side_px(frame.height, frame.width)
     sizes = {
         0: dim("batch", min=1, max=_MAX_BATCH_SIZE),
         1: dim("height", min=2, max=max_px),

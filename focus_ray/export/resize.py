@@ -18,23 +18,27 @@ from focus_ray.data.framing import SCORED, Frame
 _WEIGHT_BITS = 22  # number of bits of Pillow's weights
 # weights are summed in two parts, weight // _LOW_BASE and weight % _LOW_BASE, to keep each sum below 2^24
 _LOW_BASE = 2**6
-# number of weight bits that each division step computes, so that its dividend stays below 2^31: see `max_side_px`
+# number of weight bits that each division step computes, so that its dividend stays below 2^31: see `max_image_side_px`
 _STEP_BITS = (6, 6, 5, 5)
 
 
-class Weights(NamedTuple):
+class ResizeWeights(NamedTuple):
     """Input pixels and weights of n output pixels along one side.
 
     Attributes:
-        input_pixels: (n, T), numbers of the T input pixels of each output pixel.  weights: (n, T) int32; each row sums to 2^22.
+        input_pixels: (n, T), indices of the T input pixels of each output pixel.
+        weights: (n, T) int32, in units of 2^-22. Each weight is rounded, so a row sums to about 2^22.
     """
 
     input_pixels: Tensor
     weights: Tensor
 
 
-class ToFrame(nn.Module):
-    """Resizes uint8 images (B, H, W, 3) of one size to the frame that the network sees."""
+class ResizeToFrame(nn.Module):
+    """A module that resizes uint8 images (B, H, W, 3) of one size to the input size of the network, the frame.
+
+    It returns the pixels, the scored pixels, and the place of the image in the frame.
+    """
 
     def __init__(self, frame: Frame) -> None:
         super().__init__()
@@ -57,18 +61,23 @@ class ToFrame(nn.Module):
             return _resize_pixels(images, column_weights, row_weights), self.region, None
         height, width = _fit_size(image_height, image_width, self.height, self.width)
         top, left = (self.height - height) // 2, (self.width - width) // 2
-        rows, columns = _mirror_pixels(self.height, top, height), _mirror_pixels(self.width, left, width)
+        rows, columns = _mirrored_indices(self.height, top, height), _mirrored_indices(self.width, left, width)
         # Bound on the number of input pixels per output pixel: rounding leaves a side at least two thirds of its exact length.
         max_inputs = (image_height - 1) // self.height + (image_width - 1) // self.width + 2
         column_weights = _compute_weights(image_width, width, columns, 2 * max_inputs)
         row_weights = _compute_weights(image_height, height, rows, 2 * max_inputs)
         inside = _is_inside(self.height, top, height)[:, None] & _is_inside(self.width, left, width)
         if self.region is not None:
-            inside = inside & self._region_at(height, width, rows, columns)
+            inside = inside & self._place_region(height, width, rows, columns)
         return _resize_pixels(images, column_weights, row_weights), inside, torch.stack([top, left, height, width])
 
-    def _region_at(self, height: Tensor, width: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Returns the region of interest, resized to (height, width) and placed in the frame as the image is: bool."""
+    def _place_region(self, height: Tensor, width: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Returns the region of interest, resized to (height, width), at the place of the image in the frame.
+
+        Returns a mask (frame height, frame width), bool.
+
+        Args: rows, columns: image row and image column that each frame pixel shows, from `_mirrored_indices`.
+        """
         assert self.region is not None
         region_pixels = (self.region.to(torch.uint8) * SCORED)[None, :, :, None]
         column_weights = _compute_weights(self.width, width, columns, self.width)
@@ -76,13 +85,16 @@ class ToFrame(nn.Module):
         return _resize_side(_resize_side(region_pixels, 2, column_weights), 1, row_weights)[0, :, :, 0] >= 128
 
 
-def _resize_pixels(images: Tensor, column_weights: Weights, row_weights: Weights) -> Tensor:
-    """Resizes images (B, H, W, 3) to float pixels (B, 3, height, width) in 0..1, the width first as Pillow does."""
+def _resize_pixels(images: Tensor, column_weights: ResizeWeights, row_weights: ResizeWeights) -> Tensor:
+    """Resizes uint8 images (B, H, W, 3) to float pixels (B, 3, height, width) in 0..1.
+
+    As in Pillow, the images are resized along the width first, and then along the height.
+    """
     resized = _resize_side(_resize_side(images, 2, column_weights), 1, row_weights)
     return resized.permute(0, 3, 1, 2).to(torch.float32) / 255.0
 
 
-def _resize_side(images: Tensor, side: int, resize_weights: Weights) -> Tensor:
+def _resize_side(images: Tensor, side: int, resize_weights: ResizeWeights) -> Tensor:
     """Resizes one side of 8-bit images (B, H, W, C) and rounds to 8-bit values, stored as int32.
 
     Args: side: dimension number, 1 for the height or 2 for the width.
@@ -98,18 +110,20 @@ def _resize_side(images: Tensor, side: int, resize_weights: Weights) -> Tensor:
     return (high_sum + (low_sum + 2 ** (_WEIGHT_BITS - 1)) // _LOW_BASE) // (2**_WEIGHT_BITS // _LOW_BASE)
 
 
-def _compute_stretch_weights(length: int, num_outputs: int) -> Weights:
+def _compute_stretch_weights(length: int, num_outputs: int) -> ResizeWeights:
     """Computes the weights of all output pixels of a side that is resized from `length` to `num_outputs` pixels."""
     numbers = torch.arange(num_outputs, dtype=torch.int32)
     return _compute_weights(length, _to_scalar(num_outputs), numbers, (length - 1) // num_outputs + 1)
 
 
-def _compute_weights(length: int, num_outputs: Tensor, numbers: Tensor, max_inputs: int) -> Weights:
-    """Computes the weights of the output pixels `numbers` (n,) of a side that is resized from `length` to `num_outputs` pixels.
+def _compute_weights(length: int, num_outputs: Tensor, numbers: Tensor, max_inputs: int) -> ResizeWeights:
+    """Computes the weights of the output pixels with the indices `numbers` (n,) on a side of `length` pixels that gets
+    `num_outputs`.
 
     Args:
         num_outputs: int32 scalar.
-        max_inputs: upper bound of the input pixels per output pixel, known when the module is traced.
+        max_inputs: a whole number of at least `length` / `num_outputs`, known when the module is traced. An output pixel gets 2
+            * max_inputs + 1 input pixels.
     """
     taps = 2 * max_inputs + 1
     longer = num_outputs.clamp_min(length)
@@ -131,7 +145,7 @@ def _compute_weights(length: int, num_outputs: Tensor, numbers: Tensor, max_inpu
         # a runtime may round a digit up; the remainder is then negative, and the next digit corrects it
         remainder = remainder - digit * total
     weights = weights + (2 * remainder >= total).to(torch.int32)
-    return Weights(input_pixels.clamp_max(length - 1), weights)
+    return ResizeWeights(input_pixels.clamp_max(length - 1), weights)
 
 
 def _fit_size(image_height: int, image_width: int, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -152,10 +166,10 @@ def _divide_rounded(numerator: Tensor, denominator: Tensor) -> Tensor:
     return quotient - halves.to(torch.int32)
 
 
-def _mirror_pixels(length: int, start: Tensor, size: Tensor) -> Tensor:
-    """Returns the image pixel (length,) int32 that each frame pixel shows, for an image of `size` pixels that begins at `start`.
+def _mirrored_indices(length: int, start: Tensor, size: Tensor) -> Tensor:
+    """Returns the index of the image pixel that each frame pixel shows, (length,) int32.
 
-    Pixels outside the image show its mirror image.
+    The image has `size` pixels and begins at the frame pixel `start`. Frame pixels outside the image show its mirror image.
     """
     positions = (torch.arange(length, dtype=torch.int32) - start + 2 * length * size) % (2 * size)
     return torch.minimum(positions, 2 * size - 1 - positions)

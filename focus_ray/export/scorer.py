@@ -14,7 +14,7 @@ from focus_ray.density.tiles import Tiles
 from focus_ray.detect.calibration import Calibration
 from focus_ray.detect.detector import score_if_inspected, shown_locations
 from focus_ray.detect.profile import zero_unscored
-from focus_ray.export.resize import ToFrame
+from focus_ray.export.resize import ResizeToFrame
 from focus_ray.features.alignment.congealing import CongealingAligner
 from focus_ray.features.alignment.theta import invert_theta, warp
 from focus_ray.features.batch_norm import fuse_batch_norms
@@ -29,7 +29,7 @@ class ExportableScorer(nn.Module):
     """Maps uint8 RGB images (B, H, W, 3) of any common size to the tensors that `OUTPUTS` names.
 
     score, p_value: (B,) float; NaN if no location of the image is inspected.  anomalous: (B,) bool.
-    anomaly_map: (B, height, width) float, in the frame.  box: (4,) int32, as `ToFrame` returns it; only for padded frames.
+    anomaly_map: (B, height, width) float, in the frame.  box: (4,) int32, as `ResizeToFrame` returns it; only for padded frames.
 
     The bundle must be read with precision fp32, and nothing else may use it afterwards: its network is changed for inference.
     """
@@ -38,7 +38,7 @@ class ExportableScorer(nn.Module):
         """Args: half: store backbone and memories in float16. All other steps stay in float32."""
         super().__init__()
         detector = bundle.detector
-        self.to_frame = ToFrame(bundle.frame)
+        self.to_frame = ResizeToFrame(bundle.frame)
         self.net, self.reduction = detector.net, detector.reduction
         aligner = detector.net.image_aligner
         self.is_aligned = aligner is not None
@@ -140,6 +140,6 @@ def _cut_tiles(images: Tensor, tiles: Tiles) -> Tensor:
     return torch.stack(cut_images, dim=1).flatten(0, 1)
 
 
-def max_side_px(height: int, width: int) -> int:
-    """Returns the longest image side in pixels for which the resize weights of this frame size fit into 32-bit integers."""
+def max_image_side_px(height: int, width: int) -> int:
+    """Returns the longest image side in pixels for which the computation of the resize weights stays within 32-bit integers."""
     return int(math.sqrt(2**24 * min(height, width)))

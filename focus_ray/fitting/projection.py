@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from focus_ray.defects import Picture, draw_defective_copies, find_objects, merge_copies
+from focus_ray.defects import SegmentedImage, draw_defective_copies, find_objects, merge_copies
 from focus_ray.density.base import sample_evenly
 from focus_ray.density.nearest import whitening_matrix
 from focus_ray.density.reduction import ChannelReduction
@@ -208,7 +208,7 @@ def learn_projection(
 
 
 def _paint_defects(
-    pictures: Sequence[Picture], numbers: Iterable[int], seed: int, defects_per_image: int
+    pictures: Sequence[SegmentedImage], numbers: Iterable[int], seed: int, defects_per_image: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_], list[int]]:
     """Paints synthetic defects on copies of some pictures.
 

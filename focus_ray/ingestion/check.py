@@ -102,7 +102,7 @@ def check_sample(
             f"{hint if mask_share > 0.9 else ''}: move the image to the folder of a defect, or correct or remove the mask",
         )
     note = None
-    if info.see_through:
+    if info.fully_transparent:
         note = "its alpha channel is 0 everywhere, so the image is read as black; export it without transparency"
     elif sample.masks and sample.label and not is_marked:
         note = "its mask is empty although the image is anomalous; the image is ingested without a mask"

@@ -123,8 +123,12 @@ def evaluation_page(
     )
 
 
-def pro(measured: MeasuredImages) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
-    """Returns false positive rates of pixels up to `PRO_LIMIT`, and the mean overlap of regions; None without masks."""
+def per_region_overlap_curve(measured: MeasuredImages) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
+    """Returns the curve of the per-region overlap (PRO) at 400 points.
+
+    The points are false positive rates of pixels from 0 to `PRO_LIMIT`, and for each rate the mean share of a defect's area that
+    is found. None if no mask has a defective pixel.
+    """
     if measured.curve is None:
         return None
     exact_rates, overlap = measured.curve.pro()
@@ -180,7 +184,7 @@ def _plots(
                 steps=True,
             )
         )
-    overlap = pro(measured) if result.get("aupro_0.3") is not None else None
+    overlap = per_region_overlap_curve(measured) if result.get("aupro_0.3") is not None else None
     if overlap is not None:
         drawn.append(
             plots.curve(
@@ -196,13 +200,13 @@ def _plots(
 
 
 def _gallery(cards: Mapping[Kind, list[Card]], good: Share, bad: Share) -> list[GalleryGroup]:
-    """Groups the cards into misses, false alarms and correct finds, and leaves out empty groups."""
+    """Adds a title and a note to each kind of cards, and leaves out empty kinds."""
     num_missed = bad.total - bad.count
     misses = "Worst misses" if num_missed else "Bad images that came closest to being missed"
     alarms = "Worst false alarms" if good.count else "Good images that came closest to a false alarm"
     notes = (
-        _count_note(num_missed, "bad", "called good") if num_missed else "Every bad test image is found.",
-        _count_note(good.count, "good", "called bad") if good.count else "No good test image is called bad.",
+        _describe_count(num_missed, "bad", "called good") if num_missed else "Every bad test image is found.",
+        _describe_count(good.count, "good", "called bad") if good.count else "No good test image is called bad.",
         "Bad images called bad, with scores about the median.",
     )
     groups = [
@@ -213,7 +217,10 @@ def _gallery(cards: Mapping[Kind, list[Card]], good: Share, bad: Share) -> list[
     return [group for group in groups if group.cards]
 
 
-def _count_note(count: int, kind: str, verdict: str) -> str:
-    """Returns a sentence such as '2 bad images were called good.', and adds if only the worst images are shown."""
+def _describe_count(count: int, kind: str, verdict: str) -> str:
+    """Returns a sentence such as '2 bad images were called good.'
+
+    If the gallery shows only some of the images, the sentence adds this: '9 bad images were called good; the worst 4 are shown.'
+    """
     sentence = f"{count} {kind} {'image was' if count == 1 else 'images were'} {verdict}"
     return f"{sentence}; the worst {PER_KIND} are shown." if count > PER_KIND else f"{sentence}."

@@ -27,8 +27,8 @@ PER_KIND = 4
 PICTURE_PX = 320  # longest side of a picture
 
 
-class ImageInspector(Protocol):
-    """The part of `Inspector` that a gallery needs."""
+class GalleryInspector(Protocol):
+    """The methods of `Inspector` that a gallery calls."""
 
     def inspect(self, images: Sequence[bytes]) -> list[Inspection]: ...
 
@@ -41,6 +41,7 @@ class Card:
 
     Attributes:
         name: id of the image.
+        score_to_threshold: score divided by the threshold.
         mistake: 'missed' or 'false alarm'; empty if the verdict is right.
         views: title of a view, such as 'heat map' -> picture as a data URI.
     """
@@ -74,7 +75,7 @@ def choose_images(measured: MeasuredImages, per_kind: int = PER_KIND) -> dict[Ki
 
 
 def make_cards(
-    inspector: ImageInspector, labelled: LabelledImages, read_records: ReadRecords
+    inspector: GalleryInspector, labelled: LabelledImages, read_records: ReadRecords
 ) -> dict[Kind, list[Card]]:
     """Chooses images, reads them again one by one, and draws them.
 
@@ -90,7 +91,7 @@ def make_cards(
     return {kind: [cards[index] for index in indices] for kind, indices in chosen.items()}
 
 
-def _draw_card(inspector: ImageInspector, record: Row, defect_type: str, is_bad: bool) -> Card:
+def _draw_card(inspector: GalleryInspector, record: Row, defect_type: str, is_bad: bool) -> Card:
     """Inspects an image again and draws its card."""
     (inspection,) = inspector.inspect([record["image"]])
     mistake = "missed" if is_bad else "false alarm"
@@ -107,7 +108,7 @@ def _draw_card(inspector: ImageInspector, record: Row, defect_type: str, is_bad:
     )
 
 
-def _views(inspector: ImageInspector, inspection: Inspection, image: bytes, mask: bytes | None) -> dict[str, str]:
+def _views(inspector: GalleryInspector, inspection: Inspection, image: bytes, mask: bytes | None) -> dict[str, str]:
     """Draws the image, its heat map with the outline of the mask, and the aligned image if the model aligns images."""
     full_image = Image.fromarray(decode_image(image, None))
     scale = min(1.0, PICTURE_PX / max(full_image.size))

@@ -60,8 +60,11 @@ def _colours() -> str:
     return (_TEMPLATES / "colours.css").read_text(encoding="utf-8")
 
 
-def _picture(uri: Any) -> str:
-    """Returns `uri` if it is the data URI of a picture, otherwise an empty data URI, so that a browser loads nothing."""
+def _safe_picture_uri(uri: Any) -> str:
+    """Returns `uri` if it is the data URI of a JPEG, PNG or SVG in base64, otherwise an empty data URI.
+
+    So a browser loads nothing from elsewhere.
+    """
     return uri if isinstance(uri, str) and _PICTURE.fullmatch(uri) else "data:,"
 
 
@@ -75,17 +78,17 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(figure=_figure, short=_short, percent=_percent, within=format_bound)
-    environment.filters.update(picture=_picture, svg_uri=svg_uri)
+    environment.filters.update(figure=_format_metric, short=_format_short, percent=_percent, within=format_bound)
+    environment.filters.update(picture=_safe_picture_uri, svg_uri=svg_uri)
     return environment
 
 
-def _figure(value: float | None) -> str:
+def _format_metric(value: float | None) -> str:
     """Returns a metric with four decimals, as in the Markdown tables; '-' for None."""
     return "-" if value is None else f"{value:.4f}"
 
 
-def _short(value: Any) -> str:
+def _format_short(value: Any) -> str:
     """Returns a float with four significant digits, and any other value as text."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 

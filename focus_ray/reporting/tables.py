@@ -39,10 +39,10 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     for category, result in results.items():
         reasons += [f"{category}: {metric_key}: {reason}" for metric_key, reason in result.get("reasons", {}).items()]
     sections = [
-        _list(_notices(results, "trained_on")),
+        _list(_collect_notices(results, "trained_on")),
         _table(["category", "good", "bad"], METRICS, rows),
         _table(["category", "defect type", "images"], per_defect, type_rows),
-        _list([*reasons, *_notices(results, "shift", "repeats")]),
+        _list([*reasons, *_collect_notices(results, "shift", "repeats")]),
     ]
     explanations = {
         "binned": "Pixels counted in bins ({}): the exact value lies within the ± next to each value.",
@@ -51,7 +51,7 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     }
     for key, explanation in explanations.items():
         categories = [category for category, result in results.items() if result.get(key)]
-        sections.append(explanation.format(_markdown(", ".join(categories))) if categories else "")
+        sections.append(explanation.format(_escape_markdown(", ".join(categories))) if categories else "")
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
@@ -72,8 +72,8 @@ def format_bound(bound: float) -> str:
     return f"±{math.ceil(bound / unit - 1e-9) * unit:.1g}"
 
 
-def _notices(results: Mapping[str, Mapping[str, Any]], *findings: str) -> list[str]:
-    """Returns the notices of findings about each category."""
+def _collect_notices(results: Mapping[str, Mapping[str, Any]], *findings: str) -> list[str]:
+    """Returns '<category>: <notice>' for each category whose entry in the results has a notice."""
     notices = (
         (category, (result.get(key) or {}).get("notice")) for category, result in results.items() for key in findings
     )
@@ -92,15 +92,15 @@ def _figures(result: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
 def _table(head: list[str], metrics: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """Returns a table whose columns have these heads and the titles of metrics."""
     titles = [*head, *(METRICS[key].title for key in metrics)]
-    lines = [f"| {' | '.join(map(_markdown, cells))} |" for cells in (titles, *rows)]
+    lines = [f"| {' | '.join(map(_escape_markdown, cells))} |" for cells in (titles, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(titles), *lines[1:]])
 
 
 def _list(items: Iterable[str]) -> str:
     """Returns a list with an item on each line."""
-    return "\n".join(f"- {_markdown(item)}" for item in items)
+    return "\n".join(f"- {_escape_markdown(item)}" for item in items)
 
 
-def _markdown(text: object) -> str:
-    """Returns a text as one line of Markdown that is shown literally, without markup and without new table columns."""
+def _escape_markdown(text: object) -> str:
+    """Returns a text as one line for a cell of a Markdown table: escapes backslashes, bars, `<`, backticks and brackets."""
     return re.sub(r"([\\|<`\[\]])", r"\\\1", " ".join(str(text).split()))

@@ -29,7 +29,7 @@ from focus_ray.serving.origin import check_origin
 from focus_ray.serving.problems import MEDIA_TYPE, SCHEMA, Problem
 from focus_ray.serving.service import Service
 from focus_ray.serving.settings import MIB, Name
-from focus_ray.serving.source import version_facts
+from focus_ray.serving.source import version_labels
 from focus_ray.serving.tokens import Caller
 
 PNG = "image/png"
@@ -212,7 +212,7 @@ def create_api(service: Service) -> FastAPI:
     )
     api.add_middleware(Envelope, measures=service.measures)
     api.state.service = service
-    _handle_errors(api)
+    _add_error_handlers(api)
     _add_open_routes(api, service)
     security = [] if service.tokens is None else [Depends(HTTPBearer(auto_error=False))]
     router = APIRouter(prefix="/v1", dependencies=security, responses=_problem_responses(401, 403, 404, 422, 503))
@@ -328,7 +328,7 @@ def _add_inspect_route(router: APIRouter, service: Service) -> None:
         entries = zip(images, answer.results, answer.maps, strict=True)
         content = {
             "request_id": request_id,
-            **version_facts(used_version),
+            **version_labels(used_version),
             "sha256": used_version.sha256,
             "role": role,
             "results": [_result_body(name, result, values) for (name, _), result, values in entries],
@@ -348,7 +348,7 @@ def _add_admin_routes(router: APIRouter, service: Service) -> None:
         service.check_access(caller, team, category, "admin")
         body = await read_document(request, PromoteBody)
         version = await service.promote(team, category, body.version, alias)
-        return AliasAnswer(**version_facts(version), alias=alias)
+        return AliasAnswer(**version_labels(version), alias=alias)
 
     @router.post(
         "/{team}/{category}/versions/{version}/thresholds",
@@ -370,7 +370,7 @@ def _add_admin_routes(router: APIRouter, service: Service) -> None:
         caller: AuthenticatedCaller, team: NamePath, category: NamePath, alias: NamePath
     ) -> AliasAnswer:
         service.check_access(caller, team, category, "admin")
-        return AliasAnswer(**version_facts(await service.roll_back(team, category, alias)), alias=alias)
+        return AliasAnswer(**version_labels(await service.roll_back(team, category, alias)), alias=alias)
 
 
 def _add_open_routes(api: FastAPI, service: Service) -> None:
@@ -397,8 +397,8 @@ async def _send_file(content: bytes, media_type: str) -> Response:
     return Response(content, media_type=media_type)
 
 
-def _handle_errors(api: FastAPI) -> None:
-    """Answers every error with a problem document."""
+def _add_error_handlers(api: FastAPI) -> None:
+    """Answers problems, invalid requests and HTTP errors with a problem document. `Envelope` answers unexpected exceptions."""
 
     @api.exception_handler(Problem)
     async def on_problem(request: Request, problem: Problem) -> Response:

@@ -50,8 +50,8 @@ _ENVIRONMENT = {
 }
 
 
-def _prepare_process() -> None:
-    """Prepares the process of a replica: sets up the logs, and keeps decoder processes from running Ray's worker script."""
+def _prepare_replica_process() -> None:
+    """Sets up the logs of a replica's process, and keeps its decoder processes from importing Ray's worker script again."""
     configure_logging()
     # `multiprocessing` does not import a main module of this name in new processes
     sys.modules["__main__"].__spec__ = ModuleSpec("__main__", None)
@@ -63,7 +63,7 @@ class ScorerReplica:
 
     def __init__(self, pool: Pool, device: str, preload: Sequence[Version] = ()) -> None:
         """Args: preload: versions to load before the first request."""
-        _prepare_process()
+        _prepare_replica_process()
         self._scorer = ImageScorer(pool, device, RayMeasures())
         self._scorer.models.on_drop = self._on_drop
         self._versions: dict[str, Version] = {}
@@ -169,7 +169,7 @@ class Ingress:
             common_pool: pool of all categories without their own pool; None: this replica scores them itself.
             pinned_pools: other pools by the name of their pin.
         """
-        _prepare_process()
+        _prepare_replica_process()
         measures = RayMeasures()
         backend: ScoringBackend
         if common_pool is None:

@@ -120,7 +120,13 @@ class Decoders:
         await self._run("", _do_nothing)
 
     async def _run(self, team: str, function: Callable[..., T], *arguments: object) -> T | ImageError:
-        """Waits for a slot of the team and calls a function in a decoder. Raises: as the function."""
+        """Waits for a slot of the team, and calls a function in a decoder process.
+
+        Returns: the result of the function. If the function raises an `ImageError`, or takes too long or too much memory, an
+        `ImageError`.
+
+        Raises: other errors of the function.
+        """
         async with AsyncExitStack() as slot:
             await slot.enter_async_context(self._slots.hold(team))
             # A cancelled request does not stop its decoder. The team therefore holds the slot until the decoder is free.

@@ -85,7 +85,7 @@ def running(settings: ServiceSettings, host: str = "127.0.0.1", port: int = 8000
 
 
 def serve_until_interrupted(settings: ServiceSettings, host: str, port: int, log: Callable[[str], None]) -> None:
-    """Runs the service until SIGINT or SIGTERM, then finishes the requests in flight."""
+    """Runs the service until SIGINT or SIGTERM, then finishes the requests in flight. Raises: ConfigError: as `running`."""
     with running(settings, host, port) as url:
         with suppress(KeyboardInterrupt):
             for number in (signal.SIGINT, signal.SIGTERM):  # a shell may have disabled SIGINT

@@ -15,7 +15,7 @@ _VERSION = (*_CATEGORY, "version")
 _ROLE = (*_VERSION, "role")
 
 
-class Metric(NamedTuple):
+class ServiceMetric(NamedTuple):
     """A metric: its kind (a class of `ray.util.metrics`), description, names of its tags, and buckets of a histogram."""
 
     kind: Literal["Counter", "Gauge", "Histogram"]
@@ -26,29 +26,29 @@ class Metric(NamedTuple):
 
 # by name without the prefix: Prometheus has ray_focus_ray_<name>, and ray_focus_ray_<name>_total of a counter
 METRICS = {
-    "requests": Metric("Counter", "Requests answered.", ("route", "method", "status")),
-    "request_seconds": Metric("Histogram", "From a request's head to its answer.", ("route",), _SECONDS),
-    "stage_milliseconds": Metric("Histogram", "Where an inspection's time went.", ("stage",), _MILLISECONDS),
-    "batch_images": Metric("Histogram", "Images scored together.", (), _IMAGES),
-    "batch_categories": Metric("Histogram", "Models in a batch.", (), _IMAGES),
-    "passes": Metric("Counter", "Passes through a backbone."),
-    "load_seconds": Metric("Histogram", "Until a version was in memory.", _CATEGORY, _SECONDS),
-    "models_dropped": Metric("Counter", "Versions put out of memory.", _CATEGORY),
-    "models": Metric("Gauge", "Versions in memory."),
-    "model_bytes": Metric("Gauge", "Their size."),
-    "in_flight_requests": Metric("Gauge", "Requests under way."),
-    "in_flight_bytes": Metric("Gauge", "The bodies of requests under way."),
-    "images": Metric("Counter", "Images inspected.", (*_ROLE, "verdict")),
-    "p_value": Metric("Histogram", "p-values of images.", _ROLE, _P_VALUES),
-    "score_to_threshold": Metric("Histogram", "Score over threshold.", _ROLE, _SCORE_RATIOS),
-    "shift_p_value": Metric(
+    "requests": ServiceMetric("Counter", "Requests answered.", ("route", "method", "status")),
+    "request_seconds": ServiceMetric("Histogram", "From a request's head to its answer.", ("route",), _SECONDS),
+    "stage_milliseconds": ServiceMetric("Histogram", "Where an inspection's time went.", ("stage",), _MILLISECONDS),
+    "batch_images": ServiceMetric("Histogram", "Images scored together.", (), _IMAGES),
+    "batch_categories": ServiceMetric("Histogram", "Models in a batch.", (), _IMAGES),
+    "passes": ServiceMetric("Counter", "Passes through a backbone."),
+    "load_seconds": ServiceMetric("Histogram", "Until a version was in memory.", _CATEGORY, _SECONDS),
+    "models_dropped": ServiceMetric("Counter", "Versions put out of memory.", _CATEGORY),
+    "models": ServiceMetric("Gauge", "Versions in memory."),
+    "model_bytes": ServiceMetric("Gauge", "Their size."),
+    "in_flight_requests": ServiceMetric("Gauge", "Requests under way."),
+    "in_flight_bytes": ServiceMetric("Gauge", "The bodies of requests under way."),
+    "images": ServiceMetric("Counter", "Images inspected.", (*_ROLE, "verdict")),
+    "p_value": ServiceMetric("Histogram", "p-values of images.", _ROLE, _P_VALUES),
+    "score_to_threshold": ServiceMetric("Histogram", "Score over threshold.", _ROLE, _SCORE_RATIOS),
+    "shift_p_value": ServiceMetric(
         "Gauge",
         "Chance that the latest images of a version score so much higher, or lower, than those that set its threshold.",
         (*_VERSION, "direction"),
     ),
-    "shadow_images": Metric("Counter", "Images scored in shadow.", (*_VERSION, "differs")),
-    "retries": Metric("Counter", "Calls made again after a replica was lost."),
-    "sink_images": Metric("Counter", "What became of images for the sink.", ("outcome",)),
+    "shadow_images": ServiceMetric("Counter", "Images scored in shadow.", (*_VERSION, "differs")),
+    "retries": ServiceMetric("Counter", "Calls made again after a replica was lost."),
+    "sink_images": ServiceMetric("Counter", "What became of images for the sink.", ("outcome",)),
 }
 
 
@@ -56,4 +56,7 @@ class Measures:
     """Receives metrics and ignores them; a subclass records them."""
 
     def record(self, name: str, value: float = 1, **tags: str) -> None:
-        """Adds `value` to a counter or histogram of METRICS, or sets a gauge. Args: tags: values of all tags of the metric."""
+        """Adds a value to a counter of METRICS, observes it in a histogram, or sets a gauge. This base class ignores the value.
+
+        Args: tags: values of all tags of the metric.
+        """

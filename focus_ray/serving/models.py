@@ -34,9 +34,9 @@ class LoadedModel:
 
 
 class SharedBackbones:
-    """Shares one backbone between models with equal backbone weights, which saves memory and lets them share a forward pass.
+    """Shares one backbone between models whose backbones have the same structure, weights and data type.
 
-    A backbone stays in memory while a model uses it.
+    This saves memory, and such models can share a forward pass. A backbone stays in memory while a model uses it.
     """
 
     def __init__(self) -> None:

@@ -76,7 +76,10 @@ class ScoringPart(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Scores (B,) and anomaly maps (B, H, W) in the frame, and the times (`time.perf_counter`) of their batch."""
+    """The result for the images of one request: scores (B,) and anomaly maps (B, H, W) at the size of the frame.
+
+    It also has the times (`time.perf_counter`) at which scoring of the whole batch began and ended.
+    """
 
     score: NDArray[np.float32]
     anomaly_map: NDArray[np.float32]

@@ -30,7 +30,7 @@ from focus_ray.serving.problems import (
 from focus_ray.serving.scorer import Answer, ScoringRequest
 from focus_ray.serving.settings import Route, ServiceSettings
 from focus_ray.serving.sink import FLUSH_EVERY_S, ImageSink
-from focus_ray.serving.source import Lookups, ModelSource, VersionDirectory, open_source, version_facts
+from focus_ray.serving.source import Lookups, ModelSource, VersionDirectory, open_source, version_labels
 from focus_ray.serving.stream_shift import StreamShifts
 from focus_ray.serving.tokens import Caller, Scope, TokenStore
 
@@ -42,7 +42,7 @@ _MAX_SHADOW_TASKS = 8  # at the same time; further ones are skipped, because a s
 
 
 class ScoringBackend(Protocol):
-    """Scores images: an `ImageScorer` in this process, or pools of replicas with one each."""
+    """The interface to the scoring: an `ImageScorer` in this process, or pools of replicas that have one each."""
 
     async def inspect(self, request: ScoringRequest) -> Answer:
         """Scores the images of a request, as `ImageScorer.inspect`."""
@@ -96,7 +96,10 @@ class Service:
             self._background_tasks.append(asyncio.create_task(self.tokens.refresh_regularly()))
 
     async def close(self) -> None:
-        """Ends the background tasks and writes the rows of the sink. Does not wait for look-ups, because one may hang."""
+        """Ends the background tasks, waits at most 20 s for shadow scoring and shift tests, and writes the rows of the sink.
+
+        Does not wait for running calls to the storage, because a call may hang.
+        """
         for task in self._background_tasks:
             task.cancel()
         self.directory.close()
@@ -212,7 +215,7 @@ class Service:
         shift = self.shifts.latest_shift(version)
         notice = None if shift is None else describe_stream_shift(shift)
         return {
-            **version_facts(version),
+            **version_labels(version),
             "sha256": version.sha256,
             "created_at": manifest["created_at"],
             "published_at": version.published_at.isoformat(),
@@ -247,14 +250,14 @@ class Service:
         """Moves an alias to the version of a ref and returns the version. Raises: Problem: as `_change_registry`."""
         function = self._registry().promote
         version = await self._change_registry(team, category, ref, function, team, category, ref, alias)
-        log("promoted", alias=alias, **version_facts(version))
+        log("promoted", alias=alias, **version_labels(version))
         return version
 
     async def roll_back(self, team: str, category: str, alias: str) -> Version:
         """Moves an alias back to its previous version and returns the version. Raises: Problem: as `_change_registry`."""
         function = self._registry().roll_back
         version = await self._change_registry(team, category, alias, function, team, category, alias)
-        log("rolled back", alias=alias, **version_facts(version))
+        log("rolled back", alias=alias, **version_labels(version))
         return version
 
     async def set_thresholds(
@@ -272,7 +275,7 @@ class Service:
         arguments = (version, image, pixel, f"token {caller.id}")
         function = self._registry().set_thresholds
         new_version = await self._change_registry(version.team, version.category, version.name, function, *arguments)
-        log("thresholds set", of=version.name, by=caller.id, **version_facts(new_version))
+        log("thresholds set", of=version.name, by=caller.id, **version_labels(new_version))
         return new_version
 
     def _registry(self) -> Registry:
@@ -343,7 +346,7 @@ class Service:
 
     def _record_results(self, request: ScoringRequest, answer: Answer, role: str, request_id: str) -> None:
         """Counts images by verdict, records p-values and scores relative to the threshold, and fills the sink."""
-        tags = {**version_facts(request.version), "role": role}
+        tags = {**version_labels(request.version), "role": role}
         for result in answer.results:
             if isinstance(result, ImageError):
                 self.measures.record("images", verdict="unreadable", **tags)
@@ -373,7 +376,11 @@ class Service:
         task.add_done_callback(self._shadow_tasks.discard)
 
     async def _score_in_shadow(self, route: Route, request: ScoringRequest, answer: Answer, request_id: str) -> None:
-        """Scores the images with the shadow version; logs how its results differ from the answer. Never raises."""
+        """Scores the images of an answered request with the shadow version. Does nothing if the shadow is the same version.
+
+        The results go to the metrics and the sink, and the log gets the difference from the answer. An error of the scoring is
+        only logged.
+        """
         try:
             assert route.shadow is not None
             version = await self.directory.resolve(route.team, route.category, route.shadow)
@@ -392,7 +399,7 @@ class Service:
             # two versions have different scales, so their scores are compared relative to their thresholds
             change = shadow_result.score_to_threshold - result.score_to_threshold
             differs = result.anomalous != shadow_result.anomalous
-            self.measures.record("shadow_images", differs=str(differs).lower(), **version_facts(version))
+            self.measures.record("shadow_images", differs=str(differs).lower(), **version_labels(version))
             log(
                 "shadow",
                 request_id=request_id,
@@ -402,7 +409,7 @@ class Service:
                 p_value=result.p_value,
                 shadow_p_value=shadow_result.p_value,
                 relative_score_change=round(change, 6),
-                **version_facts(request.version),
+                **version_labels(request.version),
             )
 
     # ---- helpers

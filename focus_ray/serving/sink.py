@@ -81,7 +81,9 @@ class ImageSink:
         results: Sequence[Inspection | ImageError],
         role: str = "answer",
     ) -> None:
-        """Adds a sample of the images of a request to the waiting rows. Does not block.
+        """Chooses images of a request at random and keeps them until the next write. Does not block.
+
+        Images above the memory limit are dropped and counted.
 
         Args:
             images: the files of the request.
@@ -123,7 +125,11 @@ class ImageSink:
             self._count_images("failed", sum(file.num_images for file in self._unwritten_files))
 
     def _count_images(self, outcome: str, count: int) -> None:
-        """Counts images by outcome: kept or dropped, then written or failed; delayed after a failed write."""
+        """Counts images for the metric `sink_images`.
+
+        Outcomes: kept (waits for writing), dropped (above the memory limit), written, delayed (the first write failed), failed
+        (lost at the end).
+        """
         self.measures.record("sink_images", count, outcome=outcome)
 
     def _write(self) -> None:
@@ -174,13 +180,13 @@ class ImageSink:
 
 
 def delete_old_images(uri: str, limit: datetime, log: Any = lambda message, **facts: None) -> list[str]:
-    """Deletes the folders of days that ended before `limit`.
+    """Deletes the folders of days that ended before `limit`, which has a time zone. The days are in UTC.
 
     Other folders stay. If a folder cannot be deleted, this is logged, and the next folders are deleted.
 
     Returns: the deleted folders.
 
-    Raises: DataError: `uri` cannot be listed.
+    Raises: DataError: `uri` or the folder of a team cannot be listed. The folders after it stay.
     """
     deleted = []
     for team in (join(uri, name) for name in list_names(uri) if name.startswith("team=")):

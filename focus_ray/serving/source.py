@@ -131,8 +131,8 @@ def version_key(version: Version) -> str:
     return f"{version.team}/{version.category}/{version.name}/{version.sha256[:16]}"
 
 
-def version_facts(version: Version) -> dict[str, Any]:
-    """Returns team, category and name of a version, for logs and metrics."""
+def version_labels(version: Version) -> dict[str, Any]:
+    """Returns team, category and name of a version, for logs, metrics and answers."""
     return {"team": version.team, "category": version.category, "version": version.name}
 
 

@@ -16,7 +16,7 @@ from focus_ray.data.images import ImageError
 from focus_ray.detect.inspection import Inspection
 from focus_ray.detect.shift import RecentScores, Shift, compare_stream
 from focus_ray.serving.measures import Measures
-from focus_ray.serving.source import version_facts, version_key
+from focus_ray.serving.source import version_key, version_labels
 
 MAX_VERSIONS = 1024  # with scores in memory, about 10 kB each; the version that was idle for longest is dropped first
 
@@ -64,7 +64,7 @@ class StreamShifts:
 
     async def _run_test(self, version: Version, recent_scores: RecentScores) -> None:
         """Compares the latest scores of a version with its calibration scores; records and logs the result."""
-        facts = version_facts(version)
+        facts = version_labels(version)
         try:
             calibration = (await self._read_manifest(version))["calibration"]["image_scores"]
             shift = await asyncio.to_thread(compare_stream, calibration, recent_scores.take())

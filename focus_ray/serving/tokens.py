@@ -122,7 +122,12 @@ def create_token(
 
 
 def revoke_token(uri: str, token_id: str) -> Token:
-    """Removes a token from a token file and returns its record. Raises: ConfigError: the file has no such token."""
+    """Removes a token from a token file and returns its record.
+
+    Raises:
+        ConfigError: the file has no such token, is no token file, or is locked by another process.
+        DataError: the file cannot be written.
+    """
     with _lock_file(uri):
         tokens = {token.id: token for token in read_tokens(uri).tokens}
         if token_id not in tokens:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
@@ -123,6 +123,23 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {part!r} holds a value, not a section")
         tree = child
     tree[parts[-1]] = value
+
+
+def setting_keys(model: type[BaseModel], prefix: str = "", with_sections: bool = False) -> Iterator[str]:
+    """Yields the dotted keys of all settings of a model. An optional section gives its own key and the keys of its settings.
+
+    Args: with_sections: also yield the keys of all other sections.
+    """
+    for name, field in model.model_fields.items():
+        key, annotation = f"{prefix}{name}", field.annotation
+        is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        if with_sections or not is_section:
+            yield key
+        if get_origin(annotation) is dict:  # the keys of a dict are names that the user chooses
+            continue
+        for part in (annotation, *get_args(annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from setting_keys(part, f"{key}.", with_sections)
 
 
 def _explain(item: Any, model: type[BaseModel]) -> str:

@@ -47,7 +47,7 @@ from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import Point, SweepConfig
 from focus_ray.sweep.shared_work import SharedInputs, compute_shared_inputs
 from focus_ray.sweep.trial_inputs import check_trial_settings, split_for_judging
-from focus_ray.sweep.tune import PointSearcher, SweepStopper, run_tune
+from focus_ray.sweep.tune import SweepStopper, TuneSearcher, run_tune
 from focus_ray.sweep.worker import STOPPED, StageJob, run_trial
 from focus_ray.tracking.recorder import Recorder
 from focus_ray.tracking.trials import SweepRecorder
@@ -254,10 +254,10 @@ class _SweepDriver:
     scratch: str = field(default_factory=lambda: tempfile.mkdtemp(prefix="focus-ray-sweep-"))
 
     def run(self) -> str:
-        """Runs all trials and releases everything that the sweep holds.
+        """Runs all trials that have no result yet, and releases everything that the sweep holds.
 
         Returns:
-            "finished" or "stopped". The folder of the sweep records the same state.
+            "finished" or "stopped". The folder of the sweep records the same state, and "failed" if an error is raised.
         """
         groups_before = placement_groups()
         heartbeat = Heartbeat(self.root)
@@ -391,7 +391,7 @@ class _SweepDriver:
                 tune.with_parameters(run_trial, job=job),
                 tune.PlacementGroupFactory([bundle], bundle_label_selector=labels),
                 tune.TuneConfig(
-                    search_alg=PointSearcher(proposer, end_trial),
+                    search_alg=TuneSearcher(proposer, end_trial),
                     num_samples=num_left,
                     max_concurrent_trials=self.limit,
                 ),

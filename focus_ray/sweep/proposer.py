@@ -36,11 +36,11 @@ def random_points(sweep: SweepConfig) -> list[Point]:
 
 
 class Proposer:
-    """Proposes the next point of a sweep. After the results of earlier trials, it continues where an earlier process ended.
+    """Proposes the points of the trials of one stage. To resume a sweep, pass the results of its earlier trials to `tell` first.
 
     Attributes:
         points: All points in their order; empty for the searcher `optuna`.
-        total: Number of trials of the sweep.
+        total: Number of trials of the stage.
         trials: Number of each proposed or ended trial -> its Optuna trial while it runs, else None.
         study: Results for the searcher `optuna`.
     """
@@ -87,14 +87,14 @@ class Proposer:
         curve: Sequence[tuple[int, float]] = (),
         failed: bool = False,
     ) -> None:
-        """Passes the result of a trial to the searcher (Optuna's ask-and-tell interface).
+        """Marks a trial as ended, so that its number is not proposed again. The searcher `optuna` also learns from its result.
 
         Args:
             number: Number of the trial.
             point: Settings of the trial.
             score: Score of the trial; None if the trial was pruned or failed.
             curve: (step, score) of all reports of the trial.
-            failed: True if the trial failed: the searcher learns nothing from it, and does not propose it again.
+            failed: True if the trial failed. A failed trial teaches Optuna nothing.
         """
         trial, self.trials[number] = self.trials.get(number), None
         if self.points:

@@ -66,7 +66,7 @@ class Judge:
             rung.pop(trial, None)
 
     def report(self, trial: int, category: str, epoch: int, score: float, final: bool) -> str | None:
-        """Records a score of a trial and decides whether the trial goes on.
+        """Records a score of a trial and returns the reason to end the trial, or None. After `stop`, it records nothing.
 
         Args:
             trial: Number of the trial.
@@ -76,7 +76,7 @@ class Judge:
             final: True if this is the last score of the category.
 
         Returns:
-            The reason to end the trial now; None if it goes on.
+            The reason to end the trial now; None if it goes on. After `stop`, the reason of the stop.
         """
         if self.stop_reason is not None:
             return self.stop_reason

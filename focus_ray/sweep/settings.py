@@ -10,18 +10,18 @@ import copy
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, model_validator
+from pydantic import AfterValidator, Field, TypeAdapter, model_validator
 
 from focus_ray.errors import ConfigError
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.names import NAME_PATTERN, suggest_name
 from focus_ray.settings.kinds import DENSITIES, METRICS
-from focus_ray.settings.sections import Section, apply_override, parse_model, read_mapping
+from focus_ray.settings.sections import Section, apply_override, parse_model, read_mapping, setting_keys
 
 Point = dict[str, Any]  # dotted key of Config -> value
 
@@ -69,7 +69,7 @@ def inert_keys(config: Config) -> dict[str, str]:
     if not train.epochs:
         why = "nothing is trained (train.epochs is 0)"
         reasons.update(
-            {key: why for key in setting_keys() if key.startswith("train.") and key not in _USED_WITHOUT_TRAINING}
+            {key: why for key in setting_keys(Config) if key.startswith("train.") and key not in _USED_WITHOUT_TRAINING}
         )
         reasons["model.predictor_width"] = why
     elif not train.lambda_fine:
@@ -424,20 +424,6 @@ def parse_sweep(tree: Mapping[str, Any], source: str = "sweep") -> SweepConfig:
     return sweep.model_copy(update={"base": base.model_dump(mode="json"), "base_file": None, "space": space})
 
 
-def setting_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Yields the dotted keys of all settings. An optional section gives its own key and the keys of its settings."""
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from setting_keys(field.annotation, f"{prefix}{name}.")
-            continue
-        yield f"{prefix}{name}"
-        if get_origin(field.annotation) is dict:  # the keys of a dict are names that the user chooses
-            continue
-        for part in get_args(field.annotation):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                yield from setting_keys(part, f"{prefix}{name}.")
-
-
 def grid_points(sweep: SweepConfig) -> list[Point]:
     """Returns all combinations of a space of lists; the last key changes fastest."""
     values = [domain.choice or () for domain in sweep.space.values()]
@@ -450,7 +436,7 @@ def _check_space(sweep: SweepConfig) -> None:
     Raises:
         ConfigError: A key is unknown, cannot be searched or changes no score, or a value or combination is not valid.
     """
-    all_keys = list(setting_keys())
+    all_keys = list(setting_keys(Config))
     for key in sweep.space:
         if key not in all_keys:
             keys_inside = [name for name in all_keys if name.startswith(f"{key}.")]

@@ -98,7 +98,7 @@ def _shareable_features(sweep: SweepConfig, categories: Mapping[str, Any], log: 
 
     Returns an empty dict if trials would need too many different sets to save work.
     """
-    network_space = {key: domain for key, domain in sweep.space.items() if _changes_features(key)}
+    network_space = {key: domain for key, domain in sweep.space.items() if _affects_shared_features(key)}
     if any(domain.choice is None for domain in network_space.values()):
         log("shared work: no features, because trials draw settings of the network from a range")
         return {}
@@ -111,8 +111,12 @@ def _shareable_features(sweep: SweepConfig, categories: Mapping[str, Any], log: 
     return {key: pair for key, pair in zip(keys, configs, strict=True) if key is not None}
 
 
-def _changes_features(key: str) -> bool:
-    """Returns True if a setting can change the features: by the network, its inputs or its training."""
+def _affects_shared_features(key: str) -> bool:
+    """Returns True for the settings that decide which trials can share features.
+
+    These are all settings of `model`, and train.seed, train.batch_size_per_worker and train.epochs. Other settings of `train` do
+    not count, because a trial that trains shares no features.
+    """
     return key.startswith("model.") or key in ("train.seed", "train.batch_size_per_worker", "train.epochs")
 
 

@@ -84,7 +84,12 @@ def format_markdown(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> str:
 
 
 def train_commands(root: str, trials: Sequence[TrialRecord]) -> list[str]:
-    """Returns the commands that train the best configuration of each stage."""
+    """Returns one `focus-ray train` command for the best configuration of each stage that has a finished trial.
+
+    Args:
+        root: Folder of the sweep.
+        trials: Records of all trials.
+    """
     files = (join(root, records.best_file_name(stage)) for stage in records.best_records(trials))
     return [f"focus-ray train {shlex.quote(file)}" for file in files]
 
@@ -146,8 +151,8 @@ def _find_ties(
 def _list_numbers(trials: Sequence[TrialRecord]) -> str:
     """Returns the sorted numbers of trials as text; of many trials the first numbers and the number of the others."""
     numbers = [str(number) for number in sorted(record.number for record in trials)]
-    others = f" and {len(numbers) - _MAX_NAMED} more" if len(numbers) > _MAX_NAMED else ""
-    return ", ".join(numbers[:_MAX_NAMED]) + others
+    suffix = f" and {len(numbers) - _MAX_NAMED} more" if len(numbers) > _MAX_NAMED else ""
+    return ", ".join(numbers[:_MAX_NAMED]) + suffix
 
 
 def _list_caveats(sweep: SweepConfig, trials: Sequence[TrialRecord], num_level: int) -> list[str]:

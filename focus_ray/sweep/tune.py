@@ -36,8 +36,8 @@ class SweepStopper(tune.Stopper):
         return {}
 
 
-class PointSearcher(Searcher):
-    """Proposes the points of a proposer and passes the records of ended trials on.
+class TuneSearcher(Searcher):
+    """The searcher that Ray Tune calls: takes each new point from a `Proposer`, and calls `end_trial` when a trial ends.
 
     Args:
         proposer: Source of the points.

@@ -24,7 +24,7 @@ from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import Objective, SweepConfig
 from focus_ray.sweep.trial import CategoryResult, clear_caches, judge_category
 from focus_ray.sweep.trial_inputs import CategoryImages, FrozenFeatures, embed_images, features_key, load_images
-from focus_ray.training.streams import worker_stream
+from focus_ray.training.streams import iterate_worker_batches
 from focus_ray.training.trainer import TrainerJob, run_trainer
 
 STOPPED = "the sweep was stopped"
@@ -102,7 +102,7 @@ def run_trial(config: Mapping[str, Any], job: StageJob) -> None:
         if not job.sweep.share_work:
             clear_caches()
         for category, split in job.splits.items():
-            results[category] = _judge_category(TrialJob(settings, split, job.use_gpu, number, job))
+            results[category] = _fit_and_score_category(TrialJob(settings, split, job.use_gpu, number, job))
             reason = results[category].cut
             if reason is not None:
                 status = "cut"
@@ -133,8 +133,11 @@ def run_trial(config: Mapping[str, Any], job: StageJob) -> None:
     )  # text: Tune flattens nested results
 
 
-def _judge_category(job: TrialJob) -> CategoryResult:
-    """Judges one category in this process, or on Ray Train workers if several are configured or images are streamed."""
+def _fit_and_score_category(job: TrialJob) -> CategoryResult:
+    """Trains, if configured, and scores a trial on one category.
+
+    This runs in this process, or on Ray Train workers if several are configured or images are streamed.
+    """
     streams = job.config.train.epochs > 0 and not fits_memory(job.config, job.split)
     if job.config.cluster.num_workers == 1 and not streams:
         return _judge_on_worker(job, torch.device("cuda" if job.use_gpu else "cpu"))
@@ -178,7 +181,7 @@ def _judge_on_worker(
         features = _fetch_shared_input(stage.features.get(features_key(settings, job.category) or ""))
     shared = "features" if features is not None else "images" if images is not None else "nothing"
     if images is None:
-        shard, plan = worker_share(settings, job.category, job.split.plan(settings), rank, num_workers)
+        shard, plan = split_for_worker(settings, job.category, job.split.plan(settings), rank, num_workers)
         images = load_images(stage.sweep.reference_config, job.category, plan, objective, size_px)
 
     def on_score(epoch: int, score: float, final: bool) -> str | None:
@@ -202,15 +205,15 @@ def _judge_on_worker(
     return result
 
 
-def worker_share(
+def split_for_worker(
     settings: Config, category: str, plan: SplitPlan, rank: int, num_workers: int
 ) -> tuple[Shard, SplitPlan]:
-    """Returns a worker's training images and the plan of the images that every worker reads.
+    """Returns the training images of one worker, and a plan with only the images that every worker reads completely.
 
-    Only for trials without shared images.
+    These are the validation images and the held-out images. Only for trials without shared images.
     """
     if settings.train.epochs and not fits_memory(settings, plan):
-        shard: Shard = StreamShard(settings, category, plan.share(rank, num_workers), worker_stream)
+        shard: Shard = StreamShard(settings, category, plan.share(rank, num_workers), iterate_worker_batches)
     else:
         shard = build_shard(settings, category, plan.without_holdout(), rank, num_workers)
     return shard, plan.take_fit(NO_ROWS)

@@ -126,7 +126,7 @@ def fit_category(
 
 
 def _write_checkpoint(folder: str, epoch: int, state: TrainState) -> None:
-    """Writes the training state after an epoch, and then removes older checkpoints."""
+    """Writes the training state after an epoch, and then removes the other checkpoints."""
     content = io.BytesIO()
     torch.save(state.to_dict(), content)
     name = f"checkpoint_{epoch:06}"

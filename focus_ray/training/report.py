@@ -98,13 +98,16 @@ def build_training_section(uri: str, manifest: Mapping[str, Any]) -> TrainingSec
 def _plots(
     calibration: Calibration, history: Sequence[Mapping[str, float]], selection: Sequence[Mapping[str, Any]]
 ) -> list[plots.Plot]:
-    """Draws calibration scores, and the figures and validation results by epoch if the category was trained."""
+    """Draws the calibration scores. If the network was trained, also draws losses and other numbers by epoch.
+
+    If validation images judged the epochs, also draws their results by epoch.
+    """
     drawn = [
         plots.score_histograms(
             {"calibration: good images": calibration.image_scores},
             calibration.image_threshold,
             "Calibration scores",
-            f"Scores of {_calibration_images(calibration)}; right of the dashed threshold an image is called bad.",
+            f"Scores of {_describe_calibration_images(calibration)}; right of the dashed threshold an image is called bad.",
         )
     ]
     if not history:
@@ -133,8 +136,8 @@ def _plots(
     return drawn
 
 
-def _calibration_images(calibration: Calibration) -> str:
-    """Describes the images that set the threshold, for the method of a calibration."""
+def _describe_calibration_images(calibration: Calibration) -> str:
+    """Returns words for the images that set the threshold, such as 'good images that the density has not seen'."""
     return {
         "split": "good images that the density has not seen",
         "cross": "training images, each scored without its fold",
@@ -145,7 +148,7 @@ def _calibration_images(calibration: Calibration) -> str:
 def _calibration_facts(calibration: Calibration) -> dict[str, Any]:
     """Returns label -> value for the table of the calibration."""
     return {
-        "calibrated with": f"{calibration.num_images} {_calibration_images(calibration)} ({calibration.method})",
+        "calibrated with": f"{calibration.num_images} {_describe_calibration_images(calibration)} ({calibration.method})",
         "image threshold": f"{calibration.image_threshold:.6g}",
         "good images called bad, asked for": f"{100 * calibration.target_fpr:.3g} %",
         "pixel threshold": f"{calibration.pixel_threshold:.6g}",
@@ -154,7 +157,7 @@ def _calibration_facts(calibration: Calibration) -> dict[str, Any]:
 
 
 def _alignment_facts(alignment: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns label -> value for the table of the image alignment. alignment: figures of the training; None: no record."""
+    """Returns label -> value for the table of the image alignment. alignment: numbers of the training; None: no record."""
     settings = config["model"]["image_alignment"]
     if alignment is None:
         return {"group": settings["group"], "method": settings["method"], "found": "nothing is noted of it"}

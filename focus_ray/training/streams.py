@@ -28,14 +28,14 @@ def ray_dataset(
     columns: Sequence[str] | None = None,
     version: str | None = None,
 ) -> ray.data.Dataset:
-    """Returns a Ray data set of the committed files of a category.
+    """Returns a Ray data set of the Parquet files of a category, in one version of the data set.
 
-    Switches DataSourceV2 off in the DataContext of this process: with Ray 2.60 it starts 32 footer actors per epoch and reads
-    small image sets about three times slower. On S3 each node uses its own credentials.
+    Switches DataSourceV2 off in the DataContext of this process: with Ray 2.60 it starts 32 actors that read file footers in
+    each epoch, and reads small image sets about three times slower. On S3 each node uses its own credentials.
 
     Args:
         split: train or test; None: both.
-        columns: columns of ``SCHEMA``; None: all. `group` is null in rows of part files without this column.
+        columns: columns of ``SCHEMA``; None: all. Older part files have no column `group`; its values are then null.
         version: version of the data set; None: the current version.
 
     Raises: DataError: as ``read_index``.
@@ -57,7 +57,10 @@ def ray_dataset(
 
 
 def stream_training_images(config: Config, split: Split) -> Any:
-    """Returns a Ray data set of the decoded training images. The rule of the split selects them while rows are read."""
+    """Returns a Ray data set of the decoded good images that fit the density.
+
+    The rule of the split selects them while rows are read.
+    """
     frame = load_frame(config, split.category)
 
     def decode(batch: dict[str, Any]) -> dict[str, Any]:
@@ -76,8 +79,11 @@ def stream_training_images(config: Config, split: Split) -> Any:
     return dataset.map_batches(decode, batch_size=NUM_ROWS_PER_READ)
 
 
-def worker_stream(batch_size: int, seed: int) -> Iterable[Mapping[str, Any]]:
-    """Returns the batches of this worker from the stream of its trainer, shuffled within a buffer, for `StreamShard`."""
+def iterate_worker_batches(batch_size: int, seed: int) -> Iterable[Mapping[str, Any]]:
+    """Returns this worker's share of the trainer's image stream as batches, shuffled within a buffer. It is a `BatchStream`.
+
+    Runs only inside a worker of Ray Train.
+    """
     import ray.train
 
     stream = ray.train.get_dataset_shard("train")

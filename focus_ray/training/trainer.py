@@ -48,9 +48,9 @@ def run_trainer(worker: Callable[[J, torch.device], Any], job: J, scratch: str, 
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    from focus_ray.cluster.ray_private import prepare_trainers
+    from focus_ray.cluster.ray_private import patch_ray_train
 
-    prepare_trainers()
+    patch_ray_train()
     config = job.config
     cluster = config.cluster
     datasets = {}

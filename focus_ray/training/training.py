@@ -14,7 +14,7 @@ import torch
 from focus_ray.bundle.metric import share_metric
 from focus_ray.cluster.connect import connect, runs_here, uses_gpu
 from focus_ray.cluster.failures import reason_of
-from focus_ray.cluster.messages import Message, Messages, options_on_this_node
+from focus_ray.cluster.messages import Message, Messages, actor_options_on_this_node
 from focus_ray.cluster.ownership import Heartbeat, check_resumable, write_fingerprints
 from focus_ray.cluster.pool import Failed, WorkerPool, options_per_worker
 from focus_ray.cluster.preflight import count_concurrent_runs, probe_nodes
@@ -43,7 +43,7 @@ from focus_ray.tracking.recorder import Recorder
 from focus_ray.tracking.runs import CLAIM, TrainingRecorder
 from focus_ray.training.category import bundle_uri, checkpoint_folder, fit_category
 from focus_ray.training.report import write_training_report
-from focus_ray.training.streams import worker_stream
+from focus_ray.training.streams import iterate_worker_batches
 from focus_ray.training.trainer import TrainerJob, run_trainer
 
 RUN_CONFIG = "config.yaml"
@@ -119,7 +119,7 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
                 + "; ".join(f"{category}: {reason}" for category, reason in sorted(failed.items()))
                 + ". Fix the cause and run again with --resume"
             )
-    if len(bundles) > 1 and learns_metric(config):
+    if len(bundles) > 1 and learns_shareable_projection(config):
         shared = join(root, SHARED_METRIC)
         share_metric(list(bundles.values()), shared)
         log(f"metric of all {len(bundles)} categories, for a new one's density.metric: {shared}")
@@ -128,7 +128,7 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
 
 
 def _join_cluster(config: Config, root: str, splits: Mapping[str, Split], log: Log) -> int:
-    """Joins the cluster, checks its resources and its storage, and returns how many categories can run at the same time.
+    """Joins the cluster, checks its resources and storage, and returns how many categories can run at the same time.
 
     Raises: TrainingError, DataError: a check failed.
     """
@@ -147,8 +147,11 @@ def _join_cluster(config: Config, root: str, splits: Mapping[str, Split], log: L
     return limit
 
 
-def learns_metric(config: Config) -> bool:
-    """Returns whether each category learns a discriminant projection that its bundle can share with others."""
+def learns_shareable_projection(config: Config) -> bool:
+    """Returns whether each category learns its own discriminant projection and its bundle keeps the data to share it.
+
+    `share_metric` averages this data with the data of other categories.
+    """
     density = config.density
     return density.reduction == "discriminant" and density.metric is None and density.keep_moments
 
@@ -172,7 +175,7 @@ def _train_categories(
     else:
         limit = _join_cluster(config, root, splits, log)
     fingerprints = {category: split.fingerprint for category, split in all_splits.items()}
-    _claim(root, resume, fingerprints)
+    _claim_run_folder(root, resume, fingerprints)
     write_bytes(join(root, RUN_CONFIG), config_to_yaml(config).encode())
     training_recorder = TrainingRecorder(recorder, config.model_dump(mode="json"), root, fingerprints)
 
@@ -246,7 +249,7 @@ def _train_on_cluster(
     pool = WorkerPool[CategoryJob](
         num_at_once,
         # a process that waits for a trainer runs on the node of the driver, so that the loss of another node ends no training
-        options_on_this_node() if needs_trainer else options_per_worker(config.cluster, use_gpu),
+        actor_options_on_this_node() if needs_trainer else options_per_worker(config.cluster, use_gpu),
         MAX_TRAINER_RESTARTS if needs_trainer else config.cluster.max_failures,
         show,
         listen,
@@ -282,7 +285,7 @@ def _fit(job: CategoryJob, device: torch.device) -> None:
         on_figures=lambda figures: job.send((job.category, figures)),
         device=device,
         num_threads=job.num_threads,
-        stream=worker_stream if job.needs_trainer else None,
+        stream=iterate_worker_batches if job.needs_trainer else None,
     )
 
 
@@ -302,8 +305,14 @@ def resolve_paths(config: Config) -> Config:
     return parse_config(tree)
 
 
-def _claim(root: str, resume: bool, fingerprints: Mapping[str, str]) -> None:
-    """Claims the folder for this run. Raises: TrainingError: another run of this name, started at the same time, was first."""
+def _claim_run_folder(root: str, resume: bool, fingerprints: Mapping[str, str]) -> None:
+    """Creates the claim file of a run's folder and writes the fingerprints of the categories.
+
+    If the claim file exists, nothing happens with `resume`.
+
+    Raises: TrainingError: the claim file exists, and `resume` is False: another run of this name, started at the same time, was
+    first.
+    """
     claim = json.dumps({"token": uuid.uuid4().hex, "host": socket.gethostname()}).encode()
     if create_bytes(join(root, CLAIM), claim):
         write_fingerprints(root, fingerprints)
@@ -330,7 +339,7 @@ def _check_claim(config: Config, root: str, resume: bool, fingerprints: Mapping[
     started = _started_categories(root)  # other categories have no results yet
     check_resumable(root, fingerprints, TrainingError, binding=started)
     stored_yaml = read_bytes(path).decode()
-    changed = differing_keys(parse_config(mapping_of(stored_yaml, path), source=path), config)
+    changed = describe_changed_settings(parse_config(mapping_of(stored_yaml, path), source=path), config)
     if changed and started:
         raise TrainingError(
             f"{root}: categories that are finished, or have checkpoints, were made with other settings: "
@@ -340,7 +349,7 @@ def _check_claim(config: Config, root: str, resume: bool, fingerprints: Mapping[
 
 
 def _started_categories(root: str) -> set[str]:
-    """Returns the categories that are finished or have a checkpoint."""
+    """Returns the categories that have a bundle folder, perhaps an incomplete one, or a folder with checkpoints."""
     started = {*list_names(join(root, "bundles"))}
     for category in list_names(join(root, "train")):
         if any(name.startswith("checkpoint_") for name in list_names(checkpoint_folder(root, category))):
@@ -348,8 +357,8 @@ def _started_categories(root: str) -> set[str]:
     return started
 
 
-def differing_keys(earlier: Config, config: Config) -> list[str]:
-    """Returns a text with both values for each setting that changes a result and differs."""
+def describe_changed_settings(earlier: Config, config: Config) -> list[str]:
+    """Returns a text such as 'train.epochs was 5, is 10' for each setting that differs and can change a result."""
     earlier_values, values = (dict(flatten_dict(settings.model_dump(mode="json"))) for settings in (earlier, config))
     return [
         f"{key} was {earlier_values.get(key)}, is {values.get(key)}"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from focus_ray.bundle.bundle import MANIFEST
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.bundle.published import resolve_bundles
+from focus_ray.bundle.published import find_bundle_of_each_category
 from focus_ray.bundle.registry import LATEST
 from focus_ray.errors import DataError, FocusRayError
 from focus_ray.storage.files import FileStamp, join, read_stamp
@@ -83,7 +83,7 @@ class WatchedModel:
         """
         if (manifest_stamp := read_stamp(join(self.uri, MANIFEST))) is not None:
             return self.uri, manifest_stamp
-        bundles = resolve_bundles(self.uri, self.version, log)
+        bundles = find_bundle_of_each_category(self.uri, self.version, log)
         if self.category is None and len(bundles) > 1:
             raise DataError(f"{self.uri}: has models of {', '.join(sorted(bundles))}: choose one with --category")
         name = self.category or next(iter(bundles))

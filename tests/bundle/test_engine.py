@@ -58,7 +58,7 @@ def test_an_engine_with_different_scores_is_refused(
     bundle: str, examples: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "focus_ray.bundle.inspector.compile_features",
+        "focus_ray.bundle.inspector.compile_feature_extractor",
         lambda net, engine, images: lambda part: tuple(2 * level for level in net.backbone(part)),
     )
     with pytest.raises(ConfigError, match=r"of 6 examples .* is \d+"):

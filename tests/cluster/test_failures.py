@@ -34,11 +34,11 @@ PERMANENT = [DataError("a"), ConfigError("b"), WeightsError("c"), FloatingPointE
 def test_trainers_retry_temporary_errors_and_no_permanent_errors(
     ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from focus_ray.cluster.ray_private import prepare_trainers
+    from focus_ray.cluster.ray_private import patch_ray_train
 
     monkeypatch.setattr(data_parallel_trainer, "create_failure_policy", None)
     monkeypatch.setenv("RAY_ADDRESS", "")  # the test sets it
-    prepare_trainers()
+    patch_ray_train()
     policy = data_parallel_trainer.create_failure_policy(ray.train.FailureConfig(max_failures=30))  # type: ignore[misc]
 
     def decide(*errors: BaseException) -> FailureDecision:

@@ -111,7 +111,9 @@ def test_joining_without_the_token_names_the_variables_to_set(
     ],
 )
 def test_token_settings_of_the_user_are_kept(tmp_path: Path, variables: dict[str, str], expected: str) -> None:
-    command = "import os, ray; from focus_ray.cluster.ray_private import require_token; require_token(); "
+    command = (
+        "import os, ray; from focus_ray.cluster import ray_private; ray_private.require_token_of_private_cluster(); "
+    )
     command += "print(os.environ['RAY_AUTH_MODE'], os.environ.get('RAY_AUTH_TOKEN'))"
     printed = run_python(command, environment(tmp_path, **variables)).stdout
     assert printed.strip() == expected

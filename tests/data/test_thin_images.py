@@ -90,7 +90,7 @@ def test_inspection_of_a_thin_image_gives_an_error_and_no_verdict(bundle: str, d
     fine.write_bytes(encode_png(strip(512, 128)))
     with pytest.raises(DataError, match=rf"^{thin}: .*512 x 8 pixels"):
         inspector.inspect([fine, thin])
-    error, finding = inspector.inspect_each([thin.read_bytes(), fine.read_bytes()])
+    error, finding = inspector.inspect_or_explain([thin.read_bytes(), fine.read_bytes()])
     assert isinstance(error, DataError)
     assert isinstance(finding, Inspection)
     assert finding.anomalous

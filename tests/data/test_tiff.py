@@ -126,8 +126,8 @@ def test_a_truncated_file_has_the_reason_truncated() -> None:
 def test_a_fully_transparent_image_is_marked() -> None:
     clear = np.dstack([RGB8, np.zeros_like(GREY8)])
     for values in (clear, clear.astype(np.uint16)):
-        assert read_image(encode(values, **RGB, **ALPHA))[0].see_through
-    assert not read_image(encode(RGB8, **RGB))[0].see_through
+        assert read_image(encode(values, **RGB, **ALPHA))[0].fully_transparent
+    assert not read_image(encode(RGB8, **RGB))[0].fully_transparent
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="../shared/cases is not there")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from made_embeddings import make_embeddings, moments_of, statistics_of
 from torch import Tensor
 
-from focus_ray.density.bank import join_unused_embeddings, select_unused_embeddings, to_bank_rows
+from focus_ray.density.bank import restore_bank_rows, select_unused_embeddings, to_bank_rows
 from focus_ray.density.base import (
     Statistics,
     build_density,
@@ -124,7 +124,7 @@ def test_coresets_and_unused_embeddings_restore_the_bank() -> None:
     assert images is not None
     unused = select_unused_embeddings(bank, images.t())
     assert len(unused) == 16 * HEIGHT * WIDTH
-    assert torch.equal(join_unused_embeddings(coreset.transpose(0, 1), images.t(), unused), bank)
+    assert torch.equal(restore_bank_rows(coreset.transpose(0, 1), images.t(), unused), bank)
 
 
 def test_bank_rows_order_locations_row_by_row() -> None:

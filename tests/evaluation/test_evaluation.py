@@ -134,7 +134,7 @@ def test_a_part_counts_once() -> None:
     for _ in range(3):
         measured.add(0, part)
     assert measured.num_images == 1
-    assert measured.joinable_parts()[0].bins[""].normal.sum() == 12
+    assert measured.total().bins[""].normal.sum() == 12
 
 
 def test_parts_follow_file_borders_and_contain_every_row_once(
@@ -180,7 +180,7 @@ def test_workers_give_the_metrics_of_one_process(
     settings = EvaluationSettings(str(tmp_path / "here"), None, SIDE, exact_pixels, 3, False)
     local = Evaluation(part_bundles, settings, print)
     local.run(run_piece, None)
-    assert_same(report.results, local.ordered_results())
+    assert_same(report.results, local.results_in_bundle_order())
     assert list(report.results) == list(part_bundles)
     assert any("side by side: 2 as set" in line for line in messages)
     for category in part_bundles:

@@ -29,7 +29,7 @@ from focus_ray.detect.calibration import CalibrationBuilder
 from focus_ray.errors import ConfigError, DataError, ExportError, MissingPackageError
 from focus_ray.export.export import export_bundle
 from focus_ray.export.formats import RunModel, check_format, open_model, write_onnx, write_openvino
-from focus_ray.export.resize import ToFrame
+from focus_ray.export.resize import ResizeToFrame
 from focus_ray.export.scorer import ExportableScorer, Verdict
 from focus_ray.samples.write import draw_sample
 
@@ -127,7 +127,7 @@ def test_images_are_resized_to_the_frame_as_pillow_does(resize: Any, with_region
     region = np.zeros((64, 48), bool)
     region[5:60, 3:30] = True
     frame = Frame(64, 48, resize, region if with_region else None)
-    to_frame = ToFrame(frame)
+    to_frame = ResizeToFrame(frame)
     for height, width in ((48, 64), (64, 48), (300, 40), (40, 300), (97, 201), (33, 50), (500, 500), (2, 3), (63, 190)):
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         expected = frame.place_image(Image.fromarray(pixels), width, height)
@@ -140,11 +140,11 @@ def test_images_are_resized_to_the_frame_as_pillow_does(resize: Any, with_region
 
 
 class FramePixels(torch.nn.Module):
-    """Returns only the pixels of `ToFrame`."""
+    """Returns only the pixels of `ResizeToFrame`."""
 
     def __init__(self, frame: Frame) -> None:
         super().__init__()
-        self.to_frame = ToFrame(frame)
+        self.to_frame = ResizeToFrame(frame)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         pixels: torch.Tensor = self.to_frame(images)[0]

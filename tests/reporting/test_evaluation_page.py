@@ -20,7 +20,7 @@ from focus_ray.data.schema import Row
 from focus_ray.metrics.evaluate import LabelledImages
 from focus_ray.metrics.metrics import MeasuredImages
 from focus_ray.reporting.caveats import Share, evaluation_caveats
-from focus_ray.reporting.evaluation import build_section, evaluation_page, pro
+from focus_ray.reporting.evaluation import build_section, evaluation_page, per_region_overlap_curve
 from focus_ray.reporting.gallery import PICTURE_PX, Card, Kind, choose_images, make_cards
 from focus_ray.settings.kinds import METRICS
 
@@ -87,11 +87,11 @@ def test_plots_use_the_colours_of_the_page(page: str) -> None:
 
 def test_the_area_below_the_pro_curve_is_aupro() -> None:
     measured = random_measured()
-    curve = pro(measured)
+    curve = per_region_overlap_curve(measured)
     assert curve is not None
     assert curve[0][-1] == pytest.approx(0.3)
     assert auc(*curve) / 0.3 == pytest.approx(METRICS["aupro_0.3"].value(measured), abs=1e-4)
-    assert pro(random_measured(has_masks=False)) is None
+    assert per_region_overlap_curve(random_measured(has_masks=False)) is None
 
 
 @pytest.mark.parametrize(

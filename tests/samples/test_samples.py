@@ -44,12 +44,12 @@ def test_files_contain_the_images_and_masks_of_draw_sample(root: Path, category:
 
 @pytest.mark.parametrize("category", sorted(CATEGORIES))
 def test_only_the_same_seed_kind_and_number_give_the_same_image(category: str) -> None:
-    first, repeated, *others = (
+    first, repeated, *different = (
         draw_sample(category, seed, kind, number, size_px=64)
         for seed, kind, number in [(1, "train", 5), (1, "train", 5), (2, "train", 5), (1, "good", 5), (1, "train", 6)]
     )
     assert np.array_equal(first[0], repeated[0])
-    assert not any(np.array_equal(first[0], other[0]) for other in others)
+    assert not any(np.array_equal(first[0], other[0]) for other in different)
     assert not first[1].any()  # a good image has an empty mask
 
 

@@ -12,7 +12,7 @@ import pytest
 from serving_set import INSPECT, PRESS, Plant, client_of, service_of, settings_of
 
 from focus_ray.bundle.bundle import MANIFEST, manifest_hash, read_manifest
-from focus_ray.bundle.published import resolve_bundles
+from focus_ray.bundle.published import find_bundle_of_each_category
 from focus_ray.bundle.registry import Registry
 from focus_ray.errors import RegistryError
 
@@ -101,7 +101,7 @@ def test_files_and_folders_of_other_kinds_change_no_list(registry: Registry, pla
     assert (registry.versions(PRESS, "gear"), registry.aliases(PRESS, "gear"), registry.marks(PRESS)) == before
     assert registry.versions(PRESS, "readme") == []
     assert [registry.categories(team) for team in registry.teams()] == [[], ["gear", "readme"]]
-    assert set(resolve_bundles(registry.root)) == {"gear"}
+    assert set(find_bundle_of_each_category(registry.root)) == {"gear"}
     assert registry.publish(plant.bundles["gear"], PRESS, aliases=["gold"]).name == "v0004"
 
 

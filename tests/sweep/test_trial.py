@@ -25,7 +25,7 @@ from focus_ray.sweep.trial_inputs import (
     load_images,
     split_for_judging,
 )
-from focus_ray.sweep.worker import worker_share
+from focus_ray.sweep.worker import split_for_worker
 
 CPU = torch.device("cpu")
 ALIGNED = {"image_alignment": {"group": "rotation", "min_drop": 0.0}}
@@ -175,7 +175,7 @@ def test_a_worker_decodes_only_its_own_share_if_images_are_not_shared(
     rows_of_workers = []
     for rank in range(num_workers):
         decoded.clear()
-        shard, common_plan = worker_share(config, "gear", plan, rank, num_workers)
+        shard, common_plan = split_for_worker(config, "gear", plan, rank, num_workers)
         assert len(load_images(config, "gear", common_plan, "validation", 64).fit) == 0
         rows_of_workers += sorted({*decoded} & {*plan.fit_rows})
         own_images = torch.cat(list(shard.fit_batches())).numpy()

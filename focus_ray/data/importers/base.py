@@ -89,7 +89,7 @@ class ImportSettings:
 
     @property
     def takes_subfolders(self) -> bool:
-        """Whether images in subfolders of a class folder (good/ and the like) are ingested."""
+        """Whether images in subfolders of a class folder are ingested, for example good/part1/a.png."""
         return self.grouping is not None and self.grouping.takes_subfolders
 
     def name_groups(self, locations: Sequence[ImageLocation]) -> list[str]:
@@ -301,7 +301,7 @@ def reject_unmatched_masks(
 
 
 def refuse_unexpected_folders(root: SourcePath, allowed_names: set[str], expected: str) -> None:
-    """Checks that a folder has no subfolders with other names.
+    """Checks that a folder has no visible subfolders with other names. Hidden and system folders do not count.
 
     Args: expected: the expected content, for the error message.
 

@@ -21,9 +21,10 @@ from focus_ray.names import is_utf8
 
 
 def plan_mvtec(root: SourcePath, category: str, settings: ImportSettings) -> ImportPlan:
-    """Plans a category of MVTec AD, MVTec AD 2 or MVTec LOCO. The folders show which of the three it is.
+    """Plans a category of MVTec AD, MVTec AD 2 or MVTec LOCO: reads all folders that occur in one of the three.
 
-    Raises: DataError: train/ or validation/ contains another folder than good/, or a folder name is not valid UTF-8.
+    Raises: DataError: train/ or validation/ contains a folder whose name does not mean good parts, or a folder name is not valid
+    UTF-8.
     """
     plan = ImportPlan(category)
     for folder in ("train", "validation"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-# by language; normalised by `_normalize`
+# by language; normalised by `_letters_and_digits`
 GOOD_WORDS = {
     "English": "good ok okay normal nominal pass passed accept accepted acceptable fine clean healthy intact perfect flawless "
     "undamaged undefective nondefective faultless conforming conform golden regular correct nodefect noanomaly "
@@ -59,27 +59,30 @@ _object_words = _words(_OBJECT_WORDS_TEXT)
 
 def is_good_name(name: str) -> bool:
     """Returns whether a folder or label of this name means good parts."""
-    return _matches(_normalize(name), _good_words)
+    return _is_word(_letters_and_digits(name), _good_words)
 
 
 def is_bad_name(name: str) -> bool:
     """Returns whether a folder of this name means defective parts, in layouts where unknown names are refused."""
-    normalized = _normalize(name)
-    return normalized.startswith("bad") or _matches(normalized, _bad_words)
+    normalized = _letters_and_digits(name)
+    return normalized.startswith("bad") or _is_word(normalized, _bad_words)
 
 
-def _matches(normalized: str, words: frozenset[str]) -> bool:
-    """Returns whether a name is one of the words, in the singular or plural, alone or with a word for the object."""
+def _is_word(normalized: str, words: frozenset[str]) -> bool:
+    """Returns whether a normalized name is one of the words, also with a plural 's'.
+
+    A word for the object before or after it is allowed, as in 'goodparts'.
+    """
     candidates = (normalized, *_without_object_word(normalized))
     return any(word in words or (word.endswith("s") and word[:-1] in words) for word in candidates)
 
 
 def is_unclear_name(name: str) -> bool:
     """Returns whether a folder of this name may mean good or defective parts."""
-    return _normalize(name) in _unclear_words
+    return _letters_and_digits(name) in _unclear_words
 
 
-def _normalize(name: str) -> str:
+def _letters_and_digits(name: str) -> str:
     """Returns the letters and digits of a name, in lower case and without accents."""
     decomposed = unicodedata.normalize("NFKD", name.casefold())
     return "".join(c for c in decomposed if not unicodedata.combining(c) and re.match(r"\w", c) and c != "_")

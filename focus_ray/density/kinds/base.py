@@ -42,7 +42,7 @@ class DensityKind(Generic[C]):
         return dict.fromkeys(others if self.keeps_bank else [*others, "max_images"], f"density.kind is {config.kind}")
 
     def num_coreset_channels(self, config: C) -> int:
-        """Returns the largest number of additional channels, for a coreset, that embeddings have after the other channels."""
+        """Returns how many channels each embedding gets at its end for a coreset alone, at most; 0 without a coreset."""
         return 0
 
     def for_tiles(self, config: C, num_tiles: int) -> C:
@@ -73,8 +73,13 @@ class DensityKind(Generic[C]):
     def check_shapes(self, config: C, shapes: Shapes) -> None:
         """Checks the shapes of stored tensors before they are read. Raises: ValueError: a shape does not fit the settings."""
 
-    def scoring_bytes(self, config: C, shapes: Shapes, rows: int, columns: int, num_images: int) -> dict[str, int]:
-        """Returns the bytes of large temporary tensors while a map of rows x columns locations is scored -> a description."""
+    def scoring_memory_bytes(
+        self, config: C, shapes: Shapes, rows: int, columns: int, num_images: int
+    ) -> dict[str, int]:
+        """Estimates the memory for scoring `num_images` maps of rows x columns locations.
+
+        Returns: description of each large temporary tensor -> its bytes; empty if there is none.
+        """
         return {}
 
     def leave_one_out_scorer(self, config: C, statistics: Statistics, density: Any) -> LeaveOneOutScorer:

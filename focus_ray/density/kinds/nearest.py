@@ -83,7 +83,7 @@ class NearestKind(DensityKind[NearestSettings]):
         return config.model_copy(update={"per_place": per_place, "gaussian_share": 0.0})
 
     def build(self, config: NearestSettings, statistics: Statistics) -> Density:
-        from focus_ray.density.checked_memory import build_checked_memory, is_checkable
+        from focus_ray.density.checked_memory import build_checked_memory, can_build_checked_memory
         from focus_ray.density.coreset import choose_coreset
         from focus_ray.density.nearest import JointMemory, build_memory, measure_typical_distances
 
@@ -95,7 +95,7 @@ class NearestKind(DensityKind[NearestSettings]):
         coreset = choose_coreset(coreset_bank, config.coreset, memory.device, memory.bank.dtype)
         joint = JointMemory(memory, coreset, measure_typical_distances(memory, coreset, statistics))
         share = config.gaussian_share
-        return build_checked_memory(joint, statistics, share) if is_checkable(statistics, share) else joint
+        return build_checked_memory(joint, statistics, share) if can_build_checked_memory(statistics, share) else joint
 
     def leave_one_out_scorer(
         self, config: NearestSettings, statistics: Statistics, density: Density
@@ -185,7 +185,7 @@ class NearestKind(DensityKind[NearestSettings]):
         if "coreset.patches" in shapes and shapes["coreset.patches"][:1] > (config.coreset,):
             raise ValueError(f"the coreset has more patches than density.coreset={config.coreset}")
 
-    def scoring_bytes(
+    def scoring_memory_bytes(
         self, config: NearestSettings, shapes: Shapes, rows: int, columns: int, num_images: int
     ) -> dict[str, int]:
         patches, bank = shapes.get("coreset.patches", (0,)), shapes.get("bank", (0, 0, 0))

@@ -89,7 +89,7 @@ class SharedSettings(Section):
 
     @property
     def map_layer(self) -> int:
-        """Index of the layer whose grid is the grid of the map."""
+        """Number of the backbone layer whose grid the anomaly map has: 0 for layer1 (map_stride_px 4), 1 for layer2 (8)."""
         return 0 if self.map_stride_px == 4 else 1
 
     @field_validator("layers")
