@@ -221,12 +221,13 @@ def test_the_connections_of_one_address_are_limited(proxy: Proxy) -> None:
 
 
 def test_a_flood_by_one_token_gets_429_while_another_token_is_answered(client: httpx.Client, service: Service) -> None:
-    answers = [client.get("/v1/press", headers=bearer(TOKEN)) for _ in range(250)]
+    with ThreadPoolExecutor(8) as threads:  # a single sender is too slow on a busy machine
+        answers = list(threads.map(lambda _: client.get("/v1/press", headers=bearer(TOKEN)), range(500)))
     refused = [answer for answer in answers if answer.status_code == 429]
     check_problem(refused[0], 429, "too-many-requests")
     assert refused[0].headers["retry-after"] == "1"
     assert client.get("/v1/press", headers=bearer(OTHER_TOKEN)).status_code == 200
-    assert len(service.requests) == 251 - len(refused)
+    assert len(service.requests) == 501 - len(refused)
 
 
 def test_a_flood_without_a_token_gets_429_by_its_address(client: httpx.Client, proxy: Proxy, service: Service) -> None:

@@ -40,7 +40,7 @@ def add_version(registry: Registry, of: int, name: str) -> None:
     record = {"sha256": f"{of:03}{name}".encode().hex().ljust(64, "0"), "published_at": now, "num_bytes": 1}
     place = join(registry.root, TEAM, category(of), "_published", f"{name}.json")
     write_bytes(place, json.dumps(record).encode())
-    registry._move(TEAM, category(of), "latest", name, only_forward=True)
+    registry._promote(TEAM, category(of), "latest", name, only_forward=True)
 
 
 def make_registry(root: Path, num_categories: int, names: tuple[str, ...] = ("v0001",)) -> Registry:

@@ -89,7 +89,9 @@ def wait_for_cleanup(timeout_s: float = 20.0) -> list[str]:
     while True:
         leftovers = [str(actor["ActorClassName"]) for actor in actors().values() if actor["State"] != "DEAD"]
         leftovers = [
-            name for name in leftovers if name not in ("_AutoscalingCoordinatorActor", "PlacementGroupCleaner")
+            name
+            for name in leftovers
+            if name not in ("_AutoscalingCoordinatorActor", "PlacementGroupCleaner", "_StatsActor")
         ]
         table = ray.util.placement_group_table()
         leftovers += [name for name, group in table.items() if group["state"] != "REMOVED"]
