@@ -262,7 +262,7 @@ def test_a_model_is_evaluated_on_its_test_images_or_on_labelled_images(
 def test_a_misspelt_or_ambiguous_setting_is_refused_by_name(parts: Path) -> None:
     with pytest.raises(ConfigError, match="image_size_px"):
         focus_ray.fit(parts, image_size=64)
-    with pytest.raises(ConfigError, match="calibration__method"):
+    with pytest.raises(ConfigError, match=r"image_alignment__method"):
         focus_ray.fit(parts, method="split")
     with pytest.raises(ConfigError, match=r"model\.image_size_px"):
         focus_ray.fit(parts, image_size_px=63)

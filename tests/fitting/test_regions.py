@@ -218,7 +218,7 @@ def test_leave_one_out_scores_count_only_pixels_of_the_region(data: str, tmp_pat
     run = CategoryFit(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit_rows), torch.device("cpu"))
     result = run.finish()
     builder = collect_leave_one_out_scores(result.detector, result.statistics, config, run.projection)
-    assert builder._num_pixels == [64 * 32] * len(plan.fit_rows)
+    assert [image.num_pixels for image in builder._images] == [64 * 32] * len(plan.fit_rows)
 
 
 def test_only_pixels_of_the_region_are_measured(inspector: Inspector, data: str) -> None:
