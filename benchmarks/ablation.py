@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.harness import add_arguments, base_tree, merged, open_data, print_json, print_table, run
-from focus_ray.settings.kinds import DENSITIES
+from focus_ray.density.registry import DENSITIES
 
 ICA = {"model": {"image_alignment": {"group": "rotation_translation"}}}
 NO_ICA = {"model": {"image_alignment": {"group": "none"}}}

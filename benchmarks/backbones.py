@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.harness import base_tree_of, keep_json, merged, print_table
 from focus_ray.bundle.bundle import write_bundle
 from focus_ray.features.backbones.base import build_backbone, build_meta_backbone
+from focus_ray.features.backbones.registry import BACKBONES
 from focus_ray.features.batch_norm import prepared_for_inference
 from focus_ray.features.network import FocusNet
 from focus_ray.features.settings import ModelConfig
@@ -33,7 +34,6 @@ from focus_ray.fitting.shards import build_shard
 from focus_ray.fitting.split import plan_category
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.samples.write import write_samples
-from focus_ray.settings.kinds import BACKBONES
 
 _AT_ONCE = 4
 

@@ -24,7 +24,7 @@ from focus_ray.detect.detector import embed
 from focus_ray.features.network import to_images
 from focus_ray.fitting.settings import parse_config
 from focus_ray.metrics.metrics import MeasuredImages
-from focus_ray.settings.kinds import METRICS
+from focus_ray.metrics.registry import METRICS
 
 BATCHES = (1, 4, 8, 32)
 

@@ -37,8 +37,8 @@ from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.split import split_category
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.metrics.metrics import MeasuredImages
+from focus_ray.metrics.registry import METRICS
 from focus_ray.seeds import derive_seed
-from focus_ray.settings.kinds import METRICS
 from focus_ray.training.category import bundle_uri, fit_category
 
 Pixels = NDArray[np.uint8]

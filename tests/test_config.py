@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from focus_ray.density.settings import DensityConfig
 from focus_ray.errors import ConfigError
+from focus_ray.features.backbones.registry import BACKBONES
 from focus_ray.fitting.settings import Config, load_config, parse_config
-from focus_ray.settings.kinds import BACKBONES
 from focus_ray.settings.sections import config_to_yaml
 from focus_ray.settings.yaml_text import load_yaml
 

@@ -11,8 +11,8 @@ from places import REPOSITORY
 
 from focus_ray.cli.config_reference import COMMAND, ROOTS, Setting, explain, markdown, parts_of, unit_of
 from focus_ray.errors import ConfigError
+from focus_ray.features.backbones.registry import BACKBONES
 from focus_ray.fitting.settings import Config, parse_config
-from focus_ray.settings.kinds import BACKBONES
 from focus_ray.settings.sections import setting_keys
 from focus_ray.tracking.settings import TrackerConfig
 

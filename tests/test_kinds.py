@@ -11,11 +11,16 @@ from places import REPOSITORY
 from small_set import draw_parts, make_bundle, small_config
 
 from focus_ray.cli.main import main
+from focus_ray.data.importers.registry import IMPORTERS
+from focus_ray.density.registry import DENSITIES
 from focus_ray.errors import ConfigError, DataError
+from focus_ray.features.backbones.registry import BACKBONES
 from focus_ray.fitting.settings import parse_config
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.settings.kinds import BACKBONES, DENSITIES, IMPORTERS, METRICS, TRACKERS, Kinds
+from focus_ray.metrics.registry import METRICS
+from focus_ray.settings.kinds import Kinds
 from focus_ray.sweep.settings import SweepConfig
+from focus_ray.tracking.registry import TRACKERS
 
 TABLES: dict[str, Kinds] = {
     "density": DENSITIES,

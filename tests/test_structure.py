@@ -18,8 +18,8 @@ from places import PACKAGE
 LEVELS = (
     {"errors", "names", "progress", "seeds", "csv_tables", "distributed", "precision", "retries"},
     {"settings", "storage", "client", "samples", "drawing"},
-    {"data", "features", "density", "metrics", "tracking", "cluster", "defects"},
-    {"detect", "fyd", "ingestion"},
+    {"data", "features", "density", "metrics", "cluster", "defects"},
+    {"detect", "fyd", "ingestion", "tracking"},
     {"fitting", "reporting"},
     {"bundle"},
     {"training", "evaluation", "export", "watching"},

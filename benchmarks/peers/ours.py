@@ -24,7 +24,7 @@ from focus_ray.fitting.fit import fit
 from focus_ray.fitting.settings import parse_config
 from focus_ray.fitting.shards import MemoryShard
 from focus_ray.metrics.metrics import MeasuredImages
-from focus_ray.settings.kinds import METRICS
+from focus_ray.metrics.registry import METRICS
 
 imported_s = time.perf_counter() - start
 

@@ -17,13 +17,13 @@ import torch
 from pydantic import BaseModel, Field, StrictInt, StrictStr, ValidationError, field_validator
 
 from focus_ray.density.reduction import ChannelReduction
+from focus_ray.density.registry import DENSITIES
 from focus_ray.detect.profile import SHARES
 from focus_ray.errors import BundleError
 from focus_ray.features.backbones.base import build_meta_backbone
 from focus_ray.features.network import FocusNet
 from focus_ray.fitting.regions import map_cells
 from focus_ray.fitting.settings import Config
-from focus_ray.settings.kinds import DENSITIES
 
 MAX_MANIFEST_BYTES = 16 * 2**20  # calibration scores of 700,000 images
 MAX_HEADER_BYTES = 2**20  # of a tensor file; the largest backbone's header has 40 KiB

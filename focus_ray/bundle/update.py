@@ -22,6 +22,7 @@ from focus_ray.bundle.bundle import Bundle, read_bundle, read_statistics, write_
 from focus_ray.data.read import data_fingerprint, decode_rows, index_version, read_index
 from focus_ray.density.base import Statistics, supports_leave_one_out
 from focus_ray.density.moments import Moments
+from focus_ray.density.registry import DENSITIES
 from focus_ray.density.relations import Relations
 from focus_ray.density.tiles import split_maps
 from focus_ray.errors import BundleError, DataError
@@ -33,7 +34,6 @@ from focus_ray.fitting.passes import collect_calibration_scores, compute_statist
 from focus_ray.fitting.split import plan_category, short_hash
 from focus_ray.names import Log
 from focus_ray.precision import compute_dtype
-from focus_ray.settings.kinds import DENSITIES
 
 ONLY = "focus-ray update BUNDLE NEW --only DATA"
 # Two bundles join only if these settings are equal: they decide how an embedding is computed and stored. The tensors of the

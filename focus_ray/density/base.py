@@ -11,10 +11,10 @@ from torch import Tensor
 
 from focus_ray.density.bank import restore_bank_rows, select_unused_embeddings
 from focus_ray.density.moments import Moments, pack_lower, unpack_lower
+from focus_ray.density.registry import DENSITIES
 from focus_ray.density.relations import Relations, join_relations
 from focus_ray.density.settings import DensityConfig
 from focus_ray.density.tiles import TiledDensity, join_bank_of_tiles, split_bank_into_tiles
-from focus_ray.settings.kinds import DENSITIES
 
 
 class Density(Protocol):

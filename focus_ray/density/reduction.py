@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from focus_ray.density.registry import DENSITIES
 from focus_ray.density.settings import DensityConfig
-from focus_ray.settings.kinds import DENSITIES
 from focus_ray.settings.sections import LAYERS
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import create_model
 
-from focus_ray.settings.kinds import DENSITIES
+from focus_ray.density.registry import DENSITIES
 
 if TYPE_CHECKING:  # code outside a kind uses only the shared settings
     from focus_ray.density.kinds.shared import SharedSettings as DensityConfig

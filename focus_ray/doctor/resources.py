@@ -15,8 +15,8 @@ from focus_ray.errors import DataError
 from focus_ray.features.settings import ModelConfig
 from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config
-from focus_ray.settings.kinds import TRACKERS
 from focus_ray.storage.files import check_access, is_s3, open_filesystem
+from focus_ray.tracking.registry import TRACKERS
 
 TIMEOUT_S = 5.0
 

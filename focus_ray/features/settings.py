@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
+from focus_ray.features.backbones.registry import BACKBONES
 from focus_ray.features.backbones.spec import BackboneSpec
-from focus_ray.settings.kinds import BACKBONES
 from focus_ray.settings.sections import Layer, Precision, Section
 
 Group = Literal[

@@ -29,6 +29,7 @@ from focus_ray.density.base import (
     supports_leave_one_out,
 )
 from focus_ray.density.reduction import ChannelReduction
+from focus_ray.density.registry import DENSITIES
 from focus_ray.density.relations import Relations, assign_folds
 from focus_ray.density.tiles import Tiles
 from focus_ray.detect.calibration import Calibration, CalibrationBuilder, Method
@@ -64,7 +65,6 @@ from focus_ray.fitting.state import BestNetwork, FitNotes, OnEpoch, TrainState
 from focus_ray.precision import compute_dtype
 from focus_ray.progress import track
 from focus_ray.seeds import derive_seed
-from focus_ray.settings.kinds import DENSITIES
 
 if TYPE_CHECKING:
     from focus_ray.fyd.training import FydTraining

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from focus_ray.defects import synthetic_validation_set
 from focus_ray.errors import DataError
 from focus_ray.metrics.metrics import MeasuredImages
-from focus_ray.settings.kinds import METRICS
+from focus_ray.metrics.registry import METRICS
 
 DEFECTS_PER_IMAGE = 3
 MIN_GAIN = 0.01  # in score, for which a later epoch replaces the best epoch so far

@@ -9,13 +9,13 @@ from pathlib import Path
 from focus_ray.data.importers.base import ImportSettings
 from focus_ray.data.importers.choose import make_plans
 from focus_ray.data.importers.groups import GroupRule, parse_group_rule
+from focus_ray.data.importers.registry import IMPORTERS
 from focus_ray.data.schema import Reject
 from focus_ray.data.source import open_source
 from focus_ray.errors import DataError
 from focus_ray.ingestion.category import ingest_categories
 from focus_ray.ingestion.chunks import IngestOptions, Mapper, map_in_process
 from focus_ray.ingestion.report import CategoryReport, IngestReport
-from focus_ray.settings.kinds import IMPORTERS
 from focus_ray.storage.files import is_s3
 
 _NUM_S3_THREADS = 16  # threads that read and decode: the time of small files is mostly the latency of S3

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from focus_ray.errors import DataError
 from focus_ray.metrics.metrics import MeasuredImages, UnavailableMaps
 from focus_ray.metrics.pixels import PixelBins
-from focus_ray.settings.kinds import METRICS
+from focus_ray.metrics.registry import METRICS
 
 MAX_SIDE_PX = 512  # maps and masks of larger images are compared at a reduced size
 EXACT_PIXELS = 128_000_000  # a category with more pixels is counted in bins; a pixel takes 5 bytes, 15 during metrics

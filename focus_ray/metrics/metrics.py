@@ -160,7 +160,7 @@ def _check_labels_and_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[NDAr
     return truth, values
 
 
-# Entries of the table `focus_ray.settings.kinds.METRICS`
+# Entries of the table `focus_ray.metrics.registry.METRICS`
 
 
 def _image_metric_value(

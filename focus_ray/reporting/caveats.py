@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from focus_ray.metrics.metrics import MeasuredImages
+from focus_ray.metrics.registry import METRICS
 from focus_ray.metrics.ties import is_above
 from focus_ray.reporting.tables import format_bound
-from focus_ray.settings.kinds import METRICS
 
 FEW_IMAGES = 20  # below this number, a single image changes a rate by 5 % or more
 CONFIDENCE = 0.95

@@ -13,11 +13,11 @@ import numpy as np
 from focus_ray.detect.calibration import Calibration
 from focus_ray.drawing import plots
 from focus_ray.metrics.metrics import MeasuredImages
+from focus_ray.metrics.registry import METRICS
 from focus_ray.reporting.caveats import Share, count_called_bad, evaluation_caveats
 from focus_ray.reporting.gallery import PER_KIND, Card, Kind
 from focus_ray.reporting.page import render
 from focus_ray.reporting.tables import mean_metrics
-from focus_ray.settings.kinds import METRICS
 
 PRO_LIMIT = 0.3  # largest false positive rate of the PRO curve and of AUPRO 0.3
 _PRO_POINTS = 400  # points of the drawn curve; the exact curve has a corner for each pixel

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from focus_ray.settings.kinds import METRICS
+from focus_ray.metrics.registry import METRICS
 
 
 def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:

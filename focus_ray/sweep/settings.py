@@ -17,10 +17,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, Field, TypeAdapter, model_validator
 
+from focus_ray.density.registry import DENSITIES
 from focus_ray.errors import ConfigError
 from focus_ray.fitting.settings import Config, parse_config
+from focus_ray.metrics.registry import METRICS
 from focus_ray.names import NAME_PATTERN, suggest_name
-from focus_ray.settings.kinds import DENSITIES, METRICS
 from focus_ray.settings.sections import Section, apply_override, parse_model, read_mapping, setting_keys
 
 Point = dict[str, Any]  # dotted key of Config -> value

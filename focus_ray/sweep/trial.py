@@ -19,11 +19,13 @@ from torch import Tensor
 
 from focus_ray.density.base import Statistics, choose_bank_images
 from focus_ray.density.reduction import ChannelReduction
+from focus_ray.density.registry import DENSITIES
 from focus_ray.detect.detector import ScoredImages
 from focus_ray.distributed import gather_objects, world_size
 from focus_ray.errors import DataError
 from focus_ray.features.alignment.congealing import AlignmentReport
 from focus_ray.features.backbones.base import build_meta_backbone
+from focus_ray.features.backbones.registry import BACKBONES
 from focus_ray.features.network import FocusNet
 from focus_ray.features.settings import ModelConfig
 from focus_ray.fitting.fit import CategoryFit, build_detector
@@ -34,7 +36,7 @@ from focus_ray.fitting.shards import Shard
 from focus_ray.fitting.state import TrainState
 from focus_ray.metrics.evaluate import compute_metrics
 from focus_ray.metrics.metrics import MeasuredImages
-from focus_ray.settings.kinds import BACKBONES, DENSITIES, METRICS
+from focus_ray.metrics.registry import METRICS
 from focus_ray.sweep.settings import Objective, objective_metric
 from focus_ray.sweep.trial_inputs import (
     JUDGING_BATCH_SIZE,

@@ -22,6 +22,7 @@ from focus_ray.detect.detector import split_for_inference
 from focus_ray.distributed import world_size
 from focus_ray.errors import DataError
 from focus_ray.features.alignment.congealing import AlignmentReport
+from focus_ray.features.backbones.registry import BACKBONES
 from focus_ray.features.network import to_images, warp_to_common_frame
 from focus_ray.fitting.fit import CategoryFit
 from focus_ray.fitting.selection import DEFECTS_PER_IMAGE, validation_images
@@ -29,7 +30,6 @@ from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import MemoryShard
 from focus_ray.fitting.split import Split, SplitPlan, split_category
 from focus_ray.seeds import derive_seed
-from focus_ray.settings.kinds import BACKBONES
 from focus_ray.sweep.settings import Objective
 
 JUDGING_BATCH_SIZE = 32

@@ -1,6 +1,6 @@
 """The interface of an experiment tracker. A tracker keeps runs; each run has parameters, tags, metrics, curves and pictures.
 
-A new tracker is a file with a subclass of `Tracker` and a line in `focus_ray.settings.kinds.TRACKERS`. The file imports the
+A new tracker is a file with a subclass of `Tracker` and a line in `focus_ray.tracking.registry.TRACKERS`. The file imports the
 package of the tracker inside functions.
 """
 
@@ -74,7 +74,7 @@ class TrackerRun(Protocol):
 
 
 class Tracker(Protocol):
-    """A kind of tracker; an instance is an opened tracker. `focus_ray.settings.kinds.TRACKERS` lists all kinds."""
+    """A kind of tracker; an instance is an opened tracker. `focus_ray.tracking.registry.TRACKERS` lists all kinds."""
 
     @classmethod
     def check(cls, settings: TrackerConfig, storage: str) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 
 from focus_ray.errors import ConfigError
 from focus_ray.names import Log
-from focus_ray.settings.kinds import TRACKERS
 from focus_ray.tracking.base import RunDescription, Tracker, TrackerRun
+from focus_ray.tracking.registry import TRACKERS
 from focus_ray.tracking.settings import TrackerConfig
 
 CLOSE_TIMEOUT_S = 60.0  # longest time that the end of a run waits for trackers with unsent records

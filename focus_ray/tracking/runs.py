@@ -22,7 +22,7 @@ from PIL import Image
 from focus_ray import __version__
 from focus_ray.drawing.mark import MARK
 from focus_ray.errors import FocusRayError
-from focus_ray.settings.kinds import METRICS
+from focus_ray.metrics.registry import METRICS
 from focus_ray.storage.files import exists, join, read_bytes
 from focus_ray.tracking.base import Picture, RunDescription, TrackerRun, flatten_parameters
 from focus_ray.tracking.recorder import Recorder, describe_error

@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, field_validator
 
-from focus_ray.settings.kinds import TRACKERS
 from focus_ray.settings.sections import Section
+from focus_ray.tracking.registry import TRACKERS
 
 TrackerName = Annotated[str, AfterValidator(TRACKERS.check)]
 

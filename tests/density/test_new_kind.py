@@ -20,10 +20,11 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import iter_test_records
 from focus_ray.density.kinds.base import DensityKind
 from focus_ray.density.kinds.shared import SharedSettings
+from focus_ray.density.registry import DENSITIES
 from focus_ray.export.export import export_bundle
+from focus_ray.features.backbones.registry import BACKBONES
 from focus_ray.features.backbones.spec import BackboneSpec
 from focus_ray.fitting.settings import Config, parse_config
-from focus_ray.settings.kinds import BACKBONES, DENSITIES
 
 
 class ToyDensity(DensityKind[SharedSettings]):
@@ -106,7 +107,7 @@ class Toy(DensityKind[ToySettings]):
 TOY = Toy()
 """
 CHECK = """
-from focus_ray.settings.kinds import DENSITIES
+from focus_ray.density.registry import DENSITIES
 DENSITIES.import_paths["toy"] = "toy:TOY"
 from focus_ray.cli.config_reference import explain
 from focus_ray.fitting.settings import parse_config

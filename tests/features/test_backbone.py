@@ -22,8 +22,8 @@ from torchvision import models
 
 from focus_ray.errors import WeightsError
 from focus_ray.features.backbones.base import Backbone, build_backbone, load_backbone_state, set_padding
+from focus_ray.features.backbones.registry import BACKBONES
 from focus_ray.features.backbones.weights import read_weights
-from focus_ray.settings.kinds import BACKBONES
 
 
 def packaged_file(name: str) -> Path:
@@ -85,7 +85,7 @@ def test_the_spec_has_the_smallest_input_for_reflection_padding(name: str) -> No
 
 
 def test_checking_backbones_and_densities_does_not_import_torch() -> None:
-    code = "import sys; from focus_ray.settings.kinds import *; "
+    code = "import sys; from focus_ray.density.registry import DENSITIES; from focus_ray.features.backbones.registry import BACKBONES; "
     code += "print([BACKBONES[name].strides for name in BACKBONES], [DENSITIES[name].settings for name in DENSITIES]); "
     code += "assert not {'torch', 'torchvision'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -12,8 +12,8 @@ from focus_ray.errors import DataError
 from focus_ray.metrics.evaluate import EvaluationCollector, compute_metrics
 from focus_ray.metrics.metrics import MeasuredImages
 from focus_ray.metrics.pixels import PixelBins, score_bins
+from focus_ray.metrics.registry import METRICS
 from focus_ray.reporting.tables import format_bound
-from focus_ray.settings.kinds import METRICS
 
 METRIC_KEYS_OF_PIXELS = ("pixel_auroc", "pixel_average_precision", "aupro_0.3", "aupro_0.05")
 SHAPE = (4, 6, 5)

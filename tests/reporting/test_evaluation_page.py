@@ -19,10 +19,10 @@ from focus_ray.data.read import iter_test_records
 from focus_ray.data.schema import Row
 from focus_ray.metrics.evaluate import LabelledImages
 from focus_ray.metrics.metrics import MeasuredImages
+from focus_ray.metrics.registry import METRICS
 from focus_ray.reporting.caveats import Share, evaluation_caveats
 from focus_ray.reporting.evaluation import build_section, evaluation_page, per_region_overlap_curve
 from focus_ray.reporting.gallery import PICTURE_PX, Card, Kind, choose_images, make_cards
-from focus_ray.settings.kinds import METRICS
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from pydantic import TypeAdapter
 
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.drawing import plots
+from focus_ray.metrics.registry import METRICS
 from focus_ray.reporting.evaluation import EvaluationSection, evaluation_page
 from focus_ray.reporting.page import svg_uri
 from focus_ray.reporting.tables import evaluation_table
-from focus_ray.settings.kinds import METRICS
 from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.report import write_report
 from focus_ray.sweep.settings import parse_sweep

@@ -20,12 +20,13 @@ from focus_ray.doctor.resources import check_trackers
 from focus_ray.errors import ConfigError, MissingPackageError, TrainingError
 from focus_ray.evaluation.run import evaluate_bundles
 from focus_ray.fitting.settings import Config, parse_config
-from focus_ray.settings.kinds import METRICS, TRACKERS
+from focus_ray.metrics.registry import METRICS
 from focus_ray.storage.files import remove_file
 from focus_ray.sweep.driver import resume_sweep, run_sweep
 from focus_ray.sweep.settings import parse_sweep
 from focus_ray.tracking.base import RunDescription, Tracker, flatten_parameters
 from focus_ray.tracking.recorder import Recorder
+from focus_ray.tracking.registry import TRACKERS
 from focus_ray.tracking.runs import MAX_PICTURES, TrainingRecorder
 from focus_ray.tracking.settings import TrackerConfig
 from focus_ray.training.training import train

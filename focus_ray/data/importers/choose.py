@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from focus_ray.data.importers.base import ImportPlan, ImportSettings, list_image_files, list_subfolders
+from focus_ray.data.importers.registry import IMPORTERS
 from focus_ray.data.schema import SPLITS
 from focus_ray.data.source import SourcePath
 from focus_ray.errors import DataError
-from focus_ray.settings.kinds import IMPORTERS
 
 
 def _suggest_good_folder(source: SourcePath) -> str:

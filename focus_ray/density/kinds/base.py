@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from focus_ray.density.kinds.shared import SharedSettings
-from focus_ray.settings.kinds import DENSITIES
+from focus_ray.density.registry import DENSITIES
 
 if TYPE_CHECKING:
     from torch import Tensor

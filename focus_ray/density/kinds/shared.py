@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
-from focus_ray.settings.kinds import DENSITIES
+from focus_ray.density.registry import DENSITIES
 from focus_ray.settings.sections import Layer, Precision, Section
 
 DensityName = Annotated[str, AfterValidator(DENSITIES.check)]

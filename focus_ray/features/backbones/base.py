@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from focus_ray.errors import WeightsError
+from focus_ray.features.backbones.registry import BACKBONES
 from focus_ray.features.backbones.weights import read_weights
-from focus_ray.settings.kinds import BACKBONES
 
 
 class Backbone(nn.Module):

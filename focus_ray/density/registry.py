@@ -1,0 +1,18 @@
+"""The densities by name. A new density is one file in `density/kinds` and one line here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from focus_ray.settings.kinds import Kinds
+
+if TYPE_CHECKING:
+    from focus_ray.density.kinds.base import DensityKind
+
+DENSITIES: Kinds[DensityKind[Any]] = Kinds(
+    "density",
+    {
+        "gaussian": "focus_ray.density.kinds.gaussian:GAUSSIAN",
+        "nearest": "focus_ray.density.kinds.nearest:NEAREST",
+    },
+)

@@ -1,0 +1,19 @@
+"""The experiment trackers by name. A new tracker is one file in this folder and one line here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from focus_ray.settings.kinds import Kinds
+
+if TYPE_CHECKING:
+    from focus_ray.tracking.base import Tracker
+
+TRACKERS: Kinds[type[Tracker]] = Kinds(
+    "tracker",
+    {
+        "mlflow": "focus_ray.tracking.mlflow:MLflow",
+        "tensorboard": "focus_ray.tracking.tensorboard:TensorBoard",
+        "wandb": "focus_ray.tracking.wandb:WeightsAndBiases",
+    },
+)
