@@ -85,7 +85,8 @@ def test_the_spec_has_the_smallest_input_for_reflection_padding(name: str) -> No
 
 
 def test_checking_backbones_and_densities_does_not_import_torch() -> None:
-    code = "import sys; from focus_ray.density.registry import DENSITIES; from focus_ray.features.backbones.registry import BACKBONES; "
+    code = "import sys; from focus_ray.density.registry import DENSITIES; "
+    code += "from focus_ray.features.backbones.registry import BACKBONES; "
     code += "print([BACKBONES[name].strides for name in BACKBONES], [DENSITIES[name].settings for name in DENSITIES]); "
     code += "assert not {'torch', 'torchvision'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
