@@ -10,6 +10,8 @@ module loads torch or Ray only where it needs them.
 import os
 from typing import TYPE_CHECKING, Any
 
+from focus_ray.version import __version__
+
 if TYPE_CHECKING:
     from focus_ray.api import Model, fit, load
     from focus_ray.estimator import AnomalyDetector
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
 # threads that never spin a fifth slower on an idle one
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
-
-__version__ = "0.1.0"
 
 __all__ = ["AnomalyDetector", "Model", "__version__", "fit", "load"]
 _MODULES = {"Model": "api", "fit": "api", "load": "api", "AnomalyDetector": "estimator"}

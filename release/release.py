@@ -2,7 +2,7 @@
 
     make release REPOSITORY=https://git.example/plant/focus-ray
 
-1. the tree is clean, and CHANGELOG.md's first heading is the version of focus_ray/__init__.py, which has no tag elsewhere;
+1. the tree is clean, and CHANGELOG.md's first heading is the version of focus_ray/version.py, which has no tag elsewhere;
 2. a source archive, and the wheel out of it, into dist/;
 3. twine checks both; the wheel holds the package and nothing else, and no path of this machine;
 4. for each Python: the wheel in new environments, with the extra `ray` and bare. The first fits a model of made-up parts,
@@ -60,13 +60,13 @@ def main() -> int:
 
 def check_tree(unclean: bool) -> str:
     """Returns: the version. Raises: ReleaseError: the tree, the changelog or a tag does not fit it."""
-    (version,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "focus_ray/__init__.py").read_text(), flags=re.M)
+    (version,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "focus_ray/version.py").read_text(), flags=re.M)
     changes = run("git", "status", "--porcelain", "--untracked-files=no")
     if changes and not unclean:
         raise ReleaseError(f"files with changes: commit them first\n{changes}")
     tagged = run("git", "tag", "--list", f"v{version}") and run("git", "rev-parse", f"v{version}^{{commit}}")
     if tagged and tagged != run("git", "rev-parse", "HEAD") and not unclean:
-        raise ReleaseError(f"v{version} is the tag of another commit: raise __version__ in focus_ray/__init__.py")
+        raise ReleaseError(f"v{version} is the tag of another commit: raise __version__ in focus_ray/version.py")
     return version
 
 

@@ -16,7 +16,7 @@ from places import PACKAGE
 
 # a room (top-level package or module) imports only rooms of lower levels
 LEVELS = (
-    {"errors", "names", "progress", "seeds", "csv_tables", "distributed", "precision", "retries"},
+    {"errors", "names", "progress", "seeds", "csv_tables", "distributed", "precision", "retries", "version"},
     {"settings", "storage", "client", "samples", "drawing"},
     {"data", "features", "density", "metrics", "cluster", "defects"},
     {"detect", "fyd", "ingestion", "tracking"},
@@ -85,7 +85,7 @@ def imports_of(path: Path) -> list[tuple[int, str]]:
             assert not node.level, f"{path.name}:{node.lineno}: a relative import; write focus_ray.{node.module}"
             imports.append((node.lineno, str(node.module)))
             if node.module == "focus_ray":  # the imported names are modules or the version
-                names = {alias.name for alias in node.names} - {"__version__"}
+                names = {alias.name for alias in node.names}
                 imports += [(node.lineno, f"focus_ray.{name}") for name in sorted(names)]
     return imports
 
@@ -111,6 +111,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
         "typing",
         "importlib",
         "focus_ray.errors",
+        "focus_ray.version",
     }
 
 

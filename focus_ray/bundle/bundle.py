@@ -27,7 +27,6 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from focus_ray import __version__
 from focus_ray.bundle.contents import (
     MAX_MANIFEST_BYTES,
     check_manifest,
@@ -60,6 +59,7 @@ from focus_ray.storage.files import (
     remove_file,
     write_bytes,
 )
+from focus_ray.version import __version__
 
 T = TypeVar("T")
 

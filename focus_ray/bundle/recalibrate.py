@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from focus_ray import __version__
 from focus_ray.bundle.bundle import (
     Bundle,
     copy_bundle,
@@ -34,6 +33,7 @@ from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
 from focus_ray.fitting.projection import MAX_NEIGHBOURS
 from focus_ray.fitting.settings import Config
 from focus_ray.metrics.trade_off import TradeOff, trade_off
+from focus_ray.version import __version__
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from focus_ray import __version__
 from focus_ray.cli.calibrate import add_calibrate_parser
 from focus_ray.cli.completion import add_completion_parser, answer_shell
 from focus_ray.cli.config import add_config_parser
@@ -28,6 +27,7 @@ from focus_ray.cli.update import add_metric_parser, add_update_parser
 from focus_ray.cli.watch import add_watch_parser
 from focus_ray.cluster.messages import VERBOSE
 from focus_ray.errors import FocusRayError, explain_missing_module, require_extra
+from focus_ray.version import __version__
 
 # Command -> the extra that it always needs. Other commands name a missing package when they need it.
 NEEDS = {

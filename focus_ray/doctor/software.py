@@ -8,8 +8,8 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 
-from focus_ray import __version__
 from focus_ray.doctor.diagnosis import CheckContext, CheckResult, failed, ok, warning
+from focus_ray.version import __version__
 
 SHOWN_PACKAGES = ("torch", "torchvision", "numpy", "pyarrow", "pydantic")
 EXTRAS = ("s3", "train", "ray")  # commands need these extras; other extras are faster variants, or weights

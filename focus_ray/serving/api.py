@@ -17,7 +17,6 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
-from focus_ray import __version__
 from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
 from focus_ray.detect.inspection import Inspection, Region
@@ -31,6 +30,7 @@ from focus_ray.serving.service import Service
 from focus_ray.serving.settings import MIB, Name
 from focus_ray.serving.source import version_labels
 from focus_ray.serving.tokens import Caller
+from focus_ray.version import __version__
 
 PNG = "image/png"
 _PAGE_FILES = {

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from focus_ray import __version__
 from focus_ray.cluster.preflight import RESERVED
 from focus_ray.errors import SubmissionError
 from focus_ray.fitting.settings import load_config
@@ -22,6 +21,7 @@ from focus_ray.names import unique_name
 from focus_ray.settings.sections import config_to_yaml, read_mapping
 from focus_ray.settings.standard import COMMANDS, standard_folder, standard_names
 from focus_ray.submission.package import Package, build_package
+from focus_ray.version import __version__
 
 # Variables that are sent with every job: the address of the S3 server and how to reach it, never credentials.
 SENT_VARIABLES = (

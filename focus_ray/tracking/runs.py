@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from focus_ray import __version__
 from focus_ray.drawing.mark import MARK
 from focus_ray.errors import FocusRayError
 from focus_ray.metrics.registry import METRICS
 from focus_ray.storage.files import exists, join, read_bytes
 from focus_ray.tracking.base import Picture, RunDescription, TrackerRun, flatten_parameters
 from focus_ray.tracking.recorder import Recorder, describe_error
+from focus_ray.version import __version__
 
 CLAIM = "claim.json"  # file in the folder of a run; a hash of its unique bytes identifies the run
 MAX_PICTURES = 6  # heat maps of test images that an evaluation records for each category
