@@ -286,6 +286,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         monkeypatch.setenv(name, proxy)
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("urllib.request._opener", None)  # it keeps the proxies of the first request of the process
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     return tmp_path / "hub" / "checkpoints"
 
