@@ -80,7 +80,7 @@ class TrackerRun(Protocol):
 
 
 class Tracker(Protocol):
-    """Interface of a kind of tracker; an instance is an opened tracker. `focus_ray.tracking.registry.TRACKERS` lists all kinds."""
+    """Interface of a kind of tracker; an instance is an opened tracker. `tracking.registry.TRACKERS` lists all kinds."""
 
     @classmethod
     def check(cls, settings: TrackerConfig, storage: str) -> str:

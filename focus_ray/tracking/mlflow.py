@@ -166,7 +166,8 @@ class MLflow(Tracker):
 def _find_location(settings: TrackerConfig, storage: str) -> tuple[str, str | None]:
     """Returns (tracking URI of MLflow, URI for pictures of a new experiment). None instead of the second: the server decides.
 
-    The tracking URI is that of the settings, else MLFLOW_TRACKING_URI, else an SQLite database in a local folder.
+    The tracking URI comes from the settings, or without them from MLFLOW_TRACKING_URI. A local path, or neither of the two,
+    means an SQLite database in a local folder.
 
     Raises:
         ConfigError: The local folder cannot be written.

@@ -145,6 +145,6 @@ class Recorder:
 
 
 def describe_error(error: Exception) -> str:
-    """Returns a text with the type and the first line of an error, such as "OSError: disk full", at most 300 characters of it."""
+    """Returns the type and the first line of an error, such as "OSError: disk full". The line is cut to 300 characters."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
     return f"{type(error).__name__}: {line[:300]}"

@@ -1,6 +1,7 @@
-"""Writes trainings and evaluations to trackers: one tracker run per category, and above several of them a group run.
+"""Writes trainings and evaluations to trackers, with one tracker run for each category.
 
-The group run stands for the whole training. An evaluation continues the tracker runs of the training that made its bundles.
+A training of several categories also has a group run for the whole training, above the runs of its categories. An evaluation
+continues the tracker runs of the training that made its bundles.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class TensorBoard(Tracker):
         return _TensorBoardRun(tensorboardX.SummaryWriter(str(folder), flush_secs=_FLUSH_S), run)
 
     def _folder_of_run(self, run: RunDescription) -> Path:
-        """Returns the folder of a run: its name, plus a part of a hash if a run with another key uses the folder of this name."""
+        """Returns the folder of a run. It has the name of the run, and a suffix if a run with another key uses this folder."""
         folder = self.folder / run.name
         file = folder / _KEY
         if not file.is_file() or file.read_text(encoding="utf-8") == run.key:
