@@ -96,7 +96,8 @@ class Bundle(NamedTuple):
         frame: the size to which every image is brought before it is scored, the method (stretch or pad), and the region of
             interest.
         fit_hashes: `short_hash` of every training image in the density; empty if the bundle does not store hashes.
-        descriptors, same_part_distance: see `Statistics`; None if the bundle does not store them.
+        descriptors, same_part_distance: vectors of the training images, and the distance up to which two vectors may show the
+            same part (see `Statistics`); None if the bundle does not store them.
     """
 
     manifest: dict[str, Any]
@@ -385,7 +386,9 @@ def complete_settings(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_statistics(uri: str | Path) -> Statistics:
-    """Reads the statistics of the images in a bundle's density, to which images can be added and from which they can be removed.
+    """Reads a bundle's statistics of its training images, from which the density is built.
+
+    Images can be added to the statistics and removed from them, and statistics of several bundles can be joined.
 
     Raises:
         BundleError: the bundle stores no statistics, or it is missing, damaged or changed.
@@ -404,7 +407,7 @@ def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
     content = _read_file(uri, manifest["files"]["moments"])
     check_moments(shape, read_header(content, str(uri)), str(uri))
     tensors = load_tensors(content)
-    del content  # frees the file's bytes before the bank is assembled
+    del content  # frees the file's bytes before the stored embeddings are assembled
     moments = restore_moments(shape["count"], shape["height"], shape["width"], tensors)
     density = _read_part(uri, manifest, "density")
     grid = parse_config(complete_settings(manifest), f"{uri}/{MANIFEST}", is_fitted=True).model.shared_grid
@@ -515,7 +518,7 @@ def git_commit() -> str | None:
 
 
 def library_versions() -> dict[str, str]:
-    """Returns library -> version, for focus_ray, Python, torch, and the installed ones of torchvision, numpy and ray."""
+    """Returns library -> version, for focus_ray, Python and torch, and for torchvision, numpy and ray if they are installed."""
     versions = {"focus_ray": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in ("torchvision", "numpy", "ray"):
         try:

@@ -39,12 +39,16 @@ _Size = Annotated[StrictInt, Field(ge=1, le=_MAX_COUNT)]
 
 
 class _File(BaseModel):
+    """The manifest's entry of a tensor file: name, hash and size, with the allowed types and ranges."""
+
     name: Annotated[StrictStr, Field(pattern=_FILE_NAME)]
     sha256: Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{64}$")]
     num_bytes: Annotated[StrictInt, Field(ge=0, le=_MAX_COUNT)]
 
 
 class _Moments(BaseModel):
+    """The manifest's entry "moments": number of images, size of the anomaly map in cells, and number of channels."""
+
     count: Annotated[StrictInt, Field(ge=0, le=_MAX_COUNT)]
     height: _Size
     width: _Size
@@ -52,6 +56,8 @@ class _Moments(BaseModel):
 
 
 class _Manifest(BaseModel):
+    """The entries of a manifest with their allowed types and ranges. Further entries are allowed and not checked."""
+
     created_at: StrictStr
     category: StrictStr
     config: dict[str, Any]
@@ -64,12 +70,14 @@ class _Manifest(BaseModel):
     @field_validator("created_at")
     @classmethod
     def _is_time(cls, value: str) -> str:
+        """Returns the text unchanged. Raises: ValueError: it is not a time in ISO format."""
         datetime.fromisoformat(value)
         return value
 
     @field_validator("category")
     @classmethod
     def _is_folder_name(cls, value: str) -> str:
+        """Returns the text unchanged. Raises: ValueError: it cannot be the name of a folder."""
         if not value or value in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", value):
             raise ValueError("a category names a folder, so it has no slash and no control character")
         return value

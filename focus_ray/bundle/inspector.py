@@ -118,7 +118,7 @@ class Inspector:
         Yields: (info, score, anomaly map (H, W), is_repeat) of each image, in the order of `images`. is_repeat: whether a
             training image shows the same part; False without `repeats`.
 
-        Raises: DataError: an image cannot be decoded, no part of an image is inspected, or a score is not finite.
+        Raises: DataError: an image cannot be decoded, no pixel of an image is scored, or a score is not finite.
         """
 
         def decode_batches() -> Iterator[tuple[list[str], list[ImageInfo], NDArray[np.uint8]]]:
@@ -153,8 +153,8 @@ class Inspector:
     def inspect(self, images: Sequence[bytes | str | Path]) -> list[Inspection]:
         """Inspects a list of images (encoded bytes or paths), and returns an `Inspection` for each image in the same order.
 
-        Raises: DataError: `images` is a single image instead of a list, an image cannot be read or decoded, no part of an image
-            is inspected, or a score is not finite. An error in one image means that no image gets a result.
+        Raises: DataError: `images` is a single image instead of a list, an image cannot be read or decoded, no pixel of an
+            image is scored, or a score is not finite. An error in one image means that no image gets a result.
         """
         if isinstance(images, (bytes, bytearray, str, Path)):
             raise DataError(
@@ -181,9 +181,9 @@ class Inspector:
             yield replace(inspection, trained_on=trained_on), info.content_hash
 
     def inspect_or_explain(self, images: Sequence[bytes]) -> list[Inspection | DataError]:
-        """Inspects encoded images, and returns for each image its inspection or its error. Raises no error of `inspect`.
+        """Inspects encoded images, and returns for each image its inspection or its error. Raises no `DataError` itself.
 
-        An image has an error if it is unusable or its score is not finite.
+        An image has an error if it cannot be decoded, no pixel of it is scored, or its score is not finite.
         """
         try:
             return list(self.inspect(images))
@@ -204,7 +204,7 @@ class Inspector:
 
         Raises:
             ScoreError: the score or a value of the map is not a finite number.
-            ImageError: no part of the map was inspected.
+            ImageError: no location of the map shows a pixel of the image.
         """
         calibration = self.bundle.calibration
         self._check_score(score, anomaly_map, width, height)
@@ -298,8 +298,8 @@ class Inspector:
             exact_pixels: maps and masks stay in RAM if all maps have at most this many pixels together. Otherwise their pixels
                 are counted in bins (ranges of values).
 
-        Raises: DataError: there is no record, the model was trained on all images, an image or mask cannot be decoded, no part
-            of an image is inspected, or a score is not finite.
+        Raises: DataError: there is no record, the model was trained on all images, an image or mask cannot be decoded, no pixel
+            of an image is scored, or a score is not finite.
         """
         collector = EvaluationCollector(exact_pixels)
         for _ in self.gather(records, collector, max_side_px):
@@ -317,7 +317,7 @@ class Inspector:
 
         Yields: each record without image, mask and content_hash, but with `score` and `trained_on`.
 
-        Raises: DataError: an image or mask cannot be decoded, no part of an image is inspected, or a score is not finite.
+        Raises: DataError: an image or mask cannot be decoded, no pixel of an image is scored, or a score is not finite.
         """
         unscored: deque[Row] = deque()  # records that were read but have no score yet, in the order of the images
 

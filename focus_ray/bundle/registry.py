@@ -95,7 +95,7 @@ _Record = TypeVar("_Record", bound=BaseModel)
 
 
 class _Head(NamedTuple):
-    """The current state of an alias.
+    """The current state of an alias in a registry, from its last record file.
 
     Attributes:
         number: number of the alias's last record file, such as 3 for 00000003.json; 0 if there is no file.
@@ -150,6 +150,7 @@ class Registry:
     """
 
     def __init__(self, root: str | Path) -> None:
+        """Stores the address of a registry, a local folder or an s3:// URI. The folder need not exist yet."""
         self.root = str(root).rstrip("/") if "://" in str(root) else str(Path(root).expanduser().absolute())
 
     # ---- reading
@@ -436,7 +437,9 @@ class Registry:
         return _Head(number, None, bool(entries))
 
     def _promote(self, team: str, category: str, alias: str, name: str, only_forward: bool = False) -> None:
-        """Moves an alias to the published version `name`. Does nothing if the alias names this version already.
+        """Moves an alias to the published version `name`.
+
+        Does nothing if the alias names this version already, unless its last record file is damaged.
 
         Args:
             only_forward: also do nothing if the alias names a newer version.

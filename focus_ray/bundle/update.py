@@ -1,8 +1,9 @@
 """Changes a bundle's density without training: adds or removes images, joins other sites, or makes a site's own bundle.
 
-The network, the aligner and the metric stay the same. Statistics add up, so the result equals a fresh density pass over the
-remaining images. Thresholds are set again, because the old thresholds belong to the old density. An image counts once: a bundle
-stores a hash of the pixels of each image, and an image in the density is not added a second time.
+The density is the model of the embeddings of normal images. The network, the image alignment and the distance metric stay the
+same. Statistics add up, so the result equals a density that is fitted again to the remaining images. Thresholds are set again,
+because the old thresholds belong to the old density. An image counts once: a bundle stores a hash of the pixels of each image,
+and an image in the density is not added a second time.
 """
 
 from __future__ import annotations

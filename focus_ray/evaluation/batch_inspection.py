@@ -159,6 +159,7 @@ class Batch(ScoringRun[BatchJob]):
         part_images: int,
         log: Callable[[str], None],
     ) -> None:
+        """Prepares a batch inspection; see `inspect_dataset` for the arguments. Local paths must be absolute."""
         super().__init__(bundles, log)
         self.uri, self.output, self.split = uri, output, split
         self.batch_size, self.part_images = batch_size, part_images

@@ -46,6 +46,7 @@ class Evaluation(ScoringRun[EvaluationJob]):
     """
 
     def __init__(self, bundles: Mapping[str, str], settings: EvaluationSettings, log: Callable[[str], None]) -> None:
+        """Prepares an evaluation; nothing is planned or scored yet. bundles: category -> URI of its bundle."""
         super().__init__(bundles, log)
         self.settings = settings
         self.results: dict[str, dict[str, Any]] = {}

@@ -35,6 +35,7 @@ class _MLflowRun:
     """An open run in MLflow, as `TrackerRun`."""
 
     def __init__(self, client: Any, run_id: str) -> None:
+        """Wraps an existing run. client: an `MlflowClient`; run_id: MLflow's id of the run."""
         self.client, self.run_id = client, run_id
         self._existing_steps: dict[str, set[int]] = {}  # of curves that an earlier process may have begun
 
@@ -117,6 +118,12 @@ class MLflow(Tracker):
         return without_secrets(uri)  # MLFLOW_TRACKING_URI may hold a password
 
     def __init__(self, settings: TrackerConfig, storage: str) -> None:
+        """Connects to the server or database, and opens the MLflow experiment `settings.project` or creates it.
+
+        Raises:
+            ConfigError: The local folder cannot be written.
+            MlflowException: The experiment can neither be created nor opened.
+        """
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 

@@ -23,6 +23,7 @@ class _TensorBoardRun:
     """An open run in TensorBoard, as `TrackerRun`; it writes an event file."""
 
     def __init__(self, writer: Any, run: RunDescription) -> None:
+        """Writes parameters and tags of a run to an event file. writer: a `tensorboardX.SummaryWriter`."""
         self.writer = writer
         # The HPARAMS tab of TensorBoard reads this summary, and takes the metrics from the scalars.
         from tensorboardX.summary import hparams
@@ -80,6 +81,7 @@ class TensorBoard(Tracker):
         return local_folder("tensorboard", settings, storage)
 
     def __init__(self, settings: TrackerConfig, storage: str) -> None:
+        """Checks that the folder for the event files can be written. Raises: ConfigError: it cannot."""
         self.folder = Path(local_folder("tensorboard", settings, storage))
 
     def has_run(self, run: RunDescription) -> bool:

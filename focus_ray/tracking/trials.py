@@ -26,7 +26,7 @@ class SweepRecorder:
             recorder: Sends the data to the trackers.
             claim: Unique bytes of the sweep, from its `sweep.yaml`.
             name: Name of the sweep.
-            storage: Folder of all sweeps.
+            storage: Folder of all trainings and sweeps.
             team: Team that owns the sweep; None for no team.
             settings: All settings of the sweep and of its base configuration, as nested mappings.
         """
@@ -58,7 +58,8 @@ class SweepRecorder:
         """Writes the best trials, ends the run of the sweep, and waits until the trackers have all data.
 
         Args:
-            best: Stage of the sweep ("" if trials cover all categories) -> its best trial, a `TrialRecord` as a dict.
+            best: Stage -> its best trial, a `TrialRecord` as a dict. A stage is the category that trials search for, or "" if
+                trials search for all categories.
             failed: True if the sweep failed.
         """
         for stage, record in best.items():

@@ -24,6 +24,7 @@ class _WandbRun:
     """An open run in Weights & Biases, as `TrackerRun`."""
 
     def __init__(self, wandb_run: Any, run: RunDescription) -> None:
+        """Sets the x axis of the curves and adds the tags of a run. wandb_run: run that `wandb.init` returned."""
         self.wandb_run = wandb_run
         self.wandb_run.define_metric(STEP, hidden=True)
         self.wandb_run.define_metric("*", step_metric=STEP)
@@ -77,6 +78,7 @@ class WeightsAndBiases(Tracker):
         return f"{local_folder('wandb', settings, storage)} ({mode})"
 
     def __init__(self, settings: TrackerConfig, storage: str) -> None:
+        """Checks the folder and the mode; does not connect. Raises: ConfigError: see `check`."""
         self.folder, self.mode = local_folder("wandb", settings, storage), _find_mode()
         self.project = settings.project
 
