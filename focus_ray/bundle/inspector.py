@@ -183,7 +183,7 @@ class Inspector:
     def inspect_or_explain(self, images: Sequence[bytes]) -> list[Inspection | DataError]:
         """Inspects encoded images, and returns for each image its inspection or its error. Raises no `DataError` itself.
 
-        An image has an error if it cannot be decoded, no pixel of it is scored, or its score is not finite.
+        An image has an error if it cannot be decoded, has no scored pixel, or has a score that is not finite.
         """
         try:
             return list(self.inspect(images))

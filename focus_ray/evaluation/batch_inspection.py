@@ -118,7 +118,7 @@ def inspect_records(inspector: Inspector, records: Sequence[Row]) -> pa.Table:
 
 
 def inspect_piece(piece: BatchPiece) -> Counter[str]:
-    """Inspects the images of a piece, which has one part, and writes the result file of this part.
+    """Inspects the images of a piece of work, which is a range of consecutive images, and writes their result file.
 
     A repeated call writes the same file again.
 
@@ -166,7 +166,7 @@ class Batch(ScoringRun[BatchJob]):
         self.counts: dict[str, Counter[str]] = {}
 
     def plan(self, category: str) -> list[BatchPiece]:
-        """Returns the pieces of a category that have no result file yet.
+        """Returns the pieces of work (ranges of images) of a category that have no result file yet.
 
         Results of an unfinished run of the same job are reused; results of another unfinished run are deleted.
 
@@ -193,7 +193,7 @@ class Batch(ScoringRun[BatchJob]):
         return [BatchPiece(job, {first: rows}) for first, rows in remaining_parts.items()]
 
     def _remaining_parts(self, job: BatchJob, parts: dict[int, Rows]) -> dict[int, Rows]:
-        """Returns the parts without a result file, and adds the counts of existing result files to `counts`.
+        """Returns the parts (ranges of images) without a result file, and adds the counts of existing files to `counts`.
 
         Writes the marker file for a new run. Deletes the result folder of an unfinished run with other settings.
 
@@ -221,7 +221,7 @@ class Batch(ScoringRun[BatchJob]):
         return parts
 
     def record(self, piece: BatchPiece, result: Counter[str]) -> None:
-        """Adds the counts of a finished piece to its category. After the last piece, marks the category as complete."""
+        """Adds the counts of a finished piece of work to its category. After the last piece, marks the category as complete."""
         self.counts[piece.job.category].update(result)
         if not self.num_open[piece.job.category]:
             self._finish(piece.job)

@@ -175,10 +175,11 @@ def plan_evaluation(category: str, bundle: str, settings: EvaluationSettings) ->
 
 
 def run_piece(piece: EvaluationPiece, on_image: Callable[[], None] = lambda: None) -> Any:
-    """Scores the images of a piece and writes the result file of each part. The last piece of a job gives the metrics.
+    """Does a piece of work: scores the images of its parts and writes a result file for each part, or computes the metrics.
 
-    The last piece is the only piece of a job with exact metrics, or the piece with `total` of a job that counts pixels in bins.
-    It also writes the file `job.record` with the metrics and the section of the report page.
+    A part is a range of consecutive images. The last piece of a job computes the metrics, and writes them with the section of
+    the report page to the file `job.record`. A job with exact metrics has a single piece, which scores all images and is
+    the last piece too. Otherwise the last piece is the piece with `total`, which scores no image.
 
     Args:
         on_image: is called after each scored image.
@@ -239,7 +240,7 @@ def _finish_job(inspector: Inspector, job: EvaluationJob, labelled: LabelledImag
 
 @dataclass
 class EvaluationProgress:
-    """The scored parts of a job that counts pixels in bins.
+    """The results of the scored parts (ranges of consecutive images) of a job that counts pixels in bins (ranges of values).
 
     Attributes:
         scores: position of a part's first image -> results of the part, without its bins.
@@ -251,9 +252,9 @@ class EvaluationProgress:
     bins: dict[str, PixelBins] = field(default_factory=dict)
 
     def add(self, first: int, part: EvaluationPart) -> None:
-        """Adds the results of a part. Does nothing if the part was added before, because two workers may have scored it.
+        """Adds the results of a part (a range of images). Does nothing if the same part was added before.
 
-        Args: first: position of the part's first image.
+        Two workers may have scored the same part. first: position of the part's first image.
         """
         if first in self.scores:
             return
@@ -264,11 +265,11 @@ class EvaluationProgress:
 
     @property
     def num_images(self) -> int:
-        """Number of images in the scored parts."""
+        """Number of images that are scored so far."""
         return sum(len(part.labels) for part in self.scores.values())
 
     def total(self) -> EvaluationPart:
-        """Returns the results of all scored parts as one part, in the order of the images. Needs at least one scored part."""
+        """Returns the joined results of all scored images, in the order of the images. Needs at least one scored part."""
         parts = [self.scores[first] for first in sorted(self.scores)]
         return EvaluationPart(
             labels=np.concatenate([part.labels for part in parts]),
@@ -281,7 +282,7 @@ class EvaluationProgress:
         )
 
     def save(self) -> None:
-        """Writes the pixel bins and the list of scored parts to the progress file `job.state`.
+        """Writes the pixel bins and the list of scored parts (ranges of images) to the progress file `job.state`.
 
         The scores are not written again: `run_piece` has written them to the result files of the parts.
 

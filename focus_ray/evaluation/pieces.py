@@ -2,7 +2,7 @@
 
 A part is a range of consecutive images of a category. Its results go into a Parquet file that is named after the part and
 written in a single step, so a part that is scored again replaces its file, and no image counts twice. A piece is the work of one
-worker call: it has one or more parts.
+worker call: it scores one or more parts, or computes the metrics of a category.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class ScoringJob:
         return {name: getattr(self, name) for name in self.IDENTITY}
 
     def part_path(self, first: int, count: int) -> str:
-        """Returns the path of the Parquet file with the results of a part.
+        """Returns the path of the Parquet file with the results of a part, which is a range of consecutive images.
 
         Args:
             first: position of the part's first image among the images of the job.
@@ -83,7 +83,7 @@ class ScoringJob:
         write_bytes(self.part_path(first, table.num_rows), encode_parquet(table))
 
     def split_rows(self, rows: Rows) -> dict[int, Rows]:
-        """Splits row numbers into consecutive parts, where possible at the borders of Parquet row groups.
+        """Splits row numbers into parts (ranges of about `part_images` rows), where possible at borders of Parquet row groups.
 
         A row group is the unit that a reader loads, so that most row groups are read by one worker only.
 
@@ -124,7 +124,7 @@ class ScoringPiece(Generic[Job]):
 
     @property
     def num_images(self) -> int:
-        """Number of images to score."""
+        """Number of images that the piece of work scores."""
         return sum(len(rows) for rows in self.parts.values())
 
 
@@ -181,7 +181,7 @@ class ScoringRun(Generic[Job]):
         raise NotImplementedError
 
     def record(self, piece: ScoringPiece[Job], result: Any) -> None:
-        """Stores the result of a piece; a subclass implements it. result: value that the worker function returned."""
+        """Stores the result of a piece of work; a subclass implements it. result: value that the worker function returned."""
         raise NotImplementedError
 
     def fail(self, category: str, reason: str) -> None:
@@ -189,7 +189,7 @@ class ScoringRun(Generic[Job]):
         self.failed[category] = reason
 
     def _plan_all(self) -> Iterator[ScoringPiece[Job]]:
-        """Generator: yields the pieces of one category after the other; it skips the remaining pieces of a failed category.
+        """Generator: yields the pieces of work of one category after the other; skips the remaining pieces of a failed category.
 
         A category is planned when its first piece is needed, because the plan of a million images takes 8 MB. If planning raises
         a `FocusRayError`, the category is marked as failed.
@@ -207,11 +207,11 @@ class ScoringRun(Generic[Job]):
                 self.fail(category, str(error))
 
     def next_piece(self) -> ScoringPiece[Job] | None:
-        """Returns the next piece to start; None if no piece is left now. The result of a running piece may add more pieces."""
+        """Returns the next piece of work to start; None if there is none now. The result of a running piece may add more."""
         return self.urgent.popleft() if self.urgent else next(self._planned, None)
 
     def record_outcome(self, piece: ScoringPiece[Job], outcome: Any) -> None:
-        """Stores the result of a piece, or marks its category as failed. Ignores pieces of a failed category.
+        """Stores the result of a piece of work, or marks its category as failed. Ignores pieces of a failed category.
 
         Args: outcome: the result, or `Failed`.
         """
@@ -225,7 +225,9 @@ class ScoringRun(Generic[Job]):
             self.record(piece, outcome)
 
     def run(self, function: Callable[..., Any], pool: WorkerPool[ScoringPiece[Job]] | None) -> None:
-        """Calls a function for each piece and stores the results. After a failure, no further piece of the category is started.
+        """Calls a function for each piece of work and stores the results, until all categories are complete or failed.
+
+        After a failure, no further piece of the category is started.
 
         Args:
             function: receives a piece and returns its result. Without a pool it also receives a function `on_image`, which it

@@ -91,9 +91,9 @@ class Evaluation(ScoringRun[EvaluationJob]):
         return pieces or [EvaluationPiece(job, {}, measured.total())]
 
     def record(self, piece: EvaluationPiece, result: Any) -> None:
-        """Stores the result of a piece: the metrics of a category, or the scores and pixel bins of one part.
+        """Stores the result of a piece of work: the metrics of a category, or the scores and pixel counts of a range of images.
 
-        After the last part of a category it adds a piece that computes the metrics.
+        After the last range of a category it adds a piece that computes the metrics.
         """
         job, category = piece.job, piece.job.category
         if job.exact or piece.total is not None:
@@ -110,13 +110,13 @@ class Evaluation(ScoringRun[EvaluationJob]):
             self._save(category)
 
     def fail(self, category: str, reason: str) -> None:
-        """Marks a category as failed, and saves the results of its scored parts for a later run with `resume`."""
+        """Marks a category as failed, and saves the results of its scored images for a later run with `resume`."""
         super().fail(category, reason)
         self._save(category)
         self._finish(category, {"error": reason, "bundle": self.bundles[category]})
 
     def save(self) -> None:
-        """Writes the progress files of all unfinished categories whose pixels are counted in bins.
+        """Writes the progress files of all unfinished categories whose pixels are counted in bins (ranges of values).
 
         With `resume`, a later run continues from these files. A category with exact metrics has no progress to save.
 
