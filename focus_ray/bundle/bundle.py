@@ -85,15 +85,19 @@ _FIT_HASHES = "known_images"  # name of a tensor
 
 
 class Bundle(NamedTuple):
-    """The content of a bundle in memory.
+    """The content of a bundle after it was read: the manifest, and the model as objects in RAM or GPU memory.
 
     Attributes:
-        manifest: described in docs/reference/bundle.md.
-        detector: on the device that the caller of `read_bundle` chose.
-        calibration: thresholds and p-values, for the precision in which the detector computes (`Calibration.at_precision`).
-        frame: size, padding and region of interest that every image gets before it is scored.
-        fit_hashes: `short_hash` of every image in the density; empty if the bundle does not store them.
-        descriptors, same_part_distance: see `Statistics`; None if the bundle does not store them.
+        manifest: content of manifest.json, which docs/reference/bundle.md describes.
+        config: the configuration that the model was trained with.
+        detector: network and density that score images, on the device that the caller of `read_bundle` chose.
+        calibration: thresholds and scores of the calibration images, for the number format in which the detector computes
+            (`Calibration.at_precision`).
+        frame: the size to which every image is brought before it is scored, the method (stretch or pad), and the region of
+            interest.
+        fit_hashes: `short_hash` of every training image in the density; empty if the bundle does not store hashes.
+        descriptors, same_part_distance: vectors of the training images, and the distance up to which two vectors may show the
+            same part (see `Statistics`); None if the bundle does not store them.
     """
 
     manifest: dict[str, Any]
@@ -129,22 +133,23 @@ def write_bundle(
     fit_hashes: Sequence[int] | NDArray[np.int64] = (),
     frame: Frame | None = None,
 ) -> dict[str, Any]:
-    """Writes a bundle and returns its manifest. An existing bundle at this address is replaced in one step.
+    """Writes a bundle and returns its manifest. Replaces an existing bundle at this address in one step.
 
     Args:
         uri: folder of the bundle, a local path or an s3:// URI.
         detector: built from `statistics` with `build_detector`.
-        data: provenance of the images: uri, fingerprint, num_fit, num_holdout.
-        metrics: records of the training: losses, collapse figures, timings.
-        fit_hashes: `short_hash` of every training image from which the density was fitted. An inspection then recognises these
-            images, and joining two bundles counts a shared image once.
-        frame: only its region of interest is stored; size and padding come from the configuration. None: the region of the
-            configuration.
+        statistics: statistics of the training images. They are stored for later updates only with density.keep_moments.
+        calibration: if its `precision` is None, the stored copy gets the number format in which `detector` computes.
+        data: provenance of the images, the manifest's entry "data": uri, fingerprint, num_fit, num_holdout.
+        metrics: the manifest's entry "metrics": losses, indicators of a collapsed network, seconds of each stage.
+        fit_hashes: `short_hash` of every training image from which the density was fitted. With these hashes an inspection
+            recognises training images, and joining two bundles counts a shared image once.
+        frame: its region of interest is stored; size and padding come from `config`. None: the region of interest comes from
+            `config` too.
 
-    The statistics for later updates are stored only with density.keep_moments.
-
-    Raises: DataError: a file cannot be written, or a file of the previous bundle cannot be deleted; the new bundle is then
-    complete.
+    Raises:
+        DataError: the region of interest cannot be read, or a file cannot be written. Also if the new bundle is complete, but
+            a file of the previous bundle cannot be deleted.
     """
     moments = statistics.moments
     if calibration.precision is None:
@@ -237,9 +242,15 @@ def read_manifest(uri: str | Path) -> dict[str, Any]:
 
 
 def find_bundles(place: str) -> dict[str, str]:
-    """Maps each category to the URI of its bundle, for a bundle, a run's folder or a folder of bundles.
+    """Returns category -> URI of its bundle, for the bundles at an address.
 
-    Raises: DataError: `place` contains no bundle.
+    Args:
+        place: a bundle, the folder of a run, or a folder of bundles. If two bundles have the same category, the later name
+            counts.
+
+    Raises:
+        DataError: `place` contains no bundle, or cannot be listed.
+        BundleError: a manifest is damaged or has an unsupported format version.
     """
     if exists(join(place, MANIFEST)):
         return {str(read_manifest(place)["category"]): place}
@@ -254,9 +265,10 @@ def find_bundles(place: str) -> dict[str, str]:
 
 
 def stamp_bundles(place: str) -> dict[str, FileStamp]:
-    """Maps the URI of each bundle of `find_bundles` to the file stamp of its manifest; empty if there is no bundle.
+    """Returns bundle URI -> stamp of its manifest file, for the bundles that `find_bundles` finds; empty if there is none.
 
-    No manifest is read. A caller that polls compares the stamps and reads only the manifests that changed.
+    A stamp changes when the file changes. This function reads no manifest, so a caller can poll it, compare the stamps, and
+    read only the changed manifests.
     """
     if (stamp := read_stamp(join(place, MANIFEST))) is not None:
         return {place: stamp}
@@ -268,7 +280,7 @@ def stamp_bundles(place: str) -> dict[str, FileStamp]:
 
 
 def list_runs(place: str) -> list[str]:
-    """Returns the names of the runs in a folder, which are the subfolders that contain bundles."""
+    """Returns the names of the runs in a folder: the names of all subfolders with a non-empty folder "bundles"."""
     return [name for name in list_names(place) if list_names(join(place, name, "bundles"))]
 
 
@@ -278,19 +290,24 @@ def read_bundle(
     precision: str | None = None,
     max_bytes: int | None = None,
 ) -> Bundle:
-    """Reads and verifies a bundle. It needs no pretrained weights, no Ray, and no network except for a bundle on S3.
+    """Reads and verifies a bundle. Needs neither pretrained weights nor Ray, and an internet connection only for S3.
 
     Args:
+        device: device for the detector.
         precision: auto, fp32 or bf16; overrides model.precision and density.precision. None: the bundle's settings.
-        max_bytes: memory that the model may take. A larger bundle is refused before its tensors are allocated. None: no limit.
+        max_bytes: largest number of bytes for the tensor files, for the tensors in memory, and for the temporary memory of a
+            step of the computation, each. A larger bundle is refused before its tensors are allocated. None: no limit.
 
-    Raises: BundleError: the bundle is missing, damaged, changed, too large, or has an unsupported format version.
+    Raises: BundleError: the bundle is missing, damaged, changed, too large, or has an unsupported format version or setting.
     """
     return _read_consistently(uri, lambda manifest: _read_bundle(uri, manifest, device, precision, max_bytes))
 
 
 def _read_consistently(uri: str | Path, read: Callable[[dict[str, Any]], T]) -> T:
-    """Returns the result of `read` for the bundle's manifest. It retries if the bundle was replaced during reading."""
+    """Calls `read` with the bundle's manifest and returns its result. Calls it again if the bundle was replaced meanwhile.
+
+    Raises: BundleError: the manifest cannot be read, or `read` fails although the bundle was not replaced.
+    """
     manifest = read_manifest(uri)
     while True:
         try:
@@ -309,7 +326,7 @@ def _read_bundle(
     precision: str | None = None,
     max_bytes: int | None = None,
 ) -> Bundle:
-    """Reads the bundle that `manifest` describes. Arguments and errors: see `read_bundle`."""
+    """Reads the bundle that `manifest` describes, for `read_bundle`, which explains the arguments and errors."""
     address = str(uri)
     try:
         settings = complete_settings(manifest)
@@ -361,7 +378,7 @@ def _read_bundle(
 
 
 def complete_settings(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a manifest, plus the settings that its format version did not have yet."""
+    """Returns the settings in a manifest. Adds the settings that did not exist in the bundle's format version."""
     config = dict(manifest["config"])
     for section, values in _MISSING_SETTINGS[manifest["format_version"]].items():
         config[section] = {**values, **config[section]}
@@ -369,14 +386,19 @@ def complete_settings(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_statistics(uri: str | Path) -> Statistics:
-    """Reads the statistics of a bundle's images. Images can be added to them or removed, and they join with other statistics.
+    """Reads a bundle's statistics of its training images, from which the density is built.
 
-    Raises: BundleError: the bundle stores no statistics, or it is missing, damaged or changed.
+    Images can be added to the statistics and removed from them, and statistics of several bundles can be joined.
+
+    Raises:
+        BundleError: the bundle stores no statistics, or it is missing, damaged or changed.
+        ConfigError: the manifest has a setting that this version of focus_ray cannot use.
     """
     return _read_consistently(uri, lambda manifest: _read_statistics(uri, manifest))
 
 
 def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
+    """Reads the statistics of the bundle that `manifest` describes. Raises: BundleError, ConfigError: see `read_statistics`."""
     if "moments" not in manifest["files"]:
         raise BundleError(
             f"{uri}: the bundle stores no moments, so it cannot be updated: train with density.keep_moments=true"
@@ -385,7 +407,7 @@ def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
     content = _read_file(uri, manifest["files"]["moments"])
     check_moments(shape, read_header(content, str(uri)), str(uri))
     tensors = load_tensors(content)
-    del content  # frees the file's bytes before the bank is assembled
+    del content  # frees the file's bytes before the stored embeddings are assembled
     moments = restore_moments(shape["count"], shape["height"], shape["width"], tensors)
     density = _read_part(uri, manifest, "density")
     grid = parse_config(complete_settings(manifest), f"{uri}/{MANIFEST}", is_fitted=True).model.shared_grid
@@ -395,7 +417,11 @@ def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
 
 
 def _origin_tensors(statistics: Statistics) -> dict[str, Tensor]:
-    """Returns the tensors that identify images of the same part: relations, descriptors and their distance."""
+    """Returns name -> tensor for the tensors that tell which images show the same physical part.
+
+    These are the relations between images, the descriptors, and `same_part_distance` (see `Statistics`). Missing values are
+    left out.
+    """
     tensors = {}
     if statistics.relations is not None:
         tensors["relations.related"] = statistics.relations.related.to(torch.uint8)
@@ -407,7 +433,7 @@ def _origin_tensors(statistics: Statistics) -> dict[str, Tensor]:
 
 
 def _read_origins(density: dict[str, Tensor]) -> tuple[Relations | None, Tensor | None, float | None]:
-    """Returns relations, descriptors and distance from the tensors of `_origin_tensors`; None for a missing value."""
+    """Returns (relations, descriptors, same_part_distance) from the tensors of a density file; None for a missing value."""
     relations = None
     if "relations.related" in density:
         relations = Relations(density["relations.related"].bool(), density["relations.groups"])
@@ -416,16 +442,16 @@ def _read_origins(density: dict[str, Tensor]) -> tuple[Relations | None, Tensor 
 
 
 def copy_bundle(uri: str | Path, manifest: dict[str, Any], output: str | Path) -> int:
-    """Copies a bundle, verifies every file, and writes `manifest` last.
+    """Copies a bundle, verifies the hash of every copied file, and writes `manifest` last.
 
     Args:
-        manifest: the bundle's manifest, or a changed one that lists the same files.
-        output: folder of the copy; if it is the bundle itself, only the manifest is written.
+        manifest: the bundle's manifest, or a changed manifest that lists the same tensor files.
+        output: folder of the copy; if it equals `uri`, only the manifest is written and no file is verified.
 
     Returns: number of bytes written.
 
     Raises:
-        BundleError: a file is missing or damaged.
+        BundleError: a tensor file is missing or damaged.
         DataError: the output cannot be written.
     """
     num_bytes = 0
@@ -439,16 +465,22 @@ def copy_bundle(uri: str | Path, manifest: dict[str, Any], output: str | Path) -
 
 
 def _read_part(uri: str | Path, manifest: dict[str, Any], part: str) -> dict[str, Tensor]:
-    """Reads and verifies the tensors of a file of the bundle: network, density or moments."""
+    """Reads and verifies a tensor file of the bundle and returns name -> tensor. part: network, density or moments.
+
+    Raises: BundleError: the file is missing, unreadable, changed or has a damaged header.
+    """
     content = _read_file(uri, manifest["files"][part])
     read_header(content, str(uri))
     return load_tensors(content)
 
 
 def _read_file(uri: str | Path, entry: dict[str, Any]) -> bytes:
-    """Reads a file that a checked manifest lists. A file that is larger than its entry is not read.
+    """Returns the bytes of a tensor file of the bundle after a check of its hash.
 
-    Raises: BundleError: the file is missing, unreadable or changed.
+    Args:
+        entry: the manifest's entry of the file, already checked by `check_manifest`.
+
+    Raises: BundleError: the file is missing, unreadable or changed. A file that is larger than the entry states is not read.
     """
     name, num_bytes = str(entry["name"]), int(entry["num_bytes"])
     try:
@@ -467,7 +499,7 @@ def _read_file(uri: str | Path, entry: dict[str, Any]) -> bytes:
 
 
 def manifest_hash(manifest: dict[str, Any]) -> str:
-    """Returns the SHA-256 of a manifest without its own entry "sha256"."""
+    """Returns the SHA-256 of a manifest. Ignores the entry "sha256", in which the manifest stores this hash."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -486,7 +518,7 @@ def git_commit() -> str | None:
 
 
 def library_versions() -> dict[str, str]:
-    """Returns the versions of focus_ray, Python and the libraries that influence scores."""
+    """Returns library -> version, for focus_ray, Python and torch, and for torchvision, numpy and ray if they are installed."""
     versions = {"focus_ray": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in ("torchvision", "numpy", "ray"):
         try:
@@ -497,9 +529,9 @@ def library_versions() -> dict[str, str]:
 
 
 def describe_precision(config: Config, device: torch.device | str) -> str:
-    """Returns the number format in which backbone and memory bank compute on a device, such as "bfloat16".
+    """Returns the number format in which backbone and density compute on a device, such as "bfloat16".
 
-    If they differ, the text names both, the backbone first: "float32 and bfloat16".
+    If the two formats differ, the text names both, the backbone first: "float32 and bfloat16".
     """
     settings = (config.model.precision, config.density.precision)
     names = [str(compute_dtype(precision, device)).removeprefix("torch.") for precision in settings]

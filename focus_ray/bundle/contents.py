@@ -39,12 +39,16 @@ _Size = Annotated[StrictInt, Field(ge=1, le=_MAX_COUNT)]
 
 
 class _File(BaseModel):
+    """The manifest's entry of a tensor file: name, hash and size, with the allowed types and ranges."""
+
     name: Annotated[StrictStr, Field(pattern=_FILE_NAME)]
     sha256: Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{64}$")]
     num_bytes: Annotated[StrictInt, Field(ge=0, le=_MAX_COUNT)]
 
 
 class _Moments(BaseModel):
+    """The manifest's entry "moments": number of images, size of the anomaly map in cells, and number of channels."""
+
     count: Annotated[StrictInt, Field(ge=0, le=_MAX_COUNT)]
     height: _Size
     width: _Size
@@ -52,6 +56,8 @@ class _Moments(BaseModel):
 
 
 class _Manifest(BaseModel):
+    """The entries of a manifest with their allowed types and ranges. Further entries are allowed and not checked."""
+
     created_at: StrictStr
     category: StrictStr
     config: dict[str, Any]
@@ -64,19 +70,21 @@ class _Manifest(BaseModel):
     @field_validator("created_at")
     @classmethod
     def _is_time(cls, value: str) -> str:
+        """Returns the text unchanged. Raises: ValueError: it is not a time in ISO format."""
         datetime.fromisoformat(value)
         return value
 
     @field_validator("category")
     @classmethod
     def _is_folder_name(cls, value: str) -> str:
+        """Returns the text unchanged. Raises: ValueError: it cannot be the name of a folder."""
         if not value or value in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", value):
             raise ValueError("a category names a folder, so it has no slash and no control character")
         return value
 
 
 class StoredTensor(NamedTuple):
-    """Shape of a tensor in a file, and the number of bytes of each value in the file."""
+    """Shape of a tensor in a file, and the number of bytes that each of its values takes in the file."""
 
     shape: tuple[int, ...]
     value_bytes: int
@@ -93,7 +101,9 @@ Header = Mapping[str, StoredTensor]
 def check_manifest(manifest: Mapping[str, Any], uri: str) -> None:
     """Checks types and ranges of a manifest's entries.
 
-    Raises: BundleError: an entry cannot be used; the message names the entry.
+    Args: uri: address of the bundle, for messages.
+
+    Raises: BundleError: an entry is missing or cannot be used; the message names the entry.
     """
     try:
         _Manifest.model_validate(manifest)
@@ -106,10 +116,10 @@ def check_manifest(manifest: Mapping[str, Any], uri: str) -> None:
 
 
 def read_header(content: bytes, uri: str) -> dict[str, StoredTensor]:
-    """Returns name -> shape for the tensors in a safetensors file.
+    """Returns name -> shape and value size, for the tensors in a safetensors file. Reads no values.
 
     Args:
-        content: the complete file.
+        content: the bytes of the complete file.
         uri: address of the bundle, for messages.
 
     Raises: BundleError: the header is too long or malformed, or the tensors do not fill the file exactly.
@@ -135,7 +145,10 @@ def read_header(content: bytes, uri: str) -> dict[str, StoredTensor]:
 
 
 def _read_entry(entry: Mapping[str, Any], file_bytes: int) -> StoredTensor:
-    """Returns shape and value size of a header's entry. Raises: ValueError, TypeError, KeyError: the entry is malformed."""
+    """Returns shape and value size of the tensor that a header entry describes. file_bytes: size of the file.
+
+    Raises: ValueError, TypeError, KeyError: the entry is malformed.
+    """
     shape = tuple(entry["shape"])
     if len(shape) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size <= file_bytes for size in shape):
         raise ValueError(f"shape {shape[:MAX_DIMENSIONS]}")
@@ -147,13 +160,16 @@ def _read_entry(entry: Mapping[str, Any], file_bytes: int) -> StoredTensor:
 
 
 def check_shapes(config: Config, moments: Mapping[str, int], network: Header, density: Header, uri: str) -> None:
-    """Checks that every tensor has the shape that the configuration requires.
+    """Checks that the anomaly map and the tensors of a bundle have the shapes that the configuration requires.
+
+    Tensors with unknown names are not checked here.
 
     Args:
-        moments: the manifest's entry with height and width of the density's map, in cells.
-        network, density: headers of these two files.
+        moments: the manifest's entry "moments", with height and width of the density's anomaly map, in cells.
+        network, density: headers of the network file and of the density file.
+        uri: address of the bundle, for messages.
 
-    Raises: BundleError: a shape differs; the message names the first such tensor.
+    Raises: BundleError: the map has another size, or a tensor another shape. The message names the first such tensor.
     """
     cells = map_cells(config)
     grid = config.model.shared_grid
@@ -178,7 +194,15 @@ def check_shapes(config: Config, moments: Mapping[str, int], network: Header, de
 
 
 def check_moments(moments: Mapping[str, int], header: Header, uri: str) -> None:
-    """Checks that stored moments have the shapes that the manifest states. Raises: BundleError: a shape differs."""
+    """Checks that the moments file has mean and scatter in the shapes that the manifest states.
+
+    Args:
+        moments: the manifest's entry "moments".
+        header: header of the moments file.
+        uri: address of the bundle, for messages.
+
+    Raises: BundleError: a tensor is missing or has another shape.
+    """
     num_locations, channels = moments["height"] * moments["width"], moments["channels"]
     # a scatter matrix is symmetric, so the file holds its lower triangle
     expected = {"mean": (num_locations, channels), "scatter": (num_locations, channels * (channels + 1) // 2)}
@@ -188,9 +212,15 @@ def check_moments(moments: Mapping[str, int], header: Header, uri: str) -> None:
 
 
 def check_memory(config: Config, network: Header, density: Header, max_bytes: int, uri: str) -> None:
-    """Checks that the tensors of a model, and the temporary memory of its largest steps, fit into `max_bytes` each.
+    """Checks that the tensors of a model, and the temporary memory of each large step of scoring, fit into `max_bytes`.
 
-    Raises: BundleError: the tensors or a step need more memory; the message names which.
+    The tensors and each step are compared with `max_bytes` separately; they are not added.
+
+    Args:
+        network, density: headers of the network file and of the density file.
+        uri: address of the bundle, for messages.
+
+    Raises: BundleError: the tensors or a step need more memory. The message names the step.
     """
     height, width = config.model.frame_px
     cells, grid = map_cells(config), config.model.shared_grid

@@ -33,7 +33,7 @@ Compiled = Callable[[Tensor], Levels]
 
 
 class _Features(nn.Module):
-    """Maps aligned images (B, 3, H, W) in 0..1 to three feature levels."""
+    """Module that maps B aligned images (B, 3, H, W), values 0 to 1, to the features of three layers of the backbone."""
 
     def __init__(self, net: FocusNet) -> None:
         super().__init__()
@@ -44,11 +44,15 @@ class _Features(nn.Module):
 
 
 def check_engine(engine: str, net: FocusNet, device: torch.device | str, num_examples: int) -> None:
-    """Checks that an engine can compute the features of a network.
+    """Checks that an engine can compute the features of a network on a device.
+
+    Args:
+        engine: a value of `ENGINES`.
+        num_examples: number of example images that the caller has.
 
     Raises:
         ConfigError: the engine does not exist or does not support this device or network, or there are too few examples.
-        MissingPackageError: the extra `onnx` is not installed.
+        MissingPackageError: the package extra `onnx` is not installed.
     """
     if engine == TORCH:
         return
@@ -73,12 +77,14 @@ def check_engine(engine: str, net: FocusNet, device: torch.device | str, num_exa
 def compile_feature_extractor(net: FocusNet, engine: str, examples: Tensor) -> Compiled:
     """Exports a network to ONNX and returns a function that computes its features with ONNX Runtime on the CPU.
 
-    The function takes images (B, 3, S, S) and returns the features of the three layers.
+    The returned function takes B images (B, 3, S, S) and returns the features of three layers of the backbone. S is the side of
+    the network's input in pixels.
 
     Args:
         net: a network with float32 weights.
-        examples: (N, 3, S, S) in 0..1, after image alignment. All of them set the scales of int8; the export runs on the first
-            two.
+        engine: onnxruntime or onnxruntime-int8.
+        examples: N images (N, 3, S, S), values 0 to 1, after image alignment. The export runs on the first two. For int8, all
+            images set the scales that convert floats to integers.
     """
     import onnxruntime
 
@@ -106,7 +112,7 @@ def compile_feature_extractor(net: FocusNet, engine: str, examples: Tensor) -> C
 
 
 def _export(net: FocusNet, path: Path, example: Tensor) -> None:
-    """Writes the feature extractor as an ONNX file with a dynamic batch size. example: images (B, 3, S, S)."""
+    """Writes the network's feature extractor as an ONNX file that accepts every batch size. example: images (B, 3, S, S)."""
     with suppress_exporter_messages(), torch.no_grad():
         program = torch.onnx.export(
             _Features(net).eval(),
@@ -122,15 +128,16 @@ def _export(net: FocusNet, path: Path, example: Tensor) -> None:
 
 
 def quantise(source: Path, target: Path, images: Iterable[NDArray[Any]], nodes: Sequence[str] | None = None) -> None:
-    """Writes an int8 copy of an ONNX model [onnxruntime's QDQ].
+    """Writes a copy of an ONNX model that computes in int8, in the QDQ format of ONNX Runtime.
 
-    Weights get a scale for each channel. Activations get a scale from their range over the images.
+    A scale converts floats to integers. Weights get a scale for each channel. Activations get a scale from their range over
+    the images.
 
     Args:
-        source: ONNX file of the model.
+        source: path of the model's ONNX file.
         target: path of the int8 file.
-        images: inputs of the model's input "images", without the batch dimension.
-        nodes: names of the nodes to quantise; None: all nodes of the kinds `QUANTISED`.
+        images: example images for the model's input "images", without the batch dimension.
+        nodes: names of the nodes (operations) to quantise, if their kind is in `QUANTISED`; None: all nodes of these kinds.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -158,7 +165,7 @@ def quantise(source: Path, target: Path, images: Iterable[NDArray[Any]], nodes: 
 
 @contextlib.contextmanager
 def suppress_exporter_messages() -> Iterator[None]:
-    """Suppresses the warnings and log messages of exporters within the context."""
+    """Context manager: suppresses Python warnings, and all log messages up to the level WARNING, in the whole process."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

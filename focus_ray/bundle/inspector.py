@@ -54,7 +54,7 @@ _NUM_DECODE_THREADS = 2  # they decode the next batch during a forward pass
 
 
 class Inspector:
-    """Scores encoded images with a bundle on a device."""
+    """Scores encoded images (bytes of PNG or other image files) with a bundle on a device, and evaluates labelled images."""
 
     def __init__(
         self,
@@ -64,18 +64,21 @@ class Inspector:
         engine: str = TORCH,
         examples: Sequence[bytes | str | Path] = (),
     ) -> None:
-        """
+        """Prepares the network of the bundle, in place, for inference with an engine.
+
         Args:
             bundle: loaded on `device`.
             batch_size: images in a forward pass.
             engine: library that computes the features: torch, or on a CPU also onnxruntime or onnxruntime-int8
                 (`bundle.engine`).
-            examples: encoded images of good parts, or their paths. An engine other than torch needs them: they set the scales
-                of int8, and its scores are compared with those of torch.
+            examples: encoded images of good parts, or their paths. An engine other than torch needs them, to compare its scores
+                with the scores of torch, and to choose the scales that convert floats to int8.
 
         Raises:
-            ConfigError: the engine cannot be used here, or its scores of the examples differ from torch's scores.
-            DataError: an example cannot be read.
+            ConfigError: the engine cannot be used here, there are too few examples that the model was not trained on, or the
+                scores of the engine differ from the scores of torch.
+            MissingPackageError: the engine needs the package extra `onnx`, which is not installed.
+            DataError: an example cannot be read or decoded.
         """
         self.bundle, self.device, self.batch_size = bundle, device, batch_size
         self.frame = bundle.frame
@@ -94,7 +97,9 @@ class Inspector:
             device: such as cpu or cuda:0; 'auto' takes a GPU if the machine has one.
             options: further arguments of the constructor.
 
-        Raises: BundleError: the bundle is missing or damaged.
+        Raises:
+            BundleError: the bundle is missing or damaged.
+            ConfigError, MissingPackageError, DataError: as the constructor.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,15 +108,17 @@ class Inspector:
     def _score_images(
         self, images: Iterable[tuple[str, bytes]], hashed: bool = False, repeats: RepeatFinder | None = None
     ) -> Iterator[tuple[ImageInfo, float, NDArray[np.float32], bool]]:
-        """Scores named images in batches. The next batch is decoded while the current batch is scored.
+        """Generator: scores images in batches. The next batch is decoded while the current batch is scored.
 
         Args:
-            images: (name for messages, encoded image).
-            hashed: compute content hashes.
-            repeats: finds copies of training images.
+            images: (name for messages, encoded image) of each image.
+            hashed: whether to compute the `content_hash` of each image.
+            repeats: recognises new photographs of parts that training images show; None: no search.
 
-        Yields: for each image its info, score and map (H, W), and whether it repeats a training image, which is always False
-            without `repeats`.
+        Yields: (info, score, anomaly map (H, W), is_repeat) of each image, in the order of `images`. is_repeat: whether a
+            training image shows the same part; False without `repeats`.
+
+        Raises: DataError: an image cannot be decoded, no pixel of an image is scored, or a score is not finite.
         """
 
         def decode_batches() -> Iterator[tuple[list[str], list[ImageInfo], NDArray[np.uint8]]]:
@@ -135,19 +142,19 @@ class Inspector:
                 yield info, score, anomaly_map, repeat
 
     def score(self, batch: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Returns the scores (B,) and anomaly maps (B, H, W) of decoded images.
+        """Returns (scores (B,), anomaly maps (B, H, W)) of B decoded images.
 
         Args:
-            batch: uint8 (B, H, W, 3 or 4), from `images.decode_batch` with this inspector's frame.
+            batch: uint8 (B, H, W, 3 or 4), from `images.decode_batch` with `self.frame`.
         """
         scored = self.bundle.detector(torch.from_numpy(batch))
         return scored.score.float().cpu().numpy(), scored.anomaly_map.float().cpu().numpy()
 
     def inspect(self, images: Sequence[bytes | str | Path]) -> list[Inspection]:
-        """Inspects encoded images or paths of image files, and returns an `Inspection` for each, in the same order.
+        """Inspects a list of images (encoded bytes or paths), and returns an `Inspection` for each image in the same order.
 
-        Raises: DataError: `images` is a single image, an image cannot be read or decoded, no part of an image is inspected, or
-        the model gives no finite score. There is then no result for any image.
+        Raises: DataError: `images` is a single image instead of a list, an image cannot be read or decoded, no pixel of an
+            image is scored, or a score is not finite. An error in one image means that no image gets a result.
         """
         if isinstance(images, (bytes, bytearray, str, Path)):
             raise DataError(
@@ -158,9 +165,13 @@ class Inspector:
     def inspect_hashed(
         self, images: Sequence[bytes | str | Path], hashed: bool = True
     ) -> Iterator[tuple[Inspection, str | None]]:
-        """Yields the inspection and the `content_hash` of each image. Copies of an image have equal hashes.
+        """Generator: inspects images and yields (inspection, `content_hash`) of each image. Equal pixels have equal hashes.
 
-        Args: hashed: False skips the hash, which is then None.
+        Args:
+            images: as for `inspect`.
+            hashed: False computes no hashes: each hash is None, and each `trained_on` of an inspection is False.
+
+        Raises: DataError: as `inspect`; the errors appear during iteration.
         """
         fit_hashes = self.bundle.fit_hashes
         named_images = ((_name(image, number), _encoded(image, number)) for number, image in enumerate(images))
@@ -170,9 +181,9 @@ class Inspector:
             yield replace(inspection, trained_on=trained_on), info.content_hash
 
     def inspect_or_explain(self, images: Sequence[bytes]) -> list[Inspection | DataError]:
-        """Inspects images as `inspect` does, and returns the error of an image in the place of its inspection.
+        """Inspects encoded images, and returns for each image its inspection or its error. Raises no `DataError` itself.
 
-        An error is an unusable image, or a score that is not finite.
+        An image has an error if it cannot be decoded, has no scored pixel, or has a score that is not finite.
         """
         try:
             return list(self.inspect(images))
@@ -183,15 +194,17 @@ class Inspector:
             return [outcome for image in images for outcome in self.inspect_or_explain([image])]
 
     def judge(self, score: float, anomaly_map: NDArray[np.float32], width: int, height: int) -> Inspection:
-        """Returns verdict, p-value and regions for the score and map of an image.
+        """Compares the score and the anomaly map of an image with the thresholds, and returns the inspection.
+
+        The inspection has the verdict, the p-value and the regions above the pixel threshold.
 
         Args:
-            anomaly_map: (H, W), in the frame's size.
-            width, height: size of the image in pixels.
+            anomaly_map: (H, W), in the size of `self.frame`.
+            width, height: size of the original image in pixels.
 
         Raises:
             ScoreError: the score or a value of the map is not a finite number.
-            ImageError: no part of the map was inspected.
+            ImageError: no location of the map shows a pixel of the image.
         """
         calibration = self.bundle.calibration
         self._check_score(score, anomaly_map, width, height)
@@ -210,7 +223,12 @@ class Inspector:
         )
 
     def _check_score(self, score: float, anomaly_map: NDArray[np.float32], width: int, height: int) -> None:
-        """Raises the errors of `judge` unless the score and all values of the map are finite."""
+        """Checks that the score and all values of the anomaly map of an image are finite.
+
+        Args: width, height: size of the original image in pixels, for messages.
+
+        Raises: ImageError, ScoreError: as `judge`.
+        """
         if math.isfinite(score) and np.isfinite(anomaly_map).all():
             return
         if math.isnan(score) and not anomaly_map.any():  # the `ScoredImages` of an image without an inspected location
@@ -228,25 +246,26 @@ class Inspector:
     def evaluate(
         self, records: Iterable[Row], max_side_px: int = MAX_SIDE_PX, exact_pixels: int = EXACT_PIXELS
     ) -> dict[str, Any]:
-        """Computes metrics over labelled images. The labels are only compared with; they never choose anything.
+        """Scores labelled images and returns metrics such as AUROC. The labels do not influence scores or thresholds.
 
         Images that the model was trained on are left out of the metrics.
 
-        Args: those of `measure`.
+        Args: as `measure`.
 
-        Returns: the metrics of `evaluation.figures`, and:
+        Returns: the metrics of `compute_metrics`, and:
             "trained_on": number of training images among the records, and a notice (a sentence, or None).
             "reduced": whether maps were compared at a reduced size.
             "shift": compares scores of good images with the calibration scores: counts, p-value, direction and notice (a
-                sentence, or None); None for fewer than 5 good images that the model was not trained on.
-            "repeats": number of other images that repeat training images, and a notice.
+                sentence, or None). None without the comparison: for fewer than 5 good images that the model was not trained
+                on, or if a score is not finite.
+            "repeats": number of other images that show the same part as a training image, and a notice.
 
-        Raises: DataError: every record is a training image, or an image cannot be decoded.
+        Raises: DataError: as `measure`.
         """
         return self.figures(self.measure(records, max_side_px, exact_pixels))
 
     def figures(self, labelled: LabelledImages) -> dict[str, Any]:
-        """Returns metrics, shift and notices, as `evaluate` does, for images that `measure` scored."""
+        """Returns the metrics and notices that `evaluate` returns, for images that `measure` has scored."""
         metrics = compute_metrics(labelled.measured, labelled.types, self.bundle.calibration.target_fpr)
         try:
             shift = compare_scores(self.bundle.calibration.image_scores, labelled.good_scores)
@@ -268,18 +287,19 @@ class Inspector:
     def measure(
         self, records: Iterable[Row], max_side_px: int = MAX_SIDE_PX, exact_pixels: int = EXACT_PIXELS
     ) -> LabelledImages:
-        """Scores labelled images, and stores maps and masks in memory as long as they fit.
+        """Scores labelled images, and returns their scores with their maps and masks, or with pixel counts in bins.
 
-        Images that the model was trained on are left out of the metrics and counted.
+        Images that the model was trained on are counted and left out of the result.
 
         Args:
             records: mappings with image and mask bytes (mask None: unknown, or a normal image), label, defect_type, width and
-                height; id and content_hash are optional.
+                height; id and content_hash are optional. Without content_hash, a training image is not recognised.
             max_side_px: longest side of maps and masks. Smaller images are compared at their own size.
-            exact_pixels: number of pixels of all maps up to which maps are stored. Beyond it, pixels are counted in bins of a
-                fixed size in memory.
+            exact_pixels: maps and masks stay in RAM if all maps have at most this many pixels together. Otherwise their pixels
+                are counted in bins (ranges of values).
 
-        Raises: DataError: there is no record, or an image cannot be decoded.
+        Raises: DataError: there is no record, the model was trained on all images, an image or mask cannot be decoded, no pixel
+            of an image is scored, or a score is not finite.
         """
         collector = EvaluationCollector(exact_pixels)
         for _ in self.gather(records, collector, max_side_px):
@@ -289,15 +309,15 @@ class Inspector:
     def gather(
         self, records: Iterable[Row], into: EvaluationCollector, max_side_px: int = MAX_SIDE_PX
     ) -> Iterator[Row]:
-        """Scores labelled images one by one, and adds each image to `into`.
+        """Generator: scores labelled images, adds each image to the collector `into`, and yields the record with its score.
 
         Args:
             records, max_side_px: see `measure`.
-            into: collects the scores, maps and masks.
+            into: collects the scores, maps and masks; changed in place.
 
-        Yields: the records, with `score` and `trained_on` instead of image, mask and content hash.
+        Yields: each record without image, mask and content_hash, but with `score` and `trained_on`.
 
-        Raises: DataError: an image cannot be decoded.
+        Raises: DataError: an image or mask cannot be decoded, no pixel of an image is scored, or a score is not finite.
         """
         unscored: deque[Row] = deque()  # records that were read but have no score yet, in the order of the images
 
@@ -324,7 +344,7 @@ class Inspector:
 
     @cached_property
     def _repeats(self) -> RepeatFinder | None:
-        """Finder of images that repeat training images; None if the bundle stores no descriptors."""
+        """Finder of images that show the same part as a training image; None if the bundle stores no descriptors."""
         bundle = self.bundle
         if bundle.descriptors is None or bundle.same_part_distance is None:
             return None
@@ -332,7 +352,10 @@ class Inspector:
 
     @torch.inference_mode()
     def align(self, image: bytes) -> NDArray[np.uint8] | None:
-        """Returns an encoded image after alignment, (H, W, 3); None if the model does not align images."""
+        """Returns the pixels (H, W, 3) of an encoded image after alignment; None if the model does not align images.
+
+        Raises: ImageError: the image cannot be decoded.
+        """
         batch = to_images(torch.from_numpy(decode_batch([image], self.frame)), self.bundle.detector.density.device)
         aligned, theta = self.bundle.detector.net.align_image(batch)
         if theta is None:
@@ -341,7 +364,12 @@ class Inspector:
 
     @torch.inference_mode()
     def _compile(self, engine: str, examples: Sequence[bytes | str | Path]) -> None:
-        """Replaces the engine of the network. Raises: ConfigError: scores of the examples differ from torch's scores."""
+        """Makes an engine compute the features of the network, if its scores of example images agree with torch's scores.
+
+        Raises:
+            ConfigError: too few examples are new to the model, or the scores differ by more than `TOLERANCE`.
+            DataError: an example cannot be read or decoded.
+        """
         detector, fit_hashes = self.bundle.detector, self.bundle.fit_hashes
         numbers = sorted(sample_evenly(len(examples), MAX_EXAMPLES))
         encoded = [_encoded(examples[number], number) for number in numbers]
@@ -371,19 +399,22 @@ class Inspector:
 
 
 def _innermost_error(error: DataError) -> DataError:
-    """Returns the error of the image itself, without the outer errors that add its number in the batch."""
+    """Returns the original error of an image, without the outer errors that add the position of the image in its batch."""
     while isinstance(error.__cause__, DataError):
         error = error.__cause__
     return error
 
 
 def _name(image: object, number: int) -> str:
-    """Returns the name of an image in messages: its path, or its number."""
+    """Returns the name of an image for messages: its path, or "image 3" with its position if it has no path."""
     return str(image) if isinstance(image, (str, Path)) else f"image {number}"
 
 
 def _encoded(image: object, number: int) -> bytes:
-    """Returns the bytes of an image file, from bytes or a path. Raises: DataError: the file cannot be read."""
+    """Returns the bytes of an image file, from bytes or a path. number: position of the image, for messages.
+
+    Raises: DataError: the file cannot be read, or `image` is neither bytes nor a path.
+    """
     if isinstance(image, (str, Path)):
         try:
             return Path(image).expanduser().read_bytes()

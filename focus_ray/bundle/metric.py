@@ -1,4 +1,7 @@
-"""Averages the metrics of many bundles into a shared metric for new categories."""
+"""Averages the distance metrics of many bundles into a shared metric for new categories.
+
+A metric is a learnt projection of embeddings (density.reduction=discriminant). It defines the distance between two embeddings.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,19 @@ from focus_ray.fitting.shared_metric import matching_settings, write_shared_metr
 
 
 def share_metric(places: Sequence[str], output: str) -> list[str]:
-    """Averages the metrics of bundles and writes a file for the setting density.metric.
+    """Averages the learnt distance metrics of bundles, and writes the average to a file for the setting density.metric.
 
     Args:
-        places: bundles, folders of runs or folders of bundles.
-        output: address of the file.
+        places: addresses of bundles, folders of runs, or folders of bundles.
+        output: path or URI of the file to write.
 
     Returns: the sorted categories of the bundles.
 
     Raises:
         DataError: an address contains no bundle, or the file cannot be written.
-        BundleError: a bundle stores no metric of its own, two bundles have the same category, or the networks differ.
+        BundleError: a bundle is damaged, stores no statistics, or has not learnt a metric itself; or two bundles have the same
+            category or different network settings.
+        ConfigError: a manifest has a setting that this version of focus_ray cannot use.
     """
     scatters = {}
     reference: tuple[str, Config] | None = None  # the first bundle: all others must have matching settings

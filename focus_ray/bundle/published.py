@@ -1,4 +1,4 @@
-"""Finds the bundles at the address that a user gives: a bundle, a run, a folder of bundles, a registry, or a team's folder."""
+"""Finds the bundles at an address from a user: a bundle, a run, a folder of bundles, a registry, or a team's folder in it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _NUM_PROBED = 3  # categories of a folder that are looked up to recognise the fo
 def find_bundle_of_each_category(
     place: str, version: str = LATEST, log: Callable[[str], None] = lambda message: None
 ) -> dict[str, str]:
-    """Maps each category to the URI of its bundle.
+    """Returns category -> URI of its bundle, for the bundles at an address.
 
     Args:
         place: a bundle, a run, a folder of bundles, a registry, or the folder of a team in a registry.
-        version: name of a version or an alias, for models of a registry. A category without this version, or with a damaged
-            record of this version, is left out.
+        version: name of a version (v0007) or of an alias, used only for a registry. A category without this version, or with
+            damaged registry data of this version, is left out.
         log: receives a message for each category that is left out.
 
     Raises:
         DataError: the address has no bundle, or several teams of a registry have a category of the same name.
-        BundleError: the manifest of a bundle in a folder is damaged.
+        BundleError: the manifest of a bundle is damaged.
     """
     try:
         return find_bundles(place)
@@ -37,7 +37,12 @@ def find_bundle_of_each_category(
 
 
 def _resolve_published(place: str, version: str, log: Callable[[str], None]) -> dict[str, str]:
-    """Maps each category to its bundle, for a registry or the folder of a team in it; empty for any other folder."""
+    """Returns category -> URI of its bundle, for a registry or the folder of a team in it; empty for any other folder.
+
+    Args: as `find_bundle_of_each_category`.
+
+    Raises: DataError: several teams of the registry have a category of the same name.
+    """
     registry = Registry(place)
     parent, _, name = registry.root.rpartition("/")
     if is_name(name) and not parent.endswith(":/"):  # a bucket has no parent folder
@@ -57,7 +62,7 @@ def _resolve_published(place: str, version: str, log: Callable[[str], None]) -> 
 
 
 def _resolve_team(registry: Registry, team: str, version: str, log: Callable[[str], None]) -> dict[str, str]:
-    """Maps each category of a team to the bundle of `version`; logs and skips a category without this version."""
+    """Returns category -> URI of the bundle of `version`, for a team. Logs and skips a category without this version."""
     bundles = {}
     for category in registry.categories(team):
         try:

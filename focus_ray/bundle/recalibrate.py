@@ -38,16 +38,18 @@ from focus_ray.version import __version__
 
 @dataclass(frozen=True)
 class Recalibration:
-    """The result of a calibration with images.
+    """The result of `calibrate_bundle` or `calibrate_for_site`.
 
     Attributes:
         manifest: manifest of the new bundle.
         calibration: calibration of the new bundle.
         num_trained_on: number of good images that were left out because the density contains them.
-        curve: shows the cost of each threshold; None without bad images.
-        is_metric_biased: whether the metric was learnt from the calibration images, and from so few that it lowers their scores.
-        shift: compares the scores of the good images with the previous calibration scores; None for too few good images.
-        copies: image that was left out -> image with the same pixels that counts instead.
+        curve: false alarms and missed defects at each threshold; None without bad images.
+        is_metric_biased: whether the distance metric (the learnt projection of embeddings) was learnt from the calibration
+            images, and from so few images that it lowers their scores.
+        shift: compares the scores of the good images with the previous calibration scores; None for too few good images, and
+            from `calibrate_for_site`.
+        copies: file that was left out -> file with the same pixels that counts instead.
     """
 
     manifest: dict[str, Any]
@@ -69,18 +71,22 @@ def calibrate_bundle(
     target_pixel_fpr: float | None = None,
     device: str = "auto",
 ) -> Recalibration:
-    """Writes a copy of a bundle whose thresholds come from new good images.
+    """Writes a copy of a bundle with new thresholds, which are computed from new images of good parts.
 
     Images with the same pixels count once.
 
     Args:
-        output: address of the copy. It may be the bundle itself, which is then replaced in one step.
-        good: image files of good parts. Images in the density are left out, because they score near zero.
+        uri: address of the bundle.
+        output: address of the copy. If it equals `uri`, the bundle is replaced in one step.
+        good: image files of good parts. Images that the model was trained on are left out, because they score near zero.
         bad: image files of defective parts. They do not influence the thresholds; they only show the cost of each threshold.
-        target_fpr, target_pixel_fpr: None: the bundle's targets.
+        target_fpr, target_pixel_fpr: shares of good images and of good pixels that may be called bad, between 0 and 1.
+            None: the bundle's targets.
+        device: see `Inspector.load`.
 
     Raises:
-        DataError: no good image is usable, a file cannot be read, an image is both good and bad, or a target is out of range.
+        DataError: the model was trained on all good images, a file cannot be read or decoded, an image has no finite score, an
+            image is both good and bad, a target is out of range, or the copy cannot be written.
         BundleError: the bundle is missing or damaged.
     """
     inspector = Inspector.load(uri, device)
@@ -116,7 +122,7 @@ def calibrate_bundle(
 
 
 def _with_targets(bundle: Bundle, target_fpr: float | None, target_pixel_fpr: float | None) -> Config:
-    """Returns the configuration of a bundle with other targets. None: the target of the bundle's calibration."""
+    """Returns a copy of a bundle's configuration with other target rates. None: the target of the bundle's calibration."""
     current = bundle.calibration
     targets = {
         "target_fpr": current.target_fpr if target_fpr is None else target_fpr,
@@ -128,9 +134,12 @@ def _with_targets(bundle: Bundle, target_fpr: float | None, target_pixel_fpr: fl
 def _inspect_distinct(
     inspector: Inspector, paths: Sequence[Path], copies: dict[Path, Path]
 ) -> dict[str, tuple[Path, Inspection]]:
-    """Inspects image files. Of several files with the same pixels the first counts, and the others are added to `copies`.
+    """Inspects image files, and returns content hash -> (file, inspection). Of files with the same pixels the first counts.
 
-    Returns: content hash -> (file that counts, its inspection).
+    Args:
+        copies: changed in place: the other files are added, as file -> first file with the same pixels.
+
+    Raises: DataError: as `Inspector.inspect`.
     """
     originals: dict[str, tuple[Path, Inspection]] = {}
     distinct_paths = list(dict.fromkeys(paths))
@@ -150,19 +159,22 @@ def calibrate_for_site(
     target_pixel_fpr: float | None = None,
     device: str = "auto",
 ) -> Recalibration:
-    """Writes a copy of a joined bundle whose thresholds come from leave-one-out scores of a single site's images.
+    """Writes a copy of a joined bundle with new thresholds for one site, from leave-one-out scores of the site's images.
 
-    No image file is needed, because both bundles store the same embeddings of these images.
+    A leave-one-out score of an image is its score without its own embedding in the density. No image file is needed, because
+    both bundles store the same embeddings of these images.
 
     Args:
         uri: a bundle that was joined from the bundles of several sites.
         output: see `calibrate_bundle`.
         site: bundle of the site's own images.
-        target_fpr, target_pixel_fpr: see `calibrate_bundle`.
+        target_fpr, target_pixel_fpr, device: see `calibrate_bundle`.
 
     Raises:
-        BundleError: a bundle is missing or stores no statistics.
-        DataError: the bundle has no image of the site, its density does not support leave-one-out, or a target is out of range.
+        BundleError: a bundle is missing, damaged or stores no statistics.
+        ConfigError: a manifest has a setting that this version of focus_ray cannot use.
+        DataError: the bundle has no image of the site, its density does not support leave-one-out, a target is out of range, or
+            the copy cannot be written.
     """
     bundle = Inspector.load(uri, device).bundle
     statistics = read_statistics(uri)
@@ -200,10 +212,14 @@ def set_thresholds(
     """Writes a copy of a bundle with thresholds that a person chose, and returns its manifest.
 
     Args:
+        uri: address of the bundle.
+        output: see `calibrate_bundle`.
         image_threshold, pixel_threshold: None: the bundle's threshold.
         by: name of the person, for the provenance.
 
-    Raises: DataError: both thresholds are None, or a threshold is not a finite number above 0.
+    Raises:
+        DataError: both thresholds are None, a threshold is not a finite number above 0, or the copy cannot be written.
+        BundleError: the bundle is missing or damaged.
     """
     manifest = read_manifest(uri)
     calibration = Calibration.from_dict(manifest["calibration"]).with_thresholds(image_threshold, pixel_threshold)
@@ -213,14 +229,17 @@ def set_thresholds(
 def rewrite_calibration(
     uri: str | Path, output: str | Path, calibration: Calibration, note: dict[str, Any]
 ) -> dict[str, Any]:
-    """Writes a copy of a bundle with another calibration, and returns its manifest.
+    """Writes a copy of a bundle with another calibration, and returns the manifest of the copy.
 
-    The provenance gets an entry with the previous thresholds.
+    The provenance in the manifest gets an entry with `note`, the time, and the previous version and thresholds.
 
     Args:
+        output: see `calibrate_bundle`.
         note: facts about the new calibration, for the provenance.
 
-    Raises: BundleError: a file of the bundle is missing or damaged.
+    Raises:
+        BundleError: a file of the bundle is missing or damaged.
+        DataError: the copy cannot be written.
     """
     previous = read_manifest(uri)
     change = {
@@ -239,6 +258,6 @@ def rewrite_calibration(
 
 
 def _fingerprint(paths: Sequence[Path]) -> str:
-    """Returns a SHA-256 of the contents of files. It does not depend on their names and order."""
+    """Returns a SHA-256 of the contents of files. The hash does not depend on the names and the order of the files."""
     digests = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()

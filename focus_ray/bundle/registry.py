@@ -4,17 +4,18 @@
       v0007/                            the bundle, as training wrote it
       _claims/v0007.json                who took the number; stays after the version is deleted: no number is used twice
       _published/v0007.json             makes the version visible; written last
-      _aliases/production/00000003.json the third target of the alias, and its earlier targets; the highest number counts
+      _aliases/production/00000003.json the third version that the alias names, and earlier versions; the highest number counts
     <root>/<team>/_changes/
-      bolt@begun-20260131T120000-<token>.json  a process is changing the target of a name in category bolt
+      bolt@begun-20260131T120000-<token>.json  a process is changing the versions or aliases of category bolt
       bolt@done-<token>.json                   the last finished change; deleted when a newer one is written
 
-No file is ever overwritten. Claims and alias records are created only if they do not exist yet (a hard link on a disk,
-`If-None-Match: *` on S3). So concurrent publishers get different numbers, processes that move the same alias see each other's
-moves, and readers see a version completely or not at all. There are no locks, so a dead process cannot leave one behind.
+A record is one of these JSON files. No file is ever overwritten. Claims and alias records are created only if they do not exist
+yet (a hard link on a disk, `If-None-Match: *` on S3). So concurrent publishers get different numbers, processes that move the
+same alias see each other's moves, and readers see a version completely or not at all. There are no locks, so a dead process
+cannot leave a lock behind.
 
 A disk, a person or an attacker may damage a record. Listings skip a damaged record and log its path. An alias with a damaged
-last record keeps its previous target. Only `resolve` of the damaged version raises an error, which names the record.
+last record keeps its previous version. Only `resolve` of the damaged version raises an error, which names the record.
 
 A process that polls lists a team's `_changes`, with a request for each thousand categories, and looks up only changed
 categories (`marks`).
@@ -70,7 +71,7 @@ _VersionName = Annotated[StrictStr, Field(pattern=f"^{_VERSION.pattern}$")]
 
 
 class _PublishedRecord(BaseModel):
-    """The record that makes a version visible: hash of the manifest, time and size in bytes. It is a file in `_published`."""
+    """Content of the JSON file in `_published` that makes a version visible: manifest hash, time, and size in bytes."""
 
     sha256: Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{64}$")]
     published_at: AwareDatetime
@@ -78,14 +79,14 @@ class _PublishedRecord(BaseModel):
 
 
 class _Target(BaseModel):
-    """A file in `_aliases`. before: earlier targets, latest first."""
+    """Content of a JSON file in `_aliases`: the version that the alias names, and earlier versions (`before`), latest first."""
 
     version: _VersionName
     before: list[_VersionName]
 
 
 class _Claim(BaseModel):
-    """A file in `_claims`. at: time of the claim."""
+    """Content of a JSON file in `_claims`, which reserves a version number. at: time of the reservation."""
 
     at: AwareDatetime
 
@@ -94,12 +95,12 @@ _Record = TypeVar("_Record", bound=BaseModel)
 
 
 class _Head(NamedTuple):
-    """The current state of an alias.
+    """The current state of an alias in a registry, from its last record file.
 
     Attributes:
-        number: number of the last record; 0 without a record.
-        target: content of the last readable record; None if there is none.
-        is_damaged: whether the last record is unreadable.
+        number: number of the alias's last record file, such as 3 for 00000003.json; 0 if there is no file.
+        target: content of the last readable record file; None if the last `MAX_STEPS_BACK` files are unreadable or missing.
+        is_damaged: whether the last record file is unreadable.
     """
 
     number: int
@@ -109,14 +110,14 @@ class _Head(NamedTuple):
 
 @dataclass(frozen=True)
 class Version:
-    """A published bundle.
+    """A published version of a bundle in a registry.
 
     Attributes:
-        name: such as v0007.
+        name: name of the version, such as v0007.
         uri: folder of the bundle, for `Inspector.load`.
         sha256: hash of the bundle's manifest (`Bundle.version`).
-        published_at: time in UTC.
-        num_bytes: size of the bundle.
+        published_at: time of the publication in UTC.
+        num_bytes: size of the bundle in bytes.
     """
 
     team: str
@@ -129,12 +130,12 @@ class Version:
 
 
 def check_name(name: str, kind: str = "name") -> str:
-    """Returns `name` if it is allowed as a name of a team, category, version or alias.
+    """Returns `name` unchanged if it is allowed as a name of a team, category, version or alias.
 
     Args:
-        kind: team, category or alias, for the message.
+        kind: what the name belongs to, such as "team", for the message.
 
-    Raises: RegistryError: the name is not allowed.
+    Raises: RegistryError: the name is not allowed (see `is_name`).
     """
     if not is_name(name):
         raise RegistryError(f"{kind} {name!r}: expected {NAME_WORDS}")
@@ -142,40 +143,47 @@ def check_name(name: str, kind: str = "name") -> str:
 
 
 class Registry:
-    """A registry in a local folder or under an s3:// URI. The object has no state, and many processes may use a registry."""
+    """A registry of published bundles in a local folder or under an s3:// URI. Many processes may use a registry at once.
+
+    The object stores only the address. All methods raise `RegistryError` for a name of a team or category that is not allowed,
+    and `DataError` (its subclass `StorageError`) if the storage fails.
+    """
 
     def __init__(self, root: str | Path) -> None:
+        """Stores the address of a registry, a local folder or an s3:// URI. The folder need not exist yet."""
         self.root = str(root).rstrip("/") if "://" in str(root) else str(Path(root).expanduser().absolute())
 
     # ---- reading
     def teams(self) -> list[str]:
-        """Returns the names of the teams."""
+        """Returns the names of all teams that have a folder in the registry."""
         return [name for name in list_names(self.root) if is_name(name)]
 
     def categories(self, team: str) -> list[str]:
-        """Returns the categories of a team, including a category whose first version is being published."""
+        """Returns the names of a team's categories, including a category whose first version is still being published."""
         return [name for name in list_names(join(self.root, check_name(team, "team"))) if is_name(name)]
 
     def versions(self, team: str, category: str) -> list[Version]:
-        """Returns the versions of a category, oldest first; empty if there is no such team or category.
+        """Returns the published versions of a category, oldest first; empty if there is no such team or category.
 
-        A damaged record is logged and left out.
+        A version with a damaged record file is logged and left out.
         """
         return [
             version for name in self._names(team, category) if (version := self._find_readable(team, category, name))
         ]
 
     def aliases(self, team: str, category: str) -> dict[str, str]:
-        """Returns alias -> name of its version, for the aliases of a category."""
+        """Returns alias -> name of its version, for the aliases of a category. Leaves out an alias without a readable record."""
         folder = join(self._folder(team, category), "_aliases")
         heads = ((name, self._head(team, category, name)) for name in list_names(folder) if is_name(name))
         return {name: head.target.version for name, head in heads if head.target}
 
     def resolve(self, team: str, category: str, ref: str = LATEST) -> Version:
-        """Returns the version of a version name or an alias.
+        """Returns the published version that a version name or an alias stands for.
 
-        Raises: RegistryError: there is no such version or alias (the message lists those that exist), or the record of the
-            version is damaged (the message has its path).
+        Args: ref: version name, such as v0007, or alias; by default the latest version.
+
+        Raises: RegistryError: a name is not allowed, there is no such version or alias (the message lists existing names), or
+            the record file of the version is damaged (the message has the path of this file).
         """
         check_name(ref, "version or alias")
         name: str | None = ref
@@ -188,10 +196,11 @@ class Registry:
         return version
 
     def marks(self, team: str) -> dict[str, str]:
-        """Returns category -> mark, with a single listing. While a category's mark is equal, its names have the same targets.
+        """Returns category -> mark, a text that changes with every change of the category's versions or aliases.
 
-        A category has no mark during a change, after a process died during a change, and after a change by an old focus_ray
-        that wrote no marks. The caller must then look up the names of this category.
+        Needs a single listing. While the mark of a category stays equal, its versions and aliases are unchanged. A category is
+        missing in the result during a change, after a process died during a change, and if no change wrote a mark. The caller
+        must then look up the versions and aliases of this category.
         """
         folder = join(self.root, check_name(team, "team"), _CHANGES)
         marks_of: defaultdict[str, list[str]] = defaultdict(list)
@@ -218,9 +227,15 @@ class Registry:
             category: expected category of the bundle; None: any category.
             aliases: more aliases to move to the version after it is published.
 
+        Returns: the published version.
+
         Raises:
-            BundleError: the bundle is missing or damaged.
-            RegistryError: the bundle has another category, or a name is not allowed.
+            BundleError: the manifest of the bundle is missing or damaged.
+            RegistryError: a tensor file of the bundle is missing or damaged, the bundle has another category, or a name is not
+                allowed.
+            RegistryError: copying took longer than `CLAIM_LASTS`, a garbage collection deleted the new version, or other
+                processes were faster at every attempt.
+            DataError: the registry cannot be read or written.
         """
         manifest = read_manifest(bundle)
         bundle_category = str(manifest["category"])
@@ -252,9 +267,12 @@ class Registry:
         return Version(team, bundle_category, name, target, str(manifest["sha256"]), now, num_bytes)
 
     def promote(self, team: str, category: str, ref: str, alias: str) -> Version:
-        """Moves an alias to a version and returns the version. ref: name or another alias of the version.
+        """Moves an alias to a version, creates the alias if it does not exist, and returns the version.
 
-        Raises: RegistryError: `ref` does not exist, or the alias has the form of a version name.
+        Args: ref: name of the version, or another alias that names it.
+
+        Raises: RegistryError: `ref` does not exist, a name is not allowed, the alias has the form of a version name, a garbage
+            collection deleted the version meanwhile, or other processes moved the alias at every attempt.
         """
         _check_alias(alias)
         version = self.resolve(team, category, ref)
@@ -262,9 +280,12 @@ class Registry:
         return version
 
     def roll_back(self, team: str, category: str, alias: str) -> Version:
-        """Moves an alias back to its previous version, and returns this version. Each further call goes back another step.
+        """Moves an alias back to its previous version that still exists, and returns this version.
 
-        Raises: RegistryError: the alias does not exist, or none of its earlier versions exists any more.
+        Each further call goes back another step, up to `MAX_STEPS_BACK` steps.
+
+        Raises: RegistryError: the alias does not exist or has no earlier version that still exists, a name is not allowed, or
+            other processes moved the alias at every attempt.
         """
         _check_alias(alias)
 
@@ -294,18 +315,18 @@ class Registry:
         min_age: timedelta = timedelta(hours=1),
         log: Callable[[str], None] = lambda message: None,
     ) -> list[str]:
-        """Deletes old versions of a category, and the files of publishers that died.
+        """Deletes old versions of a category, and the files of publications that did not finish within `2 * CLAIM_LASTS`.
 
         These versions stay: the newest `keep` versions, versions that are younger than `min_age` (a process may be loading
-        them), and the current and the previous version of every alias. No version is deleted while the last record of an
+        them), and the current and the previous version of every alias. No version is deleted while the last record file of an
         alias is damaged, because the alias may name any version.
 
         Args:
             log: receives a message for each deletion.
 
-        Returns: names of the deleted versions.
+        Returns: names of the deleted versions, without unfinished publications.
 
-        Raises: RegistryError: `keep` is negative.
+        Raises: RegistryError: `keep` is negative, or a name is not allowed.
         """
         if keep < 0:
             raise RegistryError(
@@ -343,9 +364,11 @@ class Registry:
     ) -> Version:
         """Publishes a copy of a version with thresholds that a person chose, and returns the new version.
 
+        The alias `latest` then names the new version.
+
         Args:
             image_threshold, pixel_threshold: None: the threshold of `version`.
-            by: name of the person.
+            by: name of the person, for the provenance.
 
         Raises: DataError, BundleError, RegistryError: see `recalibrate.set_thresholds` and `publish`.
         """
@@ -355,17 +378,19 @@ class Registry:
 
     # ---- implementation
     def _folder(self, team: str, category: str) -> str:
-        """Returns the folder of a category. Raises: RegistryError: a name is not allowed."""
+        """Returns the path or URI of a category's folder. Raises: RegistryError: a name is not allowed."""
         return join(self.root, check_name(team, "team"), check_name(category, "category"))
 
     def _names(self, team: str, category: str) -> list[str]:
-        """Returns the names of the published versions, oldest first."""
+        """Returns the names of a category's published versions, oldest first. Does not read their record files."""
         return _list_versions(join(self._folder(team, category), "_published"))
 
     def _find(self, team: str, category: str, name: str) -> Version | None:
-        """Returns a published version; None if there is none, or if its path or a link in it leaves the team's folder.
+        """Returns a published version; None if it does not exist, or if its folder links to a place outside the team's folder.
 
-        Raises: RegistryError: the record of the version is damaged.
+        Args: name: name of the version; None is returned if it does not have the form v0007.
+
+        Raises: RegistryError: the record file of the version is damaged.
         """
         folder = self._folder(team, category)
         if not _VERSION.fullmatch(name) or leads_out(join(folder, name), join(self.root, team)):
@@ -377,7 +402,7 @@ class Registry:
         return Version(team, category, name, join(folder, name), record.sha256, record.published_at, record.num_bytes)
 
     def _find_readable(self, team: str, category: str, name: str) -> Version | None:
-        """Returns a published version as `_find` does, but logs a damaged record and returns None."""
+        """Returns a published version as `_find` does, but for a damaged record file logs a warning and returns None."""
         try:
             return self._find(team, category, name)
         except RegistryError as error:
@@ -401,7 +426,7 @@ class Registry:
         raise RegistryError(f"{category_folder}: other publishers took the next number at every attempt: publish again")
 
     def _head(self, team: str, category: str, alias: str) -> _Head:
-        """Reads the last record of an alias. If it is damaged, reads up to `MAX_STEPS_BACK` records back to a readable one."""
+        """Returns the state of an alias from its last readable record file, among the last `MAX_STEPS_BACK` files."""
         folder = join(self._folder(team, category), "_aliases", alias)
         entries = sorted((name for name in list_names(folder) if _ENTRY.fullmatch(name)), key=_number)
         number = _number(entries[-1]) if entries else 0
@@ -414,8 +439,10 @@ class Registry:
     def _promote(self, team: str, category: str, alias: str, name: str, only_forward: bool = False) -> None:
         """Moves an alias to the published version `name`.
 
+        Does nothing if the alias names this version already, unless its last record file is damaged.
+
         Args:
-            only_forward: do nothing if the alias names a newer version.
+            only_forward: also do nothing if the alias names a newer version.
 
         Raises: RegistryError: the version was deleted during the move, or other processes moved the alias at every attempt.
         """
@@ -441,13 +468,14 @@ class Registry:
     def _move(
         self, team: str, category: str, alias: str, action: str, choose: Callable[[_Head], list[str]]
     ) -> tuple[int, list[str]]:
-        """Appends a record to an alias, again and again until no other process takes its number.
+        """Moves an alias by a new record file with the next number. Tries the next number again if another process took it.
 
         Args:
-            action: "promoted" or "rolled back", for people.
-            choose: returns the version that the alias moves to and its earlier versions, latest first; empty: no move.
+            action: "promoted" or "rolled back", stored in the file for people.
+            choose: receives the state of the alias, and returns the version that the alias moves to, followed by its earlier
+                versions, latest first; an empty list: no move.
 
-        Returns: number and versions of the record; the number is 0 without a move.
+        Returns: (number of the new record file, the list from `choose`); the number is 0 without a move.
 
         Raises: RegistryError: other processes moved the alias at every attempt.
         """
@@ -463,9 +491,13 @@ class Registry:
         )
 
     def _append(self, team: str, category: str, alias: str, number: int, versions: Sequence[str], action: str) -> bool:
-        """Creates the record `number` of an alias. Returns False if another process has created this number.
+        """Creates the record file `number` of an alias. Returns False if another process has created this file before.
 
-        Args: versions, action: see `_move`.
+        Args:
+            versions: the version that the alias moves to, followed by its earlier versions, latest first.
+            action: see `_move`.
+
+        Raises: DataError: the file or a mark (`_announce_change`) cannot be written.
         """
         record = {"version": versions[0], "before": versions[1 : MAX_STEPS_BACK + 1], "action": action, **_signature()}
         file = join(self._folder(team, category), "_aliases", alias, f"{number:08}.json")
@@ -474,9 +506,9 @@ class Registry:
 
     @contextmanager
     def _announce_change(self, team: str, category: str) -> Iterator[None]:
-        """Context manager around a change of versions or aliases of a category, which readers notice by `marks`.
+        """Context manager: announces a change of versions or aliases of a category, so that readers notice it by `marks`.
 
-        It writes the mark "begun" before the change and the mark "done" after the change.
+        It writes a file "begun" before the body and a file "done" after the body, and then deletes "begun" and older marks.
 
         Raises: DataError: the marks cannot be listed, or "begun" cannot be written. The body of the context then does not run.
         """
@@ -501,7 +533,7 @@ class Registry:
                         remove_file(join(folder, name))
 
     def _is_named(self, team: str, category: str, version: str) -> bool:
-        """Whether an alias names a version, or would roll back to it, or has a damaged last record and may name it."""
+        """Returns whether an alias names the version now, names it after one step back, or has a damaged last record file."""
         aliases = [name for name in list_names(join(self._folder(team, category), "_aliases")) if is_name(name)]
         for _, target, is_damaged in (self._head(team, category, alias) for alias in aliases):
             if is_damaged or (target and version in [target.version, *target.before[:1]]):
@@ -509,7 +541,7 @@ class Registry:
         return False
 
     def _missing_message(self, team: str, category: str, ref: str) -> str:
-        """Returns an error message for an unknown version or alias, with the names that exist."""
+        """Returns an error message for an unknown version or alias `ref`, with the existing versions and aliases."""
         names, aliases = self._names(team, category), self.aliases(team, category)
         if not names:
             return f"{self.root}: nothing is published for team {team!r}, category {category!r}"
@@ -519,25 +551,31 @@ class Registry:
 
 
 def _check_alias(alias: str) -> None:
-    """Checks a name for a new alias. Raises: RegistryError: it is not allowed, or it looks like a version name."""
+    """Checks the name of an alias before a change.
+
+    Raises: RegistryError: the name is not allowed, or is v with digits, like the name of a version.
+    """
     check_name(alias, "alias")
     if re.fullmatch(r"v[0-9]+", alias):
         raise RegistryError(f"alias {alias!r}: v with digits is the name of a version: give another name")
 
 
 def _list_versions(folder: str) -> list[str]:
-    """Returns the names of the versions that have a record in a folder, in the order of their numbers."""
+    """Returns the names of the versions that have a JSON file in a folder (v0007 for v0007.json), in ascending order."""
     names = (name.removesuffix(".json") for name in list_names(folder))
     return sorted((name for name in names if _VERSION.fullmatch(name)), key=_number)
 
 
 def _number(name: str) -> int:
-    """Returns the number of a version or of an alias record, such as 7 for v0007 and for 00000007.json."""
+    """Returns the number in the name of a version or of an alias record file, such as 7 for v0007 and for 00000007.json."""
     return int(name.removeprefix("v").removesuffix(".json"))
 
 
 def _signature() -> dict[str, str]:
-    """Returns time, user and machine, for people, and a random token, which makes the content unique for `create_bytes`."""
+    """Returns entries for a record file: time and user@machine for people, and a random token that makes each file unique.
+
+    `create_bytes` needs unique content.
+    """
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # the user of a container may have no name
@@ -547,16 +585,18 @@ def _signature() -> dict[str, str]:
 
 
 def _encode(record: dict[str, Any]) -> bytes:
-    """Returns a record as a line of JSON."""
+    """Returns the entries of a record file as the bytes of a line of JSON."""
     return (json.dumps(record) + "\n").encode()
 
 
 def _read_record(uri: str, kind: type[_Record]) -> _Record:
-    """Reads and validates a record.
+    """Reads and validates a record file of the registry.
+
+    Args: kind: class of the content.
 
     Raises:
-        FileNotFoundError: there is no record.
-        RegistryError: the record is damaged.
+        FileNotFoundError: the file does not exist.
+        RegistryError: the file is damaged or has more than `_MAX_RECORD_BYTES`.
         StorageError: the storage fails.
     """
     try:
@@ -574,7 +614,10 @@ def _read_record(uri: str, kind: type[_Record]) -> _Record:
 
 
 def _read_or_log(uri: str, kind: type[_Record]) -> _Record | None:
-    """Reads a record as `_read_record` does, but logs a damaged or missing record and returns None."""
+    """Reads a record file as `_read_record` does, but for a damaged or missing file logs a warning and returns None.
+
+    Raises: StorageError: the storage fails.
+    """
     try:
         return _read_record(uri, kind)
     except (RegistryError, FileNotFoundError) as error:

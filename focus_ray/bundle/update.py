@@ -1,8 +1,9 @@
 """Changes a bundle's density without training: adds or removes images, joins other sites, or makes a site's own bundle.
 
-The network, the aligner and the metric stay the same. Statistics add up, so the result equals a fresh density pass over the
-remaining images. Thresholds are set again, because the old thresholds belong to the old density. An image counts once: a bundle
-stores a hash of the pixels of each image, and an image in the density is not added a second time.
+The density is the model of the embeddings of normal images. The network, the image alignment and the distance metric stay the
+same. Statistics add up, so the result equals a density that is fitted again to the remaining images. Thresholds are set again,
+because the old thresholds belong to the old density. An image counts once: a bundle stores a hash of the pixels of each image,
+and an image in the density is not added a second time.
 """
 
 from __future__ import annotations
@@ -45,13 +46,14 @@ _JOINABLE_SETTINGS = (
 
 
 class _NormalImages(NamedTuple):
-    """Normal training images of a category.
+    """Normal training images of a category in an ingested data set.
 
     Attributes:
         uri: address of the data set.
-        version: version of the category.
-        hashes: row number -> `short_hash`.
-        groups: row number -> name of the group; empty if the image is its own group.
+        version: version of the category in the data set.
+        hashes: row number of the image in the category -> `short_hash` of its pixels.
+        groups: row number -> group name; images of one physical part have the same name. An empty name: the image is a group
+            of its own.
     """
 
     uri: str
@@ -60,19 +62,19 @@ class _NormalImages(NamedTuple):
     groups: dict[int, str]
 
     def select(self, hashes: Collection[int], included: bool) -> _NormalImages:
-        """Returns the images whose hash is in `hashes`, or with included=False the other images."""
+        """Returns the images whose hash is in `hashes`; with included=False, the images whose hash is not."""
         return self._replace(hashes={row: value for row, value in self.hashes.items() if (value in hashes) is included})
 
 
 @dataclass
 class _DensityUpdate:
-    """The content of a bundle during an update.
+    """The changing state of an update: statistics and hashes of the images in the density, and a list of the changes.
 
     Attributes:
         statistics: statistics of the images in the density.
         fit_hashes: `short_hash` of these images; empty if the bundle does not store hashes.
-        changes: provenance entries for the manifest.
-        log: receives a message about images that were ignored.
+        changes: provenance entries for the manifest, one for each change.
+        log: receives a message about ignored images.
     """
 
     statistics: Statistics
@@ -81,7 +83,14 @@ class _DensityUpdate:
     log: Log = lambda message: None
 
     def record(self, action: str, source: str, num_images: int, num_ignored: int, **facts: Any) -> None:
-        """Adds a provenance entry of a change, and logs how many images of the source were ignored."""
+        """Adds an entry to `changes`, and logs how many images of the source were ignored.
+
+        Args:
+            action: add, remove or join.
+            source: address of the data set or of the other bundle.
+            num_images: number of added or removed images.
+            facts: further values for the entry.
+        """
         change = {action: source, **facts, "num_images": num_images}
         if num_ignored:
             change["left_out"] = num_ignored
@@ -104,22 +113,31 @@ def update_bundle(
 ) -> dict[str, Any]:
     """Writes a changed copy of a bundle, and returns its manifest.
 
+    The changes are made in the order join, add, remove. A bundle without hashes of its images cannot recognise them: then all
+    images of `add` are added, and all images of `remove` are subtracted.
+
     Args:
+        uri: address of the bundle.
+        output: address of the changed copy. If it equals `uri`, the bundle is replaced in one step.
         add: an ingested data set. Its normal training images of the category are added, unless the density has them already.
         remove: an ingested data set. Its normal training images of the category are removed; images that the density does not
             have are ignored.
-        join: other bundles with the same network. Their statistics are added; a shared image counts once.
-        only: an ingested data set. Its normal training images replace all images of the bundle, which gives another site's
-            bundle of the same network. It cannot be combined with add, remove and join.
+        join: other bundles with the same network. Their statistics are added; an image in both bundles counts once.
+        only: an ingested data set. Its normal training images replace all images of the bundle. The result is a bundle of
+            another site with the same network. It cannot be combined with add, remove and join.
         calibrate: an ingested data set. Its normal training images that are not in the density set the thresholds.
-            None: leave-one-out scores of the stored embeddings, if the bundle was calibrated this way, or if images were joined
-            or replaced and the density supports it; otherwise the holdout images of the bundle's data set, if this data set has
-            not changed.
-        log: receives a message about images that were ignored.
+            None: leave-one-out scores of the stored embeddings set the thresholds, if the density supports leave-one-out, and
+            the bundle was calibrated this way or images were joined or replaced. Otherwise the holdout images of the bundle's
+            data set do, if this data set has not changed.
+        log: receives a message about ignored images.
 
     Raises:
-        BundleError: the bundle stores no statistics, or a bundle to join has another network or stores no image hashes.
-        DataError: there is no new image to add or join, or no image to remove or calibrate with, or too few images would remain.
+        BundleError: a bundle is missing, damaged or stores no statistics, or a bundle to join does not fit: it has another
+            network, setting or region, one of the two bundles has no image hashes, or a shared image cannot be subtracted.
+        ConfigError: a manifest has a setting that this version of focus_ray cannot use.
+        DataError: `only` is combined with another change, a data set cannot be read, or the copy cannot be written.
+        DataError: there is no new image to add or join, no image to remove or to calibrate with, or fewer than 2 images would
+            remain.
     """
     joined = [str(join)] if isinstance(join, (str, Path)) else [str(address) for address in join]
     bundle = read_bundle(uri, device)
@@ -173,7 +191,7 @@ def update_bundle(
 
 
 def _calibrates_by_leave_one_out(bundle: Bundle, statistics: Statistics, has_new_sources: bool) -> bool:
-    """Whether leave-one-out scores set the thresholds. has_new_sources: whether images were joined or replaced."""
+    """Returns whether leave-one-out scores set the thresholds. has_new_sources: whether images were joined or replaced."""
     if statistics.bank is None or not supports_leave_one_out(bundle.config.density, bundle.config.model.shared_grid):
         return False
     return has_new_sources or bundle.calibration.method == "leave_one_out"
@@ -181,7 +199,10 @@ def _calibrates_by_leave_one_out(bundle: Bundle, statistics: Statistics, has_new
 
 # ---- replacing all images
 def _replace_images(bundle: Bundle, source: str) -> _DensityUpdate:
-    """Returns statistics of the normal images of `source` alone. Raises: DataError: there are fewer than 2 images."""
+    """Starts an update with the statistics of the normal images of the data set `source` instead of the bundle's images.
+
+    Raises: DataError: the data set cannot be read, or the category has fewer than 2 normal training images in it.
+    """
     images = _read_normal_images(source, bundle.category)
     if len(images.hashes) < 2:
         raise DataError(
@@ -194,9 +215,9 @@ def _replace_images(bundle: Bundle, source: str) -> _DensityUpdate:
 
 # ---- joining bundles
 def _join(update: _DensityUpdate, bundle: Bundle, place: str) -> None:
-    """Adds the images of the bundle at `place`. A shared image counts once.
+    """Adds the images of the bundle at `place` to `update`, in place. An image in both bundles counts once.
 
-    Raises: BundleError, DataError: see `update_bundle`.
+    Raises: BundleError, ConfigError, DataError: see `update_bundle`.
     """
     other = read_bundle(place)
     _check_same_network(bundle, other, place)
@@ -219,9 +240,11 @@ def _join(update: _DensityUpdate, bundle: Bundle, place: str) -> None:
 
 
 def _check_same_network(bundle: Bundle, other: Bundle, name: str) -> None:
-    """Checks that category, network, settings and region of two bundles are equal. name: of `other`, for messages.
+    """Checks that category, network, the settings `_JOINABLE_SETTINGS` and the region of interest of two bundles are equal.
 
-    Raises: BundleError: one of them differs.
+    Args: name: address of `other`, for messages.
+
+    Raises: BundleError: the bundles differ in one of these.
     """
     advice = f"start all sites from the same bundle, with `{ONLY}` and each site's own images"
     files = [entry.manifest["files"]["network"]["sha256"] for entry in (bundle, other)]
@@ -241,15 +264,15 @@ def _check_same_network(bundle: Bundle, other: Bundle, name: str) -> None:
 
 
 def _remove_shared_images(other: Statistics, statistics: Statistics, count: int, place: str) -> None:
-    """Removes from `other`, in place, the images that `statistics` contains too.
+    """Removes from the statistics `other`, in place, the images that `statistics` contains too.
 
     Two stored embeddings belong to the same image if they are equal except for rounding.
 
     Args:
-        count: number of shared images, which is known from their hashes.
+        count: number of shared images, which the caller knows from their hashes.
         place: address of the other bundle, for messages.
 
-    Raises: BundleError: not exactly `count` shared images are found.
+    Raises: BundleError: the statistics store no embeddings, or not exactly `count` shared images are found.
     """
     shared: set[int] = set()
     if other.bank is not None and statistics.bank is not None:
@@ -269,7 +292,10 @@ def _remove_shared_images(other: Statistics, statistics: Statistics, count: int,
 
 
 def _compute_moments(statistics: Statistics, rows: Sequence[int]) -> Moments:
-    """Computes the moments of some images of the bank. rows: their numbers in the bank."""
+    """Computes the moments (count, mean, scatter) of some images from their stored embeddings, `statistics.bank`.
+
+    Args: rows: indices of the images in the bank.
+    """
     all_moments, grid = statistics.moments, statistics.grid
     assert statistics.bank is not None
     moments = Moments(all_moments.height, all_moments.width, all_moments.channels)
@@ -282,18 +308,24 @@ def _compute_moments(statistics: Statistics, rows: Sequence[int]) -> Moments:
 
 
 def find_shared_images(uri: str | Path, statistics: Statistics) -> list[int]:
-    """Returns the positions, in the bank of the statistics, of the images whose embedding the bundle at `uri` stores bit for bit.
+    """Returns the indices of the images in `statistics.bank` whose embedding the bundle at `uri` stores too, bit for bit.
 
-    The other bundle has the same network. The result is empty if one of the two has no bank.
+    A bank holds the stored embeddings of normal images. The bundle must have the same network as the statistics. The result is
+    empty if the bundle or the statistics have no bank.
 
-    Raises: BundleError: the bundle is missing or stores no statistics.
+    Raises:
+        BundleError: the bundle is missing, damaged or stores no statistics.
+        ConfigError: the manifest has a setting that this version of focus_ray cannot use.
     """
     bank = read_statistics(uri).bank
     return [] if statistics.bank is None or bank is None else _find_equal_rows(statistics.bank, bank)
 
 
 def _find_equal_rows(bank: Tensor, other_bank: Tensor) -> list[int]:
-    """Returns the numbers of the bank's images (N, L, C) that have exactly the embedding of an image of `other_bank`."""
+    """Returns the indices of the embeddings in `bank` that also occur in `other_bank`, bit for bit.
+
+    Args: bank, other_bank: embeddings of N images, (N, L, C), with L locations and C channels. N may differ.
+    """
     digests = {_digest(row) for row in other_bank}
     return [number for number, row in enumerate(bank) if _digest(row) in digests]
 
@@ -305,7 +337,10 @@ def _digest(row: Tensor) -> bytes:
 
 # ---- adding and removing images
 def _add(update: _DensityUpdate, bundle: Bundle, source: str) -> None:
-    """Adds the normal images of `source` that are not in the density yet. Raises: DataError: there is none."""
+    """Adds to `update`, in place, the normal images of the data set `source` that are not in the density yet.
+
+    Without hashes in the bundle, all images are added. Raises: DataError: there is no image to add.
+    """
     images = _read_normal_images(source, bundle.category)
     new, num_images = images.select(update.fit_hashes, included=False), len(images.hashes)
     if not new.hashes:
@@ -317,9 +352,11 @@ def _add(update: _DensityUpdate, bundle: Bundle, source: str) -> None:
 
 
 def _remove(update: _DensityUpdate, bundle: Bundle, source: str) -> None:
-    """Removes the normal images of `source` from the density.
+    """Removes from `update`, in place, the normal images of the data set `source`.
 
-    Raises: DataError: the density has no image of `source`, or fewer than 2 images would remain.
+    Without hashes in the bundle, all images of `source` are subtracted.
+
+    Raises: DataError: the density has no image of `source`, `source` has no normal image, or fewer than 2 images would remain.
     """
     images = _read_normal_images(source, bundle.category)
     included = images.select(update.fit_hashes, included=True) if update.fit_hashes else images
@@ -340,7 +377,10 @@ def _remove(update: _DensityUpdate, bundle: Bundle, source: str) -> None:
 
 
 def _read_normal_images(uri: str, category: str) -> _NormalImages:
-    """Reads rows, hashes and groups of a category's normal training images. Raises: DataError: there is none."""
+    """Reads row numbers, hashes and groups of a category's normal training images, but no pixels.
+
+    Raises: DataError: the data set cannot be read, or it has no such image.
+    """
     index = read_index(uri, category, split="train")
     columns = (index[name].to_pylist() for name in ("row", "label", "content_hash"))
     hashes = {row: short_hash(content_hash) for row, label, content_hash in zip(*columns, strict=True) if label == 0}
@@ -351,14 +391,14 @@ def _read_normal_images(uri: str, category: str) -> _NormalImages:
 
 
 def _decode_images(bundle: Bundle, images: _NormalImages) -> Iterator[Tensor]:
-    """Yields the images in batches, uint8 (B, H, W, 3 or 4), in the bundle's frame."""
+    """Generator: yields the images in batches, uint8 (B, H, W, 3 or 4), resized to the input size of the network."""
     rows = list(images.hashes)
     for batch in decode_rows(images.uri, bundle.category, rows, bundle.frame, version=images.version):
         yield torch.from_numpy(batch)
 
 
 def _compute_statistics(bundle: Bundle, images: _NormalImages) -> Statistics:
-    """Computes the statistics of images with the bundle's network, on the CPU at the end."""
+    """Computes the statistics of images with the bundle's network on its device, and returns them in RAM."""
     bank_images = range(len(images.hashes)) if DENSITIES[bundle.config.density.kind].keeps_bank else None
     net, reduction, device = bundle.detector.net, bundle.detector.reduction, bundle.detector.density.device
     with prepared_for_inference(net, compute_dtype(bundle.config.model.precision, device)):
@@ -371,7 +411,10 @@ def _compute_statistics(bundle: Bundle, images: _NormalImages) -> Statistics:
 
 
 def _relate_groups(names: Sequence[str]) -> Relations | None:
-    """Relates images that have the same group name. An empty name is a group of its own. None: no two images are related."""
+    """Relates images with the same group name; returns None if no two images are related.
+
+    Args: names: group name of each image. An image with an empty name is related to no other image.
+    """
     numbers: dict[str, int] = {}
     groups = [numbers.setdefault(name or f"/{index}", len(numbers)) for index, name in enumerate(names)]
     relations = Relations.from_groups(torch.tensor(groups, dtype=torch.long))
@@ -386,14 +429,15 @@ def _move_moments(statistics: Statistics, device: torch.device | str) -> Statist
 
 
 def _find_unmatched_rows(bank: Tensor, removed: Tensor, max_matches: int | None = None) -> list[int]:
-    """Returns the numbers of the bank's images that match no image of `removed`.
+    """Returns the indices of the embeddings in `bank` that match no embedding in `removed`.
 
-    Two embeddings of the same image differ only by rounding, with bfloat16 too, and are far from the embeddings of all other
-    images. An image of `removed` that matches no image of the bank is ignored.
+    Two embeddings match if their distance is at most 2 % of the norm of the embedding in `removed`. Embeddings of the same
+    image differ only by rounding, with bfloat16 too, and are far from the embeddings of other images. Each embedding in `bank`
+    matches at most once. An embedding in `removed` without a match is ignored.
 
     Args:
-        bank: (N, L, C), the embeddings to choose from.
-        removed: (M, L, C), the embeddings to find.
+        bank: embeddings of N images, (N, L, C), with L locations and C channels.
+        removed: embeddings of M images to find, (M, L, C).
         max_matches: stop after this number of matches; None: no limit.
     """
     rows = bank.flatten(1).float()
@@ -413,14 +457,15 @@ def _find_unmatched_rows(bank: Tensor, removed: Tensor, max_matches: int | None 
 def _choose_calibration_images(
     bundle: Bundle, calibrate: str | None, fit_hashes: frozenset[int], is_replaced: bool
 ) -> _NormalImages:
-    """Returns normal images outside the density, for the calibration.
+    """Returns normal images that are not in the density, for the calibration.
 
     Args:
         calibrate: see `update_bundle`.
         fit_hashes: `short_hash` of the images in the density.
         is_replaced: whether all images of the bundle were replaced, so that its data set cannot calibrate it.
 
-    Raises: DataError: there is no such image.
+    Raises: DataError: there is no such image, or without `calibrate` the bundle's holdout images are unknown: it has none, its
+        data set has changed or cannot be read, or `is_replaced`.
     """
     if calibrate is not None:
         images = _read_normal_images(calibrate, bundle.category)

@@ -1,4 +1,7 @@
-"""Batch inspection: a pool of workers inspects a data set with bundles and writes the results as Parquet files."""
+"""Batch inspection: a pool of workers inspects the images of a data set with bundles and writes the results as Parquet files.
+
+As in `evaluation.pieces`, a part is a range of consecutive images of a category, and a piece is the work of one worker call.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,12 @@ _COPIED_COLUMNS = ("id", "label", "defect_type", "site")
 
 @dataclass(frozen=True)
 class BatchJob(ScoringJob):
-    """The inspection of a category. split: train or test; None: both."""
+    """The batch inspection of one category.
+
+    Attributes:
+        split: inspected images of the data set: train or test; None: both.
+        batch_size: number of images that a worker reads and scores at a time.
+    """
 
     IDENTITY = ("version", "data", "commit", "split", "part_images")
 
@@ -61,11 +69,11 @@ class BatchJob(ScoringJob):
 
     @property
     def marker(self) -> str:
-        """File that exists until the results are complete."""
+        """Path of a marker file, which exists in the result folder until the results of the category are complete."""
         return join(self.folder, UNFINISHED)
 
     def marker_content(self) -> bytes:
-        """Returns the content of the file `marker`: the attributes in `IDENTITY` as a line of JSON."""
+        """Returns the content of the marker file: the attributes that `IDENTITY` names, as a line of JSON."""
         return (json.dumps(self.identity()) + "\n").encode()
 
 
@@ -73,17 +81,20 @@ BatchPiece = ScoringPiece[BatchJob]
 
 
 def count_results(table: pa.Table) -> Counter[str]:
-    """Counts num_images, num_anomalous and num_errors in a table with the columns anomalous and error."""
+    """Counts images, anomalous images and errors in a table of results with the columns anomalous and error.
+
+    Returns: a counter with the keys num_images, num_anomalous and num_errors.
+    """
     anomalous, errors = pc.sum(table["anomalous"]).as_py(), pc.sum(pc.not_equal(table["error"], "")).as_py()
     return Counter(num_images=table.num_rows, num_anomalous=int(anomalous or 0), num_errors=int(errors or 0))
 
 
 def inspect_records(inspector: Inspector, records: Sequence[Row]) -> pa.Table:
-    """Inspects records and returns the results as a table of `RESULT_SCHEMA`.
+    """Inspects the images of data set rows, and returns a table of `RESULT_SCHEMA` with a row for each image.
 
-    If an image cannot be inspected, its row has the reason in `error` and no score.
+    If an image cannot be inspected, its row has the reason in `error`, and its score and p-value are NaN.
 
-    Args: records: must have id, label, defect_type, site and image.
+    Args: records: rows of a data set with id, label, defect_type, site and image (bytes of the file).
     """
     results = [
         {"error": str(result)} if isinstance(result, DataError) else result.to_dict()
@@ -107,9 +118,16 @@ def inspect_records(inspector: Inspector, records: Sequence[Row]) -> pa.Table:
 
 
 def inspect_piece(piece: BatchPiece) -> Counter[str]:
-    """Inspects a part and writes its result file. A repeated call writes the same file again.
+    """Inspects the images of a piece of work, which is a range of consecutive images, and writes their result file.
 
-    Raises: DataError: the bundle was replaced, or the version of the images was deleted.
+    A repeated call writes the same file again.
+
+    Returns: the counts of `count_results`.
+
+    Raises:
+        BundleError: the bundle is missing or damaged.
+        DataError: the bundle was replaced, the version of the images was deleted, a file of the data set is damaged, or the
+            result file cannot be written.
     """
     job = piece.job
     inspector = load_inspector(job.bundle, job.version)
@@ -125,7 +143,11 @@ def inspect_piece(piece: BatchPiece) -> Counter[str]:
 
 
 class Batch(ScoringRun[BatchJob]):
-    """State of a batch inspection. counts: category -> counts of inspected images."""
+    """State of a batch inspection of many categories.
+
+    Attributes:
+        counts: category -> counts of its inspected images (see `count_results`).
+    """
 
     def __init__(
         self,
@@ -137,13 +159,21 @@ class Batch(ScoringRun[BatchJob]):
         part_images: int,
         log: Callable[[str], None],
     ) -> None:
+        """Prepares a batch inspection; see `inspect_dataset` for the arguments. Local paths must be absolute."""
         super().__init__(bundles, log)
         self.uri, self.output, self.split = uri, output, split
         self.batch_size, self.part_images = batch_size, part_images
         self.counts: dict[str, Counter[str]] = {}
 
     def plan(self, category: str) -> list[BatchPiece]:
-        """Returns the pieces of a category that have no result yet."""
+        """Returns the pieces of work (ranges of images) of a category that have no result file yet.
+
+        Results of an unfinished run of the same job are reused; results of another unfinished run are deleted.
+
+        Raises:
+            BundleError: the bundle is missing or damaged.
+            DataError: the images of the category cannot be read, or the output cannot be written.
+        """
         index = read_index(self.uri, category, split=self.split)
         job = BatchJob(
             category=category,
@@ -163,7 +193,14 @@ class Batch(ScoringRun[BatchJob]):
         return [BatchPiece(job, {first: rows}) for first, rows in remaining_parts.items()]
 
     def _remaining_parts(self, job: BatchJob, parts: dict[int, Rows]) -> dict[int, Rows]:
-        """Returns the parts without results. Results of an unfinished run of the same job are reused and counted."""
+        """Returns the parts (ranges of images) without a result file, and adds the counts of existing files to `counts`.
+
+        Writes the marker file for a new run. Deletes the result folder of an unfinished run with other settings.
+
+        Args: parts: number of a part's first image -> row numbers of the part.
+
+        Raises: DataError: the output cannot be read or written.
+        """
         existing_names = list_names(job.folder)
         if UNFINISHED in existing_names and read_bytes(job.marker) == job.marker_content():
             remaining_parts = {}
@@ -184,19 +221,19 @@ class Batch(ScoringRun[BatchJob]):
         return parts
 
     def record(self, piece: BatchPiece, result: Counter[str]) -> None:
-        """Records the counts of a part."""
+        """Adds the counts of a finished piece of work to its category. After the last piece, marks the category as complete."""
         self.counts[piece.job.category].update(result)
         if not self.num_open[piece.job.category]:
             self._finish(piece.job)
 
     def _finish(self, job: BatchJob) -> None:
-        """Marks the results of a category as complete."""
+        """Marks the results of a category as complete: deletes the marker file, and logs the counts."""
         remove_file(job.marker)
         summary = ", ".join(f"{key} {value}" for key, value in self.counts[job.category].items())
         self.log(f"{job.category}: {summary}")
 
     def fail(self, category: str, reason: str) -> None:
-        """Records that a category has failed."""
+        """Marks a category as failed and logs the reason."""
         super().fail(category, reason)
         self.log(f"{category}: FAILED: {reason}")
 
@@ -211,19 +248,26 @@ def inspect_dataset(
     log: Callable[[str], None] = lambda message: None,
     part_images: int = PART_IMAGES,
 ) -> dict[str, dict[str, int]]:
-    """Inspects every image of the categories of the bundles and writes <output>/category=<name>/*.parquet.
+    """Inspects every image of the bundles' categories in a data set, and writes <output>/category=<name>/*.parquet.
+
+    A second call with the same arguments continues an interrupted inspection.
 
     Args:
-        bundles: category -> bundle.
-        uri: data set.
+        bundles: category -> address of its bundle.
+        uri: address of the data set.
         split: train or test; None: both.
-        num_actors: number of workers; each loads at most two bundles.
+        num_actors: largest number of workers on the cluster; each loads at most two bundles at a time.
+        batch_size: number of images that a worker reads and scores at a time.
+        log: receives progress messages.
         part_images: approximate number of images of a result file.
 
-    Returns: category -> num_images, num_anomalous, num_errors.
+    Returns: category -> counts with the keys num_images, num_anomalous and num_errors.
 
-    Raises: DataError: the data set lacks a category, the output already holds results of a category, or categories failed. The
-        message names each failed category with its reason. Results of the other categories are complete.
+    Raises:
+        DataError: the data set lacks a category, the output has complete results of a category already, a node cannot use the
+            storage, or categories failed. After failures the message names each failed category with its reason, and the
+            results of the other categories are complete.
+        TrainingError: Ray cannot be used, or the cluster has no room for a worker.
     """
     bundles = {category: make_absolute(place) for category, place in bundles.items()}
     uri, output = make_absolute(uri), make_absolute(output)

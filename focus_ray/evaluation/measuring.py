@@ -1,6 +1,7 @@
-"""Measures the test images of a category in parts, and joins the parts to metrics.
+"""Scores the test images of a category in parts, and computes the metrics from the results of all parts.
 
-The scores and pixel bins of each part are added once to the category's progress, from which the metrics are computed.
+A part is a range of consecutive test images; a piece is the work of one worker call (`evaluation.pieces`). The scores and pixel
+counts of each part are added once to the category's progress, from which the metrics are computed.
 """
 
 from __future__ import annotations
@@ -55,7 +56,13 @@ _LOG = logging.getLogger(__name__)
 
 
 class EvaluationRecord(BaseModel):
-    """A category's file: identity of the job, metrics, and section of the page."""
+    """Content of the JSON file with the evaluation results of a category.
+
+    Attributes:
+        identity: `EvaluationJob.identity` of the job that wrote the file.
+        result: the metrics.
+        section: the category's section of the report page.
+    """
 
     identity: dict[str, Any]
     result: dict[str, Any]
@@ -64,13 +71,13 @@ class EvaluationRecord(BaseModel):
 
 @dataclass(frozen=True)
 class EvaluationJob(ScoringJob):
-    """The evaluation of a category.
+    """The evaluation of one category.
 
     Attributes:
         num_images: number of test images.
-        exact: whether the metrics come from all pixels. One worker then scores the whole category, because all maps stay in its
-            memory. Otherwise pixels are counted in bins, and several workers score parts.
-        max_side_px: longest side at which maps and masks are compared.
+        exact: True: pixel metrics are computed from every pixel; one worker scores the whole category and holds all maps in RAM.
+            False: pixels are counted in bins (ranges of values), and several workers score one part each.
+        max_side_px: maps and masks are compared at the image size, reduced so that the longest side has at most this length.
         output: folder of the report.
     """
 
@@ -83,22 +90,25 @@ class EvaluationJob(ScoringJob):
 
     @property
     def record(self) -> str:
-        """Path of the JSON file with the identity, the metrics and the page section of the category."""
+        """Path of the JSON file with the results of the category; `EvaluationRecord` is its content."""
         return join(self.output, CATEGORIES, f"{self.category}.json")
 
     @property
     def state(self) -> str:
-        """File of the progress: pixel bins, and the list of measured parts."""
+        """Path of the progress file, which has the pixel bins and the list of scored parts of an unfinished category."""
         return join(self.output, CATEGORIES, f"{self.category}.bins.parquet")
 
     def read_test_records(self, numbers: Sequence[int]) -> Iterable[Row]:
-        """Reads ids, images and masks of test images from their ascending numbers among all test images."""
+        """Reads ids, images and masks of some test images. numbers: their positions among all test images, ascending.
+
+        Raises: DataError: the data set cannot be read, or the version `commit` was deleted.
+        """
         index = read_index(self.data, self.category, split="test", version=self.commit)
         rows = index["row"].take(numbers).to_numpy()
         return read_rows(self.data, self.category, rows, columns=("id", "image", "mask"), version=self.commit)
 
     def discard_results(self) -> None:
-        """Deletes the files that an earlier run of the job wrote."""
+        """Deletes all result files of the category: progress file, JSON file and results of images."""
         for file in (self.state, self.record):
             remove_file(file)
         remove_folder(self.folder)
@@ -114,9 +124,9 @@ class EvaluationSettings:
     Attributes:
         output: folder of the report.
         data: URI of the data set; None: the data set that each bundle was trained with.
-        max_side_px: longest side at which maps and masks are compared.
-        exact_pixels: maps are stored in memory if they have at most this many pixels together, otherwise counted in bins.
-        part_images: approximate number of images in a part.
+        max_side_px: see `EvaluationJob`.
+        exact_pixels: `EvaluationJob.exact` is True for a category whose maps have at most this many pixels together.
+        part_images: approximate number of images in a part (a range of consecutive images).
         resume: whether results of an earlier run are reused.
     """
 
@@ -129,14 +139,14 @@ class EvaluationSettings:
 
 
 def plan_evaluation(category: str, bundle: str, settings: EvaluationSettings) -> tuple[EvaluationJob, dict[int, Rows]]:
-    """Plans the evaluation of a category from its index and the bundle's manifest.
+    """Plans the evaluation of a category from the bundle's manifest and the image sizes in the data set. Reads no pixels.
 
     Args: bundle: URI of the bundle.
 
-    Returns: the job, and its parts: number of a part's first image among the test images -> rows of the data set.
+    Returns: (job, parts). parts: position of a part's first image among the test images -> row numbers in the data set.
 
     Raises:
-        BundleError: there is no bundle.
+        BundleError: the bundle is missing or its manifest is damaged.
         DataError: the data set or category does not exist or has no test image.
     """
     manifest = read_manifest(bundle)
@@ -165,14 +175,21 @@ def plan_evaluation(category: str, bundle: str, settings: EvaluationSettings) ->
 
 
 def run_piece(piece: EvaluationPiece, on_image: Callable[[], None] = lambda: None) -> Any:
-    """Measures the images of a piece. Without further pieces, writes metrics and the section of the page to the job's record.
+    """Does a piece of work: scores the images of its parts and writes a result file for each part, or computes the metrics.
+
+    A part is a range of consecutive images. The last piece of a job computes the metrics, and writes them with the section of
+    the report page to the file `job.record`. A job with exact metrics has a single piece, which scores all images and is
+    the last piece too. Otherwise the last piece is the piece with `total`, which scores no image.
 
     Args:
         on_image: is called after each scored image.
 
-    Returns: `EvaluationPart` for a part of a job whose pixels are counted in bins, otherwise the metrics.
+    Returns: the metrics, for the last piece of the job; otherwise the `EvaluationPart` of the piece.
 
-    Raises: BundleError, DataError: the bundle or an image cannot be used.
+    Raises:
+        BundleError: the bundle is missing or damaged.
+        DataError: the bundle was replaced, an image cannot be used, the model was trained on all images, or a file cannot be
+            written.
     """
     job = piece.job
     inspector = load_inspector(job.bundle, job.version)
@@ -191,7 +208,7 @@ def run_piece(piece: EvaluationPiece, on_image: Callable[[], None] = lambda: Non
 
 
 def _image_table(inspector: Inspector, records: Sequence[Row]) -> pa.Table:
-    """Returns the results of images as a table of `IMAGE_SCHEMA`. records: from `Inspector.gather`."""
+    """Returns a table of `IMAGE_SCHEMA` with the scores and verdicts of images. records: scored rows of `Inspector.gather`."""
     calibration = inspector.bundle.calibration
     scores = np.array([record["score"] for record in records], dtype=np.float64)
     columns = {
@@ -206,7 +223,12 @@ def _image_table(inspector: Inspector, records: Sequence[Row]) -> pa.Table:
 
 
 def _finish_job(inspector: Inspector, job: EvaluationJob, labelled: LabelledImages) -> dict[str, Any]:
-    """Writes the record of a job, and returns the metrics. labelled: all images of the job."""
+    """Computes the metrics of a job, writes them with the page section to the file `job.record`, and returns the metrics.
+
+    Args: labelled: all scored images of the job that the model was not trained on.
+
+    Raises: DataError: an image for the gallery cannot be read again, or the file cannot be written.
+    """
     result = {**inspector.figures(labelled), "bundle": job.bundle, "version": job.version, "data": job.data}
     cards = make_cards(inspector, labelled, job.read_test_records)
     warnings = inspector.bundle.manifest.get("metrics", {}).get("warnings", [])
@@ -218,11 +240,11 @@ def _finish_job(inspector: Inspector, job: EvaluationJob, labelled: LabelledImag
 
 @dataclass
 class EvaluationProgress:
-    """The measured parts of a job.
+    """The results of the scored parts (ranges of consecutive images) of a job that counts pixels in bins (ranges of values).
 
     Attributes:
-        scores: number of a part's first image -> the part without its bins.
-        bins: defect type ("" for good images) -> the bins of all parts together.
+        scores: position of a part's first image -> results of the part, without its bins.
+        bins: defect type ("" for good images) -> pixel counts of all parts together.
     """
 
     job: EvaluationJob
@@ -230,7 +252,10 @@ class EvaluationProgress:
     bins: dict[str, PixelBins] = field(default_factory=dict)
 
     def add(self, first: int, part: EvaluationPart) -> None:
-        """Adds a part. A part that was added before changes nothing, because two workers may have measured it."""
+        """Adds the results of a part (a range of images). Does nothing if the same part was added before.
+
+        Two workers may have scored the same part. first: position of the part's first image.
+        """
         if first in self.scores:
             return
         for group, bins in part.bins.items():
@@ -240,11 +265,11 @@ class EvaluationProgress:
 
     @property
     def num_images(self) -> int:
-        """Number of images in the measured parts."""
+        """Number of images that are scored so far."""
         return sum(len(part.labels) for part in self.scores.values())
 
     def total(self) -> EvaluationPart:
-        """Joins all measured parts to one part, in the order of the images. At least one part must be measured."""
+        """Returns the joined results of all scored images, in the order of the images. Needs at least one scored part."""
         parts = [self.scores[first] for first in sorted(self.scores)]
         return EvaluationPart(
             labels=np.concatenate([part.labels for part in parts]),
@@ -257,7 +282,9 @@ class EvaluationProgress:
         )
 
     def save(self) -> None:
-        """Writes the bins and the list of measured parts to the job's state file. The scores are in the files of the parts.
+        """Writes the pixel bins and the list of scored parts (ranges of images) to the progress file `job.state`.
+
+        The scores are not written again: `run_piece` has written them to the result files of the parts.
 
         Raises: DataError: the file cannot be written.
         """
@@ -281,9 +308,9 @@ _FACTS = b"focus_ray.measured"
 
 
 def load_progress(job: EvaluationJob) -> EvaluationProgress | None:
-    """Loads the progress that an earlier run of the same job saved; None if there is none.
+    """Loads the progress that an earlier run of the same job saved; None without a progress file, or if another job wrote it.
 
-    Raises: DataError: the state file or the file of a part is damaged or missing.
+    Raises: DataError: the progress file is damaged, or the result file of a part is damaged or missing.
     """
     if not exists(job.state):
         return None
@@ -314,9 +341,11 @@ def load_progress(job: EvaluationJob) -> EvaluationProgress | None:
 
 
 def read_record(job: EvaluationJob) -> EvaluationRecord | None:
-    """Reads the record of the same job; None if there is none.
+    """Reads the results that an earlier run of the same job wrote to `job.record`; None if there are none.
 
-    A damaged record is logged and ignored: the category is then measured again.
+    For a damaged file it logs a warning and returns None, so that the category is evaluated again.
+
+    Raises: DataError: the storage cannot be read.
     """
     if not exists(job.record):
         return None

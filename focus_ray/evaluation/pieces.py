@@ -1,7 +1,8 @@
-"""Scores the images of categories in pieces, in this process or on workers: the base of evaluation and batch inspection.
+"""Scores the images of categories in pieces of work, in this process or on workers; evaluation and batch inspection use it.
 
 A part is a range of consecutive images of a category. Its results go into a Parquet file that is named after the part and
-written in a single step, so a part that is scored again replaces its file, and no image counts twice.
+written in a single step, so a part that is scored again replaces its file, and no image counts twice. A piece is the work of one
+worker call: it scores one or more parts, or computes the metrics of a category.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ScoringJob:
-    """The images of a category that a bundle scores. The object is small, because every piece is sent to a worker with it.
+    """The task to score the images of one category with a bundle, as addresses and settings.
 
-    A part is a range of consecutive images. A later run reuses the files of a job only if the attributes in `IDENTITY` are
-    equal.
+    The object has no images, because it is sent to a worker with every piece of work. A part is a range of consecutive images. A
+    later run reuses the files of a job only if the attributes that `IDENTITY` names are equal.
 
     Attributes:
         bundle: URI of the bundle.
@@ -48,7 +49,7 @@ class ScoringJob:
         data: URI of the data set.
         commit: version of the category in the data set.
         part_images: approximate number of images in a part.
-        folder: folder of the results of images.
+        folder: folder of the result files of the parts.
     """
 
     IDENTITY: ClassVar[tuple[str, ...]]  # attributes that a later run must share to continue from this job's files
@@ -62,24 +63,35 @@ class ScoringJob:
     folder: str
 
     def identity(self) -> dict[str, Any]:
-        """Returns the attributes of `IDENTITY`."""
+        """Returns name -> value of the attributes that must be equal for a later run to reuse the files of this job."""
         return {name: getattr(self, name) for name in self.IDENTITY}
 
     def part_path(self, first: int, count: int) -> str:
-        """Returns the path of the Parquet file with a part's results. first: number of its first image; count: number of its
-        images."""
+        """Returns the path of the Parquet file with the results of a part, which is a range of consecutive images.
+
+        Args:
+            first: position of the part's first image among the images of the job.
+            count: number of images in the part.
+        """
         return join(self.folder, f"part-{first:09d}-{first + count:09d}.parquet")
 
     def write_part(self, first: int, table: pa.Table) -> None:
-        """Writes the results of a part. first: number of its first image."""
+        """Writes the results of a part (a range of images) to its Parquet file. first: position of the part's first image.
+
+        Raises: DataError: the file cannot be written.
+        """
         write_bytes(self.part_path(first, table.num_rows), encode_parquet(table))
 
     def split_rows(self, rows: Rows) -> dict[int, Rows]:
-        """Splits rows into consecutive parts, preferably between row groups, so that a row group is read once.
+        """Splits row numbers into parts (ranges of about `part_images` rows), where possible at borders of Parquet row groups.
+
+        A row group is the unit that a reader loads, so that most row groups are read by one worker only.
 
         Args: rows: ascending row numbers of the category.
 
-        Returns: index of a part's first row in `rows` -> the rows of the part.
+        Returns: index in `rows` of a part's first row -> row numbers of the part.
+
+        Raises: DataError: the data set, the category or its version `commit` does not exist.
         """
         files = open_store(self.data).require_commit(self.category, self.commit)["files"]
         ends = np.cumsum([count for entry in files for count in entry["row_group_rows"]])
@@ -99,11 +111,11 @@ Job = TypeVar("Job", bound=ScoringJob)
 
 @dataclass(frozen=True)
 class ScoringPiece(Generic[Job]):
-    """A piece of work.
+    """A piece of work for one call of a worker: parts (ranges of images) to score, or the computation of the metrics.
 
     Attributes:
-        parts: number of a part's first image -> row numbers of the part.
-        total: joined results of all parts of the job, for a last piece that scores no image.
+        parts: position of a part's first image -> row numbers of the part; empty if the piece only computes metrics.
+        total: joined results of all parts of the job, from which the metrics are computed; None for a piece with parts.
     """
 
     job: Job
@@ -112,12 +124,12 @@ class ScoringPiece(Generic[Job]):
 
     @property
     def num_images(self) -> int:
-        """Number of images to score."""
+        """Number of images that the piece of work scores."""
         return sum(len(rows) for rows in self.parts.values())
 
 
 def encode_parquet(table: pa.Table) -> bytes:
-    """Returns a table as a Parquet file."""
+    """Returns the bytes of a Parquet file with a table."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return bytes(sink.getvalue().to_pybytes())
@@ -125,12 +137,15 @@ def encode_parquet(table: pa.Table) -> bytes:
 
 @lru_cache(MAX_LOADED_BUNDLES)
 def load_inspector(uri: str, version: str) -> Inspector:
-    """Returns the inspector of a bundle. The process caches it for the next pieces.
+    """Returns the inspector of a bundle. The process caches the last `MAX_LOADED_BUNDLES` inspectors.
 
     Args:
-        version: SHA-256 of the manifest.
+        uri: address of the bundle.
+        version: expected SHA-256 of the manifest.
 
-    Raises: BundleError: the bundle is missing or damaged.  DataError: the bundle is of another version.
+    Raises:
+        BundleError: the bundle is missing or damaged.
+        DataError: the bundle has another version, because it was replaced.
     """
     inspector = Inspector.load(uri)
     if inspector.bundle.version != version:
@@ -139,18 +154,18 @@ def load_inspector(uri: str, version: str) -> Inspector:
 
 
 class ScoringRun(Generic[Job]):
-    """State of a run over categories: plans pieces of work and records their results.
+    """Base class of a run over many categories, which plans pieces of work and collects their results.
 
-    The failure of a category does not stop the others.
+    The failure of a category does not stop the other categories.
 
     Attributes:
-        failed: category -> reason.
+        failed: category -> reason of its failure.
         num_open: category -> number of its planned pieces without a result.
-        urgent: pieces that come before the next planned piece.
+        urgent: pieces that are started before the next planned piece.
     """
 
     def __init__(self, bundles: Mapping[str, str], log: Log) -> None:
-        """Args: bundles: category -> bundle."""
+        """Prepares a run; nothing is planned or scored yet. bundles: category -> URI of its bundle."""
         self.bundles, self.log = bundles, log
         self.failed: dict[str, str] = {}
         self.num_open: dict[str, int] = {}
@@ -159,22 +174,25 @@ class ScoringRun(Generic[Job]):
         self._planned = self._plan_all()
 
     def plan(self, category: str) -> list[ScoringPiece[Job]]:
-        """Returns the pieces of a category. Raises: FocusRayError: the category cannot be scored."""
+        """Returns the pieces of work of a category; a subclass implements it.
+
+        Raises: FocusRayError: the category cannot be scored.
+        """
         raise NotImplementedError
 
     def record(self, piece: ScoringPiece[Job], result: Any) -> None:
-        """Records the result of a piece."""
+        """Stores the result of a piece of work; a subclass implements it. result: value that the worker function returned."""
         raise NotImplementedError
 
     def fail(self, category: str, reason: str) -> None:
-        """Records that a category has failed."""
+        """Marks a category as failed. reason: text for the log and the report."""
         self.failed[category] = reason
 
     def _plan_all(self) -> Iterator[ScoringPiece[Job]]:
-        """Yields the pieces of all categories, without those of failed categories.
+        """Generator: yields the pieces of work of one category after the other; skips the remaining pieces of a failed category.
 
-        A category is planned when its first piece is needed, because the plan of a million images takes 8 MB. If planning fails,
-        the category has failed.
+        A category is planned when its first piece is needed, because the plan of a million images takes 8 MB. If planning raises
+        a `FocusRayError`, the category is marked as failed.
         """
         for category in self.bundles:
             try:
@@ -189,11 +207,14 @@ class ScoringRun(Generic[Job]):
                 self.fail(category, str(error))
 
     def next_piece(self) -> ScoringPiece[Job] | None:
-        """Returns the next piece; None if there is none now. Running pieces may lead to more."""
+        """Returns the next piece of work to start; None if there is none now. The result of a running piece may add more."""
         return self.urgent.popleft() if self.urgent else next(self._planned, None)
 
     def record_outcome(self, piece: ScoringPiece[Job], outcome: Any) -> None:
-        """Records the result of a piece, or its failure."""
+        """Stores the result of a piece of work, or marks its category as failed. Ignores pieces of a failed category.
+
+        Args: outcome: the result, or `Failed`.
+        """
         category = piece.job.category
         if category in self.failed:
             return
@@ -204,12 +225,16 @@ class ScoringRun(Generic[Job]):
             self.record(piece, outcome)
 
     def run(self, function: Callable[..., Any], pool: WorkerPool[ScoringPiece[Job]] | None) -> None:
-        """Calls a function for each piece and records its result. After a failure, no further piece of the category is started.
+        """Calls a function for each piece of work and stores the results, until all categories are complete or failed.
+
+        After a failure, no further piece of the category is started.
 
         Args:
-            function: returns the result of a piece. In this process it also gets a function `on_image`, which it calls after
-                each image.
+            function: receives a piece and returns its result. Without a pool it also receives a function `on_image`, which it
+                calls after each image.
             pool: workers that call the function. None: this process calls it.
+
+        Raises: TrainingError: too many starts of workers of the pool failed.
         """
         if pool is None:
             while (piece := self.next_piece()) is not None:
@@ -225,11 +250,11 @@ class ScoringRun(Generic[Job]):
 
 
 def open_pool(num_workers: int | None, inputs: Sequence[str], output: str, log: Log) -> WorkerPool[Any]:
-    """Joins the cluster, or starts one on this machine, and returns a pool of workers that score images.
+    """Connects to a Ray cluster, or starts Ray on this machine, and returns a pool of workers that score images.
 
     Args:
         num_workers: largest number of workers; there are fewer if the cluster has no room. None: as many as fit.
-        inputs: files that every node must be able to read.
+        inputs: paths or URIs of files that every node must be able to read.
         output: folder that every node must be able to write to.
 
     Raises:

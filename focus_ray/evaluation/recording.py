@@ -20,15 +20,20 @@ from focus_ray.tracking.runs import EvaluatedCategory, record_evaluation
 
 
 def evaluation_recorder(bundles: Mapping[str, str], output: str, overrides: Sequence[str], log: Log) -> Recorder:
-    """Returns the recorder of an evaluation. A tracker of the training that cannot be used gives a warning only.
+    """Returns a recorder for the experiment trackers of an evaluation: the trackers of the training, changed by `overrides`.
+
+    Without overrides, a tracker that cannot be used gives only a warning, and the recorder then has no tracker. The recorder
+    also has no tracker if no bundle is readable.
 
     Args:
-        bundles: category -> bundle. The first readable bundle names the trackers of the training.
-        output: folder of the evaluation. Trackers store their files next to it if the bundles are in no folder of a run.
-        overrides: trackers.KIND.KEY=value.
+        bundles: category -> URI of its bundle. The first readable manifest names the trackers of the training.
+        output: folder of the evaluation. Trackers store their files below it if the bundles are not in the folder of a run.
+        overrides: settings such as trackers.mlflow.uri=PLACE.
 
-    Raises: ConfigError, MissingPackageError: an override is of another section or has a wrong value, or its tracker cannot be
-        used.
+    Raises:
+        ConfigError: an override is not of the section trackers, a tracker setting is invalid, or with overrides a tracker
+            cannot be used.
+        MissingPackageError: with overrides: the package extra of a tracker is not installed.
     """
     for override in overrides:
         if override.partition("=")[0].strip().partition(".")[0] != "trackers":
@@ -63,11 +68,14 @@ def record_in_trackers(
     section_of: Callable[[str], EvaluationSection],
     log: Log,
 ) -> None:
-    """Records metrics and pictures of the measured categories in the experiment trackers, then closes the recorder.
+    """Writes metrics and pictures of the evaluated categories to the experiment trackers, then closes the recorder.
 
-    An error of focus_ray gives only a warning.
+    A `FocusRayError` gives only a warning. Failed categories are left out.
 
-    Args: section_of: returns a category's section of the report page, which has the pictures.
+    Args:
+        bundles: category -> URI of its bundle.
+        results: category -> metrics, or a mapping with "error" for a failed category.
+        section_of: function that returns a category's section of the report page, which has the pictures.
     """
     if not recorder:
         return

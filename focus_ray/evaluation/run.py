@@ -1,4 +1,7 @@
-"""Evaluates many categories in this process or on a pool of workers, in parts, so that an interrupted run can continue."""
+"""Evaluates many categories in this process or on a pool of workers, in parts, so that an interrupted run can continue.
+
+A part is a range of consecutive test images; a piece is the work of one worker call (`evaluation.pieces`).
+"""
 
 from __future__ import annotations
 
@@ -35,14 +38,15 @@ _WRITE_INTERVAL_S = 10.0  # between two writes of the tables
 
 
 class Evaluation(ScoringRun[EvaluationJob]):
-    """State of an evaluation: supplies the pieces of work, records their results, and writes the report.
+    """State of an evaluation, which supplies the pieces of work, collects their results, and writes the report.
 
     Attributes:
-        results: category -> metrics, or 'error'.
+        results: category -> metrics; for a failed category {"error": reason, "bundle": URI}.
         jobs: category -> its planned evaluation.
     """
 
     def __init__(self, bundles: Mapping[str, str], settings: EvaluationSettings, log: Callable[[str], None]) -> None:
+        """Prepares an evaluation; nothing is planned or scored yet. bundles: category -> URI of its bundle."""
         super().__init__(bundles, log)
         self.settings = settings
         self.results: dict[str, dict[str, Any]] = {}
@@ -52,10 +56,14 @@ class Evaluation(ScoringRun[EvaluationJob]):
         self._written_at = 0.0
 
     def plan(self, category: str) -> list[EvaluationPiece]:
-        """Plans a category and returns its pieces.
+        """Plans the evaluation of a category and returns its pieces of work; empty if an earlier run has its metrics.
 
-        With `resume`, a finished category is reused, and so are finished parts of a category whose pixels are counted in bins.
-        All other files of earlier runs of the category are deleted.
+        With the setting `resume`, the metrics of a finished category are reused, and the scored parts of a category whose pixels
+        are counted in bins. All other result files of the category are deleted.
+
+        Raises:
+            BundleError: the bundle is missing or its manifest is damaged.
+            DataError: there is no test image, or result files are damaged or cannot be deleted.
         """
         settings = self.settings
         job, parts = plan_evaluation(category, self.bundles[category], settings)
@@ -83,7 +91,10 @@ class Evaluation(ScoringRun[EvaluationJob]):
         return pieces or [EvaluationPiece(job, {}, measured.total())]
 
     def record(self, piece: EvaluationPiece, result: Any) -> None:
-        """Records the result of a piece. After the last part of a category follows a piece with its metrics."""
+        """Stores the result of a piece of work: the metrics of a category, or the scores and pixel counts of a range of images.
+
+        After the last range of a category it adds a piece that computes the metrics.
+        """
         job, category = piece.job, piece.job.category
         if job.exact or piece.total is not None:
             remove_file(job.state)  # the record has everything
@@ -99,27 +110,29 @@ class Evaluation(ScoringRun[EvaluationJob]):
             self._save(category)
 
     def fail(self, category: str, reason: str) -> None:
-        """Records that a category has failed, and keeps the results of its parts for a resumed run."""
+        """Marks a category as failed, and saves the results of its scored images for a later run with `resume`."""
         super().fail(category, reason)
         self._save(category)
         self._finish(category, {"error": reason, "bundle": self.bundles[category]})
 
     def save(self) -> None:
-        """Saves pixel bins and the list of measured parts of unfinished categories whose pixels are counted in bins.
+        """Writes the progress files of all unfinished categories whose pixels are counted in bins (ranges of values).
 
-        With `resume`, a later run continues from them. A category with exact metrics has nothing to save.
+        With `resume`, a later run continues from these files. A category with exact metrics has no progress to save.
+
+        Raises: DataError: a file cannot be written.
         """
         for category in self._measured:
             self._save(category)
 
     def _save(self, category: str) -> None:
-        """Saves the results of parts of a category, if there are any."""
+        """Writes the progress file of a category, if the category is unfinished and has a scored part."""
         if category in self._measured and self._measured[category].scores:
             self._measured[category].save()
             self._saved_at[category] = time.monotonic()
 
     def _finish(self, category: str, result: dict[str, Any]) -> None:
-        """Stores the result of a category."""
+        """Stores and logs the result of a category. Writes the tables if they are older than `_WRITE_INTERVAL_S`."""
         self.results[category] = result
         self._measured.pop(category, None)
         summary = f"not measured: {result['error']}" if "error" in result else summarize_result(result)
@@ -128,11 +141,14 @@ class Evaluation(ScoringRun[EvaluationJob]):
             self.write_tables()
 
     def results_in_bundle_order(self) -> dict[str, dict[str, Any]]:
-        """Returns the results in the order of the bundles, without categories that have no result yet."""
+        """Returns category -> result, in the order of the bundles, without categories that have no result yet."""
         return {category: self.results[category] for category in self.bundles if category in self.results}
 
     def write_tables(self) -> str:
-        """Writes report.json and report.md. Returns the Markdown text."""
+        """Writes report.json and report.md with the results so far, and returns the Markdown text.
+
+        Raises: DataError: a file cannot be written.
+        """
         results = self.results_in_bundle_order()
         content = json.dumps({"categories": results, "mean": mean_metrics(results)}, indent=1, ensure_ascii=False)
         table = evaluation_table(results)
@@ -142,7 +158,12 @@ class Evaluation(ScoringRun[EvaluationJob]):
         return table
 
     def write_pages(self) -> dict[str, list[str]]:
-        """Writes report.html, and a page for each category if there are many. Returns category -> caveats."""
+        """Writes report.html, and returns category -> caveats (sentences that limit what the metrics say).
+
+        With more than `MAX_CATEGORIES_ON_PAGE` categories, each category also gets its own page, which has its pictures.
+
+        Raises: DataError: a file cannot be written or read.
+        """
         results, sections = self.results_in_bundle_order(), {}
         pages = {}
         for category in (category for category, result in results.items() if "error" not in result):
@@ -157,18 +178,21 @@ class Evaluation(ScoringRun[EvaluationJob]):
         return {category: section.caveats for category, section in sections.items()}
 
     def read_section(self, category: str) -> EvaluationSection:
-        """Reads a category's section of the report page, with its pictures, from the file that the evaluation wrote."""
+        """Reads a category's section of the report page, with its pictures, from the file `EvaluationJob.record`.
+
+        Raises: DataError: the file cannot be read.
+        """
         return EvaluationRecord.model_validate_json(read_bytes(self.jobs[category].record)).section
 
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Result of an evaluation.
+    """Result of an evaluation of many categories.
 
     Attributes:
-        results: category -> metrics; of a failed category {"error": reason, "bundle": URI}.
-        table: the metrics as Markdown.
-        caveats: category -> sentences, without failed categories.
+        results: category -> metrics; for a failed category {"error": reason, "bundle": URI}.
+        table: tables of the metrics as Markdown text.
+        caveats: category -> sentences that limit what its metrics say; without failed categories.
     """
 
     results: dict[str, dict[str, Any]]
@@ -192,21 +216,26 @@ def evaluate_bundles(
     """Evaluates bundles on their labelled test images. Writes report.html, report.md, report.json and results of each image.
 
     The evaluation runs in this process or on the cluster of RAY_ADDRESS, by the same rule as training (`runs_here`). With
-    `num_workers` above 1 it starts Ray on this machine.
+    `num_workers` above 1 and without RAY_ADDRESS it starts Ray on this machine. The failure of a category raises no error: the
+    result of the category has the key "error".
 
     Args:
-        bundles: category -> bundle.
+        bundles: category -> address of its bundle.
+        output: folder of the report.
         data: data set with test images; None: the data set that each bundle was trained on.
-        exact_pixels: a category with more pixels is counted in bins.
-        part_images: approximate number of images of a part.
-        num_workers: None: one in this process, or as many as the cluster has room for.
+        max_side_px: maps and masks are compared at the image size, reduced so that the longest side has at most this length.
+        exact_pixels: if the maps of a category have more pixels together, the pixels are counted in bins (ranges of values), and
+            pixel metrics have an error bound.
+        part_images: approximate number of images of a part (a range of images, whose results are one file).
+        num_workers: largest number of workers. None: this process, or on a cluster as many workers as fit.
         resume: continue the evaluation in `output` and reuse results of the same bundles, images and settings.
-        trackers: settings trackers.KIND.KEY=value that override the trackers of the training.
+        trackers: settings such as trackers.mlflow.uri=PLACE, which override the trackers of the training.
 
     Raises:
-        DataError, TrainingError: the output cannot be written, or the cluster has no room for a worker.
-        ConfigError: a requested tracker cannot be used.
-        The failure of a category is no exception, but the 'error' of its result.
+        DataError: the output cannot be written, or a node of the cluster cannot use the storage.
+        TrainingError: Ray cannot be used, or the cluster has no room for a worker.
+        ConfigError: a tracker setting is invalid, or with `trackers` a tracker cannot be used.
+        MissingPackageError: with `trackers`: the package extra of a tracker is not installed.
     """
     bundles = {category: make_absolute(uri) for category, uri in bundles.items()}
     settings = EvaluationSettings(

@@ -1,7 +1,7 @@
-"""The interface of an experiment tracker. A tracker keeps runs; each run has parameters, tags, metrics, curves and pictures.
+"""The interface of an experiment tracker, a program such as MLflow that stores and shows the results of experiments.
 
-A new tracker is a file with a subclass of `Tracker` and a line in `focus_ray.tracking.registry.TRACKERS`. The file imports the
-package of the tracker inside functions.
+A tracker stores runs; each run has parameters, tags, metrics, curves and pictures. A new tracker is a file with a subclass of
+`Tracker` and a line in `focus_ray.tracking.registry.TRACKERS`. The file imports the package of the tracker inside functions.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ MAX_PARAMETER_CHARS = 500  # some trackers limit the length of a parameter
 
 @dataclass(frozen=True)
 class RunDescription:
-    """The description of one run in a tracker: of a category of a training, of a trial, or of a whole training or sweep.
+    """The description of one run in a tracker: a run for a category, for a trial of a sweep, or for a whole training or sweep.
 
     Attributes:
         key: Unique key. It stays the same when a training is resumed or evaluated, so that the tracker continues the run.
         name: Name that the tracker shows.
-        group: The run of the whole training or sweep; None for this run itself.
-        parameters: Dotted key of each setting -> value.
+        group: Description of the run of the whole training or sweep; None if this run has no run above it.
+        parameters: Dotted key of a setting, such as "model.image_size_px" -> value.
         tags: Name -> text. Users search for runs by tags.
     """
 
@@ -41,12 +41,12 @@ class RunDescription:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture for a tracker.
+    """A JPEG picture with name and caption, for a run in a tracker.
 
     Attributes:
         name: File name without suffix.
-        caption: Text that the tracker shows.
-        jpeg: The encoded picture.
+        caption: Text that the tracker shows with the picture.
+        jpeg: Bytes of the JPEG file.
     """
 
     name: str
@@ -55,13 +55,19 @@ class Picture:
 
 
 class TrackerRun(Protocol):
-    """A begun run in a tracker. The recorder catches every exception of these methods."""
+    """Interface of an open run in a tracker, to which metrics, tags and pictures are written.
+
+    The methods may raise any exception: `Recorder` catches it.
+    """
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Adds tags. Replaces existing tags of the same name."""
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds metrics to curves at a step, usually an epoch. An earlier process may have logged the same values."""
+        """Adds the value of each metric to its curve at a step, usually an epoch.
+
+        An earlier process may have logged the same step already.
+        """
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Sets metrics that have one value per run."""
@@ -70,25 +76,25 @@ class TrackerRun(Protocol):
         """Adds pictures. A picture with an existing name replaces the old one."""
 
     def end(self, failed: bool) -> None:
-        """Ends the run as finished or as failed. The run may be begun again later."""
+        """Ends the run as finished or as failed. `Tracker.begin_run` may continue the run later."""
 
 
 class Tracker(Protocol):
-    """A kind of tracker; an instance is an opened tracker. `focus_ray.tracking.registry.TRACKERS` lists all kinds."""
+    """Interface of a kind of tracker; an instance is an opened tracker. `tracking.registry.TRACKERS` lists all kinds."""
 
     @classmethod
     def check(cls, settings: TrackerConfig, storage: str) -> str:
-        """Checks that the tracker can be used, without heavy imports.
+        """Checks that the tracker can be used. Does not import the package of the tracker.
 
         Args:
             settings: Settings of this tracker.
-            storage: Storage of the runs; a tracker writes below it if its settings name no other place.
+            storage: Folder of all training runs; a tracker writes below it if its settings name no other place.
 
         Returns:
-            The folder or address where the tracker records.
+            The folder or address where the tracker stores its data, as text for people.
 
         Raises:
-            MissingPackageError: The extra of the tracker is not installed.
+            MissingPackageError: The package extra of the tracker is not installed.
             ConfigError: The folder cannot be written, the server cannot be reached, or a key is missing.
         """
 
@@ -99,11 +105,13 @@ class Tracker(Protocol):
         """Returns True if the tracker already has this run. Some trackers see only the runs of this machine."""
 
     def begin_run(self, run: RunDescription) -> TrackerRun:
-        """Returns the existing run with this key, or creates a new run with its parameters and tags inside its group's run."""
+        """Opens the existing run with the key `run.key`, or creates it with parameters and tags below its group's run."""
 
 
 def local_folder(kind: str, settings: TrackerConfig, storage: str) -> str:
-    """Returns the folder for a tracker's files. Writes a test file first, to check the access.
+    """Returns the folder for a tracker's files: `settings.uri`, or <storage>/trackers/<kind> without it.
+
+    Writes and deletes a test file in the folder, to check the access.
 
     Raises:
         ConfigError: The folder is not on this machine, or cannot be written.
@@ -122,7 +130,12 @@ def local_folder(kind: str, settings: TrackerConfig, storage: str) -> str:
 
 
 def flatten_dict(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (dotted key, value) of all values in nested mappings."""
+    """Generator: yields (dotted key, value) for every value in nested mappings, such as ("model.padding", "zeros").
+
+    Args:
+        tree: Nested mappings.
+        prefix: Text before every key.
+    """
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from flatten_dict(value, f"{prefix}{key}.")
@@ -131,9 +144,9 @@ def flatten_dict(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 
 
 def flatten_parameters(tree: Mapping[str, Any]) -> dict[str, ParameterValue]:
-    """Returns dotted key -> value for all settings that are not None.
+    """Returns dotted key -> value for all values in nested mappings that are not None.
 
-    Lists become JSON text, texts are shortened to MAX_PARAMETER_CHARS, and URIs are cleaned by `without_secrets`.
+    Lists become JSON text. All texts lose secrets in URIs (`without_secrets`) and are cut to MAX_PARAMETER_CHARS characters.
     """
     parameters: dict[str, ParameterValue] = {}
     for key, value in flatten_dict(tree):
@@ -147,5 +160,8 @@ def flatten_parameters(tree: Mapping[str, Any]) -> dict[str, ParameterValue]:
 
 
 def without_secrets(text: str) -> str:
-    """Returns the text with user, password and query removed from every URI: a signed URI lets everyone read its object."""
+    """Returns a text with user, password and query removed from every URI in it.
+
+    The query may be a signature, with which everyone can read the object.
+    """
     return re.sub(r"(://)(?:[^/\s\"]*@)?([^\s\"?]*)(?:\?[^\s\"]*)?", r"\1\2", text)

@@ -1,6 +1,6 @@
-"""MLflow: one run per category or trial, below the run of its group.
+"""The tracker MLflow: one MLflow run for each category or trial, below the run of the whole training or sweep.
 
-Records go to a server, a database, or an SQLite database in a local folder. MLflow 3.17 itself refuses its old format, a
+The data go to a server, a database, or an SQLite database in a local folder. MLflow 3.17 itself refuses its old format, a
 folder of plain files.
 """
 
@@ -32,9 +32,10 @@ _ENVIRONMENT = {  # environment variables of MLflow, set unless the user has set
 
 
 class _MLflowRun:
-    """A begun run in MLflow."""
+    """An open run in MLflow, as `TrackerRun`."""
 
     def __init__(self, client: Any, run_id: str) -> None:
+        """Wraps an existing run. client: an `MlflowClient`; run_id: MLflow's id of the run."""
         self.client, self.run_id = client, run_id
         self._existing_steps: dict[str, set[int]] = {}  # of curves that an earlier process may have begun
 
@@ -45,32 +46,40 @@ class _MLflowRun:
         self._send("tags", [RunTag(key, value) for key, value in tags.items()])
 
     def log_parameters(self, parameters: Mapping[str, ParameterValue]) -> None:
-        """Adds parameters to the run. MLflow refuses to change an existing parameter."""
+        """Adds parameters to the run. They must be new: MLflow raises an exception for a changed parameter."""
         from mlflow.entities import Param
 
         self._send("params", [Param(key, str(value)) for key, value in parameters.items()])
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds metrics to curves at a step. Skips curves that already had a value at this step: MLflow would store both."""
+        """Adds the value of each metric to its curve at a step.
+
+        Skips a curve to which an earlier process has added a value at this step, because MLflow would store both values.
+        """
         for name in metrics.keys() - self._existing_steps.keys():
             self._existing_steps[name] = {point.step for point in self.client.get_metric_history(self.run_id, name)}
         new = {name: value for name, value in metrics.items() if step not in self._existing_steps[name]}
         self.log_metrics(new, step)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Sets metrics that have one value per run, or the values of curves at a step."""
+        """Sets metrics that have one value per run. With `step`, adds the value of each metric to its curve at this step."""
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
         self._send("metrics", [Metric(key, value, now_ms, step) for key, value in metrics.items()])
 
     def _send(self, kind: str, items: Sequence[Any]) -> None:
-        """Sends tags, parameters or metrics, in requests of at most _MAX_ITEMS items. kind: argument of `log_batch`."""
+        """Sends tags, parameters or metrics to MLflow, in requests of at most _MAX_ITEMS items.
+
+        Args:
+            kind: Name of the argument of `log_batch`: "tags", "params" or "metrics".
+            items: MLflow objects of this kind.
+        """
         for start in range(0, len(items), _MAX_ITEMS):
             self.client.log_batch(self.run_id, **{kind: items[start : start + _MAX_ITEMS]})
 
     def log_pictures(self, pictures: Sequence[Picture]) -> None:
-        """Adds pictures with their captions."""
+        """Adds pictures as files, and a file captions.txt with their captions."""
         with tempfile.TemporaryDirectory() as folder:
             for picture in pictures:
                 Path(folder, f"{picture.name}.jpg").write_bytes(picture.jpeg)
@@ -79,25 +88,25 @@ class _MLflowRun:
             self.client.log_artifacts(self.run_id, folder, "heat_maps")
 
     def end(self, failed: bool) -> None:
-        """Ends the run as finished or as failed. A finished run that was continued keeps its time, unless `failed` is True."""
+        """Ends the run as finished or as failed. A run that is finished already keeps its end time, unless `failed` is True."""
         if failed or self.client.get_run(self.run_id).info.status != "FINISHED":
             self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
 
 
 class MLflow(Tracker):
-    """An MLflow store."""
+    """The tracker MLflow, opened: one experiment on a server or in a database."""
 
     @classmethod
     def check(cls, settings: TrackerConfig, storage: str) -> str:
-        """Checks the package, and the local folder or the HTTP server. Does not connect to a database.
+        """Checks that MLflow is installed, and that the local folder can be written or the HTTP server answers.
 
-        Also sets environment variables of MLflow (_ENVIRONMENT) that the user has not set.
+        Does not connect to a database. Sets the environment variables in _ENVIRONMENT that the user has not set.
 
         Returns:
-            The address of the store, without passwords.
+            The address of the server or database, without passwords.
 
         Raises:
-            MissingPackageError: The extra `mlflow` is not installed.
+            MissingPackageError: The package extra `mlflow` is not installed.
             ConfigError: The folder cannot be written, or the server does not answer.
         """
         for key, value in _ENVIRONMENT.items():
@@ -109,6 +118,12 @@ class MLflow(Tracker):
         return without_secrets(uri)  # MLFLOW_TRACKING_URI may hold a password
 
     def __init__(self, settings: TrackerConfig, storage: str) -> None:
+        """Connects to the server or database, and opens the MLflow experiment `settings.project` or creates it.
+
+        Raises:
+            ConfigError: The local folder cannot be written.
+            MlflowException: The experiment can neither be created nor opened.
+        """
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
@@ -125,12 +140,15 @@ class MLflow(Tracker):
             self.experiment_id = str(experiment.experiment_id)
 
     def has_run(self, run: RunDescription) -> bool:
-        """Returns True if the run exists and is not in progress."""
+        """Returns True if MLflow has the run and its status is not RUNNING."""
         mlflow_run = self._find_run(run)
         return mlflow_run is not None and mlflow_run.info.status != "RUNNING"
 
     def begin_run(self, run: RunDescription) -> _MLflowRun:
-        """Continues MLflow's run with the key `run.key`, or creates it. Adds parameters and tags."""
+        """Opens MLflow's run with the key `run.key`, or creates it below its group's run. Adds tags and missing parameters.
+
+        A run that was not finished gets the status RUNNING again. A finished run stays finished.
+        """
         mlflow_run = self._find_run(run)
         if mlflow_run is None:
             tags = {_KEY: run.key}
@@ -147,13 +165,20 @@ class MLflow(Tracker):
         return begun
 
     def _find_run(self, run: RunDescription) -> Any:
-        """Returns MLflow's run with the tag `focus_ray.key` = `run.key`; None if there is none."""
+        """Returns MLflow's object for the run with the tag `focus_ray.key` = `run.key`; None if there is none."""
         runs = self.client.search_runs([self.experiment_id], f"tags.`{_KEY}` = '{run.key}'", max_results=1)
         return runs[0] if runs else None
 
 
 def _find_location(settings: TrackerConfig, storage: str) -> tuple[str, str | None]:
-    """Returns (tracking URI, URI for artifacts of a new experiment); None for artifacts lets the server decide."""
+    """Returns (tracking URI of MLflow, URI for pictures of a new experiment). None instead of the second: the server decides.
+
+    The tracking URI comes from the settings, or without them from MLFLOW_TRACKING_URI. A local path, or neither of the two,
+    means an SQLite database in a local folder.
+
+    Raises:
+        ConfigError: The local folder cannot be written.
+    """
     uri = settings.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if "://" in uri:
         return uri, None
@@ -162,10 +187,10 @@ def _find_location(settings: TrackerConfig, storage: str) -> tuple[str, str | No
 
 
 def _check_server(uri: str) -> None:
-    """Checks that the server accepts connections.
+    """Checks that a server accepts a network connection. uri: http or https address of the server.
 
     Raises:
-        ConfigError: The server does not answer.
+        ConfigError: The server does not answer within _TIMEOUT_S seconds.
     """
     parts = urllib.parse.urlsplit(uri)
     port = parts.port or (443 if parts.scheme == "https" else 80)

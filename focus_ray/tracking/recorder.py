@@ -1,4 +1,4 @@
-"""Passes the records of a run to its trackers in a separate thread, so that a slow or broken tracker never delays the run."""
+"""Sends metrics, tags and pictures to experiment trackers in a separate thread, so that a slow tracker never delays training."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ CLOSE_TIMEOUT_S = 60.0  # longest time that the end of a run waits for trackers 
 
 
 class Recorder:
-    """Records runs in all trackers of a configuration. Without trackers, it does nothing.
+    """Writes runs to all trackers of a configuration, in a separate thread. Without trackers, it does nothing.
 
-    A tracker that fails is reported once and gets no more records.
+    The first exception of a tracker is logged, and this tracker then gets no more data. `close` must be called at the end.
     """
 
     def __init__(self, settings: Mapping[str, TrackerConfig], storage: str, log: Log) -> None:
         """Checks and opens all trackers of a configuration.
 
         Args:
-            settings: Kind of each tracker -> its settings.
-            storage: Storage of the runs; a tracker writes below it if its settings name no other place.
-            log: Takes messages.
+            settings: Kind of each tracker, such as "mlflow" -> its settings.
+            storage: Folder of all training runs; a tracker writes below it if its settings name no other place.
+            log: Function that receives messages.
 
         Raises:
-            MissingPackageError: The extra of a tracker is not installed.
-            ConfigError: The folder of a tracker cannot be written, or its server cannot be reached.
+            MissingPackageError: The package extra of a tracker is not installed.
+            ConfigError: The folder of a tracker cannot be written, its server cannot be reached, a key is missing, or the
+                tracker fails when it is opened.
         """
         self._trackers: dict[str, Tracker] = {}  # without failed trackers
         for kind, tracker_settings in settings.items():
@@ -51,15 +52,20 @@ class Recorder:
         self._thread: threading.Thread | None = None
 
     def __bool__(self) -> bool:
-        """True if there is at least one tracker."""
+        """Returns True if the configuration has at least one tracker, even after the tracker has failed."""
         return bool(self._settings)
 
     def record(self, run: RunDescription, write: Callable[[TrackerRun], None] = lambda tracker_run: None) -> None:
-        """Calls a function with the run of every tracker, later and in the thread. Begins the run if necessary."""
+        """Writes data to a run in every tracker. Returns at once; the thread makes the calls later.
+
+        Args:
+            run: Description of the run. The thread opens the run in a tracker if it is not open.
+            write: Function that receives the open run of a tracker and writes to it; by default the run is only opened.
+        """
         self._enqueue(lambda kind: write(self._begin(kind, run)))
 
     def end(self, run: RunDescription, failed: bool = False) -> None:
-        """Ends a run."""
+        """Ends a run in every tracker, as finished or as failed. Returns at once; the thread makes the calls later."""
 
         def end_run(kind: str) -> None:
             self._begin(kind, run).end(failed)
@@ -68,7 +74,12 @@ class Recorder:
         self._enqueue(end_run)
 
     def record_finished(self, run: RunDescription, write: Callable[[TrackerRun], None]) -> None:
-        """Records a run that has ended, unless a tracker already has it. write: writes all records and ends the run."""
+        """Writes a complete run to every tracker that does not have it. Returns at once; the thread makes the calls later.
+
+        Args:
+            run: Description of the run, for instance of a finished trial.
+            write: Function that receives the open run of a tracker, writes all data to it, and ends it.
+        """
 
         def write_run(kind: str) -> None:
             if not self._trackers[kind].has_run(run):
@@ -77,7 +88,10 @@ class Recorder:
         self._enqueue(write_run)
 
     def close(self) -> None:
-        """Waits until all records are delivered, at most CLOSE_TIMEOUT_S seconds. Ends all open runs as failed."""
+        """Waits until the trackers have all data, at most CLOSE_TIMEOUT_S seconds. Ends all runs that are still open as failed.
+
+        After the timeout it logs a warning, and no tracker gets further data.
+        """
         if self._thread is None:
             return
         self._queue.put(None)
@@ -91,7 +105,7 @@ class Recorder:
         self._thread = None
 
     def _enqueue(self, action: Callable[[str], None]) -> None:
-        """Queues a call for every tracker; starts the thread for the first call."""
+        """Queues the call `action(kind)` for every tracker. The first call starts the thread."""
         if self._settings and self._thread is None:
             self._thread = threading.Thread(target=self._run_thread, daemon=True, name="trackers")
             self._thread.start()
@@ -101,20 +115,20 @@ class Recorder:
     # ---- executed in the thread
 
     def _run_thread(self) -> None:
-        """Makes the queued calls until `close`, then ends all open runs as failed."""
+        """Makes the queued calls one after the other until `close`, then ends all open runs as failed."""
         while (item := self._queue.get()) is not None:
             self._call(*item)
         for kind in self._settings:
             self._call(kind, self._fail_open_runs)
 
     def _fail_open_runs(self, kind: str) -> None:
-        """Ends the open runs of a tracker as failed."""
+        """Ends all open runs of the tracker `kind` as failed."""
         for (kind_of_run, _), tracker_run in self._runs.items():
             if kind_of_run == kind:
                 tracker_run.end(True)
 
     def _call(self, kind: str, action: Callable[[str], None]) -> None:
-        """Makes a call for a tracker. After the first exception of a tracker, it gets no more calls."""
+        """Calls `action(kind)` and logs an exception. After the first exception of a tracker, the tracker gets no more calls."""
         if kind not in self._trackers:
             return
         try:
@@ -124,13 +138,13 @@ class Recorder:
                 self.log(f"WARNING: {kind} failed and records nothing more; the run goes on: {describe_error(error)}")
 
     def _begin(self, kind: str, run: RunDescription) -> TrackerRun:
-        """Returns the begun run of a tracker; begins it if necessary."""
+        """Returns the open run of the tracker `kind` for a description, and opens it if it is not open."""
         if (kind, run.key) not in self._runs:
             self._runs[kind, run.key] = self._trackers[kind].begin_run(run)
         return self._runs[kind, run.key]
 
 
 def describe_error(error: Exception) -> str:
-    """Returns the type and the first line of an error."""
+    """Returns the type and the first line of an error, such as "OSError: disk full". The line is cut to 300 characters."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
     return f"{type(error).__name__}: {line[:300]}"

@@ -1,4 +1,4 @@
-"""The experiment trackers by name. A new tracker is one file in this folder and one line here."""
+"""The table of the experiment trackers: name -> class. A new tracker is one file in this folder and one line here."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Records trainings and evaluations in trackers: one run per category, and a group run above them if there are several.
+"""Writes trainings and evaluations to trackers, with one tracker run for each category.
 
-An evaluation continues the tracker runs of the training that made its bundles.
+A training of several categories also has a group run for the whole training, above the runs of its categories. An evaluation
+continues the tracker runs of the training that made its bundles.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ _NOT_PARAMETERS = ("trackers.", "storage", "name", "data.categories")  # places 
 
 
 def run_key(*parts: str | bytes) -> str:
-    """Returns the key of a run in trackers: a hash of parts that together are unique to the run."""
+    """Returns the key of a run in trackers: a hash of texts or bytes that together identify the run."""
     joined = b"\n".join(part.encode() if isinstance(part, str) else part for part in parts)
     return hashlib.sha256(joined).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class TrainingDescription:
-    """The descriptions of the runs of one training.
+    """Facts about one training, from which the descriptions of its tracker runs are made.
 
     Attributes:
-        claim: Content of the training's claim file (`CLAIM`), unique to the training.
+        claim: Content of the file `CLAIM` in the folder of the training; unique to the training.
         settings: All settings of the training, as nested mappings.
-        has_group: True if the training has several categories, which get a group run.
+        has_group: True if the training has several categories, which get a group run above them.
     """
 
     claim: bytes
@@ -55,7 +56,7 @@ class TrainingDescription:
     has_group: bool
 
     def group_run(self) -> RunDescription:
-        """Returns the description of the run for the whole training."""
+        """Returns the description of the tracker run for the whole training."""
         parameters = flatten_parameters(self.settings)
         parameters = {key: value for key, value in parameters.items() if not key.startswith(_NOT_PARAMETERS)}
         name = self.settings["name"]
@@ -63,7 +64,12 @@ class TrainingDescription:
         return RunDescription(run_key(self.claim), name, None, parameters, tags)
 
     def category_run(self, category: str, fingerprint: str | None) -> RunDescription:
-        """Returns the description of the run for a category. fingerprint: of its images; None if it is unknown."""
+        """Returns the description of the tracker run for a category.
+
+        Args:
+            category: Name of the category.
+            fingerprint: Hash that identifies the images of the category; None if it is unknown.
+        """
         whole = self.group_run()
         tags = {**whole.tags, "kind": "category", "category": category, "data": self.settings["data"]["uri"]}
         if fingerprint:
@@ -73,18 +79,25 @@ class TrainingDescription:
 
 
 class TrainingRecorder:
-    """Records one training. A run begins in the trackers when its first record arrives."""
+    """Writes the progress and results of one training to trackers. Does nothing without trackers.
+
+    The tracker run of a category begins with the first data of the category.
+    """
 
     def __init__(
         self, recorder: Recorder, settings: Mapping[str, Any], root: str, fingerprints: Mapping[str, str]
     ) -> None:
-        """Reads the claim of the training and begins the group run, if there are several categories.
+        """Reads the claim file of the training, and begins the group run if there are several categories.
 
         Args:
-            recorder: Trackers.
+            recorder: Sends the data to the trackers.
             settings: All settings of the training, as nested mappings.
             root: Folder of the training, with the file `claim.json`.
-            fingerprints: Category -> fingerprint of its images.
+            fingerprints: Category -> hash that identifies its images.
+
+        Raises:
+            FileNotFoundError: There are trackers, but the folder has no claim file.
+            DataError: The claim file cannot be read.
         """
         self.recorder = recorder
         self.group: RunDescription | None = None
@@ -100,11 +113,11 @@ class TrainingRecorder:
             self._runs[category] = training.category_run(category, fingerprint)
 
     def log_epoch(self, category: str, metrics: Mapping[str, float]) -> None:
-        """Records the metrics of an epoch, once per epoch.
+        """Writes the metrics of an epoch to the trackers. Does nothing if this object has already logged the epoch.
 
         Args:
             category: Category that is trained.
-            metrics: Metrics of the epoch, and "epoch" with its number from 0.
+            metrics: Metric -> value in this epoch; "epoch" -> number of the epoch, from 0.
         """
         step = int(metrics["epoch"]) + 1
         if not self.recorder or (category, step) in self._recorded_epochs:
@@ -114,9 +127,13 @@ class TrainingRecorder:
         self.recorder.record(self._runs[category], lambda run: run.log_step(step, values))
 
     def finish_category(self, category: str, bundle: str) -> None:
-        """Records the end of a category from its bundle, with all epochs that were not recorded yet.
+        """Writes the metrics in a category's bundle to the trackers, with all epochs that are not logged yet, and ends its run.
 
-        If the manifest of the bundle cannot be read, logs a warning and ends the run without these metrics.
+        If the manifest cannot be read, logs a warning and ends the run without these metrics.
+
+        Args:
+            category: Category whose training is complete.
+            bundle: URI of its bundle.
         """
         if not self.recorder:
             return
@@ -133,31 +150,43 @@ class TrainingRecorder:
         self.recorder.end(self._runs[category])
 
     def fail_category(self, category: str, reason: str) -> None:
-        """Records that the training of a category failed."""
+        """Writes the reason of a category's failure to the trackers, and ends the run of the category as failed."""
         if self.recorder:
             self.recorder.record(self._runs[category], lambda run: run.set_tags({"error": reason}))
             self.recorder.end(self._runs[category], failed=True)
 
     def close(self, failed: bool) -> None:
-        """Ends the group run and waits for the trackers, at most `recorder.CLOSE_TIMEOUT_S` seconds."""
+        """Ends the group run and waits until the trackers have all data, at most `recorder.CLOSE_TIMEOUT_S` seconds.
+
+        Args:
+            failed: True if the training failed.
+        """
         if self.group is not None:
             self.recorder.end(self.group, failed)
         self.recorder.close()
 
 
 def run_tags(kind: str, name: str, storage: str, team: str | None) -> dict[str, str]:
-    """Returns the tags that all runs of a training or sweep have.
+    """Returns tag name -> text, for the tags that all tracker runs of a training or sweep have.
 
     Args:
-        kind: What the run describes.
+        kind: What the run stands for, such as "run" for a whole training or "sweep".
         name: Name of the training or sweep.
+        storage: Folder of all trainings or sweeps.
+        team: Team that owns the training; None gives no tag.
     """
     tags = {"kind": kind, "run": name, "storage": storage, "focus_ray": __version__}
     return {**tags, "team": team} if team else tags
 
 
 def _log_training(run: TrackerRun, bundle: str, manifest: Mapping[str, Any]) -> None:
-    """Writes the validation scores of each epoch, the metrics of a training and its bundle into a tracker's run."""
+    """Writes validation scores by epoch, the metrics of a training, and the address and version of its bundle to a tracker run.
+
+    Args:
+        run: Open run of the category.
+        bundle: URI of the bundle.
+        manifest: Manifest of the bundle.
+    """
     metrics, calibration, data = manifest["metrics"], manifest["calibration"], manifest["data"]
     for entry in metrics.get("selection", []):
         if "epoch" in entry:  # otherwise it compares alignments; epoch 0 is untrained
@@ -175,20 +204,20 @@ def _log_training(run: TrackerRun, bundle: str, manifest: Mapping[str, Any]) -> 
 
 
 def _bundle_tags(bundle: str, manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the tags that name a bundle and its version."""
+    """Returns the tags "bundle" (its URI) and "bundle_version" (hash of its manifest)."""
     return {"bundle": bundle, "bundle_version": str(manifest["sha256"])}
 
 
 @dataclass(frozen=True)
 class EvaluatedCategory:
-    """One category of an evaluation.
+    """The evaluation of one category, with all data that a tracker gets.
 
     Attributes:
         bundle: URI of the bundle.
         manifest: Manifest of the bundle.
         settings: All settings of the bundle, as nested mappings.
-        result: Result of `evaluate`.
-        cards: Function that returns the galleries of the report's page; each gallery is a list of image cards.
+        result: Metric -> value, from the evaluation; "data" -> URI of the test images.
+        cards: Function that returns the galleries of the report page. A gallery is a list of cards; a card shows one image.
     """
 
     bundle: str
@@ -201,12 +230,16 @@ class EvaluatedCategory:
 def record_evaluation(
     recorder: Recorder, categories: Mapping[str, EvaluatedCategory], means: Mapping[str, float | None]
 ) -> None:
-    """Records an evaluation in trackers. Adds the metrics to the runs of the training that made the bundles.
+    """Writes metrics and pictures of an evaluation to the tracker runs of the training that made the bundles, and ends the runs.
 
     Args:
-        recorder: Recorder of the trackers.
-        categories: Category -> its evaluated bundle.
-        means: Metric -> mean over the categories. Recorded in the group run if several bundles come from one training.
+        recorder: Sends the data to the trackers.
+        categories: Category -> its evaluation.
+        means: Metric -> mean over the categories. The group run gets the means if all bundles, at least two, come from the same
+            training.
+
+    Raises:
+        DataError: The claim file of a training cannot be read.
     """
     claims = {category: _read_claim(evaluated.bundle, evaluated.manifest) for category, evaluated in categories.items()}
     has_group = len(claims) > 1 and len(set(claims.values())) == 1  # several categories of the same training
@@ -225,13 +258,22 @@ def record_evaluation(
 
 
 def _read_claim(bundle: str, manifest: Mapping[str, Any]) -> bytes:
-    """Returns the claim of the training that made a bundle; for a bundle outside a training's folder, the bundle's hash."""
+    """Returns the content of the claim file of the training that made a bundle.
+
+    For a bundle outside the folder of a training, returns the hash of the bundle's manifest, as bytes.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
     claim_file = join(bundle.rstrip("/").rpartition("/bundles/")[0] or bundle, CLAIM)
     return read_bytes(claim_file) if exists(claim_file) else str(manifest["sha256"]).encode()
 
 
 def evaluation_metrics(result: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the metrics of an evaluation and of each defect type. Metrics without a value are left out."""
+    """Returns name in trackers -> value, for the metrics of an evaluation and of each defect type.
+
+    The names are "test/METRIC" and "test_of_DEFECT/METRIC". Metrics without a value are left out.
+    """
     keys = [*METRICS, *_COUNTS]
     metrics = {f"test/{key}": float(result[key]) for key in keys if result.get(key) is not None}
     for defect_type, type_result in result.get("defect_types", {}).items():
@@ -242,7 +284,10 @@ def evaluation_metrics(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def gallery_pictures(galleries: Sequence[Sequence[Any]]) -> Iterator[Picture]:
-    """Yields pictures of image and heat map side by side: the first card of each gallery, then the second cards, and so on."""
+    """Generator: yields a picture for each card, with the image and its heat map side by side.
+
+    The order is: the first card of each gallery, then the second card of each gallery, and so on.
+    """
     cards = [card for card in chain.from_iterable(zip_longest(*galleries)) if card is not None]
     for number, card in enumerate(cards, start=1):
         verdict = card.mistake or card.verdict
@@ -254,12 +299,12 @@ def gallery_pictures(galleries: Sequence[Sequence[Any]]) -> Iterator[Picture]:
 
 
 def _to_name(text: str) -> str:
-    """Replaces characters that file names or trackers do not allow."""
+    """Returns a text in which "-" replaces all characters that file names or trackers do not allow; never an empty text."""
     return re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-.") or "unnamed"
 
 
 def _join_pictures(uris: Sequence[str]) -> bytes:
-    """Returns JPEG data URIs of the same size side by side as one JPEG."""
+    """Returns the bytes of a JPEG that shows several pictures side by side. uris: data URIs of pictures with equal heights."""
     images = [
         np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB")) for uri in uris
     ]

@@ -1,4 +1,7 @@
-"""TensorBoard: one event file per run, in a folder below its group's folder. Written with tensorboardX, as Ray Tune does."""
+"""The tracker TensorBoard: one folder with event files per run, below the folder of its group run. Uses tensorboardX.
+
+An event file is TensorBoard's file format for curves, texts and pictures.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,10 @@ _FLUSH_S = 10
 
 
 class _TensorBoardRun:
-    """A begun run in TensorBoard. Writes the run's event file."""
+    """An open run in TensorBoard, as `TrackerRun`; it writes an event file."""
 
     def __init__(self, writer: Any, run: RunDescription) -> None:
+        """Writes parameters and tags of a run to an event file. writer: a `tensorboardX.SummaryWriter`."""
         self.writer = writer
         # The HPARAMS tab of TensorBoard reads this summary, and takes the metrics from the scalars.
         from tensorboardX.summary import hparams
@@ -36,17 +40,17 @@ class _TensorBoardRun:
         self.writer.add_text("tags", _markdown_table(self.tags))
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds metrics to curves at a step."""
+        """Adds the value of each metric to its curve at a step."""
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Sets metrics that have one value per run."""
+        """Adds metrics that have one value per run, as curves with one point at step 0."""
         self.log_step(0, metrics)
 
     def log_pictures(self, pictures: Sequence[Picture]) -> None:
-        """Adds pictures with their captions."""
+        """Adds pictures, and a table with their captions."""
 
         import numpy as np
         from PIL import Image
@@ -63,28 +67,29 @@ class _TensorBoardRun:
 
 
 class TensorBoard(Tracker):
-    """A folder of event files."""
+    """The tracker TensorBoard, opened: a folder of event files on this machine."""
 
     @classmethod
     def check(cls, settings: TrackerConfig, storage: str) -> str:
-        """Checks the package and the folder. Returns the folder for the event files.
+        """Checks that tensorboardX is installed and that the folder can be written. Returns the folder for the event files.
 
         Raises:
-            MissingPackageError: The extra `tensorboard` is not installed.
+            MissingPackageError: The package extra `tensorboard` is not installed.
             ConfigError: The folder is not on this machine, or cannot be written.
         """
         require_extra("tensorboard", "trackers.tensorboard")
         return local_folder("tensorboard", settings, storage)
 
     def __init__(self, settings: TrackerConfig, storage: str) -> None:
+        """Checks that the folder for the event files can be written. Raises: ConfigError: it cannot."""
         self.folder = Path(local_folder("tensorboard", settings, storage))
 
     def has_run(self, run: RunDescription) -> bool:
-        """Returns True if the run exists."""
+        """Returns True if the folder of the run exists and belongs to this run."""
         return (self._folder_of_run(run) / _KEY).is_file()
 
     def begin_run(self, run: RunDescription) -> _TensorBoardRun:
-        """Continues the run with the key `run.key`, or creates it, in its own folder."""
+        """Opens a new event file in the folder of the run with the key `run.key`. Creates the folder if it does not exist."""
         import tensorboardX
 
         folder = self._folder_of_run(run)
@@ -93,7 +98,7 @@ class TensorBoard(Tracker):
         return _TensorBoardRun(tensorboardX.SummaryWriter(str(folder), flush_secs=_FLUSH_S), run)
 
     def _folder_of_run(self, run: RunDescription) -> Path:
-        """Returns the folder of a run, which no other run uses."""
+        """Returns the folder of a run. It has the name of the run, and a suffix if a run with another key uses this folder."""
         folder = self.folder / run.name
         file = folder / _KEY
         if not file.is_file() or file.read_text(encoding="utf-8") == run.key:
@@ -103,6 +108,6 @@ class TensorBoard(Tracker):
 
 
 def _markdown_table(rows: Mapping[str, Any]) -> str:
-    """Returns a Markdown table with one row per entry."""
+    """Returns a Markdown table with one row (name, value) for each entry of a mapping."""
     cells = (f"| {key} | {str(value).replace('|', '&#124;')} |" for key, value in rows.items())
     return "\n".join(["| | |", "|---|---|", *cells])

@@ -1,4 +1,7 @@
-"""Records a sweep in trackers: one run for the sweep, and below it one run per trial with its point as parameters."""
+"""Writes a sweep to trackers: one tracker run for the sweep, and below it one run per trial with its settings as parameters.
+
+A sweep trains with several combinations of settings; each training is a trial.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from focus_ray.tracking.runs import run_key, run_tags
 
 
 class SweepRecorder:
-    """Records one sweep."""
+    """Writes the trials and the results of one sweep to trackers. Does nothing without trackers."""
 
     def __init__(
         self, recorder: Recorder, claim: bytes, name: str, storage: str, team: str | None, settings: Mapping[str, Any]
@@ -20,11 +23,11 @@ class SweepRecorder:
         """Begins the run of the sweep.
 
         Args:
-            recorder: Trackers.
+            recorder: Sends the data to the trackers.
             claim: Unique bytes of the sweep, from its `sweep.yaml`.
             name: Name of the sweep.
-            storage: Storage of the sweep.
-            team: Team that owns the sweep.
+            storage: Folder of all trainings and sweeps.
+            team: Team that owns the sweep; None for no team.
             settings: All settings of the sweep and of its base configuration, as nested mappings.
         """
         self.recorder, self._claim = recorder, claim
@@ -35,11 +38,11 @@ class SweepRecorder:
         recorder.record(self.group)
 
     def log_trial(self, name: str, record: Mapping[str, Any]) -> None:
-        """Records a trial that has ended. Does nothing if this recorder has already recorded the trial.
+        """Writes the result of a trial that has ended to the trackers. Does nothing if this object has already logged the trial.
 
         Args:
             name: Name of the trial.
-            record: `sweep.records.TrialRecord` as a dict.
+            record: Result of the trial, a `sweep.records.TrialRecord` as a dict.
         """
         if not self.recorder or name in self._logged_trials:
             return
@@ -52,10 +55,11 @@ class SweepRecorder:
         self.recorder.record_finished(run, lambda tracker_run: _log_trial(tracker_run, record))
 
     def close(self, best: Mapping[str, Mapping[str, Any]], failed: bool) -> None:
-        """Ends the run of the sweep and waits for the trackers.
+        """Writes the best trials, ends the run of the sweep, and waits until the trackers have all data.
 
         Args:
-            best: Stage ("" if trials cover all categories) -> record of its best trial as a dict.
+            best: Stage -> its best trial, a `TrialRecord` as a dict. A stage is the category that trials search for, or "" if
+                trials search for all categories.
             failed: True if the sweep failed.
         """
         for stage, record in best.items():
@@ -68,7 +72,7 @@ class SweepRecorder:
 
 
 def _log_trial(run: TrackerRun, record: Mapping[str, Any]) -> None:
-    """Writes the curves of a trial, its scores and their components, epochs and seconds into a tracker's run, and ends it."""
+    """Writes curves, scores, metrics of each category, epochs and seconds of a trial to its tracker run, and ends the run."""
     metrics = {"epochs": float(record["epochs"]), "seconds": float(record["seconds"])}
     if record["score"] is not None:
         metrics["score"] = float(record["score"])

@@ -1,6 +1,6 @@
-"""Weights & Biases: one run per category or trial, in the group of its training or sweep.
+"""The tracker Weights & Biases: one run per category or trial, in the group of its training or sweep.
 
-Without an API key, runs are offline: `wandb sync` uploads their files.
+Without an API key, runs are written to local files (offline), which `wandb sync` uploads.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ _TIMEOUT_S = 30  # for a server's first answer
 
 
 class _WandbRun:
-    """A begun run in Weights & Biases."""
+    """An open run in Weights & Biases, as `TrackerRun`."""
 
     def __init__(self, wandb_run: Any, run: RunDescription) -> None:
+        """Sets the x axis of the curves and adds the tags of a run. wandb_run: run that `wandb.init` returned."""
         self.wandb_run = wandb_run
         self.wandb_run.define_metric(STEP, hidden=True)
         self.wandb_run.define_metric("*", step_metric=STEP)
@@ -34,7 +35,7 @@ class _WandbRun:
         self.wandb_run.config.update({"tags": {**self.wandb_run.config.get("tags", {}), **tags}}, allow_val_change=True)
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds metrics to curves at a step."""
+        """Adds the value of each metric to its curve at a step."""
         self.wandb_run.log({STEP: step, **metrics})
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
@@ -59,14 +60,17 @@ class _WandbRun:
 
 
 class WeightsAndBiases(Tracker):
-    """A Weights & Biases project."""
+    """The tracker Weights & Biases, opened: a project, with a local folder for the files of its runs."""
 
     @classmethod
     def check(cls, settings: TrackerConfig, storage: str) -> str:
-        """Checks the package, the API key and the folder. Returns the folder and the mode: "runs/trackers/wandb (offline)".
+        """Checks that wandb is installed, the folder can be written, and the mode online has an API key. Does not connect.
+
+        Returns:
+            The folder and the mode, such as "runs/trackers/wandb (offline)".
 
         Raises:
-            MissingPackageError: The extra `wandb` is not installed.
+            MissingPackageError: The package extra `wandb` is not installed.
             ConfigError: The folder cannot be written, or the mode is online without an API key.
         """
         require_extra("wandb", "trackers.wandb")
@@ -74,15 +78,16 @@ class WeightsAndBiases(Tracker):
         return f"{local_folder('wandb', settings, storage)} ({mode})"
 
     def __init__(self, settings: TrackerConfig, storage: str) -> None:
+        """Checks the folder and the mode; does not connect. Raises: ConfigError: see `check`."""
         self.folder, self.mode = local_folder("wandb", settings, storage), _find_mode()
         self.project = settings.project
 
     def has_run(self, run: RunDescription) -> bool:
-        """Returns True if the folder on this machine has files of the run."""
+        """Returns True if the local folder has files of the run. Does not ask the server."""
         return any(Path(self.folder, "wandb").glob(f"*run-*-{_run_id(run)}"))
 
     def begin_run(self, run: RunDescription) -> _WandbRun:
-        """Continues the run with the key `run.key`, or creates it."""
+        """Continues the run with the key `run.key`, or creates it with its parameters; then adds the tags."""
 
         import wandb
 
@@ -110,12 +115,14 @@ class WeightsAndBiases(Tracker):
 
 
 def _run_id(run: RunDescription) -> str:
-    """Returns the id of a run in Weights & Biases: a hash of its key."""
+    """Returns the id of a run in Weights & Biases: a hash of `run.key`."""
     return hashlib.sha256(run.key.encode()).hexdigest()[:16]
 
 
 def _find_mode() -> str:
-    """Returns the mode of Weights & Biases: WANDB_MODE; without it, online if WANDB_API_KEY is set, otherwise offline.
+    """Returns the mode of Weights & Biases, from the environment: the value of WANDB_MODE, such as "online" or "offline".
+
+    Without WANDB_MODE, the mode is online if WANDB_API_KEY is set, otherwise offline.
 
     Raises:
         ConfigError: The mode is online, but there is no API key.

@@ -1,4 +1,8 @@
-"""Fits a category and writes its bundle, in a single process or as a worker of a torch.distributed group. No Ray."""
+"""Fits a category and writes its bundle, in a single process or as a worker of a torch.distributed group, without Ray.
+
+To fit a category means to train its network (if train.epochs is above 0), to fit the density of normal embeddings, and to
+calibrate the thresholds.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ _MAX_DECODE_THREADS = 8  # unless the caller says otherwise
 
 
 def set_reproducible() -> None:
-    """Makes cuDNN deterministic, so that training on a GPU gives the same result at every run."""
+    """Makes cuDNN deterministic in this process, so that convolutions on a GPU give the same result at every run."""
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
 
@@ -51,19 +55,28 @@ def fit_category(
     num_threads: int | None = None,
     stream: BatchStream | None = None,
 ) -> None:
-    """Fits a category and writes its bundle below the folder `root` of a run, a local path or an s3:// URI.
+    """Fits the model of a category, writes a checkpoint after each epoch, and writes the bundle.
 
-    Continues from the latest checkpoint, if there is one. Every worker of a torch.distributed group calls this function; the
-    worker of rank 0 writes and logs. A fit in one process and a fit with one worker give identical bundles.
+    Continues from the latest checkpoint, if there is one. Every worker of a torch.distributed group calls this function; only
+    the worker of rank 0 writes and logs. A fit in one process and a fit with one worker give identical bundles. The function
+    also makes cuDNN deterministic (`set_reproducible`).
 
     Args:
-        split: the category's images for fitting and calibration.
+        split: the rule that selects the category's images for fitting and for calibration.
+        root: folder of the run, a local path or an s3:// URI.
         log: receives progress messages, which begin with the category.
-        on_figures: receives the figures of each epoch.
-        device: None: a GPU of this machine, if the configuration allows a GPU and there is one.
+        on_figures: receives name -> value of each epoch, such as losses and the number of the epoch; only on rank 0.
+        device: device of this worker. None: a GPU of this machine if the configuration allows a GPU and there is one, otherwise
+            the CPU.
         num_threads: threads that decode images; None: one for each CPU of this machine, up to 8.
-        stream: source of training batches if the worker's share of the images does not fit into memory; None: the worker
-            reads the rows itself.
+        stream: source of training batches, used if the worker's share of the images does not fit into RAM; None: the worker
+            reads its images from the data set again in each epoch.
+
+    Raises:
+        DataError: images cannot be read or decoded, there are too few images, or a file cannot be written.
+        WeightsError, ConfigError: pretrained weights or density.metric cannot be used.
+        ValueError: too few images remain for the density, the calibration or the image alignment.
+        FloatingPointError: the training diverged: a loss or a weight is not finite.
     """
     set_reproducible()
     category, num_workers = split.category, world_size()
@@ -126,7 +139,12 @@ def fit_category(
 
 
 def _write_checkpoint(folder: str, epoch: int, state: TrainState) -> None:
-    """Writes the training state after an epoch, and then removes the other checkpoints."""
+    """Writes the training state after an epoch as a checkpoint, then deletes all other checkpoints in the folder.
+
+    Args: folder: folder of the category's checkpoints.
+
+    Raises: DataError: a file cannot be written or deleted.
+    """
     content = io.BytesIO()
     torch.save(state.to_dict(), content)
     name = f"checkpoint_{epoch:06}"
@@ -137,7 +155,10 @@ def _write_checkpoint(folder: str, epoch: int, state: TrainState) -> None:
 
 
 def _load_latest_state(folder: str) -> TrainState | None:
-    """Loads the training state of the latest checkpoint in a folder; None if there is no checkpoint."""
+    """Loads the training state from the latest checkpoint in a folder; returns None if there is no complete checkpoint.
+
+    Raises: DataError: the storage cannot be read.
+    """
     for name in sorted((name for name in list_names(folder) if name.startswith("checkpoint_")), reverse=True):
         file = join(folder, name, STATE_FILE)
         if exists(file):

@@ -1,4 +1,4 @@
-"""Builds the page of a training. It needs only the manifests of the bundles, so it also works for an old run."""
+"""Builds the HTML report page of a training from the manifests of its bundles alone, so it also works for an old run."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ _NO_CURVE = ("epoch", "seconds", "steps")  # figures of an epoch that get no plo
 
 @dataclass(frozen=True)
 class TrainingSection:
-    """The section of a category on the page.
+    """The content of a category's section on the report page of a training.
 
     Attributes:
         bundle: URI of the bundle.
         num_fit: number of images in the density.
+        calibration: thresholds, and the scores of the calibration images.
+        caveats: sentences that limit what the thresholds promise, and warnings of the training.
         seconds: duration of the training.
-        facts: heading of a table -> rows of the table, label -> value.
-        selection: validation results by epoch.
-        config: the configuration as YAML.
+        plots: diagrams of scores, losses and validation results.
+        facts: heading of a table -> its rows. The rows are a mapping label -> value.
+        selection: validation results, usually one entry for each epoch, from which the training chose the network.
+        config: the configuration as YAML text.
     """
 
     bundle: str
@@ -43,11 +46,11 @@ class TrainingSection:
 
 
 def write_training_report(bundles: Mapping[str, str], place: str) -> str:
-    """Writes the page of a training as report.html, and returns the address of the file.
+    """Writes the report page of a training as report.html, and returns the path or URI of the file.
 
     Args:
         bundles: category -> URI of its bundle.
-        place: folder of the file, usually the folder of the run; a path or an s3:// URI.
+        place: folder for report.html, usually the folder of the run; a path or an s3:// URI.
 
     Raises:
         BundleError: a bundle is missing or damaged.
@@ -60,7 +63,12 @@ def write_training_report(bundles: Mapping[str, str], place: str) -> str:
 
 
 def training_page(trained: Mapping[str, TrainingSection], place: str) -> bytes:
-    """Renders the HTML page of a training. place: folder of the run, for the title."""
+    """Returns the HTML report page of a training as bytes.
+
+    Args:
+        trained: category -> its section.
+        place: folder of the run, shown in the title.
+    """
     return render(
         "training.html",
         title=f"Training: {str(place).rstrip('/').rpartition('/')[2]}",
@@ -72,7 +80,14 @@ def training_page(trained: Mapping[str, TrainingSection], place: str) -> bytes:
 
 
 def build_training_section(uri: str, manifest: Mapping[str, Any]) -> TrainingSection:
-    """Builds the section of a bundle from its manifest. Raises: DataError: the manifest's calibration is invalid."""
+    """Builds the section of a bundle for the report page of a training.
+
+    Args:
+        uri: URI of the bundle, shown on the page.
+        manifest: manifest of the bundle.
+
+    Raises: DataError: the calibration in the manifest is invalid.
+    """
     calibration = Calibration.from_dict(manifest["calibration"])
     metrics, data = manifest["metrics"], manifest["data"]
     seconds = {stage: float(value) for stage, value in metrics.get("seconds", {}).items()}
@@ -98,9 +113,11 @@ def build_training_section(uri: str, manifest: Mapping[str, Any]) -> TrainingSec
 def _plots(
     calibration: Calibration, history: Sequence[Mapping[str, float]], selection: Sequence[Mapping[str, Any]]
 ) -> list[plots.Plot]:
-    """Draws the calibration scores. If the network was trained, also draws losses and other numbers by epoch.
+    """Draws the plots of a section: the calibration scores; for a trained network, losses and validation results by epoch.
 
-    If validation images judged the epochs, also draws their results by epoch.
+    Args:
+        history: metrics of each training epoch, such as losses; empty if the network was not trained.
+        selection: validation results; entries without "epoch" are not drawn.
     """
     drawn = [
         plots.score_histograms(
@@ -137,7 +154,7 @@ def _plots(
 
 
 def _describe_calibration_images(calibration: Calibration) -> str:
-    """Returns words for the images that set the threshold, such as 'good images that the density has not seen'."""
+    """Returns a phrase for the images that set the threshold, such as 'good images that the density has not seen'."""
     return {
         "split": "good images that the density has not seen",
         "cross": "training images, each scored without its fold",
@@ -146,7 +163,7 @@ def _describe_calibration_images(calibration: Calibration) -> str:
 
 
 def _calibration_facts(calibration: Calibration) -> dict[str, Any]:
-    """Returns label -> value for the table of the calibration."""
+    """Returns label -> value for the report's table about the calibration."""
     return {
         "calibrated with": f"{calibration.num_images} {_describe_calibration_images(calibration)} ({calibration.method})",
         "image threshold": f"{calibration.image_threshold:.6g}",
@@ -157,7 +174,12 @@ def _calibration_facts(calibration: Calibration) -> dict[str, Any]:
 
 
 def _alignment_facts(alignment: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns label -> value for the table of the image alignment. alignment: numbers of the training; None: no record."""
+    """Returns label -> value for the report's table about the image alignment.
+
+    Args:
+        alignment: results of the image alignment, from the manifest's entry "metrics"; None if the manifest has none.
+        config: the settings in the manifest.
+    """
     settings = config["model"]["image_alignment"]
     if alignment is None:
         return {"group": settings["group"], "method": settings["method"], "found": "nothing is noted of it"}
@@ -175,7 +197,12 @@ def _alignment_facts(alignment: Mapping[str, Any] | None, config: Mapping[str, A
 
 
 def _provenance(uri: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns label -> value for the table of the bundle's provenance."""
+    """Returns label -> value for the report's table about the origin of a bundle: images, software and machines.
+
+    Args:
+        uri: URI of the bundle.
+        manifest: manifest of the bundle.
+    """
     data, metrics = manifest["data"], manifest["metrics"]
     return {
         "bundle": uri,

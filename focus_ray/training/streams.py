@@ -1,4 +1,4 @@
-"""Reads data sets with Ray Data."""
+"""Reads ingested data sets with Ray Data, as streams of images for training on a cluster."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ def ray_dataset(
     columns: Sequence[str] | None = None,
     version: str | None = None,
 ) -> ray.data.Dataset:
-    """Returns a Ray data set of the Parquet files of a category, in one version of the data set.
+    """Returns a Ray Data dataset with the rows of a category, which Ray reads from Parquet files when it is used.
 
-    Switches DataSourceV2 off in the DataContext of this process: with Ray 2.60 it starts 32 actors that read file footers in
-    each epoch, and reads small image sets about three times slower. On S3 each node uses its own credentials.
+    Switches Ray's DataSourceV2 off for this process: with Ray 2.60 it starts 32 actors that read file footers in each epoch, and
+    reads small image sets about three times slower. On S3 each node uses its own credentials.
 
     Args:
+        uri: address of the ingested data set.
         split: train or test; None: both.
-        columns: columns of ``SCHEMA``; None: all. Older part files have no column `group`; its values are then null.
-        version: version of the data set; None: the current version.
+        columns: columns of ``SCHEMA``; None: all. The column `group` is null in files that were ingested before it existed.
+        version: version of the category in the data set; None: the current version.
 
-    Raises: DataError: as ``read_index``.
+    Raises: DataError: `split` is neither train nor test, or the data set, category or version does not exist.
     """
     import ray.data
     from ray.data.expressions import col
@@ -57,9 +58,12 @@ def ray_dataset(
 
 
 def stream_training_images(config: Config, split: Split) -> Any:
-    """Returns a Ray data set of the decoded good images that fit the density.
+    """Returns a Ray Data dataset with the decoded good images of a category that are used to fit the model.
 
-    The rule of the split selects them while rows are read.
+    The images are uint8 in the column "image". `split` selects them while Ray reads the rows; images for validation and
+    calibration are left out.
+
+    Raises: DataError: the region of interest cannot be read, or the data set, category or version does not exist.
     """
     frame = load_frame(config, split.category)
 
@@ -80,9 +84,13 @@ def stream_training_images(config: Config, split: Split) -> Any:
 
 
 def iterate_worker_batches(batch_size: int, seed: int) -> Iterable[Mapping[str, Any]]:
-    """Returns this worker's share of the trainer's image stream as batches, shuffled within a buffer. It is a `BatchStream`.
+    """Returns batches of this worker's share of the dataset "train" of the trainer. Works only in a worker of Ray Train.
 
-    Runs only inside a worker of Ray Train.
+    The function is a `BatchStream`. A buffer of 4 batches is shuffled.
+
+    Args:
+        batch_size: largest number of images in a batch.
+        seed: seed of the shuffling.
     """
     import ray.train
 

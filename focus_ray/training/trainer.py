@@ -20,7 +20,12 @@ from focus_ray.training.streams import stream_training_images
 
 @dataclass(frozen=True)
 class TrainerJob:
-    """The work of a trainer of one category. It is sent to the workers."""
+    """The task to train one category, which is sent to every worker of a trainer.
+
+    Attributes:
+        split: the rule that selects the category's images for fitting and for calibration.
+        use_gpu: whether each worker gets a GPU.
+    """
 
     config: Config
     split: Split
@@ -28,7 +33,7 @@ class TrainerJob:
 
     @property
     def category(self) -> str:
-        """Name of the category."""
+        """Name of the category to train."""
         return self.split.category
 
 
@@ -36,14 +41,17 @@ J = TypeVar("J", bound=TrainerJob)
 
 
 def run_trainer(worker: Callable[[J, torch.device], Any], job: J, scratch: str, name: str) -> Any:
-    """Runs a function on every worker of a new trainer and returns the result of rank 0.
+    """Runs a function on every worker of a new Ray Train trainer and returns the function's result of rank 0.
 
-    After the loss of a worker, Ray Train restarts all workers, or fewer if the configuration allows this.
+    After an error or the loss of a worker, Ray Train starts all workers again, up to cluster.max_failures times; it starts fewer
+    workers if cluster.min_workers allows this. At the end, also after an error, the folder <scratch>/<name> is deleted.
 
     Args:
-        worker: function that every worker calls with the job and its device.
-        scratch: folder for files of Ray Train, which are removed at the end. All nodes must share it.
+        worker: function that every worker calls with the job and its device. It must be able to run again after a restart.
+        scratch: folder for files of Ray Train. All nodes must share it.
         name: name of the trainer, unique in `scratch`.
+
+    Raises: the error of Ray Train after more than cluster.max_failures failures.
     """
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -86,7 +94,10 @@ def run_trainer(worker: Callable[[J, torch.device], Any], job: J, scratch: str, 
 
 
 def _run_worker(loop_config: dict[str, Any]) -> Any:
-    """Runs the job on a worker. Ray Train can pass a mapping only."""
+    """Calls the worker function with the job and the device of this worker, and returns its result.
+
+    Args: loop_config: "worker" -> the function, "job" -> the job, because Ray Train passes a single mapping.
+    """
     import ray.train.torch
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # otherwise it logs every report

@@ -55,12 +55,12 @@ SHARED_METRIC = "metric.safetensors"
 
 @dataclass(frozen=True)
 class CategoryJob(TrainerJob):
-    """The training of one category.
+    """The training of one category, in one process or with a trainer of Ray Train.
 
     Attributes:
         root: folder of the run, for checkpoints and the bundle.
-        send: sends lines of text and the figures of epochs to the driver.
-        needs_trainer: whether Ray Train runs the workers; otherwise the process that has the job does all the work.
+        send: function that sends a message to the driver: a line of text, or (category, metrics of an epoch).
+        needs_trainer: True: Ray Train starts workers that do the work. False: the process that receives the job does all work.
         num_threads: threads that decode images in a worker; None: see `fit_category`.
     """
 
@@ -71,17 +71,24 @@ class CategoryJob(TrainerJob):
 
 
 def train(config: Config, *, resume: bool = False, log: Log = lambda message: None) -> dict[str, str]:
-    """Trains every category of the configuration and writes <storage>/<name>/bundles/<category>.
+    """Trains every category of the configuration, and writes the bundles <storage>/<name>/bundles/<category> and a report page.
+
+    If each of several categories learns its own distance metric (a projection of embeddings), also writes the average of these
+    metrics, for the setting density.metric of a new category.
 
     Args:
         resume: continue a run of the same name: finished categories are kept, others start at their last checkpoint.
 
-    Returns: category -> path of its bundle.
+    Returns: category -> path or URI of its bundle.
 
     Raises:
-        TrainingError: the folder of the run exists and `resume` is False, or categories failed. The message names each failed
-            category with its reason. The bundles of the other categories are complete.
-        DataError: the data set cannot be used.
+        TrainingError: the folder of the run has a run already and `resume` is False, `resume` is True without a name or with
+            changed settings, another driver uses the folder, or Ray cannot be used.
+        TrainingError: categories failed. The message names each failed category with its reason. The bundles of the other
+            categories are complete.
+        DataError: the data set cannot be used or has changed since the run began, or the storage cannot be used.
+        ConfigError, WeightsError, MissingPackageError: a setting, pretrained weights or an experiment tracker cannot be used.
+        BundleError: the bundle of a finished category is damaged.
     """
     config = resolve_paths(config)
     if config.name == "auto":
@@ -128,9 +135,15 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
 
 
 def _join_cluster(config: Config, root: str, splits: Mapping[str, Split], log: Log) -> int:
-    """Joins the cluster, checks its resources and storage, and returns how many categories can run at the same time.
+    """Connects to the Ray cluster or starts Ray, checks resources and storage, and returns how many categories can run at once.
 
-    Raises: TrainingError, DataError: a check failed.
+    Args:
+        root: folder of the run, which every node must be able to write to.
+        splits: category -> rule that selects its images.
+
+    Raises:
+        TrainingError: Ray cannot be used, or the cluster has no room for the workers of one category.
+        DataError: a node cannot read the data set or cannot use the folder of the run.
     """
     team = config.cluster.team
     is_private = connect(namespace=f"focus-ray-{team}" if team else None)
@@ -148,9 +161,9 @@ def _join_cluster(config: Config, root: str, splits: Mapping[str, Split], log: L
 
 
 def learns_shareable_projection(config: Config) -> bool:
-    """Returns whether each category learns its own discriminant projection and its bundle keeps the data to share it.
+    """Returns whether each category learns its own discriminant projection, and its bundle stores the data for `share_metric`.
 
-    `share_metric` averages this data with the data of other categories.
+    `share_metric` averages the projections of several categories.
     """
     density = config.density
     return density.reduction == "discriminant" and density.metric is None and density.keep_moments
@@ -159,13 +172,22 @@ def learns_shareable_projection(config: Config) -> bool:
 def _train_categories(
     config: Config, all_splits: Mapping[str, Split], categories: Sequence[str], root: str, resume: bool, log: Log
 ) -> dict[str, str]:
-    """Trains categories in this process or on the cluster, and records them in the trackers.
+    """Trains categories in this process or on the cluster, and writes their metrics to the experiment trackers.
+
+    Creates the files of the run's folder: claim, fingerprints, configuration and heartbeat.
 
     Args:
-        all_splits: the images of every category of the run.
+        all_splits: category -> rule that selects its images, for every category of the run.
         categories: categories to train.
+        root: folder of the run.
+        resume: see `train`.
 
     Returns: category -> reason, for each category that failed.
+
+    Raises:
+        TrainingError: another run has claimed the folder, or the cluster cannot be used.
+        DataError: the folder of the run or the data set cannot be used.
+        ConfigError, MissingPackageError: a tracker cannot be used.
     """
     recorder = Recorder(config.trackers, config.storage, log)
     splits = {category: all_splits[category] for category in categories}
@@ -211,7 +233,7 @@ def _train_categories(
 
 
 def _train_here(jobs: Sequence[CategoryJob]) -> Iterator[tuple[str, float | Failed]]:
-    """Trains one category after the other in this process. Yields each category with its seconds, or with its failure."""
+    """Generator: trains one category after the other in this process, and yields (category, seconds or `Failed`) after each."""
     for number, job in enumerate(jobs, start=1):
         job.send(f"{job.category}: training in this process, category {number} of {len(jobs)}")
         outcome: float | Failed
@@ -225,9 +247,14 @@ def _train_here(jobs: Sequence[CategoryJob]) -> Iterator[tuple[str, float | Fail
 def _train_on_cluster(
     config: Config, splits: Mapping[str, Split], root: str, limit: int, show: Callable[[Message], None]
 ) -> Iterator[tuple[str, float | Failed]]:
-    """Trains the categories, `limit` at a time. Yields each category with its seconds, or with its failure.
+    """Generator: trains categories on the cluster, and yields (category, seconds or `Failed`) whenever a category ends.
 
-    Args: show: receives the messages of the workers, and lines of this process.
+    Args:
+        splits: category -> rule that selects its images, for each category to train.
+        limit: largest number of categories that are trained at the same time.
+        show: receives the messages of the workers, and lines of this process.
+
+    Raises: TrainingError: too many starts of workers failed.
     """
     messages = Messages()
     use_gpu = uses_gpu(config.cluster)
@@ -261,12 +288,12 @@ def _train_on_cluster(
 
 
 def fits_without_trainer(config: Config) -> bool:
-    """Returns whether one worker fits a category without gradients, so that no trainer of Ray Train is needed."""
+    """Returns whether a category needs no trainer of Ray Train: it has one worker, and its network is not trained (0 epochs)."""
     return config.train.epochs == 0 and config.cluster.num_workers == 1
 
 
 def _train_category(job: CategoryJob) -> float:
-    """Trains one category in this process or with a trainer of Ray Train, and returns the seconds it took."""
+    """Trains one category, in this process or with a trainer of Ray Train, and returns the duration in seconds."""
     start = time.monotonic()
     if job.needs_trainer:
         run_trainer(_fit, job, join(job.root, "scratch"), job.category)
@@ -276,7 +303,7 @@ def _train_category(job: CategoryJob) -> float:
 
 
 def _fit(job: CategoryJob, device: torch.device) -> None:
-    """Fits the category of a job in this process, which may be one of several workers."""
+    """Calls `fit_category` with the settings of a job, in this process, which may be one of several workers."""
     fit_category(
         job.config,
         job.split,
@@ -290,7 +317,7 @@ def _fit(job: CategoryJob, device: torch.device) -> None:
 
 
 def resolve_paths(config: Config) -> Config:
-    """Makes local paths of the configuration absolute, because workers run in other folders."""
+    """Returns a copy of the configuration with absolute local paths, because workers run in other folders."""
     tree = config.model_dump(mode="json")
     locations = [(tree, "storage"), (tree["data"], "uri"), (tree["density"], "metric")]
     locations += [(tracker, "uri") for tracker in tree["trackers"].values()]
@@ -306,12 +333,17 @@ def resolve_paths(config: Config) -> Config:
 
 
 def _claim_run_folder(root: str, resume: bool, fingerprints: Mapping[str, str]) -> None:
-    """Creates the claim file of a run's folder and writes the fingerprints of the categories.
+    """Reserves a run's folder for this run: creates the claim file, and writes the fingerprints of the categories.
 
-    If the claim file exists, nothing happens with `resume`.
+    If the claim file exists and `resume` is True, does nothing.
 
-    Raises: TrainingError: the claim file exists, and `resume` is False: another run of this name, started at the same time, was
-    first.
+    Args:
+        root: folder of the run.
+        fingerprints: category -> hash that identifies its images.
+
+    Raises:
+        TrainingError: the claim file exists, and `resume` is False: another run of this name started at the same time.
+        DataError: a file cannot be written.
     """
     claim = json.dumps({"token": uuid.uuid4().hex, "host": socket.gethostname()}).encode()
     if create_bytes(join(root, CLAIM), claim):
@@ -323,11 +355,20 @@ def _claim_run_folder(root: str, resume: bool, fingerprints: Mapping[str, str]) 
 
 
 def _check_claim(config: Config, root: str, resume: bool, fingerprints: Mapping[str, str]) -> None:
-    """Checks that this run may use the folder.
+    """Checks that this run may use its folder: the folder is new, or `resume` is True and the earlier run fits.
+
+    An earlier run fits if its settings and its images are the same, or if no category has results yet. The function also writes
+    the fingerprints of categories that have no results yet.
+
+    Args:
+        root: folder of the run.
+        fingerprints: category -> hash that identifies its images.
 
     Raises:
-        TrainingError: the folder belongs to another run, a driver uses it, or the run to resume has another configuration.
-        DataError: the images have changed since the run began.
+        TrainingError: the folder has a run and `resume` is False, another driver uses the folder, or the earlier run has results
+            with other settings.
+        DataError: the images of a category with results have changed since the run began.
+        ConfigError: the stored configuration cannot be used by this version of focus_ray.
     """
     path = join(root, RUN_CONFIG)
     if not exists(path):
@@ -349,7 +390,7 @@ def _check_claim(config: Config, root: str, resume: bool, fingerprints: Mapping[
 
 
 def _started_categories(root: str) -> set[str]:
-    """Returns the categories that have a bundle folder, perhaps an incomplete one, or a folder with checkpoints."""
+    """Returns the categories that have a bundle folder, even if the bundle is incomplete, or a checkpoint."""
     started = {*list_names(join(root, "bundles"))}
     for category in list_names(join(root, "train")):
         if any(name.startswith("checkpoint_") for name in list_names(checkpoint_folder(root, category))):
@@ -358,7 +399,10 @@ def _started_categories(root: str) -> set[str]:
 
 
 def describe_changed_settings(earlier: Config, config: Config) -> list[str]:
-    """Returns a text such as 'train.epochs was 5, is 10' for each setting that differs and can change a result."""
+    """Returns a text such as 'train.epochs was 5, is 10' for each setting that differs and can change a result.
+
+    The number of workers counts only if the network is trained (train.epochs above 0).
+    """
     earlier_values, values = (dict(flatten_dict(settings.model_dump(mode="json"))) for settings in (earlier, config))
     return [
         f"{key} was {earlier_values.get(key)}, is {values.get(key)}"
