@@ -28,14 +28,20 @@ BOX = "box"  # an additional output if images keep their aspect ratio
 class ExportableScorer(nn.Module):
     """Maps uint8 RGB images (B, H, W, 3) of any common size to the tensors that `OUTPUTS` names.
 
-    score, p_value: (B,) float; NaN if no location of the image is inspected.  anomalous: (B,) bool.
-    anomaly_map: (B, height, width) float, in the frame.  box: (4,) int32, as `ResizeToFrame` returns it; only for padded frames.
+    score, p_value: (B,) float; NaN if no location of the image is inspected.
+    anomalous: (B,) bool; True also for a NaN score.
+    anomaly_map: (B, height, width) float, in the input size of the network (the frame).
+    box: (4,) int32, top, left, height and width of the images in the frame; this output exists only if the frame has padding.
 
     The bundle must be read with precision fp32, and nothing else may use it afterwards: its network is changed for inference.
     """
 
     def __init__(self, bundle: Bundle, half: bool = False) -> None:
-        """Args: half: store backbone and memories in float16. All other steps stay in float32."""
+        """Takes over the network and the density of a bundle, and changes both.
+
+        Args: half: stores the backbone and the tensors of the density, such as embeddings of normal images, in float16. All
+            other steps stay in float32.
+        """
         super().__init__()
         detector = bundle.detector
         self.to_frame = ResizeToFrame(bundle.frame)
@@ -55,7 +61,10 @@ class ExportableScorer(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Returns the outputs in the order of `OUTPUTS`, and the box if the frame is padded."""
+        """Scores uint8 images (B, H, W, 3). Returns the outputs in the order of `OUTPUTS`, and the box if the frame has padding.
+
+        The box is the last output.
+        """
         pixels, shown, box = self.to_frame(images)
         theta = self._find_theta(pixels)
         aligned = pixels if theta is None else warp(pixels, theta, ALIGNED_IMAGE_PADDING)
@@ -94,7 +103,10 @@ class ExportableScorer(nn.Module):
 
 
 class Verdict(nn.Module):
-    """Maps scores (B,) to p-values and verdicts as `Calibration` does. A NaN score counts as anomalous."""
+    """A torch module that maps scores (B,) to p-values (B,) and verdicts (B,) bool, as `Calibration` does.
+
+    True means anomalous. A NaN score counts as anomalous.
+    """
 
     def __init__(self, calibration: Calibration) -> None:
         super().__init__()

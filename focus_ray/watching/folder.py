@@ -77,8 +77,8 @@ class PendingFile:
 
     Attributes:
         file: The file in the latest listing.
-        unchanged_since_s: Time of the monotonic clock at the first listing with the current size and times.
-        retry_at_s: The file is not tried again before this time of the monotonic clock.
+        unchanged_since_s: Time of `time.monotonic` at the first listing with the current size and times.
+        retry_at_s: The file is not read again before this time of `time.monotonic`.
     """
 
     file: ListedFile
@@ -87,10 +87,12 @@ class PendingFile:
 
 
 class PendingFiles(dict[str, PendingFile]):
-    """All files of the folder that are not processed yet: path relative to the folder -> file."""
+    """A dictionary of all files in the folder that are not processed yet: path relative to the folder -> `PendingFile`."""
 
     def update_listing(self, listing: Iterable[ListedFile], now: float) -> None:
-        """Replaces the pending files by a new listing. A changed file starts to settle again.
+        """Replaces the pending files by a new listing.
+
+        A file whose size or times have changed must again stay unchanged for some time before it is read (see `list_ready`).
 
         Args:
             listing: Files of the folder that are not processed yet.

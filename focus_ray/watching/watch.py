@@ -35,7 +35,7 @@ _MAX_STEM_BYTES = 200  # a file name may have 255 bytes; the content key and the
 
 
 class _ReadImage(NamedTuple):
-    """A pending file after it was read.
+    """A pending file with its bytes, after it was read.
 
     Attributes:
         pending: The file in the list of pending files.
@@ -59,12 +59,13 @@ class WatchSettings:
     Attributes:
         poll_s: Least number of seconds between two listings of the folder. If a listing takes longer, the pause is as long as
             the listing.
-        settle_s: A file is read when its size and times have not changed for this many seconds.
-        give_up_s: A settled file that is no image gets an error line after this many seconds. A file that cannot be read
-            is tried again at this interval.
+        settle_s: A file is read when its size and times have not changed for this many seconds. It is then settled.
+        give_up_s: A settled file that cannot be decoded gets an error line when it has not changed for this many seconds. A file
+            that cannot be read is tried again at this interval.
         batch_size: Number of images that are inspected at once.
         report_s: Seconds between two messages about the rate of images.
-        overlays: "all" writes an overlay for each image, "anomalous" for each anomalous image, None writes no overlay.
+        overlays: "all" writes an overlay (the image with its heat map) for each image, "anomalous" for each anomalous image,
+            None writes no overlay.
         on_anomalous: Command and arguments. It runs for each anomalous image, with the image's line on standard input.
         once: If True, the watch ends when all files that existed at its start are processed.
     """
@@ -100,10 +101,10 @@ class Watch:
         Args:
             folder: Folder to watch.
             model: Model that inspects the images.
-            journal: Output folder.
+            journal: Writes the lines into the output folder.
             settings: Settings of the watch.
-            log: Takes messages.
-            show: Takes the text of each line after it is written.
+            log: Called with each message.
+            show: Called with the JSON text of each line after it is written.
         """
         self.folder, self.model, self.journal, self.settings, self.show = folder, model, journal, settings, show
         self.counts: Counter[str] = Counter()
@@ -115,10 +116,13 @@ class Watch:
         self._reported_at_s, self._reported_counts = time.monotonic(), Counter[str]()
 
     def run(self, stop: threading.Event) -> None:
-        """Watches until `stop` is set. A `once` watch also ends when all files are processed. Finishes the current batch.
+        """Watches the folder until `stop` is set; the current batch is finished first.
+
+        A watch with the setting `once` also ends when all files that existed at the start are processed, or when its time for
+        retries is over.
 
         Raises:
-            DataError: The lines cannot be written, or the folder of a `once` watch cannot be listed.
+            DataError: The lines cannot be written, the disk is full, or the folder cannot be listed while `once` is set.
         """
         watch_start_s = time.monotonic()
         while not stop.is_set():
@@ -139,15 +143,15 @@ class Watch:
             stop.wait(max(self.settings.poll_s, time.monotonic() - pass_start_s if not ready else 0))
 
     def _is_finished(self, watch_start_s: float) -> bool:
-        """Returns True if a `once` watch has no file left to try, or its time for retries is over."""
+        """Returns whether a watch with the setting `once` has no file left to try, or its time for retries is over."""
         is_timed_out = time.monotonic() > watch_start_s + self.settings.give_up_s + self.settings.settle_s
         return is_timed_out or all(pending.retry_at_s == math.inf for pending in self.pending.values())
 
     def _list_folder(self) -> None:
-        """Lists the folder and updates the pending files. If the folder cannot be listed, logs this; the watch goes on.
+        """Lists the folder and updates the pending files. If the folder cannot be listed, logs this, and no file is pending.
 
         Raises:
-            DataError: The folder of a `once` watch cannot be listed.
+            DataError: The folder cannot be listed, and the setting `once` is on.
         """
         try:
             listing = list_images(self.folder, self.journal.folder, self._log_rarely)
@@ -170,10 +174,13 @@ class Watch:
         self.pending.update_listing(new, time.monotonic())
 
     def _inspect(self, batch: Sequence[PendingFile]) -> None:
-        """Reads and inspects a batch of files, writes their lines and runs the signal command.
+        """Reads and inspects a batch of files, writes their lines, and runs the command of --on-anomalous for anomalous images.
 
         A file that cannot be decoded may be incomplete, because a writer can pause longer than `settle_s`. It is tried again
-        after `give_up_s`. Then, and in a `once` watch, it counts as complete.
+        after `give_up_s`. Then, or at once if the setting `once` is on, it counts as complete and gets an error line.
+
+        Raises:
+            DataError: The lines cannot be written, or the disk is full.
         """
         images = [image for pending in batch if (image := self._read_image(pending)) is not None]
         inspector = self.model.inspector
@@ -225,9 +232,9 @@ class Watch:
     def _process_result(
         self, image: _ReadImage, result: Inspection | DataError, bundle: Bundle, milliseconds: float
     ) -> dict[str, Any]:
-        """Returns the journal line of an image as a dict of JSON values.
+        """Returns the journal line of an image as a dict of JSON values, and writes an overlay if the settings request one.
 
-        Also writes an overlay if the settings request one, and logs an error of the image.
+        Logs the reason if the file cannot be inspected.
 
         Args:
             image: The inspected image.
@@ -236,7 +243,7 @@ class Watch:
             milliseconds: Mean duration of the inspection per image of the batch.
 
         Raises:
-            DataError: The disk is full.
+            DataError: The overlay cannot be written because the disk is full.
         """
         line: dict[str, Any] = {
             "key": key_text(stamp_key(image.pending.file), image.content),
@@ -254,11 +261,11 @@ class Watch:
         return {**line, "bundle": bundle.version, "sha256": image.sha256, "milliseconds": milliseconds}
 
     def _read_image(self, pending: PendingFile) -> _ReadImage | None:
-        """Reads a file.
+        """Reads a pending file, and updates the pending and processed files if there is nothing to inspect.
 
         Returns:
-            The image. None if the file changed while it was read, already has a line, is an overlay, was deleted, or cannot be
-            read.
+            The image. None if the file changed since it was listed, has the path and bytes of a processed file, is a picture
+            that focus_ray drew, was deleted, or cannot be read.
         """
         file, name = pending.file, readable_name(pending.file.image)
         try:
@@ -310,7 +317,14 @@ class Watch:
         return {"overlay": name}
 
     def _run_signal_command(self, image: str, text: str) -> None:
-        """Runs the command of --on-anomalous with an image's line on standard input, and waits until it ends."""
+        """Runs the command of --on-anomalous with an image's line on standard input, and waits until it ends.
+
+        Kills the command after `SIGNAL_TIMEOUT_S`. Logs any failure instead of raising it.
+
+        Args:
+            image: Name of the image for messages.
+            text: Journal line of the image as JSON text.
+        """
         try:
             process = subprocess.run(
                 self.settings.on_anomalous,
@@ -329,7 +343,7 @@ class Watch:
                 self._log(f"{image}: the command of --on-anomalous ended with exit status {process.returncode}")
 
     def _log_rarely(self, message: str) -> None:
-        """Logs a message that may repeat at every listing, at most once a minute."""
+        """Logs a message, but the same message at most once a minute, because it may repeat at every listing."""
         now = time.monotonic()
         if now < self._silent_until_s.get(message, -math.inf):
             return
@@ -338,7 +352,7 @@ class Watch:
         self._log(message)
 
     def _report_rate(self) -> None:
-        """Logs the number of images per minute every `report_s` seconds, unless no image was inspected."""
+        """Logs the number of images per minute if the last report is `report_s` seconds old and images were processed since."""
         now = time.monotonic()
         if now < self._reported_at_s + self.settings.report_s:
             return
@@ -353,7 +367,7 @@ class Watch:
 
 
 def summarize_counts(counts: Counter[str]) -> str:
-    """Returns the counts of verdicts as text, with the share of anomalous images: "8 inspected, 2 anomalous (25.0%)"."""
+    """Returns the counts of verdicts as text, such as "8 inspected, 2 anomalous (25.0%), 1 not an image"."""
     inspected = counts["normal"] + counts["anomalous"]
     share = f" ({counts['anomalous'] / inspected:.1%})" if inspected else ""
     errors = f", {counts['error']} not an image" if counts["error"] else ""
