@@ -1,7 +1,8 @@
 """Renders HTML pages that consist of a single file and load nothing from the network.
 
-A page contains its style sheet, and its pictures as data URIs. The texts and plots on a page may come from a stranger. So templates escape all text, plots are embedded as pictures, in which a browser runs no script, and the
-Content-Security-Policy of every page forbids scripts and requests.
+A page contains its style sheet, and its pictures as data URIs. The texts and plots on a page may come from a stranger. So
+templates escape all text, plots are embedded as pictures, in which a browser runs no script, and the Content-Security-Policy of
+every page forbids scripts and requests.
 """
 
 from __future__ import annotations

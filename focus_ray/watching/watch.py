@@ -31,7 +31,7 @@ from focus_ray.watching.processed_keys import content_key, stamp_key
 SIGNAL_TIMEOUT_S = 10.0
 OVERLAY_FOLDER = PurePosixPath("overlays")
 _REPEAT_MESSAGE_S = 60.0
-_MAX_STEM_BYTES = 200  # a file name may have 255 bytes; the content key and the suffix need some of them
+_MAX_STEM_BYTES = 200  # a file name may have 255 bytes, and needs room for the content key and the suffix
 
 
 class _ReadImage(NamedTuple):
