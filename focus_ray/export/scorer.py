@@ -91,7 +91,7 @@ class ExportableScorer(nn.Module):
         return outputs if box is None else (*outputs, box)
 
     def _find_theta(self, pixels: Tensor) -> Tensor | None:
-        """Returns the alignment transform (B, 2, 3) of each image; None if the bundle aligns no images."""
+        """Returns the affine transform (B, 2, 3) that aligns each image; None if the bundle does not align images."""
         if not self.is_aligned:
             return None
         aligner = self.net.image_aligner
@@ -123,6 +123,7 @@ class Verdict(nn.Module):
         self.highest_anomalous_p, self.lowest_normal_p = float(level), float(np.nextafter(level, np.float32(2)))
 
     def forward(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the p-values and the verdicts of scores."""
         certain_scores = scores - TIE * scores.abs()
         num_at_least = (self.normal_scores >= certain_scores[:, None]).sum(dim=1).to(torch.float32)
         p_value = (1 + num_at_least * self.weight) / (1 + self.num_independent)

@@ -232,7 +232,11 @@ def _gallery(cards: Mapping[Kind, list[Card]], good: Share, bad: Share) -> list[
 def _describe_count(count: int, kind: str, verdict: str) -> str:
     """Returns a sentence such as '2 bad images were called good.'
 
-    If the gallery shows only some of the images, the sentence adds this: '9 bad images were called good; the worst 4 are shown.'
+    For more images than the gallery shows: '9 bad images were called good; the worst 4 are shown.'
+
+    Args:
+        kind: label of the images, good or bad.
+        verdict: what the model did, such as 'called good'.
     """
     sentence = f"{count} {kind} {'image was' if count == 1 else 'images were'} {verdict}"
     return f"{sentence}; the worst {PER_KIND} are shown." if count > PER_KIND else f"{sentence}."

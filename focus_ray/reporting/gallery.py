@@ -28,7 +28,7 @@ PICTURE_PX = 320  # longest side of a picture
 
 
 class GalleryInspector(Protocol):
-    """The methods of `Inspector` that a gallery calls."""
+    """The interface of the object that inspects images for a gallery: two methods of `Inspector`."""
 
     def inspect(self, images: Sequence[bytes]) -> list[Inspection]: ...
 

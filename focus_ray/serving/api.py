@@ -93,7 +93,7 @@ class CategoryList(_AnswerBody):
 
 
 class VersionAnswer(_AnswerBody):
-    """A published version of a model."""
+    """A published version of a model: its name, hash of its manifest, time of publication and size."""
 
     version: str
     sha256: str
@@ -111,9 +111,9 @@ class VersionList(_AnswerBody):
 
 
 class MapAnswer(_AnswerBody):
-    """The anomaly map as an 8-bit grey PNG in base64. A pixel value v means high * v / 255.
+    """The anomaly map as an 8-bit grey PNG in base64. A pixel value v means the anomaly value high * v / 255.
 
-    The map is square. Stretch it over the whole image.
+    Stretch the map over the whole image: its size, and often its aspect ratio, differ from those of the image.
     """
 
     png: str
@@ -128,7 +128,7 @@ class ImageProblem(_AnswerBody):
 
 
 class ResultAnswer(_AnswerBody):
-    """The result of one image. An image that cannot be read has only `name` and `error`."""
+    """The result of one image. If the image cannot be read, the result has only `name` and `error`."""
 
     name: str
     score: float | None = None

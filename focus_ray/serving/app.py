@@ -145,12 +145,22 @@ class RemoteScoringBackend:
         self._common_pool, self._pinned_pools, self._measures = common_pool, pinned_pools, measures
 
     async def inspect(self, request: ScoringRequest) -> Answer:
-        """Scores images in a replica, as `ImageScorer.inspect`. Raises: as `_call`."""
+        """Scores images in a replica of the pool of their category, as `ImageScorer.inspect`.
+
+        Raises:
+            Problem: 503, all replicas are busy or were lost.
+            BundleError, ScoreError: as `ImageScorer.inspect`.
+        """
         answer: Answer = await self._call("inspect", request.version, request)
         return answer
 
     async def warm(self, version: Version) -> None:
-        """Loads a version in a replica. Raises: as `_call`."""
+        """Loads a version in one replica of the pool of its category.
+
+        Raises:
+            Problem: 503, all replicas are busy or were lost.
+            BundleError: the version cannot be loaded.
+        """
         await self._call("warm", version, version)
 
     async def _call(self, method: str, version: Version, argument: Any) -> Any:

@@ -45,7 +45,7 @@ class Batcher(Generic[T, R]):
         return await future
 
     async def _run_all(self) -> None:
-        """Computes batches until no item waits."""
+        """Computes one batch after the other until no item waits."""
         try:
             while self._waiting:
                 await self._run_batch(self._take_batch())

@@ -200,7 +200,7 @@ def _create_pool() -> ProcessPool:
 
 
 async def _restart(pool: ProcessPool) -> ProcessPool:
-    """Waits until a pool has a new process; returns this pool, or a new one if this pool is broken."""
+    """Waits until a pool has started a new process. Returns the pool; if it is broken, stops it and returns a new pool."""
     try:
         await asyncio.wrap_future(pool.schedule(_do_nothing))
         return pool
@@ -210,7 +210,7 @@ async def _restart(pool: ProcessPool) -> ProcessPool:
 
 
 def _stop_pools(pools: list[ProcessPool]) -> None:
-    """Ends the processes of the pools."""
+    """Ends the processes of the pools, and waits until they have ended."""
     for pool in pools:
         pool.stop()
         pool.join()
@@ -237,7 +237,7 @@ def _limit_process() -> None:
 
 
 def _do_nothing() -> None:
-    """Runs in a decoder process to find out that the process is ready."""
+    """Does nothing in a decoder process; its end shows the caller that the process is ready."""
     pass
 
 
@@ -246,8 +246,8 @@ def decode_to_frame(image: bytes, frame: Frame, max_pixels: int = MAX_PIXELS) ->
 
     Returns: its `ImageInfo` and its pixels (H, W, 3 or 4) uint8; a fourth channel marks the scored pixels.
 
-    Raises: ImageError: the image cannot be decoded, its header announces more than `max_pixels`, it has no scored pixel, or it is
-        a picture that focus_ray drew.
+    Raises: ImageError: the image cannot be decoded, its header announces more than `max_pixels`, it has no scored pixel, or it
+        is a picture that focus_ray drew.
     """
     refuse_drawing(image)
     if max_pixels < MAX_PIXELS:

@@ -1,4 +1,4 @@
-"""Middleware for every request: adds a request id and security headers, logs one line, and hides unexpected errors."""
+"""Middleware for HTTP requests: adds a request id and security headers, logs one line, and hides unexpected errors."""
 
 from __future__ import annotations
 

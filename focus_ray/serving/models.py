@@ -49,7 +49,7 @@ class SharedBackbones:
         self._lock = threading.Lock()  # loader threads add backbones while the event loop counts them
 
     def share(self, detector: Detector, dtype: torch.dtype) -> None:
-        """Replaces the backbone of a detector by an equal backbone of another model, if there is one.
+        """Replaces the backbone of a detector, in place, by an equal backbone of another loaded model if there is one.
 
         Call it before batch norms are fused, because fusing changes the weights.
 

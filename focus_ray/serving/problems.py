@@ -79,5 +79,5 @@ def no_such_category(team: str, category: str) -> Problem:
 
 
 def unavailable(detail: str, retry_after_s: int = RETRY_AFTER_S) -> Problem:
-    """Returns a problem with status 503: the same request may succeed later."""
+    """Returns a problem with status 503: the service cannot answer now, but the same request may succeed later."""
     return Problem(503, "unavailable", detail, retry_after_s)

@@ -24,7 +24,7 @@ def check_serve_parts(parts: dict[str, tuple[str, str]] = SERVE_PARTS) -> None:
 
     Args: parts: purpose -> module and name of a private object.
 
-    Raises: TrainingError: the installed Ray lacks one of them.
+    Raises: TrainingError: the installed Ray lacks a class or attribute.
     """
     check_private_parts(parts)
     import ray

@@ -81,10 +81,10 @@ class WatchSettings:
 
 
 class Watch:
-    """Inspects the images that arrive in a folder.
+    """Inspects the images that arrive in a folder, and writes one journal line for each image.
 
     Attributes:
-        counts: Number of journal lines that this watch wrote, by verdict: "normal", "anomalous" and "error".
+        counts: "normal", "anomalous" or "error" -> number of journal lines that this watch wrote.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class Watch:
         del self.pending[pending.file.image]
 
     def _check_score_shift(self, bundle: Bundle, scores: Sequence[float]) -> None:
-        """Adds scores to the model's recent scores, and tests them at intervals.
+        """Adds scores of new images to the model's recent scores, and at intervals tests the recent scores for a shift.
 
         Logs a message if the recent scores differ from the scores that set the threshold. Repeats it only after the scores
         were normal again.
