@@ -44,8 +44,8 @@ def gather_examples(bundle: Bundle, sources: Sequence[str], max_images: int) -> 
 
     Raises:
         ExportError: there is no source, and the data set of the training cannot be read or has no test images.
-        DataError: a source does not exist, cannot be read, has no image or no such category, or contains a picture that focus_ray
-            drew.
+        DataError: a source does not exist, cannot be read, has no image or no such category, or contains a picture that
+            focus_ray drew.
     """
     if sources:
         return [example for source in sources for example in _read_source(source, bundle.category, max_images)]

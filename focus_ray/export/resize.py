@@ -50,7 +50,7 @@ class ResizeToFrame(nn.Module):
         self.register_buffer("region", region)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Resizes uint8 images (B, H, W, 3) to the frame.
+        """Resizes uint8 images (B, H, W, 3) to the frame, the input size of the network.
 
         Returns:
             Pixels (B, 3, height, width), float in 0..1.
@@ -75,13 +75,14 @@ class ResizeToFrame(nn.Module):
         return _resize_pixels(images, column_weights, row_weights), inside, torch.stack([top, left, height, width])
 
     def _place_region(self, height: Tensor, width: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Resizes the region of interest to the size of the scaled image, and places it where the image lies in the frame.
+        """Resizes the region of interest to the scaled image, and places it where the image lies in the network's input.
 
         Args:
             height, width: size of the scaled image, int32 scalars.
-            rows, columns: row of the scaled image that each frame row shows, and the same for columns, from `_mirrored_indices`.
+            rows, columns: row of the scaled image in each row of the network's input, and the same for columns, from
+                `_mirrored_indices`.
 
-        Returns: mask (frame height, frame width) bool, True in the region. It is also True in mirrored copies of the region.
+        Returns: mask of the network's input, bool, True in the region. It is also True in mirrored copies of the region.
         """
         assert self.region is not None
         region_pixels = (self.region.to(torch.uint8) * SCORED)[None, :, :, None]
@@ -118,13 +119,13 @@ def _resize_side(images: Tensor, side: int, resize_weights: ResizeWeights) -> Te
 
 
 def _compute_stretch_weights(length: int, num_outputs: int) -> ResizeWeights:
-    """Computes the weights of all output pixels for resizing a height or width from `length` to `num_outputs` pixels."""
+    """Computes the input pixels and weights of all output pixels, to resize a height or width from `length` to `num_outputs`."""
     numbers = torch.arange(num_outputs, dtype=torch.int32)
     return _compute_weights(length, _to_scalar(num_outputs), numbers, (length - 1) // num_outputs + 1)
 
 
 def _compute_weights(length: int, num_outputs: Tensor, numbers: Tensor, max_inputs: int) -> ResizeWeights:
-    """Computes the weights of some output pixels for resizing a height or width from `length` to `num_outputs` pixels.
+    """Computes the input pixels and weights of some output pixels, to resize a height or width from `length` to `num_outputs`.
 
     Args:
         num_outputs: int32 scalar.
@@ -156,9 +157,9 @@ def _compute_weights(length: int, num_outputs: Tensor, numbers: Tensor, max_inpu
 
 
 def _fit_size(image_height: int, image_width: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Returns height and width, int32 scalars, of an image that is scaled to fit into a frame of `height` x `width` pixels.
+    """Returns height and width, int32 scalars, of an image after scaling to the largest size that fits into `height` x `width`.
 
-    A half is rounded to the nearest even number. A side has at least 1 pixel.
+    The aspect ratio stays the same up to rounding. A half is rounded to the nearest even number. A side has at least 1 pixel.
     """
     full_height, full_width = _to_scalar(image_height), _to_scalar(image_width)
     is_limited_by_height = full_width * height <= full_height * width  # the height limits the scale
@@ -170,24 +171,23 @@ def _fit_size(image_height: int, image_width: int, height: int, width: int) -> t
 
 
 def _divide_rounded(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Returns numerator / denominator of integers, rounded to the nearest integer, halves to even."""
+    """Returns numerator / denominator as a rounded integer; a half is rounded to the nearest even number."""
     quotient = (2 * numerator + denominator) // (2 * denominator)
     halves = ((2 * numerator + denominator) % (2 * denominator) == 0) & (quotient % 2 == 1)
     return quotient - halves.to(torch.int32)
 
 
 def _mirrored_indices(length: int, start: Tensor, size: Tensor) -> Tensor:
-    """Returns the index of the image pixel that each pixel of a frame side shows, (length,) int32.
+    """Returns, for each of `length` pixels along a side, the index of the image pixel that it shows, (length,) int32.
 
-    The frame side has `length` pixels. The image has `size` pixels and begins at the frame pixel `start`. Frame pixels outside
-    the image show the mirrored image.
+    The image covers `size` of the pixels, beginning at pixel `start`. Pixels outside the image show the mirrored image.
     """
     positions = (torch.arange(length, dtype=torch.int32) - start + 2 * length * size) % (2 * size)
     return torch.minimum(positions, 2 * size - 1 - positions)
 
 
 def _is_inside(length: int, start: Tensor, size: Tensor) -> Tensor:
-    """Returns a mask (length,) bool: True for frame pixels inside an image that begins at `start` and has `size` pixels."""
+    """Returns a mask (length,) bool: True for pixels inside an image that begins at pixel `start` and has `size` pixels."""
     numbers = torch.arange(length, dtype=torch.int32)
     return (numbers >= start) & (numbers < start + size)
 

@@ -102,7 +102,7 @@ class VersionAnswer(_AnswerBody):
 
 
 class VersionList(_AnswerBody):
-    """The versions of a category, and its aliases: alias -> version name."""
+    """The versions of a category, and its aliases. `aliases`: alias -> version name."""
 
     team: str
     category: str

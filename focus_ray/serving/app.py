@@ -75,7 +75,7 @@ class ScorerReplica:
         self._versions_to_preload = list(preload)
 
     async def check_health(self) -> None:
-        """Loads the versions of `preload` that are not loaded yet, one after the other.
+        """Loads the versions of `preload` (see the constructor) that are not loaded yet, one after the other.
 
         Serve calls it before it sends the first request, and regularly afterwards.
 
@@ -119,7 +119,10 @@ class ScorerReplica:
         return key
 
     def _on_drop(self, version: Version) -> None:
-        """Removes a dropped version from Serve's list of models, so that requests for it go to replicas that still have it."""
+        """Removes a version that was dropped from memory from Serve's list of this replica's models, and counts the drop.
+
+        Serve then sends requests for the version to replicas that still have it.
+        """
         key = version_key(version)
         self._versions.pop(key, None)
         forget_model(self, key)

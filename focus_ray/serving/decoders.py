@@ -44,7 +44,7 @@ Decoded = tuple[ImageInfo, NDArray[np.uint8]]
 
 
 class _Team:
-    """The slots that a team may still take, and a lock that lets only one request of the team wait in the queue of all teams."""
+    """The free slots of a team, and a lock: only the first waiting request of the team waits in the queue of all teams."""
 
     def __init__(self, max_slots: int) -> None:
         self.slots, self.place_in_queue = asyncio.Semaphore(max_slots), asyncio.Lock()
@@ -104,9 +104,10 @@ class Decoders:
     async def decode(
         self, team: str, images: Sequence[bytes], frame: Frame, max_pixels: int
     ) -> list[Decoded | ImageError]:
-        """Decodes images as `decode_to_frame`, and returns a result for each image, in order.
+        """Decodes images in the decoder processes, resizes them to the input size of the network, and returns them in order.
 
-        The result is an `ImageError` if the image cannot be decoded, takes too long or takes too much memory.
+        The result of an image is as in `decode_to_frame`. It is an `ImageError` if the image cannot be decoded, takes too long or
+        takes too much memory.
 
         Args:
             team: the team whose slots the decoding uses.

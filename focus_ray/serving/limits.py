@@ -30,7 +30,7 @@ _URL_PARAMETERS = ("version", "output", "include")  # of an inspection; in a for
 
 
 class Gate:
-    """Counts the requests in flight and the bytes of their bodies for each team, and refuses requests above the limits."""
+    """Counts the requests in flight (not answered yet) and their bytes for each team, and refuses requests above the limits."""
 
     def __init__(self, limits: Limits, measures: Measures) -> None:
         self.limits, self.measures = limits, measures
@@ -43,7 +43,7 @@ class Gate:
 
     @contextmanager
     def admit(self, team: str, num_bytes: int) -> Iterator[None]:
-        """Context manager: admits a request of `num_bytes`, and counts it as in flight while the context is open.
+        """Context manager: admits a request with a body of `num_bytes`, and counts it as in flight while the context is open.
 
         Raises: Problem: 429, the team has too many requests or bytes in flight. 503, all teams together have too many.
         """
@@ -63,7 +63,7 @@ class Gate:
             self._count(team, -1, -num_bytes)
 
     def _count(self, team: str, num_requests: int, num_bytes: int) -> None:
-        """Adds to the requests and bytes in flight of a team, and reports the sums of all teams as metrics."""
+        """Adds to the unanswered requests of a team and to their bytes, and records the sums of all teams as metrics."""
         self._requests_by_team[team] += num_requests
         self._bytes_by_team[team] += num_bytes
         if not self._requests_by_team[team]:

@@ -97,7 +97,7 @@ class ImageScorer:
         """Creates an empty cache of models, the threads and the batching. On a CPU, also limits the threads of torch.
 
         Args:
-            pool: limits and numbers of threads and processes.
+            pool: settings of the threads, the decoder processes and the limits.
             device: cpu or cuda; auto: cuda if there is a GPU.
             measures: receives the metrics; None: metrics are dropped.
         """
@@ -132,7 +132,7 @@ class ImageScorer:
         await self._batcher.submit(ScoringPart(inspector, blank), 1)
 
     async def inspect(self, request: ScoringRequest) -> Answer:
-        """Decodes, scores and judges the images of a request; loads the version first if it is not in memory.
+        """Scores the images of a request, and returns verdicts and the requested pictures; loads the version first if needed.
 
         An image that cannot be read does not raise an error: its result is an `ImageError`.
 

@@ -1,4 +1,4 @@
-"""All uses of private parts of Ray Serve (read in Ray 2.60.0); `check_serve_parts` checks them before a replica starts.
+"""All uses of private code of Ray Serve (read in Ray 2.60.0); `check_serve_parts` checks it before a replica starts.
 
 The router of Serve sends requests for a model to the replicas that list this model. No public function removes a model from the
 list when the model is dropped to free memory. `forget_model` therefore changes the list itself, which is in Serve's multiplexer

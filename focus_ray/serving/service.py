@@ -103,7 +103,7 @@ class Service:
         self._background_tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Starts the background tasks: they look for a model, and regularly write the sink and read the token file again."""
+        """Starts the background tasks: they look for a model, store sampled images, and read the token file again regularly."""
         self._background_tasks.append(asyncio.create_task(self._find_model()))
         if self.sink is not None:
             self._background_tasks.append(asyncio.create_task(self._flush_regularly(self.sink)))
@@ -111,7 +111,7 @@ class Service:
             self._background_tasks.append(asyncio.create_task(self.tokens.refresh_regularly()))
 
     async def close(self) -> None:
-        """Ends the background tasks, waits at most 20 s for shadow scoring and shift tests, and writes the rows of the sink.
+        """Ends the background tasks, waits at most 20 s for tasks that still score or test, and stores the sampled images.
 
         Does not wait for running look-ups in the storage, because a look-up may hang.
         """
@@ -215,9 +215,9 @@ class Service:
         return versions, await self._look_up(team, category, self.source.aliases, team, category)
 
     async def resolve(self, team: str, category: str, ref: str | None) -> Version:
-        """Returns the version that a ref names.
+        """Returns the version of a category for a version name or an alias.
 
-        Args: ref: version name or alias; None: the ref of the category's route, or the default ref if there is no route.
+        Args: ref: version name or alias; None: `ref` in the settings of the category (its route), or `default_ref`.
 
         Raises: Problem: 404, there is no such version. 503, the storage fails.
         """
@@ -227,7 +227,7 @@ class Service:
         return version
 
     def _route(self, team: str, category: str) -> Route:
-        """Returns the route of a category from the settings; if there is none, a route to the default ref."""
+        """Returns the route of a category: the settings that choose its version. Without settings, `default_ref` answers."""
         default = Route(team=team, category=category, ref=self.settings.default_ref)
         return self._routes.get((team, category), default)
 
@@ -278,7 +278,9 @@ class Service:
         return await self._look_up(team, category, self.examples.read, team, category, uri, number, timeout_s=limit_s)
 
     async def promote(self, team: str, category: str, ref: str, alias: str) -> Version:
-        """Moves an alias to the version that a ref names, and returns the version.
+        """Moves an alias to a version, and returns the version.
+
+        Args: ref: version name, or another alias of the version.
 
         Raises: Problem: 404, there is no such version, or the alias cannot be moved. 409, the service has no registry. 503, the
             storage fails.
@@ -353,12 +355,13 @@ class Service:
         include_map: bool,
         request_id: str,
     ) -> tuple[Version, Answer, Role]:
-        """Scores images with the version that the request names, or with the canary or the normal version of the category.
+        """Scores images with the version that the request names, else with the version that the settings of the category choose.
 
-        Afterwards records metrics, fills the sink, and starts the shadow scoring.
+        Without `ref`, a canary may answer on trial, and a shadow version may score the images too. Also records metrics and
+        offers the images to the sink, which stores a sample.
 
         Args:
-            ref: version name or alias; None: the route of the category decides, and canary and shadow apply.
+            ref: version name or alias; None: the settings choose.
             images: encoded files.
             output: json, or the kind of picture to draw.
             include_map: whether the answer includes the values of the anomaly maps.
@@ -394,7 +397,10 @@ class Service:
         return version, answer, role
 
     def _record_results(self, request: ScoringRequest, answer: Answer, role: str, request_id: str) -> None:
-        """Records verdicts, p-values and scores of a request as metrics, and offers its images to the sink."""
+        """Records verdicts, p-values and scores of a request as metrics, and offers its images to the sink for storage.
+
+        Args: role: answer, canary or shadow.
+        """
         tags = {**version_labels(request.version), "role": role}
         for result in answer.results:
             if isinstance(result, ImageError):
@@ -407,7 +413,11 @@ class Service:
             self.sink.offer(request.version, request_id, request.images, answer.results, role)
 
     async def _choose_version(self, route: Route, ref: str | None) -> tuple[Version, Role]:
-        """Returns the version that answers, and its role. If the canary cannot be found, the normal version answers.
+        """Returns the version that answers, and its role: "canary" if the version on trial answers, otherwise "answer".
+
+        If the canary cannot be found, the normal version answers.
+
+        Args: ref: version name or alias from the request; None: the route decides, with the canary for a random share.
 
         Raises: Problem: 404, there is no such version. 503, the storage fails.
         """
@@ -420,7 +430,7 @@ class Service:
         return await self.resolve(team, category, ref), "answer"
 
     def _start_shadow(self, route: Route, request: ScoringRequest, answer: Answer, request_id: str) -> None:
-        """Starts a task that scores the images also with the shadow version, for a random share of the requests.
+        """Starts a task for a random share of the requests, which scores the images also with a second, shadow version.
 
         Does nothing if _MAX_SHADOW_TASKS such tasks are running.
         """
@@ -511,7 +521,7 @@ class Service:
         return await self._call_source(call, team, category, ref)
 
     async def _flush_regularly(self, sink: ImageSink) -> None:
-        """Writes the waiting images of the sink every FLUSH_EVERY_S seconds, until the task is cancelled."""
+        """Writes the waiting images of a sink to the storage every FLUSH_EVERY_S seconds, until the task is cancelled."""
         while True:
             await asyncio.sleep(FLUSH_EVERY_S)
             await asyncio.to_thread(sink.flush)

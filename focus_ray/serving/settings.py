@@ -48,7 +48,7 @@ class Scaling(Section):
 
     @model_validator(mode="after")
     def _check_order(self) -> Scaling:
-        """Checks the order of the two numbers of replicas. Raises: ValueError: min_replicas is above max_replicas."""
+        """Checks the range of the number of replicas. Raises: ValueError: min_replicas is above max_replicas."""
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas={self.min_replicas} is above max_replicas={self.max_replicas}")
         return self

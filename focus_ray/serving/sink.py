@@ -128,9 +128,9 @@ class ImageSink:
         self._writer.submit(self._write).result()
 
     def close(self) -> None:
-        """Writes the waiting images and ends the writer thread. Images that cannot be written now are lost, and counted as failed.
+        """Writes the waiting images, and ends the writer thread. Logs errors instead of raising them.
 
-        Logs errors instead of raising them.
+        Images in files that cannot be written now are lost, and counted as failed.
         """
         self.flush()
         self._writer.shutdown()
@@ -138,7 +138,7 @@ class ImageSink:
             self._count_images("failed", sum(file.num_images for file in self._unwritten_files))
 
     def _count_images(self, outcome: str, count: int) -> None:
-        """Adds images with an outcome to the metric `sink_images`.
+        """Adds images to the metric `sink_images`, which counts images by what happened to them (the outcome).
 
         Outcomes: kept (waits for writing), dropped (above the memory limit), written, delayed (the first write failed), failed
         (lost at the end).

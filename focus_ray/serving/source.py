@@ -220,10 +220,10 @@ class Lookups:
 
 @dataclass
 class _ResolvedAlias:
-    """The version of a ref in the cache; all times are times of `time.monotonic`.
+    """The version of an alias or version name in the cache; all times are times of `time.monotonic`.
 
     Attributes:
-        mark: mark of the category, fetched before the look-up; None: there was no mark.
+        mark: text that changes with the models of the category, read before the look-up; None: there was none.
         resolved_at: time of the look-up.
         checked_at: time of the last check that the alias has not moved.
         task: the check that runs now; None: none runs.
@@ -249,7 +249,7 @@ class _TeamMarks(NamedTuple):
 
 
 class VersionDirectory:
-    """A cache of the version of each ref. A request for a ref that was last checked `refresh_s` ago starts a background check.
+    """A cache of the version of each alias. A request for an alias that was last checked `refresh_s` ago starts a new check.
 
     A check fetches the marks of a team, once for all categories, and looks up the categories whose marks have changed. A
     request waits only for the first look-up of an alias. While the storage fails, requests use the cached versions. When an
@@ -302,10 +302,12 @@ class VersionDirectory:
         return entry.version
 
     async def _refresh(self, key: tuple[str, str, str], entry: _ResolvedAlias) -> None:
-        """Checks whether the alias of an entry has moved, and updates the entry. Logs errors instead of raising them.
+        """Checks whether the alias of a cache entry has moved, and updates the entry. Logs errors instead of raising them.
 
-        Looks the alias up only if there is no mark, the mark has changed, or the last look-up is MAX_LOOKUP_AGE_S old. Removes
-        the entry if the version or alias no longer exists.
+        A mark is a text that changes with the models of a category. Looks the alias up only if there is no mark, the mark has
+        changed, or the last look-up is MAX_LOOKUP_AGE_S old. Removes the entry if the version or alias no longer exists.
+
+        Args: key: team, category, and alias or version name.
         """
         facts = dict(zip(("team", "category", "ref"), key, strict=True))
         now = checked_at = time.monotonic()
@@ -329,7 +331,10 @@ class VersionDirectory:
             entry.checked_at, entry.task = checked_at, None
 
     async def _current_marks(self, team: str) -> _TeamMarks:
-        """Returns the marks of a team, at most `refresh_s` seconds old; simultaneous checks share one request."""
+        """Returns the marks of a team (texts that change with its models), at most `refresh_s` seconds old.
+
+        Simultaneous checks share one request to the source.
+        """
         marks = self._marks.get(team)
         if marks is not None and time.monotonic() - marks.fetched_at < self.refresh_s:
             return marks
@@ -340,7 +345,7 @@ class VersionDirectory:
         return await asyncio.shield(task)
 
     async def _fetch_marks(self, team: str) -> _TeamMarks:
-        """Reads the marks of a team from the source, stores them in the cache, and returns them."""
+        """Reads the marks of a team (texts that change with its models) from the source, caches them, and returns them."""
         marks = _TeamMarks(time.monotonic(), await self._call_in_refresh_thread(self.source.marks, team))
         self._marks[team] = marks
         return marks

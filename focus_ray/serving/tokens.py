@@ -195,7 +195,7 @@ class TokenStore:
         self._by_id = {token.id: token for token in read_tokens(uri).tokens}
 
     async def refresh_regularly(self) -> None:
-        """Reads the file every `refresh_s` seconds in a separate thread, until the task is cancelled. No request waits for this."""
+        """Reads the file every `refresh_s` seconds in a thread, so that no request waits for it, until the task is cancelled."""
         loop = asyncio.get_running_loop()
         thread = ThreadPoolExecutor(1, thread_name_prefix="tokens")
         try:

@@ -1,4 +1,4 @@
-"""The set of keys of processed files. A key takes eight bytes, so that the keys of millions of files fit into memory."""
+"""The set of keys (hashes) of processed files. A key takes eight bytes, so that the keys of millions of files fit into RAM."""
 
 from __future__ import annotations
 

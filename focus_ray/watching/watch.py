@@ -148,7 +148,9 @@ class Watch:
         return is_timed_out or all(pending.retry_at_s == math.inf for pending in self.pending.values())
 
     def _list_folder(self) -> None:
-        """Lists the folder and updates the pending files. If the folder cannot be listed, logs this, and no file is pending.
+        """Lists the folder and updates the pending files (files that are not processed yet).
+
+        If the folder cannot be listed, logs this, and no file is pending until it can be listed again.
 
         Raises:
             DataError: The folder cannot be listed, and the setting `once` is on.
@@ -209,7 +211,10 @@ class Watch:
         self._check_score_shift(inspector.bundle, scores)
 
     def _mark_processed(self, pending: PendingFile, *keys: int) -> None:
-        """Removes a file from the pending files, and adds its stamp key and further keys to the processed keys."""
+        """Removes a file from the pending files, and stores its keys, so that the file is not inspected again.
+
+        Args: keys: further keys of the file, in addition to its `stamp_key`.
+        """
         self.journal.processed.add(stamp_key(pending.file), *keys)
         del self.pending[pending.file.image]
 
