@@ -1,1 +1,1 @@
-"""Exports the whole scorer of a bundle to one file for another runtime, and checks the export against PyTorch."""
+"""Exports the whole scorer of a bundle to model files for another runtime, and compares the export with PyTorch."""

@@ -1,4 +1,4 @@
-"""Checks an export: compares its scores, maps and verdicts of real images with those of PyTorch in float32."""
+"""Checks an exported model: compares its scores, anomaly maps and verdicts of real images with the results of PyTorch."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from focus_ray.export.formats import RunModel
 from focus_ray.fitting.split import short_hash
 from focus_ray.metrics.metrics import image_auroc
 
-MIN_EXAMPLES = 4  # number of examples that the model was not trained on
+MIN_EXAMPLES = 4  # least number of examples that the model was not trained on
 _ROUNDING = 1e-6  # relative rounding error of a score in float32
 _P_ROUNDING = 1e-3  # relative rounding error of a p-value in float32
 
 
 # The largest deviations from PyTorch in float32 that an export may have; None: no limit.
+# A spread is the highest value minus the lowest value.
 # score: largest score difference, as a share of the spread of the examples' scores.
 # anomaly_map: largest pixel difference, as a share of the spread of all pixels of all maps.
-# auroc: loss of image AUROC.
+# auroc: image AUROC of PyTorch minus image AUROC of the export.
 TOLERANCE: dict[str, dict[str, float | None]] = {
     "fp32": {"score": 1e-3, "anomaly_map": 1e-3, "auroc": None},
     "fp16": {"score": 0.02, "anomaly_map": 0.02, "auroc": 0.002},
     "int8": {"score": 0.1, "anomaly_map": None, "auroc": 0.01},
 }
-# name of the limit -> entry of `check_export`, and the deviation in words
+# name of the limit -> key in the result of `check_export`, and the deviation in words
 _LIMITED = {
     "score": ("score_difference", "scores differ by up to {:.2g} of their spread"),
     "anomaly_map": ("map_difference", "maps differ by up to {:.2g} of their spread"),
@@ -44,11 +45,13 @@ _LIMITED = {
 
 
 def find_failures(check: Mapping[str, Any], tolerance: Mapping[str, float | None]) -> list[str]:
-    """Returns one sentence for each deviation that exceeds the tolerance; empty if the export passes.
+    """Returns one sentence for each reason to refuse an export; the list is empty if the export passes the check.
+
+    Reasons are a deviation above its limit, and verdicts or p-values that do not follow from their scores.
 
     Args:
-        check: from `check_export`.
-        tolerance: a value of `TOLERANCE`.
+        check: result of `check_export`.
+        tolerance: name of a limit -> limit, from `TOLERANCE`. A limit of None is not checked.
     """
     sentences = []
     for name, (entry, text) in _LIMITED.items():
@@ -62,12 +65,15 @@ def find_failures(check: Mapping[str, Any], tolerance: Mapping[str, float | None
 
 @dataclass(frozen=True)
 class ReferenceScores:
-    """Examples that the model was not trained on, and how PyTorch in float32 scores them.
+    """N examples that the model was not trained on, with their scores and anomaly maps from PyTorch in float32.
 
     Attributes:
-        pixels: N arrays (H, W, 3).  labels: 0 good, 1 bad, None unknown.
-        scores: (N,).  maps: (N, H, W).
+        pixels: N arrays (H, W, 3), RGB.
+        labels: N labels: 0 good, 1 bad, None unknown.
+        scores: (N,).
+        maps: (N, height, width), anomaly maps in the input size of the network.
         ms: median milliseconds for one image.
+        calibration: turns scores into p-values and verdicts.
     """
 
     pixels: list[NDArray[np.uint8]]
@@ -79,13 +85,13 @@ class ReferenceScores:
 
 
 def score_reference(bundle: Bundle, examples: Sequence[ExportExample]) -> ReferenceScores:
-    """Scores the examples that the model was not trained on with PyTorch.
+    """Scores the examples with PyTorch on the CPU, and leaves out the images that the model was trained on.
 
-    Args: bundle: must be read with precision fp32.
+    Args: bundle: must be read with precision fp32. Its network is changed for faster inference.
 
     Raises:
-        ExportError: fewer than `MIN_EXAMPLES` examples were not used in training.
-        DataError: an example cannot be decoded or inspected; the message names the example.
+        ExportError: after leaving out training images, fewer than `MIN_EXAMPLES` examples remain.
+        DataError: an example cannot be decoded, or has no scored pixel; the message names the example.
     """
     decoded = [(example, decode_example(example)) for example in examples]
     new = [
@@ -127,10 +133,16 @@ def decode_example(example: ExportExample) -> NDArray[np.uint8]:
 
 
 def check_export(run: RunModel, reference: ReferenceScores) -> dict[str, Any]:
-    """Runs an export on each example alone, and compares it with PyTorch in float32. Both score the same decoded pixels.
+    """Runs an export on each example alone, and compares the outputs with the results of PyTorch in float32.
+
+    Both score the same decoded pixels.
+
+    Args:
+        run: runs the export, from `open_model`.
+        reference: results of PyTorch, from `score_reference`.
 
     Returns:
-        JSON values by name:
+        A dictionary of JSON values with these keys:
         num_images: number of examples.
         num_good, num_bad: number of examples with the label good and with the label bad.
         score_spread: highest minus lowest score of PyTorch.
@@ -147,7 +159,7 @@ def check_export(run: RunModel, reference: ReferenceScores) -> dict[str, Any]:
 
     Raises:
         ExportError: PyTorch gives all examples the same score.
-        DataError: PyTorch gives an example no score.
+        DataError: the score of PyTorch for an example is NaN.
     """
     calibration = reference.calibration
     reference_verdicts = calibration.is_anomalous(reference.scores)
@@ -199,9 +211,9 @@ def _count_verdict_errors(
     p_values: NDArray[np.float64],
     verdicts: NDArray[np.bool_],
 ) -> int:
-    """Counts the images whose verdict or p-value contradicts the calibration at their score by more than rounding.
+    """Counts the images whose verdict or p-value differs from the calibration's for the same score by more than rounding.
 
-    An image whose score is not a finite number must be anomalous.
+    An image whose score is not a finite number counts as an error if its verdict is not anomalous.
     """
     is_finite = np.isfinite(scores)
     lower_scores, higher_scores = (scores[is_finite] * (1 + change) for change in (-_ROUNDING, _ROUNDING))

@@ -19,9 +19,10 @@ MAX_INT8_EXAMPLES = 32  # number of images that set the value ranges of int8
 
 
 class ExportExample(NamedTuple):
-    """An image for an export.
+    """An image that checks an export, or that sets the value ranges of an int8 export.
 
     Attributes:
+        name: path or id of the image, for messages.
         image: content of the image file.
         label: 0 good, 1 bad, None unknown.
         for_int8: True: a good image that sets the value ranges of int8. False: an image to compare scores on.
@@ -38,11 +39,13 @@ def gather_examples(bundle: Bundle, sources: Sequence[str], max_images: int) -> 
 
     Args:
         sources: image files, folders or data sets.
-        max_images: largest number of images to check, chosen evenly among good and among bad images.
+        max_images: largest number of images to check from each source. If images have labels, at most `max_images` / 2 are good
+            and at most `max_images` / 2 are bad. Up to `MAX_INT8_EXAMPLES` images for int8 come in addition.
 
     Raises:
         ExportError: there is no source, and the data set of the training cannot be read or has no test images.
-        DataError: a source cannot be read.
+        DataError: a source does not exist, cannot be read, has no image or no such category, or contains a picture that
+            focus_ray drew.
     """
     if sources:
         return [example for source in sources for example in _read_source(source, bundle.category, max_images)]
@@ -60,7 +63,12 @@ def gather_examples(bundle: Bundle, sources: Sequence[str], max_images: int) -> 
 
 
 def _read_source(source: str, category: str, max_images: int) -> list[ExportExample]:
-    """Reads examples from an image file, a folder or a data set. Raises: DataError: the source cannot be read."""
+    """Reads examples from an image file, a folder or a data set.
+
+    A folder may have subfolders for good and bad images (such as good/ and bad/). Without them, its images have no labels.
+
+    Raises: DataError: the source does not exist, cannot be read, or has no image or no such category.
+    """
     if is_s3(source) or any(Path(source).glob("category=*")):
         return _read_data_set(source, category, max_images)
     path = Path(source).expanduser()
@@ -79,11 +87,11 @@ def _read_source(source: str, category: str, max_images: int) -> list[ExportExam
 
 
 def _read_file_examples(paths: Sequence[Path], label: int | None, max_images: int) -> list[ExportExample]:
-    """Reads up to `max_images` files, chosen evenly, as examples for the check of an export.
+    """Reads up to `max_images` of the files as examples for the check, evenly spread over `paths`.
 
-    Files without the label bad also give up to `MAX_INT8_EXAMPLES` examples that set the value ranges of int8.
+    If the label is not bad, also reads up to `MAX_INT8_EXAMPLES` of the files as examples that set the value ranges of int8.
 
-    Raises: DataError: a file cannot be read, or focus_ray drew it (a heat map or a plot).
+    Raises: DataError: a file cannot be read, or is a picture that focus_ray drew (a heat map or a plot).
     """
     examples = []
     for for_int8, limit in ((False, max_images), (True, 0 if label else MAX_INT8_EXAMPLES)):
@@ -101,7 +109,10 @@ def _read_file_examples(paths: Sequence[Path], label: int | None, max_images: in
 
 
 def _read_data_set(uri: str, category: str, max_images: int) -> list[ExportExample]:
-    """Reads test images to check and good training images for int8 from a data set. Raises: DataError: no such category."""
+    """Reads test images for the check and good training images for int8 from a data set.
+
+    Raises: DataError: the data set cannot be read or has no such category.
+    """
     if category not in list_categories(uri):
         raise DataError(f"{uri}: has no category {category!r}; it has {', '.join(list_categories(uri))}")
     index = read_index(uri, category)

@@ -1,4 +1,4 @@
-"""Exports a bundle: writes it to a temporary folder, checks it against PyTorch, and moves it to its place if it passes."""
+"""Exports a bundle: writes the model to a temporary folder, compares it with PyTorch, and moves it to the output folder."""
 
 from __future__ import annotations
 
@@ -47,12 +47,14 @@ def export_bundle(
     accept_cost: bool = False,
     log: Callable[[str], None] = lambda message: None,
 ) -> ExportResult:
-    """Writes the whole scorer of a bundle for another runtime.
+    """Writes the whole scorer of a bundle to a folder for another runtime, after a check against PyTorch in float32.
 
     Args:
-        to: onnx, torch or openvino.  precision: fp32, fp16 or int8.
-        output: a new or empty folder, or one that holds an earlier export; None: <category>-<to>-<precision> in the current
-            folder.
+        uri: location of the bundle.
+        to: onnx, torch or openvino.
+        precision: fp32, fp16 or int8.
+        output: a new or empty folder, or the folder of an earlier export, which is replaced; None: the folder
+            <category>-<to>-<precision> in the current folder.
         examples: sources of the images that check the export, as `gather_examples` takes them.
         accept_cost: accept fp16 or int8 even if it exceeds `TOLERANCE`. fp32 is never accepted beyond it.
         log: receives a line for each step.
@@ -60,10 +62,12 @@ def export_bundle(
     Raises:
         ConfigError: the format or the precision is unknown.
         MissingPackageError: an extra is not installed.
-        BundleError: as `read_bundle`.
-        ExportError: the bundle cannot be exported, or the export exceeds `TOLERANCE`. Nothing is written, and an earlier export
-            stays.
-        DataError: the output folder cannot hold an export, or an example cannot be read.
+        BundleError: the bundle is missing, damaged or changed, or has an unsupported format version.
+        ExportError: the bundle cannot be exported, the examples do not suffice for the check or for int8, or the export exceeds
+            `TOLERANCE`.
+        DataError: the output is a URI, holds something other than an export, or cannot be written; or an example cannot be used.
+
+        After an error nothing is written, and an earlier export stays.
     """
     check_format(to, precision)
     bundle = read_bundle(uri, "cpu", precision="fp32")
@@ -102,9 +106,9 @@ def export_bundle(
 
 
 def _output_folder(output: str | Path) -> Path:
-    """Returns the output folder, which is new, empty or holds an earlier export.
+    """Returns the path of the output folder, after a check that it is new, empty or holds an earlier export.
 
-    Raises: DataError: the output is a URI, or the folder holds something other than an export.
+    Raises: DataError: the output is a URI, or exists and holds something other than an export.
     """
     if "://" in str(output):
         raise DataError(
@@ -124,11 +128,11 @@ def _output_folder(output: str | Path) -> Path:
 
 @contextmanager
 def _replace_folder(target: Path) -> Iterator[Path]:
-    """Yields a temporary folder, and moves it to the place of the target at the end.
+    """Context manager: yields a temporary folder, which replaces the target folder at the end of the context.
 
-    After an exception the temporary folder is removed, and the target is unchanged.
+    After an exception in the context the temporary folder is removed, and the target is unchanged.
 
-    Raises: DataError: the folder cannot be written.
+    Raises: DataError: the temporary folder or the target cannot be written. It also replaces any `OSError` in the context.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +157,13 @@ def _replace_folder(target: Path) -> Iterator[Path]:
 def _make_sidecar(
     bundle: Bundle, to: str, precision: str, folder: Path, comparison: Mapping[str, Any], failures: Sequence[str]
 ) -> dict[str, Any]:
-    """Returns the content of `SIDECAR`: everything that a user of the exported model needs to know."""
+    """Returns the content of `SIDECAR`: everything that a user of the exported model needs to know.
+
+    Args:
+        folder: holds the files of the model; their sizes and hashes are stored.
+        comparison: result of `check_export`.
+        failures: sentences of `find_failures` that the user accepted.
+    """
     frame, calibration = bundle.frame, bundle.calibration
     files = {
         path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "num_bytes": path.stat().st_size}
@@ -211,7 +221,7 @@ def _make_sidecar(
 
 
 def _describe_outputs(bundle: Bundle) -> dict[str, Any]:
-    """Returns type, shape and meaning of each output of the model, by name."""
+    """Returns a description of the model's outputs: name -> type, shape and meaning."""
     outputs: dict[str, tuple[str, list[str | int], str]] = {
         "score": (
             "float32",

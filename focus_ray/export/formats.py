@@ -1,4 +1,4 @@
-"""Export formats: writes a scorer in each format and runs an export of each format."""
+"""Export formats (ONNX, torch.export, OpenVINO): writes a scorer in a format, and opens a written model to run it."""
 
 from __future__ import annotations
 
@@ -50,11 +50,16 @@ def check_format(to: str, precision: str) -> None:
 def write_model(
     scorer: ExportableScorer, to: str, precision: str, folder: Path, int8_images: Sequence[NDArray[np.uint8]]
 ) -> None:
-    """Writes the files of the model to a folder.
+    """Writes a scorer as model files of a format to a folder.
 
-    Args: int8_images: images of good parts (H, W, 3), which set the value ranges of int8.
+    Args:
+        to: onnx, torch or openvino.
+        precision: fp32, fp16 or int8. For fp16 the scorer must already be in float16.
+        int8_images: images of good parts (H, W, 3), which set the value ranges of int8; other precisions do not use them.
 
-    Raises: ExportError: the scorer cannot be traced, or it uses an operation that the format does not support.
+    Raises:
+        ExportError: the scorer cannot be traced or converted to int8, or uses an operation that the format does not support.
+        OSError: a file cannot be written.
     """
     program = trace(scorer)
     if to == "torch":
@@ -77,14 +82,25 @@ def write_model(
 
 
 def open_model(folder: Path, to: str, num_threads: int = 1) -> RunModel:
-    """Opens an export on the CPU, as its users run it."""
+    """Opens an exported model in its own runtime on the CPU, and returns a function that runs it.
+
+    Args:
+        folder: holds the files of the model.
+        to: format of the model: onnx, torch or openvino.
+        num_threads: threads of onnxruntime or OpenVINO. PyTorch uses the number of threads of this process instead.
+    """
     return {"onnx": _open_onnx, "torch": _open_torch, "openvino": _open_openvino}[to](
         folder / MODEL_FILES[to], num_threads
     )
 
 
 def trace(scorer: ExportableScorer) -> torch.export.ExportedProgram:
-    """Traces a scorer for any batch size and any image up to `max_image_side_px`. Raises: ExportError: it cannot be traced."""
+    """Traces a scorer into a `torch.export` program for image sides from 2 to `max_image_side_px` pixels.
+
+    The batch may have 1 to `_MAX_BATCH_SIZE` images.
+
+    Raises: ExportError: the scorer cannot be traced.
+    """
     frame, dim = scorer.to_frame, torch.export.Dim
     max_px = max_image_side_px(frame.height, frame.width)
     sizes = {
@@ -103,9 +119,13 @@ def trace(scorer: ExportableScorer) -> torch.export.ExportedProgram:
 def write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: Sequence[str]) -> list[str]:
     """Writes a traced program as an ONNX file.
 
-    Returns: names of the nodes of the backbone that int8 quantises.
+    Args: outputs: names of the outputs, in the order of the program.
 
-    Raises: ExportError: the program uses an operation that ONNX does not support.
+    Returns: names of the nodes of the backbone that a conversion to int8 quantises.
+
+    Raises:
+        ExportError: the program uses an operation that ONNX does not support.
+        OSError: the file cannot be written.
     """
     import onnx_ir
     from onnx_ir.passes import common
@@ -150,7 +170,12 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: Seque
 
 
 def write_openvino(source: Path, path: Path) -> None:
-    """Converts an ONNX file to OpenVINO files. Raises: ExportError: OpenVINO does not support an operation; OSError."""
+    """Converts an ONNX file to OpenVINO files: `path` and a .bin file of the same name.
+
+    Raises:
+        ExportError: OpenVINO does not support an operation of the model.
+        OSError: the files cannot be written.
+    """
     import openvino
 
     with suppress_exporter_messages(), _as_export_error("OpenVINO does not support an operation of the scorer"):
@@ -165,6 +190,7 @@ def write_openvino(source: Path, path: Path) -> None:
 
 
 def _open_onnx(path: Path, num_threads: int) -> RunModel:
+    """Opens an ONNX file in onnxruntime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -175,6 +201,7 @@ def _open_onnx(path: Path, num_threads: int) -> RunModel:
 
 
 def _open_openvino(path: Path, num_threads: int) -> RunModel:
+    """Opens OpenVINO files on the CPU, with float32 arithmetic."""
     import openvino
 
     settings: Mapping[str, Any] = {**OPENVINO_SETTINGS, "INFERENCE_NUM_THREADS": num_threads}
@@ -188,6 +215,7 @@ def _open_openvino(path: Path, num_threads: int) -> RunModel:
 
 
 def _open_torch(path: Path, num_threads: int) -> RunModel:
+    """Opens a `torch.export` file. `num_threads` has no effect."""
     with suppress_exporter_messages():
         module = torch.export.load(path).module()
 
@@ -201,7 +229,14 @@ def _open_torch(path: Path, num_threads: int) -> RunModel:
 
 @contextlib.contextmanager
 def _as_export_error(failure: str) -> Iterator[None]:
-    """Turns any exception of a converter into an `ExportError`, but leaves an `OSError`, such as a full disk, unchanged."""
+    """Context manager: turns any exception of a converter into an `ExportError`, except for problems with files.
+
+    Args: failure: text of the message that says what failed.
+
+    Raises:
+        OSError: the exception is or was caused by an `OSError`, such as a full disk.
+        ExportError: any other exception occurred.
+    """
     try:
         yield
     except Exception as error:

@@ -1,4 +1,6 @@
-"""Resizes images to the frame with tensors. The result equals that of `data.framing` with Pillow, bit by bit.
+"""Resizes images to the frame, the input size of the network, with tensor operations that can be exported.
+
+`data.framing`, which uses Pillow, gives exactly the same pixels.
 
 Pillow resizes one side after the other. An output pixel is a weighted sum of input pixels along the side. The weights form a
 triangle and are integers of 22 bits. The sum is rounded to 8 bits after each side. 32-bit integers hold all intermediate
@@ -16,17 +18,17 @@ from torch import Tensor, nn
 from focus_ray.data.framing import SCORED, Frame
 
 _WEIGHT_BITS = 22  # number of bits of Pillow's weights
-# weights are summed in two parts, weight // _LOW_BASE and weight % _LOW_BASE, to keep each sum below 2^24
+# products with weight // _LOW_BASE and with weight % _LOW_BASE are summed separately, to keep each sum below 2^24
 _LOW_BASE = 2**6
 # number of weight bits that each division step computes, so that its dividend stays below 2^31: see `max_image_side_px`
 _STEP_BITS = (6, 6, 5, 5)
 
 
 class ResizeWeights(NamedTuple):
-    """Input pixels and weights of n output pixels along one side.
+    """The input pixels, and their weights, of each of n output pixels along the height or the width.
 
     Attributes:
-        input_pixels: (n, T), indices of the T input pixels of each output pixel.
+        input_pixels: (n, T) int32, indices of the T input pixels whose weighted sum is the output pixel.
         weights: (n, T) int32, in units of 2^-22. Each weight is rounded, so a row sums to about 2^22.
     """
 
@@ -35,9 +37,9 @@ class ResizeWeights(NamedTuple):
 
 
 class ResizeToFrame(nn.Module):
-    """A module that resizes uint8 images (B, H, W, 3) of one size to the input size of the network, the frame.
+    """A torch module that resizes uint8 images (B, H, W, 3) of one size to the frame, the input size of the network.
 
-    It returns the pixels, the scored pixels, and the place of the image in the frame.
+    It returns the resized pixels, a mask of the scored pixels, and the box of the images in the frame.
     """
 
     def __init__(self, frame: Frame) -> None:
@@ -48,11 +50,12 @@ class ResizeToFrame(nn.Module):
         self.register_buffer("region", region)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """
+        """Resizes uint8 images (B, H, W, 3) to the frame, the input size of the network.
+
         Returns:
             Pixels (B, 3, height, width), float in 0..1.
             Scored pixels (height, width), bool; None if all pixels are scored.
-            Top, left, height and width (4,) int32 of the image in the frame; None if the image fills the frame.
+            Box (4,) int32 of the images in the frame: top, left, height and width; None if the frame has no padding.
         """
         image_height, image_width = images.shape[1], images.shape[2]
         if not self.has_padding:
@@ -72,11 +75,14 @@ class ResizeToFrame(nn.Module):
         return _resize_pixels(images, column_weights, row_weights), inside, torch.stack([top, left, height, width])
 
     def _place_region(self, height: Tensor, width: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Returns the region of interest, resized to (height, width), at the place of the image in the frame.
+        """Resizes the region of interest to the scaled image, and places it where the image lies in the network's input.
 
-        Returns a mask (frame height, frame width), bool.
+        Args:
+            height, width: size of the scaled image, int32 scalars.
+            rows, columns: row of the scaled image in each row of the network's input, and the same for columns, from
+                `_mirrored_indices`.
 
-        Args: rows, columns: image row and image column that each frame pixel shows, from `_mirrored_indices`.
+        Returns: mask of the network's input, bool, True in the region. It is also True in mirrored copies of the region.
         """
         assert self.region is not None
         region_pixels = (self.region.to(torch.uint8) * SCORED)[None, :, :, None]
@@ -95,9 +101,11 @@ def _resize_pixels(images: Tensor, column_weights: ResizeWeights, row_weights: R
 
 
 def _resize_side(images: Tensor, side: int, resize_weights: ResizeWeights) -> Tensor:
-    """Resizes one side of 8-bit images (B, H, W, C) and rounds to 8-bit values, stored as int32.
+    """Resizes the height or the width of 8-bit images (B, H, W, C).
 
-    Args: side: dimension number, 1 for the height or 2 for the width.
+    Args: side: dimension to resize: 1 for the height or 2 for the width.
+
+    Returns: the images as int32, rounded to values of 0 to 255.
     """
     count, taps = resize_weights.input_pixels.shape
     inputs = images.index_select(side, resize_weights.input_pixels.flatten()).to(torch.int32)
@@ -111,19 +119,19 @@ def _resize_side(images: Tensor, side: int, resize_weights: ResizeWeights) -> Te
 
 
 def _compute_stretch_weights(length: int, num_outputs: int) -> ResizeWeights:
-    """Computes the weights of all output pixels of a side that is resized from `length` to `num_outputs` pixels."""
+    """Computes the input pixels and weights of all output pixels, to resize a height or width from `length` to `num_outputs`."""
     numbers = torch.arange(num_outputs, dtype=torch.int32)
     return _compute_weights(length, _to_scalar(num_outputs), numbers, (length - 1) // num_outputs + 1)
 
 
 def _compute_weights(length: int, num_outputs: Tensor, numbers: Tensor, max_inputs: int) -> ResizeWeights:
-    """Computes the weights of the output pixels with the indices `numbers` (n,) on a side of `length` pixels that gets
-    `num_outputs`.
+    """Computes the input pixels and weights of some output pixels, to resize a height or width from `length` to `num_outputs`.
 
     Args:
         num_outputs: int32 scalar.
-        max_inputs: a whole number of at least `length` / `num_outputs`, known when the module is traced. An output pixel gets 2
-            * max_inputs + 1 input pixels.
+        numbers: (n,) int32, indices of the output pixels.
+        max_inputs: an integer of at least `length` / `num_outputs`, known when the module is traced. Each output pixel is a sum
+            of 2 * max_inputs + 1 input pixels; some weights may be 0.
     """
     taps = 2 * max_inputs + 1
     longer = num_outputs.clamp_min(length)
@@ -149,7 +157,10 @@ def _compute_weights(length: int, num_outputs: Tensor, numbers: Tensor, max_inpu
 
 
 def _fit_size(image_height: int, image_width: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Returns height and width, int32 scalars, of an image scaled to fit into the frame. Halves are rounded to even."""
+    """Returns height and width, int32 scalars, of an image after scaling to the largest size that fits into `height` x `width`.
+
+    The aspect ratio stays the same up to rounding. A half is rounded to the nearest even number. A side has at least 1 pixel.
+    """
     full_height, full_width = _to_scalar(image_height), _to_scalar(image_width)
     is_limited_by_height = full_width * height <= full_height * width  # the height limits the scale
     scaled_height = _divide_rounded(full_height * width, full_width)
@@ -160,27 +171,27 @@ def _fit_size(image_height: int, image_width: int, height: int, width: int) -> t
 
 
 def _divide_rounded(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Returns numerator / denominator of integers, rounded to the nearest integer, halves to even."""
+    """Returns numerator / denominator as a rounded integer; a half is rounded to the nearest even number."""
     quotient = (2 * numerator + denominator) // (2 * denominator)
     halves = ((2 * numerator + denominator) % (2 * denominator) == 0) & (quotient % 2 == 1)
     return quotient - halves.to(torch.int32)
 
 
 def _mirrored_indices(length: int, start: Tensor, size: Tensor) -> Tensor:
-    """Returns the index of the image pixel that each frame pixel shows, (length,) int32.
+    """Returns, for each of `length` pixels along a side, the index of the image pixel that it shows, (length,) int32.
 
-    The image has `size` pixels and begins at the frame pixel `start`. Frame pixels outside the image show its mirror image.
+    The image covers `size` of the pixels, beginning at pixel `start`. Pixels outside the image show the mirrored image.
     """
     positions = (torch.arange(length, dtype=torch.int32) - start + 2 * length * size) % (2 * size)
     return torch.minimum(positions, 2 * size - 1 - positions)
 
 
 def _is_inside(length: int, start: Tensor, size: Tensor) -> Tensor:
-    """Returns which frame pixels (length,) bool lie inside an image of `size` pixels that begins at `start`."""
+    """Returns a mask (length,) bool: True for pixels inside an image that begins at pixel `start` and has `size` pixels."""
     numbers = torch.arange(length, dtype=torch.int32)
     return (numbers >= start) & (numbers < start + size)
 
 
 def _to_scalar(value: int) -> Tensor:
-    """Returns an int32 scalar."""
+    """Returns an integer as an int32 tensor without dimensions."""
     return torch.full((), value, dtype=torch.int32)

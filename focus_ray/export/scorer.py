@@ -28,14 +28,20 @@ BOX = "box"  # an additional output if images keep their aspect ratio
 class ExportableScorer(nn.Module):
     """Maps uint8 RGB images (B, H, W, 3) of any common size to the tensors that `OUTPUTS` names.
 
-    score, p_value: (B,) float; NaN if no location of the image is inspected.  anomalous: (B,) bool.
-    anomaly_map: (B, height, width) float, in the frame.  box: (4,) int32, as `ResizeToFrame` returns it; only for padded frames.
+    score, p_value: (B,) float; NaN if no location of the image is inspected.
+    anomalous: (B,) bool; True also for a NaN score.
+    anomaly_map: (B, height, width) float, in the input size of the network (the frame).
+    box: (4,) int32, top, left, height and width of the images in the frame; this output exists only if the frame has padding.
 
     The bundle must be read with precision fp32, and nothing else may use it afterwards: its network is changed for inference.
     """
 
     def __init__(self, bundle: Bundle, half: bool = False) -> None:
-        """Args: half: store backbone and memories in float16. All other steps stay in float32."""
+        """Takes over the network and the density of a bundle, and changes both.
+
+        Args: half: stores the backbone and the tensors of the density, such as embeddings of normal images, in float16. All
+            other steps stay in float32.
+        """
         super().__init__()
         detector = bundle.detector
         self.to_frame = ResizeToFrame(bundle.frame)
@@ -55,7 +61,10 @@ class ExportableScorer(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Returns the outputs in the order of `OUTPUTS`, and the box if the frame is padded."""
+        """Scores uint8 images (B, H, W, 3). Returns the outputs in the order of `OUTPUTS`, and the box if the frame has padding.
+
+        The box is the last output.
+        """
         pixels, shown, box = self.to_frame(images)
         theta = self._find_theta(pixels)
         aligned = pixels if theta is None else warp(pixels, theta, ALIGNED_IMAGE_PADDING)
@@ -82,7 +91,7 @@ class ExportableScorer(nn.Module):
         return outputs if box is None else (*outputs, box)
 
     def _find_theta(self, pixels: Tensor) -> Tensor | None:
-        """Returns the alignment transform (B, 2, 3) of each image; None if the bundle aligns no images."""
+        """Returns the affine transform (B, 2, 3) that aligns each image; None if the bundle does not align images."""
         if not self.is_aligned:
             return None
         aligner = self.net.image_aligner
@@ -94,7 +103,10 @@ class ExportableScorer(nn.Module):
 
 
 class Verdict(nn.Module):
-    """Maps scores (B,) to p-values and verdicts as `Calibration` does. A NaN score counts as anomalous."""
+    """A torch module that maps scores (B,) to p-values (B,) and verdicts (B,) bool, as `Calibration` does.
+
+    True means anomalous. A NaN score counts as anomalous.
+    """
 
     def __init__(self, calibration: Calibration) -> None:
         super().__init__()
@@ -111,6 +123,7 @@ class Verdict(nn.Module):
         self.highest_anomalous_p, self.lowest_normal_p = float(level), float(np.nextafter(level, np.float32(2)))
 
     def forward(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the p-values and the verdicts of scores."""
         certain_scores = scores - TIE * scores.abs()
         num_at_least = (self.normal_scores >= certain_scores[:, None]).sum(dim=1).to(torch.float32)
         p_value = (1 + num_at_least * self.weight) / (1 + self.num_independent)
@@ -128,7 +141,7 @@ class Verdict(nn.Module):
 
 
 def _cut_tiles(images: Tensor, tiles: Tiles) -> Tensor:
-    """Cuts images (B, C, H, W) into tiles (B * num_tiles, C, side, side), as `Tiles.cut` does, with slices that can be traced."""
+    """Cuts images (B, C, H, W) into tiles (B * num_tiles, C, side, side), as `Tiles.cut`, with slices that can be traced."""
     if tiles.num_tiles == 1:
         return images
     side, step = tiles.side_px, tiles.side_px - tiles.overlap_px

@@ -1,1 +1,1 @@
-"""Pages that help a person decide: of an evaluation, of a training; and the shell of every page. No Ray."""
+"""Builds HTML pages about evaluations and trainings, and tables of metrics in Markdown. Does not use Ray."""

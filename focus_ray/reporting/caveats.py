@@ -1,4 +1,4 @@
-"""Writes the caveats of an evaluation: sentences that a reader must know before trusting its figures."""
+"""Writes the caveats of an evaluation: sentences that a reader must know before trusting the metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Share:
-    """A share of images, `count` of `total`, with a 95 % confidence interval (Clopper, Pearson)."""
+    """A share of images, `count` of `total`, with an exact 95 % confidence interval (Clopper-Pearson).
+
+    `share` and `bounds` are defined only if `total` is above 0.
+    """
 
     count: int
     total: int
@@ -45,7 +48,7 @@ class Share:
 
 
 def count_called_bad(measured: MeasuredImages, label: int) -> Share:
-    """Returns the share of the images with a label (0 good, 1 bad) whose score is above the threshold."""
+    """Returns the share of images with a score above the threshold, among the images with a label (0 good, 1 bad)."""
     scores = measured.scores[measured.labels == label]
     return Share(int(np.sum(is_above(scores, measured.threshold))), len(scores))
 
@@ -53,13 +56,13 @@ def count_called_bad(measured: MeasuredImages, label: int) -> Share:
 def evaluation_caveats(
     calibration: Sequence[str], warnings: Sequence[str], result: Mapping[str, Any], good: Share, bad: Share
 ) -> list[str]:
-    """Returns the caveats of a category's evaluation, as sentences.
+    """Returns the caveats of the evaluation of a category, one sentence each.
 
     Args:
-        calibration: caveats of the calibration.
-        warnings: warnings of the training.
-        result: the result of `Inspector.evaluate`.
-        good, bad: share of the good and of the bad test images that are called bad.
+        calibration: sentences of `Calibration.caveats`, which come before the caveats of the evaluation.
+        warnings: sentences of the training, which come next.
+        result: metrics and notices of `Inspector.evaluate`.
+        good, bad: share of the good and of the bad test images whose score is above the threshold.
     """
     trained_on = (result.get("trained_on") or {}).get("notice")
     caveats = [*([trained_on] if trained_on else []), *calibration, *warnings]
@@ -103,7 +106,7 @@ def evaluation_caveats(
 
 
 def _metric_title(metric: str) -> str:
-    """Returns the title of a metric, such as 'AUPRO 0.3 of crack' for 'crack: aupro_0.3'."""
+    """Returns the title of a metric for people, such as 'AUPRO 0.3 of crack' for the key 'crack: aupro_0.3'."""
     defect_type, _, key = metric.rpartition(": ")
     title = METRICS[key].title if key in METRICS.import_paths else key
     return f"{title} of {defect_type}" if defect_type else title

@@ -25,7 +25,7 @@ _PRO_POINTS = 400  # points of the drawn curve; the exact curve has a corner for
 
 @dataclass(frozen=True)
 class GalleryGroup:
-    """A group of pictures in the gallery, with a title and a note that explain the group."""
+    """A group of test images in the gallery of a page, with a title and a note that explain the choice of the images."""
 
     title: str
     note: str
@@ -34,13 +34,16 @@ class GalleryGroup:
 
 @dataclass(frozen=True)
 class EvaluationSection:
-    """The section of a category on the page.
+    """The data for the section of one category on the page of an evaluation.
 
     Attributes:
-        good, bad: share of the good and of the bad test images that are called bad.
+        good, bad: share of the good and of the bad test images whose score is above the threshold.
         target_fpr: target false positive rate of the calibration.
         num_calibration: number of calibration images.
         method: method of the calibration.
+        caveats: sentences of `evaluation_caveats`.
+        plots: drawn plots of the scores and metrics.
+        gallery: groups of test images with their heat maps.
     """
 
     good: Share
@@ -60,12 +63,14 @@ def build_section(
     result: Mapping[str, Any],
     cards: Mapping[Kind, list[Card]],
 ) -> EvaluationSection:
-    """Builds the section of a category.
+    """Builds the section of one category for the page of an evaluation.
 
     Args:
-        warnings: warnings of the training.
-        result: the metrics of `measured`.
-        cards: the pictures of the gallery, from `gallery.make_cards`.
+        measured: scored test images of the category.
+        calibration: calibration of the model.
+        warnings: warnings of the training, as sentences.
+        result: metrics and notices of `Inspector.evaluate` for `measured`.
+        cards: images of the gallery, from `gallery.make_cards`.
     """
     good, bad = count_called_bad(measured, 0), count_called_bad(measured, 1)
     return EvaluationSection(
@@ -81,7 +86,7 @@ def build_section(
 
 
 def summarize_result(result: Mapping[str, Any]) -> str:
-    """Returns a line with the most important metrics of a category."""
+    """Returns one line of text with the most important metrics of a category, such as 'Image AUROC 0.9876, Recall 0.9500'."""
     shown = [(METRICS[key].title, result.get(key)) for key in ("image_auroc", "pixel_auroc", "aupro_0.3", "recall")]
     num_left_out = (result.get("trained_on") or {}).get("num_images", 0)
     prefix = f"without {num_left_out} images that the model was trained on: " if num_left_out else ""
@@ -97,9 +102,11 @@ def evaluation_page(
     """Renders the HTML page of an evaluation.
 
     Args:
-        results: category -> metrics, or an entry 'error' only.
+        results: category -> metrics. A category whose evaluation failed has only the entry 'error' with the reason.
         sections: category -> section, for each category without an error.
-        pages: category -> file name of the category's own page, which has its plots and pictures.
+        pages: category -> file name of a separate page with the plots and images of the category; None: there are no such pages.
+
+    Returns: the page in UTF-8.
     """
     errors = {category: result["error"] for category, result in results.items() if "error" in result}
     caveats = {
@@ -124,10 +131,10 @@ def evaluation_page(
 
 
 def per_region_overlap_curve(measured: MeasuredImages) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
-    """Returns the curve of the per-region overlap (PRO) at 400 points.
+    """Returns the per-region overlap (PRO) curve at 400 points, or None if no mask has a defective pixel.
 
-    The points are false positive rates of pixels from 0 to `PRO_LIMIT`, and for each rate the mean share of a defect's area that
-    is found. None if no mask has a defective pixel.
+    Returns: two arrays (400,). The first has false positive rates of pixels from 0 to `PRO_LIMIT`. The second has, for each
+        rate, the mean share of a defect's area that the model marks.
     """
     if measured.curve is None:
         return None
@@ -137,14 +144,19 @@ def per_region_overlap_curve(measured: MeasuredImages) -> tuple[np.ndarray[Any, 
 
 
 def _total(shares: Iterable[Share]) -> Share:
-    """Returns the share of all categories together."""
+    """Adds the counts and totals of the categories' shares, and returns the share of all categories together."""
     return reduce(lambda a, b: Share(a.count + b.count, a.total + b.total), shares, Share(0, 0))
 
 
 def _plots(
     measured: MeasuredImages, calibration_scores: Sequence[float], result: Mapping[str, Any], good: Share, bad: Share
 ) -> list[plots.Plot]:
-    """Draws score histograms, and the curves that the labels and masks allow."""
+    """Draws score histograms; with good and bad images also ROC and precision-recall curves; with masks also a PRO curve.
+
+    Args:
+        result: metrics of `measured`.
+        good, bad: share of the good and of the bad test images whose score is above the threshold.
+    """
     drawn = [
         plots.score_histograms(
             {
@@ -200,7 +212,7 @@ def _plots(
 
 
 def _gallery(cards: Mapping[Kind, list[Card]], good: Share, bad: Share) -> list[GalleryGroup]:
-    """Adds a title and a note to each kind of cards, and leaves out empty kinds."""
+    """Makes a gallery group with a title and a note for each kind of cards, and leaves out kinds without cards."""
     num_missed = bad.total - bad.count
     misses = "Worst misses" if num_missed else "Bad images that came closest to being missed"
     alarms = "Worst false alarms" if good.count else "Good images that came closest to a false alarm"
@@ -220,7 +232,11 @@ def _gallery(cards: Mapping[Kind, list[Card]], good: Share, bad: Share) -> list[
 def _describe_count(count: int, kind: str, verdict: str) -> str:
     """Returns a sentence such as '2 bad images were called good.'
 
-    If the gallery shows only some of the images, the sentence adds this: '9 bad images were called good; the worst 4 are shown.'
+    For more images than the gallery shows: '9 bad images were called good; the worst 4 are shown.'
+
+    Args:
+        kind: label of the images, good or bad.
+        verdict: what the model did, such as 'called good'.
     """
     sentence = f"{count} {kind} {'image was' if count == 1 else 'images were'} {verdict}"
     return f"{sentence}; the worst {PER_KIND} are shown." if count > PER_KIND else f"{sentence}."

@@ -28,7 +28,7 @@ PICTURE_PX = 320  # longest side of a picture
 
 
 class GalleryInspector(Protocol):
-    """The methods of `Inspector` that a gallery calls."""
+    """The interface of the object that inspects images for a gallery: two methods of `Inspector`."""
 
     def inspect(self, images: Sequence[bytes]) -> list[Inspection]: ...
 
@@ -37,10 +37,11 @@ class GalleryInspector(Protocol):
 
 @dataclass(frozen=True)
 class Card:
-    """An image in the gallery.
+    """An image in the gallery, with its result and its pictures.
 
     Attributes:
         name: id of the image.
+        defect_type: name of the image's class, such as 'crack' or 'good'.
         score_to_threshold: score divided by the threshold.
         mistake: 'missed' or 'false alarm'; empty if the verdict is right.
         views: title of a view, such as 'heat map' -> picture as a data URI.
@@ -58,7 +59,7 @@ class Card:
 
 
 def choose_images(measured: MeasuredImages, per_kind: int = PER_KIND) -> dict[Kind, list[int]]:
-    """Returns kind -> numbers of the images to show, at most `per_kind` of each kind and no image twice.
+    """Chooses the images to show. Returns kind -> indices of images in `measured`, at most `per_kind` per kind, no image twice.
 
     misses: the bad images with the lowest scores, lowest first, even if they are above the threshold.
     false_alarms: the good images with the highest scores, highest first, even if they are below the threshold.
@@ -77,9 +78,15 @@ def choose_images(measured: MeasuredImages, per_kind: int = PER_KIND) -> dict[Ki
 def make_cards(
     inspector: GalleryInspector, labelled: LabelledImages, read_records: ReadRecords
 ) -> dict[Kind, list[Card]]:
-    """Chooses images, reads them again one by one, and draws them.
+    """Chooses images for the gallery, reads and inspects them again one by one, and draws their pictures.
 
-    Raises: DataError: an image cannot be read again.
+    Args:
+        labelled: scored test images.
+        read_records: reads the chosen images.
+
+    Returns: kind -> cards, in the order of `choose_images`.
+
+    Raises: DataError: an image cannot be read or inspected again.
     """
     chosen = choose_images(labelled.measured)
     indices = sorted({index for indices in chosen.values() for index in indices})
@@ -92,7 +99,7 @@ def make_cards(
 
 
 def _draw_card(inspector: GalleryInspector, record: Row, defect_type: str, is_bad: bool) -> Card:
-    """Inspects an image again and draws its card."""
+    """Inspects an image again and makes its card, with pictures. Raises: DataError: the image cannot be inspected."""
     (inspection,) = inspector.inspect([record["image"]])
     mistake = "missed" if is_bad else "false alarm"
     return Card(
@@ -109,7 +116,12 @@ def _draw_card(inspector: GalleryInspector, record: Row, defect_type: str, is_ba
 
 
 def _views(inspector: GalleryInspector, inspection: Inspection, image: bytes, mask: bytes | None) -> dict[str, str]:
-    """Draws the image, its heat map with the outline of the mask, and the aligned image if the model aligns images."""
+    """Draws the image, its heat map with the outline of the mask, and the aligned image if the model aligns images.
+
+    Returns: title of a picture -> JPEG as a data URI.
+
+    Raises: DataError: the image or the mask cannot be decoded.
+    """
     full_image = Image.fromarray(decode_image(image, None))
     scale = min(1.0, PICTURE_PX / max(full_image.size))
     size = max(1, round(full_image.width * scale)), max(1, round(full_image.height * scale))

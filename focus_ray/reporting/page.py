@@ -1,8 +1,8 @@
 """Renders HTML pages that consist of a single file and load nothing from the network.
 
-A page contains its style sheet, and its pictures as data URIs. The records on a page (names, reasons, plots) may come from a
-stranger. So templates escape all text, plots are embedded as pictures, in which a browser runs no script, and the
-Content-Security-Policy of every page forbids scripts and requests.
+A page contains its style sheet, and its pictures as data URIs. The texts and plots on a page may come from a stranger. So
+templates escape all text, plots are embedded as pictures, in which a browser runs no script, and the Content-Security-Policy of
+every page forbids scripts and requests.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ _PICTURE = re.compile(r"data:image/(jpeg|png|svg\+xml);base64,[A-Za-z0-9+/]*={0,
 
 
 def render(template: str, **facts: Any) -> bytes:
-    """Renders a template of the folder `templates` as UTF-8. All text in `facts` is escaped."""
+    """Renders a template file of the folder `templates` to UTF-8 text.
+
+    Args: facts: variables of the template. Their text is escaped.
+    """
     return _environment().get_template(template).render(**facts).encode(errors="replace")
 
 
@@ -61,16 +64,16 @@ def _colours() -> str:
 
 
 def _safe_picture_uri(uri: Any) -> str:
-    """Returns `uri` if it is the data URI of a JPEG, PNG or SVG in base64, otherwise an empty data URI.
+    """Returns `uri` if it is the data URI of a JPEG, PNG or SVG in base64, otherwise the empty data URI 'data:,'.
 
-    So a browser loads nothing from elsewhere.
+    So a picture of the page never makes a browser load anything from the network.
     """
     return uri if isinstance(uri, str) and _PICTURE.fullmatch(uri) else "data:,"
 
 
 @cache
 def _environment() -> jinja2.Environment:
-    """Returns the template environment, which escapes text and refuses undefined names."""
+    """Returns the jinja2 environment of the templates, which escapes text and raises an error for undefined names."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,

@@ -15,11 +15,12 @@ from focus_ray.metrics.registry import METRICS
 def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns a Markdown text with a table of the metrics of each category and a table of the metrics of each defect type.
 
-    A missing metric is shown as '-' and left out of the mean row. The text begins with notices about images that the model was
-    trained on. Below the tables follow the reasons of failed metrics and failed categories, and notices of a distribution
-    shift.
+    A missing metric is shown as '-' and left out of the mean row, which exists for two or more categories. Notices about images
+    that the model was trained on come first. Below the tables follow the reasons of failed categories and metrics, notices of a
+    distribution shift and of repeated images, and explanations of approximate metrics.
 
-    Args: results: category -> metrics, as `Inspector.evaluate` returns them, or a mapping with the key 'error' alone.
+    Args: results: category -> metrics, as `Inspector.evaluate` returns them. A category whose evaluation failed has only the
+        entry 'error' with the reason.
     """
     rows = [
         [category, result.get("num_normal", "-"), result.get("num_anomalous", "-"), *_figures(result, METRICS)]
@@ -56,7 +57,7 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def mean_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """Returns the unweighted mean of each metric over the categories that have it; None if no category has it."""
+    """Returns metric -> unweighted mean over the categories with this metric; None if no category has the metric."""
     means: dict[str, float | None] = {}
     for key in METRICS:
         values = [result[key] for result in results.values() if result.get(key) is not None]
@@ -73,7 +74,10 @@ def format_bound(bound: float) -> str:
 
 
 def _collect_notices(results: Mapping[str, Mapping[str, Any]], *findings: str) -> list[str]:
-    """Returns '<category>: <notice>' for each category whose entry in the results has a notice."""
+    """Returns the text '<category>: <notice>' for each notice in the results.
+
+    Args: findings: keys of a category's result whose entry may have a notice, such as 'shift'.
+    """
     notices = (
         (category, (result.get(key) or {}).get("notice")) for category, result in results.items() for key in findings
     )
@@ -81,7 +85,10 @@ def _collect_notices(results: Mapping[str, Mapping[str, Any]], *findings: str) -
 
 
 def _figures(result: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
-    """Returns the metrics of a category or defect type as text, with their error bounds; '-' for a missing metric."""
+    """Returns some metrics of a category or defect type as texts, with their error bounds; '-' for a missing metric.
+
+    Args: keys: names of the metrics, in the order of the texts.
+    """
     figures = []
     for key in keys:
         value, bound = result.get(key), result.get("bounds", {}).get(key)
@@ -90,14 +97,14 @@ def _figures(result: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
 
 
 def _table(head: list[str], metrics: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """Returns a table whose columns have these heads and the titles of metrics."""
+    """Returns a Markdown table. Its first columns have the headings `head`; then follows a column for each metric."""
     titles = [*head, *(METRICS[key].title for key in metrics)]
     lines = [f"| {' | '.join(map(_escape_markdown, cells))} |" for cells in (titles, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(titles), *lines[1:]])
 
 
 def _list(items: Iterable[str]) -> str:
-    """Returns a list with an item on each line."""
+    """Returns texts as a Markdown list with one item per line; an empty text if there are no items."""
     return "\n".join(f"- {_escape_markdown(item)}" for item in items)
 
 

@@ -1,4 +1,4 @@
-"""The HTTP interface: routes, their parameters and answers, and the OpenAPI description. Thin: `service` does the work."""
+"""The HTTP interface: routes, their parameters and answers, and the OpenAPI description. `service` does the work."""
 
 from __future__ import annotations
 
@@ -46,10 +46,12 @@ Ref = Annotated[
 
 
 async def admit_request(request: Request) -> Caller:
-    """FastAPI dependency: returns the caller of a request, whose query parameters are known and occur once.
+    """FastAPI dependency: checks origin, token and query parameters of a request, and returns its caller.
 
-    Raises: Problem: 401, no valid token. 403, the request comes from the page of another site. 421, wrong host name. 422, a query
-        parameter is unknown or occurs twice.
+    Stores token id and team in `request.state.facts`, for the log.
+
+    Raises: Problem: 401, no valid token. 403, the request comes from the page of another site. 421, wrong host name. 422, a
+        query parameter is unknown or occurs twice.
     """
     service: Service = request.app.state.service
     check_origin(request.headers, service.tokens is not None)
@@ -71,27 +73,27 @@ AuthenticatedCaller = Annotated[Caller, Depends(admit_request)]
 
 
 class _AnswerBody(BaseModel):
-    """Base of the documented answers: they have no other fields."""
+    """Base class of the JSON answers. An answer has only the fields that its class documents."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class WhoAmI(_AnswerBody):
-    """Teams and scopes of the token."""
+    """The teams that the token opens, and its scopes (inspect, read, admin)."""
 
     teams: list[str]
     scopes: list[str]
 
 
 class CategoryList(_AnswerBody):
-    """Categories of a team."""
+    """The categories of a team that have a model."""
 
     team: str
     categories: list[str]
 
 
 class VersionAnswer(_AnswerBody):
-    """A published version of a model."""
+    """A published version of a model: its name, hash of its manifest, time of publication and size."""
 
     version: str
     sha256: str
@@ -100,7 +102,7 @@ class VersionAnswer(_AnswerBody):
 
 
 class VersionList(_AnswerBody):
-    """Versions of a category, and version names by alias."""
+    """The versions of a category, and its aliases. `aliases`: alias -> version name."""
 
     team: str
     category: str
@@ -109,9 +111,9 @@ class VersionList(_AnswerBody):
 
 
 class MapAnswer(_AnswerBody):
-    """The anomaly map as an 8-bit grey PNG in base64. A pixel value v means high * v / 255.
+    """The anomaly map as an 8-bit grey PNG in base64. A pixel value v means the anomaly value high * v / 255.
 
-    The map is square. Stretch it over the whole image.
+    Stretch the map over the whole image: its size, and often its aspect ratio, differ from those of the image.
     """
 
     png: str
@@ -126,7 +128,7 @@ class ImageProblem(_AnswerBody):
 
 
 class ResultAnswer(_AnswerBody):
-    """The result of one image. An image that cannot be read has only `name` and `error`."""
+    """The result of one image. If the image cannot be read, the result has only `name` and `error`."""
 
     name: str
     score: float | None = None
@@ -143,7 +145,10 @@ class ResultAnswer(_AnswerBody):
 
 
 class InspectAnswer(_AnswerBody):
-    """Results of the images of a request, in order, and the version that scored them."""
+    """The results of the images of a request, in their order, and the version that scored them.
+
+    The role is canary if a new version answered on trial, otherwise answer.
+    """
 
     request_id: str
     team: str
@@ -171,7 +176,7 @@ class ThresholdsBody(BaseModel):
 
     @model_validator(mode="after")
     def _sets_a_threshold(self) -> ThresholdsBody:
-        """Raises: ValueError: neither threshold is set."""
+        """Checks that at least one threshold is set. Raises: ValueError: neither is set."""
         if self.image_threshold is None and self.pixel_threshold is None:
             raise ValueError("set image_threshold, pixel_threshold, or both")
         return self
@@ -187,13 +192,13 @@ class AliasAnswer(_AnswerBody):
 
 
 class Ready(_AnswerBody):
-    """The state of the replica."""
+    """The answer of a health check; `status` is "ok"."""
 
     status: str
 
 
 def create_api(service: Service) -> FastAPI:
-    """Creates the FastAPI application that answers requests with a service; it starts and closes the service."""
+    """Creates the FastAPI application of a service. The application starts the service, and closes it when it stops."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -224,7 +229,7 @@ def create_api(service: Service) -> FastAPI:
 
 
 def _add_read_routes(router: APIRouter, service: Service) -> None:
-    """Adds the routes of the scope `read`."""
+    """Adds the routes that read: teams of the token (any valid token), and the routes that need the scope `read`."""
 
     @router.get("", summary="The teams and scopes of the token")
     async def who_am_i(caller: AuthenticatedCaller) -> WhoAmI:
@@ -268,7 +273,7 @@ def _add_read_routes(router: APIRouter, service: Service) -> None:
 
 
 def _add_inspect_route(router: APIRouter, service: Service) -> None:
-    """Adds the route of the scope `inspect`."""
+    """Adds the route that scores images; it needs the scope `inspect`."""
     limits = service.settings.limits
     max_bytes = int(limits.max_body_mb * MIB)
     binary = {"schema": {"type": "string", "format": "binary"}}
@@ -338,7 +343,7 @@ def _add_inspect_route(router: APIRouter, service: Service) -> None:
 
 
 def _add_admin_routes(router: APIRouter, service: Service) -> None:
-    """Adds the routes of the scope `admin`."""
+    """Adds the routes that move aliases and set thresholds; they need the scope `admin`."""
     problems = _problem_responses(400, 408, 409, 413, 415)
 
     @router.put("/{team}/{category}/aliases/{alias}", responses=problems, openapi_extra=_request_body(PromoteBody))
@@ -374,7 +379,7 @@ def _add_admin_routes(router: APIRouter, service: Service) -> None:
 
 
 def _add_open_routes(api: FastAPI, service: Service) -> None:
-    """Adds the routes that need no token: the probes, and the files of the page."""
+    """Adds the routes that need no token: the health checks, and the files of the web page if the settings turn it on."""
 
     @api.get("/healthz", summary="Whether this replica lives")
     async def healthz() -> Ready:
@@ -393,12 +398,15 @@ def _add_open_routes(api: FastAPI, service: Service) -> None:
 
 
 async def _send_file(content: bytes, media_type: str) -> Response:
-    """Returns the bytes of a file of the page."""
+    """Answers a request for a file of the web page with its content."""
     return Response(content, media_type=media_type)
 
 
 def _add_error_handlers(api: FastAPI) -> None:
-    """Answers problems, invalid requests and HTTP errors with a problem document. `Envelope` answers unexpected exceptions."""
+    """Adds handlers that turn `Problem`, invalid requests and HTTP errors into a problem document (RFC 9457).
+
+    `Envelope` answers all other exceptions.
+    """
 
     @api.exception_handler(Problem)
     async def on_problem(request: Request, problem: Problem) -> Response:
@@ -420,7 +428,7 @@ def _add_error_handlers(api: FastAPI) -> None:
 
 
 def _choose_output(accept: str) -> Output:
-    """Chooses JSON if an Accept header allows it, else a heat map. Raises: Problem: 406, it allows neither."""
+    """Returns "json" if an Accept header allows JSON, or "heatmap" if it allows only PNG. Raises: Problem: 406, neither."""
     media_types = [entry.partition(";")[0].strip().lower() for entry in accept.split(",") if entry.strip()]
     if not media_types or any(name in ("*/*", "application/*", "application/json") for name in media_types):
         return "json"
@@ -430,7 +438,7 @@ def _choose_output(accept: str) -> Output:
 
 
 def _picture_response(version: Version, inspection: Inspection, picture: bytes) -> Response:
-    """Returns a picture as PNG, with the result in headers."""
+    """Returns an HTTP response with a PNG picture as its body, and the result of the image in its headers."""
     headers = {
         "x-score": repr(inspection.score),
         "x-p-value": repr(inspection.p_value),
@@ -443,7 +451,12 @@ def _picture_response(version: Version, inspection: Inspection, picture: bytes) 
 
 
 def _result_body(name: str, result: Inspection | ImageError, values: MapValues | None) -> dict[str, Any]:
-    """Returns the fields of `ResultAnswer` for one image."""
+    """Returns the result of one image as a dictionary with fields of `ResultAnswer`.
+
+    Args:
+        name: file name of the image in the request.
+        values: values of the anomaly map; None: the result has no field `map`.
+    """
     if isinstance(result, ImageError):
         return {"name": name, "error": {"reason": result.reason, "detail": str(result)}}
     body = {"name": name, "verdict": result.verdict, **result.to_dict()}
@@ -453,7 +466,7 @@ def _result_body(name: str, result: Inspection | ImageError, values: MapValues |
 
 
 def _version_answer(version: Version) -> VersionAnswer:
-    """Returns the description of a published version."""
+    """Returns a published version in the form of an answer."""
     published_at = version.published_at.isoformat()
     return VersionAnswer(
         version=version.name, sha256=version.sha256, published_at=published_at, num_bytes=version.num_bytes

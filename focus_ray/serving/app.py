@@ -1,4 +1,4 @@
-"""The Ray Serve application: ingress replicas that receive requests, and pools of replicas that score images.
+"""The Ray Serve application: ingress replicas (processes that receive HTTP requests), and pools of replicas that score images.
 
 In the YAML of Serve, `import_path` is focus_ray.serving.app:build, and `args` are the fields of `ServiceSettings`.
 """
@@ -62,7 +62,12 @@ class ScorerReplica:
     """A Serve replica that scores images: an `ImageScorer`, which also tells Serve which models are in memory."""
 
     def __init__(self, pool: Pool, device: str, preload: Sequence[Version] = ()) -> None:
-        """Args: preload: versions to load before the first request."""
+        """Creates the scorer; `check_health` loads the models of `preload`.
+
+        Args:
+            device: cpu, cuda or auto, as for `ImageScorer`.
+            preload: versions to load before the first request.
+        """
         _prepare_replica_process()
         self._scorer = ImageScorer(pool, device, RayMeasures())
         self._scorer.models.on_drop = self._on_drop
@@ -70,13 +75,21 @@ class ScorerReplica:
         self._versions_to_preload = list(preload)
 
     async def check_health(self) -> None:
-        """Loads the pinned models. Serve calls it before it sends the first request, and regularly afterwards."""
+        """Loads the versions of `preload` (see the constructor) that are not loaded yet, one after the other.
+
+        Serve calls it before it sends the first request, and regularly afterwards.
+
+        Raises: BundleError: a version cannot be loaded. Serve then treats the replica as unhealthy.
+        """
         while self._versions_to_preload:
             await self._scorer.warm(self._versions_to_preload[-1])
             self._versions_to_preload.pop()
 
     async def inspect(self, request: ScoringRequest) -> Answer:
-        """Scores images as `ImageScorer.inspect`; the `load` time includes the announcement of the model."""
+        """Scores images as `ImageScorer.inspect`. The time `load` of the answer includes `_announce_model`.
+
+        Raises: BundleError, ScoreError: as `ImageScorer.inspect`.
+        """
         started = time.perf_counter()
         await self._announce_model(request.version)
         announced_ms = 1e3 * (time.perf_counter() - started)
@@ -85,12 +98,15 @@ class ScorerReplica:
         return answer
 
     async def warm(self, version: Version) -> None:
-        """Loads a version and scores a blank image with it."""
+        """Loads a version and scores a blank image with it. Raises: BundleError: the version cannot be loaded."""
         await self._announce_model(version)
         await self._scorer.warm(version)
 
     async def _announce_model(self, version: Version) -> None:
-        """Loads a version and tells the router of Serve, so that later requests for it come to this replica."""
+        """Loads a version and tells Serve that this replica has it, so that Serve prefers this replica for later requests.
+
+        Raises: BundleError: the version cannot be loaded.
+        """
         key = version_key(version)
         self._versions[key] = version
         await self._register_model(key)
@@ -98,12 +114,15 @@ class ScorerReplica:
     # Serve's limit on the number of models is off: `ModelCache` has a limit in bytes instead
     @serve.multiplexed(max_num_models_per_replica=-1)
     async def _register_model(self, key: str) -> str:
-        """Loads the model of a key; the decorator adds the key to Serve's list of models of this replica."""
+        """Loads the model of a `version_key`. The decorator then adds the key to Serve's list of models of this replica."""
         await self._scorer.models.get(self._versions[key])
         return key
 
     def _on_drop(self, version: Version) -> None:
-        """Removes a dropped version from Serve's list of models, so that requests for it go to replicas that still have it."""
+        """Removes a version that was dropped from memory from Serve's list of this replica's models, and counts the drop.
+
+        Serve then sends requests for the version to replicas that still have it.
+        """
         key = version_key(version)
         self._versions.pop(key, None)
         forget_model(self, key)
@@ -111,29 +130,52 @@ class ScorerReplica:
 
 
 class RemoteScoringBackend:
-    """Sends images to the pool of their category; repeats calls of lost replicas, and raises Problem if all are full."""
+    """Scores images in the pool of replicas of their category, and repeats a call if its replica was lost.
+
+    Raises Problem if all replicas are busy.
+    """
 
     def __init__(
         self, common_pool: DeploymentHandle, pinned_pools: dict[tuple[str, str], DeploymentHandle], measures: Measures
     ) -> None:
-        """Args: pinned_pools: by team and category."""
+        """Stores the handles of the pools.
+
+        Args:
+            common_pool: scores all categories without their own pool.
+            pinned_pools: (team, category) -> the category's own pool.
+            measures: receives the number of repeated calls.
+        """
         self._common_pool, self._pinned_pools, self._measures = common_pool, pinned_pools, measures
 
     async def inspect(self, request: ScoringRequest) -> Answer:
-        """Scores images in a replica, as `ImageScorer.inspect`. Raises: as `_call`."""
+        """Scores images in a replica of the pool of their category, as `ImageScorer.inspect`.
+
+        Raises:
+            Problem: 503, all replicas are busy or were lost.
+            BundleError, ScoreError: as `ImageScorer.inspect`.
+        """
         answer: Answer = await self._call("inspect", request.version, request)
         return answer
 
     async def warm(self, version: Version) -> None:
-        """Loads a version in a replica. Raises: as `_call`."""
+        """Loads a version in one replica of the pool of its category.
+
+        Raises:
+            Problem: 503, all replicas are busy or were lost.
+            BundleError: the version cannot be loaded.
+        """
         await self._call("warm", version, version)
 
     async def _call(self, method: str, version: Version, argument: Any) -> Any:
         """Calls a method of a replica, preferably one that has the model of the version in memory.
 
+        Args: argument: the argument of the method.
+
         Raises:
-            Problem: 503, all replicas are full, or _MAX_ATTEMPTS replicas were lost.
+            Problem: 503, all replicas are busy, or no replica could answer in _MAX_ATTEMPTS attempts.
             BundleError: the model cannot be loaded.
+            ScoreError: the model gives no finite score.
+            FocusRayError, RayError: any other error of the method in the replica.
         """
         handle = self._pinned_pools.get((version.team, version.category), self._common_pool)
         target = getattr(handle.options(multiplexed_model_id=version_key(version)), method)
@@ -159,15 +201,20 @@ class RemoteScoringBackend:
 @serve.deployment
 @serve.ingress()
 class Ingress:
-    """A Serve replica that receives HTTP requests. It has no models, except when it also scores."""
+    """A Serve replica that receives HTTP requests. It has models only if there are no separate scoring replicas."""
 
     def __init__(
         self, settings: ServiceSettings, common_pool: DeploymentHandle | None, pinned_pools: dict[str, DeploymentHandle]
     ) -> None:
-        """
+        """Creates the service of this replica, with the scoring in this process or in the pools.
+
         Args:
-            common_pool: pool of all categories without their own pool; None: this replica scores them itself.
-            pinned_pools: other pools by the name of their pin.
+            common_pool: pool of all categories without their own pool; None: this replica scores all images itself.
+            pinned_pools: name of a pin (categories with their own replicas) -> its pool.
+
+        Raises:
+            ConfigError: the token file cannot be read, or a location of `examples` is invalid.
+            DataError, BundleError: the folder with bundles contains no bundle, or a damaged one.
         """
         _prepare_replica_process()
         measures = RayMeasures()
@@ -191,7 +238,12 @@ def build(arguments: dict[str, Any]) -> serve.Application:
 
     Args: arguments: fields of `ServiceSettings`.
 
-    Raises: ConfigError: a key or value is wrong; the message names it.
+    Raises:
+        ConfigError: a key or value is wrong; the message names it.
+        TrainingError: the installed Ray lacks a private function that the service uses.
+        DataError: the folder with bundles contains no bundle, or the storage fails.
+        BundleError: a bundle in the folder is damaged.
+        RegistryError: there is no version to preload for a pinned category.
     """
     check_serve_parts()
     settings = parse_settings(arguments, "args of the application")
@@ -225,7 +277,10 @@ def build(arguments: dict[str, Any]) -> serve.Application:
 
 
 def _bind_pool(name: str, pool: Pool, settings: ServiceSettings, preload: Sequence[Version] = ()) -> serve.Application:
-    """Creates a pool of scoring replicas that load `preload` before their first request."""
+    """Creates a pool: a Serve deployment of replicas that score images, and load `preload` before their first request.
+
+    Args: name: name of the deployment.
+    """
     # A replica accepts every request that the gates admit. `ImageScorer` then serves waiting teams in turn. In Serve's
     # queue, one team could block the others.
     num_admitted = settings.ingress.max_replicas * settings.limits.max_in_flight
@@ -242,7 +297,7 @@ def _bind_pool(name: str, pool: Pool, settings: ServiceSettings, preload: Sequen
 
 
 def _autoscaling_config(scaling: Scaling) -> dict[str, Any]:
-    """Returns the autoscaling configuration of Serve for a `Scaling`."""
+    """Returns the settings of a `Scaling` as an `autoscaling_config` of Serve."""
     return {
         **scaling.model_dump(),
         "metrics_interval_s": _METRICS_INTERVAL_S,

@@ -1,4 +1,4 @@
-"""Dynamic batching: while a batch is computed, new items wait; together they are the next batch.
+"""Dynamic batching: while a batch is computed, new items wait; the waiting items together are the next batch.
 
 Serve's own batching (2.60) closes a batch after a fixed wait. If the device is idle, this wait is lost. If the device is busy,
 small batches queue up. It also never joins requests for different models. This batching has no fixed wait and joins all items.
@@ -17,12 +17,13 @@ R = TypeVar("R")
 
 
 class Batcher(Generic[T, R]):
-    """Collects items and calls `run(items) -> results` on batches, in a thread, one batch at a time."""
+    """Collects items of concurrent callers into batches, and calls `run` on one batch at a time in a thread."""
 
     def __init__(self, run: Callable[[Sequence[T]], Sequence[R]], max_size: int, executor: Executor) -> None:
-        """
+        """Stores the function; the first call of `submit` starts to compute.
+
         Args:
-            run: returns one result for each item, in order.
+            run: takes the items of a batch, and returns one result for each item, in order.
             max_size: largest sum of the sizes of the items of a batch; a larger item is a batch alone.
             executor: an executor with one thread, so that batches do not compete.
         """
@@ -31,7 +32,12 @@ class Batcher(Generic[T, R]):
         self._runner: asyncio.Task[None] | None = None
 
     async def submit(self, item: T, size: int) -> R:
-        """Returns the result of an item of a given size. Raises: the error that `run` raises on this item alone."""
+        """Adds an item to the next batch, waits for the batch, and returns the result of the item.
+
+        Args: size: counts towards `max_size`, for instance the number of images of the item.
+
+        Raises: the error that `run` raises for this item alone.
+        """
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, size, future))
         if self._runner is None:
@@ -39,7 +45,7 @@ class Batcher(Generic[T, R]):
         return await future
 
     async def _run_all(self) -> None:
-        """Computes batches until no item waits."""
+        """Computes one batch after the other until no item waits."""
         try:
             while self._waiting:
                 await self._run_batch(self._take_batch())
@@ -47,7 +53,10 @@ class Batcher(Generic[T, R]):
             self._runner = None
 
     def _take_batch(self) -> list[tuple[T, asyncio.Future[R]]]:
-        """Removes the items of the next batch from the queue: as many as fit, and at least one."""
+        """Removes the items of the next batch from the queue: as many as fit into `max_size`, and at least one.
+
+        Items of cancelled requests are left out, so the batch may be empty.
+        """
         batch: list[tuple[T, asyncio.Future[R]]] = []
         free_size = self.max_size
         while self._waiting and (not batch or self._waiting[0][1] <= free_size):
@@ -58,7 +67,10 @@ class Batcher(Generic[T, R]):
         return batch
 
     async def _run_batch(self, batch: list[tuple[T, asyncio.Future[R]]]) -> None:
-        """Computes a batch. After an error, computes each item alone, so that only the faulty item fails."""
+        """Computes a batch and gives each waiting caller its result.
+
+        If `run` fails, computes each item alone, so that only the callers of faulty items get an error.
+        """
         if not batch:
             return
         loop = asyncio.get_running_loop()

@@ -44,20 +44,24 @@ Decoded = tuple[ImageInfo, NDArray[np.uint8]]
 
 
 class _Team:
-    """The slots that a team may still take, and the place of its first waiting request in the queue of all teams."""
+    """The free slots of a team, and a lock: only the first waiting request of the team waits in the queue of all teams."""
 
     def __init__(self, max_slots: int) -> None:
         self.slots, self.place_in_queue = asyncio.Semaphore(max_slots), asyncio.Lock()
 
 
 class TeamSlots:
-    """A semaphore with a limit for each team. Waiting teams get free slots in turn, each team in the order of its requests."""
+    """A semaphore with a limit for each team. A slot is the permission to work, for instance to use a decoder process.
+
+    Waiting teams get free slots in turn, and each team serves its requests in their order.
+    """
 
     def __init__(self, num_slots: int, max_per_team: int) -> None:
-        """
+        """Creates free slots.
+
         Args:
-            num_slots: number of slots.
-            max_per_team: most slots that one team may hold.
+            num_slots: number of slots of all teams together.
+            max_per_team: most slots that one team may hold at the same time.
         """
         self._max_per_team = max_per_team
         self._free_slots = asyncio.Semaphore(
@@ -67,7 +71,7 @@ class TeamSlots:
 
     @asynccontextmanager
     async def hold(self, team: str) -> AsyncIterator[None]:
-        """Waits for a slot and holds it while the context is open."""
+        """Context manager: waits for a slot of a team, and holds the slot while the context is open."""
         state = self._teams.get(team)
         if state is None:
             state = self._teams[team] = _Team(self._max_per_team)
@@ -88,7 +92,10 @@ class Decoders:
     """
 
     def __init__(self, count: int) -> None:
-        """Args: count: number of processes; they start with the first image."""
+        """Prepares the processes; `launch`, `start` or the first image starts them.
+
+        Args: count: number of processes.
+        """
         self._slots = TeamSlots(count, max(1, count - 1))
         self._idle_pools = [_create_pool() for _ in range(count)]
         self._running_tasks: set[asyncio.Task[object]] = set()
@@ -97,18 +104,27 @@ class Decoders:
     async def decode(
         self, team: str, images: Sequence[bytes], frame: Frame, max_pixels: int
     ) -> list[Decoded | ImageError]:
-        """Decodes images as `decode_to_frame`; the result is an ImageError if this fails or the decoder was killed."""
+        """Decodes images in the decoder processes, resizes them to the input size of the network, and returns them in order.
+
+        The result of an image is as in `decode_to_frame`. It is an `ImageError` if the image cannot be decoded, takes too long or
+        takes too much memory.
+
+        Args:
+            team: the team whose slots the decoding uses.
+            frame: input size of the network, and how images are resized to it.
+            max_pixels: images with more pixels are not decoded.
+        """
         # a frame without cached values, which would be copied to the process
         plain_frame = Frame(frame.height, frame.width, frame.resize, frame.region, frame.cells)
         decodings = (self._run(team, decode_to_frame, image, plain_frame, max_pixels) for image in images)
         return await asyncio.gather(*decodings)
 
     async def decode_picture(self, team: str, image: bytes, width: int, height: int) -> NDArray[np.uint8] | ImageError:
-        """Decodes the whole image to (height, width, 3) RGB; returns an ImageError if this fails."""
+        """Decodes an image and resizes it to (height, width, 3) RGB; returns an `ImageError` if it cannot be decoded."""
         return await self._run(team, decode_picture, image, width, height)
 
     def launch(self) -> None:
-        """Starts the idle processes that do not run, and does not wait for them."""
+        """Starts the idle processes that do not run, and does not wait for them. Replaces broken processes."""
         for number, pool in enumerate(self._idle_pools):
             # reading `active` starts a pool; it is False after an idle process was killed from outside, which breaks the pool
             if not pool.active:
@@ -122,10 +138,9 @@ class Decoders:
     async def _run(self, team: str, function: Callable[..., T], *arguments: object) -> T | ImageError:
         """Waits for a slot of the team, and calls a function in a decoder process.
 
-        Returns: the result of the function. If the function raises an `ImageError`, or takes too long or too much memory, an
-        `ImageError`.
+        Returns: the result of the function; an `ImageError` if the function raises it, takes too long or takes too much memory.
 
-        Raises: other errors of the function.
+        Raises: any other error of the function, or an error of the process pool.
         """
         async with AsyncExitStack() as slot:
             await slot.enter_async_context(self._slots.hold(team))
@@ -138,7 +153,12 @@ class Decoders:
     async def _run_in_slot(
         self, slot: AsyncExitStack, function: Callable[..., T], arguments: tuple[object, ...]
     ) -> T | ImageError:
-        """Calls a function in an idle decoder and releases the slot; returns an ImageError if the decoder was killed."""
+        """Calls a function in an idle decoder process, and then releases the slot.
+
+        Returns: as `_run`.
+
+        Raises: as `_run`.
+        """
         async with slot:
             self.launch()
             pool = self._idle_pools.pop(0)
@@ -173,7 +193,7 @@ def _too_large() -> ImageError:
 
 
 def _create_pool() -> ProcessPool:
-    """Creates a pool with one process."""
+    """Creates a pool with one decoder process, which starts with the first task."""
     # A fork server imports this module once. Decoders are forked from it, so that a new one is ready in milliseconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -181,7 +201,7 @@ def _create_pool() -> ProcessPool:
 
 
 async def _restart(pool: ProcessPool) -> ProcessPool:
-    """Waits until a pool has a new process; returns this pool, or a new one if this pool is broken."""
+    """Waits until a pool has started a new process. Returns the pool; if it is broken, stops it and returns a new pool."""
     try:
         await asyncio.wrap_future(pool.schedule(_do_nothing))
         return pool
@@ -191,7 +211,7 @@ async def _restart(pool: ProcessPool) -> ProcessPool:
 
 
 def _stop_pools(pools: list[ProcessPool]) -> None:
-    """Ends the processes of the pools."""
+    """Ends the processes of the pools, and waits until they have ended."""
     for pool in pools:
         pool.stop()
         pool.join()
@@ -201,7 +221,10 @@ def _stop_pools(pools: list[ProcessPool]) -> None:
 
 
 def _limit_process() -> None:
-    """Limits the memory of this process, gives scoring the higher priority, and makes SIGTERM end it in native code too."""
+    """Prepares a decoder process: SIGTERM ends it at once, even in native code.
+
+    On Linux, also limits its memory, and gives it the lowest CPU priority so that scoring comes first.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's own handler would wait for the native code
     if sys.platform == "linux":
         import resource
@@ -215,16 +238,17 @@ def _limit_process() -> None:
 
 
 def _do_nothing() -> None:
-    """Runs in a decoder process to find out that the process is ready."""
+    """Does nothing in a decoder process; its end shows the caller that the process is ready."""
     pass
 
 
 def decode_to_frame(image: bytes, frame: Frame, max_pixels: int = MAX_PIXELS) -> Decoded:
-    """Decodes an image to the shape of a frame.
+    """Decodes an image and resizes it to the frame, the input size of the network.
 
-    Returns: its `ImageInfo` and pixels (H, W, 3 or 4) uint8.
+    Returns: its `ImageInfo` and its pixels (H, W, 3 or 4) uint8; a fourth channel marks the scored pixels.
 
-    Raises: ImageError: the image cannot be decoded, or its header announces more than `max_pixels`.
+    Raises: ImageError: the image cannot be decoded, its header announces more than `max_pixels`, it has no scored pixel, or it
+        is a picture that focus_ray drew.
     """
     refuse_drawing(image)
     if max_pixels < MAX_PIXELS:
@@ -236,6 +260,9 @@ def decode_to_frame(image: bytes, frame: Frame, max_pixels: int = MAX_PIXELS) ->
 
 
 def decode_picture(image: bytes, width: int, height: int) -> NDArray[np.uint8]:
-    """Decodes a whole image and resizes it to (height, width, 3) RGB with Pillow's bilinear filter. Raises: ImageError."""
+    """Decodes an image and resizes it to (height, width, 3) RGB with Pillow's bilinear filter.
+
+    Raises: ImageError: the image cannot be decoded.
+    """
     picture = Image.fromarray(decode_image(image, None)).resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(picture)

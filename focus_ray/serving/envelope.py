@@ -1,4 +1,4 @@
-"""Middleware for every request: adds a request id and security headers, logs one line, and hides unexpected errors."""
+"""Middleware for HTTP requests: adds a request id and security headers, logs one line, and hides unexpected errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ _SECURITY_HEADERS = {
 
 
 class Envelope:
-    """ASGI middleware; it stores the request id in `scope["state"]["request_id"]`."""
+    """ASGI middleware around every HTTP request: adds headers, logs and measures the request, and hides unexpected errors.
+
+    It stores the request id in `scope["state"]["request_id"]`. Health checks are measured, but not logged.
+    """
 
     def __init__(self, app: ASGIApp, measures: Measures) -> None:
         self.app, self.measures = app, measures

@@ -1,4 +1,4 @@
-"""Normal training images that the service shows as examples, from data sets that the settings allow."""
+"""Reads normal training images that the service shows as examples, from data sets that the settings allow."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ _EXAMPLE_SIDE_PX = 512
 
 
 class ExampleStore:
-    """Reads example images from the data sets that manifests name.
+    """Reads example images from the data sets that are named in the manifests of the models.
 
     The author of a manifest may have fewer rights than the service. The store therefore reads only below allowed locations.
     """
 
     def __init__(self, allowed: bool | Mapping[str, Sequence[str]]) -> None:
-        """
-        Args: allowed: value of the setting `examples`: locations by team; True allows every location.
+        """Stores the allowed locations in normal form.
+
+        Args: allowed: value of the setting `examples`: team -> locations. True allows every location, False none.
 
         Raises: ConfigError: a location is not a path or URI.
         """
@@ -40,15 +41,15 @@ class ExampleStore:
             raise ConfigError(f"examples: {error}") from None
 
     def read(self, team: str, category: str, uri: object, number: int) -> bytes:
-        """Returns a normal training image as JPEG, at most 512 px a side. Blocks.
+        """Returns a normal training image as JPEG with sides of at most 512 pixels. Blocks while it reads the data set.
 
         Args:
-            uri: data set of the manifest of the model.
+            uri: location of the data set, from the manifest of the model.
             number: number of the example, from 0; the examples are evenly spread over the normal training images.
 
         Raises:
             RegistryError: the team may not show this data set, or there is no example of this number.
-            DataError: the data set cannot be read.
+            DataError: the data set or the image cannot be read.
         """
         location = str(uri) if self._allows_all else self._check_location(team, category, uri)
         index = read_index(location, category, split="train")
@@ -66,7 +67,10 @@ class ExampleStore:
         return jpeg.getvalue()
 
     def _check_location(self, team: str, category: str, uri: object) -> str:
-        """Returns the normalised location of a data set. Raises: RegistryError: the team may not show it."""
+        """Returns the location of a data set in normal form.
+
+        Raises: RegistryError: the location is invalid, or the setting `examples` does not allow it for the team.
+        """
         try:
             location = normalise_location(uri)
         except DataError as error:
@@ -80,7 +84,10 @@ class ExampleStore:
 
 
 def normalise_location(uri: object) -> str:
-    """Returns a path without links and `..`, or an s3:// URI. Raises: DataError: `uri` is neither a path nor an s3:// URI."""
+    """Returns a location in normal form: an absolute path without links and `..`, or an s3:// URI without a closing slash.
+
+    Raises: DataError: `uri` is neither a path nor an s3:// URI, or the s3:// URI has a query, `.`, `..` or an empty name.
+    """
     try:
         if not isinstance(uri, str):
             raise DataError(f"{uri!r}: expected a path or an s3:// URI")

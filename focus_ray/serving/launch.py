@@ -19,9 +19,9 @@ APPLICATION = "focus-ray"
 
 
 def check_host(host: str, settings: ServiceSettings) -> None:
-    """Logs a warning if other machines can reach the host.
+    """Checks that a host name or address that other machines can reach is used only with tokens, and then logs a warning.
 
-    Raises: ConfigError: other machines can reach it, and the service requires no token.
+    Raises: ConfigError: other machines can reach the host, and the settings have no tokens.
     """
     if is_loopback(host):
         return
@@ -37,7 +37,10 @@ def check_host(host: str, settings: ServiceSettings) -> None:
 
 
 def check_port(host: str, port: int) -> None:
-    """Checks that the service can listen at a port; 0 is always free. Raises: ConfigError: it cannot."""
+    """Checks that the service can listen at a port of a host; port 0 means any free port.
+
+    Raises: ConfigError: the port is not free, or the host is not an address of this machine.
+    """
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
@@ -49,13 +52,17 @@ def check_port(host: str, port: int) -> None:
 
 @contextmanager
 def running(settings: ServiceSettings, host: str = "127.0.0.1", port: int = 8000) -> Iterator[str]:
-    """Runs the service while the context is open.
+    """Context manager: runs the service while the context is open, and finishes the requests in flight at the end.
 
-    Uses the Ray that this process is connected to, else the one of RAY_ADDRESS, else starts a private Ray.
+    Uses the Ray cluster that this process is connected to, else the cluster of RAY_ADDRESS, else starts a private cluster.
+    Without RAY_USAGE_STATS_ENABLED in the environment, sets it to 0.
 
     Yields: the URL of the service.
 
-    Raises: ConfigError: as `check_host`.
+    Raises:
+        ConfigError: as `check_host` and `app.build`.
+        TrainingError: Ray does not start, or lacks a private function that the service uses.
+        DataError, BundleError, RegistryError: as `app.build`.
     """
     check_host(host, settings)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -85,7 +92,12 @@ def running(settings: ServiceSettings, host: str = "127.0.0.1", port: int = 8000
 
 
 def serve_until_interrupted(settings: ServiceSettings, host: str, port: int, log: Callable[[str], None]) -> None:
-    """Runs the service until SIGINT or SIGTERM, then finishes the requests in flight. Raises: ConfigError: as `running`."""
+    """Runs the service until SIGINT or SIGTERM, then finishes the requests in flight. Replaces the handlers of both signals.
+
+    Args: log: called with each message for the user.
+
+    Raises: ConfigError, TrainingError, DataError, BundleError, RegistryError: as `running`.
+    """
     with running(settings, host, port) as url:
         with suppress(KeyboardInterrupt):
             for number in (signal.SIGINT, signal.SIGTERM):  # a shell may have disabled SIGINT

@@ -1,4 +1,7 @@
-"""Limits that refuse a request before it costs much: requests in flight, size and duration of the body, number of images."""
+"""Limits that refuse a request before it costs much: requests in flight, size and duration of the body, number of images.
+
+A request is in flight from its admission until its answer is ready.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ _URL_PARAMETERS = ("version", "output", "include")  # of an inspection; in a for
 
 
 class Gate:
-    """Counts the requests in flight and the bytes of their bodies, and refuses requests above the limits."""
+    """Counts the requests in flight (not answered yet) and their bytes for each team, and refuses requests above the limits."""
 
     def __init__(self, limits: Limits, measures: Measures) -> None:
         self.limits, self.measures = limits, measures
@@ -40,9 +43,9 @@ class Gate:
 
     @contextmanager
     def admit(self, team: str, num_bytes: int) -> Iterator[None]:
-        """Counts a request of `num_bytes` while the context is open.
+        """Context manager: admits a request with a body of `num_bytes`, and counts it as in flight while the context is open.
 
-        Raises: Problem: 429, the team has too many requests or bytes in flight. 503, all teams together have.
+        Raises: Problem: 429, the team has too many requests or bytes in flight. 503, all teams together have too many.
         """
         team_requests, team_bytes = self._requests_by_team[team], self._bytes_by_team[team]
         all_requests, all_bytes = self._requests_by_team.total(), self._bytes_by_team.total()
@@ -60,7 +63,7 @@ class Gate:
             self._count(team, -1, -num_bytes)
 
     def _count(self, team: str, num_requests: int, num_bytes: int) -> None:
-        """Adds to the numbers of a team and reports the sums of all teams."""
+        """Adds to the unanswered requests of a team and to their bytes, and records the sums of all teams as metrics."""
         self._requests_by_team[team] += num_requests
         self._bytes_by_team[team] += num_bytes
         if not self._requests_by_team[team]:
@@ -70,9 +73,9 @@ class Gate:
 
 
 def read_content_length(request: Request, max_bytes: int) -> int:
-    """Returns the Content-Length of a request in bytes; `max_bytes` if the header is absent.
+    """Returns the value of the header Content-Length in bytes; `max_bytes` if the header is absent.
 
-    Raises: Problem: 413, the length is above `max_bytes`. 400, the header is not a length.
+    Raises: Problem: 413, the length is above `max_bytes`. 400, the header is not a number of bytes.
     """
     text = request.headers.get("content-length")
     if text is None:
@@ -85,7 +88,10 @@ def read_content_length(request: Request, max_bytes: int) -> int:
 
 
 async def read_body(request: Request, max_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> bytes:
-    """Reads the body of a request. Raises: Problem: 413, it has more than `max_bytes`. 408, it takes longer than `timeout_s`."""
+    """Reads the body of a request.
+
+    Raises: Problem: 413, the body has more than `max_bytes`. 408, the body does not arrive within `timeout_s` seconds.
+    """
 
     async def read() -> bytes:
         body = bytearray()
@@ -103,14 +109,14 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float = BODY_TI
 
 
 async def read_document(request: Request, model: type[M]) -> M:
-    """Reads and validates a small JSON body.
+    """Reads a small JSON body, and validates it against a pydantic model.
 
-    FastAPI would read a declared body before the authentication. This function is called after it, so that strangers cannot
-    make the service read bodies.
+    If FastAPI read the body, it would read it before the authentication. This function is called after the authentication, so
+    that strangers cannot make the service read bodies.
 
     Raises:
-        Problem: as `read_content_length` and `read_body`; 415, the Content-Type is not application/json.
-        RequestValidationError: the body does not fit the model.
+        Problem: 400 or 413, as `read_content_length`. 408 or 413, as `read_body`. 415, the Content-Type is not application/json.
+        RequestValidationError: the body is not valid JSON, or does not fit the model.
     """
     if _media_type(request) != "application/json":
         raise _unsupported(request, "application/json")
@@ -122,9 +128,10 @@ async def read_document(request: Request, model: type[M]) -> M:
 
 
 async def split_images(request: Request, body: bytes, limits: Limits) -> list[tuple[str, bytes]]:
-    """Returns the images of a body as (file name, bytes): the body itself is one image, or a multipart form has several.
+    """Returns (file name, bytes) of each image in a body. The body is one image, without a file name, or a multipart form.
 
-    Raises: Problem: 415, another Content-Type. 400, the form cannot be read. 422, there is no image. 413, too many images.
+    Raises: Problem: 400, the form cannot be read. 413, the form has too many images. 415, the Content-Type is neither an image
+        nor a form. 422, there is no image, or the form has a field that belongs into the URL.
     """
     media_type = _media_type(request)
     if media_type == "multipart/form-data":
@@ -139,10 +146,16 @@ async def split_images(request: Request, body: bytes, limits: Limits) -> list[tu
 
 
 class _FormParser(MultiPartParser):
-    """Starlette's parser treats only parts with `filename` as files; this one also images whose part has no `filename`."""
+    """A parser of multipart forms that also treats parts with an image as files if they have no `filename`.
+
+    Starlette's parser treats only parts with `filename` as files.
+    """
 
     def on_headers_finished(self) -> None:
-        """Adds a `filename` to a part if only `filename*` (RFC 5987) or its media type shows that it is a file."""
+        """Adds a `filename` to a part of the form that has none, but is a file by its `filename*` (RFC 5987) or its media type.
+
+        The parser calls it after the headers of each part.
+        """
         part = self._current_part
         disposition = part.content_disposition or b""
         if b"filename" not in parse_options_header(disposition)[1]:
@@ -158,7 +171,10 @@ class _FormParser(MultiPartParser):
 
 
 async def _read_form(request: Request, body: bytes, limits: Limits) -> list[tuple[str, bytes]]:
-    """Returns the files of a multipart form as (file name, bytes). Raises: Problem: as `split_images`."""
+    """Returns (file name, bytes) of each file in a multipart form; the file name may be empty.
+
+    Raises: Problem: 400, the form cannot be read. 413, it has too many images. 422, it has a field that belongs into the URL.
+    """
 
     async def stream_body() -> AsyncIterator[bytes]:
         yield body
@@ -202,10 +218,13 @@ def _media_type(request: Request) -> str:
 
 
 def _unsupported(request: Request, expected: str) -> Problem:
-    """Returns the problem for another Content-Type than the expected ones."""
+    """Returns a problem with status 415: the Content-Type of the request is not supported.
+
+    Args: expected: supported types, for the message.
+    """
     return Problem(415, "unsupported-media-type", f"Content-Type {_media_type(request)[:100]!r}: send {expected}")
 
 
 def _body_too_large(max_bytes: int) -> Problem:
-    """Returns the problem for a body above the limit."""
+    """Returns a problem with status 413: the body is larger than `max_bytes`."""
     return Problem(413, "too-large", f"the body is larger than {max_bytes} bytes: send less in a request")

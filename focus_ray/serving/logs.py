@@ -9,11 +9,11 @@ from datetime import datetime, timezone
 from typing import Any
 
 LOGGER = "focus_ray.serving"
-_LIBRARY = "focus_ray.bundle"  # its warnings about damaged records go to the same log
+_LIBRARY = "focus_ray.bundle"  # its warnings about damaged registry records go to the same log
 
 
 class JsonLines(logging.Formatter):
-    """Formats a log record as JSON: time, level, event, the facts of the call, and the traceback if there is one."""
+    """Formats a log record as JSON: time, level, event, the keyword arguments of `log`, and the traceback if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Returns the record as one line of JSON."""
@@ -29,7 +29,7 @@ class JsonLines(logging.Formatter):
 
 
 def configure_logging(level: int = logging.INFO) -> None:
-    """Sends the events of the service to stderr; a second call in a process changes only the level."""
+    """Sends the log events of the service to stderr as JSON lines; a second call in a process changes only the level."""
     for name in (LOGGER, _LIBRARY):
         logger = logging.getLogger(name)
         if not logger.handlers:
@@ -41,7 +41,12 @@ def configure_logging(level: int = logging.INFO) -> None:
 
 
 def log(event: str, *, level: int = logging.INFO, error: BaseException | str | None = None, **facts: Any) -> None:
-    """Logs an event with facts, which become JSON fields. An exception as `error` is logged with its traceback."""
+    """Logs an event as a JSON line. An exception as `error` is logged with its traceback.
+
+    Args:
+        error: the reason; it becomes the field `error`.
+        facts: further fields of the JSON line.
+    """
     if isinstance(error, BaseException):
         facts["error"] = str(error)
     elif error is not None:

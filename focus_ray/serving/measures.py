@@ -1,4 +1,4 @@
-"""The metrics of the service, and the interface that reports them. `serving.metrics` exports them to Prometheus through Ray."""
+"""The metrics of the service, and the interface that records them. `serving.metrics` exports them to Prometheus through Ray."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ _ROLE = (*_VERSION, "role")
 
 
 class ServiceMetric(NamedTuple):
-    """A metric: its kind (a class of `ray.util.metrics`), description, names of its tags, and buckets of a histogram."""
+    """The definition of a metric.
+
+    Attributes:
+        kind: class of `ray.util.metrics`.
+        description: text for people.
+        tags: names of the tags.
+        buckets: upper bounds of the buckets of a histogram.
+    """
 
     kind: Literal["Counter", "Gauge", "Histogram"]
     description: str
@@ -24,7 +31,7 @@ class ServiceMetric(NamedTuple):
     buckets: tuple[float, ...] = ()
 
 
-# by name without the prefix: Prometheus has ray_focus_ray_<name>, and ray_focus_ray_<name>_total of a counter
+# name -> metric. Prometheus adds a prefix: ray_focus_ray_<name>, and ray_focus_ray_<name>_total for a counter
 METRICS = {
     "requests": ServiceMetric("Counter", "Requests answered.", ("route", "method", "status")),
     "request_seconds": ServiceMetric("Histogram", "From a request's head to its answer.", ("route",), _SECONDS),
@@ -53,10 +60,12 @@ METRICS = {
 
 
 class Measures:
-    """Receives metrics and ignores them; a subclass records them."""
+    """The interface that records metrics. This base class ignores them; a subclass records them."""
 
     def record(self, name: str, value: float = 1, **tags: str) -> None:
-        """Adds a value to a counter of METRICS, observes it in a histogram, or sets a gauge. This base class ignores the value.
+        """Adds a value to a counter or histogram, or sets a gauge to it. This base class ignores the value.
 
-        Args: tags: values of all tags of the metric.
+        Args:
+            name: key of `METRICS`.
+            tags: name of a tag -> value, for all tags of the metric.
         """

@@ -12,7 +12,7 @@ _REPORT_METHODS = {"Counter": "inc", "Gauge": "set", "Histogram": "observe"}
 
 
 class RayMeasures(Measures):
-    """Records metrics with Ray. Create it in the process that reports them."""
+    """Records the metrics of `METRICS` with Ray. Each process that records metrics must create its own object."""
 
     def __init__(self) -> None:
         self._report_functions: dict[str, Any] = {}
@@ -24,5 +24,5 @@ class RayMeasures(Measures):
             self._report_functions[name] = getattr(ray_metric, _REPORT_METHODS[metric.kind])
 
     def record(self, name: str, value: float = 1, **tags: str) -> None:
-        """Reports a value to Ray; see `Measures.record`."""
+        """Records a value with Ray: adds it to a counter or histogram, or sets a gauge to it (see `Measures.record`)."""
         self._report_functions[name](value, tags)

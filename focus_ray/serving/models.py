@@ -1,4 +1,4 @@
-"""A cache of loaded models with a limit in bytes: the least recently used model is dropped first; equal backbones are shared."""
+"""A cache of loaded models with a limit in bytes: the least recently used model is dropped first. Equal backbones are shared."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ from focus_ray.serving.source import version_key
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A loaded version. `num_bytes` counts its tensors without the backbone, which other models may share."""
+    """A version whose model is in memory.
+
+    Attributes:
+        inspector: scores images with the model.
+        num_bytes: size of the model's tensors without the backbone, which other models may share.
+    """
 
     version: Version
     inspector: Inspector
@@ -44,7 +49,7 @@ class SharedBackbones:
         self._lock = threading.Lock()  # loader threads add backbones while the event loop counts them
 
     def share(self, detector: Detector, dtype: torch.dtype) -> None:
-        """Replaces the backbone of a detector by an equal backbone of another model, if there is one.
+        """Replaces the backbone of a detector, in place, by an equal backbone of another loaded model if there is one.
 
         Call it before batch norms are fused, because fusing changes the weights.
 
@@ -57,14 +62,14 @@ class SharedBackbones:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all backbones that a model uses."""
+        """Number of bytes of all shared backbones in memory."""
         with self._lock:
             backbones = list(self._by_hash.values())
         return sum(tensor.nbytes for backbone in backbones for tensor in _module_tensors(backbone))
 
 
 class ModelCache:
-    """Loaded versions, within `budget_bytes`; at least the version loaded last stays."""
+    """A cache of loaded versions, whose size stays below `budget_bytes`. The version that was loaded last always stays."""
 
     def __init__(
         self,
@@ -74,12 +79,14 @@ class ModelCache:
         on_load: Callable[[Version, float], None] = lambda version, seconds: None,
         on_drop: Callable[[Version], None] = lambda version: None,
     ) -> None:
-        """
+        """Creates an empty cache.
+
         Args:
             budget_bytes: largest size of all models and backbones together.
-            executor: reads bundles; its number of threads limits the memory that loading needs above the budget.
-            on_load: is called after a load, with its seconds.
-            on_drop: is called after a version was dropped.
+            device: cpu or cuda; the models are loaded on it.
+            executor: its threads read bundles. Their number limits the memory that loading needs above the budget.
+            on_load: called after a load, with the version and the duration in seconds.
+            on_drop: called after a version was dropped from memory.
         """
         self.budget_bytes, self.device, self.executor = budget_bytes, device, executor
         self.on_load, self.on_drop = on_load, on_drop
@@ -89,20 +96,21 @@ class ModelCache:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all models and backbones in memory."""
+        """Number of bytes of all models and backbones in memory."""
         return sum(model.num_bytes for model in self._models.values()) + self._backbones.num_bytes
 
     @property
     def loaded_keys(self) -> list[str]:
-        """Keys of the loaded versions, the least recently used first."""
+        """The `version_key` of each loaded version, the least recently used first."""
         return list(self._models)
 
     async def get(self, version: Version) -> LoadedModel:
-        """Returns the model of a version; loads and verifies it first if it is not in memory.
+        """Returns the model of a version; loads and verifies it first if it is not in memory, which may drop other models.
 
         Simultaneous calls for a version share one load.
 
-        Raises: BundleError: the bundle is missing, damaged, larger than the budget, or not the published one. Other models stay.
+        Raises: BundleError: the bundle is missing, damaged, larger than the budget, or not the published one. Then no model is
+            dropped.
         """
         key = version_key(version)
         model = self._models.get(key)
@@ -116,7 +124,10 @@ class ModelCache:
         return await asyncio.shield(task)  # a cancelled request must not cancel the load of other requests
 
     async def _load(self, key: str, version: Version) -> LoadedModel:
-        """Loads a model and drops the least recently used ones until all fit into the budget."""
+        """Loads a model, and drops the least recently used models until all fit into the budget.
+
+        Raises: BundleError: as `get`.
+        """
         started = time.perf_counter()
         model = await asyncio.get_running_loop().run_in_executor(self.executor, self._read_model, version)
         self._models[key] = model
@@ -127,7 +138,10 @@ class ModelCache:
         return model
 
     def _read_model(self, version: Version) -> LoadedModel:
-        """Reads and verifies the bundle of a version and moves the model to the device. Blocks."""
+        """Reads and verifies the bundle of a version, and returns its model on the device. Blocks.
+
+        Raises: BundleError: the bundle is missing, damaged, larger than the budget, or not the published one.
+        """
         bundle = read_bundle(version.uri, self.device, max_bytes=self.budget_bytes)
         if bundle.version != version.sha256:
             raise BundleError(f"{version.uri}: not the bundle that was published as {version.name}: publish it again")
@@ -151,7 +165,7 @@ def tensors_without_backbone(detector: Detector) -> Iterator[Tensor]:
 
 
 def _tensors_of(component: object) -> Iterator[Tensor]:
-    """Yields the tensors in the attributes of a density, also in attributes that are parts of the density themselves."""
+    """Yields the tensors in the attributes of a density, and in attributes that are objects of `focus_ray.density`."""
     for value in vars(component).values():
         if isinstance(value, Tensor):
             yield value
@@ -160,7 +174,10 @@ def _tensors_of(component: object) -> Iterator[Tensor]:
 
 
 def hash_module(module: nn.Module) -> str:
-    """Returns the SHA-256 of a module: its structure, and name, type, shape and values of every tensor."""
+    """Returns a SHA-256 that is equal for torch modules with the same structure and the same tensors.
+
+    It covers the text of the module, and name, type, shape and values of every parameter and buffer of its state.
+    """
     digest = hashlib.sha256(repr(module).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,4 +1,4 @@
-"""Refuses requests from web pages of other sites; only the page of the service itself may call the service.
+"""Refuses requests from web pages of other sites; of all web pages, only the service's own page may call the service.
 
 Browsers add `Sec-Fetch-Site` and `Origin`, and scripts cannot forge them. Other programs send neither header and pass. Without
 tokens, the check of `Host` prevents DNS rebinding: the name of an attacker's page would resolve to 127.0.0.1.
@@ -16,7 +16,7 @@ _ALLOWED_SITES = ("same-origin", "none")  # none: the user typed the URL
 
 
 def check_origin(headers: Headers, needs_token: bool) -> None:
-    """Refuses requests from the pages of other sites and, without tokens, requests to host names other than loopback names.
+    """Refuses requests from the pages of other sites and, without tokens, requests to other host names than localhost.
 
     Args:
         headers: headers of the request.
@@ -41,7 +41,7 @@ def check_origin(headers: Headers, needs_token: bool) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Says whether a host name or address, without a port, can be reached only from this machine."""
+    """Returns whether a host name or address, without a port, is localhost: only this machine can reach it."""
     try:
         return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -49,7 +49,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _is_loopback_name(host: str) -> bool:
-    """Says whether a `Host` header names this machine only; it may have a port, and brackets around an IPv6 address."""
+    """Returns whether the value of a `Host` header is localhost, with or without a port. An IPv6 address needs brackets."""
     name, _, port = host.rpartition(":") if not host.endswith("]") and ":" in host else (host, "", "")
     is_address = name.startswith("[") and name.endswith("]")
     return (

@@ -23,7 +23,7 @@ STORAGE_RETRY_AFTER_S = 5  # the same while the storage fails, which rarely ends
 
 
 class Problem(Exception):
-    """Ends a request with a problem document.
+    """An error that ends a request. The answer to the client is a problem document (RFC 9457).
 
     Attributes:
         status: HTTP status.
@@ -40,7 +40,10 @@ class Problem(Exception):
         retry_after_s: int | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
-        """Args: retry_after_s: value of the header Retry-After, after which the same request may succeed; None: no header."""
+        """Stores the problem.
+
+        Args: retry_after_s: seconds after which the same request may succeed, for the header Retry-After; None: no header.
+        """
         super().__init__(status, code, detail, retry_after_s, headers)  # all in args, so that it survives pickle
         self.status, self.code, self.detail = status, code, detail
         self.headers = dict(headers or {})
@@ -63,12 +66,12 @@ class Problem(Exception):
 
 
 def not_found(detail: str) -> Problem:
-    """Returns a problem with status 404."""
+    """Returns a problem with status 404: the requested resource does not exist."""
     return Problem(404, "not-found", detail)
 
 
 def no_such_category(team: str, category: str) -> Problem:
-    """Returns the problem for a category that does not exist or that the token may not use.
+    """Returns a problem with status 404 for a category that does not exist or that the token may not use.
 
     Both have the same answer, so that a caller cannot find out the categories of other teams.
     """
@@ -76,5 +79,5 @@ def no_such_category(team: str, category: str) -> Problem:
 
 
 def unavailable(detail: str, retry_after_s: int = RETRY_AFTER_S) -> Problem:
-    """Returns a problem with status 503: the same request may succeed later."""
+    """Returns a problem with status 503: the service cannot answer now, but the same request may succeed later."""
     return Problem(503, "unavailable", detail, retry_after_s)

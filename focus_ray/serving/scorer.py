@@ -1,8 +1,8 @@
 """Scores the images of requests in a replica: decodes them, waits for the next batch, scores the batch, judges the scores.
 
-Models of several categories that share a backbone share a forward pass. Decoding runs in processes and judging in threads, so
-that the event loop and the forward pass continue. Teams get their turns one after the other, so that no team blocks the others.
-This module does not use Serve.
+To judge a score is to turn it into a p-value, a verdict, regions and pictures. Models of several categories that share a
+backbone share a forward pass. Decoding runs in processes and judging in threads, so that the event loop and the forward pass
+continue. Teams get their turns one after the other, so that no team blocks the others. This module does not use Serve.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ ImageResult = Inspection | ImageError
 
 @dataclass(frozen=True)
 class Answer:
-    """Results of the images of a request, in their order.
+    """The results of the images of a request. Each list has one entry per image, in their order.
 
     Attributes:
-        results: inspections without anomaly maps; an error for an image that cannot be read.
-        pictures: PNG files; None if the request asks for JSON, or the image cannot be read.
-        maps: values of the anomaly maps; None if the request does not include them, or the image cannot be read.
-        timings_ms: milliseconds of each stage.
+        results: an inspection without its anomaly map, or an error if the image cannot be read.
+        pictures: a PNG file; None if the request asks for JSON, or the image cannot be read.
+        maps: values of the anomaly map; None if the request does not ask for them, or the image cannot be read.
+        timings_ms: stage (load, decode, wait, score, judge) -> milliseconds.
     """
 
     results: list[ImageResult]
@@ -52,12 +52,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class ScoringRequest:
-    """Images to score with a version.
+    """Images to score with a version, and the form of the results.
 
     Attributes:
-        images: encoded files.
-        output: json, or the kind of picture.
-        include_map: adds the values of the anomaly maps.
+        images: encoded image files.
+        output: json, or the kind of picture to draw: heatmap, overlay or mask.
+        include_map: whether the answer includes the values of the anomaly maps.
         max_pixels: larger images are not decoded; their result is an error.
     """
 
@@ -69,16 +69,19 @@ class ScoringRequest:
 
 
 class ScoringPart(NamedTuple):
-    """Decoded images (B, H, W, 3 or 4) uint8 of a request, and the inspector of their model."""
+    """The input of a batch from one request: decoded images (B, H, W, 3 or 4) uint8, and the inspector of their model."""
 
     inspector: Inspector
     pixels: NDArray[np.uint8]
 
 
 class Scores(NamedTuple):
-    """The result for the images of one request: scores (B,) and anomaly maps (B, H, W) at the size of the frame.
+    """The result of a batch for the images of one request.
 
-    It also has the times (`time.perf_counter`) at which scoring of the whole batch began and ended.
+    Attributes:
+        score: (B,).
+        anomaly_map: (B, H, W), in the input size of the network.
+        started_at, ended_at: times of `time.perf_counter` at which scoring of the whole batch began and ended.
     """
 
     score: NDArray[np.float32]
@@ -88,10 +91,16 @@ class Scores(NamedTuple):
 
 
 class ImageScorer:
-    """Scores images with any version of a registry, within the limits of a pool."""
+    """Scores images with any version of a registry, within the limits on memory and batch size of a pool."""
 
     def __init__(self, pool: Pool, device: str = "auto", measures: Measures | None = None) -> None:
-        """Args: device: cpu or cuda; auto: cuda if there is a GPU."""
+        """Creates an empty cache of models, the threads and the batching. On a CPU, also limits the threads of torch.
+
+        Args:
+            pool: settings of the threads, the decoder processes and the limits.
+            device: cpu or cuda; auto: cuda if there is a GPU.
+            measures: receives the metrics; None: metrics are dropped.
+        """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.pool, self.device, self.measures = pool, device, measures or Measures()
@@ -123,7 +132,14 @@ class ImageScorer:
         await self._batcher.submit(ScoringPart(inspector, blank), 1)
 
     async def inspect(self, request: ScoringRequest) -> Answer:
-        """Decodes, scores and judges the images of a request. Raises: BundleError: the version cannot be loaded."""
+        """Scores the images of a request, and returns verdicts and the requested pictures; loads the version first if needed.
+
+        An image that cannot be read does not raise an error: its result is an `ImageError`.
+
+        Raises:
+            BundleError: the version cannot be loaded.
+            ScoreError: the model gives no finite score for an image.
+        """
         started, team = time.perf_counter(), request.version.team
         self._decoders.launch()  # the processes start while the model is loaded
         # loads the model before it takes a slot: a storage that hangs must not block loaded models
@@ -159,9 +175,13 @@ class ImageScorer:
         return Answer(results, drawn, maps, {stage: round(1e3 * seconds, 3) for stage, seconds in timings.items()})
 
     def _score_batch(self, parts: Sequence[ScoringPart]) -> list[Scores]:
-        """Scores a batch: parts of the same model are joined, and models that share a backbone share a forward pass.
+        """Scores the images of several requests as one batch. Runs in the thread of the forward pass.
 
-        Returns: the scores of each part, in order.
+        Images of the same model are joined, and models that share a backbone share a forward pass.
+
+        Args: parts: images of one request each.
+
+        Returns: the scores of each entry of `parts`, in order.
         """
         started_at = time.perf_counter()
         groups: list[dict[int, list[int]]] = []  # each group shares a pass: id of the inspector -> indices of its parts
@@ -198,13 +218,13 @@ class ImageScorer:
         return [Scores(*scores_by_part[index], started_at, ended_at) for index in range(len(parts))]
 
     def _report_load(self, version: Version, seconds: float) -> None:
-        """Reports a loaded version and the size of the cache as metrics."""
+        """Records metrics about a version that was loaded within `seconds`, and about the size of the cache."""
         self.measures.record("load_seconds", seconds, team=version.team, category=version.category)
         self.measures.record("models", len(self.models.loaded_keys))
         self.measures.record("model_bytes", self.models.num_bytes)
 
     def report_drop(self, version: Version) -> None:
-        """Reports a version that was dropped from memory as a metric."""
+        """Counts a version that was dropped from memory in the metric `models_dropped`."""
         self.measures.record("models_dropped", team=version.team, category=version.category)
 
 
@@ -222,12 +242,18 @@ def _judge(
     output: Output,
     include_map: bool,
 ) -> tuple[list[ImageResult], list[bytes | None], list[MapValues | None]]:
-    """Turns scores into results, pictures and map values of all images of a request, in order.
+    """Turns scores into results, pictures and map values, one entry per image of a request, in order.
 
     Args:
-        images: encoded files, or decoded pixels (H, W, 3) for an overlay.
+        images: encoded files; for an overlay, decoded pixels (H, W, 3) of readable images.
         decoded: decoded images; an error for an image that cannot be read.
-        scores: scores of the readable images, in order; None if there is none.
+        scores: scores of the readable images, in order; None if no image is readable.
+        output: json, or the kind of picture to draw.
+        include_map: whether to return map values.
+
+    Returns: as the fields `results`, `pictures` and `maps` of `Answer`.
+
+    Raises: ScoreError: the score or map of an image has a value that is not finite.
     """
     results: list[ImageResult] = []
     pictures: list[bytes | None] = []

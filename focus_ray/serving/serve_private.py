@@ -1,7 +1,8 @@
-"""All uses of private parts of Ray Serve (read in Ray 2.60.0); `check_serve_parts` checks them before a replica starts.
+"""All uses of private code of Ray Serve (read in Ray 2.60.0); `check_serve_parts` checks it before a replica starts.
 
 The router of Serve sends requests for a model to the replicas that list this model. No public function removes a model from the
-list when the model is dropped to free memory. `forget_model` therefore changes the list of the multiplexer.
+list when the model is dropped to free memory. `forget_model` therefore changes the list itself, which is in Serve's multiplexer
+(the object of a replica that manages its models).
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ SERVE_PARTS = {"which models a replica holds": ("ray.serve.multiplex", "_ModelMu
 
 
 def check_serve_parts(parts: dict[str, tuple[str, str]] = SERVE_PARTS) -> None:
-    """Checks that the installed Ray still has all private parts. Raises: TrainingError: a part is missing."""
+    """Checks that the installed Ray still has all private classes and attributes that this module uses.
+
+    Args: parts: purpose -> module and name of a private object.
+
+    Raises: TrainingError: the installed Ray lacks a class or attribute.
+    """
     check_private_parts(parts)
     import ray
     from ray.serve import api, multiplex
@@ -34,7 +40,7 @@ def check_serve_parts(parts: dict[str, tuple[str, str]] = SERVE_PARTS) -> None:
 
 
 def forget_model(replica: Any, key: str) -> None:
-    """Removes a model from Serve's list of models of a replica, so that requests for it go to replicas that still have it.
+    """Removes a model from Serve's list of a replica's models, so that requests for the model go to other replicas that have it.
 
     Does nothing if the replica has not loaded a model through `serve.multiplexed` yet.
 

@@ -1,4 +1,8 @@
-"""Answers requests: checks the caller, chooses the version, scores, then runs the shadow version and fills the sink."""
+"""Answers requests: checks the caller, chooses the version of the model, and scores the images.
+
+A category may have a canary, a version that answers a share of the requests on trial, and a shadow, a version that also scores
+requests but never answers. The sink stores a sample of the images. A ref is the name of a version, or an alias for a version.
+"""
 
 from __future__ import annotations
 
@@ -42,17 +46,26 @@ _MAX_SHADOW_TASKS = 8  # at the same time; further ones are skipped, because a s
 
 
 class ScoringBackend(Protocol):
-    """The interface to the scoring: an `ImageScorer` in this process, or pools of replicas that have one each."""
+    """The interface of an object that scores images: an `ImageScorer` in this process, or pools of replicas."""
 
     async def inspect(self, request: ScoringRequest) -> Answer:
-        """Scores the images of a request, as `ImageScorer.inspect`."""
+        """Scores the images of a request, as `ImageScorer.inspect`.
+
+        Raises:
+            Problem: 503, no replica can score the images now.
+            BundleError: the version cannot be loaded.
+            ScoreError: the model gives no finite score for an image.
+        """
 
     async def warm(self, version: Version) -> None:
-        """Loads a version, so that its first request does not wait."""
+        """Loads a version, so that its first request does not wait. Raises: as `inspect`."""
 
 
 class Service:
-    """Answers the requests of one ingress replica. Methods raise Problem if they cannot answer a request."""
+    """Answers the requests of one ingress replica, a process that receives HTTP requests.
+
+    Methods raise `Problem` if they cannot answer a request.
+    """
 
     def __init__(
         self,
@@ -61,15 +74,17 @@ class Service:
         measures: Measures | None = None,
         source: ModelSource | None = None,
     ) -> None:
-        """
+        """Prepares the service; `start` starts its background tasks.
+
         Args:
             backend: scores the images.
             measures: receives the metrics; None: metrics are dropped.
             source: lists and reads the models; None: the registry or folder of the settings.
 
         Raises:
-            ConfigError: the token file cannot be read.
+            ConfigError: the token file cannot be read, or a location of the setting `examples` is invalid.
             DataError: the folder contains no bundle.
+            BundleError: a bundle in the folder is damaged.
         """
         self.settings, self.backend, self.measures = settings, backend, measures or Measures()
         self.source = source or open_source(settings.registry, settings.bundles, settings.team, settings.refresh_s)
@@ -88,7 +103,7 @@ class Service:
         self._background_tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Starts the background tasks: they look for a model, write the sink and read the token file again."""
+        """Starts the background tasks: they look for a model, store sampled images, and read the token file again regularly."""
         self._background_tasks.append(asyncio.create_task(self._find_model()))
         if self.sink is not None:
             self._background_tasks.append(asyncio.create_task(self._flush_regularly(self.sink)))
@@ -96,9 +111,9 @@ class Service:
             self._background_tasks.append(asyncio.create_task(self.tokens.refresh_regularly()))
 
     async def close(self) -> None:
-        """Ends the background tasks, waits at most 20 s for shadow scoring and shift tests, and writes the rows of the sink.
+        """Ends the background tasks, waits at most 20 s for tasks that still score or test, and stores the sampled images.
 
-        Does not wait for running calls to the storage, because a call may hang.
+        Does not wait for running look-ups in the storage, because a look-up may hang.
         """
         for task in self._background_tasks:
             task.cancel()
@@ -112,7 +127,7 @@ class Service:
 
     # ---- authentication and access
     def authenticate(self, authorization: str | None) -> Caller:
-        """Returns the caller of an Authorization header.
+        """Returns the caller to whom the token in an Authorization header belongs.
 
         A service without tokens accepts everyone, as a caller without the scope `admin`.
 
@@ -128,10 +143,14 @@ class Service:
 
     @staticmethod
     def check_access(caller: Caller, team: str, category: str, scope: Scope) -> None:
-        """Checks that a caller may use a scope on a category of a team; the category "" stands for the whole team.
+        """Checks that the token of a caller has a scope and opens a team.
 
-        Raises: Problem: 404, the category belongs to another team. The answer is the same for a category that does not
-            exist, so that a caller cannot find out names. 403, the token does not have the scope.
+        Args:
+            category: category of the request, for the message; "" for a request about the whole team.
+            scope: inspect, read or admin.
+
+        Raises: Problem: 404, the token does not open the team. The answer is the same for a category that does not exist, so
+            that a caller cannot find out names. 403, the token does not have the scope.
         """
         if caller.team not in ("*", team):
             raise no_such_category(team, category) if category else not_found(f"this token opens no team {team!r}")
@@ -140,7 +159,7 @@ class Service:
 
     # ---- models and versions
     async def check_ready(self) -> None:
-        """Waits until a model was found, at most _READY_TIMEOUT_S.
+        """Waits until the service has found a model, at most _READY_TIMEOUT_S.
 
         After the first success it always succeeds: a storage failure must not remove replicas from the load balancer.
 
@@ -153,7 +172,7 @@ class Service:
             raise unavailable(detail, STORAGE_RETRY_AFTER_S) from None
 
     async def _find_model(self) -> None:
-        """Looks for a model in the source every `refresh_s` until there is one; logs why there is none."""
+        """Looks for a model every `refresh_s` seconds until there is one; logs the reason if there is none."""
 
         def has_models() -> bool:
             return any(self.source.categories(team) for team in self.source.teams())
@@ -173,7 +192,10 @@ class Service:
             await asyncio.sleep(self.settings.refresh_s)
 
     async def list_teams(self, caller: Caller) -> list[str]:
-        """Returns the team of the caller; all teams if the caller is not limited to a team."""
+        """Returns the team of the caller; all teams if the caller is not limited to a team.
+
+        Raises: Problem: 503, the storage fails.
+        """
         if caller.team != "*":
             return [caller.team]
         return await self._look_up("", "", self.source.teams)
@@ -183,7 +205,7 @@ class Service:
         return await self._look_up(team, "", self.source.categories, team)
 
     async def list_versions(self, team: str, category: str) -> tuple[list[Version], dict[str, str]]:
-        """Returns the versions of a category, and version names by alias.
+        """Returns the versions of a category, and a dictionary of its aliases: alias -> version name.
 
         Raises: Problem: 404, there is no such category. 503, the storage fails.
         """
@@ -193,7 +215,9 @@ class Service:
         return versions, await self._look_up(team, category, self.source.aliases, team, category)
 
     async def resolve(self, team: str, category: str, ref: str | None) -> Version:
-        """Returns the version of a ref (version name or alias); None: the ref of the route, else the default ref.
+        """Returns the version of a category for a version name or an alias.
+
+        Args: ref: version name or alias; None: `ref` in the settings of the category (its route), or `default_ref`.
 
         Raises: Problem: 404, there is no such version. 503, the storage fails.
         """
@@ -203,12 +227,17 @@ class Service:
         return version
 
     def _route(self, team: str, category: str) -> Route:
-        """Returns the route of a category; without a configured one, a route to the default ref."""
+        """Returns the route of a category: the settings that choose its version. Without settings, `default_ref` answers."""
         default = Route(team=team, category=category, ref=self.settings.default_ref)
         return self._routes.get((team, category), default)
 
     async def describe_version(self, version: Version) -> dict[str, Any]:
-        """Returns the model card of a version, with JSON values. Readers must not learn storage paths, so it contains none."""
+        """Returns the model card of a version, a dictionary of JSON values that describes its training and calibration.
+
+        It contains no storage paths, because readers must not learn them.
+
+        Raises: Problem: 503, the storage fails, or the bundle is unreadable.
+        """
         manifest = await self._call_source(self.directory.manifest(version), version.team, version.category)
         calibration = Calibration.from_dict(manifest["calibration"])
         config = manifest["config"]
@@ -233,9 +262,11 @@ class Service:
         }
 
     async def read_example(self, version: Version, number: int) -> bytes:
-        """Returns a normal training image of a version as JPEG bytes; `number` counts the examples from 0.
+        """Returns a normal training image of a version as JPEG bytes.
 
-        Raises: Problem: 404, the service shows no such image. 503, the storage fails.
+        Args: number: number of the example, from 0.
+
+        Raises: Problem: 404, there is no such example, or the settings do not allow this data set. 503, the storage fails.
         """
         if not self.settings.examples:
             raise not_found("this service shows no training images")
@@ -247,14 +278,24 @@ class Service:
         return await self._look_up(team, category, self.examples.read, team, category, uri, number, timeout_s=limit_s)
 
     async def promote(self, team: str, category: str, ref: str, alias: str) -> Version:
-        """Moves an alias to the version of a ref and returns the version. Raises: Problem: as `_change_registry`."""
+        """Moves an alias to a version, and returns the version.
+
+        Args: ref: version name, or another alias of the version.
+
+        Raises: Problem: 404, there is no such version, or the alias cannot be moved. 409, the service has no registry. 503, the
+            storage fails.
+        """
         function = self._registry().promote
         version = await self._change_registry(team, category, ref, function, team, category, ref, alias)
         log("promoted", alias=alias, **version_labels(version))
         return version
 
     async def roll_back(self, team: str, category: str, alias: str) -> Version:
-        """Moves an alias back to its previous version and returns the version. Raises: Problem: as `_change_registry`."""
+        """Moves an alias back to its previous version, and returns this version.
+
+        Raises: Problem: 404, there is no such alias or no previous version. 409, the service has no registry. 503, the storage
+            fails.
+        """
         function = self._registry().roll_back
         version = await self._change_registry(team, category, alias, function, team, category, alias)
         log("rolled back", alias=alias, **version_labels(version))
@@ -263,14 +304,15 @@ class Service:
     async def set_thresholds(
         self, version: Version, image: float | None, pixel: float | None, caller: Caller
     ) -> Version:
-        """Publishes the same model with other thresholds and returns the new version; only the alias `latest` moves to it.
+        """Publishes the same model with other thresholds, and returns the new version. Only the alias `latest` moves to it.
 
         Args:
+            version: version to copy.
             image: new image threshold; None: unchanged.
             pixel: new pixel threshold; None: unchanged.
-            caller: is recorded as the author.
+            caller: the token id of the caller is stored as the author.
 
-        Raises: Problem: as `_change_registry`.
+        Raises: Problem: 404, the registry refuses the new version. 409, the service has no registry. 503, the storage fails.
         """
         arguments = (version, image, pixel, f"token {caller.id}")
         function = self._registry().set_thresholds
@@ -279,7 +321,7 @@ class Service:
         return new_version
 
     def _registry(self) -> Registry:
-        """Returns the source of the models if it can be changed. Raises: Problem: 409, it is a folder of bundles."""
+        """Returns the registry of the service. Raises: Problem: 409, the service has a folder of bundles instead."""
         if self.settings.registry is None:
             detail = "a folder of bundles keeps no versions and aliases: serve a registry, or use `focus-ray calibrate`"
             raise Problem(409, "not-a-registry", detail)
@@ -288,7 +330,11 @@ class Service:
     async def _change_registry(
         self, team: str, category: str, ref: str, function: Callable[..., Version], *arguments: Any
     ) -> Version:
-        """Returns `function(*arguments)`, which moves an alias of a category.
+        """Calls a function that moves an alias of a category, returns its version, and makes the next request check the aliases.
+
+        Args:
+            ref: version or alias that the client named, for the message.
+            function: called with `arguments` in a thread.
 
         Raises: Problem: 404, there is no such version or alias, or the alias cannot be moved. 503, the storage fails.
         """
@@ -309,15 +355,21 @@ class Service:
         include_map: bool,
         request_id: str,
     ) -> tuple[Version, Answer, Role]:
-        """Scores images with the version of the request, else the canary (for its share), else the version of the route.
+        """Scores images with the version that the request names, else with the version that the settings of the category choose.
 
-        Returns: the version, its answer, and whether this version is the canary.
+        Without `ref`, a canary may answer on trial, and a shadow version may score the images too. Also records metrics and
+        offers the images to the sink, which stores a sample.
 
         Args:
-            ref: version name or alias; None: the route decides, and canary and shadow apply.
+            ref: version name or alias; None: the settings choose.
             images: encoded files.
+            output: json, or the kind of picture to draw.
+            include_map: whether the answer includes the values of the anomaly maps.
 
-        Raises: Problem: 404, no such version. 500, the score is not finite. 503, the model cannot be read. 504, timeout.
+        Returns: the version, its answer, and its role, "answer" or "canary".
+
+        Raises: Problem: 404, no such version. 500, the score is not finite. 503, the model cannot be read, or all replicas are
+            busy. 504, timeout.
         """
         route = self._route(team, category)
         version, role = await self._choose_version(route, ref)
@@ -345,7 +397,10 @@ class Service:
         return version, answer, role
 
     def _record_results(self, request: ScoringRequest, answer: Answer, role: str, request_id: str) -> None:
-        """Counts images by verdict, records p-values and scores relative to the threshold, and fills the sink."""
+        """Records verdicts, p-values and scores of a request as metrics, and offers its images to the sink for storage.
+
+        Args: role: answer, canary or shadow.
+        """
         tags = {**version_labels(request.version), "role": role}
         for result in answer.results:
             if isinstance(result, ImageError):
@@ -358,7 +413,14 @@ class Service:
             self.sink.offer(request.version, request_id, request.images, answer.results, role)
 
     async def _choose_version(self, route: Route, ref: str | None) -> tuple[Version, Role]:
-        """Returns the version that answers, and its role. If the canary cannot be found, the normal version answers."""
+        """Returns the version that answers, and its role: "canary" if the version on trial answers, otherwise "answer".
+
+        If the canary cannot be found, the normal version answers.
+
+        Args: ref: version name or alias from the request; None: the route decides, with the canary for a random share.
+
+        Raises: Problem: 404, there is no such version. 503, the storage fails.
+        """
         team, category = route.team, route.category
         if ref is None and route.canary and random.random() < route.canary_share:
             try:
@@ -368,7 +430,10 @@ class Service:
         return await self.resolve(team, category, ref), "answer"
 
     def _start_shadow(self, route: Route, request: ScoringRequest, answer: Answer, request_id: str) -> None:
-        """Starts a task that scores the images with the shadow version, for its share of the requests."""
+        """Starts a task for a random share of the requests, which scores the images also with a second, shadow version.
+
+        Does nothing if _MAX_SHADOW_TASKS such tasks are running.
+        """
         if random.random() >= route.shadow_share or len(self._shadow_tasks) >= _MAX_SHADOW_TASKS:
             return
         task = asyncio.create_task(self._score_in_shadow(route, request, answer, request_id))
@@ -376,10 +441,10 @@ class Service:
         task.add_done_callback(self._shadow_tasks.discard)
 
     async def _score_in_shadow(self, route: Route, request: ScoringRequest, answer: Answer, request_id: str) -> None:
-        """Scores the images of an answered request with the shadow version. Does nothing if the shadow is the same version.
+        """Scores the images of an answered request with the shadow version. Does nothing if the same version has answered.
 
         The results go to the metrics and the sink, and the log gets the difference from the answer. An error of the scoring is
-        only logged.
+        logged, not raised.
         """
         try:
             assert route.shadow is not None
@@ -414,11 +479,11 @@ class Service:
 
     # ---- helpers
     async def _call_source(self, call: Awaitable[T], team: str, category: str, ref: str | None = None) -> T:
-        """Awaits a call of the source and turns its errors into problems.
+        """Awaits a call that reads or changes the models, returns its result, and turns its errors into problems.
 
         The text of an error may contain storage paths. It goes to the log, and the client gets a general message.
 
-        Args: ref: version or alias that the client named; None: it named none.
+        Args: ref: version or alias that the client named; None: the client named none.
 
         Raises: Problem: 404, there is no such category or version. 503, the storage fails.
         """
@@ -444,12 +509,19 @@ class Service:
         ref: str | None = None,
         timeout_s: float | None = None,
     ) -> T:
-        """Returns `function(*arguments)` as `Lookups.call`, with the errors of `_call_source`."""
+        """Calls a storage function in a thread within a time limit, and returns its result (see `Lookups.call`).
+
+        Args:
+            ref: version or alias that the client named, for the message; None: the client named none.
+            timeout_s: time limit; None: LOOKUP_TIMEOUT_S.
+
+        Raises: Problem: 404, there is no such category or version. 503, the storage fails or does not answer in time.
+        """
         call = self.lookups.call(team, function, *arguments, timeout_s=timeout_s)
         return await self._call_source(call, team, category, ref)
 
     async def _flush_regularly(self, sink: ImageSink) -> None:
-        """Writes the sink every FLUSH_EVERY_S, until it is cancelled."""
+        """Writes the waiting images of a sink to the storage every FLUSH_EVERY_S seconds, until the task is cancelled."""
         while True:
             await asyncio.sleep(FLUSH_EVERY_S)
             await asyncio.to_thread(sink.flush)

@@ -48,7 +48,7 @@ class Scaling(Section):
 
     @model_validator(mode="after")
     def _check_order(self) -> Scaling:
-        """Raises: ValueError: min_replicas is above max_replicas."""
+        """Checks the range of the number of replicas. Raises: ValueError: min_replicas is above max_replicas."""
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas={self.min_replicas} is above max_replicas={self.max_replicas}")
         return self
@@ -224,7 +224,11 @@ class ServiceSettings(Section):
 
     @model_validator(mode="after")
     def _check_consistency(self) -> ServiceSettings:
-        """Raises: ValueError: settings contradict each other."""
+        """Checks settings that depend on each other.
+
+        Raises: ValueError: registry and bundles, or tokens and open_to_all, are both set or both absent; examples=true with a
+            registry; or a name of a pin, a pinned category or a route occurs twice.
+        """
         if (self.registry is None) == (self.bundles is None):
             raise ValueError("set either registry or bundles, and not both")
         if (self.tokens is None) != self.open_to_all:
@@ -244,18 +248,23 @@ class ServiceSettings(Section):
 
     @property
     def is_together(self) -> bool:
-        """Says whether the replica that scores also receives the requests."""
+        """Whether the service has a single replica, which receives the requests and also scores the images."""
         scaling = self.pool.scaling
         return scaling.min_replicas == scaling.max_replicas == 1 and not self.pins and self.ingress == _INGRESS
 
 
 def _check_unique(setting: str, names: list[str]) -> None:
-    """Raises: ValueError: a name occurs more than once in a setting."""
+    """Checks that no name occurs twice in a setting. Raises: ValueError: a name occurs more than once."""
     repeated_names = sorted({name for name in names if names.count(name) > 1})
     if repeated_names:
         raise ValueError(f"{setting}: {', '.join(repeated_names)} is named twice")
 
 
 def parse_settings(tree: dict[str, Any], source: str = "settings") -> ServiceSettings:
-    """Validates a mapping as settings; `source` names it in messages. Raises: ConfigError: a key or value is wrong."""
+    """Validates a dictionary of settings, and returns the settings.
+
+    Args: source: name of the dictionary in error messages.
+
+    Raises: ConfigError: a key is unknown, a value is wrong, or settings contradict each other.
+    """
     return parse_model(ServiceSettings, tree, source)

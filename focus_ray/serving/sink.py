@@ -2,9 +2,10 @@
 
     <uri>/team=<team>/date=2026-01-31/part-<id>.parquet
 
-A flush writes one file for each team, with the waiting rows of all its categories. docs/use/serving.md lists the columns. If a
-file cannot be written, it waits for the next flush. Waiting rows and files share one memory limit; images above it are dropped
-and counted. A request never waits for the sink and never fails because of it. The writer logs errors and continues.
+A row of a file holds an image and its result. A flush writes one file for each team, with the waiting rows of all its
+categories. docs/use/serving.md lists the columns. If a file cannot be written, it waits for the next flush. Waiting rows and
+files share one memory limit; images above the limit are dropped and counted. A request never waits for the sink, and no error
+of the sink makes a request fail. The writer logs errors and continues.
 """
 
 from __future__ import annotations
@@ -53,7 +54,14 @@ _DATE = re.compile(r"date=(\d{4}-\d{2}-\d{2})")
 
 
 class _File(NamedTuple):
-    """A Parquet file to write. `size` is the number of bytes of its images, which counts towards the memory limit."""
+    """A Parquet file that waits to be written.
+
+    Attributes:
+        uri: location of the file.
+        content: bytes of the file.
+        num_images: number of its images.
+        size: number of bytes of its images, which counts towards the memory limit.
+    """
 
     uri: str
     content: bytes
@@ -62,7 +70,7 @@ class _File(NamedTuple):
 
 
 class ImageSink:
-    """Takes samples of inspected images; a thread writes them."""
+    """Stores a random sample of the inspected images and their results; a thread writes them as Parquet files."""
 
     def __init__(self, settings: Sink, measures: Measures, log: Any = lambda message, **facts: None) -> None:
         self.settings, self.measures, self.log = settings, measures, log
@@ -81,13 +89,15 @@ class ImageSink:
         results: Sequence[Inspection | ImageError],
         role: str = "answer",
     ) -> None:
-        """Chooses images of a request at random and keeps them until the next write. Does not block.
+        """Chooses images of a request at random, and holds them in memory until the next write. Does not block.
 
-        Images above the memory limit are dropped and counted.
+        Images above the memory limit are dropped and counted. Images that cannot be read are never chosen.
 
         Args:
-            images: the files of the request.
-            role: answer, canary or shadow.
+            version: version that scored the images.
+            images: encoded image files of the request.
+            results: result of each image, in order.
+            role: role of the version: answer, canary or shadow.
         """
         now = datetime.now(timezone.utc)
         is_full = False
@@ -114,18 +124,21 @@ class ImageSink:
             self._writer.submit(self._write)
 
     def flush(self) -> None:
-        """Writes the waiting rows and deletes old images; waits for both. Logs errors instead of raising them."""
+        """Writes the waiting images and deletes old images; waits for both. Logs errors instead of raising them."""
         self._writer.submit(self._write).result()
 
     def close(self) -> None:
-        """Writes the waiting rows and ends the writer. Files that cannot be written now are lost, and counted as failed."""
+        """Writes the waiting images, and ends the writer thread. Logs errors instead of raising them.
+
+        Images in files that cannot be written now are lost, and counted as failed.
+        """
         self.flush()
         self._writer.shutdown()
         if self._unwritten_files:
             self._count_images("failed", sum(file.num_images for file in self._unwritten_files))
 
     def _count_images(self, outcome: str, count: int) -> None:
-        """Counts images for the metric `sink_images`.
+        """Adds images to the metric `sink_images`, which counts images by what happened to them (the outcome).
 
         Outcomes: kept (waits for writing), dropped (above the memory limit), written, delayed (the first write failed), failed
         (lost at the end).
@@ -133,7 +146,7 @@ class ImageSink:
         self.measures.record("sink_images", count, outcome=outcome)
 
     def _write(self) -> None:
-        """Runs a flush in the writer thread: writes files and deletes old images."""
+        """Writes files and deletes old images; runs in the writer thread. Logs errors instead of raising them."""
         for step in (self._write_files, self._delete_old_files):
             try:
                 step()
@@ -141,7 +154,7 @@ class ImageSink:
                 self.log("a flush of the sink failed", error=f"{type(error).__name__}: {error}")
 
     def _write_files(self) -> None:
-        """Writes the files of earlier flushes and a file for each team with waiting rows; keeps the files that fail."""
+        """Writes the files that failed before, and a file for each team with waiting rows; holds files that fail for later."""
         with self._lock:
             rows_by_team, self._rows_by_team = self._rows_by_team, defaultdict(list)
         delayed_files, self._unwritten_files = self._unwritten_files, []
@@ -161,7 +174,10 @@ class ImageSink:
                 self._num_bytes -= file.size
 
     def _delete_old_files(self) -> None:
-        """Deletes images older than the retention time, at most once an hour."""
+        """Deletes images that are older than the retention time. Does nothing within an hour after the last deletion.
+
+        Raises: DataError: as `delete_old_images`.
+        """
         now = datetime.now(timezone.utc)
         if self._last_cleanup is None or now - self._last_cleanup > timedelta(hours=1):
             self._last_cleanup = now
@@ -171,7 +187,7 @@ class ImageSink:
             delete_old_images(self.settings.uri, now - retention, self.log)
 
     def _encode_file(self, team: str, rows: Sequence[dict[str, Any]]) -> _File:
-        """Encodes the rows of a team as a file."""
+        """Encodes the rows of a team as a Parquet file, and chooses its location."""
         size = sum(len(row["image"]) for row in rows)
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), sink, compression="none")
@@ -180,13 +196,18 @@ class ImageSink:
 
 
 def delete_old_images(uri: str, limit: datetime, log: Any = lambda message, **facts: None) -> list[str]:
-    """Deletes the folders of days that ended before `limit`, which has a time zone. The days are in UTC.
+    """Deletes the sink's folders of days (`date=2026-01-31`, in UTC) that ended before `limit`, for all teams.
 
     Other folders stay. If a folder cannot be deleted, this is logged, and the next folders are deleted.
 
+    Args:
+        uri: location of the sink.
+        limit: time with a time zone.
+        log: called with a message and facts for each folder that cannot be deleted.
+
     Returns: the deleted folders.
 
-    Raises: DataError: `uri` or the folder of a team cannot be listed. The folders after it stay.
+    Raises: DataError: `uri`, the folder of a team or the folder of a category cannot be listed. The folders after it stay.
     """
     deleted = []
     for team in (join(uri, name) for name in list_names(uri) if name.startswith("team=")):

@@ -1,4 +1,8 @@
-"""Sources of models (a registry, or a folder of bundles), time-limited look-ups in them, and a cache of resolved aliases."""
+"""Sources of models (a registry, or a folder of bundles), time-limited look-ups in them, and a cache of resolved aliases.
+
+A ref is the name of a version, or an alias for a version. To resolve a ref is to find its version. A mark is a text that changes
+when a version or alias of a category changes.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +32,25 @@ _SETTLED_S = 60.0
 
 
 class FolderSource:
-    """Lists a bundle, or the folder of a run, like a registry of one team. Each category has one version, named by its hash.
+    """A source of models in a bundle or in the folder of a run; it has the methods of a registry with one team.
 
-    One listing serves all categories until it is `refresh_s` old. A manifest is read again only if its file has changed.
+    Each category has one version, named by the hash of its manifest, and the alias `latest`. One listing serves all categories
+    until it is `refresh_s` seconds old. A manifest is read again only if its file has changed. Methods that list the bundles
+    raise DataError if the storage fails or there is no bundle, and BundleError if a manifest is damaged.
     """
 
     def __init__(self, place: str, team: str, refresh_s: float = 0.0) -> None:
-        """Raises: DataError: `place` (path or URI) contains no bundle."""
+        """Checks that the place contains a bundle.
+
+        Args:
+            place: path or URI of a bundle, or of the folder of a run.
+            team: name of the only team.
+            refresh_s: largest age of a listing in seconds.
+
+        Raises:
+            DataError: the place contains no bundle.
+            BundleError: the manifest of a bundle is damaged.
+        """
         self.place, self.team, self.refresh_s = place, team, refresh_s
         self._lock = threading.Lock()  # threads that need a listing at the same time share it
         self._entries: dict[str, _ManifestEntry] = {}
@@ -43,39 +59,44 @@ class FolderSource:
         find_bundles(place)  # searches few levels, so that a wrong folder fails immediately
 
     def teams(self) -> list[str]:
-        """Returns the only team."""
+        """Returns a list with the name of the only team."""
         return [self.team]
 
     def categories(self, team: str) -> list[str]:
-        """Returns the categories with a bundle; none for another team."""
+        """Returns the sorted categories with a bundle; an empty list for another team."""
         return sorted(self._versions_by_category(self.refresh_s)) if team == self.team else []
 
     def versions(self, team: str, category: str) -> list[Version]:
-        """Returns the only version of a category; an empty list if there is no such category."""
+        """Returns a list with the only version of a category; an empty list if there is no such category or team."""
         version = self._versions_by_category(self.refresh_s).get(category) if team == self.team else None
         return [version] if version else []
 
     def aliases(self, team: str, category: str) -> dict[str, str]:
-        """Returns the alias `latest`, the only one."""
+        """Returns alias -> version name, with `latest` as the only alias; empty if there is no such category or team."""
         versions = self.versions(team, category)
         return {LATEST: versions[0].name} if versions else {}
 
     def resolve(self, team: str, category: str, ref: str = LATEST) -> Version:
-        """Returns the version of `latest` or of its name. Raises: RegistryError: there is no such version."""
+        """Returns the version of a category. Raises: RegistryError: `ref` is neither `latest` nor the name of this version."""
         for version in self.versions(team, category):
             if ref in (LATEST, version.name):
                 return version
         raise RegistryError(f"{self.place}: there is no {ref!r} of category {category!r}")
 
     def marks(self, team: str) -> dict[str, str]:
-        """Returns marks from a new listing, because `VersionDirectory` counts their age from the time of this call."""
+        """Returns category -> mark, a text that changes with the version of the category; empty for another team.
+
+        Always lists the folder again, because `VersionDirectory` counts the age of marks from the time of this call.
+        """
         versions = self._versions_by_category(0.0) if team == self.team else {}
         return {category: version_key(version) for category, version in versions.items()}
 
     def _versions_by_category(self, max_age_s: float) -> dict[str, Version]:
-        """Returns the version of each category; lists the folder again if the last listing is `max_age_s` old.
+        """Returns category -> version; lists the folder again if the last listing is at least `max_age_s` seconds old.
 
-        Raises: DataError: there is no bundle, or a bundle is damaged.
+        Raises:
+            DataError: there is no bundle, or the storage fails.
+            BundleError: the manifest of a bundle is damaged.
         """
         with self._lock:
             now = time.monotonic()
@@ -89,7 +110,12 @@ class FolderSource:
             return self._versions
 
     def _read_changed_manifest(self, uri: str, stamp: FileStamp) -> _ManifestEntry:
-        """Returns the entry of a bundle; reads the manifest unless the stamp shows that it has not changed."""
+        """Returns the version of a bundle; reads the manifest unless the stamp (time and size) shows that it has not changed.
+
+        Args: stamp: current stamp of the manifest file.
+
+        Raises: BundleError: the manifest is damaged, or cannot be read.
+        """
         previous = self._entries.get(uri)
         if previous is not None and previous.is_settled and previous.stamp == stamp:
             return previous
@@ -102,11 +128,11 @@ class FolderSource:
 
 
 class _ManifestEntry(NamedTuple):
-    """The version of a manifest that was read.
+    """The version of a bundle whose manifest was read, and the state of the manifest file at that time.
 
     Attributes:
-        stamp: stamp of the manifest file when it was read.
-        is_settled: the file was so old then that a later change must give another stamp.
+        stamp: time of the last change, and size, of the manifest file.
+        is_settled: whether the file was old enough when it was read that every later change gives another stamp.
     """
 
     stamp: FileStamp
@@ -119,7 +145,17 @@ ModelSource = Registry | FolderSource
 
 
 def open_source(registry: str | None, bundles: str | None, team: str, refresh_s: float) -> ModelSource:
-    """Opens the registry, or the folder `bundles` as a source of one team. Raises: DataError: the folder has no bundle."""
+    """Opens a registry; without one, opens the folder `bundles` as a source of models of one team.
+
+    Args:
+        registry: location of the registry; None: there is none.
+        bundles: location of a bundle or of the folder of a run; not used if there is a registry.
+        team, refresh_s: as for `FolderSource`.
+
+    Raises:
+        DataError: the folder contains no bundle.
+        BundleError: a bundle in the folder has a damaged manifest.
+    """
     if registry is not None:
         return Registry(registry)
     assert bundles is not None
@@ -127,30 +163,35 @@ def open_source(registry: str | None, bundles: str | None, team: str, refresh_s:
 
 
 def version_key(version: Version) -> str:
-    """Returns the name of one published artifact; caches and routing use it as their key."""
+    """Returns a text that identifies a version and its content; caches and the routing of Serve use it as a key."""
     return f"{version.team}/{version.category}/{version.name}/{version.sha256[:16]}"
 
 
 def version_labels(version: Version) -> dict[str, Any]:
-    """Returns team, category and name of a version, for logs, metrics and answers."""
+    """Returns a dictionary with team, category and name of a version, for logs, metrics and answers."""
     return {"team": version.team, "category": version.category, "version": version.name}
 
 
 class Lookups:
-    """Runs storage calls that requests wait for, in separate threads, with a time limit and a number limit for each team."""
+    """Runs storage calls that requests wait for in separate threads, with a time limit and at most LOOKUPS_PER_TEAM per team."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")
         self._slots: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # of teams with waiting calls
 
     async def call(self, team: str, function: Callable[..., T], *arguments: Any, timeout_s: float | None = None) -> T:
-        """Returns `function(*arguments)`, which may block.
+        """Calls a function in a thread, where it may block, and returns its result.
 
-        A call that hangs keeps its slot after the timeout, so that a team never occupies more than LOOKUPS_PER_TEAM threads.
+        A call that hangs counts as running after its timeout, so that a team never occupies more than LOOKUPS_PER_TEAM threads.
 
-        Args: timeout_s: time limit; None: LOOKUP_TIMEOUT_S.
+        Args:
+            team: team of the request.
+            function: called with `arguments`.
+            timeout_s: time limit in seconds; None: LOOKUP_TIMEOUT_S.
 
-        Raises: DataError: there was no answer within the time limit, which includes the wait for a slot.
+        Raises:
+            DataError: there was no result within the time limit, which includes the wait for a free thread of the team.
+            Exception: any error of the function.
         """
         limit_s, loop = timeout_s or LOOKUP_TIMEOUT_S, asyncio.get_running_loop()
         slots = self._slots.get(team)
@@ -173,19 +214,19 @@ class Lookups:
             raise DataError(f"the storage did not answer within {limit_s:g} s") from None
 
     def close(self) -> None:
-        """Ends the threads. Does not wait for running calls, because one may hang."""
+        """Ends the threads. Does not wait for running calls, because a call may hang."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass
 class _ResolvedAlias:
-    """A resolved alias in the cache; times are those of `time.monotonic`.
+    """The version of an alias or version name in the cache; all times are times of `time.monotonic`.
 
     Attributes:
-        mark: mark of the category, fetched before the look-up; None: there was no mark.
+        mark: text that changes with the models of the category, read before the look-up; None: there was none.
         resolved_at: time of the look-up.
         checked_at: time of the last check that the alias has not moved.
-        task: the check that runs now.
+        task: the check that runs now; None: none runs.
     """
 
     version: Version
@@ -196,14 +237,19 @@ class _ResolvedAlias:
 
 
 class _TeamMarks(NamedTuple):
-    """Marks of the categories of a team, and the time of their request."""
+    """The marks of the categories of a team, and the time when they were requested.
+
+    Attributes:
+        fetched_at: time of `time.monotonic` before the marks were read.
+        by_category: category -> mark.
+    """
 
     fetched_at: float
     by_category: dict[str, str]
 
 
 class VersionDirectory:
-    """A cache of the version of each alias, checked every `refresh_s` in the background.
+    """A cache of the version of each alias. A request for an alias that was last checked `refresh_s` ago starts a new check.
 
     A check fetches the marks of a team, once for all categories, and looks up the categories whose marks have changed. A
     request waits only for the first look-up of an alias. While the storage fails, requests use the cached versions. When an
@@ -218,9 +264,13 @@ class VersionDirectory:
         log: Callable[..., None] = lambda message, **facts: None,
         lookups: Lookups | None = None,
     ) -> None:
-        """
+        """Creates an empty cache.
+
         Args:
+            source: lists and reads the models.
+            refresh_s: seconds after which an entry is checked again.
             warm: loads a version before it answers for an alias that has moved.
+            log: called with a message and facts.
             lookups: runs the look-ups that requests wait for; checks in the background have their own threads.
         """
         self.source, self.refresh_s, self.warm, self.log = source, refresh_s, warm, log
@@ -232,11 +282,12 @@ class VersionDirectory:
         self._mark_tasks: dict[str, asyncio.Task[_TeamMarks]] = {}
 
     async def resolve(self, team: str, category: str, ref: str) -> Version:
-        """Returns the version of a ref: an alias or a version name.
+        """Returns the version of a ref (alias or version name) from the cache, or from the source if the cache has no entry.
 
         Raises:
             RegistryError: there is no such version or alias.
             DataError: the storage fails and the cache has no entry.
+            BundleError: a manifest in a folder of bundles is damaged and the cache has no entry.
         """
         key = (team, category, ref)
         entry = self._entries.get(key)
@@ -251,7 +302,13 @@ class VersionDirectory:
         return entry.version
 
     async def _refresh(self, key: tuple[str, str, str], entry: _ResolvedAlias) -> None:
-        """Checks an entry of the cache: fetches the marks, and looks the alias up if the mark has changed or is too old."""
+        """Checks whether the alias of a cache entry has moved, and updates the entry. Logs errors instead of raising them.
+
+        A mark is a text that changes with the models of a category. Looks the alias up only if there is no mark, the mark has
+        changed, or the last look-up is MAX_LOOKUP_AGE_S old. Removes the entry if the version or alias no longer exists.
+
+        Args: key: team, category, and alias or version name.
+        """
         facts = dict(zip(("team", "category", "ref"), key, strict=True))
         now = checked_at = time.monotonic()
         try:
@@ -274,7 +331,10 @@ class VersionDirectory:
             entry.checked_at, entry.task = checked_at, None
 
     async def _current_marks(self, team: str) -> _TeamMarks:
-        """Returns the marks of a team, at most `refresh_s` old; simultaneous checks share one request."""
+        """Returns the marks of a team (texts that change with its models), at most `refresh_s` seconds old.
+
+        Simultaneous checks share one request to the source.
+        """
         marks = self._marks.get(team)
         if marks is not None and time.monotonic() - marks.fetched_at < self.refresh_s:
             return marks
@@ -285,19 +345,24 @@ class VersionDirectory:
         return await asyncio.shield(task)
 
     async def _fetch_marks(self, team: str) -> _TeamMarks:
-        """Reads the marks of a team from the source and caches them."""
+        """Reads the marks of a team (texts that change with its models) from the source, caches them, and returns them."""
         marks = _TeamMarks(time.monotonic(), await self._call_in_refresh_thread(self.source.marks, team))
         self._marks[team] = marks
         return marks
 
     def forget(self, team: str, category: str) -> None:
-        """Lets the next request of a category start a check, because this process has moved an alias of the category."""
+        """Makes the next request for a category start a check; called after this process has moved an alias of the category."""
         for (entry_team, entry_category, _), entry in self._entries.items():
             if (entry_team, entry_category) == (team, category):
                 entry.checked_at, entry.mark = float("-inf"), None
 
     async def manifest(self, version: Version) -> dict[str, Any]:
-        """Returns the manifest of the bundle of a version. Raises: BundleError: it is unreadable, or not the published one."""
+        """Returns the manifest of the bundle of a version, from the cache if possible.
+
+        Raises:
+            BundleError: the manifest is unreadable, or not the published one.
+            DataError: the storage does not answer in time.
+        """
         key = version_key(version)
         manifest = self._manifests.get(key)
         if manifest is None:
@@ -310,9 +375,9 @@ class VersionDirectory:
         return manifest
 
     async def _call_in_refresh_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Returns `function(*arguments)`, called in a thread for checks in the background."""
+        """Calls a function in a thread for background checks, and returns its result."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     def close(self) -> None:
-        """Ends the threads. Does not wait for running calls, because one may hang."""
+        """Ends the threads of the background checks. Does not wait for running calls, because a call may hang."""
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,6 +1,7 @@
 """Detects distribution shift in service: compares the latest scores of each version with its calibration scores.
 
-Each ingress replica tests its own share of the images. Tests run in the background.
+Calibration scores are the scores of the normal images that set the threshold. Each ingress replica (a process that receives
+requests) tests its own share of the images. Tests run in the background.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ MAX_VERSIONS = 1024  # with scores in memory, about 10 kB each; the version that
 
 
 class StreamShifts:
-    """The latest scores of each version that answered, and the result of their last test."""
+    """Holds the latest scores of each version that answered requests, and tests them for distribution shift."""
 
     def __init__(
         self,
@@ -30,18 +31,22 @@ class StreamShifts:
         measures: Measures,
         log: Callable[..., None],
     ) -> None:
-        """
+        """Creates an empty store of scores.
+
         Args:
             read_manifest: returns the manifest of a version, which contains its calibration scores.
             measures: receives the result of each test.
-            log: receives one message for each shift.
+            log: called once for each shift, and for each test that fails.
         """
         self._read_manifest, self._measures, self._log = read_manifest, measures, log
         self._recent_scores: OrderedDict[str, RecentScores] = OrderedDict()
         self._tests: dict[str, asyncio.Task[None]] = {}
 
     def add(self, version: Version, results: Sequence[Inspection | ImageError]) -> None:
-        """Adds the scores of a request, and starts a test if enough scores are new."""
+        """Adds the scores of a request to the scores of a version, and starts a test if enough scores are new.
+
+        Forgets the scores of the version that was idle for longest if there are more than MAX_VERSIONS versions.
+        """
         key = version_key(version)
         recent_scores = self._recent_scores.setdefault(key, RecentScores())
         self._recent_scores.move_to_end(key)
@@ -53,17 +58,20 @@ class StreamShifts:
             task.add_done_callback(lambda _: self._tests.pop(key, None))
 
     def latest_shift(self, version: Version) -> Shift | None:
-        """Returns the result of the last test of a version; None before the first test."""
+        """Returns the result of the last test of a version; None if there is no result."""
         recent_scores = self._recent_scores.get(version_key(version))
         return None if recent_scores is None else recent_scores.shift
 
     async def close(self) -> None:
-        """Waits for running tests, at most 10 s."""
+        """Waits until the running tests have ended, at most 10 s."""
         if self._tests:
             await asyncio.wait(self._tests.values(), timeout=10)
 
     async def _run_test(self, version: Version, recent_scores: RecentScores) -> None:
-        """Compares the latest scores of a version with its calibration scores; records and logs the result."""
+        """Compares the latest scores of a version with its calibration scores; records the result, and logs a new shift.
+
+        If the test fails, logs the reason.
+        """
         facts = version_labels(version)
         try:
             calibration = (await self._read_manifest(version))["calibration"]["image_scores"]

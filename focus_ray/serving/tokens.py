@@ -34,7 +34,7 @@ _IMPOSSIBLE_HASH = "0" * 64
 
 
 class Token(Section):
-    """The record of a token. `sha256` is the hash of its secret; `expires` is in UTC, null means never."""
+    """An entry of a token file. `sha256` is the hash of the token's secret; `expires` is in UTC, null means never."""
 
     id: str = Field(pattern=r"^[0-9a-f]{12}$")
     team: Name
@@ -46,13 +46,16 @@ class Token(Section):
 
 
 class TokenFile(Section):
-    """The content of a token file."""
+    """The content of a token file: one entry for each valid or expired token."""
 
     tokens: tuple[Token, ...] = ()
 
 
 class Caller(Section):
-    """The authenticated caller of a request. `id` is the id of the token; `team` "*" means all teams."""
+    """The authenticated caller of a request, with team and scopes of the token.
+
+    `id` is the id of the token; `team` "*" means all teams.
+    """
 
     id: str
     team: str
@@ -60,7 +63,7 @@ class Caller(Section):
 
 
 def read_tokens(uri: str) -> TokenFile:
-    """Reads a token file (path or URI). Raises: ConfigError: there is no such file, or it is not a token file."""
+    """Reads a token file (path or URI). Raises: ConfigError: there is no such file, it is unreadable, or not a token file."""
     try:
         content = read_bytes(uri)
     except (FileNotFoundError, DataError) as error:
@@ -73,9 +76,9 @@ def read_tokens(uri: str) -> TokenFile:
 def parse_tokens(content: bytes, source: str) -> TokenFile:
     """Parses the content of a token file.
 
-    Args: source: name of the file in error messages. They show no part of the content, because it may be a secret.
+    Args: source: name of the file in error messages. The messages show no secret.
 
-    Raises: ConfigError: the content is not a token file.
+    Raises: ConfigError: the content is not a valid token file, or a token id occurs twice.
     """
     try:
         tree = load_yaml(content) or {}
@@ -97,15 +100,20 @@ def parse_tokens(content: bytes, source: str) -> TokenFile:
 def create_token(
     uri: str, team: str, scopes: Sequence[str], expires_in: timedelta | None = None, note: str = ""
 ) -> tuple[str, Token]:
-    """Creates a token and adds its record to a token file; creates the file if there is none.
+    """Creates a token and adds an entry with its hash to a token file; creates the file if there is none.
 
     Args:
+        uri: path or URI of the token file.
+        team: team that the token opens.
+        scopes: what the token permits: inspect, read, admin.
         expires_in: time until the token expires; None: never.
-        note: free text in the record.
+        note: free text in the entry.
 
-    Returns: the token, which is stored nowhere and cannot be shown again, and its record.
+    Returns: the token, which is stored nowhere and cannot be shown again, and its entry.
 
-    Raises: ConfigError: the file is not a token file, or the team or a scope is invalid.
+    Raises:
+        ConfigError: the file is not a token file or is locked by another process, or the team or a scope is invalid.
+        DataError: the file cannot be read or written.
     """
     secret, token_id = secrets.token_urlsafe(32), secrets.token_hex(6)
     now = datetime.now(timezone.utc).replace(microsecond=0)
@@ -122,11 +130,11 @@ def create_token(
 
 
 def revoke_token(uri: str, token_id: str) -> Token:
-    """Removes a token from a token file and returns its record.
+    """Removes a token from a token file, and returns its entry. A running service refuses the token after its next refresh.
 
     Raises:
         ConfigError: the file has no such token, is no token file, or is locked by another process.
-        DataError: the file cannot be written.
+        DataError: the file or its lock file cannot be written.
     """
     with _lock_file(uri):
         tokens = {token.id: token for token in read_tokens(uri).tokens}
@@ -140,9 +148,11 @@ def revoke_token(uri: str, token_id: str) -> Token:
 
 @contextmanager
 def _lock_file(uri: str, timeout_s: float = 20.0) -> Iterator[None]:
-    """Holds a lock on a token file while the context is open, so that simultaneous changes are not lost.
+    """Context manager: locks a token file with the file `<uri>.lock`, so that simultaneous changes are not lost.
 
-    Raises: ConfigError: another process holds the lock for longer than `timeout_s`, which no change needs.
+    Raises:
+        ConfigError: another process holds the lock for longer than `timeout_s`, which no change needs.
+        DataError: the lock file cannot be written or deleted.
     """
     lock = f"{uri}.lock"
     deadline = time.monotonic() + timeout_s
@@ -162,22 +172,30 @@ def hash_secret(secret: str) -> str:
 
 
 def _write_tokens(uri: str, tokens: tuple[Token, ...]) -> None:
-    """Writes a token file as YAML."""
+    """Writes a token file as YAML, and replaces an existing file. Raises: DataError: the file cannot be written."""
     tree = TokenFile(tokens=tokens).model_dump(mode="json")
     write_bytes(uri, yaml.safe_dump(tree, sort_keys=False).encode())
 
 
 class TokenStore:
-    """The valid tokens of a token file. If the file becomes unreadable, the last tokens stay valid, and `log` gets a message."""
+    """The tokens of a token file in memory. If the file becomes unreadable, the last tokens stay valid, and this is logged."""
 
     def __init__(self, uri: str, refresh_s: float = 2.0, log: Callable[[str], None] = lambda message: None) -> None:
-        """Raises: ConfigError: the file cannot be read at the start."""
+        """Reads the token file.
+
+        Args:
+            uri: path or URI of the token file.
+            refresh_s: seconds between two reads by `refresh_regularly`.
+            log: called with the reason when the file cannot be read again.
+
+        Raises: ConfigError: the file cannot be read, or is not a token file.
+        """
         self.uri, self.refresh_s, self.log = uri, refresh_s, log
         self._content: bytes | None = None
         self._by_id = {token.id: token for token in read_tokens(uri).tokens}
 
     async def refresh_regularly(self) -> None:
-        """Reads the file every `refresh_s` in a separate thread, until it is cancelled. No request waits for it."""
+        """Reads the file every `refresh_s` seconds in a thread, so that no request waits for it, until the task is cancelled."""
         loop = asyncio.get_running_loop()
         thread = ThreadPoolExecutor(1, thread_name_prefix="tokens")
         try:
@@ -189,7 +207,7 @@ class TokenStore:
             thread.shutdown(wait=False, cancel_futures=True)
 
     def refresh(self) -> None:
-        """Reads the file again. Blocks, so call it in a thread. Logs errors."""
+        """Reads the token file again and replaces the tokens. Blocks, so call it in a thread. Logs errors, and raises none."""
         try:
             content = read_bytes(self.uri, is_quick=True)
             if content != self._content:
@@ -199,7 +217,7 @@ class TokenStore:
             self.log(f"the tokens could not be read again, the previous ones stay valid: {error}")
 
     def authenticate(self, authorization: str | None) -> Caller | None:
-        """Returns the caller of an Authorization header; None if the header has no valid token."""
+        """Returns the caller with the token of an Authorization header; None if the token is missing, invalid or expired."""
         scheme, _, value = (authorization or "").partition(" ")
         match = _TOKEN.fullmatch(value.strip()) if scheme.lower() == "bearer" else None
         record = self._by_id.get(match[1]) if match else None

@@ -1,4 +1,4 @@
-"""Image files in a watched folder, and whether they are completely written.
+"""Lists the image files in a watched folder, and finds out which files are completely written.
 
 The folder is listed again and again, because network shares send no events about new files.
 """
@@ -49,7 +49,7 @@ def list_images(folder: Path, leave_out: Path, log: Callable[[str], None]) -> li
     Args:
         folder: Folder to list.
         leave_out: Subfolder that is skipped: the output folder.
-        log: Takes a message about each subfolder or file that cannot be listed.
+        log: Called with a message about each subfolder or file that cannot be listed.
 
     Raises:
         OSError: The folder itself cannot be listed.
@@ -77,8 +77,8 @@ class PendingFile:
 
     Attributes:
         file: The file in the latest listing.
-        unchanged_since_s: Time of the monotonic clock at the first listing with the current size and times.
-        retry_at_s: The file is not tried again before this time of the monotonic clock.
+        unchanged_since_s: Time of `time.monotonic` at the first listing with the current size and times.
+        retry_at_s: The file is not read again before this time of `time.monotonic`.
     """
 
     file: ListedFile
@@ -87,14 +87,16 @@ class PendingFile:
 
 
 class PendingFiles(dict[str, PendingFile]):
-    """All files of the folder that are not processed yet: path relative to the folder -> file."""
+    """A dictionary of all files in the folder that are not processed yet: path relative to the folder -> `PendingFile`."""
 
     def update_listing(self, listing: Iterable[ListedFile], now: float) -> None:
-        """Replaces the pending files by a new listing. A changed file starts to settle again.
+        """Replaces the pending files by a new listing.
+
+        A file whose size or times have changed must again stay unchanged for some time before it is read (see `list_ready`).
 
         Args:
             listing: Files of the folder that are not processed yet.
-            now: Time of the monotonic clock in seconds.
+            now: Time of `time.monotonic` in seconds.
         """
         before = dict(self)
         self.clear()
@@ -106,11 +108,11 @@ class PendingFiles(dict[str, PendingFile]):
             self[file.image] = pending
 
     def list_ready(self, settle_s: float, now: float) -> list[PendingFile]:
-        """Returns the settled files whose next try is due, oldest modification time first.
+        """Returns the files that may be read now, oldest modification time first: they are settled, and no retry is delayed.
 
         Args:
             settle_s: A file is settled when its size and times have not changed for this many seconds.
-            now: Time of the monotonic clock in seconds.
+            now: Time of `time.monotonic` in seconds.
         """
         ready = [item for item in self.values() if now >= max(item.unchanged_since_s + settle_s, item.retry_at_s)]
         return sorted(ready, key=lambda item: (item.file.mtime_ns, item.file.image))

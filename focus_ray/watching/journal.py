@@ -1,8 +1,8 @@
 """The output folder of a watch: one JSON line per image in `verdicts-YYYY-MM-DD.jsonl`, a CSV table per day, and overlays.
 
-The lines are the only state. They are read at the start to find the images that are already inspected. A line is written in
-one piece, after its overlay. If a crash cut off the last line, the line is removed, and its image is inspected again. The
-tables are derived from the lines, and are rebuilt from them after a crash.
+An overlay is the image with its heat map drawn over it. The lines are the only state: at the start they are read to find the
+images that are already inspected. A line is written after its overlay. If a crash cut off the last line, the line is removed,
+and its image is inspected again. The tables are made from the lines, and are made again after a crash.
 """
 
 from __future__ import annotations
@@ -34,22 +34,23 @@ class Journal:
     Must be closed, or used in a `with` statement.
 
     Attributes:
-        processed: Keys (`stamp_key` and `content_key`) of all images that need no inspection any more.
+        processed: Keys (hashes from `stamp_key` and `content_key`) of all files that need no inspection any more.
         num_lines_at_start: Number of valid lines in the folder when the journal was opened.
     """
 
     def __init__(
         self, folder: str | Path, table: bool = False, log: Callable[[str], None] = lambda message: None
     ) -> None:
-        """Locks the folder, removes a line that a crash cut off, and reads the keys of all lines.
+        """Locks the folder, removes lines that a crash cut off, reads the keys of all lines, and completes the CSV tables.
 
         Args:
             folder: Output folder; it is created if it does not exist.
             table: True to also write a CSV table per day.
-            log: Takes messages.
+            log: Called with each message about removed or ignored lines.
 
         Raises:
-            DataError: Another process writes to the folder, or the folder cannot be used.
+            DataError: Another process writes to the folder, the folder cannot be used, or `table` is True and a line is not
+                valid JSON.
         """
         self.folder, self.table = Path(folder).expanduser(), table
         try:
@@ -72,20 +73,22 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Releases the lock."""
+        """Releases the lock of the output folder."""
         self._lock.close()
 
     def write_lines(self, lines: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Appends one line per image to the file of today. The lines are on the disk when the function returns.
+        """Appends one JSON line per image to the file of today, and one row per image to the CSV table if tables are on.
+
+        Both are on the disk when the function returns.
 
         Args:
-            lines: Each line is a dict of JSON values. Its first entry is "key" with the `key_text` of the image.
+            lines: One dict of JSON values per image. Its first entry is "key" with the `key_text` of the image.
 
         Returns:
             The lines as JSON texts.
 
         Raises:
-            DataError: The lines cannot be written completely. The next start removes an incomplete line.
+            DataError: The lines or rows cannot be written completely. The next start removes an incomplete line.
         """
         texts = [json.dumps(line, ensure_ascii=False) for line in lines]
         path = self.folder / f"verdicts-{datetime.now():%Y-%m-%d}.jsonl"
@@ -111,6 +114,7 @@ class Journal:
 
         Raises:
             DataError: A line is not valid JSON.
+            OSError: A file cannot be read or written.
         """
         newest_ns = max((day.stat().st_mtime_ns for day in days), default=0)
         for day in days:
@@ -132,7 +136,12 @@ class Journal:
 
 
 def key_text(stamp: int, content: int) -> str:
-    """Returns the entry "key" of a journal line: the stamp key and the content key as 32 hexadecimal digits."""
+    """Returns the value of "key" in a journal line: 32 hexadecimal digits.
+
+    Args:
+        stamp: Key of the file's path, size, times and inode, from `stamp_key`.
+        content: Key of the file's path and bytes, from `content_key`.
+    """
     return f"{stamp:016x}{content:016x}"
 
 
@@ -150,10 +159,13 @@ def _append(path: Path, text: str) -> None:
 
 
 def _lock_folder(folder: Path) -> IO[str]:
-    """Locks the folder until the returned file is closed or the process ends.
+    """Locks the folder with a lock file in it, until the returned file is closed or the process ends.
+
+    Writes process and host into the lock file, for the message to other processes.
 
     Raises:
         DataError: Another process holds the lock.
+        OSError: The lock file cannot be written.
     """
     stream = (folder / _LOCK_NAME).open("a+", encoding="utf-8")
     try:
@@ -172,9 +184,12 @@ def _lock_folder(folder: Path) -> IO[str]:
 
 
 def _read_keys(day: Path, log: Callable[[str], None]) -> array[int]:
-    """Returns the stamp key and the content key of each line of a day, in order. Removes a last line that a crash cut off.
+    """Returns stamp key and content key of each line of a day as a flat array, and deletes a last line that a crash cut off.
 
-    Logs the removal, and how many lines have no keys.
+    Logs the removal, and the number of lines without keys, which are ignored.
+
+    Raises:
+        OSError: The file cannot be read or shortened.
     """
     keys = array("Q")
     num_invalid = num_bytes = 0
@@ -195,6 +210,6 @@ def _read_keys(day: Path, log: Callable[[str], None]) -> array[int]:
 
 
 def _format_rows(lines: Sequence[Mapping[str, Any]], header: bool = False) -> str:
-    """Returns one CSV row per line as text. The header comes first if `header` is True."""
+    """Returns one CSV row per journal line as text. The names of the columns come first if `header` is True."""
     rows = [{**table_row(line), **{key: line[key] for key in _EXTRA_COLUMNS if key in line}} for line in lines]
     return table_text(rows, TABLE_COLUMNS, header)

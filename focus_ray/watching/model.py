@@ -1,4 +1,4 @@
-"""The model of a watch. It is reloaded when its bundle is replaced or when the registry names another version."""
+"""The model of a watch. It is reloaded when its bundle is replaced, or when its alias in the registry has moved."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ CHECK_INTERVAL_S = 5.0  # least number of seconds between two checks for a new m
 
 
 class WatchedModel:
-    """The current model at a URI, reloaded after a change.
+    """The current model at a URI. `reload_if_changed` loads it again after a change.
 
     Attributes:
-        inspector: Inspector with the loaded model.
+        inspector: Inspector with the loaded model; a reload replaces it by a new one.
     """
 
     def __init__(
@@ -41,7 +41,8 @@ class WatchedModel:
             category: Category of the model; required if the URI has models of several categories.
 
         Raises:
-            FocusRayError: There is no model, or more than one, or the model cannot be read.
+            DataError: There is no model, or the URI has models of several categories and `category` is None.
+            FocusRayError: The model cannot be read, or `load` fails.
         """
         self.uri, self.load, self.log, self.version, self.category = uri, load, log, version, category
         self._last_error, self._checked_at_s = "", time.monotonic()
@@ -50,7 +51,10 @@ class WatchedModel:
         self._log_model()
 
     def reload_if_changed(self) -> None:
-        """Loads the current model if it has changed. If it cannot be loaded, logs the error and keeps the old model."""
+        """Loads the current model if it has changed. Does nothing within `CHECK_INTERVAL_S` seconds after the last check.
+
+        If the current model cannot be loaded, logs the error and keeps the old model.
+        """
         if time.monotonic() < self._checked_at_s + CHECK_INTERVAL_S:
             return
         try:
@@ -76,10 +80,13 @@ class WatchedModel:
             self.log(f"note: {caveat}")
 
     def _find_bundle(self, log: Callable[[str], None]) -> tuple[str, FileStamp | None]:
-        """Returns (URI of the bundle, stamp of its manifest). The stamp changes when the manifest is replaced.
+        """Returns the URI of the current bundle and the stamp (time and size) of its manifest, which changes with the manifest.
+
+        The stamp is None if the manifest was just deleted. `log` gets a message for each category without a usable version.
 
         Raises:
-            FocusRayError: There is no model of this category, or the category is not named and there are several models.
+            DataError: There is no model of this category, or `category` is None and there are several models.
+            FocusRayError: The folder or registry cannot be read.
         """
         if (manifest_stamp := read_stamp(join(self.uri, MANIFEST))) is not None:
             return self.uri, manifest_stamp

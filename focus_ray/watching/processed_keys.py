@@ -1,4 +1,4 @@
-"""The set of images that already have a line in the journal, in eight bytes per key: millions of keys fit into memory."""
+"""The set of keys (hashes) of processed files. A key takes eight bytes, so that the keys of millions of files fit into RAM."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ _MAX_RECENT = 65536  # keys in a Python set, which takes about 100 bytes per key
 
 
 def stamp_key(file: ListedFile) -> int:
-    """Returns the 64-bit key of a listed file: a hash of all of its fields."""
+    """Returns the 64-bit stamp key of a listed file: a hash of its path, size, times and inode."""
     return _key(f"{file.num_bytes}/{file.mtime_ns}/{file.ctime_ns}/{file.inode}/{file.image}")
 
 
 def content_key(image: str, sha256: str) -> int:
-    """Returns the 64-bit key of an image: a hash of its name and of the SHA-256 of its bytes."""
+    """Returns the 64-bit content key of a file: a hash of its path and its bytes.
+
+    Args:
+        image: Path of the file relative to the folder.
+        sha256: SHA-256 of the bytes.
+    """
     return _key(f"{sha256}/{image}")
 
 
@@ -31,7 +36,7 @@ def _key(text: str) -> int:
 
 
 class ProcessedKeys:
-    """A set of 64-bit keys.
+    """A set of 64-bit keys, stored mainly in a sorted array.
 
     Two different images get the same key by chance in about 1 of 400,000 sets of ten million keys.
     """
@@ -44,14 +49,14 @@ class ProcessedKeys:
         return self.contains_each([key])[0]
 
     def add(self, *keys: int) -> None:
-        """Adds keys. When many keys are new, they are merged into the sorted array."""
+        """Adds keys to the set. When many keys are new, they are merged into the sorted array."""
         self._recent.update(keys)
         if len(self._recent) >= _MAX_RECENT:
             self._sorted = np.union1d(self._sorted, np.fromiter(self._recent, np.uint64, len(self._recent)))
             self._recent.clear()
 
     def contains_each(self, keys: Sequence[int]) -> list[bool]:
-        """Returns True or False for each key: whether the set contains it. One call is faster than one look-up per key."""
+        """Returns, for each key, whether the set contains the key. One call is faster than one look-up per key."""
         is_sorted = np.zeros(len(keys), dtype=bool)
         if len(self._sorted):
             queries = np.array(keys, dtype=np.uint64)

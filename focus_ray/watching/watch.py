@@ -31,11 +31,11 @@ from focus_ray.watching.processed_keys import content_key, stamp_key
 SIGNAL_TIMEOUT_S = 10.0
 OVERLAY_FOLDER = PurePosixPath("overlays")
 _REPEAT_MESSAGE_S = 60.0
-_MAX_STEM_BYTES = 200  # a file name may have 255 bytes; the content key and the suffix need some of them
+_MAX_STEM_BYTES = 200  # a file name may have 255 bytes, and needs room for the content key and the suffix
 
 
 class _ReadImage(NamedTuple):
-    """A pending file after it was read.
+    """A pending file with its bytes, after it was read.
 
     Attributes:
         pending: The file in the list of pending files.
@@ -59,12 +59,13 @@ class WatchSettings:
     Attributes:
         poll_s: Least number of seconds between two listings of the folder. If a listing takes longer, the pause is as long as
             the listing.
-        settle_s: A file is read when its size and times have not changed for this many seconds.
-        give_up_s: A settled file that is no image gets an error line after this many seconds. A file that cannot be read
-            is tried again at this interval.
+        settle_s: A file is read when its size and times have not changed for this many seconds. It is then settled.
+        give_up_s: A settled file that cannot be decoded gets an error line when it has not changed for this many seconds. A file
+            that cannot be read is tried again at this interval.
         batch_size: Number of images that are inspected at once.
         report_s: Seconds between two messages about the rate of images.
-        overlays: "all" writes an overlay for each image, "anomalous" for each anomalous image, None writes no overlay.
+        overlays: "all" writes an overlay (the image with its heat map) for each image, "anomalous" for each anomalous image,
+            None writes no overlay.
         on_anomalous: Command and arguments. It runs for each anomalous image, with the image's line on standard input.
         once: If True, the watch ends when all files that existed at its start are processed.
     """
@@ -80,10 +81,10 @@ class WatchSettings:
 
 
 class Watch:
-    """Inspects the images that arrive in a folder.
+    """Inspects the images that arrive in a folder, and writes one journal line for each image.
 
     Attributes:
-        counts: Number of journal lines that this watch wrote, by verdict: "normal", "anomalous" and "error".
+        counts: "normal", "anomalous" or "error" -> number of journal lines that this watch wrote.
     """
 
     def __init__(
@@ -100,10 +101,10 @@ class Watch:
         Args:
             folder: Folder to watch.
             model: Model that inspects the images.
-            journal: Output folder.
+            journal: Writes the lines into the output folder.
             settings: Settings of the watch.
-            log: Takes messages.
-            show: Takes the text of each line after it is written.
+            log: Called with each message.
+            show: Called with the JSON text of each line after it is written.
         """
         self.folder, self.model, self.journal, self.settings, self.show = folder, model, journal, settings, show
         self.counts: Counter[str] = Counter()
@@ -115,10 +116,13 @@ class Watch:
         self._reported_at_s, self._reported_counts = time.monotonic(), Counter[str]()
 
     def run(self, stop: threading.Event) -> None:
-        """Watches until `stop` is set. A `once` watch also ends when all files are processed. Finishes the current batch.
+        """Watches the folder until `stop` is set; the current batch is finished first.
+
+        A watch with the setting `once` also ends when all files that existed at the start are processed, or when its time for
+        retries is over.
 
         Raises:
-            DataError: The lines cannot be written, or the folder of a `once` watch cannot be listed.
+            DataError: The lines cannot be written, the disk is full, or the folder cannot be listed while `once` is set.
         """
         watch_start_s = time.monotonic()
         while not stop.is_set():
@@ -139,15 +143,17 @@ class Watch:
             stop.wait(max(self.settings.poll_s, time.monotonic() - pass_start_s if not ready else 0))
 
     def _is_finished(self, watch_start_s: float) -> bool:
-        """Returns True if a `once` watch has no file left to try, or its time for retries is over."""
+        """Returns whether a watch with the setting `once` has no file left to try, or its time for retries is over."""
         is_timed_out = time.monotonic() > watch_start_s + self.settings.give_up_s + self.settings.settle_s
         return is_timed_out or all(pending.retry_at_s == math.inf for pending in self.pending.values())
 
     def _list_folder(self) -> None:
-        """Lists the folder and updates the pending files. If the folder cannot be listed, logs this; the watch goes on.
+        """Lists the folder and updates the pending files (files that are not processed yet).
+
+        If the folder cannot be listed, logs this, and no file is pending until it can be listed again.
 
         Raises:
-            DataError: The folder of a `once` watch cannot be listed.
+            DataError: The folder cannot be listed, and the setting `once` is on.
         """
         try:
             listing = list_images(self.folder, self.journal.folder, self._log_rarely)
@@ -170,10 +176,13 @@ class Watch:
         self.pending.update_listing(new, time.monotonic())
 
     def _inspect(self, batch: Sequence[PendingFile]) -> None:
-        """Reads and inspects a batch of files, writes their lines and runs the signal command.
+        """Reads and inspects a batch of files, writes their lines, and runs the command of --on-anomalous for anomalous images.
 
         A file that cannot be decoded may be incomplete, because a writer can pause longer than `settle_s`. It is tried again
-        after `give_up_s`. Then, and in a `once` watch, it counts as complete.
+        after `give_up_s`. Then, or at once if the setting `once` is on, it counts as complete and gets an error line.
+
+        Raises:
+            DataError: The lines cannot be written, or the disk is full.
         """
         images = [image for pending in batch if (image := self._read_image(pending)) is not None]
         inspector = self.model.inspector
@@ -202,12 +211,15 @@ class Watch:
         self._check_score_shift(inspector.bundle, scores)
 
     def _mark_processed(self, pending: PendingFile, *keys: int) -> None:
-        """Removes a file from the pending files, and adds its stamp key and further keys to the processed keys."""
+        """Removes a file from the pending files, and stores its keys, so that the file is not inspected again.
+
+        Args: keys: further keys of the file, in addition to its `stamp_key`.
+        """
         self.journal.processed.add(stamp_key(pending.file), *keys)
         del self.pending[pending.file.image]
 
     def _check_score_shift(self, bundle: Bundle, scores: Sequence[float]) -> None:
-        """Adds scores to the model's recent scores, and tests them at intervals.
+        """Adds scores of new images to the model's recent scores, and at intervals tests the recent scores for a shift.
 
         Logs a message if the recent scores differ from the scores that set the threshold. Repeats it only after the scores
         were normal again.
@@ -225,9 +237,9 @@ class Watch:
     def _process_result(
         self, image: _ReadImage, result: Inspection | DataError, bundle: Bundle, milliseconds: float
     ) -> dict[str, Any]:
-        """Returns the journal line of an image as a dict of JSON values.
+        """Returns the journal line of an image as a dict of JSON values, and writes an overlay if the settings request one.
 
-        Also writes an overlay if the settings request one, and logs an error of the image.
+        Logs the reason if the file cannot be inspected.
 
         Args:
             image: The inspected image.
@@ -236,7 +248,7 @@ class Watch:
             milliseconds: Mean duration of the inspection per image of the batch.
 
         Raises:
-            DataError: The disk is full.
+            DataError: The overlay cannot be written because the disk is full.
         """
         line: dict[str, Any] = {
             "key": key_text(stamp_key(image.pending.file), image.content),
@@ -254,11 +266,11 @@ class Watch:
         return {**line, "bundle": bundle.version, "sha256": image.sha256, "milliseconds": milliseconds}
 
     def _read_image(self, pending: PendingFile) -> _ReadImage | None:
-        """Reads a file.
+        """Reads a pending file, and updates the pending and processed files if there is nothing to inspect.
 
         Returns:
-            The image. None if the file changed while it was read, already has a line, is an overlay, was deleted, or cannot be
-            read.
+            The image. None if the file changed since it was listed, has the path and bytes of a processed file, is a picture
+            that focus_ray drew, was deleted, or cannot be read.
         """
         file, name = pending.file, readable_name(pending.file.image)
         try:
@@ -310,7 +322,14 @@ class Watch:
         return {"overlay": name}
 
     def _run_signal_command(self, image: str, text: str) -> None:
-        """Runs the command of --on-anomalous with an image's line on standard input, and waits until it ends."""
+        """Runs the command of --on-anomalous with an image's line on standard input, and waits until it ends.
+
+        Kills the command after `SIGNAL_TIMEOUT_S`. Logs any failure instead of raising it.
+
+        Args:
+            image: Name of the image for messages.
+            text: Journal line of the image as JSON text.
+        """
         try:
             process = subprocess.run(
                 self.settings.on_anomalous,
@@ -329,7 +348,7 @@ class Watch:
                 self._log(f"{image}: the command of --on-anomalous ended with exit status {process.returncode}")
 
     def _log_rarely(self, message: str) -> None:
-        """Logs a message that may repeat at every listing, at most once a minute."""
+        """Logs a message, but the same message at most once a minute, because it may repeat at every listing."""
         now = time.monotonic()
         if now < self._silent_until_s.get(message, -math.inf):
             return
@@ -338,7 +357,7 @@ class Watch:
         self._log(message)
 
     def _report_rate(self) -> None:
-        """Logs the number of images per minute every `report_s` seconds, unless no image was inspected."""
+        """Logs the number of images per minute if the last report is `report_s` seconds old and images were processed since."""
         now = time.monotonic()
         if now < self._reported_at_s + self.settings.report_s:
             return
@@ -353,7 +372,7 @@ class Watch:
 
 
 def summarize_counts(counts: Counter[str]) -> str:
-    """Returns the counts of verdicts as text, with the share of anomalous images: "8 inspected, 2 anomalous (25.0%)"."""
+    """Returns the counts of verdicts as text, such as "8 inspected, 2 anomalous (25.0%), 1 not an image"."""
     inspected = counts["normal"] + counts["anomalous"]
     share = f" ({counts['anomalous'] / inspected:.1%})" if inspected else ""
     errors = f", {counts['error']} not an image" if counts["error"] else ""
