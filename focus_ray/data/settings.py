@@ -25,7 +25,7 @@ def _is_polygon(region: Any) -> bool:
 
 
 class DataConfig(Section):
-    """The settings of the data: path of the images, categories, held-out share, and regions of interest."""
+    """Path of the images, categories, held-out share, and regions of interest."""
 
     uri: str = Field(description="Root of a data set that `focus-ray ingest` made: a local path or an s3:// URI.")
     categories: tuple[str, ...] | None = Field(

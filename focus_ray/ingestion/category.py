@@ -145,7 +145,7 @@ class CategoryIngestion:
         self.chunks = make_chunks(self.category, samples, self._stamps, self._base.index, options)
 
     def _compute_fingerprint(self, digests: Mapping[SourcePath, FileDigest]) -> str:
-        """Returns the fingerprint of the source, which is the same for an unchanged source. digests: of all source files."""
+        """Returns the fingerprint of the source, which is the same for an unchanged source."""
         return compute_source_fingerprint(self.plan, self.options.settings, self.options.site, digests)
 
     def _load_base(self, previous: Commit | None) -> _BaseVersion:
@@ -161,7 +161,7 @@ class CategoryIngestion:
         return _BaseVersion(previous, index, self.store.read_sources(self.category, previous))
 
     def _adopt_group_splits(self) -> None:
-        """Moves new normal images to the split (train or test) of the existing rows of their group, so that a group is not divided.
+        """Moves new normal images to the split (train or test) of existing rows of their group, to keep groups together.
 
         It changes the plan. Only images whose split was drawn at random are moved. A group with rows in both splits counts as
         train.
@@ -217,9 +217,10 @@ class CategoryIngestion:
         self._base = self._load_base(None)
 
     def _build_draft(self, new: ChunkResult, previous: Commit | None) -> CommitDraft | None:
-        """Builds the content of the version after `previous`; returns None if no new image remains. It may be called several times.
+        """Builds the content of the version after `previous`; returns None if no new image remains.
 
-        Removes duplicates, gives rows unique ids, rewrites part files where needed, and sets `report`, `rejects` and `notes`.
+        It may be called several times. It removes duplicates, gives rows unique ids, rewrites part files where needed,
+        and sets `report`, `rejects` and `notes`.
 
         Args:
             new: the merged results of all chunks.
@@ -282,7 +283,7 @@ class CategoryIngestion:
         return CommitDraft(files, index, sources, fingerprint, counts, self._merge_rejects())
 
     def _merge_rejects(self) -> list[Reject]:
-        """Returns the rejected files of this ingestion. For an append, adds the stored rejected files that are not in the plan."""
+        """Returns the rejected files and, for an append, the stored rejected files that are not in the plan."""
         stored = self.store.read_rejects(self.category) if self._base.commit else []
         new_paths = {self.options.settings.relative(path) for path in self._stamps}
         new_paths.update(item.path for item in self.rejects)

@@ -20,7 +20,7 @@ FileDigest = tuple[int, str]
 
 @dataclass(frozen=True, slots=True)
 class CheckedSample:
-    """An image that passed all checks: the content of its row without the bytes of the image, and numbers for plausibility notes."""
+    """An image that passed all checks: its row without the bytes of the image, and numbers for plausibility notes."""
 
     sample: Sample
     width: int
@@ -45,7 +45,7 @@ def read_content(path: SourcePath) -> bytes | OSError:
 
 
 def compute_digest(content: bytes | OSError) -> FileDigest:
-    """Returns the digest of a file, to recognise unchanged content: size and SHA-256 hex. For an error: -1 and the error number."""
+    """Returns size and SHA-256 hex of a file, to recognise unchanged content; for an error, -1 and the error number."""
     if isinstance(content, OSError):
         return -1, str(content.errno)
     return len(content), hashlib.sha256(content).hexdigest()

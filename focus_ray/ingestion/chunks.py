@@ -32,10 +32,7 @@ Mapper = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[tuple[int, Any
 
 
 def map_in_process(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-    """Generator-like `Mapper`: calls a function for each item in this process, one after the other.
-
-    Returns: an iterator over (position, result).
-    """
+    """Calls a function for each item in this process, in order. Returns an iterator over (position, result)."""
     return enumerate(map(function, items))
 
 
@@ -190,7 +187,7 @@ RowChanges = Mapping[int, str | None]
 
 @dataclass(frozen=True)
 class PartRewrite:
-    """The order to write a part file again with some rows removed or renamed. Row numbers in `changes` count within this file."""
+    """A part file to be written again, with some rows removed or renamed. `changes` uses row numbers of this file."""
 
     uri: str
     category: str

@@ -20,7 +20,7 @@ def remove_duplicates(
     """Finds new images of one category that have equal pixels, and keeps only the images that are allowed to stay.
 
     Training images that are also test images are removed, and a repeated training image is kept once. Repeated test images are
-    all kept. If equal images have different labels, all of them are removed. docs/use/data.md has a table of the cases.
+    all kept. Equal images with different labels are all removed. docs/use/data.md has a table of the cases.
 
     Args:
         checked: the new images.
@@ -85,7 +85,7 @@ def id_with_hash(row_id: str, item: CheckedSample) -> str:
 
 
 def find_rows(index: pa.Table, column: str, values: Collection[str]) -> pa.Table:
-    """Returns the rows of an index table whose column has one of the values. A new column `number` gives the position in the index."""
+    """Returns the rows of an index table whose column has one of the values, plus a column `number`, the row position."""
     numbers = pc.indices_nonzero(pc.is_in(index[column], value_set=pa.array(sorted(set(values)), pa.string())))
     return index.take(numbers).append_column("number", numbers)
 

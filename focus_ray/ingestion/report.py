@@ -75,7 +75,7 @@ class IngestReport:
 
     @property
     def exit_status(self) -> int:
-        """The exit status of the command: 0 if no file was rejected, otherwise 3. Rejects of unchanged categories count as well."""
+        """The exit status of the command: 0 if no file was rejected, otherwise 3. Unchanged categories count as well."""
         return 3 if self.rejects else 0
 
     def __str__(self) -> str:
@@ -99,7 +99,7 @@ class IngestReport:
 
 
 def count_rows(index: pa.Table) -> dict[str, int]:
-    """Counts the rows of an index table. Returns field name of `CategoryReport` -> number, for all row counts except `num_masks`."""
+    """Counts the rows of an index table. Returns field of `CategoryReport` -> number, for all counts except `num_masks`."""
     num_rows = Counter(zip(index["split"].to_pylist(), index["label"].to_pylist(), strict=True))
     return {
         "num_train": num_rows["train", 0],

@@ -279,7 +279,8 @@ def _walk_image_folders(folder: SourcePath, settings: ImportSettings) -> Iterato
 def find_masks(truth: SourcePath, stem: str) -> list[SourcePath]:
     """Returns the mask files of an image, found by the name of the image.
 
-    These are <stem> and <stem>_mask with any image suffix, and every image in the folder <stem>/. MVTec LOCO stores several regions of one image in such a folder. Broken links are included.
+    These are <stem> and <stem>_mask with any image suffix, and every image in the folder <stem>/. MVTec LOCO stores several
+    regions of one image in such a folder. Broken links are included.
 
     Args:
         truth: folder of the masks.
