@@ -40,7 +40,7 @@ class _WorkerActor:
     """The Ray actor of a worker: a process on the cluster that runs a function on one piece of work at a time."""
 
     def start(self) -> None:
-        """Does nothing; the call returns as soon as the actor runs."""
+        """Does nothing. A call returns when the actor runs, so it shows that the worker has started."""
 
     def run(self, function: Callable[[Any], Any], piece: Any) -> Any:
         """Calls the function with a piece of work, and returns its result."""

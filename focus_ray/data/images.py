@@ -181,10 +181,10 @@ def decode_mask(data: bytes, height: int, width: int) -> npt.NDArray[np.bool_]:
 
 
 def resize_mask(mask: npt.NDArray[np.bool_], height: int, width: int) -> npt.NDArray[np.bool_]:
-    """Resizes a mask (H, W), bool, to (height, width).
+    """Resizes a mask (H, W), bool, to (height, width), so that thin defects do not disappear.
 
-    If a side becomes smaller, a pixel is anomalous if at least one pixel that it replaces is anomalous, so that thin defects do
-    not disappear. If a side becomes larger, pixels are repeated.
+    If a side becomes smaller, a pixel is anomalous if at least one pixel that it replaces is anomalous. If a side becomes
+    larger, pixels are repeated.
     """
     for axis, size in enumerate((height, width)):
         length = mask.shape[axis]
@@ -381,9 +381,10 @@ def _pillow_errors(data: bytes, part: str) -> Iterator[None]:
 
 
 def _load(data: bytes, size_px: int | None, page: int = 0) -> tuple[Image.Image, int, tuple[int, int]]:
-    """Opens a file and decodes its pixels.
+    """Opens an image file and decodes its pixels, without EXIF rotation and without conversion to RGB.
 
     Args:
+        data: bytes of the file.
         size_px: a JPEG may be decoded at a reduced size of at least twice this many pixels; None: at its full size.
         page: number of the frame or page, from 0.
 
@@ -427,7 +428,10 @@ def _tiff_tags(data: bytes, page: int = 0) -> tiff.Tags | None:
 
 
 def _turn_upright(image: Image.Image, orientation: int) -> Image.Image:
-    """Returns an image without its EXIF rotation. orientation: 1 to 8."""
+    """Applies the EXIF orientation to an image, so that it is upright.
+
+    Args: orientation: 1 to 8; 1 returns the image unchanged.
+    """
     return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
 
@@ -560,9 +564,9 @@ def read_capture_time(data: bytes | Path) -> datetime | None:
 
 
 def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
-    """Converts a loaded image to 8-bit grey (mode L) or RGB by the rules at the top of this file.
+    """Converts a loaded image to 8-bit grey (mode L) or RGB by the rules at the top of this module.
 
-    Raises: ImageError: the pixels are 32-bit integers or floats.
+    Raises: ImageError: the pixels are floats, or integers that do not fit into 16 bits.
     """
     if _is_deep(image):
         image = _deep_to_grey(image)
@@ -582,7 +586,7 @@ def _is_deep(image: Image.Image) -> bool:
 
 
 def _deep_to_grey(image: Image.Image) -> Image.Image:
-    """Scales 16-bit grey pixels to 8 bits. Raises: ImageError: a value does not fit into 16 bits."""
+    """Scales grey pixels from 16 bits to 8 bits. Raises: ImageError: a value does not fit into 16 bits."""
     # Mode "I" contains 32-bit integers: Pillow uses it for all 32-bit files and for some 16-bit files.
     values = np.asarray(image)
     low, high = int(values.min()), int(values.max())

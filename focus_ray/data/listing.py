@@ -53,6 +53,7 @@ def scan_images(
     top = os.fspath(folder)
 
     def report(error: OSError) -> None:
+        """Raises the error of the top folder, and passes errors of other folders to `on_error`."""
         if error.filename == top:
             raise error
         if not isinstance(error, FileNotFoundError):  # it was removed during the listing

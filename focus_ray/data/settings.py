@@ -56,7 +56,7 @@ class DataConfig(Section):
     @field_validator("regions", mode="before")
     @classmethod
     def _polygons(cls, value: Any) -> Any:
-        """Puts a single polygon into a list."""
+        """Turns the value of a region that is a single polygon into a list with this polygon."""
         if not isinstance(value, dict):
             return value
         return {name: [region] if _is_polygon(region) else region for name, region in value.items()}

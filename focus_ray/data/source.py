@@ -103,10 +103,11 @@ class S3Path:
         return S3Path(self.tree, f"{self.path}/{below}" if self.path else below)
 
     def iterdir(self) -> Iterator[S3Path]:
+        """Returns an iterator over the files and folders directly in this folder."""
         return (self / name for name in self.tree.folders[self.path])
 
     def glob(self, pattern: str) -> Iterator[S3Path]:
-        """Yields the files and folders that match a pattern. The pattern must not contain ``**``."""
+        """Generator: yields the files and folders whose path below this folder matches a pattern. ``**`` is not supported."""
         first, _, remainder = pattern.partition("/")
         for item in self.iterdir() if self.is_dir() else ():
             if fnmatch.fnmatchcase(item.name, first):
@@ -122,10 +123,11 @@ class S3Path:
         return self.is_file() or self.is_dir()
 
     def is_symlink(self) -> bool:
+        """Returns False: S3 has no links."""
         return False
 
     def read_bytes(self) -> bytes:
-        """Returns the bytes of the object, with one request.
+        """Reads the file from S3 with one request, and returns its bytes.
 
         Raises:
             FileNotFoundError: the object was deleted after the listing.

@@ -290,6 +290,7 @@ class Store:
         index_tables: list[pa.Table] = []
 
         def row_groups_with_index() -> Iterator[pa.Table]:
+            """Generator: yields the row groups, and adds their index columns to `index_tables`."""
             for group in _row_groups(rows):
                 index_tables.append(group.select(INDEX_COLUMNS))
                 yield group
@@ -497,7 +498,7 @@ class Store:
         entry["num_bytes"] = self.filesystem.get_file_info(path).size
 
     def _write_table(self, path: str, table: pa.Table) -> str:
-        """Writes a table to a Parquet file, and returns the SHA-256 hex of its bytes."""
+        """Writes a table to a Parquet file, and returns the SHA-256 hex of the bytes of the file."""
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         data = sink.getvalue().to_pybytes()

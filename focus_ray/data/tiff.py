@@ -291,7 +291,7 @@ def read_tags(data: bytes, number: int = 0) -> Tags | None:
 
 
 def choose_reader(tags: Tags) -> Literal["Pillow", "tifffile"]:
-    """Returns the library that decodes a TIFF with these tags correctly.
+    """Returns the name of the library that decodes a TIFF with these tags correctly.
 
     Raises: ImageError: no library decodes this kind of TIFF correctly. The message names the kind and the remedy.
     """

@@ -77,6 +77,7 @@ def remove_rows(
     reports: list[RemoveReport] = []
 
     def build_draft(previous: Commit | None) -> CommitDraft:
+        """Returns the content of the version without the rows, and adds a report. Raises: DataError: see `remove_rows`."""
         if previous is None:
             raise DataError(f"{uri}: category {category!r} was deleted meanwhile")
         index = load_commit_index(store, category, previous)
@@ -169,6 +170,7 @@ def _compact(store: Store, category: str) -> CompactReport:
     num_parts = [0, 0]
 
     def build_draft(previous: Commit | None) -> CommitDraft | None:
+        """Returns the content of the version with merged part files; None if no file is merged."""
         if previous is None:
             raise DataError(f"{store.uri}: category {category!r} was deleted meanwhile")
         files: list[PartEntry] = []

@@ -148,12 +148,14 @@ def write_chunk(chunk: Chunk) -> ChunkResult:
     digests: dict[SourcePath, FileDigest] = {}
 
     def read_and_check(sample: Sample) -> tuple[bytes | OSError, dict[SourcePath, FileDigest], CheckedSample | Reject]:
+        """Returns the bytes of an image, the digests of its files, and the checked sample or the rejection."""
         paths = (sample.path, *sample.masks)
         contents = [read_content(path) for path in paths]
         outcome = check_sample(sample, contents, chunk.category, chunk.options.settings)
         return contents[0], dict(zip(paths, map(compute_digest, contents), strict=True)), outcome
 
     def rows() -> Iterator[Row]:
+        """Generator: yields the rows of the images without errors, and collects samples, rejections and digests."""
         results = pool.map(read_and_check, [sample for _, sample in chunk.samples])
         for (row_id, sample), (data, sample_digests, outcome) in zip(chunk.samples, results, strict=True):
             digests.update(sample_digests)
@@ -207,6 +209,7 @@ def rewrite_part(rewrite: PartRewrite) -> tuple[list[PartEntry], int]:
     num_removed_masks = 0
 
     def rows() -> Iterator[Row]:
+        """Generator: yields the remaining rows with their new ids, and counts the removed masks."""
         nonlocal num_removed_masks
         for number, row in enumerate(read_part_rows(store, rewrite.category, [rewrite.entry])):
             row_id = rewrite.changes.get(number, row["id"])

@@ -141,6 +141,7 @@ def find_digests(
     """
 
     def may_be_unchanged(path: SourcePath, stamp: SourceStamp) -> bool:
+        """Returns whether a file has the size (and the stamp, if stamps are trusted) of its row in the manifest."""
         row = rows.get(str(path))
         if row is None or row["num_bytes"] != stamp[0] or stamp[0] < 0:
             return False

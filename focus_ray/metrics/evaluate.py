@@ -44,7 +44,7 @@ class LabelledImages(NamedTuple):
 
     @property
     def good_scores(self) -> NDArray[np.float64]:
-        """Scores of the good images."""
+        """The image scores of the good (normal) images."""
         return self.measured.scores[self.measured.labels == 0]
 
 

@@ -103,7 +103,7 @@ class MeasuredImages:
 
     @property
     def num_masks(self) -> int:
-        """Number of anomalous images with a known mask."""
+        """The number of anomalous images with a known mask."""
         if self.bins is not None:
             return sum(bins.num_images for kind, bins in self.bins.items() if kind)
         return sum(mask is not None for mask, label in zip(self.masks, self.labels, strict=True) if label)
@@ -206,6 +206,7 @@ def _share_called_bad(label: int) -> Callable[[MeasuredImages], float | None]:
     """
 
     def share(measured: MeasuredImages) -> float | None:
+        """Returns the share of images above the threshold; None if no image has the label."""
         scores = measured.scores[measured.labels == label]
         return float(is_above(scores, measured.threshold).mean()) if len(scores) else None
 

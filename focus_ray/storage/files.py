@@ -198,7 +198,7 @@ def _retry(action: Callable[[], T], is_temporary: Callable[[Exception], bool]) -
 
 
 class _RetryingFile(io.RawIOBase):
-    """A file on S3 that retries its reads while the server is busy."""
+    """A readable file on S3, as a Python file object, that retries its reads while the server is busy."""
 
     def __init__(self, file: pa.NativeFile) -> None:
         super().__init__()
@@ -354,16 +354,21 @@ def _boto_client(region: str, settings: S3Settings, attempts: int, identity: tup
 
 
 def _open_client(bucket: str, attempts: int | None = None) -> Any:
-    """Returns the boto3 client for a bucket, with the current settings and credentials."""
+    """Returns the boto3 client for a bucket, with the current settings and credentials.
+
+    Args: attempts: how often a request is sent; None: `max_attempts`.
+
+    Raises: DataError: an AWS setting is invalid, or the region of the bucket cannot be found.
+    """
     names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
     identity = tuple(os.environ.get(name) for name in names)
     return _boto_client(_find_region(bucket), load_s3_settings(), attempts or max_attempts(), identity)
 
 
 def _server_reason(bucket: str) -> str:
-    """Returns the server's own explanation of a refused request, or an empty text.
+    """Asks an S3 server why it refuses requests to a bucket. Returns its explanation; an empty text if it accepts a listing.
 
-    pyarrow sends a HEAD request, and its response has no body. This function sends a GET request to get the explanation.
+    pyarrow sends a HEAD request, and the response has no body. This function sends a GET request to get the explanation.
     """
     try:
         _open_client(bucket, attempts=1).list_objects_v2(Bucket=bucket, MaxKeys=1)
@@ -421,7 +426,7 @@ _HINTS = {
 
 
 def _hint(text: str) -> str:
-    """Returns the reason and the remedy for the error text of pyarrow or boto3; `_FAILED` if the text is not recognised."""
+    """Returns the reason and the remedy for an error text of pyarrow or boto3; `_FAILED` for an unknown text."""
     text = text.upper().replace("_", "")  # pyarrow writes ACCESS_DENIED, boto3 AccessDenied
     return next((hint for signs, hint in _HINTS.items() if any(sign in text for sign in signs)), _FAILED)
 
@@ -550,7 +555,10 @@ def create_bytes(uri: str | Path, data: bytes) -> bool:
 
 
 def _put_if_absent(bucket: str, key: str, data: bytes) -> bool:
-    """Creates an object if it does not exist, and returns whether it was created. Raises: OSError: the request failed."""
+    """Creates an S3 object, but only if it does not exist. Returns whether it was created.
+
+    Raises: OSError: the request failed. DataError: an AWS setting is invalid.
+    """
     client = _open_client(bucket)
     try:
         # Amazon reports two concurrent writers as a conflict

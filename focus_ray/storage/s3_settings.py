@@ -28,7 +28,7 @@ _AWS_FILES = (("AWS_CONFIG_FILE", "~/.aws/config"), ("AWS_SHARED_CREDENTIALS_FIL
 
 @dataclass(frozen=True)
 class S3Settings:
-    """Settings for connections to an S3 server.
+    """The settings of connections to an S3 server, for the clients of pyarrow and boto3.
 
     Attributes:
         endpoint: URL of the server; None for Amazon's.

@@ -291,6 +291,7 @@ class _SweepDriver:
 
         Raises:
             DataError: Images cannot be read, or the storage fails.
+            SweepError: A stored result of a trial is not valid.
         """
         groups_before = placement_groups()
         heartbeat = Heartbeat(self.root)
@@ -400,13 +401,13 @@ class _SweepDriver:
                 judge.withdraw.remote(record.number)
 
         def stop() -> bool:
-            """Returns True after a stop signal, and then also tells the judge to end all trials."""
+            """Returns whether a signal asked to stop. If so, also tells the `Judge` actor to end all trials."""
             if self.stopping.is_set():
                 judge.stop.remote(STOPPED)  # trials end at their next score; Tune ends the others soon
             return self.stopping.is_set()
 
         def end_trial(number: int, point: Point, record: TrialRecord | None) -> None:
-            """Passes the result of a trial to the proposer, the trackers and the log."""
+            """Passes the result of an ended trial to the proposer, the experiment trackers and the log."""
             nonlocal num_left
             if record is None or record.status == "failed":
                 proposer.tell(number, point, None, failed=True)

@@ -299,7 +299,7 @@ class SweepConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> SweepConfig:
-        """Checks settings that depend on each other.
+        """Checks settings that depend on each other, such as the searcher and the number of trials.
 
         Raises:
             ValueError: Two settings contradict each other, or a required setting is missing.

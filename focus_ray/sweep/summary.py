@@ -77,7 +77,12 @@ def summarize(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> list[StageSu
 
 
 def format_markdown(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> str:
-    """Returns the tables and the sentences of all stages as Markdown text, which is also readable in a terminal."""
+    """Returns the summary of a sweep (tables and sentences of all stages) as Markdown text, also readable in a terminal.
+
+    Args:
+        sweep: Configuration of the sweep.
+        trials: Results of the trials.
+    """
     tables, lists = [], []
     for summary in summarize(sweep, trials):
         title = records.describe_objective(sweep) + (f", {summary.stage}" if summary.stage else "")

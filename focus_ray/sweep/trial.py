@@ -186,7 +186,7 @@ def _train_and_judge(
         return _compute_metrics(judged, scores, maps, objective)
 
     def on_epoch(epoch: int, figures: dict[str, float], snapshot: Callable[[], TrainState]) -> None:
-        """Reports the score after each epoch; the score after the last epoch is reported later."""
+        """Scores the model after an epoch and reports the score. After the last epoch it does nothing but count."""
         result.epochs = epoch + 1
         if epoch + 1 < config.train.epochs:
             report_score(epoch + 1, judge(), False)

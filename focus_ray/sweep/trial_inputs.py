@@ -212,7 +212,7 @@ def embed_images(config: Config, images: CategoryImages, device: torch.device) -
     run.net.eval()
 
     def embed(batches: Iterable[Tensor]) -> tuple[tuple[NDArray[np.float32], ...], NDArray[np.float32] | None]:
-        """Returns the feature maps of each layer and the alignments of all images."""
+        """Returns the feature maps of each layer, and the alignment of each image (None without alignment)."""
         maps, thetas = [], []
         for part in (part for batch in batches for part in split_for_inference(to_images(batch, device))):
             levels, theta = warp_to_common_frame(run.net(part))
@@ -279,7 +279,7 @@ def make_worker_shard(config: Config, images: CategoryImages, rank: int = 0) -> 
     world = world_size()
 
     def share(array: NDArray[Any]) -> NDArray[Any]:
-        """Returns this worker's part of an array."""
+        """Returns the part of an array that belongs to this worker."""
         return array[len(array) * rank // world : len(array) * (rank + 1) // world]
 
     row_numbers = np.arange(len(images.fit))

@@ -198,7 +198,7 @@ def _judge_on_worker(
         images = load_images(stage.sweep.reference_config, job.category, plan, objective, size_px)
 
     def on_score(epoch: int, score: float, final: bool) -> str | None:
-        """Asks the judge whether the trial goes on."""
+        """Sends a score to the `Judge` actor. Returns the reason to end the trial; None if it goes on."""
         decision = stage.judge.report.remote(job.number, job.category, epoch, score, final)
         return ray.get(decision)  # type: ignore[no-any-return]
 

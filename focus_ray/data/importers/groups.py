@@ -99,6 +99,7 @@ class NameRule(GroupRule):
         self._pattern = re.compile(pattern)
 
     def name_groups(self, locations: Sequence[ImageLocation]) -> list[str]:
+        """Returns the part of each file name that the regular expression matches; empty if it does not match."""
         matches = (self._pattern.search(path.name) for path, _ in locations)
         number = 1 if self._pattern.groups else 0
         return [(match.group(number) or "") if match else "" for match in matches]
@@ -125,6 +126,7 @@ class FolderRule(GroupRule):
         self._level = level
 
     def name_groups(self, locations: Sequence[ImageLocation]) -> list[str]:
+        """Returns the folder of each image at the level of the rule; empty if the image has fewer subfolders."""
         folders = (below.split("/") if below else [] for _, below in locations)
         return ["/".join(names[: max(0, len(names) - self._level + 1)]) for names in folders]
 
@@ -146,6 +148,7 @@ class TableRule(GroupRule):
         self._groups, self._source = dict(groups), source
 
     def name_groups(self, locations: Sequence[ImageLocation]) -> list[str]:
+        """Returns the group of each image in the table; empty if the table does not name the image."""
         names = ((relative_name(path, self._source), path.name) for path, _ in locations)
         return [self._groups.get(relative, self._groups.get(name, "")) for relative, name in names]
 
@@ -182,6 +185,7 @@ class TimeRule(GroupRule):
         self._times: dict[str, datetime | None] = {}
 
     def name_groups(self, locations: Sequence[ImageLocation]) -> list[str]:
+        """Returns the time of the first photograph of each image's burst; empty for an image without EXIF time."""
         paths = [path for path, _ in locations]
         unread = [path for path in paths if str(path) not in self._times]
         with ThreadPoolExecutor(_NUM_READERS) as pool:

@@ -121,9 +121,11 @@ class _VisaImporter:
     has_table = True
 
     def fits(self, folder: SourcePath) -> bool:
+        """Returns whether a folder contains such a table."""
         return bool(find_visa_tables(folder))
 
     def plan(self, folder: SourcePath, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
+        """Returns the import plans of all categories in the tables of a folder. Raises: DataError: see `plan_visa`."""
         return [plan for table in find_visa_tables(folder) for plan in plan_visa(table, folder, categories, settings)]
 
 

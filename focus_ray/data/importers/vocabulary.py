@@ -69,9 +69,9 @@ def is_bad_name(name: str) -> bool:
 
 
 def _is_word(normalized: str, words: frozenset[str]) -> bool:
-    """Returns whether a normalized name is one of the words, also with a plural 's'.
+    """Returns whether a name is in a list of words, also with a plural "s" or with a word for the object, as in "goodparts".
 
-    A word for the object before or after it is allowed, as in 'goodparts'.
+    Args: normalized: the name, from `_letters_and_digits`.
     """
     candidates = (normalized, *_without_object_word(normalized))
     return any(word in words or (word.endswith("s") and word[:-1] in words) for word in candidates)
