@@ -82,7 +82,7 @@ def split_address(host_and_port: str) -> tuple[str, int] | None:
 
 
 def explain_unreachable(host_and_port: str) -> str:
-    """Tries to connect to HOST:PORT, within TIMEOUT_S. Returns the reason of a failure; an empty string on success."""
+    """Tries to connect to HOST:PORT, for at most `TIMEOUT_S` seconds. Returns why it fails; an empty string if it succeeds."""
     host_port_pair = split_address(host_and_port)
     if host_port_pair is None:
         return "not an address: give HOST:6379, ray://HOST:10001 or auto"

@@ -27,11 +27,11 @@ class _QueueActor:
         self.messages: list[Message] = []
 
     def put(self, message: Message) -> None:
-        """Stores a message."""
+        """Stores a message of a worker until `take` is called."""
         self.messages.append(message)
 
     def take(self) -> list[Message]:
-        """Returns the stored messages and removes them."""
+        """Returns the messages that workers have sent since the last call, and removes them."""
         messages, self.messages = self.messages, []
         return messages
 

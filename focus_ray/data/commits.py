@@ -45,7 +45,7 @@ class ChecksummedEntry(TypedDict):
 
 
 class DroppedEntry(TypedDict):
-    """The entry of a file that only earlier versions use. The file stays for a time, so that they can still be read."""
+    """The entry of a file that only earlier versions of the category use. It stays for a day, for readers of these versions."""
 
     name: str
     at: str  # time when it was dropped, ISO 8601, UTC

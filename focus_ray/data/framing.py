@@ -98,7 +98,7 @@ class Frame:
         return self.height, self.width, 4 if self.has_scored_channel else 3
 
     def image_box(self, width: int, height: int) -> ImageBox:
-        """Returns the rectangle of the frame that an image covers after resizing.
+        """Returns the rectangle that an image covers in the frame (the array at the network's input size) after resizing.
 
         Args: width, height: size of the original image, in pixels.
         """
@@ -109,7 +109,9 @@ class Frame:
         return ImageBox((self.height - box_height) // 2, (self.width - box_width) // 2, box_height, box_width)
 
     def place_image(self, image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
-        """Resizes a decoded image to the frame. Pads it if `resize` is "pad", and adds the channel of scored pixels if needed.
+        """Resizes a decoded image to the network's input size ("frame"). Pads it and adds the channel of scored pixels if needed.
+
+        Padding is needed if `resize` is "pad", see `Frame`.
 
         Args:
             image: grey or RGB; the decoder may already have reduced it.
@@ -135,9 +137,11 @@ class Frame:
         return pixels
 
     def check_size(self, width: int, height: int) -> ImageBox:
-        """Checks that an image of this size has a pixel that can be scored. Returns the rectangle of the frame that it covers.
+        """Checks that at least one pixel of an image of this size is scored.
 
         Args: width, height: size of the original image, in pixels.
+
+        Returns: the rectangle that the image covers in the frame, the array at the network's input size.
 
         Raises: DataError: nothing of the image can be scored, see `Frame.cells`. The message gives the reason and the remedy.
         """
@@ -198,7 +202,7 @@ class Frame:
         return anomaly_map if region is None else anomaly_map[region][None]
 
     def crop_map(self, anomaly_map: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
-        """Returns an anomaly map without the padding: the rectangle that the image covers in the frame.
+        """Cuts the padding off an anomaly map: returns the rectangle that the image covers in the network's input.
 
         Args:
             anomaly_map: (H, W), of the size of the frame.

@@ -100,16 +100,16 @@ class ImageInfo:
 
 
 def decode_image(data: bytes, size: int | Frame | None) -> npt.NDArray[np.uint8]:
-    """Decodes the bytes of an image file to RGB pixels and resizes them. The rules at the top of this module say how.
+    """Decodes the bytes of an image file to RGB pixels, and resizes them to the requested size.
 
-    Images are resized with Pillow's antialiased bilinear filter. A JPEG of at least four times the requested size is first
-    decoded at a half, a quarter or an eighth of its size, but never below twice the requested size. This saves most of the time
-    and changes pixels by about one grey level.
+    The rules at the top of this module say how unusual files are decoded. Images are resized with Pillow's antialiased bilinear
+    filter. A JPEG of at least four times the requested size is first decoded at a half, a quarter or an eighth of its size, but
+    never below twice the requested size. This saves most of the time and changes pixels by about one grey level.
 
     Args:
         data: bytes of a file in one of the formats ``FORMATS``.
-        size: `Frame` into which the image is placed; or the side, in pixels, of a square to which the image is stretched. None
-            keeps the size of the image.
+        size: `Frame` (target size and padding) into which the image is placed; or the side, in pixels, of a square to which the
+            image is stretched. None keeps the size of the image.
 
     Returns: uint8, RGB, writable: (H, W, 3), or the shape of the `Frame`, which may have a fourth channel that marks the scored
         pixels.

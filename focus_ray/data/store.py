@@ -206,7 +206,7 @@ class Store:
         return commit["index"] is None or self._read_checked(category, commit["index"]) is not None
 
     def list_files(self, category: str) -> dict[str, fs.FileInfo]:
-        """Returns all files below the folder of a category: path relative to this folder -> file information.
+        """Returns all files in the folder of a category and its subfolders: path relative to the folder -> file information.
 
         On S3 this takes one request per thousand files.
 
@@ -434,13 +434,14 @@ class Store:
         self._write_commit(f"{self.category_folder(commit['category'])}/{COMMIT_NAME}", commit)
 
     def _claim(self, category: str, previous_id: str, run_id: str) -> bool:
-        """Claims to publish the successor of a version; only one publisher can. Returns whether the claim succeeded.
+        """Tries to reserve the right to publish the next version, which only one process gets. Returns whether it succeeded.
 
-        On a file system without hard links every claim succeeds.
+        On a file system without hard links every process succeeds.
 
         Args:
-            previous_id: `run_id` of the version.
-            run_id: `run_id` of the successor.
+            category: name of the category.
+            previous_id: `run_id` of the present version.
+            run_id: `run_id` of the next version.
 
         Raises: DataError: the storage fails.
         """

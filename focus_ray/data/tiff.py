@@ -373,12 +373,12 @@ def convert_rows(
     shape: tuple[int, ...],
     dtype: npt.DTypeLike,
 ) -> npt.NDArray[Any]:
-    """Converts an array to another number type in blocks of rows, so that wide intermediate numbers need little memory.
+    """Converts an array to another number type in blocks of rows, so that wide intermediate numbers need little RAM.
 
     Args:
-        values: (H, ...).
-        convert: converts a block of rows (h, ...).
-        shape, dtype: of the result; `shape` is (H, ...).
+        values: array whose first axis has H rows.
+        convert: converts a block of some rows.
+        shape, dtype: shape and number type of the result; the first axis of `shape` has H rows too.
     """
     converted = np.empty(shape, dtype)
     rows = max(1, _BLOCK_VALUES // max(1, values[:1].size))

@@ -91,7 +91,7 @@ def find_rows(index: pa.Table, column: str, values: Collection[str]) -> pa.Table
 
 
 def find_existing_ids(index: pa.Table, ids: Collection[str]) -> set[str]:
-    """Returns the row ids from a list that rows of an index table already use."""
+    """Returns the row ids in `ids` that rows of the index table already use."""
     return set(find_rows(index, "id", ids)["id"].to_pylist())
 
 

@@ -75,7 +75,7 @@ class IngestReport:
 
     @property
     def exit_status(self) -> int:
-        """The exit status of the command: 0 if no file was rejected, otherwise 3. Unchanged categories count as well."""
+        """The exit status of the command: 0 if no file was rejected, otherwise 3. Rejects of unchanged categories also count."""
         return 3 if self.rejects else 0
 
     def __str__(self) -> str:

@@ -50,7 +50,9 @@ class LabelledImages(NamedTuple):
 
 @dataclass(frozen=True)
 class EvaluationPart:
-    """The scores of some test images of a category, with pixels counted in bins (counts by score), to add up over workers.
+    """The scores of some test images of a category, for example of one worker, with pixel counts that can be added up.
+
+    Pixels are counted in bins by score: a bin counts the pixels whose scores are almost equal.
 
     Attributes:
         labels: (N,) int8, 0 normal, 1 anomalous.

@@ -98,7 +98,7 @@ class MeasuredImages:
 
     @property
     def has_both(self) -> bool:
-        """Whether there are both normal and anomalous images."""
+        """Whether the images contain at least one normal and one anomalous image."""
         return bool(0 < self.labels.sum() < len(self.labels))
 
     @property

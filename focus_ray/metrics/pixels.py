@@ -144,9 +144,9 @@ class PixelCurve:
         return float(np.sum(recall_steps * self.num_found / (self.num_found + self.normals_at_or_above)))
 
     def pro(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Returns the false positive rates and the mean overlaps of the per-region-overlap (PRO) curve, from (0, 0) to (1, 1).
+        """Returns the per-region-overlap (PRO) curve: false positive rates and mean overlaps, from (0, 0) to (1, 1).
 
-        `aupro` defines the curve.
+        `aupro` defines the overlap.
         """
         fpr = np.empty(2 * self.num_found.size + 2)
         pro = np.empty_like(fpr)

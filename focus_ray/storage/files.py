@@ -454,7 +454,7 @@ def leads_out(location: str, root: str) -> bool:
 
 
 def is_below(location: str, root: str) -> bool:
-    """Returns whether a path or URI is `root` or lies below it. Only the texts are compared: resolve ".." and links before."""
+    """Returns whether a path or URI is `root` or lies below it. It compares only the texts, without following links or ".."."""
     return f"{location}/".startswith(f"{root.rstrip('/')}/")
 
 

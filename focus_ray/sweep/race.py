@@ -98,7 +98,7 @@ class Judge:
         self.pruned.add(trial)
 
     def stop(self, reason: str) -> None:
-        """Makes every trial end at its next report."""
+        """Tells the judge to end all trials: each trial ends at its next report, with this reason."""
         self.stop_reason = reason
 
     def replay(self, trial: int, curves: dict[str, list[tuple[int, float]]]) -> None:

@@ -146,7 +146,7 @@ class Domain(Section):
 
     @property
     def ends(self) -> tuple[float, float]:
-        """The low and the high end of a range. Only for domains that are a range."""
+        """The low and the high end of the range. A domain that is a list has no ends."""
         bounds = self.uniform or self.loguniform or self.randint or self.lograndint
         assert bounds is not None  # the domain is a range
         return bounds

@@ -159,9 +159,9 @@ def _train_and_judge(
     result: CategoryResult,
     report_score: Callable[[int, dict[str, float | None], bool], None],
 ) -> None:
-    """Trains a model as `fitting.fit.fit` does, but sets no thresholds, and scores it on the judging images after every epoch.
+    """Trains a model and scores it on the judging images, which are the same for all trials, after every epoch.
 
-    Without training, scores the model once.
+    It trains as `fitting.fit.fit` does, but sets no thresholds. Without training, it scores the model once.
 
     Args:
         run: The fit of this worker.
@@ -170,7 +170,10 @@ def _train_and_judge(
         result: Receives the number of epochs, the alignment report and the warnings.
         report_score: Called with (trained epochs, metric -> value, is_final).
 
-    Raises: TrialPruned: `report_score` raised it to end the trial early.
+    Raises:
+        TrialPruned: `report_score` raised it to end the trial early.
+        DataError: There are too few images, images cannot be aligned, or the objective cannot be measured.
+        FloatingPointError: A loss, a score or a map is not finite.
     """
     config = run.config
     own_images = judged.images[slice(*(len(judged.images) * (run.rank + end) // world_size() for end in (0, 1)))]
@@ -202,7 +205,7 @@ def _train_and_judge(
 def _judge_features(
     config: Config, images: CategoryImages, features: FrozenFeatures, objective: Objective, device: torch.device
 ) -> dict[str, float | None]:
-    """Scores the judging images with shared features of the untrained network, and returns metric -> value.
+    """Scores the judging images (the same for all trials) with shared features of the untrained network. Returns metric -> value.
 
     Reduces the channels of the features and fits the density (the model of normal embeddings) first.
 
@@ -295,8 +298,10 @@ def _compute_metrics(
 ) -> dict[str, float | None]:
     """Computes the metrics of the judging images: metric -> value. The entry "score" is the value that ranks trials.
 
+    The judging images are the same for all trials of a sweep.
+
     Args:
-        judged: The judging images.
+        judged: The judging images, N.
         scores: (N,) image scores.
         maps: (N, H, W) anomaly maps.
         objective: The score that the sweep maximizes.

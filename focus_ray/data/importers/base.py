@@ -55,7 +55,7 @@ class Sample:
 
 @dataclass
 class ImportPlan:
-    """The decision what to do with each source file of one category: the images to ingest and the files to reject.
+    """The result of an importer for one category: lists of the images to ingest and of the files to reject.
 
     Attributes:
         category: name of the category.
