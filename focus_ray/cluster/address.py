@@ -1,4 +1,4 @@
-"""Checks whether a Ray cluster answers at an address, before Ray itself is called, which waits for minutes."""
+"""Checks whether a Ray cluster answers at an address, because Ray itself would wait for minutes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ ANSWER_TIMEOUT_S = 20.0  # a busy head node accepts connections at once, but ans
 
 
 def explain_no_cluster(address: str) -> str:
-    """Returns the reason why no cluster can be joined at an address, within 25 s; an empty string if a cluster answers.
+    """Checks within 25 s whether a Ray cluster answers at an address. Returns the reason if not, an empty string if it answers.
+
+    For the address local nothing is checked, because Ray then starts a cluster.
 
     Args:
         address: value of RAY_ADDRESS: HOST:PORT, ray://HOST:PORT, auto or local.
@@ -29,11 +31,13 @@ def explain_no_cluster(address: str) -> str:
 
 
 def _explain_refusal(host_and_port: str, is_token_known: bool) -> str:
-    """Returns why a server does not speak gRPC as Ray does, or refuses the token; an empty string if no problem was found.
+    """Checks whether a server speaks gRPC as Ray does, and accepts the token. Returns the problem; an empty string for none.
 
     With TLS (RAY_USE_TLS) nothing is checked.
 
-    Args: is_token_known: whether Ray would send the token of RAY_AUTH_TOKEN. False skips the check of the token.
+    Args:
+        host_and_port: address of the server.
+        is_token_known: whether Ray would send the token of RAY_AUTH_TOKEN. False skips the check of the token.
     """
     if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
         return ""  # a check would need Ray's certificates
@@ -51,7 +55,10 @@ def _explain_refusal(host_and_port: str, is_token_known: bool) -> str:
 
 
 def current_cluster() -> str | None:
-    """Returns the address of the cluster that was started last on this machine, as Ray recorded it; None without a record."""
+    """Returns the address of the cluster that was started last on this machine; None if Ray recorded no cluster.
+
+    The cluster may have ended since.
+    """
     try:
         text = (ray_folder() / "ray_current_cluster").read_text(encoding="utf-8").strip()
     except FileNotFoundError:
@@ -60,13 +67,13 @@ def current_cluster() -> str | None:
 
 
 def ray_folder() -> Path:
-    """Returns the folder in which Ray stores sessions, by the same rule as Ray."""
+    """Returns the folder in which Ray stores the files of its sessions on this machine, by the same rule as Ray."""
     parent = os.environ.get("RAY_TMPDIR") or (os.environ.get("TMPDIR") if sys.platform == "linux" else None) or "/tmp"
     return Path(parent) / "ray"
 
 
 def split_address(host_and_port: str) -> tuple[str, int] | None:
-    """Splits HOST:PORT into host and port. Returns None for text of another form."""
+    """Splits the text HOST:PORT into host and port. Returns None for text of another form."""
     try:
         parts = urlsplit(f"//{host_and_port}")
         return (parts.hostname, parts.port) if parts.hostname and parts.port else None
@@ -75,7 +82,7 @@ def split_address(host_and_port: str) -> tuple[str, int] | None:
 
 
 def explain_unreachable(host_and_port: str) -> str:
-    """Returns the reason why no connection is possible, within TIMEOUT_S; an empty string if it is possible."""
+    """Tries to connect to HOST:PORT, for at most `TIMEOUT_S` seconds. Returns why it fails; an empty string if it succeeds."""
     host_port_pair = split_address(host_and_port)
     if host_port_pair is None:
         return "not an address: give HOST:6379, ray://HOST:10001 or auto"

@@ -16,7 +16,10 @@ from focus_ray.errors import TrainingError
 
 
 def runs_here(config: ClusterConfig) -> bool:
-    """Returns whether the work runs in this process, because cluster.local says so or because nothing requires a cluster.
+    """Returns whether the work runs in this process without Ray: cluster.local says so, or nothing requires a cluster.
+
+    A cluster is required by RAY_ADDRESS, an existing connection to Ray, several workers, node labels, or several categories at
+    once.
 
     Raises: TrainingError: cluster.local=true and cluster.num_workers above 1.
     """
@@ -34,15 +37,16 @@ def runs_here(config: ClusterConfig) -> bool:
 
 
 def connect(num_cpus: int | None = None, namespace: str | None = None) -> bool:
-    """Joins the cluster of RAY_ADDRESS or of the current job, or starts a private cluster on this machine.
+    """Joins the Ray cluster of RAY_ADDRESS or of the current job, or starts a private cluster on this machine.
 
-    Does nothing and returns False if this process has already joined or started a cluster. A private cluster requires a token
-    (`require_token_of_private_cluster`). To join another cluster with a token, the user sets RAY_AUTH_MODE=token and
-    RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
+    If this process has already joined or started a cluster, that cluster stays and the result is False. A private cluster
+    requires a token (`require_token_of_private_cluster`). To join another cluster with a token, the user sets
+    RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH. The function sets environment variables of Ray that the user
+    has not set.
 
     Args:
         num_cpus: number of CPUs of a new private cluster; None: all.
-        namespace: namespace of named actors; None: a new one for this process.
+        namespace: namespace of named actors; None: a new namespace for this process.
 
     Returns: whether a cluster was started that is private to this process.
 
@@ -79,7 +83,14 @@ def connect(num_cpus: int | None = None, namespace: str | None = None) -> bool:
 
 
 def _init(failure: str, **settings: Any) -> None:
-    """Calls `ray.init`. Raises: TrainingError: Ray does not start; the message begins with `failure`."""
+    """Calls `ray.init`.
+
+    Args:
+        failure: beginning of the error message.
+        settings: arguments of `ray.init`.
+
+    Raises: TrainingError: Ray does not start.
+    """
     import ray
 
     try:
@@ -93,7 +104,10 @@ def _init(failure: str, **settings: Any) -> None:
 
 
 def uses_gpu(config: ClusterConfig) -> bool:
-    """Returns cluster.use_gpu. auto means: whether the cluster has a GPU or can grow to have one."""
+    """Returns whether workers use GPUs: the value of cluster.use_gpu, or for auto, whether the cluster has or can get a GPU.
+
+    Requires a connection to the cluster if the value is auto.
+    """
     if config.use_gpu != "auto":
         return config.use_gpu
     import ray
@@ -102,7 +116,10 @@ def uses_gpu(config: ClusterConfig) -> bool:
 
 
 def resources_per_worker(config: ClusterConfig, use_gpu: bool) -> dict[str, float]:
-    """Returns the resources that Ray reserves for a worker by kind; memory in bytes. use_gpu: result of `uses_gpu`."""
+    """Returns the resources that Ray reserves for a worker: kind ("CPU", "GPU", "memory") -> amount; memory in bytes.
+
+    Args: use_gpu: whether the worker uses a GPU, the result of `uses_gpu`.
+    """
     resources = {"CPU": config.cpus_per_worker}
     if use_gpu:
         resources["GPU"] = config.gpus_per_worker
@@ -112,9 +129,11 @@ def resources_per_worker(config: ClusterConfig, use_gpu: bool) -> dict[str, floa
 
 
 def growth_limits(config: ClusterConfig, total: Mapping[str, float]) -> dict[str, float]:
-    """Returns the resources that the cluster can grow to by kind; empty if nothing says that it can grow.
+    """Returns the resources that the cluster can grow to: kind -> amount; empty if no setting and no autoscaler limits it.
 
-    Args: total: resources of the cluster now.
+    Args:
+        config: may give the limits max_cpus and max_gpus.
+        total: kind -> amount that the cluster has now.
     """
     limits: dict[str, float] = {}
     autoscaler = autoscaler_limits()

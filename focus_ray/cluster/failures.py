@@ -1,4 +1,4 @@
-"""The cause of a failure without the layers that Ray wraps around it, and whether a retry can succeed. Works without Ray."""
+"""Finds the cause of a failure inside the errors of Ray, and decides whether a retry can succeed. Works without Ray."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ _CAUSE_ATTRIBUTES = ("cause", "_base_exc", "controller_failure", "__cause__")  #
 
 
 def is_retryable(error: BaseException) -> bool:
-    """Returns whether another attempt may succeed: a storage failed, or no cause is permanent."""
+    """Returns whether another attempt may succeed. False if a cause is a permanent error, such as wrong settings or data.
+
+    If any cause is a failure of the storage, the result is True.
+    """
     causes = [error]
     for cause in causes:  # the list grows during the loop
         worker_errors = getattr(cause, "worker_failures", {}).values()
@@ -22,7 +25,7 @@ def is_retryable(error: BaseException) -> bool:
 
 
 def reason_of(error: BaseException) -> str:
-    """Returns the type and the last line of the innermost cause, without Ray's traces."""
+    """Returns the original error inside Ray's errors as one line of text: its type and the last line of its message."""
     visited: set[int] = set()
     while id(error) not in visited:
         visited.add(id(error))

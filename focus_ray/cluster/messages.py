@@ -1,6 +1,7 @@
-"""Sends lines of text and metrics from workers to the driver, instead of the complete output that Ray would forward.
+"""Sends lines of text and metrics from workers to the driver (the process that started the run).
 
-`ray.util.queue.Queue` does not fit: its `put` waits for an answer, and fails if the queue is lost.
+Ray would instead forward the complete output of the workers. `ray.util.queue.Queue` does not fit: its `put` waits for an answer,
+and fails if the queue is lost.
 """
 
 from __future__ import annotations
@@ -15,26 +16,28 @@ VERBOSE = "FOCUS_RAY_VERBOSE"
 
 
 def is_verbose() -> bool:
-    """Returns whether `--verbose` was given."""
+    """Returns whether the user gave `--verbose`, which shows the output of Ray and of the workers."""
     return os.environ.get(VERBOSE, "") not in ("", "0")
 
 
 class _QueueActor:
-    """The messages that the driver has not taken yet."""
+    """The Ray actor that stores messages from workers until the driver (the process that started the run) takes them."""
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
 
     def put(self, message: Message) -> None:
+        """Stores a message of a worker until `take` is called."""
         self.messages.append(message)
 
     def take(self) -> list[Message]:
+        """Returns the messages that workers have sent since the last call, and removes them."""
         messages, self.messages = self.messages, []
         return messages
 
 
 class Messages:
-    """A queue that workers write to and the driver reads. It can be sent to workers."""
+    """A queue of messages that workers write to and the driver (the process that started the run) reads. It can be pickled."""
 
     def __init__(self) -> None:
         import ray
@@ -42,11 +45,15 @@ class Messages:
         self._queue: Any = ray.remote(max_restarts=1, **actor_options_on_this_node())(_QueueActor).remote()
 
     def put(self, message: Message) -> None:
-        """Sends a message. Called by a worker; does not wait."""
+        """Sends a message to the driver. A worker calls it; it does not wait."""
         self._queue.put.remote(message)
 
     def take(self) -> list[Message]:
-        """Returns the messages that have arrived. If the queue is lost, its messages are lost, but no training fails."""
+        """Returns the messages that have arrived since the last call, and removes them.
+
+        If the queue is lost or does not answer within 10 s, returns an empty list; then messages may be lost, but no training
+        fails.
+        """
         import ray
 
         try:
@@ -56,7 +63,7 @@ class Messages:
 
 
 def actor_options_on_this_node() -> dict[str, Any]:
-    """Returns options of `ray.remote` that keep an actor on the node of this process. It reserves no CPU.
+    """Returns options of `ray.remote` that start an actor on the node of this process. The actor reserves no CPU.
 
     So the actor survives the loss of other nodes.
     """

@@ -1,6 +1,6 @@
-"""Ownership of the folder of a run or a sweep: the heartbeat of its driver, and the fingerprints of its images. Without Ray.
+"""Prevents that two processes use the folder of a run or a sweep, or resume it with changed images. Works without Ray.
 
-The files are state.json and data.json.
+The process that started the run ("driver") writes heartbeats to state.json. data.json contains fingerprints of the images.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ HEARTBEAT_S = 3.0
 
 
 def write_fingerprints(root: str, fingerprints: Mapping[str, str]) -> None:
-    """Writes data.json: category -> `data_fingerprint` of the images behind the results."""
+    """Writes the fingerprints of the images behind the results to data.json in the folder.
+
+    Args:
+        root: folder of the run or sweep.
+        fingerprints: category -> `data_fingerprint` of its images.
+    """
     write_bytes(join(root, FINGERPRINTS), (json.dumps(dict(fingerprints), indent=1) + "\n").encode())
 
 
@@ -32,16 +37,20 @@ def check_resumable(
     error: type[FocusRayError],
     binding: Collection[str] | None = None,
 ) -> None:
-    """Checks that no driver uses the folder and that its images have not changed.
+    """Checks that no other process uses the folder of a run, and that its images have not changed since it was created.
+
+    It may wait some seconds for a heartbeat, and may write data.json, see `check_fingerprints`.
 
     Args:
-        error: exception type to raise if another driver uses the folder.
+        root: folder of the run or sweep.
+        fingerprints: category -> `data_fingerprint` of its current images.
+        error: exception type to raise if another process uses the folder.
         binding: categories whose images must be the same. Other categories may be new, missing or changed. None: all categories
             must be the same.
 
     Raises:
-        error: another driver uses the folder.
-        DataError: the images have changed since the folder was created.
+        error: another process uses the folder.
+        DataError: the images have changed, or the storage fails.
     """
     state = read_state(root)
     if state["state"] == "running":
@@ -52,7 +61,17 @@ def check_resumable(
 
 
 def check_fingerprints(root: str, fingerprints: Mapping[str, str], binding: Collection[str] | None = None) -> None:
-    """Checks the images; `binding` as in `check_resumable`. Raises: DataError: the images have changed."""
+    """Checks that the images of a run have not changed since its folder was created, by the fingerprints in data.json.
+
+    If the file does not exist, it is written. If `binding` is given, new fingerprints of other categories are written to it.
+
+    Args:
+        root: folder of the run or sweep.
+        fingerprints: category -> `data_fingerprint` of its current images.
+        binding: as in `check_resumable`.
+
+    Raises: DataError: the images have changed, or the storage fails.
+    """
     if not exists(join(root, FINGERPRINTS)):  # the driver died before it wrote the file
         write_fingerprints(root, fingerprints)
     stored = json.loads(read_bytes(join(root, FINGERPRINTS)))
@@ -68,9 +87,15 @@ def check_fingerprints(root: str, fingerprints: Mapping[str, str], binding: Coll
 
 
 class Heartbeat:
-    """Writes state.json every few seconds, so that other processes can see whether this driver is still running."""
+    """Writes state.json every few seconds in a thread, so that other processes can see that this process still runs."""
 
     def __init__(self, root: str) -> None:
+        """Writes state.json with the state "running", and starts the thread.
+
+        Args: root: folder of the run or sweep.
+
+        Raises: DataError: the file cannot be written.
+        """
         self.path = join(root, STATE)
         self.facts = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
         self.beat = 0
@@ -80,12 +105,18 @@ class Heartbeat:
         self._thread.start()
 
     def close(self, state: str) -> None:
-        """Stops the heartbeat and writes the final state: finished, stopped or failed."""
+        """Stops the thread and writes the final state.
+
+        Args: state: finished, stopped or failed.
+
+        Raises: DataError: the file cannot be written.
+        """
         self._end.set()
         self._thread.join()
         self._write(state)
 
     def _run(self) -> None:
+        """Writes heartbeats until `close` is called. It ignores failures of the storage."""
         while not self._end.wait(HEARTBEAT_S):
             try:
                 self._write("running")
@@ -93,16 +124,23 @@ class Heartbeat:
                 continue  # the storage is briefly not available; only the records matter, and their writes are retried
 
     def _write(self, state: str) -> None:
+        """Writes a state and the next heartbeat number to state.json. Raises: DataError: the file cannot be written."""
         self.beat += 1
         content = {"state": state, **self.facts, "beat": self.beat, "time": time.time()}
         write_bytes(self.path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def read_state(root: str, watch: Callable[[float], None] = time.sleep) -> dict[str, Any]:
-    """Reads state.json. The state 'running' becomes 'lost' if no heartbeat follows within two and a half intervals.
+    """Returns the content of state.json, and checks whether a process that should be running still sends heartbeats.
+
+    The state "running" becomes "lost" if no heartbeat follows within two and a half intervals. Without the file, the state is
+    "lost".
 
     Args:
-        watch: waits a number of seconds.
+        root: folder of the run or sweep.
+        watch: function that waits a number of seconds.
+
+    Raises: DataError: the file cannot be read.
     """
     try:
         first: dict[str, Any] = json.loads(read_bytes(join(root, STATE)))

@@ -1,4 +1,4 @@
-"""A pool of worker actors that take one piece of work after another.
+"""A pool of worker actors on a Ray cluster. Each worker takes a piece of work, returns its result, and takes the next piece.
 
 Fits, trainers, evaluation and batch inspection all run through it. Ray 2.60 has no feature that does the same:
 
@@ -31,25 +31,25 @@ Piece = TypeVar("Piece")
 
 @dataclass(frozen=True)
 class Failed:
-    """The outcome of a piece that failed. reason: text for the log and the report."""
+    """The result of a piece of work that failed on all attempts. reason: text for the log and the report."""
 
     reason: str
 
 
 class _WorkerActor:
-    """The Ray actor in a process of the cluster. It runs a function on one piece at a time."""
+    """The Ray actor of a worker: a process on the cluster that runs a function on one piece of work at a time."""
 
     def start(self) -> None:
-        """Does nothing; the call returns as soon as the actor runs."""
+        """Does nothing. A call returns when the actor runs, so it shows that the worker has started."""
 
     def run(self, function: Callable[[Any], Any], piece: Any) -> Any:
-        """Returns the result of the function for a piece."""
+        """Calls the function with a piece of work, and returns its result."""
         return function(piece)
 
 
 @dataclass
 class _Call(Generic[Piece]):
-    """A call of a worker. `piece` is None while the worker starts."""
+    """A running or failed call of a worker, with its piece of work. `piece` is None while the worker starts."""
 
     worker: Any
     piece: Piece | None = None
@@ -58,15 +58,17 @@ class _Call(Generic[Piece]):
 
 @dataclass(frozen=True)
 class WorkerPool(Generic[Piece]):
-    """Worker actors on the cluster that this process has joined.
+    """Runs pieces of work on worker actors of the cluster that this process has joined, and repeats failed pieces.
 
     Attributes:
+        num_workers: number of workers.
         actor_options: options of `ray.remote`, for instance from `options_per_worker`.
         max_retries: how often a piece is repeated after the loss of its worker or after an error, and how many starts of workers
             may fail.
-        log: receives a line for each retry, and each minute while no worker has room.
-        listen: is called at least once a second while `run` waits.
-        retry_errors: False repeats a piece only after the loss of its worker. Permanent errors are never repeated.
+        log: called with a line for each retry, and each minute while no worker runs.
+        listen: called at least once a second while `run` waits.
+        retry_errors: False repeats a piece only after the loss of its worker. Permanent errors, such as wrong settings, are
+            never repeated.
     """
 
     num_workers: int
@@ -79,14 +81,14 @@ class WorkerPool(Generic[Piece]):
     def run(
         self, function: Callable[[Piece], Any], next_piece: Callable[[], Piece | None]
     ) -> Iterator[tuple[Piece, Any]]:
-        """Yields each piece with its result, or with `Failed`.
+        """Generator: runs a function on pieces of work in the workers, and yields each piece with its result, or with `Failed`.
 
-        The iteration ends when `next_piece` returns None while no piece runs or waits for a retry. Its end, also by an exception
-        in the loop over it, stops the workers.
+        The iteration ends when `next_piece` returns None while no piece runs or waits for a retry. At the end, also after an
+        exception in the loop of the caller, the workers are stopped.
 
         Args:
-            function: must be idempotent: it may run more than once on a piece.
-            next_piece: returns None if there is no piece at the moment. It is called again after each result.
+            function: called with a piece. It must be idempotent: it may run more than once on a piece.
+            next_piece: returns the next piece; None if there is no piece at the moment. It is called again after each result.
 
         Raises: TrainingError: more than `max_retries` starts of workers failed.
         """
@@ -157,12 +159,21 @@ class WorkerPool(Generic[Piece]):
                 ray.kill(worker)
 
     def _may_retry(self, call: _Call[Piece], error: Exception, is_lost: bool) -> bool:
-        """Returns whether a failed piece is repeated."""
+        """Returns whether a failed piece of work is repeated.
+
+        Args:
+            call: the failed call.
+            error: its error.
+            is_lost: whether the worker or its node was lost.
+        """
         return (self.retry_errors or is_lost) and is_retryable(error) and call.num_failures <= self.max_retries
 
 
 def options_per_worker(config: ClusterConfig, use_gpu: bool) -> dict[str, Any]:
-    """Options of `ray.remote` with the resources and node labels of one worker of the configuration."""
+    """Returns options of `ray.remote` with the resources and node labels that the configuration gives to one worker.
+
+    Args: use_gpu: whether the worker uses a GPU.
+    """
     resources = resources_per_worker(config, use_gpu)
     return {
         "num_cpus": resources["CPU"],

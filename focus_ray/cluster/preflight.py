@@ -1,4 +1,4 @@
-"""Checks before a run whether the cluster has enough resources, and whether its nodes can access the storage."""
+"""Checks before a run that the cluster has enough resources, and that all nodes can access the storage."""
 
 from __future__ import annotations
 
@@ -31,21 +31,25 @@ def count_concurrent_runs(
     prefix: str = "",
     growing: bool = False,
 ) -> int:
-    """Returns how many trainings can run at the same time with all workers of the configuration. Logs the arithmetic.
+    """Returns how many trainings, each with all of its workers, fit on the cluster at the same time. Logs the calculation.
 
-    If not all workers fit but `min_workers` do, the result is 1. If only growth makes room, it logs this and returns 1.
+    If not all workers of one training fit but `min_workers` do, the result is 1. If the cluster has no room now but can grow,
+    the function logs a warning and returns 1.
 
     Args:
+        config: workers of one training, and their resources.
         is_private: whether the cluster belongs to this process and cannot grow.
         streams: whether images are streamed. The stream needs one more CPU. Without it, workers and stream wait for each other
             for ever (seen with Ray 2.60).
+        log: called with messages.
         share: share of the cluster that the run may use.
         limit: largest result; None: no limit.
         prefix: text before the names of settings in error messages.
-        growing: also count resources that the autoscaler can add. For runs that can start one by one as nodes arrive.
+        growing: if at least one training fits now, also count resources that the autoscaler can add. For trainings that can
+            start one by one as nodes arrive.
 
     Raises: TrainingError: not even the smallest allowed number of workers of one training fits, also after growth. The message
-    shows the arithmetic.
+        shows the calculation.
     """
     import ray
 
@@ -105,18 +109,26 @@ def count_concurrent_runs(
 
 
 def _subtract(amounts: Mapping[str, float], reserved: Mapping[str, float]) -> dict[str, float]:
-    """Returns the resources without the reserved resources, by kind."""
+    """Returns kind of resource -> amount without the reserved amount."""
     return {kind: amount - reserved.get(kind, 0.0) for kind, amount in amounts.items()}
 
 
 def _count_fitting(available: Mapping[str, float], needs: Mapping[str, float], share: float = 1.0) -> int:
-    """Returns how many times a share of the available resources covers the needs."""
+    """Returns how many times the needed resources fit into a share of the available resources.
+
+    Args: available, needs: kind of resource -> amount.
+    """
     ratio = min(available.get(kind, 0.0) / amount for kind, amount in needs.items())
     return math.floor(ratio * share + 1e-9)
 
 
 def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
-    """Returns whether the labels of a node satisfy a selector of Ray: value, !value, in(a,b), !in(a,b)."""
+    """Returns whether the labels of a node satisfy a label selector of Ray.
+
+    Args:
+        labels: name of a label -> value.
+        selector: name of a label -> condition: value, !value, in(a,b) or !in(a,b).
+    """
     for key, condition in selector.items():
         in_list = re.fullmatch(r"in\((.*)\)", condition.removeprefix("!"))
         values = [value.strip() for value in in_list[1].split(",")] if in_list else [condition.removeprefix("!")]
@@ -126,13 +138,15 @@ def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
 
 
 def probe_nodes(reads: Sequence[str], writes: Sequence[str]) -> None:
-    """Checks on every node, with its own credentials, that a run will be able to read and write its storage.
+    """Checks that every node of the cluster, with its own credentials, can read and write the storage of a run.
+
+    It writes small test files and deletes them. If the cluster is only this node, `reads` is not checked.
 
     Args:
         reads: files that must be readable.
         writes: folders in which the run writes, reads, lists and deletes files. A local folder must be shared by all nodes.
 
-    Raises: DataError: a node lacks a permission, or does not share a local folder.
+    Raises: DataError: a node lacks a permission, does not share a local folder, or does not answer in time.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -172,7 +186,12 @@ def probe_nodes(reads: Sequence[str], writes: Sequence[str]) -> None:
 
 
 def _probe_this_node(files: Mapping[str, bytes | None], folders: Sequence[str]) -> str | None:
-    """Checks files and folders on this node. Returns the reason of a failure; None if all is well."""
+    """Checks on this node that files can be read and folders can be written. Returns the problem; None if there is none.
+
+    Args:
+        files: path of a file -> expected content; None accepts any content.
+        folders: folders to write to.
+    """
     try:
         for folder in folders:  # first, because only the error of a refused write gives the reason
             check_access(folder)
@@ -189,7 +208,7 @@ def _probe_this_node(files: Mapping[str, bytes | None], folders: Sequence[str]) 
 
 
 def _show(amounts: Mapping[str, float]) -> str:
-    """Returns resources as text, such as 4 CPU + 2 GiB memory."""
+    """Returns kind -> amount of resources as text, such as "4 CPU + 2 GiB memory"."""
     return " + ".join(
         f"{amount / 2**30:.3g} GiB memory" if kind == "memory" else f"{amount:g} {kind}"
         for kind, amount in amounts.items()

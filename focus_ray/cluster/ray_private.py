@@ -1,4 +1,4 @@
-"""All uses of private functions of Ray 2.60.0, each behind one function of this module.
+"""All uses of private functions of Ray 2.60.0, each in one function of this module.
 
 Ray has no public functions for these purposes. `check_private_parts` runs when a cluster is joined. So a new version of Ray
 without such a function fails at once with a clear message.
@@ -35,9 +35,11 @@ PARTS = {
 
 
 def check_private_parts(parts: dict[str, tuple[str, str]] = PARTS) -> None:
-    """Checks that all private parts of Ray exist, without calling them.
+    """Checks that the installed Ray has all private functions that focus_ray uses, without calling them.
 
-    Raises: TrainingError: the installed Ray lacks a part.
+    Args: parts: purpose -> (module, dotted attribute).
+
+    Raises: TrainingError: the installed Ray lacks a function.
     """
     import ray
 
@@ -52,7 +54,7 @@ def check_private_parts(parts: dict[str, tuple[str, str]] = PARTS) -> None:
 
 
 def autoscaler_limits() -> dict[str, float]:
-    """Returns the largest total of each resource that the autoscaler can reach, by kind; empty without an autoscaler."""
+    """Returns the limits of the autoscaler: kind of resource -> largest total of the cluster; empty without an autoscaler."""
     from ray._private.state import state
 
     limits = state.get_max_resources_from_cluster_config()
@@ -60,7 +62,7 @@ def autoscaler_limits() -> dict[str, float]:
 
 
 def find_local_cluster() -> str | None:
-    """Returns HOST:PORT of the cluster that RAY_ADDRESS=auto means; None if there is none. The cluster may be dead."""
+    """Returns HOST:PORT of the cluster that RAY_ADDRESS=auto means; None if there is none. The cluster may have ended."""
     from ray._private.services import canonicalize_bootstrap_address
 
     try:
@@ -70,13 +72,13 @@ def find_local_cluster() -> str | None:
 
 
 def patch_ray_train() -> None:
-    """Patches Ray Train in this process, for all trainers that are created later.
+    """Changes Ray Train in this process, for all trainers that are created later: permanent errors end a training at once.
 
-    A failure that no retry can solve (`is_retryable`) ends a training at once. Ray Train has no public option for this.
+    Ray Train has no public option for this. `is_retryable` says which errors are permanent. Requires a connection to a cluster.
 
-    The actors of a trainer get the address of the cluster as RAY_ADDRESS, which is also set in this process. The placement group
-    cleaner of Ray Train asks the state API whether its controller is alive, without naming a cluster. With two clusters on a
-    machine, its thread would die with a traceback and clean nothing.
+    The function also sets RAY_ADDRESS to the address of the cluster, in this process and in the actors of a trainer. The
+    placement group cleaner of Ray Train asks the state API whether its controller is alive, without naming a cluster. With two
+    clusters on a machine, its thread would die with a traceback and clean nothing.
     """
     import ray
     from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
@@ -84,7 +86,7 @@ def patch_ray_train() -> None:
     from ray.train.v2.api import data_parallel_trainer
 
     class PermanentFailurePolicy(DefaultFailurePolicy):
-        """Ray's policy, except that permanent errors are never retried."""
+        """Ray's retry policy, except that permanent errors are never retried."""
 
         def make_decision(self, training_failed_error: Any) -> Any:
             if not is_retryable(training_failed_error):
@@ -97,17 +99,23 @@ def patch_ray_train() -> None:
 
 
 def cluster_metadata(client: Any) -> dict[str, Any]:
-    """Returns metadata of a cluster from its Jobs API, such as rayVersion and pythonVersion. Raises: as requests."""
+    """Returns metadata of a cluster from its Jobs API, such as rayVersion and pythonVersion.
+
+    Args: client: a `JobSubmissionClient`.
+
+    Raises: requests.RequestException: the request fails.
+    """
     answer = client._do_request("GET", "/api/v0/cluster_metadata")
     answer.raise_for_status()
     return dict(answer.json()["data"])
 
 
 def require_token_of_private_cluster() -> None:
-    """Makes the next private cluster of this process refuse requests without a token.
+    """Makes the next private cluster of this process refuse requests without a secret token.
 
-    The ports of a private cluster listen on all network interfaces. Settings of the user stay: RAY_AUTH_MODE, a token or a token
-    file. If the user set no token, a random token is made, which only this process and its children know.
+    The ports of a private cluster listen on all network interfaces. The function sets RAY_AUTH_MODE=token, unless the user set
+    another value; then it does nothing else. If the user set no token and no token file, it sets RAY_AUTH_TOKEN to a random
+    token, which only this process and its children know.
     """
     raylet: Any = importlib.import_module("ray._raylet")  # a compiled module without types
 
@@ -122,7 +130,10 @@ def require_token_of_private_cluster() -> None:
 
 
 def is_token_refused(channel: Any, timeout_s: float) -> bool:
-    """Returns whether the Ray server behind a gRPC channel refuses the token of this process, or the lack of a token."""
+    """Returns whether the Ray server behind a gRPC channel refuses the token of this process, or requires a missing token.
+
+    If the server does not answer, the result is False.
+    """
     import grpc
 
     raylet: Any = importlib.import_module("ray._raylet")  # a compiled module without types
@@ -141,7 +152,7 @@ def is_token_refused(channel: Any, timeout_s: float) -> bool:
 
 
 def remove_working_folders(experiment: str) -> None:
-    """Removes on this node the working folders of all Tune experiments whose names begin with a text."""
+    """Deletes on this node the working folders of all Ray Tune experiments whose names begin with `experiment`."""
     import ray
 
     session = Path(ray._private.worker._global_node.get_session_dir_path())

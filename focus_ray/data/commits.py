@@ -1,4 +1,4 @@
-"""The format of a commit file, and the rules by which files of old versions become stale."""
+"""The format of a commit file, which lists the files of one version of a category, and the rules when old files are deleted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ VERSIONS_FOLDER, CLAIMS_FOLDER = "_commits", "_claims"
 
 
 class PartEntry(TypedDict):
-    """The entry of a part file in a commit: its name, the number of rows in each row group, and its size."""
+    """The entry of a part file (a Parquet file with rows of the category) in a commit.
+
+    Attributes:
+        name: file name in the folder of the category.
+        row_group_rows: number of rows in each row group. A row group is the smallest block of rows that Parquet reads at once.
+        num_bytes: size of the file.
+    """
 
     name: str
     row_group_rows: list[int]
@@ -29,21 +35,24 @@ class PartEntry(TypedDict):
 
 
 class ChecksummedEntry(TypedDict):
-    """The entry of a file with a checksum in a commit. The index file and the source manifest have such entries."""
+    """The entry of a file with a checksum in a commit. The index file and the source manifest have such entries.
+
+    The index file contains all columns except images and masks. The source manifest lists the source files of the rows.
+    """
 
     name: str
     sha256: str  # hex digest of the file's bytes
 
 
 class DroppedEntry(TypedDict):
-    """The entry of a file of an earlier version that this version does not use."""
+    """The entry of a file that only earlier versions of the category use. It stays for a day, for readers of these versions."""
 
     name: str
     at: str  # time when it was dropped, ISO 8601, UTC
 
 
 class Commit(TypedDict):
-    """The content of `_commit.json` and of `_commits/<run_id>.json`."""
+    """The description of one version of a category: the content of `_commit.json` and of `_commits/<run_id>.json`."""
 
     schema_version: int
     category: str
@@ -59,14 +68,15 @@ class Commit(TypedDict):
 
 
 def parse_commit(data: bytes, uri: str, category: str, path: str) -> Commit:
-    """Parses the bytes of a commit file.
+    """Parses the bytes of a commit file, and adds the entries that old commit files lack.
 
     Args:
+        data: the bytes of the file.
         uri: root of the data set, for error messages.
-        category: for error messages.
-        path: of the commit file, for error messages.
+        category: name of the category, for error messages.
+        path: path of the commit file, for error messages.
 
-    Raises: DataError: the file is damaged, or has another schema version.
+    Raises: DataError: the file is damaged, or has another schema version than this program.
     """
     try:
         commit = json.loads(data)
@@ -92,17 +102,21 @@ def parse_commit(data: bytes, uri: str, category: str, path: str) -> Commit:
 
 
 def referenced_files(commit: Commit) -> set[str]:
-    """Returns the names of the part files, the index and the source manifest of a commit."""
+    """Returns the names of the files that a commit uses: its part files, its index file and its source manifest."""
     objects = (commit["index"], commit["sources"])
     return {entry["name"] for entry in commit["files"]} | {entry["name"] for entry in objects if entry}
 
 
 def list_dropped_files(previous: Commit, commit: Commit, now: datetime) -> list[DroppedEntry]:
-    """Returns the `dropped` list of a new commit: dropped files younger than `STALE_AFTER`, plus files that this commit drops.
+    """Returns the files of earlier versions that must stay for their readers, the `dropped` list of a new commit.
+
+    These are the dropped files of the previous commit that are younger than `STALE_AFTER`, and the files that the new commit no
+    longer uses.
 
     Args:
-        previous: the commit before.
+        previous: the commit that the new commit replaces.
         commit: the new commit.
+        now: current time, UTC.
     """
     recent = [entry for entry in previous["dropped"] if datetime.fromisoformat(entry["at"]) >= now - STALE_AFTER]
     newly_dropped = sorted(referenced_files(previous) - referenced_files(commit))
@@ -110,14 +124,15 @@ def list_dropped_files(previous: Commit, commit: Commit, now: datetime) -> list[
 
 
 def find_stale_files(files: Mapping[str, fs.FileInfo], commit: Commit, now: datetime) -> list[str]:
-    """Returns the files of a category that no process can still be reading or writing.
+    """Returns the files of a category that can be deleted, because no process can still read or write them.
 
     Args:
-        files: path in the category's folder -> file information.
+        files: path relative to the folder of the category -> file information.
         commit: the current commit.
+        now: current time, UTC.
 
     Returns:
-        Paths in the category's folder.
+        Paths relative to the folder of the category. Files with unknown names are never in the list.
     """
     limit = now - STALE_AFTER
     used_names = referenced_files(commit) | {

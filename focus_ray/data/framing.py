@@ -1,8 +1,8 @@
-"""Brings photographs to the size of the network's input, stretched or padded, and marks the pixels that are scored.
+"""Resizes photographs to the input size of the network, by stretching or padding, and marks the pixels that are scored.
 
-Some pixels are not scored: padding beside an image that keeps its shape, and pixels outside a region of interest. In that case
-a decoded image has a fourth channel that marks the scored pixels. Shards, streams and batches carry this channel along; the
-network sees the first three channels.
+The resized image is called the frame. Some of its pixels are not scored: padding beside an image that keeps its aspect ratio,
+and pixels outside a region of interest. In that case a decoded image has a fourth channel that marks the scored pixels. Shards,
+streams and batches contain this channel too; the network gets only the first three channels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SCORED = 255  # value of scored pixels in the fourth channel; all other pixels h
 
 
 class ImageBox(NamedTuple):
-    """The rectangle of a frame that an image covers, in pixels."""
+    """The rectangle, in pixels, that an image covers in the frame (the image array at the input size of the network)."""
 
     top: int
     left: int
@@ -28,12 +28,15 @@ class ImageBox(NamedTuple):
 
     @property
     def slices(self) -> tuple[slice, slice]:
-        """The row slice and the column slice of the box, for indexing an array of the frame's size."""
+        """The row slice and the column slice of the rectangle, to index an array that has the height and width of the frame."""
         return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
 
 
 class MapCells(NamedTuple):
-    """The squares of a frame that the cells of an anomaly map describe, for all tiles.
+    """The squares of image pixels that the values of the anomaly map belong to. Each value ("cell") describes one square.
+
+    If the image is divided into tiles, the squares of all tiles are included. Positions are pixels of the frame, the image at
+    the input size of the network.
 
     Attributes:
         tops: (rows,) first pixel row of each row of cells.
@@ -46,9 +49,9 @@ class MapCells(NamedTuple):
     side_px: int
 
     def covers_any(self, scored: NDArray[np.bool_]) -> bool:
-        """Returns whether at least one cell is scored, i.e. at least half of its square is scored.
+        """Returns whether at least one cell of the anomaly map is scored, i.e. at least half of its square is scored.
 
-        Args: scored: (height, width) bool, the scored pixels of the frame.
+        Args: scored: (height, width) bool, True at the scored pixels of the frame.
         """
         # Summed-area table: the number of scored pixels in a square is a combination of the sums at its four corners.
         sums = np.pad(scored, ((1, 0), (1, 0))).cumsum(axis=0, dtype=np.int64).cumsum(axis=1)
@@ -59,15 +62,15 @@ class MapCells(NamedTuple):
 
 
 class Frame:
-    """The size to which every image of a category is brought, the method, and the region that is scored.
+    """The target size of all images of a category, the resizing method, and the region of interest. All images get this size.
 
     Attributes:
-        height, width: in pixels.
+        height, width: size of the network's input, in pixels.
         resize: "stretch" fills the frame and changes the aspect ratio. "pad" keeps the aspect ratio: it scales the image to fit,
             centres it, and fills the remaining pixels by mirroring.
         region: (height, width) bool, the scored pixels of an image that is stretched to the frame; None scores all pixels.
-        cells: the cells of the anomaly map. An image that covers no cell is refused. None refuses an image only if it has no
-            scored pixel.
+        cells: the squares that the values of the anomaly map describe. An image without a scored square is refused. None refuses
+            an image only if it has no scored pixel.
     """
 
     def __init__(
@@ -86,16 +89,19 @@ class Frame:
 
     @property
     def has_scored_channel(self) -> bool:
-        """Whether decoded images have the fourth channel, which marks the scored pixels."""
+        """Whether decoded images have a fourth channel, which marks the scored pixels. False if all pixels are scored."""
         return self.resize == "pad" or self.region is not None
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """The shape of a decoded image: (H, W, 3), or (H, W, 4) with the channel of scored pixels."""
+        """The shape of a decoded image: (H, W, 3), or (H, W, 4) with the channel that marks the scored pixels."""
         return self.height, self.width, 4 if self.has_scored_channel else 3
 
     def image_box(self, width: int, height: int) -> ImageBox:
-        """Returns the rectangle of the frame that an image of `width` x `height` pixels covers."""
+        """Returns the rectangle that an image covers in the frame (the array at the network's input size) after resizing.
+
+        Args: width, height: size of the original image, in pixels.
+        """
         if self.resize == "stretch":
             return ImageBox(0, 0, self.height, self.width)
         scale = min(self.width / width, self.height / height)
@@ -103,7 +109,9 @@ class Frame:
         return ImageBox((self.height - box_height) // 2, (self.width - box_width) // 2, box_height, box_width)
 
     def place_image(self, image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
-        """Brings a decoded image to the frame.
+        """Resizes a decoded image to the network's input size ("frame"). Pads it and adds the channel of scored pixels if needed.
+
+        Padding is needed if `resize` is "pad", see `Frame`.
 
         Args:
             image: grey or RGB; the decoder may already have reduced it.
@@ -129,9 +137,13 @@ class Frame:
         return pixels
 
     def check_size(self, width: int, height: int) -> ImageBox:
-        """Returns the rectangle of the frame that an image of `width` x `height` pixels covers.
+        """Checks that at least one pixel of an image of this size is scored.
 
-        Raises: DataError: no pixel of the image can be scored. The message gives the reason and the remedy.
+        Args: width, height: size of the original image, in pixels.
+
+        Returns: the rectangle that the image covers in the frame, the array at the network's input size.
+
+        Raises: DataError: nothing of the image can be scored, see `Frame.cells`. The message gives the reason and the remedy.
         """
         box = self.image_box(width, height)
         if not self.has_scored_channel or self._is_scored(self.scored_channel(box) > 0):
@@ -153,11 +165,17 @@ class Frame:
         raise DataError(f"{size} {frame}, {reason}, so nothing would be inspected: {remedy}")
 
     def _is_scored(self, scored: NDArray[np.bool_]) -> bool:
-        """Returns whether at least one cell of the map (or one pixel, without cells) is scored. scored: (height, width)."""
+        """Returns whether at least one cell of the anomaly map (without `cells`: one pixel) is scored.
+
+        Args: scored: (height, width) bool, True at the scored pixels of the frame.
+        """
         return bool(scored.any()) if self.cells is None else self.cells.covers_any(scored)
 
     def scored_channel(self, box: ImageBox) -> NDArray[np.uint8]:
-        """Returns the fourth channel of an image that covers `box`: (height, width), `SCORED` or 0."""
+        """Returns the fourth channel of an image that covers the rectangle `box`: `SCORED` at scored pixels, 0 elsewhere.
+
+        The array is (height, width), uint8, and cached: do not change it.
+        """
         if box not in self._scored_channels:
             channel = np.zeros((self.height, self.width), np.uint8)
             region = self.resize_region(box.height, box.width)
@@ -166,23 +184,28 @@ class Frame:
         return self._scored_channels[box]
 
     def resize_region(self, height: int, width: int) -> NDArray[np.bool_] | None:
-        """Returns the region of interest, resized to (height, width); None if all pixels are scored."""
+        """Returns the region of interest as a bool mask, resized to (height, width); None if there is no region of interest."""
         if self.region is None or self.region.shape == (height, width):
             return self.region
         mask = Image.fromarray(self.region.astype(np.uint8) * np.uint8(255))
         return np.asarray(mask.resize((width, height), Image.Resampling.BILINEAR)) >= 128
 
     def scored_values(self, anomaly_map: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Returns the values of the scored pixels of an image.
+        """Returns the values of an anomaly map inside the region of interest.
 
-        Args: anomaly_map: (H, W), without padding.
+        Args: anomaly_map: (H, W), of the image without padding.
 
         Returns:
-            (1, n) values inside the region of interest, or the map itself if all pixels are scored.
+            (1, n) values inside the region of interest, or the map itself, (H, W), if there is no region of interest.
         """
         region = self.resize_region(*anomaly_map.shape)
         return anomaly_map if region is None else anomaly_map[region][None]
 
     def crop_map(self, anomaly_map: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
-        """Returns the part of a map that an image of `width` x `height` pixels covers. anomaly_map: of the frame's size."""
+        """Cuts the padding off an anomaly map: returns the rectangle that the image covers in the network's input.
+
+        Args:
+            anomaly_map: (H, W), of the size of the frame.
+            width, height: size of the original image, in pixels.
+        """
         return anomaly_map[self.image_box(width, height).slices]

@@ -11,7 +11,7 @@ Reason = Literal["empty", "not_an_image", "unsupported", "truncated", "too_large
 
 
 class ImageError(DataError):
-    """The bytes of a file cannot be used as an image or mask. The message gives the problem and the remedy.
+    """The error for bytes that cannot be used as an image or mask. The message gives the problem and the remedy.
 
     Attributes: reason: kind of the problem, one of `Reason`; lists of rejected files contain this code.
     """

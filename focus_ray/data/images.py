@@ -85,7 +85,7 @@ _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyErr
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """Facts about an image file.
+    """The size of an image file, whether it is fully transparent, and a hash of its pixels.
 
     Attributes:
         width, height: pixels after EXIF rotation; `read_header` gives the size before EXIF rotation.
@@ -100,20 +100,22 @@ class ImageInfo:
 
 
 def decode_image(data: bytes, size: int | Frame | None) -> npt.NDArray[np.uint8]:
-    """Decodes one image by the rules at the top of this file.
+    """Decodes the bytes of an image file to RGB pixels, and resizes them to the requested size.
 
-    Images are resized with Pillow's antialiased bilinear filter. A JPEG of at least four times the requested size is first
-    decoded at a half, a quarter or an eighth of its size, but never below twice the requested size. This saves most of the time
-    and changes pixels by about one grey level.
+    The rules at the top of this module say how unusual files are decoded. Images are resized with Pillow's antialiased bilinear
+    filter. A JPEG of at least four times the requested size is first decoded at a half, a quarter or an eighth of its size, but
+    never below twice the requested size. This saves most of the time and changes pixels by about one grey level.
 
     Args:
         data: bytes of a file in one of the formats ``FORMATS``.
-        size: frame into which the image is placed; or the side, in pixels, of a square to which the image is stretched. None
-            keeps the size of the image.
+        size: `Frame` (target size and padding) into which the image is placed; or the side, in pixels, of a square to which the
+            image is stretched. None keeps the size of the image.
 
-    Returns: uint8, RGB, writable: (H, W, 3), or the frame's shape, which may have a fourth channel of scored pixels.
+    Returns: uint8, RGB, writable: (H, W, 3), or the shape of the `Frame`, which may have a fourth channel that marks the scored
+        pixels.
 
-    Raises: ImageError: the data is empty, truncated, no image, of an unsupported kind, or has more than ``MAX_PIXELS`` pixels.
+    Raises: ImageError: the data is empty, truncated, no image, of an unsupported kind, has more than ``MAX_PIXELS`` pixels, or
+        no pixel of the image can be scored.
     """
     return read_image(data, size)[1]
 
@@ -121,7 +123,7 @@ def decode_image(data: bytes, size: int | Frame | None) -> npt.NDArray[np.uint8]
 def read_image(
     data: bytes, size: int | Frame | None = None, hashed: bool = False
 ) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
-    """Decodes one image, and returns the facts about its file and its pixels.
+    """Decodes one image. Returns its `ImageInfo` (size, transparency, hash) and its pixels.
 
     The whole file is checked, including the checksums of a PNG. Wrong bits inside the compressed pixels of a JPEG cannot be
     detected, because they decode to other pixels.
@@ -149,9 +151,10 @@ def read_image(
 
 
 def read_header(data: bytes) -> ImageInfo:
-    """Returns the size of an image (before EXIF rotation) from the header of its file. No pixel is decoded.
+    """Reads the size of an image (before EXIF rotation) from the header of its file. No pixel is decoded.
 
-    Raises: ImageError: the data is empty, no image, of an unsupported kind, or has more than ``MAX_PIXELS`` pixels.
+    Raises: ImageError: the data is empty, no image, of an unsupported kind, has more than ``MAX_PIXELS`` pixels, or its header
+        is damaged.
     """
     tags = _tiff_tags(data)
     if tags is not None and tiff.choose_reader(tags) == "tifffile":
@@ -162,8 +165,8 @@ def read_header(data: bytes) -> ImageInfo:
 def decode_mask(data: bytes, height: int, width: int) -> npt.NDArray[np.bool_]:
     """Decodes a mask, and resizes it to (height, width). A pixel is anomalous if at least one of its channels is above 0.
 
-    This holds for every bit depth; of 16-bit colour only the high byte counts. A palette image is judged by its colours, not by
-    its palette indices. Transparent pixels are composed over black. Pages of a TIFF are combined: a pixel is anomalous if it is
+    This rule holds for every bit depth; of 16-bit colour only the high byte counts. For a palette image the colours count, not
+    the palette indices. Transparent pixels are composed over black. Pages of a TIFF are combined: a pixel is anomalous if it is
     anomalous on one page. `resize_mask` describes the resizing.
 
     Args:
@@ -172,16 +175,16 @@ def decode_mask(data: bytes, height: int, width: int) -> npt.NDArray[np.bool_]:
 
     Returns: (height, width) bool, True at anomalous pixels.
 
-    Raises: ImageError: see `decode_image`. Also if the mask has several frames, or pages of different sizes.
+    Raises: ImageError: see `decode_image`. Also if the mask has several frames (animation), or pages of different sizes.
     """
     return resize_mask(probe_mask(data)[0], height, width)
 
 
 def resize_mask(mask: npt.NDArray[np.bool_], height: int, width: int) -> npt.NDArray[np.bool_]:
-    """Resizes a mask (H, W), bool, to (height, width).
+    """Resizes a mask (H, W), bool, to (height, width), so that thin defects do not disappear.
 
-    If a side becomes smaller, a pixel is anomalous if at least one pixel that it replaces is anomalous, so that thin defects do
-    not disappear. If a side becomes larger, pixels are repeated.
+    If a side becomes smaller, a pixel is anomalous if at least one pixel that it replaces is anomalous. If a side becomes
+    larger, pixels are repeated.
     """
     for axis, size in enumerate((height, width)):
         length = mask.shape[axis]
@@ -215,7 +218,10 @@ def probe_mask(data: bytes) -> tuple[npt.NDArray[np.bool_], int]:
 
 
 def _single_frame(data: bytes) -> list[int]:
-    """Returns [0], the number of the only frame of an image. Raises: ImageError: it is damaged, or has several frames."""
+    """Checks that an image is not animated, and returns [0], the number of its only frame.
+
+    Raises: ImageError: the image is damaged, or has several frames.
+    """
     image = _open(data)
     with _pillow_errors(data, "list of frames"):
         num_frames = int(getattr(image, "n_frames", 1))
@@ -225,7 +231,12 @@ def _single_frame(data: bytes) -> list[int]:
 
 
 def _probe_page(data: bytes, page: int) -> tuple[npt.NDArray[np.bool_], int]:
-    """Decodes one page of a mask, and counts its different pixel values above 0; see `probe_mask`. Pages count from 0."""
+    """Decodes one page of a mask, and counts its different pixel values above 0, see `probe_mask`.
+
+    Args: page: number of the page, from 0.
+
+    Raises: ImageError: see `decode_image`.
+    """
     image, orientation, _ = _load(data, None, page)
     with _conversion_errors(image):
         deep = _is_deep(image) or image.mode == "F"
@@ -239,10 +250,10 @@ def _probe_page(data: bytes, page: int) -> tuple[npt.NDArray[np.bool_], int]:
 
 
 def encode_opened(image: Image.Image) -> bytes:
-    """Encodes a Pillow image, opened or made by the caller, as a lossless PNG and returns the bytes of the file.
+    """Encodes an opened or created Pillow image as a lossless PNG and returns the bytes of the file.
 
-    The PNG has the pixels that `decode_image` would return for the file of the image: the rules at the top of this file hold for
-    palette, transparency, bit depth, colour space and EXIF orientation.
+    The PNG has the pixels that `decode_image` would return for the file of the image: the rules at the top of this module hold
+    for palette, transparency, bit depth, colour space and EXIF orientation.
 
     Raises: ImageError: the pixels are damaged or of an unsupported kind, or the image is a TIFF of a kind that Pillow misreads.
     """
@@ -258,7 +269,10 @@ def encode_opened(image: Image.Image) -> bytes:
 
 
 def refuse_drawing(data: bytes) -> None:
-    """Raises ImageError if a file is a picture that focus_ray drew, because only photographs may be learnt or inspected."""
+    """Checks that a file is not a picture that focus_ray drew, because only photographs may be used for training and inspection.
+
+    Raises: ImageError: the file is such a picture.
+    """
     if is_drawing(data):
         raise ImageError("unsupported", "a heat map or plot that focus_ray drew, not a photograph: give the photograph")
 
@@ -266,15 +280,17 @@ def refuse_drawing(data: bytes) -> None:
 def decode_batch(
     images: Sequence[bytes], size: int | Frame, num_threads: int = 1, names: Sequence[str] | None = None
 ) -> npt.NDArray[np.uint8]:
-    """Decodes a batch of photographs. Pillow releases the interpreter lock, so several threads are faster than one.
+    """Decodes a batch of photographs in threads, to arrays of one size.
+
+    Several threads are faster than one, because Pillow releases the interpreter lock.
 
     Args:
         images: bytes of B files.
-        size: frame into which each image is placed, or the side, in pixels, of a square to which each image is stretched.
+        size: `Frame` into which each image is placed, or the side, in pixels, of a square to which each image is stretched.
         num_threads: number of threads; at most one thread per image is used.
         names: name of each image for error messages; None: messages give the position of the image.
 
-    Returns: (B, H, W, 3 or 4), uint8, in the order of `images`.
+    Returns: (B, H, W, 3), uint8, in the order of `images`; (B, H, W, 4) if the frame has the channel of scored pixels.
 
     Raises: ImageError: an image cannot be decoded (see `decode_image`), or is a picture that focus_ray drew. The message names
         the first such image.
@@ -283,9 +299,9 @@ def decode_batch(
 
 
 def content_hash(pixels: npt.NDArray[np.uint8]) -> str:
-    """Returns the SHA-256 hex of size and pixels of a decoded RGB image (H, W, 3).
+    """Returns the SHA-256 hex of the size and the pixels of an RGB image (H, W, 3). Images with equal pixels have equal hashes.
 
-    It identifies the image independently of the name and the compression of its file.
+    It does not depend on the name and the lossless compression of the file.
     """
     digest = hashlib.sha256(f"{pixels.shape[0]}x{pixels.shape[1]}:".encode())
     digest.update(np.ascontiguousarray(pixels).data)
@@ -299,13 +315,13 @@ def read_batch(
     hashed: bool = False,
     names: Sequence[str] | None = None,
 ) -> tuple[list[ImageInfo], npt.NDArray[np.uint8]]:
-    """Decodes a batch of photographs, and returns the facts about each file and the pixels.
+    """Decodes a batch of photographs. Returns the `ImageInfo` (size, transparency, hash) of each file, and the pixels.
 
     Args:
         images, size, num_threads, names: see `decode_batch`.
         hashed: also computes the content hash of each image, see `read_image`.
 
-    Returns: facts about each image; pixels (B, H, W, 3 or 4), uint8.
+    Returns: one `ImageInfo` per image; pixels (B, H, W, 3 or 4), uint8.
 
     Raises: ImageError: see `decode_batch`.
     """
@@ -314,7 +330,7 @@ def read_batch(
     batch = np.empty((len(images), *frame.shape), dtype=np.uint8)
 
     def decode_into(position: int) -> ImageInfo:
-        """Decodes one image into its row of the batch."""
+        """Decodes the image at a position of the batch and writes its pixels to the same position of the array."""
         try:
             refuse_drawing(images[position])
             info, batch[position] = read_image(images[position], frame, hashed)
@@ -328,13 +344,13 @@ def read_batch(
 
 
 def _frame(size: int | Frame | None) -> Frame | None:
-    """Returns the frame that a size means: a number is the side of a square; a frame or None is returned unchanged."""
+    """Returns the `Frame` for a size: a number becomes a square frame of this side; a frame or None is returned unchanged."""
     return Frame(size, size) if isinstance(size, int) else size
 
 
 @contextmanager
 def _conversion_errors(image: Image.Image) -> Iterator[None]:
-    """Raises ImageError if loaded pixels cannot be converted to RGB or placed into the frame."""
+    """Context manager: turns errors of the conversion to RGB, or of the placement in the frame, into ImageError."""
     try:
         yield
     except ImageError:
@@ -347,7 +363,12 @@ def _conversion_errors(image: Image.Image) -> Iterator[None]:
 
 @contextmanager
 def _pillow_errors(data: bytes, part: str) -> Iterator[None]:
-    """Context manager: turns errors of Pillow into ImageError. part: what was read, for the message, such as "header"."""
+    """Context manager: turns errors of Pillow into ImageError.
+
+    Args:
+        data: bytes of the file, to recognise its format for the message.
+        part: name of the part that is read, for the message, such as "header".
+    """
     try:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -360,9 +381,10 @@ def _pillow_errors(data: bytes, part: str) -> Iterator[None]:
 
 
 def _load(data: bytes, size_px: int | None, page: int = 0) -> tuple[Image.Image, int, tuple[int, int]]:
-    """Opens a file and decodes its pixels.
+    """Opens an image file and decodes its pixels, without EXIF rotation and without conversion to RGB.
 
     Args:
+        data: bytes of the file.
         size_px: a JPEG may be decoded at a reduced size of at least twice this many pixels; None: at its full size.
         page: number of the frame or page, from 0.
 
@@ -406,12 +428,15 @@ def _tiff_tags(data: bytes, page: int = 0) -> tiff.Tags | None:
 
 
 def _turn_upright(image: Image.Image, orientation: int) -> Image.Image:
-    """Returns an image without its EXIF rotation. orientation: 1 to 8."""
+    """Applies the EXIF orientation to an image, so that it is upright.
+
+    Args: orientation: 1 to 8; 1 returns the image unchanged.
+    """
     return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
 
 def _at_full_range(image: Image.Image, tags: tiff.Tags) -> Image.Image:
-    """Converts 12-bit or 16-bit grey pixels to 16 bits, and inverts them if the tags say that 0 is white."""
+    """Scales 12-bit or 16-bit grey pixels to the full 16-bit range, and inverts them if the tags say that 0 is white."""
     full = 2**tags.bits - 1
 
     def stretch(block: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -423,7 +448,7 @@ def _at_full_range(image: Image.Image, tags: tiff.Tags) -> Image.Image:
 
 
 def _is_see_through(image: Image.Image) -> bool:
-    """Returns whether an image has an alpha channel that is zero everywhere."""
+    """Returns whether an image is fully transparent: its alpha channel is zero everywhere."""
     if image.mode in ("RGBA", "LA", "PA"):
         return not np.asarray(image.getchannel("A")).any()
     return bool(image.info.get("fully_transparent", False))
@@ -447,9 +472,11 @@ def _open(data: bytes) -> ImageFile.ImageFile:
 
 
 def _check_structure(data: bytes) -> None:
-    """Raises ImageError if a file has more JPEG scans or segments, or more PNG chunks, than an image needs.
+    """Checks that a JPEG has not too many scans or segments, or a PNG too many chunks, which would take long to decode.
 
-    Such a file could take very long to decode. Damaged files pass, because the decoder detects the damage.
+    Damaged files pass, because the decoder detects the damage. Other formats pass too.
+
+    Raises: ImageError: a limit is exceeded, or a JPEG has much data without a scan.
     """
     if data.startswith(b"\xff\xd8"):
         _limit_jpeg_structure(data)
@@ -463,9 +490,11 @@ def _check_structure(data: bytes) -> None:
 
 
 def _limit_jpeg_structure(data: bytes) -> None:
-    """Raises ImageError if a JPEG has too many scans or segments, too many bytes between segments, or much data without a scan.
+    """Checks that a JPEG has not too many scans or segments, too many bytes between segments, or much data without a scan.
 
-    It jumps from marker to marker, so that marker bytes inside a segment do not count; see `_check_structure`.
+    The check jumps from marker to marker, so that marker bytes inside a segment do not count; see `_check_structure`.
+
+    Raises: ImageError: a limit is exceeded.
     """
     offset, num_scans, num_segments, fill_bytes = 2, 0, 0, 0
     while (marker := _JPEG_MARKER.search(data, offset)) is not None:
@@ -488,7 +517,7 @@ def _limit_jpeg_structure(data: bytes) -> None:
 
 
 def _check_size(width: int, height: int) -> None:
-    """Raises ImageError if an image has more than ``MAX_PIXELS`` pixels."""
+    """Checks that an image has at most ``MAX_PIXELS`` pixels. Raises: ImageError: it has more."""
     pixels = width * height
     if pixels > MAX_PIXELS:
         size = f"{width} x {height} is {pixels} pixels"
@@ -505,7 +534,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def read_capture_time(data: bytes | Path) -> datetime | None:
-    """Returns the EXIF time at which a photograph was taken: DateTimeOriginal or, if it is missing, DateTime.
+    """Returns the EXIF time at which a photograph was taken: DateTimeOriginal or, if that is missing or invalid, DateTime.
 
     Fractions of a second are added if the file has them. Time zones are ignored. Only the header of the file is read.
 
@@ -535,9 +564,9 @@ def read_capture_time(data: bytes | Path) -> datetime | None:
 
 
 def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
-    """Converts a loaded image to 8-bit grey (mode L) or RGB by the rules at the top of this file.
+    """Converts a loaded image to 8-bit grey (mode L) or RGB by the rules at the top of this module.
 
-    Raises: ImageError: the pixels are 32-bit integers or floats.
+    Raises: ImageError: the pixels are floats, or integers that do not fit into 16 bits.
     """
     if _is_deep(image):
         image = _deep_to_grey(image)
@@ -557,7 +586,7 @@ def _is_deep(image: Image.Image) -> bool:
 
 
 def _deep_to_grey(image: Image.Image) -> Image.Image:
-    """Scales 16-bit grey pixels to 8 bits. Raises: ImageError: a value does not fit into 16 bits."""
+    """Scales grey pixels from 16 bits to 8 bits. Raises: ImageError: a value does not fit into 16 bits."""
     # Mode "I" contains 32-bit integers: Pillow uses it for all 32-bit files and for some 16-bit files.
     values = np.asarray(image)
     low, high = int(values.min()), int(values.max())
@@ -570,9 +599,11 @@ def _deep_to_grey(image: Image.Image) -> Image.Image:
 
 
 def _verify_chunks(data: bytes) -> None:
-    """Raises ImageError if a PNG is truncated or has a wrong checksum. Other formats pass.
+    """Checks that a PNG is complete and that its checksums are right. Other formats pass.
 
     Pillow decodes a PNG that ends after its last pixel, or that has a wrong checksum, without an error.
+
+    Raises: ImageError: the PNG is truncated, has a wrong checksum, or has too many chunks.
     """
     if not data.startswith(b"\x89PNG"):
         return

@@ -1,4 +1,4 @@
-"""Lists the image files of a local folder. All commands use this listing.
+"""Lists the image files of a local folder and its subfolders. All commands use this listing.
 
 It skips hidden files, folders that an operating system or a file server creates, and pictures that focus_ray drew itself.
 """
@@ -19,15 +19,15 @@ _SYSTEM_FOLDERS |= {"$recycle.bin", "recycler", "system volume information", "lo
 
 
 def is_system_folder(name: str) -> bool:
-    """Returns whether the name is a known folder name of file servers and operating systems, such as @eaDir or __MACOSX.
+    """Returns whether a folder name is one that file servers and operating systems create, such as @eaDir or __MACOSX.
 
-    `is_hidden` handles names that begin with a dot.
+    `is_hidden` also covers names that begin with a dot.
     """
     return name.startswith("__MACOSX") or name.casefold() in _SYSTEM_FOLDERS
 
 
 def is_hidden(name: str) -> bool:
-    """Returns whether every command skips a file or folder of this name."""
+    """Returns whether a file or folder of this name is skipped by every command: it begins with a dot or is a system folder."""
     return name.startswith(".") or is_system_folder(name)
 
 
@@ -38,7 +38,7 @@ def scan_images(
     skipped_folder: str = "",
     on_hidden: Callable[[Path], None] = lambda path: None,
 ) -> Iterator[str]:
-    """Yields the image files of a folder and of all folders below it, unordered; links to folders are not followed.
+    """Generator: yields the image files of a folder and of all folders below it, unordered. Links to folders are not followed.
 
     Args:
         folder: the folder to list.
@@ -46,13 +46,14 @@ def scan_images(
         skipped_folder: real path of a folder that is not listed; empty for none.
         on_hidden: called with each hidden folder, and with each hidden file that has the suffix of an image.
 
-    Yields: the path below the folder, with slashes. It may be a broken link.
+    Yields: the path relative to the folder, with slashes. It may be a broken link.
 
     Raises: OSError: the folder itself cannot be listed.
     """
     top = os.fspath(folder)
 
     def report(error: OSError) -> None:
+        """Raises the error of the top folder, and passes errors of other folders to `on_error`."""
         if error.filename == top:
             raise error
         if not isinstance(error, FileNotFoundError):  # it was removed during the listing
@@ -72,9 +73,11 @@ def scan_images(
 def find_image_files(folder: Path, log: Callable[[str], None] = lambda message: None) -> list[Path]:
     """Returns the image files of a local folder and of all folders below it, sorted by path.
 
-    The list contains broken links, so that the attempt to read them reports the file.
+    Pictures that focus_ray drew are left out. Broken links are in the list, so that the attempt to read them reports the file.
 
-    Args: log: gets a note with the number of skipped hidden files and of skipped pictures that focus_ray drew.
+    Args:
+        folder: the folder to list.
+        log: called with a note that gives the number of skipped hidden files and of skipped pictures that focus_ray drew.
 
     Raises: DataError: there is no image, or a folder cannot be listed.
     """

@@ -14,12 +14,12 @@ T = TypeVar("T")
 
 
 def prefetch(items: Iterator[T], max_waiting: int = MAX_WAITING_ITEMS) -> Iterator[T]:
-    """Yields the items of an iterator in the same order, while a thread already computes the next ones.
+    """Generator: yields the items of an iterator in the same order, while a thread already computes the next items.
 
-    The thread ends with the last item, or when this iterator is closed or garbage-collected.
+    The thread ends with the last item, or when this generator is closed or garbage-collected.
 
     Args:
-        items: the thread alone iterates over it.
+        items: the iterator. Only the thread uses it.
         max_waiting: number of finished items that may wait for the reader.
 
     Raises:

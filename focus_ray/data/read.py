@@ -1,4 +1,4 @@
-"""Reads categories, indexes and rows of a data set. Only files that the commit names are opened."""
+"""Reads categories, indexes and rows of a data set. Only files that a commit (the file list of a version) names are opened."""
 
 from __future__ import annotations
 
@@ -31,21 +31,29 @@ _VERSION_KEY = b"focus_ray.version"  # in the schema metadata of the tables of `
 
 
 def data_version(uri: str | Path, category: str) -> str:
-    """Returns the name of the current version of a category. Raises: DataError: the data set or category does not exist."""
+    """Returns the name of the current version of a category. Each change of the category makes a new version.
+
+    Raises: DataError: the data set or category does not exist.
+    """
     return open_store(uri).require_commit(category)["run_id"]
 
 
 def index_version(table: pa.Table) -> str:
-    """Returns the name of the version of an index table of `read_index`. Row numbers are valid only in this version."""
+    """Returns the name of the category version that an index table belongs to. Row numbers are valid only in this version.
+
+    Args: table: from `read_index`.
+    """
     return str(table.schema.metadata[_VERSION_KEY].decode())
 
 
 def read_index(uri: str | Path, category: str, split: str | None = None, version: str | None = None) -> pa.Table:
-    """Returns the index of a category, in row order.
+    """Reads the index of a category: a table of all rows without images and masks, in row order.
 
     The index is one file, independent of the number of part files. If the commit names no index file, every part file is read.
 
     Args:
+        uri: root of the data set.
+        category: name of the category.
         split: train or test; None takes both.
         version: a name from `data_version`; None takes the current version.
 
@@ -55,7 +63,7 @@ def read_index(uri: str | Path, category: str, split: str | None = None, version
 
     Raises:
         DataError: the data set or category does not exist, the split is neither train nor test, the version was removed, or a
-            file is damaged.
+            file is missing or damaged.
     """
     if split is not None and split not in SPLITS:
         raise DataError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
@@ -73,7 +81,12 @@ NUM_PART_READERS = 16  # part files read at once: the time of such small reads i
 
 
 def load_commit_index(store: Store, category: str, commit: Commit) -> pa.Table:
-    """Returns ``INDEX_COLUMNS`` of all rows of a commit, from its index file or, without one, from its part files."""
+    """Returns ``INDEX_COLUMNS`` of all rows of a version, from its index file or, without an index file, from its part files.
+
+    Args: commit: the list of the version's files.
+
+    Raises: DataError: a file is missing or damaged.
+    """
     table = store.read_index(category, commit)
     if table is not None:
         return table
@@ -93,15 +106,19 @@ def read_rows(
     columns: Sequence[str] = ("id", "label", "image", "mask"),
     version: str | None = None,
 ) -> Iterator[Row]:
-    """Yields rows by number. Reads only the row groups that contain these rows, and keeps one row group in memory.
+    """Returns an iterator over rows by number. It reads only the row groups (blocks of rows) that contain these rows.
+
+    One row group is in memory at a time.
 
     Args:
+        uri: root of the data set.
+        category: name of the category.
         row_numbers: strictly ascending numbers from the column ``row`` of ``read_index``.
         columns: names of columns of ``SCHEMA``.
         version: the version in which the numbers are valid, from `index_version`; None takes the current version.
 
     Yields:
-        One dict of Python values per row number, in their order.
+        One dict per row number, in the order of the numbers: column -> Python value.
 
     Raises:
         DataError: at the call, not at the first row: a column is unknown, the numbers are not ascending or out of range, the
@@ -124,7 +141,7 @@ def read_rows(
 def _iterate_rows(
     store: Store, category: str, commit: Commit, numbers: np.ndarray[Any, Any], columns: list[str]
 ) -> Iterator[Row]:
-    """Yields the rows of a commit with these numbers, see `read_rows`."""
+    """Generator: yields the rows of a version that have these numbers, see `read_rows`."""
     start = 0
     for entry in commit["files"]:
         # (G + 1,) first row number of each row group of this part file, and the end of the file
@@ -145,16 +162,21 @@ def _iterate_rows(
 
 
 def data_fingerprint(uri: str | Path, category: str) -> str:
-    """Returns the fingerprint of the images of a category, which identifies the data of a model.
+    """Returns a hash that identifies the images, labels, splits and groups of a category, to detect that the data changed.
 
     It is the SHA-256 hex of the sorted (content hash, label, split, group) of all rows. File names, order, encoding, masks and
     empty groups do not change it.
+
+    Raises: DataError: the data set or category does not exist, or a file is missing or damaged.
     """
     return index_fingerprint(read_index(uri, category))
 
 
 def index_fingerprint(table: pa.Table) -> str:
-    """Returns the `data_fingerprint` of a category from its index. table: from `read_index`, with both splits."""
+    """Returns the `data_fingerprint` of a category, computed from its index table.
+
+    Args: table: from `read_index`, with both splits.
+    """
     rows = zip(*(table[name].to_pylist() for name in ("content_hash", "label", "split", "group")), strict=True)
     lines = [f"{h} {label} {split}" + (f" {group}" if group else "") for h, label, split, group in rows]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
@@ -172,18 +194,21 @@ def decode_rows(
     num_threads: int = 1,
     version: str | None = None,
 ) -> Iterator[np.ndarray[Any, Any]]:
-    """Yields batches of decoded images, uint8 (B, H, W, 3), in the order of the rows.
+    """Returns an iterator over batches of decoded images, uint8 (B, H, W, 3), in the order of the rows.
 
-    If the frame marks scored pixels, the mark is a fourth channel (see `Frame.shape`). The batches are prefetched: up to four
-    batches are in memory.
+    If the frame marks scored pixels, a fourth channel contains the mark (see `Frame.shape`). The batches are prefetched: up to
+    four batches are in memory.
 
     Args:
+        uri: root of the data set.
+        category: name of the category.
         rows: strictly ascending row numbers.
-        size: the frame, or the side of a square in pixels, see `decode_batch`.
+        size: the `Frame` of the images, or the side of a square in pixels, see `decode_batch`.
+        batch_size: images per batch; the last batch may be smaller.
         num_threads: threads that decode.
         version: the version in which the row numbers are valid; None takes the current version.
 
-    Raises: DataError: see `read_rows`. ImageError: see `decode_batch`.
+    Raises: DataError: see `read_rows`. ImageError: an image cannot be decoded, see `decode_batch`.
     """
     records = read_rows(uri, category, rows, columns=("id", "image"), version=version)
 
@@ -199,6 +224,9 @@ TEST_COLUMNS = ("id", "image", "mask", "label", "defect_type", "width", "height"
 
 
 def iter_test_records(uri: str, category: str) -> Iterable[Row]:
-    """Yields the rows of the labelled test images of a category, with the columns that `Inspector.evaluate` needs."""
+    """Returns an iterator over the labelled test images of a category, as rows with the columns ``TEST_COLUMNS``.
+
+    Raises: DataError: the data set or category does not exist, or a file is missing or damaged.
+    """
     index = read_index(uri, category, split="test")
     return read_rows(uri, category, index["row"].to_numpy(), columns=TEST_COLUMNS, version=index_version(index))

@@ -1,4 +1,4 @@
-"""The Parquet schemas of a data set, and the record of a rejected source file."""
+"""The Parquet schemas of a data set, and the description of a rejected source file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ INDEX_SCHEMA = pa.schema([SCHEMA.field(name) for name in INDEX_COLUMNS], metadat
 
 
 def fill_group_column(table: pa.Table) -> pa.Table:
-    """Returns the table with a `group` column. In tables of older data sets, which lack it, the column is empty in each row."""
+    """Returns the table with a `group` column. In tables of older data sets, which lack it, an empty column is added."""
     if "group" in table.column_names:
         return table
     return table.append_column(SCHEMA.field("group"), pa.array([""] * table.num_rows, pa.string()))
@@ -71,7 +71,7 @@ RejectReason = Literal[
 
 @dataclass(frozen=True)
 class Reject:
-    """A rejected source file: its path relative to the source, and the reason."""
+    """A source file that was not ingested: its path relative to the source, category, reason code and explanation."""
 
     path: str
     category: str

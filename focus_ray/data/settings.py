@@ -16,7 +16,7 @@ Polygon = tuple[tuple[float, float], ...]
 
 
 def _is_polygon(region: Any) -> bool:
-    """Whether a region is one polygon (a list of points), and not a list of polygons."""
+    """Returns whether a region is a single polygon (a list of points), and not a list of polygons."""
     try:
         numbers = [number for point in region for number in point]
         return bool(numbers) and all(isinstance(number, (int, float)) for number in numbers)
@@ -56,7 +56,7 @@ class DataConfig(Section):
     @field_validator("regions", mode="before")
     @classmethod
     def _polygons(cls, value: Any) -> Any:
-        """Puts a single polygon into a list."""
+        """Turns the value of a region that is a single polygon into a list with this polygon."""
         if not isinstance(value, dict):
             return value
         return {name: [region] if _is_polygon(region) else region for name, region in value.items()}
@@ -64,6 +64,10 @@ class DataConfig(Section):
     @field_validator("regions")
     @classmethod
     def _drawable(cls, value: dict[str, str | tuple[Polygon, ...]]) -> dict[str, str | tuple[Polygon, ...]]:
+        """Checks that each region of interest is not empty and that its polygons have at least 3 points inside the image.
+
+        Raises: ValueError: a region breaks one of these rules.
+        """
         for name, region in value.items():
             if not region:
                 raise ValueError(f"{name}: it is empty: give polygons or the path of a mask, or leave the category out")
@@ -81,11 +85,13 @@ class DataConfig(Section):
     @field_validator("categories", mode="before")
     @classmethod
     def _one_name(cls, value: Any) -> Any:
+        """Turns a single category name into a tuple."""
         return (value,) if isinstance(value, str) else value
 
     @field_validator("categories")
     @classmethod
     def _unique(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """Checks that no category occurs twice. Raises: ValueError: a category occurs twice."""
         if value is not None and len(set(value)) != len(value):
             raise ValueError(f"categories lists a name twice: {list(value)}")
         return value

@@ -13,7 +13,7 @@ from focus_ray.storage.files import ListedObject, ObjectReader, is_s3, list_obje
 
 
 class S3Tree:
-    """The files and folders below an s3:// prefix, from one listing. A pickled tree loses its listing."""
+    """The files and folders below an s3:// prefix, kept in memory after one listing. A pickled tree loses its listing."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
@@ -25,7 +25,7 @@ class S3Tree:
         return S3Tree, (self.uri,)
 
     def add_objects(self, objects: Iterable[ListedObject]) -> None:
-        """Adds objects and the folders that contain them.
+        """Adds listed objects, and the folders that contain them. Call it once.
 
         Raises: DataError: there is no object, or a folder has an empty name.
         """
@@ -49,13 +49,16 @@ class S3Tree:
 
 
 class S3Path:
-    """A file or folder of an `S3Tree`, with the interface of `pathlib.Path`."""
+    """A file or folder below an s3:// prefix, with the parts of the interface of `pathlib.Path` that importers need."""
 
     __slots__ = ("path", "tree")
 
     def __init__(self, tree: S3Tree, path: str = "") -> None:
-        """
-        Args: path: below the prefix of the tree; empty for the prefix itself.
+        """Makes the path of a file or folder below the prefix of a tree.
+
+        Args:
+            tree: the listing that contains the file or folder.
+            path: path relative to the prefix of the tree; empty for the prefix itself.
         """
         self.tree, self.path = tree, path
 
@@ -100,10 +103,11 @@ class S3Path:
         return S3Path(self.tree, f"{self.path}/{below}" if self.path else below)
 
     def iterdir(self) -> Iterator[S3Path]:
+        """Returns an iterator over the files and folders directly in this folder."""
         return (self / name for name in self.tree.folders[self.path])
 
     def glob(self, pattern: str) -> Iterator[S3Path]:
-        """Yields the files and folders that match a pattern. The pattern must not contain ``**``."""
+        """Generator: yields the files and folders whose path below this folder matches a pattern. ``**`` is not supported."""
         first, _, remainder = pattern.partition("/")
         for item in self.iterdir() if self.is_dir() else ():
             if fnmatch.fnmatchcase(item.name, first):
@@ -119,10 +123,11 @@ class S3Path:
         return self.is_file() or self.is_dir()
 
     def is_symlink(self) -> bool:
+        """Returns False: S3 has no links."""
         return False
 
     def read_bytes(self) -> bytes:
-        """Returns the bytes of the object, with one request.
+        """Reads the file from S3 with one request, and returns its bytes.
 
         Raises:
             FileNotFoundError: the object was deleted after the listing.
@@ -139,14 +144,14 @@ SourcePath = Path | S3Path
 
 
 def relative_name(path: SourcePath, root: SourcePath) -> str:
-    """Returns a path relative to a root, with slashes; the complete path if it is not below the root."""
+    """Returns a path relative to a root folder, with slashes; the complete path if it is not below the root."""
     if isinstance(path, Path):
         return path.relative_to(str(root)).as_posix() if path.is_relative_to(str(root)) else str(path)
     return str(path).removeprefix(f"{root}/")
 
 
 def open_source(source: str | Path) -> SourcePath:
-    """Returns the path of a local folder, or lists an s3:// prefix and returns its path.
+    """Opens the source of an ingestion: returns the path of a local folder, or lists an s3:// prefix and returns its path.
 
     Raises: DataError: the folder does not exist, the path is no folder, or the prefix cannot be listed or contains no object.
     """
@@ -161,10 +166,11 @@ def open_source(source: str | Path) -> SourcePath:
 
 
 def read_source_stamp(path: SourcePath) -> tuple[int, str]:
-    """Returns the stamp of a file, which changes when the file is written. No bytes are read.
+    """Returns size and change mark of a file (its "stamp"), to recognise an unchanged file without reading it.
 
     Returns:
-        The size in bytes, and the ETag (S3) or the time of the last change in ns (disk); (-1, "") if the file does not exist.
+        The size in bytes, and the ETag (S3) or the time of the last change in ns (disk); (-1, "") if the file does not exist or
+        cannot be looked up.
     """
     if isinstance(path, S3Path):
         return path.tree.files.get(path.path, (-1, ""))

@@ -2,9 +2,9 @@
 
 A category is a folder, ``<root>/category=<name>/``, with part files (the rows), an index file (all columns except images and
 masks) and ``_commit.json``, which names the files of the current version. Replacing ``_commit.json`` publishes a version, so a
-reader sees the old or the new version and never a mixture. If a run dies, the old version stays. Every commit is also stored as
-``_commits/<run_id>.json``: a replaced version stays readable, with its files, for a day. docs/use/data.md describes the schema,
-the folder layouts and the handling of unusual files.
+reader sees the old or the new version and never a mixture. If a writer dies, the old version stays. Every commit is also stored
+as ``_commits/<run_id>.json``: a replaced version stays readable, with its files, for a day. docs/use/data.md describes the
+schema, the folder layouts and the handling of unusual files.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ _CHANGED_MEANWHILE = "If the category was ingested again meanwhile, start over; 
 
 @dataclass
 class CommitDraft:
-    """The content of a new version of a category before it is published.
+    """The content of a new version of a category before the version is published.
 
     Attributes:
-        files: the part files.
-        index: `INDEX_COLUMNS` in row order.
-        sources: the source manifest, of `SOURCE_SCHEMA`; None stores no manifest.
+        files: entries of the part files, which contain the rows.
+        index: table of all rows, with `INDEX_COLUMNS`, in row order.
+        sources: the source manifest (list of the source files), of `SOURCE_SCHEMA`; None stores no manifest.
         source_fingerprint: fingerprint of the source, to recognise an unchanged source.
         counts: the row counts of `CategoryReport`.
         rejects: the rejected files to store beside the data; None keeps the stored rejects.
@@ -95,27 +95,42 @@ class CommitDraft:
 
 
 class Store:
-    """The root folder of a data set: reads and writes its commits, part files and rejects, on a disk or on S3."""
+    """Reads and writes the files of a data set, on a disk or on S3: its commits (lists of a version's files), rows and rejects.
+
+    Attributes:
+        uri: root of the data set.
+        filesystem: the disk or S3.
+        path: the root inside `filesystem`.
+    """
 
     def __init__(self, uri: str, filesystem: fs.FileSystem, path: str) -> None:
         self.uri, self.filesystem, self.path = uri, filesystem, path
         self._writable = False
 
     def category_folder(self, category: str) -> str:
-        """Returns the path of the folder of a category."""
+        """Returns the path of the folder of a category, inside the filesystem of the store."""
         return f"{self.path}/category={category}"
 
     def storage_errors(self, action: str, path: str) -> Any:
-        """Returns the context manager `storage.storage_errors` for this data set."""
+        """Returns a context manager that turns an OSError into a StorageError with the location of this data set.
+
+        Args: action, path: see `storage.files.storage_errors`.
+        """
         return storage_errors(action, self.uri, path)
 
     def committed_categories(self) -> list[str]:
-        """Returns the sorted names of the categories that have a commit; an empty list if there is no data set."""
+        """Returns the sorted names of all categories that have a published version; an empty list if there is no data set.
+
+        Raises: DataError: the root cannot be listed.
+        """
         folders = read_stamps(self.uri, COMMIT_NAME)  # one listing on S3, whatever the number of categories
         return sorted(folder[len("category=") :] for folder in folders if folder.startswith("category="))
 
     def require_categories(self) -> list[str]:
-        """Returns the sorted names of the categories that have a commit. Raises: DataError: there is no data set."""
+        """Returns the sorted names of all categories that have a published version.
+
+        Raises: DataError: there is no data set, or its root cannot be listed.
+        """
         names = self.committed_categories()
         if not names:
             expected = f"expected folders category=<name> with a {COMMIT_NAME}"
@@ -123,11 +138,14 @@ class Store:
         return names
 
     def read_commit(self, category: str, version: str | None = None) -> Commit | None:
-        """Returns the commit of a category, or None if the category has no current commit.
+        """Reads a commit, the description of a version of a category. Returns None if the category has no current version.
 
-        Args: version: the `run_id` of a commit; None takes the current commit.
+        Args:
+            category: name of the category.
+            version: the `run_id` of a version; None takes the current version.
 
-        Raises: DataError: the commit file is damaged or of another schema version, or the version does not exist any more.
+        Raises: DataError: the commit file is damaged or of another schema version, the version does not exist any more or has an
+            invalid name, or the storage fails.
         """
         path = f"{self.category_folder(category)}/{COMMIT_NAME}"
         if version is None:
@@ -145,19 +163,30 @@ class Store:
         )
 
     def _version_path(self, category: str, version: str) -> str:
-        """Returns the path of the commit file of a version. Raises: DataError: the version is not a valid name."""
+        """Returns the path of the commit file of a version.
+
+        Raises: DataError: `version` is not a valid name of a version.
+        """
         if not version.isalnum():
             raise DataError(f"{self.uri}: version {version!r}: expected a name from `data_version`")
         return f"{self.category_folder(category)}/{VERSIONS_FOLDER}/{version}.json"
 
     def _load_commit(self, category: str, path: str) -> Commit | None:
-        """Reads a commit file; None if it does not exist. Raises: DataError: it is damaged or of another schema version."""
+        """Reads a commit file. Returns None if the file does not exist.
+
+        Raises: DataError: the file is damaged or of another schema version, or the storage fails.
+        """
         with self.storage_errors("read the commit file", path):
             data = read_file(self.filesystem, path)
         return None if data is None else parse_commit(data, self.uri, category, path)
 
     def require_commit(self, category: str, version: str | None = None) -> Commit:
-        """Returns the commit of a category, see `read_commit`. Raises: DataError: the data set or the category does not exist."""
+        """Returns the commit (the description of a version) of a category that must exist.
+
+        Args: version: see `read_commit`.
+
+        Raises: DataError: the data set or the category does not exist. Also as `read_commit`.
+        """
         commit = self.read_commit(category, version)
         if commit is None:
             names = ", ".join(self.require_categories())
@@ -165,16 +194,23 @@ class Store:
         return commit
 
     def is_complete(self, category: str, commit: Commit) -> bool:
-        """Returns whether all part files of a commit exist with the right size, and the index file has the right checksum."""
+        """Returns whether all part files of a version exist with the right size, and the index file has the right checksum.
+
+        Args: commit: the description of the version.
+
+        Raises: DataError: the storage fails.
+        """
         sizes = {path: info.size for path, info in self.list_files(category).items()}
         if any(sizes.get(entry["name"]) != entry["num_bytes"] for entry in commit["files"]):
             return False
         return commit["index"] is None or self._read_checked(category, commit["index"]) is not None
 
     def list_files(self, category: str) -> dict[str, fs.FileInfo]:
-        """Returns all files below the folder of a category: path in this folder -> file information.
+        """Returns all files in the folder of a category and its subfolders: path relative to the folder -> file information.
 
         On S3 this takes one request per thousand files.
+
+        Raises: DataError: the folder cannot be listed.
         """
         folder = self.category_folder(category)
         with self.storage_errors("list the category's files", folder):
@@ -182,11 +218,13 @@ class Store:
         return {info.path[len(folder) + 1 :]: info for info in entries if info.is_file}
 
     def read_index(self, category: str, commit: Commit) -> pa.Table | None:
-        """Reads the index file of a commit.
+        """Reads the index file of a version: the table of all rows without images and masks.
+
+        Args: commit: the description of the version.
 
         Returns: ``INDEX_COLUMNS`` of all rows, in row order; None if the commit names no index file.
 
-        Raises: DataError: the index file is missing or damaged.
+        Raises: DataError: the index file is missing or damaged, or the storage fails.
         """
         entry = commit["index"]
         if entry is None:
@@ -200,13 +238,21 @@ class Store:
         return fill_group_column(pq.read_table(pa.BufferReader(data)))
 
     def read_sources(self, category: str, commit: Commit) -> pa.Table | None:
-        """Reads the source manifest of a commit, of `SOURCE_SCHEMA`; None if the commit has none or it is damaged."""
+        """Reads the source manifest of a version: the table of its source files, of `SOURCE_SCHEMA`.
+
+        Returns: None if the version has no manifest, or the manifest is missing or damaged.
+
+        Raises: DataError: the storage fails.
+        """
         entry = commit["sources"]
         data = self._read_checked(category, entry) if entry else None
         return None if data is None else pq.read_table(pa.BufferReader(data))
 
     def _read_checked(self, category: str, entry: ChecksummedEntry) -> bytes | None:
-        """Returns the bytes of an index file or source manifest; None if the file is missing or has a wrong checksum."""
+        """Returns the bytes of an index file or source manifest; None if the file is missing or has a wrong checksum.
+
+        Raises: DataError: the storage fails.
+        """
         path = f"{self.category_folder(category)}/{entry['name']}"
         with self.storage_errors("read the index", path):
             data = read_file(self.filesystem, path)
@@ -215,19 +261,23 @@ class Store:
     def check_writable(self) -> None:
         """Checks that the data set is writable, so that a missing permission is reported before the images are decoded.
 
-        Only the first call writes a test file.
+        Only the first call writes a test file and deletes it.
 
-        Raises: DataError: a small test file cannot be written and deleted.
+        Raises: DataError: the test file cannot be written and deleted.
         """
         if not self._writable:
             check_access(self.uri, ("write", "delete"), is_quick=False)
             self._writable = True
 
     def write_parts(self, category: str, rows: Iterable[Row]) -> tuple[list[PartEntry], pa.Table]:
-        """Writes rows to part files with unique names. The rows become visible when a commit names the files.
+        """Writes rows to new part files. The rows become visible when a published version names the files.
+
+        Args:
+            category: name of the category. Its folder is created on a disk.
+            rows: dicts of column -> value, for all columns of `SCHEMA`.
 
         Returns:
-            The entries of the part files, and `INDEX_COLUMNS` of their rows.
+            The entries of the part files, and a table of their rows with `INDEX_COLUMNS`.
 
         Raises:
             DataError: the storage fails. The files that were already written are removed.
@@ -240,6 +290,7 @@ class Store:
         index_tables: list[pa.Table] = []
 
         def row_groups_with_index() -> Iterator[pa.Table]:
+            """Generator: yields the row groups, and adds their index columns to `index_tables`."""
             for group in _row_groups(rows):
                 index_tables.append(group.select(INDEX_COLUMNS))
                 yield group
@@ -262,23 +313,23 @@ class Store:
         build_draft: Callable[[Commit | None], CommitDraft | None],
         new_parts: Sequence[PartEntry] = (),
     ) -> bool:
-        """Publishes a new version of a category.
+        """Publishes a new version of a category, and deletes stale files of old versions.
 
         Several processes may publish at the same time. Each version has one successor: a publisher claims the successor of the
-        version that its draft is based on. If another publisher claimed it first, this one builds its draft again, based on the
-        version of the other publisher.
+        version that its draft is based on. If another publisher claimed it first, this publisher builds its draft again, based
+        on the version of the other publisher.
 
         Args:
+            category: name of the category.
             build_draft: gets the current commit (None if there is none) and returns the draft; None if there is nothing to
-                change. It may be called several times. Part files of a draft that is not published are removed, except those of
-                the current commit.
+                change. It may be called several times. If a draft is not published, its new part files are removed.
             new_parts: part files that were written for this version. They are removed if they are not published.
 
         Returns:
             Whether a version was published.
 
         Raises:
-            DataError: the storage fails, or other publishers came first in every attempt.
+            DataError: the storage fails, a part file of the draft is missing, or other publishers came first in every attempt.
         """
         new_files = [entry["name"] for entry in new_parts]
         try:
@@ -316,12 +367,16 @@ class Store:
     ) -> tuple[Commit, dict[str, fs.FileInfo]]:
         """Writes all files of a version, without making it the current version.
 
+        The rejects of the draft replace the stored rejects at once.
+
         Args:
-            previous: the commit that the draft is based on.
+            category: name of the category.
+            draft: content of the version.
+            previous: the commit that the draft is based on; None for the first version.
             new_files: the names of the written files are appended to this list.
 
         Returns:
-            The commit, and the files of the category before its commit file was written.
+            The new commit, and the files that the category had before its commit file was written.
 
         Raises:
             DataError: the storage fails, or a part file of the draft is missing.
@@ -370,16 +425,26 @@ class Store:
         return commit, existing_files
 
     def _write_commit(self, path: str, commit: Commit) -> None:
-        """Writes a commit to a file."""
+        """Writes a commit (the description of a version) to a file. Raises: DataError: the storage fails."""
         with self.storage_errors("write the commit file", path):
             write_file(self.filesystem, path, json.dumps(commit, indent=1).encode())
 
     def _make_current(self, commit: Commit) -> None:
-        """Makes a commit the current version of its category."""
+        """Publishes a version: writes its commit to `_commit.json`. Raises: DataError: the storage fails."""
         self._write_commit(f"{self.category_folder(commit['category'])}/{COMMIT_NAME}", commit)
 
     def _claim(self, category: str, previous_id: str, run_id: str) -> bool:
-        """Claims to be the successor of a version, and returns whether the claim succeeded. Only one publisher succeeds."""
+        """Tries to reserve the right to publish the next version, which only one process gets. Returns whether it succeeded.
+
+        On a file system without hard links every process succeeds.
+
+        Args:
+            category: name of the category.
+            previous_id: `run_id` of the present version.
+            run_id: `run_id` of the next version.
+
+        Raises: DataError: the storage fails.
+        """
         uri = join(self.uri, f"category={category}", CLAIMS_FOLDER, f"after-{previous_id}")
         try:
             return create_bytes(uri, run_id.encode())
@@ -389,9 +454,12 @@ class Store:
             raise
 
     def _make_last_current(self, category: str, commit: Commit) -> None:
-        """Follows the claims from a commit to the last version, and makes that version current.
+        """Follows the claims from a version to its last successor, and makes that successor the current version.
 
-        The publisher of a version may have died after its claim, before it made the version current.
+        The publisher of the successor may have died after its claim, before it made the version current. Without a successor
+        nothing changes.
+
+        Raises: DataError: the storage fails, or the commit of a successor is missing.
         """
         while True:
             path = f"{self.category_folder(category)}/{CLAIMS_FOLDER}/after-{commit['run_id']}"
@@ -403,11 +471,12 @@ class Store:
             self._make_current(commit)
 
     def _write_part(self, path: str, groups: Iterator[pa.Table], entry: PartEntry) -> None:
-        """Writes row groups to one part file until the file has at least `FILE_BYTES`.
+        """Writes row groups (blocks of rows) to one part file until the file has at least `FILE_BYTES`.
 
         Args:
+            path: path of the part file.
             groups: row groups; the row groups that are not written stay in the iterator.
-            entry: entry of the part file; row counts and file size are written into it.
+            entry: entry of the part file; the function writes the row counts and the file size into it.
         """
         num_bytes = 0
         with (
@@ -430,7 +499,7 @@ class Store:
         entry["num_bytes"] = self.filesystem.get_file_info(path).size
 
     def _write_table(self, path: str, table: pa.Table) -> str:
-        """Writes a table to a Parquet file, and returns the SHA-256 hex of its bytes."""
+        """Writes a table to a Parquet file, and returns the SHA-256 hex of the bytes of the file."""
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         data = sink.getvalue().to_pybytes()
@@ -438,13 +507,19 @@ class Store:
         return hashlib.sha256(data).hexdigest()
 
     def discard(self, category: str, names: Iterable[str]) -> None:
-        """Removes files of a category that no commit names. names: paths in the folder of the category."""
+        """Deletes files of a category that no commit names. A file that cannot be deleted stays.
+
+        Args: names: paths relative to the folder of the category.
+        """
         for name in names:
             with suppress(OSError):  # a file that no commit names does no harm, and a later run tries again
                 self.filesystem.delete_file(f"{self.category_folder(category)}/{name}")
 
     def write_rejects(self, category: str, rejects: Sequence[Reject]) -> None:
-        """Stores the rejected files of a category. Without rejects, the stored list is removed."""
+        """Replaces the stored list of rejected files of a category. An empty list deletes the stored list.
+
+        Raises: DataError: the storage fails.
+        """
         path = self._rejects_path(category)
         with self.storage_errors("write the rejects", path):
             if rejects:
@@ -453,19 +528,22 @@ class Store:
                 self.filesystem.delete_file(path)
 
     def read_rejects(self, category: str) -> list[Reject]:
-        """Returns the stored rejected files of a category."""
+        """Returns the stored list of rejected files of a category; an empty list if there is none.
+
+        Raises: DataError: the storage fails.
+        """
         path = self._rejects_path(category)
         with self.storage_errors("read the rejects", path):
             data = read_file(self.filesystem, path)
         return [Reject(**row) for row in pq.read_table(pa.BufferReader(data)).to_pylist()] if data else []
 
     def _rejects_path(self, category: str) -> str:
-        """Returns the path of the file with the rejects of a category."""
+        """Returns the path of the file that contains the rejected files of a category."""
         return f"{self.path}/_rejects/category={category}.parquet"
 
 
 def _row_groups(rows: Iterable[Row]) -> Iterator[pa.Table]:
-    """Collects rows to tables of the size of a row group."""
+    """Generator: collects rows to tables, each of the size of one row group (a block of rows that is read at once)."""
     pending: list[Row] = []
     num_bytes = 0
     for row in rows:
@@ -480,15 +558,23 @@ def _row_groups(rows: Iterable[Row]) -> Iterator[pa.Table]:
 
 
 def open_store(uri: str | Path) -> Store:
-    """Returns the store of a data set. uri: a local path or an s3:// URI; the data set need not exist yet."""
+    """Returns the store of a data set, which need not exist yet.
+
+    Args: uri: a local path or an s3:// URI.
+
+    Raises: DataError: the location is not valid, see `storage.files.open_filesystem`.
+    """
     filesystem, path = open_filesystem(uri)
     return Store(str(uri), filesystem, path)
 
 
 def read_columns(part: pq.ParquetFile, columns: Sequence[str], group: int | None = None) -> pa.Table:
-    """Returns columns of a part file. A missing `group` column of an older file is added by `fill_group_column`.
+    """Reads columns of a part file. If the file is older and lacks the column `group`, that column is added and empty.
 
-    Args: group: number of a row group; None reads all row groups.
+    Args:
+        part: the open part file.
+        columns: names of columns of `SCHEMA`.
+        group: number of a row group (a block of rows); None reads all row groups.
     """
     # a table without columns has no rows that could be filled
     available = [name for name in columns if name in part.schema_arrow.names] or ["label"]
@@ -498,9 +584,15 @@ def read_columns(part: pq.ParquetFile, columns: Sequence[str], group: int | None
 
 @contextmanager
 def open_part(store: Store, category: str, entry: PartEntry) -> Iterator[pq.ParquetFile]:
-    """Opens a part file and compares it with its entry in the commit.
+    """Context manager: opens a part file, and checks that its row count is as the commit says.
 
-    Raises: DataError: the file is missing or damaged. Errors inside the `with` block of the caller are converted as well.
+    Args:
+        store: store of the data set.
+        category: name of the category.
+        entry: entry of the part file in the commit.
+
+    Raises: DataError: the file is missing or damaged. Errors of pyarrow and of the storage inside the `with` block become
+        DataError too.
     """
     path = f"{store.category_folder(category)}/{entry['name']}"
     try:

@@ -66,11 +66,11 @@ _CUT_OFF = "the TIFF is cut off within its pixels: copy it again"
 
 @dataclass(frozen=True)
 class Tags:
-    """The tags of a page of a TIFF that describe its pixels.
+    """The tags (header fields) of one page of a TIFF that describe how its pixels are stored.
 
     Attributes:
         width, height: in pixels, before rotation.
-        bits: bits of a sample.
+        bits: bits of a sample. A sample is one channel value of a pixel.
         kind: number type of the samples.
         samples: samples per pixel.
         photometric: meaning of the colours, a key of `_COLOURS` or an unknown number.
@@ -95,7 +95,7 @@ class Tags:
 
     @property
     def description(self) -> str:
-        """The kind of the pixels in words, for error messages."""
+        """The bit depth, number type, colours and compression of the page in words, for error messages."""
         colours, _ = _COLOURS.get(self.photometric, (f"photometric {self.photometric}", 0))
         planes = " in separate planes" if self.planar and self.samples > 1 else ""
         return (
@@ -104,9 +104,10 @@ class Tags:
 
 
 def list_pages(data: bytes) -> list[int]:
-    """Returns the numbers of the pages of a file, from 0, without pages that are reduced copies of other pages.
+    """Returns the numbers of the pages of a TIFF, from 0, without pages that are reduced copies of other pages.
 
-    Raises: ImageError: the pages are damaged or too many, or the file has images or samples that are not stored as pages.
+    Raises: ImageError: the pages are damaged or too many, a page is refused by `_check_directory`, or the file has images or
+        samples that are not stored as pages.
     """
     offsets, is_whole = _find_page_directories(data)
     for offset in offsets:
@@ -136,11 +137,13 @@ def _byte_order(data: bytes) -> Literal["little", "big"]:
 
 
 def _find_page_directories(data: bytes) -> tuple[list[int], bool]:
-    """Finds the directories of all pages. Each directory links to the next one.
+    """Finds the directories of all pages of a TIFF. A directory is the list of a page's tags, with a link to the next directory.
 
     tifffile stops at a broken link without an error. So this function also reports whether the links are intact.
 
-    Returns: the offset of each directory in bytes; and whether the last link ends the list as it should. If the file is cut off,
+    Args: data: bytes of the file.
+
+    Returns: the offset of each directory in bytes; and whether the last link ends the list correctly. If the file is cut off,
         the last directory may be incomplete.
 
     Raises: ImageError: the file has more than `_MAX_PAGES` pages.
@@ -163,14 +166,16 @@ def _find_page_directories(data: bytes) -> tuple[list[int], bool]:
 
 
 def _check_directory(data: bytes, offset: int) -> None:
-    """Checks that reading a page cannot take much time or memory. It reads only the directory of the page.
+    """Checks a page's directory (its list of tags), so that decoding the page cannot take much time or memory.
 
-    A directory with other damage passes, because the libraries report such damage.
+    Only the directory is read. A directory with other damage passes, because the libraries report such damage.
 
-    Args: offset: position of the directory in bytes.
+    Args:
+        data: bytes of the file.
+        offset: position of the directory in bytes.
 
     Raises: ImageError: the page has too many or too large tags, more strips or tiles than its size needs, or tiles that are much
-        larger than the image.
+        larger than the image; a tag is given twice or has a wrong type; the page is a stack, or has too many JPEG scans.
     """
     order = ">" if _byte_order(data) == "big" else "<"
     (count,) = struct.unpack_from(order + "H", data, offset)
@@ -206,13 +211,15 @@ def _check_directory(data: bytes, offset: int) -> None:
 
 
 def _check_layout(data: bytes, layout: dict[int, int], num_segments: int) -> None:
-    """Checks the strips or tiles of a page, see `_check_directory`.
+    """Checks that the strips or tiles of a page (parts of its pixels) fit the size of the image, see `_check_directory`.
 
     Args:
+        data: bytes of the file.
         layout: code of a tag -> the largest value of the tag.
         num_segments: number of strips or tiles that the directory lists.
 
-    Raises: ImageError: the strips or tiles do not fit the size of the image, or are too large.
+    Raises: ImageError: the strips or tiles do not fit the size of the image, or are too large; the page is a stack of images; or
+        the file has too many JPEG scans.
     """
     width, height = layout.get(_WIDTH, 0), layout.get(_HEIGHT, 0)
     if not width or not height:
@@ -243,9 +250,11 @@ def _check_layout(data: bytes, layout: dict[int, int], num_segments: int) -> Non
 
 
 def read_tags(data: bytes, number: int = 0) -> Tags | None:
-    """Returns the tags of a page; None if the file is so damaged that its tags cannot be read.
+    """Reads the tags of a page of a TIFF. Returns None if the file is so damaged that its tags cannot be read.
 
-    Args: number: number of the page, from 0.
+    Args:
+        data: bytes of the file.
+        number: number of the page, from 0.
 
     Raises: ImageError: the samples of a pixel differ in bits or number type, or the page is refused by `_check_directory`.
     """
@@ -282,7 +291,7 @@ def read_tags(data: bytes, number: int = 0) -> Tags | None:
 
 
 def choose_reader(tags: Tags) -> Literal["Pillow", "tifffile"]:
-    """Returns the library that decodes a TIFF with these tags correctly.
+    """Returns the name of the library that decodes a TIFF with these tags correctly.
 
     Raises: ImageError: no library decodes this kind of TIFF correctly. The message names the kind and the remedy.
     """
@@ -313,10 +322,15 @@ def choose_reader(tags: Tags) -> Literal["Pillow", "tifffile"]:
 
 
 def read_pixels(data: bytes, tags: Tags, page: int = 0) -> tuple[npt.NDArray[np.uint8], bool]:
-    """Decodes a page with tifffile.
+    """Decodes a page of a TIFF with the library tifffile.
 
-    Returns: pixels (H, W) grey or (H, W, 3) RGB, uint8, before rotation, with transparent pixels composed over black; and whether
-        the page has an alpha channel that is zero everywhere.
+    Args:
+        data: bytes of the file.
+        tags: tags of the page, from `read_tags`.
+        page: number of the page, from 0.
+
+    Returns: pixels (H, W) grey or (H, W, 3) RGB, uint8, before rotation, with transparent pixels composed over black; and
+        whether the page has an alpha channel that is zero everywhere.
 
     Raises: ImageError: the pixels cannot be decoded.
     """
@@ -339,7 +353,7 @@ def read_pixels(data: bytes, tags: Tags, page: int = 0) -> tuple[npt.NDArray[np.
     alpha = samples[:, :, colours + alphas[0]] if alphas else None
 
     def to_8_bits(block: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Converts samples (h, W, samples) to colours (h, W, 1 or 3) in 0..255."""
+        """Converts samples (h, W, samples) to colours (h, W, 1 or 3) from 0 to 255; the number type stays uint32."""
         values: npt.NDArray[Any] = block[:, :, :colours].astype(np.uint32)  # large enough for 65535 * 65535
         if tags.photometric == 0:
             values = full - values
@@ -359,12 +373,12 @@ def convert_rows(
     shape: tuple[int, ...],
     dtype: npt.DTypeLike,
 ) -> npt.NDArray[Any]:
-    """Converts an array block by block, so that wide number types need little memory.
+    """Converts an array to another number type in blocks of rows, so that wide intermediate numbers need little RAM.
 
     Args:
-        values: (H, ...).
-        convert: converts a block of rows (h, ...).
-        shape, dtype: of the result; `shape` is (H, ...).
+        values: array whose first axis has H rows.
+        convert: converts a block of some rows.
+        shape, dtype: shape and number type of the result; the first axis of `shape` has H rows too.
     """
     converted = np.empty(shape, dtype)
     rows = max(1, _BLOCK_VALUES // max(1, values[:1].size))
@@ -374,15 +388,17 @@ def convert_rows(
 
 
 def _read_samples(data: bytes, page: Any) -> npt.NDArray[Any]:
-    """Decompresses the samples of a page of 8 or 16 bits.
+    """Decompresses the samples (channel values) of a page that has 8 or 16 bits per sample.
 
-    Args: page: a `tifffile.TiffPage`. It is changed and cannot be decoded again.
+    Args:
+        data: bytes of the file.
+        page: a `tifffile.TiffPage`. The function changes it, so that it cannot be decoded again.
 
     Returns: (planes, H, W, samples in a plane), uint8 or uint16; it may be a view of `data`.
 
     Raises:
         ImageError: a strip or tile decompresses to more than twice its size, or the file is cut off.
-        ValueError: the compression is not supported.
+        ValueError: the compression or its predictor is not supported.
     """
     planes, _, height, width, num_samples = page.shaped
     dtype = np.dtype(page.parent.byteorder + page.dtype.char)
@@ -422,10 +438,15 @@ _REVERSED_BITS = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 
 
 def _inflate(compression: int, data: bytes, limit: int) -> bytes:
-    """Decompresses a strip or tile.
+    """Decompresses a strip or tile of a TIFF, up to a limit.
+
+    Args:
+        compression: number of the compression in the TIFF standard.
+        data: the compressed bytes.
+        limit: largest number of decompressed bytes. Uncompressed data is cut to it.
 
     Raises:
-        ImageError: it decompresses to more than `limit` bytes (a decompression bomb).
+        ImageError: the data decompresses to more than `limit` bytes (a decompression bomb).
         ValueError: the compression is not supported.
     """
     if compression == 1:
@@ -445,7 +466,7 @@ def _inflate(compression: int, data: bytes, limit: int) -> bytes:
 
 
 def _inflate_packbits(data: bytes, limit: int) -> bytes:
-    """Decompresses PackBits, a run-length code, until the result has more than `limit` bytes."""
+    """Decompresses PackBits, a run-length code. Stops when the result has more than `limit` bytes."""
     inflated, offset = bytearray(), 0
     while offset + 1 < len(data) and len(inflated) <= limit:
         code = data[offset]

@@ -1,7 +1,7 @@
 """Ingests categories: finds the files that have to be read, reads them in chunks, and merges the results into new versions.
 
-The rows, ids and rejects do not depend on the chunks. An image that a version already contains is not checked again for an
-append.
+A chunk is a list of images that fills about one part file. The rows, ids and rejects do not depend on the chunks. If new images
+are appended, images that the category already contains are not checked again.
 """
 
 from __future__ import annotations
@@ -50,15 +50,18 @@ _REJECT_ORDER = attrgetter("path", "reason")
 
 
 def ingest_categories(plans: Sequence[ImportPlan], options: IngestOptions, progress: bool) -> list[CategoryIngestion]:
-    """Ingests the categories of the plans, and publishes each category when all of its chunks are written.
+    """Ingests the categories of the plans, and publishes each category when all of its images are written.
 
-    Args: progress: show a bar on standard error.
+    Args:
+        plans: for each category, the images to ingest.
+        options: how to ingest.
+        progress: show a bar on standard error.
 
     Returns:
         The finished ingestion of each plan.
 
     Raises:
-        DataError: the storage fails.
+        DataError: the storage fails, or other processes publish the same category again and again.
     """
     with ThreadPoolExecutor(_NUM_PREPARERS) as pool:
         categories = list(pool.map(lambda plan: CategoryIngestion(plan, options), plans))
@@ -84,12 +87,12 @@ def ingest_categories(plans: Sequence[ImportPlan], options: IngestOptions, progr
 
 @dataclass(frozen=True)
 class _BaseVersion:
-    """The version that new rows are added to.
+    """The version of a category that new rows are added to. It has no rows if the ingestion replaces the category.
 
     Attributes:
-        commit: None for an ingestion that replaces the category, or if there is no category yet.
-        index: `INDEX_COLUMNS` of all rows.
-        sources: the source manifest, of `SOURCE_SCHEMA`; None if the version has none.
+        commit: description of the version; None for an ingestion that replaces the category, or if there is no category yet.
+        index: table of all rows, with `INDEX_COLUMNS`.
+        sources: the source manifest (list of the source files), of `SOURCE_SCHEMA`; None if the version has none.
     """
 
     commit: Commit | None
@@ -98,18 +101,22 @@ class _BaseVersion:
 
 
 class CategoryIngestion:
-    """The ingestion of one category.
+    """The ingestion of one category: compares the source with the current version, and publishes the new version in `finish`.
 
     Attributes:
-        chunks: the images that have to be read.
-        results: result of each chunk that is written, by the number of the chunk among the chunks of all categories.
+        plan: the images to ingest.
+        chunks: the images that have to be read, in lists of about one part file.
+        results: result of each written chunk, by the number of the chunk among the chunks of all categories.
         report: None before `finish`, except for an unchanged category; None afterwards if no image is usable.
         rejects: the rejected files.
         notes: hints for the user.
     """
 
     def __init__(self, plan: ImportPlan, options: IngestOptions) -> None:
-        """Compares the plan with the current version, and makes chunks of the images that have to be read."""
+        """Compares the plan with the current version, and divides the images that have to be read into chunks.
+
+        Raises: DataError: the storage fails, or a file of the current version is damaged.
+        """
         self.plan, self.options, self.store, self.category = plan, options, open_store(options.uri), plan.category
         self.results: dict[int, ChunkResult] = {}
         self.report: CategoryReport | None = None
@@ -138,17 +145,27 @@ class CategoryIngestion:
         self.chunks = make_chunks(self.category, samples, self._stamps, self._base.index, options)
 
     def _compute_fingerprint(self, digests: Mapping[SourcePath, FileDigest]) -> str:
+        """Returns the fingerprint of the source, which is the same for an unchanged source."""
         return compute_source_fingerprint(self.plan, self.options.settings, self.options.site, digests)
 
     def _load_base(self, previous: Commit | None) -> _BaseVersion:
-        """Returns the version to add to: the previous version for an append, otherwise a version without rows."""
+        """Returns the version to add rows to: the previous version for an append, otherwise a version without rows.
+
+        Args: previous: the commit (description) of the current version; None if there is none.
+
+        Raises: DataError: the storage fails, or the index is damaged.
+        """
         if previous is None or not self.options.append:
             return _BaseVersion(None, INDEX_SCHEMA.empty_table(), None)
         index = load_commit_index(self.store, self.category, previous)
         return _BaseVersion(previous, index, self.store.read_sources(self.category, previous))
 
     def _adopt_group_splits(self) -> None:
-        """Moves normal images with a drawn split to the split of the existing rows of their group, which stays undivided."""
+        """Moves new normal images to the split (train or test) of existing rows of their group, to keep groups together.
+
+        It changes the plan. Only images whose split was drawn at random are moved. A group with rows in both splits counts as
+        train.
+        """
         columns = (self._base.index[name].to_pylist() for name in ("group", "label", "split"))
         splits: dict[str, str] = {}
         for group, label, split in zip(*columns, strict=True):
@@ -162,10 +179,14 @@ class CategoryIngestion:
         ]
 
     def _select_new_samples(self, manifest: ManifestRows, digests: Mapping[SourcePath, FileDigest]) -> list[Sample]:
-        """Returns the samples that have to be read, and counts the others.
+        """Returns the images that have to be read, and counts the images that the category already contains.
 
-        A sample need not be read if the manifest contains its content hash, and the index has a row with this hash, label and
-        split.
+        An image need not be read if the source manifest contains its content hash, and the index has a row with this hash, label
+        and split. For an image with a drawn split, a row in any split is enough.
+
+        Args:
+            manifest: path -> row of the source manifest.
+            digests: digest of each source file that may be unchanged.
         """
         columns = (self._base.index[name].to_pylist() for name in ("content_hash", "label", "split"))
         groups_by_row = dict(zip(zip(*columns, strict=True), self._base.index["group"].to_pylist(), strict=True))
@@ -183,7 +204,12 @@ class CategoryIngestion:
         return new_samples
 
     def finish(self) -> None:
-        """Merges the results of the chunks, publishes the new version, and reports it."""
+        """Merges the results of the chunks, publishes the new version, and sets `report`, `rejects` and `notes`.
+
+        Afterwards the chunks and their results are deleted from memory.
+
+        Raises: DataError: the storage fails, or other processes published first too often.
+        """
         new = merge_results([result for _, result in sorted(self.results.items())])
         self.store.publish(self.category, partial(self._build_draft, new), new.parts)
         for data in (self.chunks, self.results, self._stamps):  # gigabytes for a million images
@@ -191,7 +217,17 @@ class CategoryIngestion:
         self._base = self._load_base(None)
 
     def _build_draft(self, new: ChunkResult, previous: Commit | None) -> CommitDraft | None:
-        """Returns the draft of the version after `previous`; None: no new image. It may be called several times."""
+        """Builds the content of the version after `previous`; returns None if no new image remains.
+
+        It may be called several times. It removes duplicates, gives rows unique ids, rewrites part files where needed,
+        and sets `report`, `rejects` and `notes`.
+
+        Args:
+            new: the merged results of all chunks.
+            previous: the commit (description) of the current version; None if there is none.
+
+        Raises: DataError: the storage fails, or a file of the previous version is damaged.
+        """
         category, settings, run = self.category, self.options.settings, self.options.run
         if self.options.append and previous != self._base.commit:  # another version was published since the preparation
             self._base = self._load_base(previous)
@@ -247,14 +283,19 @@ class CategoryIngestion:
         return CommitDraft(files, index, sources, fingerprint, counts, self._merge_rejects())
 
     def _merge_rejects(self) -> list[Reject]:
-        """Returns the rejects and, for an append, the stored rejects of files that are not in the plan."""
+        """Returns the rejected files and, for an append, the stored rejected files that are not in the plan."""
         stored = self.store.read_rejects(self.category) if self._base.commit else []
         new_paths = {self.options.settings.relative(path) for path in self._stamps}
         new_paths.update(item.path for item in self.rejects)
         return sorted([*(item for item in stored if item.path not in new_paths), *self.rejects], key=_REJECT_ORDER)
 
     def _report_unchanged(self, commit: Commit, num_existing: int = 0) -> None:
-        """Makes the report of a category whose current version stays, see `_make_report`. commit: of the current version."""
+        """Sets the report of a category whose current version stays, see `_make_report`.
+
+        Args:
+            commit: the description of the current version.
+            num_existing: images of the source that the version already contains.
+        """
         index = INDEX_SCHEMA.empty_table()
         if self.options.settings.grouping is not None:  # without a group rule there are no groups to count
             index = load_commit_index(self.store, self.category, commit)
@@ -263,11 +304,12 @@ class CategoryIngestion:
     def _make_report(
         self, status: Status, counts: dict[str, int], index: pa.Table, items: Sequence[CheckedSample], num_existing: int
     ) -> None:
-        """Makes the report, and adds notes on the data.
+        """Sets the report of the category, and adds notes on implausible data and on groups to `notes`.
 
         Args:
+            status: "written", "appended" or "unchanged".
             counts: the row counts of `CategoryReport`.
-            index: of the category, to count its groups.
+            index: table of the rows of the category, to count its groups.
             items: the new images.
             num_existing: images of the source that the previous version already contained.
         """

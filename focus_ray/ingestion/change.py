@@ -1,4 +1,4 @@
-"""Changes an existing category: removes rows, merges small part files, and deletes stale files."""
+"""Changes an existing category without its source: removes rows, merges small part files, and deletes stale files."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ _MAX_LISTED_VALUES = 5  # missing values that an error message lists
 
 @dataclass(frozen=True)
 class RemoveReport:
-    """The result of removing rows from a category.
+    """The result of removing rows from a category. ``str()`` returns the text for the user.
 
     Attributes:
+        category: name of the category.
         num_removed, num_remaining: numbers of rows.
         num_rewritten: part files that were written again because they contained removed rows.
         num_parts: part files before the removal.
@@ -60,13 +61,14 @@ def remove_rows(
 
     Args:
         uri: root of the data set.
+        category: name of the category.
         ids: ids of rows to remove.
         content_hashes: content hashes of images to remove.
         site: site whose rows are removed; None: no site.
 
     Raises:
-        DataError: no value is given, one of the values occurs in no row, or no row would remain. Also if the category does not
-            exist, or the storage fails.
+        DataError: no value is given, a value occurs in no row, or no row would remain. Also if the category does not exist, the
+            storage fails, or other processes published first too often.
     """
     if not ids and not content_hashes and site is None:
         raise DataError("no rows to remove: give ids, content hashes or a site")
@@ -75,6 +77,7 @@ def remove_rows(
     reports: list[RemoveReport] = []
 
     def build_draft(previous: Commit | None) -> CommitDraft:
+        """Returns the content of the version without the rows, and adds a report. Raises: DataError: see `remove_rows`."""
         if previous is None:
             raise DataError(f"{uri}: category {category!r} was deleted meanwhile")
         index = load_commit_index(store, category, previous)
@@ -101,9 +104,13 @@ def remove_rows(
 
 
 def _find_matches(index: pa.Table, column: str, values: Collection[str], location: str) -> np.ndarray:
-    """Returns for each row of an index whether its column has one of the values, (rows,) bool.
+    """Returns for each row of an index table whether its column has one of the values, (rows,) bool.
 
-    Args: location: data set and category, for the error message.
+    Args:
+        index: table of the rows of a category.
+        column: name of the column.
+        values: values to find.
+        location: data set and category, for the error message.
 
     Raises: DataError: at least one value is in no row.
     """
@@ -120,11 +127,12 @@ def _find_matches(index: pa.Table, column: str, values: Collection[str], locatio
 
 @dataclass(frozen=True)
 class CompactReport:
-    """The result of compacting a category.
+    """The result of merging the part files of a category. ``str()`` returns the text for the user.
 
     Attributes:
+        category: name of the category.
         num_before, num_after: numbers of part files.
-        num_stale: deleted files that no process can still be using.
+        num_stale: number of deleted files that no process could still use.
     """
 
     category: str
@@ -139,11 +147,15 @@ class CompactReport:
 
 
 def compact(uri: str | Path, categories: Sequence[str] | None = None) -> list[CompactReport]:
-    """Merges small consecutive part files into full ones, and deletes stale files. The rows and their order do not change.
+    """Merges consecutive small part files of categories into larger files, and deletes stale files. The rows do not change.
 
-    Args: categories: None takes all categories.
+    Args:
+        uri: root of the data set.
+        categories: None takes all categories.
 
-    Raises: DataError: a category does not exist, or the storage fails.
+    Returns: one report per category.
+
+    Raises: DataError: a category does not exist, the storage fails, or other processes published first too often.
     """
     store = open_store(uri)
     names = list_categories(uri) if categories is None else list(dict.fromkeys(categories))
@@ -154,10 +166,11 @@ def compact(uri: str | Path, categories: Sequence[str] | None = None) -> list[Co
 
 
 def _compact(store: Store, category: str) -> CompactReport:
-    """Compacts one category, see `compact`."""
+    """Merges the small part files of one category, and deletes its stale files, see `compact`."""
     num_parts = [0, 0]
 
     def build_draft(previous: Commit | None) -> CommitDraft | None:
+        """Returns the content of the version with merged part files; None if no file is merged."""
         if previous is None:
             raise DataError(f"{store.uri}: category {category!r} was deleted meanwhile")
         files: list[PartEntry] = []
@@ -183,7 +196,12 @@ def _compact(store: Store, category: str) -> CompactReport:
 
 
 def group_small_parts(files: Sequence[PartEntry]) -> list[list[PartEntry]]:
-    """Returns the part files in order, with consecutive files of less than half the full size in one list."""
+    """Groups part files to be merged: consecutive files of less than half the full size come into one list.
+
+    Args: files: entries of the part files, in row order.
+
+    Returns: lists of entries, in the same order. A file that is not merged is alone in its list.
+    """
     runs: list[list[PartEntry]] = []
     for entry in files:
         if runs and max(entry["num_bytes"], runs[-1][-1]["num_bytes"]) < stores.FILE_BYTES // 2:

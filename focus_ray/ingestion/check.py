@@ -1,4 +1,4 @@
-"""Reads and checks one image with its masks. The result is the content of a row, or the reason for a rejection."""
+"""Checks one image with its masks. The result is the content of a row, or the reason for a rejection."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FileDigest = tuple[int, str]
 
 @dataclass(frozen=True, slots=True)
 class CheckedSample:
-    """A sample without errors: the content of its row without the bytes of the image, and facts for plausibility notes."""
+    """An image that passed all checks: its row without the bytes of the image, and numbers for plausibility notes."""
 
     sample: Sample
     width: int
@@ -34,7 +34,10 @@ class CheckedSample:
 
 
 def read_content(path: SourcePath) -> bytes | OSError:
-    """Returns the bytes of a file, or the error if it cannot be read. Raises: DataError: the storage fails."""
+    """Reads a source file. Returns its bytes, or the OSError if the file cannot be read.
+
+    Raises: DataError: the S3 storage fails.
+    """
     try:
         return path.read_bytes()
     except OSError as error:
@@ -42,7 +45,7 @@ def read_content(path: SourcePath) -> bytes | OSError:
 
 
 def compute_digest(content: bytes | OSError) -> FileDigest:
-    """Returns size and SHA-256 hex of the content of a file. For an error, returns -1 and the error number."""
+    """Returns size and SHA-256 hex of a file, to recognise unchanged content; for an error, -1 and the error number."""
     if isinstance(content, OSError):
         return -1, str(content.errno)
     return len(content), hashlib.sha256(content).hexdigest()
@@ -51,11 +54,13 @@ def compute_digest(content: bytes | OSError) -> FileDigest:
 def check_sample(
     sample: Sample, contents: Sequence[bytes | OSError], category: str, settings: ImportSettings
 ) -> CheckedSample | Reject:
-    """Checks an image and its masks, and returns the checked sample, or the reason for its rejection.
+    """Checks an image and its masks. Returns the checked sample, or a `Reject` with the reason why the image cannot be used.
 
     Args:
-        contents: from `read_content`, of the image and of each mask.
-        category: for the record of a rejection.
+        sample: the image.
+        contents: from `read_content`: of the image, then of each mask.
+        category: name of the category, for a rejection.
+        settings: the settings of the ingestion.
     """
 
     def reject(reason: RejectReason, detail: str) -> Reject:

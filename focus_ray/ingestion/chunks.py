@@ -1,7 +1,7 @@
-"""Reads a category in chunks: each chunk is read once, checked and written to part files, in this process or on another machine.
+"""Reads a category in chunks: each chunk is read once, checked and written to part files, here or on another machine.
 
-Duplicates and name clashes between chunks are found afterwards, from the results without images. Only part files with a
-duplicate or a row that needs another id are written again.
+A chunk is a list of images that fills about one part file. Duplicates and name clashes between chunks are found afterwards, from
+the results without images. Only part files with a duplicate or a row that needs another id are written again.
 """
 
 from __future__ import annotations
@@ -32,21 +32,23 @@ Mapper = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[tuple[int, Any
 
 
 def map_in_process(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-    """Calls a function for each item in this process, one after the other, see `Mapper`."""
+    """Calls a function for each item in this process, in order. Returns an iterator over (position, result)."""
     return enumerate(map(function, items))
 
 
 @dataclass(frozen=True)
 class IngestOptions:
-    """How to ingest categories.
+    """The options of an ingestion: where and how the images are read and written.
 
     Attributes:
         uri: root of the data set.
+        settings: settings of the importers.
         site: name of the site, stored in each row.
         num_threads: threads per chunk that read and check images.
         append: add new images to the existing categories, instead of replacing the categories.
-        trusts_stamps: whether a file with the same size and stamp counts as unchanged without being read.
-        run: calls `write_chunk` and `rewrite_part` for many items.
+        trusts_stamps: whether a file with the same size and stamp (ETag or time of change) counts as unchanged without being
+            read.
+        run: calls `write_chunk` and `rewrite_part` for many items, in this process or on a cluster.
     """
 
     uri: str
@@ -60,11 +62,13 @@ class IngestOptions:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Images of one category whose total size is about the size of one part file.
+    """Images of one category that are read and written together; their total size is about the size of one part file.
 
     Attributes:
-        samples: row id and sample of each image. These are the ids if no image of the category is rejected.
+        category: name of the category.
+        samples: row id and sample of each image. The ids are final only if no image of the category is rejected.
         used_ids: the ids of this chunk that existing rows already use.
+        options: the options of the ingestion.
     """
 
     category: str
@@ -75,14 +79,14 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """The result of writing one chunk, or all chunks of a category.
+    """The result of writing one chunk of images, or of all chunks of a category.
 
     Attributes:
-        parts: the part files that were written.
-        index: `INDEX_COLUMNS` of their rows.
+        parts: entries of the part files that were written.
+        index: table of the written rows, with `INDEX_COLUMNS`.
         items: the checked sample of each row, without its mask.
         rejects: the rejected files.
-        digests: the digest of each file that was read.
+        digests: digest (size and SHA-256) of each file that was read.
     """
 
     parts: list[PartEntry]
@@ -93,7 +97,7 @@ class ChunkResult:
 
 
 def merge_results(results: Sequence[ChunkResult]) -> ChunkResult:
-    """Returns the results of all chunks of a category as one."""
+    """Merges the results of all chunks of a category into one result."""
     return ChunkResult(
         [entry for result in results for entry in result.parts],
         pa.concat_tables([INDEX_SCHEMA.empty_table(), *(result.index for result in results)]),
@@ -110,11 +114,14 @@ def make_chunks(
     index: pa.Table,
     options: IngestOptions,
 ) -> list[Chunk]:
-    """Divides the samples of a category into chunks, in the order of their row ids.
+    """Divides the images of a category into chunks of about the size of one part file, in the order of their row ids.
 
     Args:
-        stamps: stamp of each file of the samples.
-        index: the index of the existing rows.
+        category: name of the category.
+        samples: the images.
+        stamps: size and change mark of each file of the samples.
+        index: table of the existing rows.
+        options: the options of the ingestion.
     """
     # the samples have their groups: do not send the table of the rule
     options = replace(options, settings=replace(options.settings, grouping=None), run=map_in_process)
@@ -132,18 +139,23 @@ def make_chunks(
 
 
 def write_chunk(chunk: Chunk) -> ChunkResult:
-    """Reads, checks and writes a chunk. Its images are in memory once. Raises: DataError: the storage fails."""
+    """Reads and checks the images of a chunk, and writes the good images to part files. Only images of the chunk are in memory.
+
+    Raises: DataError: the storage fails.
+    """
     items: list[CheckedSample] = []
     rejects: list[Reject] = []
     digests: dict[SourcePath, FileDigest] = {}
 
     def read_and_check(sample: Sample) -> tuple[bytes | OSError, dict[SourcePath, FileDigest], CheckedSample | Reject]:
+        """Returns the bytes of an image, the digests of its files, and the checked sample or the rejection."""
         paths = (sample.path, *sample.masks)
         contents = [read_content(path) for path in paths]
         outcome = check_sample(sample, contents, chunk.category, chunk.options.settings)
         return contents[0], dict(zip(paths, map(compute_digest, contents), strict=True)), outcome
 
     def rows() -> Iterator[Row]:
+        """Generator: yields the rows of the images without errors, and collects samples, rejections and digests."""
         results = pool.map(read_and_check, [sample for _, sample in chunk.samples])
         for (row_id, sample), (data, sample_digests, outcome) in zip(chunk.samples, results, strict=True):
             digests.update(sample_digests)
@@ -177,7 +189,7 @@ RowChanges = Mapping[int, str | None]
 
 @dataclass(frozen=True)
 class PartRewrite:
-    """A part file to be written again. changes: of the rows of this file."""
+    """A part file to be written again, with some rows removed or renamed. `changes` uses row numbers of this file."""
 
     uri: str
     category: str
@@ -186,15 +198,18 @@ class PartRewrite:
 
 
 def rewrite_part(rewrite: PartRewrite) -> tuple[list[PartEntry], int]:
-    """Writes the remaining rows of a part file to new part files.
+    """Writes the remaining rows of a part file to new part files. The old file stays.
 
     Returns:
-        The new part files, and the number of removed rows with a mask.
+        The entries of the new part files, and the number of removed rows with a mask.
+
+    Raises: DataError: the storage fails, or the part file is missing or damaged.
     """
     store = open_store(rewrite.uri)
     num_removed_masks = 0
 
     def rows() -> Iterator[Row]:
+        """Generator: yields the remaining rows with their new ids, and counts the removed masks."""
         nonlocal num_removed_masks
         for number, row in enumerate(read_part_rows(store, rewrite.category, [rewrite.entry])):
             row_id = rewrite.changes.get(number, row["id"])
@@ -207,7 +222,10 @@ def rewrite_part(rewrite: PartRewrite) -> tuple[list[PartEntry], int]:
 
 
 def read_part_rows(store: Store, category: str, entries: Sequence[PartEntry]) -> Iterator[Row]:
-    """Yields all rows of part files in order. One row group is in memory."""
+    """Generator: yields all rows of part files in order. One row group (block of rows) is in memory at a time.
+
+    Raises: DataError: a part file is missing or damaged.
+    """
     for entry in entries:
         with open_part(store, category, entry) as part:
             for group in range(part.num_row_groups):
@@ -217,15 +235,19 @@ def read_part_rows(store: Store, category: str, entries: Sequence[PartEntry]) ->
 def rewrite_parts(
     store: Store, category: str, entries: Sequence[PartEntry], changes: RowChanges, run: Mapper
 ) -> tuple[list[PartEntry], int]:
-    """Removes and renames rows of part files. Part files without such a row are not written again.
+    """Removes and renames rows of part files. Part files without such a row are not written again. The old files stay.
 
     Args:
-        entries: the part files.
-        changes: of the rows of all part files.
+        store: store of the data set.
+        category: name of the category.
+        entries: entries of the part files.
+        changes: number of a row, counted over all part files -> its new id, or None to remove the row.
         run: calls `rewrite_part` for the part files to be written again.
 
     Returns:
-        The part files in order, and the number of removed rows with a mask.
+        The entries of the part files in row order, old and new; and the number of removed rows with a mask.
+
+    Raises: DataError: the storage fails, or a part file is missing or damaged.
     """
     first_rows = [0, *itertools.accumulate(sum(entry["row_group_rows"]) for entry in entries)]
     changes_by_part: dict[int, dict[int, str | None]] = defaultdict(dict)

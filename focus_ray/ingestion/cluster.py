@@ -1,4 +1,4 @@
-"""Ingestion on a Ray cluster: tasks read, check and write pieces of the source."""
+"""Ingests images on a Ray cluster: tasks read, check and write pieces of the source."""
 
 from __future__ import annotations
 
@@ -20,16 +20,20 @@ MAX_RETRIES = 5  # of a piece after the loss of its worker or node
 
 
 def map_in_tasks(function: Callable[[Any], Any], items: Sequence[Any], num_workers: int) -> Iterator[tuple[int, Any]]:
-    """Calls a function for each item in a Ray task of its own, see `ingestion.chunks.Mapper`.
+    """Generator: calls a function for each item in a separate Ray task, and yields (position, result) as the tasks finish.
 
     It may run several times at once, for several categories. Tasks share the CPUs of the cluster; the actors of a pool would
-    keep them while another pool waits. Ray Data does not fit here either: a task writes part files under names of its attempt,
-    and the caller must count exactly the attempt that answered. Ray Data yields the blocks of one item singly, and a repeated
-    item may mix blocks of two attempts.
+    keep them while another pool waits. Ray Data does not fit here either: each attempt of a task writes part files under its own
+    names, and the caller must count exactly the attempt that answered. Ray Data yields the blocks of an item singly, and a
+    repeated item may mix blocks of two attempts.
 
-    Args: num_workers: number of tasks at the same time.
+    Args:
+        function: the function; it may run again after the loss of its worker.
+        items: arguments of the calls.
+        num_workers: largest number of tasks at the same time.
 
-    Raises: DataError: from the function.  TrainingError: the workers of an item died on every attempt.
+    Raises: DataError: the function raised it. TrainingError: the workers of an item died on every attempt. Another error of the
+        function becomes Ray's RayTaskError.
     """
     import ray
 
@@ -62,13 +66,19 @@ def map_in_tasks(function: Callable[[Any], Any], items: Sequence[Any], num_worke
 def ingest_on_cluster(
     source: str | Path, destination: str | Path, num_workers: int | str = "auto", **options: Any
 ) -> IngestReport:
-    """Runs `ingest` in tasks on a Ray cluster. Report and data are the same.
+    """Runs `ingest` in tasks on a Ray cluster. Report and data are the same as without a cluster.
+
+    It joins or starts a cluster, see `cluster.connect.connect`.
 
     Args:
-        num_workers: number of tasks at the same time, with one CPU each; auto: as many as the cluster has CPUs.
+        source: a local folder that all nodes share, or an s3:// prefix.
+        destination: root of the data set, which all nodes can access.
+        num_workers: number of tasks at the same time, with one CPU each; auto: the number of CPUs of the cluster.
         options: further arguments of `ingest`.
 
-    Raises: DataError: as `ingest`, or a node cannot access the source or the destination.
+    Raises:
+        DataError: as `ingest`, or `num_workers` is invalid, or a node cannot access the source or the destination.
+        TrainingError: Ray does not start or answer, or the workers died on every attempt.
     """
     import ray
 

@@ -17,15 +17,18 @@ from focus_ray.ingestion.check import CheckedSample
 def remove_duplicates(
     checked: Sequence[CheckedSample], category: str, settings: ImportSettings
 ) -> tuple[list[CheckedSample], list[Reject]]:
-    """Removes images with equal pixels from new images of one category.
+    """Finds new images of one category that have equal pixels, and keeps only the images that are allowed to stay.
 
-    Training images that are also test images are removed, and a repeated training image is kept once. If equal images have
-    different labels, all of them are removed. docs/use/data.md has a table of the cases.
+    Training images that are also test images are removed, and a repeated training image is kept once. Repeated test images are
+    all kept. Equal images with different labels are all removed. docs/use/data.md has a table of the cases.
 
-    Args: category: name of the category, for the records of rejected images.
+    Args:
+        checked: the new images.
+        category: name of the category, for the rejections.
+        settings: the settings of the ingestion.
 
     Returns:
-        The images to keep, and the records of the rejected images.
+        The images to keep, and the rejected images with their reasons.
     """
     by_content: dict[str, list[CheckedSample]] = defaultdict(list)
     for item in sorted(checked, key=lambda item: settings.relative(item.sample.path)):
@@ -57,9 +60,9 @@ def remove_duplicates(
 
 
 def make_row_ids(samples: Sequence[Sample], category: str) -> list[str]:
-    """Returns unique row ids, category/folder/defect/subfolders/stem.
+    """Returns a row id for each image: category/folder/defect/subfolders/stem, where the stem is the file name without suffix.
 
-    If two ids are equal, they end with the file name instead of the stem. If they are still equal, they contain the last three
+    If two ids are equal, they end with the file name instead of the stem. If they are still equal, they end with the last three
     parts of the path.
     """
 
@@ -77,25 +80,30 @@ def make_row_ids(samples: Sequence[Sample], category: str) -> list[str]:
 
 
 def id_with_hash(row_id: str, item: CheckedSample) -> str:
-    """Returns the alternative id of an image whose id is already used: the id and the first digits of its content hash."""
+    """Returns the alternative id of an image whose id is already used: the id, "~" and 12 digits of its content hash."""
     return f"{row_id}~{item.content_hash[:12]}"
 
 
 def find_rows(index: pa.Table, column: str, values: Collection[str]) -> pa.Table:
-    """Returns the rows of an index whose column has one of the values, with the column `number`, the position in the index."""
+    """Returns the rows of an index table whose column has one of the values, plus a column `number`, the row position."""
     numbers = pc.indices_nonzero(pc.is_in(index[column], value_set=pa.array(sorted(set(values)), pa.string())))
     return index.take(numbers).append_column("number", numbers)
 
 
 def find_existing_ids(index: pa.Table, ids: Collection[str]) -> set[str]:
-    """Returns the ids that rows of an index already use."""
+    """Returns the row ids in `ids` that rows of the index table already use."""
     return set(find_rows(index, "id", ids)["id"].to_pylist())
 
 
 def choose_unused_ids(ids: Sequence[str], items: Sequence[CheckedSample], index: pa.Table) -> list[str]:
-    """Returns ids that no row of the index uses.
+    """Returns a row id for each image that no row of the index uses.
 
     An id that is already used is replaced by `id_with_hash`. If that id is used as well, a number is appended.
+
+    Args:
+        ids: preferred id of each image.
+        items: the images.
+        index: table of the existing rows.
     """
     used_ids = find_existing_ids(index, [*ids, *map(id_with_hash, ids, items)])
     unused_ids = []
@@ -116,8 +124,9 @@ class Comparison(NamedTuple):
         new_items: images that the category does not contain yet.
         rejects: images that contradict existing rows.
         displaced_rows: content hash -> numbers of the training rows that a new test image with the same pixels replaces.
-        num_existing: images whose pixels, label and split the category already contains.
-        num_regrouped: of these, images to which the source now gives another group.
+        num_existing: images whose pixels and label the category already contains in the same split (in any split if it was
+            drawn).
+        num_regrouped: how many of these images now have another group in the source.
     """
 
     new_items: list[CheckedSample]
@@ -130,11 +139,13 @@ class Comparison(NamedTuple):
 def compare_with_rows(
     items: Sequence[CheckedSample], index: pa.Table, category: str, settings: ImportSettings
 ) -> Comparison:
-    """Compares new images with the existing rows of a category. docs/use/data.md has a table of the cases.
+    """Compares new images with the existing rows of a category by their pixels. docs/use/data.md has a table of the cases.
 
     Args:
         items: the new images.
-        index: the index of the existing rows.
+        index: table of the existing rows.
+        category: name of the category, for the rejections.
+        settings: the settings of the ingestion.
     """
     rows_by_hash: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in find_rows(index, "content_hash", [item.content_hash for item in items]).to_pylist():

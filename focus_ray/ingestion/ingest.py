@@ -35,11 +35,11 @@ def ingest(
     run: Mapper | None = None,
     group_by: str | GroupRule | None = None,
 ) -> IngestReport:
-    """Checks folders of images, and publishes them as Parquet, category by category.
+    """Checks folders of images, and publishes the good images as a Parquet data set, category by category.
 
-    A category whose files and settings have not changed since the last run stays, and is reported as "unchanged". Any other
-    category is replaced as a whole or, for an append, extended. The memory contains the row data of the categories without their
-    images and masks, and the images of one part file.
+    A category whose files and settings have not changed since the last ingestion stays, and is reported as "unchanged". Any
+    other category is replaced as a whole or, for an append, extended. RAM contains the row data of the categories without images
+    and masks, and the images of about one part file.
 
     Args:
         source: a local folder or an s3:// prefix: one category, or a folder of categories.
@@ -53,7 +53,8 @@ def ingest(
         seed: seed for the choice of these test images.
         num_threads: threads that decode. None takes one per CPU and at most 8, or 16 if the source is on S3.
         append: add new images to the existing categories, instead of replacing the categories.
-        run: where chunks are read and written, see `ingestion.cluster.ingest_on_cluster`; None takes this process.
+        run: calls the functions that read and write chunks of images, see `ingestion.cluster.ingest_on_cluster`; None calls them
+            in this process.
         group_by: names the part or burst that each image shows: name:REGEX, folder:LEVEL, table:FILE:COLUMN or time:SECONDS;
             docs/use/data.md explains them. None makes each image its own group.
 
@@ -61,8 +62,9 @@ def ingest(
         The report of all categories.
 
     Raises:
-        DataError: there is no category, a category has no usable image (all others are published first), the storage fails, or
-            the group rule is invalid or fits no image.
+        DataError: an argument is invalid, the source has no category or an ambiguous or unexpected layout, a category has no
+            usable image (all other categories are published first), the storage fails, or the group rule is invalid or fits no
+            image.
     """
     if format != "auto" and format not in IMPORTERS.import_paths:
         raise DataError(f"format={format!r}: expected one of auto, {', '.join(IMPORTERS)}")

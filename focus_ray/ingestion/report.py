@@ -20,9 +20,13 @@ Status = Literal["written", "appended", "unchanged"]
 
 @dataclass(frozen=True)
 class CategoryReport:
-    """The content of one category after an ingestion. All counts are numbers of rows.
+    """The content of one category after an ingestion. All counts are numbers of rows, if not stated otherwise.
 
     Attributes:
+        name: name of the category.
+        status: "written" (new or replaced), "appended" or "unchanged".
+        num_train: training rows.
+        num_test_normal, num_test_anomalous: test rows.
         num_masks: anomalous rows with a mask.
         folders: for each folder of the source, a text with its interpretation.
         num_added: images that an append added.
@@ -50,9 +54,13 @@ class CategoryReport:
 
 @dataclass(frozen=True)
 class IngestReport:
-    """The result of ``ingest``. ``str()`` returns the text for the user.
+    """The result of ``ingest`` for all categories. ``str()`` returns the text for the user.
 
-    Attributes: format: name of the importer.
+    Attributes:
+        format: name of the importer.
+        categories: report of each published or unchanged category.
+        rejects: the rejected files.
+        notes: hints for the user.
     """
 
     format: str
@@ -67,7 +75,7 @@ class IngestReport:
 
     @property
     def exit_status(self) -> int:
-        """0 if no file was rejected, otherwise 3. Rejects of unchanged categories count as well."""
+        """The exit status of the command: 0 if no file was rejected, otherwise 3. Rejects of unchanged categories also count."""
         return 3 if self.rejects else 0
 
     def __str__(self) -> str:
@@ -91,7 +99,7 @@ class IngestReport:
 
 
 def count_rows(index: pa.Table) -> dict[str, int]:
-    """Returns the row counts of `CategoryReport` by name, except `num_masks`, for the rows of an index."""
+    """Counts the rows of an index table. Returns field of `CategoryReport` -> number, for all counts except `num_masks`."""
     num_rows = Counter(zip(index["split"].to_pylist(), index["label"].to_pylist(), strict=True))
     return {
         "num_train": num_rows["train", 0],
@@ -101,13 +109,15 @@ def count_rows(index: pa.Table) -> dict[str, int]:
 
 
 def count_groups(category: str, index: pa.Table) -> tuple[int | None, list[str]]:
-    """Counts the groups of the training images of a category, where each image without a group counts as one group.
+    """Counts the groups of the training images. An image without a group counts as one group.
 
-    Args: index: of the category, with the columns split, label and group.
+    Args:
+        category: name of the category.
+        index: table of the rows of the category, with the columns split, label and group.
 
     Returns:
-        The number, or None if no image of the category has a group. A note if training images and good test images show the same
-        part; otherwise an empty list.
+        The number, or None if no image of the category has a group; and a list of notes. The list has one note if training
+        images and good test images show the same part; otherwise it is empty.
     """
     names: dict[tuple[str, int], set[str]] = defaultdict(set)
     num_ungrouped = 0
@@ -131,11 +141,13 @@ def count_groups(category: str, index: pa.Table) -> tuple[int | None, list[str]]
 def find_implausible_data(
     category: str, counts: dict[str, int], items: Sequence[CheckedSample], settings: ImportSettings
 ) -> list[str]:
-    """Returns notes on data that was ingested but is probably wrong. There is one note per problem, not one per file.
+    """Returns notes on ingested data that is probably wrong, such as inverted masks. There is one note per problem.
 
     Args:
+        category: name of the category.
         counts: the row counts of `CategoryReport`.
         items: the ingested images of the category.
+        settings: the settings of the ingestion.
     """
     notes = []
     if counts["num_test_anomalous"] and not counts["num_test_normal"]:

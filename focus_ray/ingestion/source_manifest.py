@@ -1,7 +1,7 @@
-"""The source manifest: digests of the source files of a category, stored with each version to recognise unchanged files.
+"""The source manifest: a table of the source files of a category, stored with each version to recognise unchanged files.
 
-A file is recognised on S3 by its ETag, on a disk that many machines share by its size and time of change, and on a local disk by
-its digest.
+It contains size, stamp and digest of each file. A file is recognised on S3 by its ETag, on a disk that many machines share by
+its size and time of change, and on a local disk by its digest.
 """
 
 from __future__ import annotations
@@ -30,19 +30,23 @@ ManifestRows = Mapping[str, Mapping[str, Any]]
 
 
 def list_source_files(samples: Iterable[Sample]) -> list[SourcePath]:
-    """Returns every file of the samples (images and masks) once."""
+    """Returns all files of the samples, images and masks, each once."""
     return list(dict.fromkeys(path for sample in samples for path in (sample.path, *sample.masks)))
 
 
 def compute_source_fingerprint(
     plan: ImportPlan, settings: ImportSettings, site: str, digests: Mapping[SourcePath, FileDigest]
 ) -> str:
-    """Returns the fingerprint of a source. If two fingerprints are equal, ingestions of the sources give the same rows.
+    """Returns a hash of a source. If two hashes are equal, ingestions of the sources give the same rows.
 
     It is the SHA-256 hex of these facts: schema version, category and site; path, size and digest of each file; split, label,
     type of defect and group of each image; the files that the importer rejects; and the group rule.
 
-    Args: digests: digest of each image and mask of the plan.
+    Args:
+        plan: the images of the category.
+        settings: the settings of the ingestion.
+        site: name of the site, stored in each row.
+        digests: digest (size and SHA-256) of each image and mask of the plan.
     """
     samples = sorted(plan.samples, key=lambda item: settings.relative(item.path))
     sample_facts = [
@@ -61,10 +65,13 @@ def compute_source_fingerprint(
 
 
 def change_fingerprint(previous: Commit, change: str, values: Iterable[str]) -> str:
-    """Returns the fingerprint of a changed version, which no source has, so that a later ingestion replaces it.
+    """Returns the source fingerprint of a version that was changed without a full ingestion.
+
+    No source has this fingerprint, so a later ingestion replaces the version.
 
     Args:
-        change: the kind of the change.
+        previous: the commit of the version before the change.
+        change: the kind of the change, such as "append".
         values: content hashes or ids of the changed rows.
     """
     return hashlib.sha256(json.dumps([previous["source_fingerprint"], change, sorted(values)]).encode()).hexdigest()
@@ -73,11 +80,13 @@ def change_fingerprint(previous: Commit, change: str, values: Iterable[str]) -> 
 def build_source_table(
     digests: Mapping[SourcePath, FileDigest], stamps: Mapping[SourcePath, SourceStamp], items: Iterable[CheckedSample]
 ) -> pa.Table:
-    """Returns the source manifest, of `SOURCE_SCHEMA`, with one row per file.
+    """Returns the source manifest, a table of `SOURCE_SCHEMA` with one row per source file.
+
+    Files whose path is not valid UTF-8 are left out.
 
     Args:
-        digests: digest of each file; its keys are the files of the manifest.
-        stamps: stamp of each file.
+        digests: digest (size and SHA-256) of each file; its keys are the files of the manifest.
+        stamps: stamp (size and change mark) of each file.
         items: the images without errors, for their content hashes.
     """
     hashes = {item.sample.path: item.content_hash for item in items}
@@ -93,7 +102,10 @@ def build_source_table(
 
 
 def merge_source_tables(previous: pa.Table | None, new: pa.Table) -> pa.Table:
-    """Returns the union of two source manifests. A file in both has its row from the new manifest."""
+    """Returns the union of two source manifests. For a file in both, the row of the new manifest is taken.
+
+    Args: previous: None returns `new`.
+    """
     if previous is None:
         return new
     is_only_previous = pc.invert(pc.is_in(previous["path"], value_set=new["path"].combine_chunks()))
@@ -101,7 +113,10 @@ def merge_source_tables(previous: pa.Table | None, new: pa.Table) -> pa.Table:
 
 
 def find_manifest_rows(table: pa.Table | None, paths: Iterable[SourcePath]) -> ManifestRows:
-    """Returns the rows of a source manifest for these files. table: None if the version has no manifest."""
+    """Returns the rows of a source manifest for some files: path -> row. Files without a row are left out.
+
+    Args: table: the source manifest; None if the version has none, then the result is empty.
+    """
     if table is None:
         return {}
     path_texts = pa.array([text for text in map(str, paths) if is_utf8(text)], pa.string())
@@ -111,15 +126,22 @@ def find_manifest_rows(table: pa.Table | None, paths: Iterable[SourcePath]) -> M
 def find_digests(
     rows: ManifestRows, stamps: Mapping[SourcePath, SourceStamp], trusts_stamps: bool, num_threads: int
 ) -> dict[SourcePath, FileDigest]:
-    """Returns the digests of source files that may be unchanged since the last ingestion.
+    """Returns the digests (size and SHA-256) of source files that may be unchanged since the last ingestion.
 
     If stamps are trusted, a file with the size and stamp of the manifest counts as unchanged, and its digest is taken from the
     manifest. Otherwise, every file with the size of the manifest is read to compute its digest, which may have changed.
 
-    Args: stamps: stamp of each source file.
+    Args:
+        rows: path -> row of the manifest.
+        stamps: stamp (size and change mark) of each source file.
+        trusts_stamps: whether stamps are trusted.
+        num_threads: threads that read files.
+
+    Raises: DataError: the S3 storage fails.
     """
 
     def may_be_unchanged(path: SourcePath, stamp: SourceStamp) -> bool:
+        """Returns whether a file has the size (and the stamp, if stamps are trusted) of its row in the manifest."""
         row = rows.get(str(path))
         if row is None or row["num_bytes"] != stamp[0] or stamp[0] < 0:
             return False
@@ -133,7 +155,12 @@ def find_digests(
 
 
 def find_content_hash(rows: ManifestRows, path: SourcePath, digest: FileDigest | None) -> str | None:
-    """Returns the content hash of an image from the manifest.
+    """Returns the hash of the pixels of an image, taken from the source manifest instead of reading the file.
+
+    Args:
+        rows: path -> row of the manifest.
+        path: the image file.
+        digest: current digest of the file; None if it is not known.
 
     Returns: None if the file is not in the manifest, has another digest there, or is not an image without errors.
     """

@@ -1,4 +1,8 @@
-"""Computes all metrics of one category on its labelled test images."""
+"""Computes all metrics of one category on its labelled test images.
+
+Pixel metrics are exact up to a total number of pixels. For larger test sets the pixels are counted in bins: a bin counts the
+pixels whose scores are almost equal.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +24,13 @@ _IMAGES_PER_MERGE = 32  # merging the bins of many images takes as long as mergi
 
 
 class LabelledImages(NamedTuple):
-    """Scored labelled images of one category, in the order of their records, without images that the model was trained on.
+    """The scored test images of one category with labels, without images that the model was trained on.
 
     Attributes:
-        measured: labels, scores, masks and maps of the N images.
-        types: N defect types.
-        numbers: (N,) int64, number of each image among all records.
-        reduced: whether maps are smaller than their images.
+        measured: labels, scores, masks and anomaly maps of the N images.
+        types: defect type of each image.
+        numbers: (N,) int64, position of each image among all test images.
+        reduced: whether anomaly maps are smaller than their images.
         num_trained_on: number of omitted images. The model was trained on them, so their scores say nothing about new parts.
         num_repeats: number of images that are almost equal to a training image: photographs of the same part.
     """
@@ -40,19 +44,21 @@ class LabelledImages(NamedTuple):
 
     @property
     def good_scores(self) -> NDArray[np.float64]:
-        """Scores of the good images."""
+        """The image scores of the good (normal) images."""
         return self.measured.scores[self.measured.labels == 0]
 
 
 @dataclass(frozen=True)
 class EvaluationPart:
-    """Scores of some labelled images of a category, with pixels counted in bins.
+    """The scores of some test images of a category, for example of one worker, with pixel counts that can be added up.
+
+    Pixels are counted in bins by score: a bin counts the pixels whose scores are almost equal.
 
     Attributes:
-        labels: (N,) int8.
-        scores: (N,).
-        types: N defect types.
-        bins: pixel counts by defect type, "" for good images; without images that the model was trained on.
+        labels: (N,) int8, 0 normal, 1 anomalous.
+        scores: (N,) image scores.
+        types: defect type of each image.
+        bins: defect type ("" for good images) -> pixel counts; without images that the model was trained on.
         trained_on: (N,) bool, whether the model was trained on the image.
         reduced, num_repeats: as in `LabelledImages`.
     """
@@ -66,7 +72,12 @@ class EvaluationPart:
     num_repeats: int = 0
 
     def labelled(self, threshold: float) -> LabelledImages:
-        """Returns the images that the model was not trained on. Arguments and errors as in `EvaluationCollector.labelled`."""
+        """Returns the images that the model was not trained on, as input for the metrics.
+
+        Args: threshold: image threshold; an image with a higher score is called bad.
+
+        Raises: DataError: the model was trained on all images, or there is no image.
+        """
         labels, unavailable = self.labels.astype(np.int64), UnavailableMaps()
         bins = dict(sorted(self.bins.items()))  # so that sums do not depend on the order of the images
         measured = MeasuredImages(labels, self.scores, unavailable, unavailable, threshold, bins=bins)
@@ -74,13 +85,16 @@ class EvaluationPart:
 
 
 class EvaluationCollector:
-    """Collects labelled images while they are scored.
+    """Collects scores, anomaly maps and masks of labelled images while they are scored.
 
-    Stores maps and masks up to a number of pixels. Beyond this number, counts the pixels of all images in bins.
+    It stores maps and masks up to a number of pixels. Beyond this number, it counts the pixels of all images in bins by score.
     """
 
     def __init__(self, exact_pixels: int) -> None:
-        """Args: exact_pixels: largest total number of pixels of the stored maps."""
+        """Makes an empty collector.
+
+        Args: exact_pixels: largest total number of pixels of the stored anomaly maps.
+        """
         self.labels: list[int] = []
         self.scores: list[float] = []
         self.types: list[str] = []
@@ -94,7 +108,7 @@ class EvaluationCollector:
 
     @property
     def binned(self) -> bool:
-        """Whether pixels are counted in bins."""
+        """Whether pixels are counted in bins by score, because the anomaly maps are too many to be stored."""
         return self._num_pixels > self._exact_pixels
 
     def add(
@@ -107,16 +121,19 @@ class EvaluationCollector:
         inside: NDArray[np.bool_] | None,
         trained_on: bool = False,
     ) -> None:
-        """Adds an image.
+        """Adds a scored image.
 
         Args:
             label: 0 normal, 1 anomalous.
             kind: defect type.
-            mask: (H, W) bool; None: unknown, then the image counts in image metrics only.
+            score: image score.
+            anomaly_map: (H, W), a score for each pixel.
+            mask: (H, W) bool, True at anomalous pixels. None: unknown; then the image counts in image metrics only.
             inside: (H, W) bool, pixels that count; None: all.
             trained_on: whether the model was trained on this image.
 
-        Raises: DataError: pixels are counted in bins, and sizes differ or the map is not finite.
+        Raises: DataError: pixels are counted in bins, and the sizes of a map and a mask differ or a map is not finite. It may
+            name an earlier image, because pixels are counted for many images at once.
         """
         self.labels.append(label)
         self.scores.append(score)
@@ -128,7 +145,10 @@ class EvaluationCollector:
             self._count_in_bins()
 
     def _count_in_bins(self) -> None:
-        """Adds the pixels of the stored images to the bins of their defect types, and deletes their maps."""
+        """Adds the pixels of the stored images to the bins of their defect types, and deletes their maps and masks.
+
+        Raises: DataError: the sizes of a map and a mask differ, or a map is not finite.
+        """
         parts = {group: [bins] for group, bins in self._bins.items()}
         first = len(self.labels) - len(self._images)
         for number, (anomaly_map, mask, inside) in enumerate(self._images, start=first):
@@ -140,7 +160,10 @@ class EvaluationCollector:
         self._images.clear()
 
     def part(self) -> EvaluationPart:
-        """Returns the images as a part. It has bins only if pixels are counted in bins."""
+        """Returns the collected images for a merge with other workers. It has bins only if pixels are counted in bins.
+
+        Raises: DataError: as `add`.
+        """
         if self.binned:
             self._count_in_bins()
         return EvaluationPart(
@@ -154,11 +177,11 @@ class EvaluationCollector:
         )
 
     def labelled(self, threshold: float) -> LabelledImages:
-        """Returns all images that the model was not trained on.
+        """Returns all images that the model was not trained on, as input for the metrics.
 
-        Args: threshold: image threshold.
+        Args: threshold: image threshold; an image with a higher score is called bad.
 
-        Raises: DataError: the model was trained on all images, or there is no image.
+        Raises: DataError: the model was trained on all images, or there is no image. Also as `add`.
         """
         part = self.part()
         if self.binned or not self.labels:
@@ -169,11 +192,13 @@ class EvaluationCollector:
 
 
 def _omit_training_images(part: EvaluationPart, measured: MeasuredImages) -> LabelledImages:
-    """Returns the images of a part that the model was not trained on.
+    """Removes the images that the model was trained on, and returns the other images.
 
-    Args: measured: all images of the part.
+    Args:
+        part: labels, types and `trained_on` of all images.
+        measured: scores, masks and maps of all images of `part`.
 
-    Raises: DataError: there is no such image.
+    Raises: DataError: no image remains.
     """
     num_images, num_omitted = len(part.labels), int(part.trained_on.sum())
     if not num_images:
@@ -206,14 +231,20 @@ def describe_training_images(num_trained_on: int, num_images: int) -> str | None
 
 
 def compute_metrics(measured: MeasuredImages, types: Sequence[str], target_fpr: float) -> dict[str, Any]:
-    """Computes all metrics of one category.
+    """Computes all metrics of one category, also for each defect type.
 
-    Returns: metric values by key, counts of images, 'threshold', 'target_fpr', and:
-        'defect_types': metrics of each defect type.
-        'reasons': metric key (after the defect type, if any) -> why the metric failed, such as masks that cover whole images.
+    Args:
+        measured: the scored images.
+        types: defect type of each image.
+        target_fpr: false positive rate that the user wants. It is only copied into the result.
+
+    Returns: key of a metric -> value. A value is None if the metric failed, or if the images lack a class or masks. Further
+        keys: 'num_normal', 'num_anomalous', 'num_masks', 'threshold', 'target_fpr', and:
+        'defect_types': defect type -> its metrics.
+        'reasons': key of a metric (after the defect type, if any) -> why the metric failed, such as masks that cover whole
+            images.
         'binned': whether pixels were counted in bins.
-        'bounds': metric key -> largest difference between the binned and the exact value.
-        A metric is None if it failed, or if the set lacks a class or masks.
+        'bounds': key of a metric -> largest difference between the binned and the exact value.
     """
     reasons: dict[str, str] = {}
     labels = measured.labels
@@ -237,7 +268,14 @@ def compute_metrics(measured: MeasuredImages, types: Sequence[str], target_fpr: 
 def _value_or_reason(
     function: Callable[[MeasuredImages], float | None], measured: MeasuredImages, reasons: dict[str, str], where: str
 ) -> float | None:
-    """Returns the value of a metric. If the metric fails, returns None and stores the reason under the key `where`."""
+    """Computes a metric. If the metric fails, returns None and stores the reason in `reasons` under the key `where`.
+
+    Args:
+        function: computes the metric.
+        measured: the scored images.
+        reasons: key -> reason; the function may add an entry.
+        where: key of the metric.
+    """
     try:
         return function(measured)
     except DataError as error:
@@ -246,7 +284,14 @@ def _value_or_reason(
 
 
 def _bounds(measured: MeasuredImages, keys: Sequence[str]) -> dict[str, float]:
-    """Returns the error bounds of pixel metrics on binned pixels, by key; without metrics that have no value."""
+    """Returns key of a pixel metric -> largest error that counting in bins can cause; empty if pixels were not counted in bins.
+
+    Metrics without a value are left out.
+
+    Args:
+        measured: the scored images.
+        keys: keys of metrics.
+    """
     if measured.bins is None:
         return {}
     functions = {key: METRICS[key].bound for key in keys}
@@ -257,7 +302,14 @@ def _bounds(measured: MeasuredImages, keys: Sequence[str]) -> dict[str, float]:
 def _metrics_of_type(
     measured: MeasuredImages, chosen: NDArray[np.bool_], kind: str, reasons: dict[str, str]
 ) -> dict[str, Any]:
-    """Computes the metrics of one defect type. chosen: (N,), which images have this type."""
+    """Computes the metrics of one defect type.
+
+    Args:
+        measured: all scored images.
+        chosen: (N,) bool, True for images of this type.
+        kind: the defect type.
+        reasons: key -> why a metric failed; the function may add entries.
+    """
     parts = {
         "alone": measured.only(chosen, [kind]),
         "with_normals": measured.only(chosen | (measured.labels == 0), [kind, ""]),
@@ -272,6 +324,6 @@ def _metrics_of_type(
 
 
 def evaluation_size(height: int, width: int, max_side_px: int) -> tuple[int, int]:
-    """Returns height and width at which a map and a mask are compared: the image size, but at most `max_side_px` a side."""
+    """Returns the height and width at which a map and a mask are compared: the image size, at most `max_side_px` a side."""
     scale = min(1.0, max_side_px / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))

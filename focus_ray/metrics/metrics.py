@@ -20,10 +20,11 @@ from focus_ray.metrics.ties import is_above
 
 
 def image_auroc(labels: ArrayLike, scores: ArrayLike) -> float:
-    """Computes the area under the ROC curve of image scores; ties count half.
+    """Computes the area under the ROC curve of image scores. An anomalous and a normal image with equal scores count half.
 
     Args:
-        labels: (N,), 0 normal or 1 anomalous.  scores: (N,), higher is more anomalous, any finite range.
+        labels: (N,), 0 normal or 1 anomalous.
+        scores: (N,), higher is more anomalous, any finite range.
 
     Raises: DataError: lengths differ, a score is NaN or infinite, or the labels are not 0 and 1, each at least once.
     """
@@ -35,7 +36,7 @@ def image_auroc(labels: ArrayLike, scores: ArrayLike) -> float:
 def average_precision(labels: ArrayLike, scores: ArrayLike) -> float:
     """Computes the area under the precision-recall curve of image scores, without interpolation (scikit-learn's definition).
 
-    Args and raises as for `image_auroc`.
+    Arguments and errors as for `image_auroc`.
     """
     from sklearn.metrics import average_precision_score  # takes a second to import, and a fit does not need it
 
@@ -43,11 +44,11 @@ def average_precision(labels: ArrayLike, scores: ArrayLike) -> float:
 
 
 def f1_max(labels: ArrayLike, scores: ArrayLike) -> float:
-    """Computes the best F1 over all thresholds. An image counts as bad if score >= threshold.
+    """Computes the best F1 score over all thresholds. An image counts as bad if score >= threshold.
 
-    The best threshold depends on the labels of the measured set, so the best F1 is an upper bound for reports.
+    The best threshold depends on the labels of the measured images, so the best F1 is an upper bound for reports.
 
-    Args and raises as for `image_auroc`.
+    Arguments and errors as for `image_auroc`.
     """
     from sklearn.metrics import precision_recall_curve  # takes a second to import, and a fit does not need it
 
@@ -58,7 +59,7 @@ def f1_max(labels: ArrayLike, scores: ArrayLike) -> float:
 
 
 class UnavailableMaps(Sequence[Any]):
-    """Placeholder for masks and maps of a set that was counted in bins. Any access raises DataError."""
+    """A placeholder for the masks and maps of images whose pixels were counted in bins. Any access raises DataError."""
 
     def __len__(self) -> int:
         raise DataError(_UNAVAILABLE)
@@ -75,16 +76,16 @@ _UNAVAILABLE = (
 
 @dataclass(frozen=True)
 class MeasuredImages:
-    """Scored images of one category, the input of a metric.
+    """The scored test images of one category: the input of a metric.
 
     Attributes:
         labels: (N,), 0 normal or 1 anomalous.
-        scores: (N,).
+        scores: (N,) image scores.
         masks: N arrays (H, W) bool. None: the mask of an anomalous image is unknown, and the image counts in image metrics only.
-        maps: N arrays (H, W), each as large as its mask.
-        threshold: image threshold.
+        maps: N anomaly maps (H, W), each as large as its mask.
+        threshold: image threshold; an image with a higher score is called bad.
         inside: N arrays (H, W) bool, pixels that count because they lie in the region of interest; None: all.
-        bins: pixel counts by defect type, "" for good images. With bins, masks and maps are `UnavailableMaps`.
+        bins: defect type ("" for good images) -> counts of pixels by score. With bins, masks and maps are `UnavailableMaps`.
     """
 
     labels: NDArray[np.int64]
@@ -97,25 +98,35 @@ class MeasuredImages:
 
     @property
     def has_both(self) -> bool:
-        """Whether there are normal and anomalous images."""
+        """Whether the images contain at least one normal and one anomalous image."""
         return bool(0 < self.labels.sum() < len(self.labels))
 
     @property
     def num_masks(self) -> int:
-        """Number of anomalous images with a known mask."""
+        """The number of anomalous images with a known mask."""
         if self.bins is not None:
             return sum(bins.num_images for kind, bins in self.bins.items() if kind)
         return sum(mask is not None for mask, label in zip(self.masks, self.labels, strict=True) if label)
 
     @cached_property
     def curve(self) -> PixelCurve | None:
-        """Curve of all pixels with a known mask, computed once for all metrics; None without an anomalous pixel."""
+        """The curve from which all pixel metrics are computed, of all images with a known mask; None without an anomalous pixel.
+
+        It is computed once and cached.
+
+        Raises: DataError: there is no normal pixel, sizes differ, or a map is not finite.
+        """
         if self.bins is not None:
             return PixelBins.total(self.bins.values()).curve()
         return PixelCurve.of(*self._pixels([index for index, mask in enumerate(self.masks) if mask is not None]))
 
     def only(self, chosen: NDArray[np.bool_], kinds: Sequence[str]) -> MeasuredImages:
-        """Returns the chosen images. `chosen` (N,) must hold exactly the images of the defect types `kinds`; "" is good."""
+        """Returns a selection of the images.
+
+        Args:
+            chosen: (N,) bool. It must select exactly the images of the defect types `kinds`.
+            kinds: defect types; "" means good images.
+        """
         images = replace(self, labels=self.labels[chosen], scores=self.scores[chosen])
         if self.bins is not None:
             return replace(images, bins={kind: self.bins[kind] for kind in kinds if kind in self.bins})
@@ -123,13 +134,15 @@ class MeasuredImages:
         return replace(images, masks=masks, maps=maps, inside=inside)
 
     def _pixels(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[list[Any], list[Any], list[Any] | None]:
-        """Returns masks, maps and counted pixels (`inside`) of the images at these indices."""
+        """Returns masks, maps and counted pixels (`inside`) of the images at these positions."""
         masks, maps = [self.masks[index] for index in indices], [self.maps[index] for index in indices]
         return masks, maps, None if self.inside is None else [self.inside[index] for index in indices]
 
 
 class Metric(NamedTuple):
-    """A metric. Its name in `METRICS` is its key in reports and sweeps.
+    """The definition of a metric: its title, its function, and how reports use it.
+
+    The name of a metric in `METRICS` is its key in reports and sweeps.
 
     Attributes:
         title: name in reports.
@@ -149,7 +162,7 @@ class Metric(NamedTuple):
 
 
 def _check_labels_and_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Returns labels (N,) and scores (N,) as arrays. Raises: DataError: see `image_auroc`."""
+    """Checks labels (N,) and scores (N,), and returns them as arrays. Raises: DataError: see `image_auroc`."""
     truth, values = np.asarray(labels, dtype=np.int64), np.asarray(scores, dtype=np.float64)
     if truth.shape != values.shape:
         raise DataError(f"labels {truth.shape} and scores {values.shape}; expected one label per score")
@@ -166,23 +179,34 @@ def _check_labels_and_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[NDAr
 def _image_metric_value(
     function: Callable[[NDArray[Any], NDArray[Any]], float],
 ) -> Callable[[MeasuredImages], float | None]:
-    """Turns a function of labels and scores into `Metric.value`."""
+    """Turns a function of labels and scores into a function of `MeasuredImages`, which returns None if a class is missing."""
     return lambda measured: function(measured.labels, measured.scores) if measured.has_both else None
 
 
 def _pixel_metric_value(function: Callable[[PixelCurve], float]) -> Callable[[MeasuredImages], float | None]:
-    """Turns a function of a pixel curve into `Metric.value`."""
+    """Turns a function of a pixel curve into a function of `MeasuredImages`, which returns None without an anomalous pixel."""
     return lambda measured: None if measured.curve is None else function(measured.curve)
 
 
 def _pixel_metric(title: str, value: Callable[[PixelCurve], float], bound: Callable[[PixelCurve], float]) -> Metric:
+    """Returns the definition of a pixel metric, which reports also show for each defect type alone.
+
+    Args:
+        title: name in reports.
+        value: computes the metric from the pixel curve.
+        bound: computes the largest error of the metric if pixels are counted in bins.
+    """
     return Metric(title, _pixel_metric_value(value), "alone", bound=_pixel_metric_value(bound))
 
 
 def _share_called_bad(label: int) -> Callable[[MeasuredImages], float | None]:
-    """Returns the function of the share of images with this label whose score is above the threshold."""
+    """Returns a function that computes which share of the images with this label has a score above the threshold.
+
+    The function returns None if no image has the label.
+    """
 
     def share(measured: MeasuredImages) -> float | None:
+        """Returns the share of images above the threshold; None if no image has the label."""
         scores = measured.scores[measured.labels == label]
         return float(is_above(scores, measured.threshold).mean()) if len(scores) else None
 

@@ -1,8 +1,8 @@
 """Computes pixel metrics from masks and anomaly maps, either exactly from all scores or from counts in bins.
 
-Sorting all scores gives exact metrics, but needs all scores in memory. Counts in bins add up over any number of images and
-workers in a table of a few megabytes. The curve of the bins has one corner per bin. The exact curve passes through the same
-corners, so the largest error of each metric can be computed from the bins.
+A bin counts the pixels whose scores are almost equal. Sorting all scores gives exact metrics, but needs all scores in RAM.
+Counts in bins add up over any number of images and workers in a table of a few megabytes. The curve of the bins has one corner
+per bin. The exact curve passes through the same corners, so the largest error of each metric can be computed from the bins.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ _NO_NORMAL = "no normal pixel in any mask; pixel metrics need both classes, so s
 
 
 class ImagePixels(NamedTuple):
-    """Scores of the pixels of one image that count in metrics.
+    """The scores of the pixels of one image, separated by the mask. Pixels outside the region of interest are left out.
+
+    A region is a connected set of anomalous pixels.
 
     Attributes:
-        normal: (n,) scores of normal pixels.
-        anomalous: (m,) scores of anomalous pixels.
+        normal: (n,) scores of the n normal pixels.
+        anomalous: (m,) scores of the m anomalous pixels.
         region: (m,) region number of each anomalous pixel, from 0.
         num_regions: number of regions in the image.
     """
@@ -41,12 +43,12 @@ class ImagePixels(NamedTuple):
 
 
 def split_image(mask: NDArray[Any], scores: NDArray[Any], inside: NDArray[np.bool_] | None, name: str) -> ImagePixels:
-    """Separates the normal from the anomalous pixels of an image, and numbers the regions of the mask.
+    """Separates the scores of normal and anomalous pixels of an image, and numbers the connected regions of the mask.
 
     Args:
         mask: (H, W) bool or integer, non-zero where anomalous.
-        scores: (H, W).
-        inside: (H, W), pixels that count; None: all.
+        scores: (H, W) anomaly map.
+        inside: (H, W) bool, pixels that count; None: all.
         name: name of the image for error messages.
 
     Raises: DataError: sizes differ, or a score is NaN or infinite.
@@ -64,19 +66,20 @@ def split_image(mask: NDArray[Any], scores: NDArray[Any], inside: NDArray[np.boo
 
 @dataclass(frozen=True)
 class PixelCurve:
-    """Corners of the curves behind all pixel metrics: one row per distinct score of an anomalous pixel, highest score first.
+    """The points of the curves behind all pixel metrics: one per distinct score of an anomalous pixel, highest first.
 
     Between two such scores only the number of false positives grows, so the curve is flat there. A normal score equal to an
     anomalous score makes one slanted step. So the normal scores, nearly all pixels, need only a plain sort.
 
-    A curve of bins treats all scores in a bin as equal. The `*_bound` methods return the largest difference between a metric
-    of the bins and the exact metric.
+    A curve of bins treats all scores in a bin as equal. The `*_bound` methods return the largest difference between a metric of
+    the bins and the exact metric.
 
     Attributes:
-        normals_above: (K,) number of normal pixels with a higher score.
+        normals_above: (K,) number of normal pixels with a higher score; K is the number of distinct scores.
         normals_at_or_above: (K,) number of normal pixels with this score or a higher one.
         num_found: (K,) number of anomalous pixels with this score or a higher one.
-        overlap: (K,) mean over regions of the share of pixels with this score or a higher one.
+        overlap: (K,) for each connected region of anomalous pixels, the share of pixels with this score or a higher one; the
+            mean over all regions.
         num_normal: number of normal pixels.
     """
 
@@ -92,13 +95,13 @@ class PixelCurve:
         maps: Sequence[NDArray[Any]],
         inside: Sequence[NDArray[np.bool_] | None] | None = None,
     ) -> PixelCurve | None:
-        """Computes the exact curve of images.
+        """Computes the exact curve from the masks and anomaly maps of all images.
 
         Args: masks, maps, inside: of each image, as in `split_image`; inside None: all pixels count.
 
-        Returns: None without an anomalous pixel.
+        Returns: None if there is no anomalous pixel.
 
-        Raises: DataError: as in `split_image`, or there is no normal pixel.
+        Raises: DataError: sizes differ, a score is NaN or infinite, or there is no normal pixel.
         """
         images = zip(masks, maps, [None] * len(masks) if inside is None else inside, strict=True)
         pixels = [split_image(*image, f"image {index}") for index, image in enumerate(images)]
@@ -129,19 +132,22 @@ class PixelCurve:
         )
 
     def auroc(self) -> float:
-        """Returns the area under the ROC curve over all pixels of all images together; ties count half."""
+        """Returns the pixel AUROC: the area under the ROC curve over all pixels of all images. Equal scores count half."""
         recall_steps = np.diff(self.num_found, prepend=0) / self.num_found[-1]
         return float(
             np.sum(recall_steps * (1.0 - (self.normals_above + self.normals_at_or_above) / (2.0 * self.num_normal)))
         )
 
     def average_precision(self) -> float:
-        """Returns the average precision over all pixels of all images together."""
+        """Returns the pixel AP: the area under the precision-recall curve over all pixels of all images together."""
         recall_steps = np.diff(self.num_found, prepend=0) / self.num_found[-1]
         return float(np.sum(recall_steps * self.num_found / (self.num_found + self.normals_at_or_above)))
 
     def pro(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Returns false positive rate and mean overlap at the corners of the per-region-overlap curve, from (0, 0) to (1, 1)."""
+        """Returns the per-region-overlap (PRO) curve: false positive rates and mean overlaps, from (0, 0) to (1, 1).
+
+        `aupro` defines the overlap.
+        """
         fpr = np.empty(2 * self.num_found.size + 2)
         pro = np.empty_like(fpr)
         fpr[0], fpr[1:-1:2], fpr[2:-1:2], fpr[-1] = 0.0, self.normals_above, self.normals_at_or_above, self.num_normal
@@ -149,15 +155,15 @@ class PixelCurve:
         return fpr / self.num_normal, pro
 
     def aupro(self, fpr_limit: float) -> float:
-        """Returns the area under the per-region-overlap curve (PRO) up to a false positive rate, divided by this rate.
+        """Returns the area under the per-region-overlap (PRO) curve up to a false positive rate, divided by this rate.
 
-        At a threshold, the overlap of a region is the share of its pixels at or above it. PRO is the mean over all regions of
-        all images. The false positive rate is taken over all normal pixels of all images. Every distinct score is a
-        threshold. The curve starts at (0, 0) and is integrated by the trapezoid rule, with linear interpolation at
-        `fpr_limit`. Regions are 8-connected, as in MVTec's own evaluation code (Bergmann et al., MVTec AD, IJCV 2021). Tools
-        with 4-connectivity split diagonal scratches and give other values.
+        A region is a connected set of anomalous pixels. The overlap of a region at a threshold is the share of its pixels with a
+        score at or above the threshold. PRO is the mean over all regions of all images. The false positive rate is taken over
+        all normal pixels of all images. Every distinct score is a threshold. The curve starts at (0, 0) and is integrated by the
+        trapezoid rule, with linear interpolation at `fpr_limit`. Regions are 8-connected, as in MVTec's own evaluation code
+        (Bergmann et al., MVTec AD, IJCV 2021). Tools with 4-connectivity split diagonal scratches and give other values.
 
-        Args: fpr_limit: in (0, 1].
+        Args: fpr_limit: the largest false positive rate, in (0, 1].
         """
         fpr, pro = self.pro()
         inside = int(np.searchsorted(fpr, fpr_limit, side="right"))
@@ -170,12 +176,12 @@ class PixelCurve:
         return min(area / fpr_limit, 1.0)
 
     def auroc_bound(self) -> float:
-        """Returns the error bound of `auroc`: a normal and an anomalous pixel in one bin count 0.5 instead of 0 or 1."""
+        """Returns the largest error of `auroc` on bins: normal and anomalous pixels in one bin count as equal."""
         pairs = np.diff(self.num_found, prepend=0) * (self.normals_at_or_above - self.normals_above).astype(np.float64)
         return float(0.5 * pairs.sum() / (float(self.num_found[-1]) * self.num_normal))
 
     def average_precision_bound(self) -> float:
-        """Returns the error bound of `average_precision`: normal pixels of a bin may rank before or after the anomalous ones."""
+        """Returns the largest error of `average_precision` on bins: the order of the pixels in a bin is unknown."""
         recall_steps = np.diff(self.num_found, prepend=0) / self.num_found[-1]
         precision = self.num_found / (self.num_found + self.normals_at_or_above)
         all_after = self.num_found / (self.num_found + self.normals_above)
@@ -187,7 +193,7 @@ class PixelCurve:
         )
 
     def aupro_bound(self, fpr_limit: float) -> float:
-        """Returns the error bound of `aupro`: inside a bin, the exact curve may deviate from the line between the corners."""
+        """Returns the largest error of `aupro` on bins: inside a bin, the exact curve may differ from a straight line."""
         bin_start, bin_end = self.normals_above / self.num_normal, self.normals_at_or_above / self.num_normal
         rise = np.diff(self.overlap, prepend=0.0)
         width = np.clip(fpr_limit - bin_start, 0.0, bin_end - bin_start)
@@ -197,16 +203,17 @@ class PixelCurve:
 
 @dataclass(frozen=True)
 class PixelBins:
-    """Counts of pixels by score. Counts of several images add up.
+    """The numbers of normal and anomalous pixels by score. The counts of several images add up.
 
-    A bin is given by the leading 22 bits of a float32 score, so all bins have about the same relative width, and no range is
-    needed. Only bins that contain a pixel have a row: scores over three orders of magnitude have at most 82,000 rows, 2.3 MB.
+    A bin contains the scores that share the leading 22 bits of a float32, so all bins have about the same relative width, and no
+    range is needed. Only bins that contain a pixel have a row: scores over three orders of magnitude have at most 82,000 rows,
+    2.3 MB.
 
     Attributes:
-        keys: (K,) uint32, ascending bin numbers.
+        keys: (K,) uint32, ascending numbers of the K bins.
         normal, anomalous: (K,) number of pixels.
-        overlap: (K,) sum over anomalous pixels of 1 / (area of the pixel's region).
-        num_regions: number of regions in all images.
+        overlap: (K,) sum over the anomalous pixels in the bin of 1 / (number of pixels in the pixel's connected region).
+        num_regions: number of connected regions in all images.
         num_images: number of images with a known mask.
     """
 
@@ -221,7 +228,7 @@ class PixelBins:
     def of_image(
         mask: NDArray[Any], scores: NDArray[Any], inside: NDArray[np.bool_] | None = None, name: str = "an image"
     ) -> PixelBins:
-        """Counts the pixels of an image. Arguments and errors as in `split_image`."""
+        """Counts the normal and anomalous pixels of an image by score. Arguments and errors as in `split_image`."""
         pixels = split_image(mask, scores, inside, name)
         bins = score_bins(np.concatenate([pixels.normal, pixels.anomalous]))
         if not bins.size:
@@ -244,7 +251,7 @@ class PixelBins:
 
     @staticmethod
     def total(parts: Iterable[PixelBins]) -> PixelBins:
-        """Adds the counts of several bins."""
+        """Adds up the counts of several tables of bins."""
         all_bins = list(parts)
         keys = np.unique(np.concatenate([np.empty(0, np.uint32), *(bins.keys for bins in all_bins)]))
         total = PixelBins(keys, np.zeros(keys.size, np.int64), np.zeros(keys.size, np.int64), np.zeros(keys.size))
@@ -260,7 +267,10 @@ class PixelBins:
         return PixelBins.total([self, other])
 
     def curve(self) -> PixelCurve | None:
-        """Returns the curve of the bins; None without an anomalous pixel. Raises: DataError: there is no normal pixel."""
+        """Computes the curve behind all pixel metrics; None if there is no anomalous pixel.
+
+        Raises: DataError: there is no normal pixel.
+        """
         anomalous = self.anomalous[::-1]
         if not anomalous.any():
             return None
@@ -278,6 +288,11 @@ class PixelBins:
 
 
 def score_bins(scores: NDArray[Any]) -> NDArray[np.uint32]:
-    """Returns the bin numbers of finite scores of any shape. A higher score never has a lower bin number."""
+    """Returns the bin number of each score. A higher score never has a lower bin number.
+
+    Args: scores: finite numbers, of any shape.
+
+    Returns: uint32, of the same shape.
+    """
     bits = (np.asarray(scores, dtype=np.float32) + np.float32(0.0)).view(np.uint32)  # adding 0 turns -0 into 0
     return np.asarray(np.where(bits & _SIGN, ~bits, bits | _SIGN) >> np.uint32(_DROPPED_BITS))

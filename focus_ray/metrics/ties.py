@@ -1,4 +1,4 @@
-"""Compares scores with thresholds, so that rounding errors decide nothing."""
+"""Compares scores with thresholds with a small tolerance, so that rounding errors do not decide."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ TIE = 1e-5
 
 
 def certain_part(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns the lowest values that the scores can have without rounding errors (`TIE`)."""
+    """Subtracts the possible rounding error (`TIE`) from scores. Returns the lowest values that the exact scores can have."""
     return scores - TIE * np.abs(scores)
 
 
 def is_above(scores: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:
-    """Returns whether scores exceed a threshold by more than `TIE`, so that the result does not depend on the batches."""
+    """Returns for each score whether it exceeds the threshold by more than the possible rounding error (`TIE`).
+
+    So the result does not depend on the batches in which images were scored.
+    """
     return np.asarray(certain_part(scores) > threshold)

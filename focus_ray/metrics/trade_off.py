@@ -1,4 +1,4 @@
-"""Trade-off of each image threshold: good parts called bad against missed defects."""
+"""Computes for each image threshold the share of good parts called bad (false alarms) and the share of missed defects."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from focus_ray.errors import DataError
 
 @dataclass(frozen=True)
 class TradeOff:
-    """Rates of false alarms and misses at every threshold that changes a verdict. A part is called bad above a threshold.
+    """The shares of false alarms and of missed defects at every threshold that changes a decision (bad above it).
 
     Attributes:
-        thresholds: (T,), ascending.
+        thresholds: (T,), ascending: 0 and each score.
         false_alarms: (T,), share of good images above each threshold.
         misses: (T,), share of bad images at or below each threshold.
         num_good, num_bad: number of images.
@@ -30,10 +30,10 @@ class TradeOff:
     num_bad: int
 
     def cost(self, false_alarm: float, miss: float, defect_rate: float) -> NDArray[np.float64]:
-        """Computes the expected cost (T,) of a part at each threshold.
+        """Computes the expected cost of a part at each threshold, (T,).
 
         Args:
-            false_alarm, miss: cost of one false alarm and of one miss, in the same unit.
+            false_alarm, miss: cost of one false alarm and of one missed defect, in the same unit.
             defect_rate: share of parts that are defective.
 
         Raises: DataError: a cost is negative, or the rate is outside [0, 1].
@@ -47,12 +47,15 @@ class TradeOff:
         return (1 - defect_rate) * false_alarm * self.false_alarms + defect_rate * miss * self.misses
 
     def at(self, threshold: float) -> tuple[float, float]:
-        """Returns the share of false alarms and the share of misses at a threshold."""
+        """Returns the share of false alarms and the share of missed defects at a threshold.
+
+        For a threshold below all entries of `thresholds`, returns the shares at the lowest entry.
+        """
         index = int(np.searchsorted(self.thresholds, threshold, side="right")) - 1
         return float(self.false_alarms[max(index, 0)]), float(self.misses[max(index, 0)])
 
     def to_csv(self) -> bytes:
-        """Returns thresholds and rates as a CSV file."""
+        """Returns a CSV file as bytes: one row per threshold, with the shares of false alarms and of missed defects."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(["threshold", "false_alarm_rate", "miss_rate"])
@@ -61,11 +64,11 @@ class TradeOff:
 
 
 def trade_off(good: NDArray[np.float64], bad: NDArray[np.float64]) -> TradeOff:
-    """Computes the trade-off of all thresholds.
+    """Computes the shares of false alarms and of missed defects at all thresholds, from the scores of good and bad images.
 
     Args:
-        good: (N,), scores of good images.
-        bad: (M,), scores of bad images.
+        good: (N,), scores of the N good images.
+        bad: (M,), scores of the M bad images.
 
     Raises: DataError: there is no good image, or no bad image.
     """

@@ -41,19 +41,19 @@ _BUSY_SIGNS = ("Failed to flush response stream", "INTERNAL_FAILURE", "SLOW_DOWN
 
 
 class FileStamp(NamedTuple):
-    """Time of the last change of a file, in ns since 1970 (S3 rounds to seconds), and its size in bytes."""
+    """The time of the last change of a file, in ns since 1970 (S3 rounds to seconds), and its size in bytes."""
 
     mtime_ns: int
     num_bytes: int
 
 
 def is_s3(uri: str | Path) -> bool:
-    """Returns whether a location is an s3:// URI."""
+    """Returns whether a location is on S3, i.e. begins with s3://."""
     return str(uri).startswith("s3://")
 
 
 def open_filesystem(uri: str | Path, is_quick: bool = False) -> tuple[fs.FileSystem, str]:
-    """Returns the filesystem of a location, and the path inside that filesystem without a closing slash.
+    """Returns the pyarrow filesystem of a location, and the path inside that filesystem without a closing slash.
 
     The function creates nothing. It contacts a server in one case only: to look up the region of a bucket when neither a region
     nor an endpoint is set.
@@ -66,7 +66,8 @@ def open_filesystem(uri: str | Path, is_quick: bool = False) -> tuple[fs.FileSys
         The filesystem and the path. The path is ``bucket/prefix`` on S3; local paths are absolute.
 
     Raises:
-        DataError: the scheme is unknown, or the S3 URI has no bucket, an empty folder name or a query.
+        DataError: the scheme is unknown, a file URI names another host, the S3 URI has no bucket, an empty folder name or a
+            query, an AWS setting is invalid, or the region of the bucket cannot be found.
         MissingPackageError: the location is on S3 and boto3 is not installed.
     """
     text = str(uri)
@@ -91,6 +92,8 @@ def open_filesystem(uri: str | Path, is_quick: bool = False) -> tuple[fs.FileSys
 def write_file(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
     """Writes a small file atomically: readers see the old content or the new content, even after a crash or a power cut.
 
+    On a disk, missing parent folders are created.
+
     Raises: OSError: the write fails. Call the function inside ``storage_errors``.
     """
     if not isinstance(filesystem, fs.LocalFileSystem):
@@ -103,9 +106,10 @@ def write_file(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
 
 @contextmanager
 def _temporary_file(target: Path, data: bytes) -> Iterator[Path]:
-    """Yields a temporary file with the data, in the folder of the target, so that the caller can rename or link it.
+    """Context manager: writes data to a temporary file in the folder of a target file, which the caller can then rename or link.
 
-    The data is synced to disk before the file is yielded. The file is removed afterwards.
+    The data is synced to disk before the `with` block runs. Missing parent folders are created. The temporary file is removed
+    afterwards.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     # the name does not contain the target's name, which may already have the maximum length
@@ -129,7 +133,7 @@ def sync_file(filesystem: fs.FileSystem, path: str) -> None:
 
 
 def read_file(filesystem: fs.FileSystem, path: str, max_bytes: int | None = None) -> bytes | None:
-    """Returns the bytes of a small file, or None if the file does not exist.
+    """Reads a small file. Returns None if the file does not exist or is a folder.
 
     Raises:
         OSError: the read fails. Call the function inside ``storage_errors``.
@@ -150,9 +154,9 @@ def read_file(filesystem: fs.FileSystem, path: str, max_bytes: int | None = None
 
 
 def open_input(filesystem: fs.FileSystem, path: str) -> pa.NativeFile:
-    """Opens a file for reading at any position.
+    """Opens a file for reading at any position. Reads from S3 are retried while the server is busy.
 
-    Raises: OSError: the file cannot be opened. Call the function inside ``storage_errors``.
+    Raises: OSError: the file cannot be opened or does not exist. Call the function inside ``storage_errors``.
     """
     return _add_retries(filesystem, filesystem.open_input_file(path))
 
@@ -163,22 +167,24 @@ def _add_retries(filesystem: fs.FileSystem, file: pa.NativeFile) -> pa.NativeFil
 
 
 def retry_while_busy(action: Callable[[], T]) -> T:
-    """Calls a function that reads from S3, and calls it again while the server is busy.
+    """Calls a function that reads from S3, and calls it again while the server is busy. Returns the result of the function.
 
-    pyarrow retries a busy server itself, except here (26.0): the error response of a busy server is longer than a small range
-    of bytes. It does not fit into pyarrow's buffer and appears as a failure that pyarrow does not retry.
+    pyarrow retries a busy server itself, except here (26.0): the error response of a busy server is longer than a small range of
+    bytes. It does not fit into pyarrow's buffer and appears as a failure that pyarrow does not retry.
 
-    Args: action: reads from S3; may be called several times.
+    Args: action: the function; it may be called several times.
 
-    Raises: OSError: the error of the last attempt, after ``max_attempts`` attempts.
+    Raises: the error of the last attempt, after ``max_attempts`` attempts; any other error of `action` at once.
     """
     return _retry(action, lambda error: isinstance(error, OSError) and any(sign in str(error) for sign in _BUSY_SIGNS))
 
 
 def _retry(action: Callable[[], T], is_temporary: Callable[[Exception], bool]) -> T:
-    """Calls a function up to `max_attempts` times while its errors are temporary.
+    """Calls a function up to `max_attempts` times while its errors are temporary. Returns the result of the function.
 
-    Raises: the error of the last attempt.
+    Args: is_temporary: returns whether an error may disappear.
+
+    Raises: the error of the last attempt; an error that is not temporary at once.
     """
     attempt = 1
     while True:
@@ -192,7 +198,7 @@ def _retry(action: Callable[[], T], is_temporary: Callable[[Exception], bool]) -
 
 
 class _RetryingFile(io.RawIOBase):
-    """A file on S3 that retries its reads while the server is busy."""
+    """A readable file on S3, as a Python file object, that retries its reads while the server is busy."""
 
     def __init__(self, file: pa.NativeFile) -> None:
         super().__init__()
@@ -226,14 +232,14 @@ class _RetryingFile(io.RawIOBase):
 
 @contextmanager
 def storage_errors(action: str, uri: str | Path, path: str | None = None) -> Iterator[None]:
-    """Turns an OSError of the filesystem into a StorageError that names the action, the location and the remedy.
+    """Context manager: turns an OSError into a StorageError that names the action, the location and the remedy.
 
     Args:
         action: the action that fails, as in "write the commit file".
         uri: the root of the data set.
-        path: the path inside the filesystem, if it is known.
+        path: the path inside the filesystem; None: the message gives `uri`.
 
-    Raises: StorageError: the code inside raised an OSError.
+    Raises: StorageError: the code in the `with` block raised an OSError.
     """
     try:
         yield
@@ -243,14 +249,19 @@ def storage_errors(action: str, uri: str | Path, path: str | None = None) -> Ite
 
 @contextmanager
 def _open_for(action: str, uri: str | Path, is_quick: bool = False) -> Iterator[tuple[fs.FileSystem, str]]:
-    """Yields `open_filesystem` for an action; an OSError of the action becomes a StorageError, see `storage_errors`."""
+    """Context manager: opens the filesystem of a location, and turns an OSError of the `with` block into a StorageError.
+
+    Args: action: the action, for the message, see `storage_errors`.
+
+    Raises: as `open_filesystem` and `storage_errors`.
+    """
     filesystem, path = open_filesystem(uri, is_quick)
     with storage_errors(action, uri, path):
         yield filesystem, path
 
 
 def find_os_error(error: BaseException | None) -> OSError | None:
-    """Returns the first `OSError` in the chain of an error and its causes, or None if the chain has none."""
+    """Returns the first `OSError` with an error number in an error and its causes; None if there is none."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error
@@ -265,7 +276,7 @@ def is_storage_full(error: BaseException) -> bool:
 
 
 class _RetryingS3(fs.S3FileSystem):
-    """pyarrow's S3 filesystem that keeps its retry settings when it is pickled; pyarrow 26.0 loses them.
+    """The S3 filesystem of pyarrow, except that a pickled copy keeps the retry settings; pyarrow 26.0 loses them.
 
     The pickle contains no credentials: the receiving process reads its own.
     """
@@ -276,7 +287,10 @@ class _RetryingS3(fs.S3FileSystem):
 
 
 def _make_s3(region: str | None, endpoint: str | None, is_quick: bool = False) -> fs.S3FileSystem:
-    """Returns an S3 filesystem with the settings of this process."""
+    """Returns an S3 filesystem with the timeouts, retries and AWS settings of this process.
+
+    Raises: DataError: an AWS setting is invalid.
+    """
     return _RetryingS3(
         region=region,
         endpoint_override=endpoint,
@@ -300,7 +314,10 @@ def max_attempts() -> int:
 
 
 def _find_region(bucket: str) -> str:
-    """Returns the region of a bucket: from the settings, a default for other servers, or Amazon's answer."""
+    """Returns the region of a bucket: from the settings, a default for servers other than Amazon's, or Amazon's answer.
+
+    Raises: DataError: the settings are invalid, or the region cannot be found.
+    """
     settings = load_s3_settings()
     if settings.region or settings.endpoint:
         return settings.region or "us-east-1"  # servers other than Amazon's accept this region
@@ -310,9 +327,13 @@ def _find_region(bucket: str) -> str:
 
 @lru_cache(maxsize=4)
 def _boto_client(region: str, settings: S3Settings, attempts: int, identity: tuple[str | None, ...]) -> Any:
-    """Returns a boto3 client. It serves requests that pyarrow does not offer: a conditional PUT, and the server's error text.
+    """Returns a cached boto3 client for S3. It sends requests that pyarrow does not offer, such as a conditional PUT.
 
-    Args: identity: the credentials of the environment. The cache key contains them, so that changed credentials get a new client.
+    Args:
+        region: region of the bucket.
+        settings: settings of the connection.
+        attempts: how often a request is sent.
+        identity: the credentials of the environment. The cache key contains them, so that changed credentials get a new client.
     """
     import boto3
     from botocore.config import Config
@@ -333,16 +354,21 @@ def _boto_client(region: str, settings: S3Settings, attempts: int, identity: tup
 
 
 def _open_client(bucket: str, attempts: int | None = None) -> Any:
-    """Returns the boto3 client for a bucket, with the current settings and credentials."""
+    """Returns the boto3 client for a bucket, with the current settings and credentials.
+
+    Args: attempts: how often a request is sent; None: `max_attempts`.
+
+    Raises: DataError: an AWS setting is invalid, or the region of the bucket cannot be found.
+    """
     names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
     identity = tuple(os.environ.get(name) for name in names)
     return _boto_client(_find_region(bucket), load_s3_settings(), attempts or max_attempts(), identity)
 
 
 def _server_reason(bucket: str) -> str:
-    """Returns the server's own explanation of a refused request, or an empty text.
+    """Asks an S3 server why it refuses requests to a bucket. Returns its explanation; an empty text if it accepts a listing.
 
-    pyarrow sends a HEAD request, and its response has no body. This function sends a GET request to get the explanation.
+    pyarrow sends a HEAD request, and the response has no body. This function sends a GET request to get the explanation.
     """
     try:
         _open_client(bucket, attempts=1).list_objects_v2(Bucket=bucket, MaxKeys=1)
@@ -356,7 +382,10 @@ def _server_reason(bucket: str) -> str:
 
 
 def _explain(error: OSError, action: str, uri: str, path: str | None) -> str:
-    """Returns the message for a failed action: the location, the action, the reason and the remedy."""
+    """Returns the error message for a failed action: the location, the action, the reason and the remedy.
+
+    For S3 it may ask the server for the reason.
+    """
     if not is_s3(uri):
         return f"{path or uri}: cannot {action}: {error.strerror or error}"
     bucket, _, key = (path or uri[len("s3://") :]).partition("/")
@@ -397,13 +426,20 @@ _HINTS = {
 
 
 def _hint(text: str) -> str:
-    """Returns the reason and the remedy for the error text of pyarrow or boto3; `_FAILED` if the text is not recognised."""
+    """Returns the reason and the remedy for an error text of pyarrow or boto3; `_FAILED` for an unknown text."""
     text = text.upper().replace("_", "")  # pyarrow writes ACCESS_DENIED, boto3 AccessDenied
     return next((hint for signs, hint in _HINTS.items() if any(sign in text for sign in signs)), _FAILED)
 
 
 def leads_out(location: str, root: str) -> bool:
-    """Returns whether a folder or anything in it links to a place outside `root`, or is no regular file. False on S3."""
+    """Returns whether a folder contains or is a link to a place outside `root`, or contains something that is no file or folder.
+
+    Args:
+        location: the folder; on S3 the result is False.
+        root: the folder that no link may leave.
+
+    Raises: DataError: a location is not valid.
+    """
     if is_s3(location):
         return False
     limit, top = (os.path.realpath(open_filesystem(uri)[1]) for uri in (root, location))
@@ -418,12 +454,12 @@ def leads_out(location: str, root: str) -> bool:
 
 
 def is_below(location: str, root: str) -> bool:
-    """Returns whether a normal path or URI is `root` or lies below it."""
+    """Returns whether a path or URI is `root` or lies below it. It compares only the texts, without following links or ".."."""
     return f"{location}/".startswith(f"{root.rstrip('/')}/")
 
 
 def join(root: str | Path, *names: str) -> str:
-    """Joins names to a local path or a URI with slashes."""
+    """Joins a local path or a URI and names with slashes."""
     return "/".join([str(root).rstrip("/"), *names])
 
 
@@ -433,10 +469,12 @@ def make_absolute(location: str) -> str:
 
 
 def read_bytes(uri: str | Path, is_quick: bool = False, max_bytes: int | None = None) -> bytes:
-    """Returns the bytes of a file.
+    """Reads a file on a disk or on S3, and returns its bytes.
 
     Args:
+        uri: local path or URI of the file.
         is_quick: as for `open_filesystem`.
+        max_bytes: largest allowed size of the file; None: any size.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -450,7 +488,10 @@ def read_bytes(uri: str | Path, is_quick: bool = False, max_bytes: int | None = 
 
 
 def write_bytes(uri: str | Path, data: bytes) -> None:
-    """Writes a file completely or not at all. Raises: DataError: the file cannot be written."""
+    """Writes a file on a disk or on S3, completely or not at all. Missing folders are created.
+
+    Raises: DataError: the file cannot be written.
+    """
     with _open_for("write", uri) as (filesystem, path):
         write_file(filesystem, path, data)
 
@@ -458,13 +499,16 @@ def write_bytes(uri: str | Path, data: bytes) -> None:
 def check_access(
     uri: str | Path, actions: Sequence[str] = ("write", "read", "list", "delete"), is_quick: bool = True
 ) -> None:
-    """Checks with a small temporary file that a job may write, read, list and delete in a folder.
+    """Checks with a small test file that this process may write, read, list and delete files in a folder.
+
+    The test file is deleted only if `actions` contains "delete". Writing creates a missing local folder.
 
     Args:
+        uri: the folder.
         actions: a selection of "write", "read", "list" and "delete". Without "write" only "list" is checked.
         is_quick: each request is sent at most twice, so that the check fails within seconds.
 
-    Raises: DataError: an action is not allowed. The message names bucket, key and action of the first one.
+    Raises: DataError: an action is not allowed. The message names the location and the first action that failed.
     """
     filesystem, path = open_filesystem(uri, is_quick)
     content = uuid.uuid4().hex.encode()
@@ -488,8 +532,9 @@ def create_bytes(uri: str | Path, data: bytes) -> bool:
     """Writes a file completely, but only if the file does not exist. Of several concurrent writers exactly one succeeds.
 
     Args:
-        data: the content. It must differ between callers (a random part is enough). When the response of the server is lost
-            and the request is retried, a writer recognises its own file by its content.
+        uri: local path or URI of the file. Missing local folders are created.
+        data: the content. It must differ between callers (a random part is enough). When the response of the server is lost and
+            the request is retried, a writer recognises its own file by its content.
 
     Returns:
         Whether this caller wrote the file.
@@ -510,7 +555,10 @@ def create_bytes(uri: str | Path, data: bytes) -> bool:
 
 
 def _put_if_absent(bucket: str, key: str, data: bytes) -> bool:
-    """Creates an object if it does not exist, and returns whether it was created. Raises: OSError: the request failed."""
+    """Creates an S3 object, but only if it does not exist. Returns whether it was created.
+
+    Raises: OSError: the request failed. DataError: an AWS setting is invalid.
+    """
     client = _open_client(bucket)
     try:
         # Amazon reports two concurrent writers as a conflict
@@ -526,19 +574,19 @@ def _put_if_absent(bucket: str, key: str, data: bytes) -> bool:
 
 
 def _client_errors() -> tuple[type[Exception], ...]:
-    """Returns the base classes of boto3's errors; boto3 is imported only if S3 is used."""
+    """Returns the base classes of all errors of boto3, for an `except` clause. It imports botocore only when it is called."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     return BotoCoreError, ClientError
 
 
 def _error_code(error: Exception) -> str:
-    """Returns S3's code for an error response to boto3; "" for an error without a response."""
+    """Returns the error code of S3 in an error of boto3, such as NoSuchKey; "" for an error without a response."""
     return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
 
 
 class ListedObject(NamedTuple):
-    """An object of a listing: its path below the listed prefix, its size in bytes, and its ETag, which identifies its content."""
+    """An object in a listing of S3: path relative to the listed prefix, size in bytes, and ETag (hash of its content)."""
 
     path: str
     num_bytes: int
@@ -546,7 +594,7 @@ class ListedObject(NamedTuple):
 
 
 def list_objects(uri: str) -> Iterator[ListedObject]:
-    """Yields every object below an s3:// prefix in the order of the keys, with one request per thousand objects.
+    """Generator: yields every object below an s3:// prefix in the order of the keys, with one request per thousand objects.
 
     Raises: DataError: the prefix cannot be listed.
     """
@@ -563,7 +611,7 @@ def list_objects(uri: str) -> Iterator[ListedObject]:
 
 
 class ObjectReader:
-    """Reads complete objects of one bucket with one request per object; pyarrow needs three. Threads may share a reader."""
+    """Reads complete objects of one S3 bucket with one request per object; pyarrow needs three. Threads may share a reader."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -571,7 +619,12 @@ class ObjectReader:
         self._lock = threading.Lock()
 
     def read(self, uri: str) -> bytes | None:
-        """Returns the bytes of an object, or None if it does not exist. Raises: DataError: the object cannot be read."""
+        """Returns the bytes of an S3 object, or None if it does not exist.
+
+        Args: uri: s3:// URI of an object in the bucket of the reader.
+
+        Raises: DataError: the object cannot be read.
+        """
         bucket, _, key = uri[len("s3://") :].partition("/")
         with self._lock:  # boto3 clients must not be created in several threads at once
             client = self._cached_client = self._cached_client or _open_client(bucket)
@@ -589,7 +642,9 @@ class ObjectReader:
 
 
 def list_names(uri: str | Path) -> list[str]:
-    """Returns the sorted names of the files and folders directly in a folder; an empty list if the folder does not exist.
+    """Returns the sorted names of the files and folders directly in a folder.
+
+    Returns: an empty list if the folder does not exist or is a file.
 
     Raises: DataError: the folder cannot be listed.
     """
@@ -605,21 +660,26 @@ def list_names(uri: str | Path) -> list[str]:
 
 
 def read_stamp(uri: str | Path) -> FileStamp | None:
-    """Returns the stamp of a file, or None if the file does not exist. Raises: DataError: the lookup fails."""
+    """Returns time of change and size of a file (its stamp); None if there is no file at this location.
+
+    Raises: DataError: the lookup fails.
+    """
     with _open_for("look up", uri) as (filesystem, path):
         info = filesystem.get_file_info(path)
     return FileStamp(info.mtime_ns or 0, info.size) if info.type == fs.FileType.File else None
 
 
 def read_stamps(uri: str | Path, name: str) -> dict[str, FileStamp]:
-    """Returns the stamps of the files `<folder>/<name>` for each folder directly below a location.
+    """Looks up a file of the same name in each folder directly below a location, and returns time of change and size of each.
 
     On S3 one listing of everything below the location is enough. On a disk each file is looked up.
 
-    Args: name: the file name to look for in each folder.
+    Args:
+        uri: the location.
+        name: the file name to look for in each folder.
 
     Returns:
-        Folder name -> stamp, sorted by folder name. Folders without such a file are missing.
+        Folder name -> stamp, sorted by folder name. Folders without such a file are left out.
 
     Raises:
         DataError: the location cannot be listed.
@@ -635,19 +695,25 @@ def read_stamps(uri: str | Path, name: str) -> dict[str, FileStamp]:
 
 
 def exists(uri: str | Path) -> bool:
-    """Returns whether a file exists. Raises: DataError: the lookup fails."""
+    """Returns whether a file exists. For a folder the result is False. Raises: DataError: the lookup fails."""
     return read_stamp(uri) is not None
 
 
 def remove_file(uri: str | Path) -> None:
-    """Deletes a file. A file that does not exist is no error. Raises: DataError: the file cannot be deleted."""
+    """Deletes a file. If there is no file at this location, nothing happens.
+
+    Raises: DataError: the file cannot be deleted.
+    """
     with _open_for("delete", uri) as (filesystem, path):
         if filesystem.get_file_info(path).type == fs.FileType.File:
             filesystem.delete_file(path)
 
 
 def remove_folder(uri: str | Path) -> None:
-    """Deletes a folder and its contents. A folder that does not exist is no error. Raises: DataError: the deletion fails."""
+    """Deletes a folder and everything in it. If the folder does not exist, nothing happens.
+
+    Raises: DataError: the deletion fails.
+    """
     with _open_for("delete", uri) as (filesystem, path):
         filesystem.delete_dir_contents(path, missing_dir_ok=True)
         if isinstance(filesystem, fs.LocalFileSystem) and Path(path).is_dir():

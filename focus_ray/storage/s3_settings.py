@@ -28,7 +28,7 @@ _AWS_FILES = (("AWS_CONFIG_FILE", "~/.aws/config"), ("AWS_SHARED_CREDENTIALS_FIL
 
 @dataclass(frozen=True)
 class S3Settings:
-    """Settings for connections to an S3 server.
+    """The settings of connections to an S3 server, for the clients of pyarrow and boto3.
 
     Attributes:
         endpoint: URL of the server; None for Amazon's.
@@ -47,7 +47,7 @@ class S3Settings:
     keys: tuple[str, str, str | None] | None = field(default=None, repr=False)
 
     def for_pyarrow(self) -> dict[str, Any]:
-        """Returns keyword arguments for pyarrow's S3FileSystem, without endpoint and region."""
+        """Returns the settings as keyword arguments for pyarrow's S3FileSystem, without endpoint and region."""
         arguments: dict[str, Any] = {"force_virtual_addressing": self.virtual}
         if self.ca_file:
             arguments["tls_ca_file_path"] = self.ca_file
@@ -59,7 +59,9 @@ class S3Settings:
 
 
 def load_s3_settings() -> S3Settings:
-    """Returns the settings from the current environment and AWS files.
+    """Reads the S3 settings from the current environment and AWS files. The result is cached until a variable or file changes.
+
+    Credentials that pyarrow cannot renew are read anew at each call.
 
     Raises: DataError: a variable or a file has an unusable value.
     """
@@ -77,7 +79,13 @@ def load_s3_settings() -> S3Settings:
 
 @lru_cache(maxsize=8)
 def _resolve_settings(variables: frozenset[tuple[str, str]], mtimes_ns: tuple[int, ...]) -> S3Settings:
-    """Resolves the settings with boto3. The arguments are only the cache key: the values and files that the result depends on."""
+    """Reads the S3 settings from the environment and the AWS files with boto3.
+
+    Args: variables, mtimes_ns: only the cache key: the variables, and the times of change of the files, that the result depends
+        on.
+
+    Raises: DataError: a variable or a file has an unusable value.
+    """
     import boto3
     from botocore.configprovider import ConfiguredEndpointProvider
     from botocore.exceptions import BotoCoreError
@@ -113,7 +121,10 @@ def _resolve_settings(variables: frozenset[tuple[str, str]], mtimes_ns: tuple[in
 
 
 def _find_proxy(endpoint: str | None) -> str | None:
-    """Returns the URL of the proxy that the environment sets for this server, or None."""
+    """Returns the URL of the proxy that the environment sets for a server; None for a direct connection.
+
+    Args: endpoint: URL of the server; None: Amazon S3.
+    """
     from botocore.utils import get_environ_proxies
 
     url = endpoint or "https://s3.amazonaws.com"

@@ -1,1 +1,1 @@
-"""Searches for good settings with Ray Tune."""
+"""Searches for good settings with Ray Tune: a sweep runs trials, each with other settings, and compares their scores."""

@@ -1,8 +1,9 @@
-"""Runs a sweep with Ray Tune, keeps its records in the storage, and removes everything else at the end.
+"""Runs a sweep (a search for good settings) with Ray Tune, keeps its results, and deletes temporary files at the end.
 
-Tune starts trials, and restarts them if their machine is lost. A trial asks the judge after every score and ends itself
-if it is pruned: if Tune stopped it, its Ray Train placement group could remain (Ray 2.60). The tried points are in our own
-records (`records`), not in Tune's experiment state. So a sweep can be resumed on any machine that reaches its storage.
+Tune starts trials, and restarts them if their machine is lost. A trial asks the `Judge` actor after every score and ends itself
+if it is pruned, i.e. stopped early for a low score: if Tune stopped it, its Ray Train placement group could remain (Ray 2.60).
+Each trial writes a record of its settings and scores (`records`); Tune's experiment state is not used. So a sweep can be resumed
+on any machine that reaches its storage.
 """
 
 from __future__ import annotations
@@ -56,11 +57,11 @@ from focus_ray.training.training import resolve_paths
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """The result of a sweep.
+    """The result of a sweep: its folder, the results of all trials, and whether it was stopped early.
 
     Attributes:
         root: Folder of the sweep.
-        records: Records of all trials.
+        records: Results of all trials.
         stopped: True if the sweep was stopped before its end.
     """
 
@@ -70,28 +71,34 @@ class SweepOutcome:
 
     @property
     def best(self) -> dict[str | None, TrialRecord]:
-        """Stage -> its best trial."""
+        """The best trials: stage -> record (result) of its best trial.
+
+        A stage is one search: for a category, or, with the stage None, for all categories together.
+        """
         return records.best_records(self.records)
 
     @property
     def failed(self) -> list[TrialRecord]:
-        """Records of the failed trials."""
+        """The records of the failed trials."""
         return [record for record in self.records if record.status == "failed"]
 
 
 def run_sweep(config: SweepConfig, log: Log = lambda message: None) -> SweepOutcome:
-    """Runs a new sweep in its own folder.
+    """Runs a new sweep (a search for good settings) in its own folder, writes its report, and returns its result.
+
+    It joins or starts a Ray cluster, see `cluster.connect.connect`.
 
     Args:
         config: Configuration of the sweep.
-        log: Takes messages.
+        log: Called with messages.
 
     Raises:
-        SweepError: The folder already contains a sweep, or no trial has a score.
-        DataError: The data set lacks a category, or has too few images.
+        SweepError: The folder already contains a sweep, or no trial has a score although the sweep was not stopped.
+        DataError: The data set lacks a category, or has too few images, images cannot be read, or a node cannot access the
+            storage.
         ConfigError: The search space is not valid for the network, or a tracker cannot be used.
         WeightsError: The weights of the network cannot be loaded.
-        TrainingError: The cluster is too small for a trial.
+        TrainingError: Ray does not start or answer, or the cluster is too small for a trial.
     """
     base = resolve_paths(config.config_at())
     if config.name is None:
@@ -107,16 +114,20 @@ def run_sweep(config: SweepConfig, log: Log = lambda message: None) -> SweepOutc
 
 
 def resume_sweep(folder: str, log: Log = lambda message: None) -> SweepOutcome:
-    """Resumes a sweep: runs all trials that are neither finished nor pruned. Failed trials run again.
+    """Resumes a sweep: runs all trials that have no result yet, and all failed trials again. Writes the report anew.
+
+    Finished and pruned trials (stopped early for a low score) do not run again.
 
     Args:
         folder: Folder of the sweep.
-        log: Takes messages.
+        log: Called with messages.
 
     Raises:
-        SweepError: The folder contains no sweep, the sweep is still running, or no trial has a score.
-        DataError: The images have changed.
-        TrainingError: The cluster is too small for a trial.
+        SweepError: The folder contains no sweep, the sweep is still running, a record is damaged, or no trial has a score
+            although the sweep was not stopped.
+        ConfigError: The stored configuration is not valid, or a tracker cannot be used.
+        DataError: The images have changed, the data set lacks a category or images, or a node cannot access the storage.
+        TrainingError: Ray does not start or answer, or the cluster is too small for a trial.
     """
     root = folder if "://" in folder else str(Path(folder).expanduser().absolute())
     config = records.read_sweep(root)
@@ -128,7 +139,13 @@ def resume_sweep(folder: str, log: Log = lambda message: None) -> SweepOutcome:
 
 
 def _read_splits(config: SweepConfig, base: Config) -> dict[str, Split]:
-    """Returns category -> split of its images, in judging order: first the categories of `race.order`.
+    """Divides the images of each category into images for training and for scoring trials. Returns category -> split.
+
+    The categories are in the order in which trials go through them: first the categories of `race.order`.
+
+    Args:
+        config: Configuration of the sweep.
+        base: Base configuration of all trials.
 
     Raises:
         DataError: The data set lacks a category, or a category has too few images.
@@ -144,12 +161,17 @@ def _read_splits(config: SweepConfig, base: Config) -> dict[str, Split]:
 
 
 def _check_points(config: SweepConfig, base: Config, splits: Mapping[str, Split]) -> None:
-    """Checks the points of the search space with the data and the network.
+    """Checks before the sweep that the settings of the search space work with the data and the network.
 
     For the searcher `optuna`, checks the values of each setting alone.
 
+    Args:
+        config: Configuration of the sweep.
+        base: Base configuration of all trials.
+        splits: Category -> split of its images.
+
     Raises:
-        ConfigError: A point is not valid for the network.
+        ConfigError: A combination of settings is not valid for the network.
         DataError: A category has too few images for the workers.
         WeightsError: The weights of the network cannot be loaded.
     """
@@ -182,11 +204,14 @@ def _run_and_report(
         config: Configuration of the sweep, with absolute paths.
         root: Folder of the sweep.
         splits: Category -> split of its images.
-        log: Takes messages.
+        log: Called with messages.
         claim: Takes possession of the folder. Called after the check that the cluster is large enough.
 
     Raises:
-        SweepError: No trial has a score.
+        SweepError: No trial has a score although the sweep was not stopped, or `claim` fails.
+        ConfigError: A tracker cannot be used.
+        DataError: A node cannot access the storage, or images cannot be read.
+        TrainingError: Ray does not start or answer, or the cluster is too small for a trial.
     """
     from focus_ray.sweep.report import write_report
 
@@ -232,11 +257,16 @@ def _run_and_report(
 
 @dataclass
 class _SweepDriver:
-    """The state of a running sweep in the process that started it.
+    """Runs the trials of a sweep, in the process that started the sweep.
 
     Attributes:
+        config: Configuration of the sweep.
+        root: Folder of the sweep.
+        splits: Category -> split of its images.
         streams: True if images are streamed, which needs Ray Train workers.
         limit: Largest number of trials that run at once.
+        log: Called with messages.
+        recorder: Sends results to the experiment trackers.
         stopping: Set by a signal: the sweep ends in an orderly way.
         experiment: Name of Tune's files, which are deleted at the end.
         scratch: Folder of Tune's files on this machine.
@@ -254,10 +284,14 @@ class _SweepDriver:
     scratch: str = field(default_factory=lambda: tempfile.mkdtemp(prefix="focus-ray-sweep-"))
 
     def run(self) -> str:
-        """Runs all trials that have no result yet, and releases everything that the sweep holds.
+        """Runs all trials that have no result yet. At the end deletes temporary files and releases Ray's resources.
 
         Returns:
             "finished" or "stopped". The folder of the sweep records the same state, and "failed" if an error is raised.
+
+        Raises:
+            DataError: Images cannot be read, or the storage fails.
+            SweepError: A stored result of a trial is not valid.
         """
         groups_before = placement_groups()
         heartbeat = Heartbeat(self.root)
@@ -283,7 +317,10 @@ class _SweepDriver:
 
     @contextlib.contextmanager
     def stop_on_signals(self) -> Iterator[None]:
-        """Context manager: SIGINT or SIGTERM stops the sweep in an orderly way; a second signal ends the process at once."""
+        """Context manager: SIGINT or SIGTERM stops the sweep in an orderly way; a second signal is handled as before.
+
+        Outside the main thread it does nothing.
+        """
         previous_handlers: dict[int, Any] = {}
 
         def stop(number: int, frame: Any) -> None:
@@ -301,7 +338,7 @@ class _SweepDriver:
                 signal.signal(caught_signal, handler)
 
     def remove_files(self) -> None:
-        """Removes all temporary files of the sweep.
+        """Deletes all temporary files of the sweep: on this machine, in its folder, and on all nodes of the cluster.
 
         Tune leaves one folder per trial in the session folder of every node, also after the job (Ray 2.60).
         """
@@ -316,7 +353,10 @@ class _SweepDriver:
         ray.wait(tasks, num_returns=len(tasks), timeout=10.0)
 
     def close_trackers(self, state: str) -> None:
-        """Records in the trackers the end of the sweep, and all trials that are not recorded yet."""
+        """Sends the trials that are not recorded yet and the end of the sweep to the experiment trackers.
+
+        Args: state: "finished", "stopped" or "failed".
+        """
         if not self.recorder.recorder:
             return
         try:
@@ -332,11 +372,11 @@ class _SweepDriver:
         )
 
     def run_stage(self, stage: str | None, shared: SharedInputs, use_gpu: bool) -> None:
-        """Runs the missing trials of a stage.
+        """Runs the trials of a stage that have no result yet, or that failed. A stage is one search: for a category, or for all.
 
         Args:
             stage: Category to search for; None for all categories.
-            shared: Inputs that no trial changes.
+            shared: Images and features that are the same for all trials.
             use_gpu: True if trials use a GPU.
         """
         splits = {name: split for name, split in self.splits.items() if stage in (None, name)}
@@ -361,13 +401,13 @@ class _SweepDriver:
                 judge.withdraw.remote(record.number)
 
         def stop() -> bool:
-            """Returns True after a stop signal, and then also tells the judge to end all trials."""
+            """Returns whether a signal asked to stop. If so, also tells the `Judge` actor to end all trials."""
             if self.stopping.is_set():
                 judge.stop.remote(STOPPED)  # trials end at their next score; Tune ends the others soon
             return self.stopping.is_set()
 
         def end_trial(number: int, point: Point, record: TrialRecord | None) -> None:
-            """Passes the result of a trial to the proposer, the trackers and the log."""
+            """Passes the result of an ended trial to the proposer, the experiment trackers and the log."""
             nonlocal num_left
             if record is None or record.status == "failed":
                 proposer.tell(number, point, None, failed=True)
@@ -416,7 +456,14 @@ class _SweepDriver:
                     self.log(f"trial {record.name}: {record.status}: {record.reason}")
 
     def score_steps(self, record: TrialRecord, categories: Iterable[str]) -> list[tuple[int, float]]:
-        """Returns (step, mean score so far) of each report of a trial, from which a searcher learns about pruned trials."""
+        """Returns (step, mean score so far) for each report of a trial, to tell the searcher about trials that ended early.
+
+        A step counts training epochs over all categories.
+
+        Args:
+            record: Result of the trial.
+            categories: Categories in the order in which trials go through them.
+        """
         max_epochs = max(1, self.config.max_epochs)
         final_scores: list[float] = []
         steps = {}
@@ -429,7 +476,7 @@ class _SweepDriver:
 
 
 def placement_groups() -> set[str]:
-    """Returns the ids of this job's placement groups. The id of a group ends with the id of its job."""
+    """Returns the ids of the Ray placement groups (reserved resources) of this job."""
     job = ray.get_runtime_context().get_job_id()
     table = ray.util.placement_group_table()
     return {name for name, group in table.items() if name.endswith(job) and group["state"] != "REMOVED"}

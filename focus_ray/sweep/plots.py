@@ -1,4 +1,4 @@
-"""Draws the records of a sweep: the plots of its report."""
+"""Draws the plots of a sweep's report from the results of its trials."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from focus_ray.sweep.settings import SweepConfig
 
 
 def parallel_coordinates(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes | None:
-    """Returns a PNG with one line per finished trial through its settings, its category scores and the mean score.
+    """Draws a PNG with one line per finished trial through its settings, its category scores and its mean score.
 
-    Returns None if no trial finished.
+    Args:
+        sweep: Configuration of the sweep.
+        trials: Results of the trials.
+
+    Returns: the bytes of the PNG; None if no trial finished.
     """
     scored = sorted(records.finished_records(trials), key=records.rank_key, reverse=True)
     if not scored:
@@ -32,7 +36,14 @@ def parallel_coordinates(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> b
 
 
 def learning_curves(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes | None:
-    """Returns a PNG of the score by epoch with one panel per category; None if nothing was trained."""
+    """Draws a PNG of the score by training epoch, with one panel per category.
+
+    Args:
+        sweep: Configuration of the sweep.
+        trials: Results of the trials.
+
+    Returns: the bytes of the PNG; None if no trial has more than one score for a category.
+    """
     if not any(len(curve) > 1 for record in trials for curve in record.curves().values()):
         return None
     best_names = {record.name for record in records.best_records(trials).values()}
@@ -47,7 +58,13 @@ def learning_curves(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes 
 
 
 def _setting_axis(sweep: SweepConfig, key: str, values: Sequence[Any]) -> Axis:
-    """Returns the axis of a setting: choices at equal distances, or numbers between the ends of their range."""
+    """Returns the plot axis of a setting: listed values at equal distances, or numbers between the ends of their range.
+
+    Args:
+        sweep: Configuration of the sweep.
+        key: Dotted key of the setting.
+        values: Value of each trial.
+    """
     domain, name = sweep.space[key], key.replace(".", ".\n", 1)
     if domain.choice is not None:
         texts = [json.dumps(value) for value in domain.choice]

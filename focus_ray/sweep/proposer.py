@@ -1,4 +1,4 @@
-"""Proposes the points of a search space that trials try."""
+"""Proposes the settings that the trials of a sweep try. A point of the search space is one choice of all searched settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def random_points(sweep: SweepConfig) -> list[Point]:
-    """Returns `planned_trials` different random points, or fewer if the search space has fewer points.
+    """Returns `planned_trials` different random points (choices of settings), or fewer if the search space has fewer points.
 
     A point depends only on the seed, its number and the points before it.
     """
@@ -36,13 +36,15 @@ def random_points(sweep: SweepConfig) -> list[Point]:
 
 
 class Proposer:
-    """Proposes the points of the trials of one stage. To resume a sweep, pass the results of its earlier trials to `tell` first.
+    """Proposes the points (choices of settings) that the trials of one stage of a sweep try.
+
+    To resume a sweep, pass the results of its earlier trials to `tell` first.
 
     Attributes:
         points: All points in their order; empty for the searcher `optuna`.
         total: Number of trials of the stage.
         trials: Number of each proposed or ended trial -> its Optuna trial while it runs, else None.
-        study: Results for the searcher `optuna`.
+        study: Results of the trials, from which the searcher `optuna` learns.
     """
 
     def __init__(self, sweep: SweepConfig) -> None:
@@ -61,7 +63,7 @@ class Proposer:
                 self._distributions[key] = kind(*domain.ends, log=domain.is_log)
 
     def ask(self) -> tuple[int, Point] | None:
-        """Proposes the next trial: returns its number and its point, or None if all trials were proposed."""
+        """Proposes the next trial: returns its number and its settings, or None if all trials were proposed."""
         number = next((number for number in range(self.total) if number not in self.trials), None)
         if number is None:
             return None
@@ -92,7 +94,7 @@ class Proposer:
         Args:
             number: Number of the trial.
             point: Settings of the trial.
-            score: Score of the trial; None if the trial was pruned or failed.
+            score: Score of the trial; None if the trial was pruned (stopped early for a low score) or failed.
             curve: (step, score) of all reports of the trial.
             failed: True if the trial failed. A failed trial teaches Optuna nothing.
         """

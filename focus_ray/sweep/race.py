@@ -1,7 +1,7 @@
-"""Decides when a trial is pruned: by a race over categories with a paired test, and by successive halving over epochs.
+"""Decides when a trial is pruned (stopped early) because of a low score compared with other trials.
 
-Every trial goes through the categories in the same order. docs/use/sweeps.md explains the assumptions. This module does
-not import Ray.
+There are two tests: a race over categories with a paired t-test, and successive halving over epochs. Every trial goes through
+the categories in the same order. docs/use/sweeps.md explains the assumptions. This module does not import Ray.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ PRIOR_DF = 4.0  # degrees of freedom of the prior: race.prior_sd weighs as much 
 
 
 def loss_p_value(differences: Sequence[float], prior_sd: float) -> float:
-    """Returns the one-sided p-value of a moderated paired t-test: is the other trial better?
+    """Returns the p-value of a test whether another trial is better than this trial (one-sided moderated paired t-test).
 
-    The p-value is the probability of gaps like these if both trials were equally good. The variance over categories is
-    drawn towards `prior_sd` with a weight of `PRIOR_DF` categories (the moderated t of Smyth 2004). So the test works from
+    The p-value is the probability of score differences like these if both trials were equally good. The variance over categories
+    is drawn towards `prior_sd` with a weight of `PRIOR_DF` categories (the moderated t of Smyth 2004). So the test works from
     the first category on, where it uses the prior alone. With many categories it becomes the usual paired t-test.
 
     Args:
@@ -36,7 +36,7 @@ def loss_p_value(differences: Sequence[float], prior_sd: float) -> float:
 
 
 class Judge:
-    """Receives the scores of all trials as they are computed, and decides when a trial must end.
+    """Collects the scores of all trials while they run, and decides when a trial must end early (is "pruned").
 
     Args:
         sweep: Configuration of the sweep.
@@ -44,10 +44,10 @@ class Judge:
         max_epochs: Largest number of training epochs of any trial; 0 if nothing is trained.
 
     Attributes:
-        scores: Trial -> category -> its final score.
-        pruned: Trials that were pruned or withdrawn. Other trials are not compared with them.
+        scores: Number of a trial -> category -> its final score.
+        pruned: Numbers of trials that ended early or were withdrawn. Other trials are not compared with them.
         stop_reason: Reason to end all trials; None while the sweep runs.
-        rungs: For each rung of successive halving, trial -> its score at the rung.
+        rungs: For each rung (number of epochs at which trials are compared), number of a trial -> its score at the rung.
     """
 
     def __init__(self, sweep: SweepConfig, categories: Sequence[str], max_epochs: int) -> None:
@@ -59,24 +59,23 @@ class Judge:
         self.rungs: list[dict[int, float]] = []
 
     def begin(self, trial: int) -> None:
-        """Begins a trial. If the trial ran before and its machine was lost, its earlier reports are dropped."""
+        """Notes that a trial begins. Deletes its earlier scores, if it ran before and its machine was lost."""
         self.pruned.discard(trial)
         self.scores.pop(trial, None)
         for rung in self.rungs:
             rung.pop(trial, None)
 
     def report(self, trial: int, category: str, epoch: int, score: float, final: bool) -> str | None:
-        """Records a score of a trial and returns the reason to end the trial, or None. After `stop`, it records nothing.
+        """Adds a score of a trial. Returns the reason to end the trial now, or None if it goes on.
+
+        After `stop`, adds nothing and returns the reason of the stop.
 
         Args:
             trial: Number of the trial.
-            category: Category that was judged.
+            category: Category that the score belongs to.
             epoch: Number of epochs that the network was trained.
             score: The score; higher is better.
             final: True if this is the last score of the category.
-
-        Returns:
-            The reason to end the trial now; None if it goes on. After `stop`, the reason of the stop.
         """
         if self.stop_reason is not None:
             return self.stop_reason
@@ -95,15 +94,20 @@ class Judge:
         return reason
 
     def withdraw(self, trial: int) -> None:
-        """Stops comparing other trials with a trial that ended for another reason, for instance a failure."""
+        """Excludes a trial that failed or ended for another reason: the race does not compare other trials with it."""
         self.pruned.add(trial)
 
     def stop(self, reason: str) -> None:
-        """Ends every trial at its next report."""
+        """Tells the judge to end all trials: each trial ends at its next report, with this reason."""
         self.stop_reason = reason
 
     def replay(self, trial: int, curves: dict[str, list[tuple[int, float]]]) -> None:
-        """Restores the reports of a trial from an earlier process. Ignores decisions: the earlier process made them."""
+        """Adds the scores of a trial that ran in an earlier process, to resume a sweep. No decision is made about the trial.
+
+        Args:
+            trial: Number of the trial.
+            curves: Category -> list of (trained epochs, score); the last score of a category counts as final.
+        """
         self.begin(trial)
         for category in self.categories:
             curve = curves.get(category, [])
@@ -112,11 +116,15 @@ class Judge:
         self.pruned.discard(trial)
 
     def _test_halving(self, trial: int, category: str, epoch: int, score: float) -> str | None:
-        """Tests whether asynchronous successive halving prunes the trial (ASHA, arXiv 1810.05934; as Optuna's pruner).
+        """Tests whether asynchronous successive halving prunes a trial. Returns the reason to prune it; None if it goes on.
 
-        A trial that reaches a rung goes on if its score is among the best 1 / reduction_factor of all scores at the rung, or
-        is the best. Returns the reason to prune the trial; None if it goes on. The arguments are those of `report`, but
-        `score` is the mean over the categories so far.
+        The method is ASHA (arXiv 1810.05934, implemented as Optuna's pruner). A rung is a number of epochs at which trials are
+        compared. A trial that reaches a rung goes on if its score is among the best 1 / reduction_factor of all scores at the
+        rung, or is the best.
+
+        Args:
+            trial, category, epoch: As for `report`.
+            score: Mean score over the categories so far.
         """
         # Steps count epochs over all categories, so that a rung can lie in any category.
         step = self.categories.index(category) * max(1, self.max_epochs) + max(1, epoch)
@@ -135,8 +143,9 @@ class Judge:
     def _test_race(self, trial: int) -> str | None:
         """Tests whether the race prunes a trial that has just finished a category.
 
-        Compares the trial with the best trial that is not pruned and has scores on the same categories. Returns the
-        reason to prune the trial; None if it goes on.
+        The race compares the trial with the best trial that is not pruned and has scores on the same categories.
+
+        Returns: the reason to prune the trial; None if it goes on.
         """
         own_scores = self.scores[trial]
         if len(own_scores) < self.race.grace_categories:

@@ -1,9 +1,9 @@
-"""The folder of a sweep in its storage: its configuration, one record per trial, a heartbeat, the best configuration. No Ray.
+"""Reads and writes the folder of a sweep: its configuration, one record (result) per trial, and the best configuration. No Ray.
 
     sweep.yaml  data.json  state.json  trials/<number>.json  best.yaml  report.html  ...
 
-A trial writes its own record as soon as it ends, completely or not at all. So no finished trial is lost when the driver
-dies, and two processes never write the same object.
+A trial writes its own record when it ends, completely or not at all. So no finished trial is lost when the driver (the process
+of the sweep) dies, and two processes never write the same object.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ DECIMALS = 4  # of a printed score; scores that are equal to this precision coun
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """The result of one trial.
+    """The result of one trial of a sweep, the content of a file in the folder of the sweep.
 
     Attributes:
-        number: Number of the trial in its stage.
+        number: Number of the trial in its stage (one search for one category or for all).
         stage: Category that the trial searched for; None if it searched for all categories.
-        point: Settings of the trial.
-        status: "finished", "cut" (pruned) or "failed". A resumed sweep runs failed trials again.
+        point: Settings of the trial: dotted key -> value.
+        status: "finished", "cut" (pruned, i.e. stopped early for a low score) or "failed". A resumed sweep runs failed trials
+            again.
         score: Mean score over the categories; None unless finished.
         categories: Category -> `trial.CategoryResult` as a dict.
         reason: Why the trial was pruned or failed.
@@ -59,17 +60,17 @@ class TrialRecord:
 
     @property
     def name(self) -> str:
-        """Name of the trial, unique in the sweep."""
+        """The name of the trial, unique in the sweep, such as 00003 or screws-00003."""
         return f"{self.number:05d}" if self.stage is None else f"{self.stage}-{self.number:05d}"
 
     @property
     def category_scores(self) -> dict[str, float]:
-        """Category -> its final score, for all categories that have one."""
+        """The final scores of the trial: category -> score. Categories without a final score are left out."""
         scores = {name: result.get("score") for name, result in self.categories.items()}
         return {name: score for name, score in scores.items() if score is not None}
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
-        """Returns category -> list of (trained epochs, score)."""
+        """Returns all scores of the trial: category -> list of (trained epochs, score)."""
         return {name: [(int(e), float(s)) for e, s in result["curve"]] for name, result in self.categories.items()}
 
 
@@ -77,16 +78,24 @@ _RECORD = TypeAdapter(TrialRecord)
 
 
 def write_record(root: str, record: TrialRecord) -> None:
-    """Writes a record to the folder of the sweep."""
+    """Writes the result of a trial to the folder of the sweep.
+
+    Args: root: Folder of the sweep.
+
+    Raises: DataError: the file cannot be written.
+    """
     text = json.dumps(dataclasses.asdict(record), allow_nan=False, indent=1)
     write_bytes(join(root, TRIALS, f"{record.name}.json"), (text + "\n").encode())
 
 
 def read_records(root: str) -> list[TrialRecord]:
-    """Reads all records of a sweep, sorted by stage and number.
+    """Reads the results of all ended trials of a sweep, sorted by stage and number.
+
+    Args: root: Folder of the sweep.
 
     Raises:
-        SweepError: A file is not a valid record.
+        SweepError: A file is not a valid result of a trial.
+        DataError: The folder cannot be read.
     """
     records = []
     for name in list_names(join(root, TRIALS)):
@@ -103,13 +112,13 @@ def read_records(root: str) -> list[TrialRecord]:
 
 
 def rank_key(record: TrialRecord) -> tuple[bool, float, str, int]:
-    """Returns a sort key that puts the best trial first: finished trials by score and number, then the others."""
+    """Returns a sort key that puts the best trial first: finished trials by score and number, then all other trials."""
     score = 0.0 if record.score is None else record.score
     return record.status != "finished", -round(score, DECIMALS), record.status, record.number
 
 
 def best_records(records: Sequence[TrialRecord]) -> dict[str | None, TrialRecord]:
-    """Returns stage -> its best finished trial, sorted by stage."""
+    """Returns the best finished trial of each stage: stage -> its record, sorted by stage. A stage is one search."""
     best: dict[str | None, TrialRecord] = {}
     for record in sorted(finished_records(records), key=lambda record: (record.stage or "", rank_key(record))):
         best.setdefault(record.stage, record)
@@ -117,32 +126,35 @@ def best_records(records: Sequence[TrialRecord]) -> dict[str | None, TrialRecord
 
 
 def finished_records(records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Returns the finished trials, which have a score."""
+    """Returns the results of the finished trials only. These trials have a score."""
     return [record for record in records if record.status == "finished"]
 
 
 def count_statuses(records: Sequence[TrialRecord]) -> dict[str, int]:
-    """Returns status -> number of trials."""
+    """Counts the trials by status: returns "finished", "cut" (stopped early) and "failed" -> number of trials."""
     return {status: sum(record.status == status for record in records) for status in ("finished", "cut", "failed")}
 
 
 def best_file_name(stage: str | None) -> str:
-    """Returns the name of the file with the best configuration of a stage."""
+    """Returns the name of the file with the best configuration of a stage.
+
+    Args: stage: Category of the stage; None: all categories.
+    """
     return "best.yaml" if stage is None else f"best-{stage}.yaml"
 
 
 def is_labelled(sweep: SweepConfig) -> bool:
-    """Returns True if the objective of the sweep uses labelled test images."""
+    """Returns whether the scores of the sweep come from labelled test images."""
     return sweep.objective != "validation"
 
 
 def describe_objective(sweep: SweepConfig) -> str:
-    """Returns the objective in words, with LABELLED if it uses labelled test images."""
+    """Returns what the sweep maximizes, in words, with LABELLED if it uses labelled test images."""
     return f"{sweep.objective} on LABELLED test images" if is_labelled(sweep) else "label-free validation score"
 
 
 def format_value(value: Any) -> str:
-    """Returns a setting's value as a short text."""
+    """Returns the value of a setting as a short text, numbers with 4 digits."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return value if isinstance(value, str) else json.dumps(value)
@@ -153,16 +165,23 @@ def check_no_sweep(root: str) -> None:
 
     Raises:
         SweepError: The folder contains a sweep.
+        DataError: The storage fails.
     """
     if exists(join(root, SWEEP)):
         raise SweepError(f"{root} already contains a sweep: give another name, or `focus-ray sweep resume {root}`")
 
 
 def claim_folder(root: str, sweep: SweepConfig, fingerprints: Mapping[str, str]) -> None:
-    """Writes the configuration and the image fingerprints of a sweep. The sweep then owns the folder.
+    """Takes possession of a folder for a new sweep: writes its configuration and the fingerprints of its images.
+
+    Args:
+        root: Folder of the sweep.
+        sweep: Configuration of the sweep.
+        fingerprints: Category -> `data_fingerprint` of its images.
 
     Raises:
         SweepError: The folder already contains a sweep, which another process may have started at the same moment.
+        DataError: The storage fails.
     """
     # The file is only created if it does not exist, and its first line is unique. So one process wins, and everything
     # else in the folder is written by the winner alone.
@@ -173,10 +192,12 @@ def claim_folder(root: str, sweep: SweepConfig, fingerprints: Mapping[str, str])
 
 
 def read_sweep(root: str) -> SweepConfig:
-    """Returns the configuration of the sweep in a folder.
+    """Reads the configuration of the sweep in a folder.
 
     Raises:
         SweepError: The folder contains no sweep.
+        ConfigError: The configuration is not valid.
+        DataError: The storage fails.
     """
     try:
         text = read_bytes(join(root, SWEEP))
@@ -186,7 +207,18 @@ def read_sweep(root: str) -> SweepConfig:
 
 
 def sweep_progress(root: str, sweep: SweepConfig, records: Sequence[TrialRecord]) -> dict[str, Any]:
-    """Returns the state of a sweep as JSON values: its process, the number of trials by status, and the best trials so far."""
+    """Returns the progress of a sweep as JSON values: state, process, number of trials by status, and the best trials.
+
+    It may wait some seconds for a heartbeat of the sweep.
+
+    Args:
+        root: Folder of the sweep.
+        sweep: Configuration of the sweep.
+        records: Results of its trials.
+
+    Raises:
+        DataError: The storage fails.
+    """
     num_stages = 1
     if sweep.scope == "per_category":
         num_stages = len(json.loads(read_bytes(join(root, FINGERPRINTS))))
@@ -205,9 +237,14 @@ def sweep_progress(root: str, sweep: SweepConfig, records: Sequence[TrialRecord]
 
 
 def best_config_yaml(sweep: SweepConfig, record: TrialRecord, root: str) -> str:
-    """Returns the YAML text of the best trial's configuration, ready for `focus-ray train`.
+    """Returns the configuration of a trial as YAML text, ready for `focus-ray train`, with comments about its score.
 
-    The run gets the name of the sweep with the suffix `-best`, and the same storage.
+    The run gets the name of the sweep with the suffix `-best` (and the category), and the storage of the sweep.
+
+    Args:
+        sweep: Configuration of the sweep.
+        record: Result of the best trial, which has a score.
+        root: Folder of the sweep, for the comments.
     """
     config = sweep.config_at(record.point)
     categories = config.data.categories if record.stage is None else (record.stage,)

@@ -1,4 +1,4 @@
-"""The report of a sweep: tables, best configurations, parameter importance, plots and one HTML page. No Ray."""
+"""Writes the report of a sweep: tables, best configurations, parameter importance, plots and one HTML page. Without Ray."""
 
 from __future__ import annotations
 
@@ -23,10 +23,18 @@ _MIN_FOR_IMPORTANCE = 4  # finished trials; with fewer, importance has no meanin
 
 
 def write_report(root: str, sweep: SweepConfig, trials: Sequence[TrialRecord]) -> list[str]:
-    """Writes the report into the folder of the sweep.
+    """Writes the report of a sweep (tables, plots, best configurations, HTML page) into its folder. Replaces an older report.
+
+    Args:
+        root: Folder of the sweep.
+        sweep: Configuration of the sweep.
+        trials: Results of the trials.
 
     Returns:
-        The names of the files.
+        The names of the written files.
+
+    Raises:
+        DataError: A file cannot be written.
     """
     commands = summary.train_commands(root, trials)
     code_block = "\n```\n" + "\n".join(commands) + "\n```\n" if commands else ""
@@ -97,7 +105,7 @@ def write_report(root: str, sweep: SweepConfig, trials: Sequence[TrialRecord]) -
 
 
 def _page_rows(stage: summary.StageSummary) -> list[tuple[str, list[str], str]]:
-    """Returns CSS class, cells and status of each row of the page's table. The status also names the reason."""
+    """Returns the rows of the HTML table of a stage: CSS class, cells, and status with the reason of each trial."""
     rows = []
     for record, cells in zip(stage.trials, stage.rows, strict=True):
         status = f"{record.status}: {record.reason}" if record.reason else record.status
@@ -106,9 +114,14 @@ def _page_rows(stage: summary.StageSummary) -> list[tuple[str, list[str], str]]:
 
 
 def parameter_importance(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> dict[str, float] | None:
-    """Returns each key's share of the score's variance, the largest first (fANOVA on a random forest, with Optuna).
+    """Estimates how much each searched setting changes the score (fANOVA on a random forest, with Optuna).
 
-    Returns None if the shares would mean nothing: too few finished trials, or equal scores or settings.
+    Args:
+        sweep: Configuration of the sweep.
+        trials: Results of the trials of one stage.
+
+    Returns: dotted key of a setting -> its share of the variance of the score, the largest first. None if the shares would mean
+        nothing: too few finished trials, or equal scores or settings.
     """
     finished = records.finished_records(trials)
     varied_keys = sorted(key for key in sweep.space if len({json.dumps(r.point[key]) for r in finished}) > 1)
@@ -126,7 +139,10 @@ def parameter_importance(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> d
 
 
 def _encode_parquet(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes:
-    """Returns a Parquet file with one row per trial: settings (`param:<key>`), scores (`score:<category>`) and the result."""
+    """Returns a Parquet file with one row per trial: settings (`param:<key>`), scores (`score:<category>`) and the result.
+
+    The metadata of the file contains the objective of the sweep.
+    """
     kinds = {"number": pa.int64(), "stage": pa.string(), "status": pa.string(), "score": pa.float64()}
     kinds |= {"epochs": pa.int64(), "seconds": pa.float64(), "reason": pa.string()}
     columns: dict[str, Any] = {

@@ -1,7 +1,7 @@
-"""The configuration of a sweep: the search space, the searcher and the objective. Imports neither Ray nor torch.
+"""The configuration of a sweep: the search space, the searcher and the objective (the score to maximize). Without Ray and torch.
 
-The search space is validated before anything starts. The same seed proposes the same points, unless the searcher is
-`optuna`, which also depends on the scores.
+The search space (the values that each setting may get) is validated before anything starts. The same seed proposes the same
+points (choices of settings), unless the searcher is `optuna`, which also depends on the scores.
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ Point = dict[str, Any]  # dotted key of Config -> value
 
 
 def objective_metric(objective: str) -> str | None:
-    """Returns the key of the metric that an objective maximizes; None for the label-free validation score."""
+    """Returns the key in `METRICS` of the metric that a sweep maximizes; None for the label-free validation score.
+
+    Args: objective: Value of `SweepConfig.objective`.
+    """
     return None if objective == "validation" else "aupro_0.3" if objective == "aupro" else objective
 
 
 def _check_objective(name: str) -> str:
-    """Returns the objective unchanged.
+    """Checks the name of the objective (the score that a sweep maximizes), and returns it unchanged.
 
     Raises:
-        ValueError: The name is neither `validation` nor the name of a metric for which higher is better.
+        ValueError: The name is neither `validation` nor `aupro` nor the key of a metric for which higher is better.
     """
     key = objective_metric(name)
     if key is not None and (key not in METRICS.import_paths or not METRICS[key].higher_is_better):
@@ -63,7 +66,7 @@ _REFUSED = {  # key or section that cannot be searched -> reason and advice
 
 
 def inert_keys(config: Config) -> dict[str, str]:
-    """Returns the keys of settings that change no score under a configuration -> the reason."""
+    """Returns the settings that change no score under a configuration: dotted key -> the reason."""
     model, density, train = config.model, config.density, config.train
     alignment = model.image_alignment
     reasons: dict[str, str] = {}
@@ -100,7 +103,7 @@ _USED_WITHOUT_TRAINING = ("train.epochs", "train.seed", "train.batch_size_per_wo
 class Domain(Section):
     """The values that a search may give to one setting: a list or a range. Exactly one field is set.
 
-    Ranges include both ends.
+    A range includes both ends.
     """
 
     choice: tuple[Any, ...] | None = Field(
@@ -122,15 +125,15 @@ class Domain(Section):
     @model_validator(mode="before")
     @classmethod
     def _list_is_a_choice(cls, value: Any) -> Any:
-        """Turns a bare list into a choice."""
+        """Turns a list without a key into the field `choice`."""
         return {"choice": value} if isinstance(value, list | tuple) else value
 
     @model_validator(mode="after")
     def _one_kind(self) -> Domain:
-        """Checks that exactly one field is set and that a range has a low and a high end.
+        """Checks that exactly one field is set, and that the low end of a range is below its high end.
 
         Raises:
-            ValueError: The domain is not valid.
+            ValueError: This is not the case, or a logarithmic range does not begin above 0.
         """
         kinds_set = [kind for kind in type(self).model_fields if getattr(self, kind) is not None]
         if len(kinds_set) != 1:
@@ -143,23 +146,23 @@ class Domain(Section):
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Both ends of a range."""
+        """The low and the high end of the range. A domain that is a list has no ends."""
         bounds = self.uniform or self.loguniform or self.randint or self.lograndint
         assert bounds is not None  # the domain is a range
         return bounds
 
     @property
     def is_log(self) -> bool:
-        """True if the range is drawn on a logarithmic scale."""
+        """Whether the domain is a range that is drawn on a logarithmic scale."""
         return self.loguniform is not None or self.lograndint is not None
 
     @property
     def is_integer(self) -> bool:
-        """True if the range has integers only."""
+        """Whether the domain is a range of integers."""
         return self.randint is not None or self.lograndint is not None
 
     def samples(self) -> list[Any]:
-        """Returns the values to check: all choices, all integers of a short range, or both ends of any other range."""
+        """Returns the values that a sweep checks: all listed values, all integers of a short range, or the ends of a range."""
         if self.choice is not None:
             return list(self.choice)
         low, high = self.ends
@@ -168,7 +171,7 @@ class Domain(Section):
         return [low, high]
 
     def draw(self, rng: np.random.Generator) -> Any:
-        """Returns a random value of the domain."""
+        """Returns a random value of the list or the range."""
         if self.choice is not None:
             return self.choice[int(rng.integers(len(self.choice)))]
         low, high = self.ends
@@ -230,7 +233,7 @@ class RaceConfig(Section):
 
 
 class SweepConfig(Section):
-    """The configuration of a sweep."""
+    """The configuration of a sweep: a search for the settings with the best score."""
 
     name: str | None = Field(
         default=None,
@@ -296,7 +299,7 @@ class SweepConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> SweepConfig:
-        """Checks settings that depend on each other.
+        """Checks settings that depend on each other, such as the searcher and the number of trials.
 
         Raises:
             ValueError: Two settings contradict each other, or a required setting is missing.
@@ -318,36 +321,45 @@ class SweepConfig(Section):
 
     @property
     def num_points(self) -> float:
-        """Number of points of the search space; infinite if it has a range."""
+        """The number of combinations of values in the search space; infinite if a setting has a range."""
         return math.prod(len(domain.choice) if domain.choice else math.inf for domain in self.space.values())
 
     @property
     def planned_trials(self) -> int:
-        """Number of trials, of each category with scope=per_category. A small space is tried only once."""
+        """The number of trials, of each category with scope=per_category.
+
+        The searchers `grid` and `random` try each combination of values at most once.
+        """
         limit = self.num_points if self.num_trials is None else self.num_trials
         return int(limit if self.searcher == "optuna" else min(self.num_points, limit))
 
     def values_of(self, key: str) -> list[Any]:
-        """Returns values that trials give to a setting: `Domain.samples` of a searched setting, or the base value."""
+        """Returns values that trials give to a setting: `Domain.samples` if the setting is searched, else the value of the base.
+
+        Args: key: Dotted key of the setting.
+        """
         domain = self.space.get(key)
         return [operator.attrgetter(key)(self.config_at())] if domain is None else domain.samples()
 
     @property
     def max_epochs(self) -> int:
-        """Largest number of training epochs of any trial."""
+        """The largest number of training epochs of any trial."""
         return int(max(self.values_of("train.epochs")))
 
     @property
     def reference_config(self) -> Config:
-        """Base configuration at the largest image size of all trials. Synthetic defects are drawn at this size."""
+        """The base configuration of all trials, with the largest image size of all trials, for synthetic defects.
+
+        Defects are drawn at this size, and scaled down for smaller sizes.
+        """
         return self.config_at({"model.image_size_px": max(self.values_of("model.image_size_px"))})
 
     def single_points(self) -> list[Point]:
-        """Returns points that differ from the base configuration in one setting, for each value of `Domain.samples`."""
+        """Returns points that set only one setting, one point for each value of `Domain.samples`, to check each value alone."""
         return [{key: value} for key, domain in self.space.items() for value in domain.samples()]
 
     def config_at(self, point: Mapping[str, Any] | None = None) -> Config:
-        """Returns the configuration at a point of the search space: the base configuration with the values of the point.
+        """Returns the configuration of a trial: the base configuration with the values of a point of the search space.
 
         Args:
             point: Dotted key -> value; None returns the base configuration.
@@ -369,7 +381,7 @@ class SweepConfig(Section):
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
-    """Reads the YAML file of a sweep, applies overrides and checks the search space as `parse_sweep` does.
+    """Reads the YAML file of a sweep, applies overrides and checks the configuration as `parse_sweep` does.
 
     Args:
         path: YAML file. A relative `base_file` is relative to its folder.
@@ -393,13 +405,13 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
 
 
 def parse_sweep(tree: Mapping[str, Any], source: str = "sweep") -> SweepConfig:
-    """Validates the configuration of a sweep and its search space.
+    """Checks the configuration of a sweep and its search space, and returns it with a complete base configuration.
 
-    Checks each listed value alone. Of a range, checks both ends, or every integer if the range is short. Checks
-    combinations of values only for the searcher `grid`.
+    Checks each listed value alone. Of a range, checks both ends, or every integer if the range is short. Checks combinations of
+    values only for the searcher `grid`.
 
     Args:
-        tree: The configuration of the sweep.
+        tree: The configuration of the sweep as nested dicts.
         source: Name of the file for error messages.
 
     Raises:
@@ -426,13 +438,13 @@ def parse_sweep(tree: Mapping[str, Any], source: str = "sweep") -> SweepConfig:
 
 
 def grid_points(sweep: SweepConfig) -> list[Point]:
-    """Returns all combinations of a space of lists; the last key changes fastest."""
+    """Returns all combinations of the listed values of a search space; the last key changes fastest. Ranges are not allowed."""
     values = [domain.choice or () for domain in sweep.space.values()]
     return [dict(zip(sweep.space, combination, strict=True)) for combination in itertools.product(*values)]
 
 
 def _check_space(sweep: SweepConfig) -> None:
-    """Checks every key of the search space and the values that `Domain.samples` returns; for a grid, every combination.
+    """Checks every key of the search space and the values of `Domain.samples`; for the searcher `grid`, every combination.
 
     Raises:
         ConfigError: A key is unknown, cannot be searched or changes no score, or a value or combination is not valid.
@@ -462,7 +474,7 @@ def _check_space(sweep: SweepConfig) -> None:
 
 
 def _merge_trees(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns two nested mappings merged; values of `upper` replace values of `lower`."""
+    """Merges two nested dicts. Values of `upper` replace values of `lower`. Returns a new dict."""
     merged = dict(lower)
     for key, value in upper.items():
         are_mappings = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)

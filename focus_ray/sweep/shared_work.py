@@ -1,4 +1,7 @@
-"""Computes the inputs that no trial changes, once for all trials and on the whole cluster, before the trials start."""
+"""Decodes images and computes features once for all trials of a sweep, on the whole cluster, before the trials start.
+
+Only inputs that are the same for all trials are shared. Features are outputs of the untrained network.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,9 @@ from focus_ray.sweep.worker import embed_task, load_task
 
 @dataclass(frozen=True)
 class SharedInputs:
-    """References to shared inputs in Ray's object stores. Ray frees the inputs when the references are cleared.
+    """References to images and features that all trials share, in Ray's object stores.
+
+    Ray frees the images and features when the references are cleared.
 
     Attributes:
         images: (category, image size) -> reference to `CategoryImages`.
@@ -35,14 +40,14 @@ class SharedInputs:
 def compute_shared_inputs(
     sweep: SweepConfig, splits: Mapping[str, Split], use_gpu: bool, stopping: threading.Event, log: Log
 ) -> SharedInputs:
-    """Decodes images and computes features in Ray tasks, as far as the memory budget allows, and waits for the tasks.
+    """Decodes images and computes features for all trials in Ray tasks, as far as the memory budget allows. Waits for the tasks.
 
     Args:
         sweep: Configuration of the sweep.
         splits: Category -> split of its images.
         use_gpu: True if features are computed on GPUs.
-        stopping: Ends the tasks when it is set.
-        log: Takes messages about each shared input.
+        stopping: When it is set, the tasks are ended.
+        log: Called with a message about each shared input.
 
     Raises:
         DataError: Images cannot be read.
@@ -59,7 +64,7 @@ def compute_shared_inputs(
     end_markers: dict[Any, Any] = {}  # small second result of each task: it tells when the task has ended
 
     def fits_budget(inputs: str, num_bytes: float) -> bool:
-        """Logs whether inputs fit into the rest of the budget, and takes their size from it."""
+        """Returns whether inputs fit into the remaining budget, logs the decision, and reduces the budget if they fit."""
         nonlocal budget
         fits = num_bytes <= budget
         action = (
@@ -94,9 +99,14 @@ def compute_shared_inputs(
 
 
 def _shareable_features(sweep: SweepConfig, categories: Mapping[str, Any], log: Log) -> dict[str, tuple[Config, str]]:
-    """Returns `features_key` -> (configuration, category) for each set of features that trials can share.
+    """Returns the sets of features that trials can share: `features_key` -> (configuration, category) to compute them.
 
-    Returns an empty dict if trials would need too many different sets to save work.
+    Args:
+        sweep: Configuration of the sweep.
+        categories: Its keys are the categories.
+        log: Called with a message if no features are shared.
+
+    Returns: an empty dict if trials would need too many different sets to save work.
     """
     network_space = {key: domain for key, domain in sweep.space.items() if _affects_shared_features(key)}
     if any(domain.choice is None for domain in network_space.values()):
@@ -112,16 +122,26 @@ def _shareable_features(sweep: SweepConfig, categories: Mapping[str, Any], log: 
 
 
 def _affects_shared_features(key: str) -> bool:
-    """Returns True for the settings that decide which trials can share features.
+    """Returns whether trials with different values of a setting need different features.
 
-    These are all settings of `model`, and train.seed, train.batch_size_per_worker and train.epochs. Other settings of `train` do
-    not count, because a trial that trains shares no features.
+    This holds for all settings of `model`, and for train.seed, train.batch_size_per_worker and train.epochs. Other settings of
+    `train` do not count, because a trial that trains shares no features.
+
+    Args: key: Dotted key of the setting.
     """
     return key.startswith("model.") or key in ("train.seed", "train.batch_size_per_worker", "train.epochs")
 
 
 def _wait_for_tasks(shared: SharedInputs, end_markers: Mapping[Any, Any], stopping: threading.Event, log: Log) -> None:
-    """Waits for all tasks. If a task for features fails, every trial computes its own features.
+    """Waits for all tasks that compute shared inputs, or cancels the tasks if `stopping` is set.
+
+    If a task for features fails, every trial computes its own features.
+
+    Args:
+        shared: References to the results; features of a failed task are deleted from it.
+        end_markers: Key in `shared` -> reference that is ready when the task ends.
+        stopping: When it is set, the tasks are ended.
+        log: Called with messages.
 
     Raises:
         DataError: Images cannot be read.

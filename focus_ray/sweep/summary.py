@@ -1,6 +1,6 @@
-"""Summarizes the records of a sweep: tables of trials, and sentences about the best trial, ties with it, and caveats. No Ray.
+"""Summarizes the results of a sweep as tables of trials and sentences about the best trial, equally good trials, and caveats.
 
-The terminal, report.md and report.html all take their tables and sentences from `summarize`.
+The terminal, report.md and report.html all take their tables and sentences from `summarize`. Works without Ray.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _MAX_NAMED = 8
 
 @dataclass(frozen=True)
 class StageSummary:
-    """The summary of one stage of a sweep.
+    """The summary of one stage of a sweep. A stage is one search: for one category, or for all categories together.
 
     Attributes:
         stage: Category of the stage; None if trials cover all categories.
-        trials: Records of the stage, the best first.
+        trials: Results of the trials of the stage, the best first.
         best: The best trial; None if no trial finished.
         level: Trials that cannot be distinguished from the best trial.
         header: Column names of the table of trials.
@@ -52,7 +52,12 @@ class StageSummary:
 
 
 def summarize(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> list[StageSummary]:
-    """Returns the summary of each stage, sorted by stage."""
+    """Returns the summary of each stage of a sweep, sorted by stage.
+
+    Args:
+        sweep: Configuration of the sweep.
+        trials: Results of all trials.
+    """
     best_trials = records.best_records(trials)
     summaries = []
     for stage in sorted({record.stage for record in trials}, key=lambda stage: stage or ""):
@@ -72,7 +77,12 @@ def summarize(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> list[StageSu
 
 
 def format_markdown(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> str:
-    """Returns the tables and the sentences of all stages as Markdown text, which is also readable in a terminal."""
+    """Returns the summary of a sweep (tables and sentences of all stages) as Markdown text, also readable in a terminal.
+
+    Args:
+        sweep: Configuration of the sweep.
+        trials: Results of the trials.
+    """
     tables, lists = [], []
     for summary in summarize(sweep, trials):
         title = records.describe_objective(sweep) + (f", {summary.stage}" if summary.stage else "")
@@ -88,21 +98,27 @@ def train_commands(root: str, trials: Sequence[TrialRecord]) -> list[str]:
 
     Args:
         root: Folder of the sweep.
-        trials: Records of all trials.
+        trials: Results of the trials.
     """
     files = (join(root, records.best_file_name(stage)) for stage in records.best_records(trials))
     return [f"focus-ray train {shlex.quote(file)}" for file in files]
 
 
 def _format_score(value: float | None) -> str:
-    """Returns a score with DECIMALS decimals; "-" for None."""
+    """Returns a score as text with DECIMALS decimals; "-" for None."""
     return "-" if value is None else f"{value:.{DECIMALS}f}"
 
 
 def _make_table(
     sweep: SweepConfig, stage: str | None, trials: Sequence[TrialRecord]
 ) -> tuple[list[str], list[list[str]]]:
-    """Returns the column names and the cells of the table of a stage's trials."""
+    """Returns the column names and the cells of a table with one row per trial.
+
+    Args:
+        sweep: Configuration of the sweep.
+        stage: Category of the stage; None adds a column for each category.
+        trials: Results of the trials of the stage.
+    """
     categories = list(dict.fromkeys(name for record in trials for name in record.categories)) if stage is None else []
     rows = []
     for record in trials:
@@ -118,7 +134,15 @@ def _make_table(
 def _find_ties(
     sweep: SweepConfig, finished: Sequence[TrialRecord], best: TrialRecord
 ) -> tuple[list[TrialRecord], list[str]]:
-    """Returns the finished trials whose score differs from the best score by no more than noise, and sentences about them."""
+    """Returns the finished trials that cannot be distinguished from the best trial, and sentences about these trials.
+
+    The difference of their scores is smaller than the noise of the scores.
+
+    Args:
+        sweep: Configuration of the sweep.
+        finished: Results of the finished trials of the stage.
+        best: The best trial.
+    """
     seed_noise = _seed_noise(sweep, finished)
     equal, near, reasons = [], [], []
     for record in finished:
@@ -149,19 +173,19 @@ def _find_ties(
 
 
 def _list_numbers(trials: Sequence[TrialRecord]) -> str:
-    """Returns the sorted numbers of trials as text; of many trials the first numbers and the number of the others."""
+    """Returns the sorted numbers of trials as text; for many trials only the first numbers and how many more there are."""
     numbers = [str(number) for number in sorted(record.number for record in trials)]
     suffix = f" and {len(numbers) - _MAX_NAMED} more" if len(numbers) > _MAX_NAMED else ""
     return ", ".join(numbers[:_MAX_NAMED]) + suffix
 
 
 def _list_caveats(sweep: SweepConfig, trials: Sequence[TrialRecord], num_level: int) -> list[str]:
-    """Returns sentences about the limits of a stage's scores.
+    """Returns sentences that warn of the limits of a stage's scores, such as few images or few trials.
 
     Args:
         sweep: Configuration of the sweep.
-        trials: Records of the stage.
-        num_level: Number of trials that are as good as the best.
+        trials: Results of the trials of the stage.
+        num_level: Number of other trials that are as good as the best trial.
     """
     finished = records.finished_records(trials)
     sentences = [
@@ -204,7 +228,7 @@ def _list_caveats(sweep: SweepConfig, trials: Sequence[TrialRecord], num_level: 
 
 
 def _seed_noise(sweep: SweepConfig, finished: Sequence[TrialRecord]) -> float:
-    """Returns the standard deviation of the score difference of two trials that differ only in their seed.
+    """Returns the standard deviation of the score difference of two trials that differ only in their random seed.
 
     The estimate comes from groups of trials that differ only in `train.seed`. Returns 0 if there are no such groups.
     """
@@ -220,7 +244,10 @@ def _seed_noise(sweep: SweepConfig, finished: Sequence[TrialRecord]) -> float:
 
 
 def _gap_standard_error(best: TrialRecord, other: TrialRecord) -> float:
-    """Returns the standard error of the mean score gap between two trials over their common categories; 0 for fewer than two."""
+    """Returns the standard error of the mean score difference of two trials over their common categories.
+
+    Returns 0 for fewer than two common categories.
+    """
     scores = other.category_scores
     gaps = [score - scores[name] for name, score in best.category_scores.items() if name in scores]
     return float(np.std(gaps, ddof=1)) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0

@@ -1,7 +1,7 @@
-"""One trial of a sweep: fits a model for each category and judges it on images that are the same for all trials.
+"""Runs one trial of a sweep: fits a model for each category and scores it on images that are the same for all trials.
 
-Inputs that no trial changes (decoded images, and features of an untrained network) can be given; the scores stay the
-same. A trial runs alone or on every worker of an initialized torch.distributed group. No Ray.
+Images and features of an untrained network that are the same for all trials can be passed in; the scores stay the same. A trial
+runs alone or on every worker of an initialized torch.distributed group. Works without Ray.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ from focus_ray.sweep.trial_inputs import (
 
 
 class TrialPruned(Exception):
-    """Ends a trial early. The argument is the reason."""
+    """Raised to end a trial early. The argument is the reason, for instance a low score."""
 
 
 @dataclass
 class CategoryResult:
-    """The result of a trial on one category.
+    """The result of a trial of a sweep on one category: its scores, metrics and warnings.
 
     Attributes:
         category: Name of the category.
-        score: Final score; None if the trial was pruned before the final score.
-        num_good, num_bad: Number of normal and anomalous images that were judged.
-        figures: Metric -> value; the score is computed from these metrics.
-        curve: (epoch, score) of each report. If the category is finished, the last score is the final score.
+        score: Final score; None if the trial was pruned (stopped early) before the final score.
+        num_good, num_bad: Number of normal and anomalous images that were scored.
+        figures: Metric -> value; the score is one of these values.
+        curve: (trained epochs, score) of each report. If the category is finished, the last score is the final score.
         epochs: Number of trained epochs. A trial that is pruned after an epoch has trained this epoch.
         seconds: Duration.
         cut: Reason why the trial was pruned; None if it was not.
@@ -96,15 +96,16 @@ def judge_category(
     on_score: Callable[[int, float, bool], str | None] = lambda epoch, score, final: None,
     shard: Shard | None = None,
 ) -> CategoryResult:
-    """Fits one category and judges it after every epoch.
+    """Fits a model of one category with the settings of a trial, and scores it on the judging images after every epoch.
 
-    A loss or a score that is not finite prunes the trial, because its settings cause this.
+    The judging images are the same for all trials. A loss or a score that is not finite prunes the trial (ends it early),
+    because its settings cause this.
 
     Args:
         config: Configuration of the trial.
         category: Name of the category.
         images: Decoded images of the category.
-        objective: Objective of the sweep.
+        objective: The score that the sweep maximizes.
         device: Device to compute on.
         num_images: Number of training images of all workers together; None if `images` contains all.
         features: Result of `embed_images`, if `features_key` of this trial has shared features.
@@ -112,15 +113,20 @@ def judge_category(
         on_score: Called on rank 0 with (trained epochs, score, is_final). It returns a reason to prune the trial, or None.
         shard: This worker's share of the images for streamed training; None takes the share from `images`.
 
+    Returns: the result. If the trial was pruned, `cut` has the reason.
+
     Raises:
-        DataError: There are too few images, or the objective cannot be measured.
+        DataError: There are too few images, images cannot be aligned or read, or the objective cannot be measured.
     """
     num_bad = int(images.judged.labels.sum())
     result = CategoryResult(category, num_good=len(images.judged.labels) - num_bad, num_bad=num_bad)
     start_s = time.perf_counter()
 
     def report_score(epoch: int, figures: dict[str, float | None], final: bool) -> None:
-        """Adds a score to the result. Raises TrialPruned on all workers if `on_score` returns a reason on rank 0."""
+        """Adds a score to the result, and asks `on_score` on rank 0 whether the trial goes on.
+
+        Raises: TrialPruned: `on_score` returned a reason. It is raised on all workers.
+        """
         score = figures["score"]
         assert score is not None
         result.curve.append((epoch, score))
@@ -153,22 +159,27 @@ def _train_and_judge(
     result: CategoryResult,
     report_score: Callable[[int, dict[str, float | None], bool], None],
 ) -> None:
-    """Trains as `fitting.fit.fit` does, but sets no thresholds, and judges the model after every epoch.
+    """Trains a model and scores it on the judging images, which are the same for all trials, after every epoch.
 
-    Without training, judges the model once.
+    It trains as `fitting.fit.fit` does, but sets no thresholds. Without training, it scores the model once.
 
     Args:
         run: The fit of this worker.
-        judged: Images to judge on; each worker scores its own part.
-        objective: Objective of the sweep.
+        judged: Images to score on; each worker scores its own part.
+        objective: The score that the sweep maximizes.
         result: Receives the number of epochs, the alignment report and the warnings.
-        report_score: Takes (epoch, metrics, is_final).
+        report_score: Called with (trained epochs, metric -> value, is_final).
+
+    Raises:
+        TrialPruned: `report_score` raised it to end the trial early.
+        DataError: There are too few images, images cannot be aligned, or the objective cannot be measured.
+        FloatingPointError: A loss, a score or a map is not finite.
     """
     config = run.config
     own_images = judged.images[slice(*(len(judged.images) * (run.rank + end) // world_size() for end in (0, 1)))]
 
     def judge() -> dict[str, float | None]:
-        """Fits the density to the current network, scores the judged images and returns the metrics."""
+        """Fits the density (the model of normal embeddings), scores the judging images and returns metric -> value."""
         detector = build_detector(config, run.net, run.reduction, run.training_statistics())
         batches = (
             own_images[start : start + JUDGING_BATCH_SIZE] for start in range(0, len(own_images), JUDGING_BATCH_SIZE)
@@ -178,7 +189,7 @@ def _train_and_judge(
         return _compute_metrics(judged, scores, maps, objective)
 
     def on_epoch(epoch: int, figures: dict[str, float], snapshot: Callable[[], TrainState]) -> None:
-        """Reports the score after each epoch; the score after the last epoch is reported later."""
+        """Scores the model after an epoch and reports the score. After the last epoch it does nothing but count."""
         result.epochs = epoch + 1
         if epoch + 1 < config.train.epochs:
             report_score(epoch + 1, judge(), False)
@@ -194,14 +205,21 @@ def _train_and_judge(
 def _judge_features(
     config: Config, images: CategoryImages, features: FrozenFeatures, objective: Objective, device: torch.device
 ) -> dict[str, float | None]:
-    """Reduces the shared features, fits the density, and returns the metrics of the judged images."""
+    """Scores the judging images (the same for all trials) with shared features of the untrained network. Returns metric -> value.
+
+    Reduces the channels of the features and fits the density (the model of normal embeddings) first.
+
+    Raises:
+        DataError: The objective cannot be measured on these images.
+        FloatingPointError: A score or a map is not finite.
+    """
     net = _untrained_net(config.model, features, device)
     statistics, reduction, embeddings = _fit_reduced(config, features, device)
     detector = build_detector(config, net, reduction, statistics)
     theta = None if features.theta is None else torch.from_numpy(np.array(features.theta)).to(device)
 
     def score_batches() -> Iterator[ScoredImages]:
-        """Yields the scores and maps of each batch of the judged images."""
+        """Generator: yields the scores and anomaly maps of each batch of the judging images."""
         start = 0
         for embedding in embeddings:
             yield detector.score_embedding(embedding, None if theta is None else theta[start : start + len(embedding)])
@@ -215,14 +233,22 @@ _MAX_REDUCTIONS = 2  # consecutive trials often differ only in settings that are
 
 
 def clear_caches() -> None:
-    """Removes the results of earlier trials from the caches of this process."""
+    """Deletes the networks and reduced features of earlier trials from the caches of this process."""
     _untrained_net.cache_clear()
     _reductions.clear()
 
 
 @functools.lru_cache(4)
 def _untrained_net(config: ModelConfig, features: FrozenFeatures, device: torch.device) -> FocusNet:
-    """Returns a network that has the image size and the fitted alignment. Its backbone has no weights and is never run."""
+    """Returns a network with the image size and the fitted image aligner. Its backbone has no weights and is never run.
+
+    The network is cached.
+
+    Args:
+        config: Settings of the network.
+        features: Shared features, with the state of the aligner.
+        device: Device of the network.
+    """
     net = FocusNet(config, build_meta_backbone(config.backbone).to_empty(device="cpu"))
     if features.aligner is not None:
         assert net.image_aligner is not None
@@ -234,10 +260,10 @@ def _untrained_net(config: ModelConfig, features: FrozenFeatures, device: torch.
 def _fit_reduced(
     config: Config, features: FrozenFeatures, device: torch.device
 ) -> tuple[Statistics, ChannelReduction, list[Tensor]]:
-    """Reduces the channels of the shared features and collects the statistics of the training images.
+    """Reduces the channels of the shared features and collects the statistics of the training images. The result is cached.
 
     Returns:
-        Statistics of the training images, the reduction, and the reduced embeddings of the judged images per batch.
+        Statistics of the training images, the reduction, and the reduced embeddings of the judging images per batch.
     """
     density = config.density
     keys = ("layers", "map_stride_px", "smooth_layers", "reduction", "num_channels", "max_images", "kind")
@@ -249,7 +275,7 @@ def _fit_reduced(
     reduction = ChannelReduction(BACKBONES[config.model.backbone].channels, density, config.train.seed).to(device)
 
     def embeddings(levels: Sequence[NDArray[np.float32]], batch_size: int) -> Iterator[Tensor]:
-        """Yields the reduced embeddings of each batch."""
+        """Generator: yields the reduced embeddings of each batch."""
         for start in range(0, len(levels[0]), batch_size):
             # Copy: arrays in Ray's object store are read-only.
             batch = [np.array(level[start : start + batch_size]) for level in levels]
@@ -270,13 +296,15 @@ def _fit_reduced(
 def _compute_metrics(
     judged: JudgingImages, scores: NDArray[np.float32], maps: NDArray[np.float32], objective: Objective
 ) -> dict[str, float | None]:
-    """Returns metric -> value for the judged images. The entry "score" ranks trials.
+    """Computes the metrics of the judging images: metric -> value. The entry "score" is the value that ranks trials.
+
+    The judging images are the same for all trials of a sweep.
 
     Args:
-        judged: The judged images.
+        judged: The judging images, N.
         scores: (N,) image scores.
         maps: (N, H, W) anomaly maps.
-        objective: Objective of the sweep.
+        objective: The score that the sweep maximizes.
 
     Raises:
         DataError: The objective cannot be measured on these images.

@@ -1,4 +1,4 @@
-"""The inputs of trials that no trial changes: the decoded images, and the features of a network that is not trained."""
+"""The inputs that are the same for many trials of a sweep: the decoded images, and the features of the untrained network."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ JUDGING_BATCH_SIZE = 32
 
 @dataclass(frozen=True)
 class JudgingImages:
-    """The images on which all trials are judged.
+    """The images on which all trials of a sweep are scored.
 
     Attributes:
-        images: (N, S, S, 3) uint8.
+        images: (N, S, S, 3) uint8, N images of S x S pixels.
         masks: (N, S, S) bool, True at defective pixels.
         labels: (N,) 0 normal, 1 anomalous.
         has_mask: (N,) bool. An anomalous image without a mask counts in image metrics only.
@@ -54,14 +54,14 @@ class JudgingImages:
 
 @dataclass(frozen=True)
 class CategoryImages:
-    """The decoded images of a category.
+    """The decoded images of a category, for training, for the choice of an epoch, and for scoring trials.
 
     Attributes:
-        fit: (N, S, S, 3) uint8, the images for training.
-        validation: (N, S, S, 3) uint8, the good images that are held out for the choice of an epoch.
-        judged: Images on which trials are judged.
-        fit_groups: (N,) group number of each fit image, as in `fitting.split.SplitRows`; None: each image is its own group.
-        fit_order: (N,) natural order of the fit images, as in `SplitRows`.
+        fit: (N, S, S, 3) uint8, the N training images of S x S pixels.
+        validation: (V, S, S, 3) uint8, the V good images that are held out for the choice of an epoch.
+        judged: Images on which trials are scored.
+        fit_groups: (N,) group number of each training image, as in `fitting.split.SplitRows`; None: each image is its own group.
+        fit_order: (N,) natural order of the training images, as in `SplitRows`.
     """
 
     fit: NDArray[np.uint8]
@@ -73,14 +73,14 @@ class CategoryImages:
 
 @dataclass(frozen=True)
 class FrozenFeatures:
-    """Features of a network that no trial trains, computed once and shared by trials.
+    """Features (outputs of the layers) of an untrained network, computed once and shared by trials.
 
     Attributes:
         fit: Features of the training images: one (N, H, W, C) float32 array for each of the layers 1 to 3.
-        judged: Features of the images on which trials are judged, in the same layout.
+        judged: Features of the images on which trials are scored, in the same layout.
         fit_theta: (N, 2, 3) float32, alignment of each training image; None without image alignment.
-        theta: (N, 2, 3) float32, alignment of each judged image; None without image alignment.
-        aligner: State of the fitted image aligner, by parameter name; None without image alignment.
+        theta: (N, 2, 3) float32, alignment of each image on which trials are scored; None without image alignment.
+        aligner: Name of a parameter -> value, of the fitted image aligner; None without image alignment.
         alignment: Report of the aligner's fit; None if there is none.
         uid: Unique id. Features with the same id are equal, also after a copy to another process.
     """
@@ -95,10 +95,12 @@ class FrozenFeatures:
 
 
 def split_for_judging(config: Config, category: str, objective: Objective) -> Split:
-    """Returns the split of a category. If the objective is `validation`, images are held out for judging.
+    """Divides the images of a category into images for training and for scoring trials.
+
+    If the objective is `validation`, good images are held out for scoring; otherwise trials are scored on test images.
 
     Raises:
-        DataError: There are too few images.
+        DataError: There are too few images, or the category does not exist.
     """
     if objective == "validation":
         selection = config.selection.model_copy(update={"enabled": True})
@@ -107,21 +109,21 @@ def split_for_judging(config: Config, category: str, objective: Objective) -> Sp
 
 
 def load_images(config: Config, category: str, plan: SplitPlan, objective: Objective, size_px: int) -> CategoryImages:
-    """Reads and decodes the images of a category, and makes the images on which trials are judged.
+    """Reads and decodes the images of a category, and makes the images on which trials are scored.
 
     Args:
         config: Base configuration of the sweep. Synthetic defects are drawn at its image size.
         category: Category to read.
-        plan: Rows of the images.
-        objective: Objective of the sweep.
-        size_px: Image size of the trial; the judged images are scaled to it.
+        plan: Row numbers of the training and validation images.
+        objective: The score that the sweep maximizes.
+        size_px: Image size of the trial; the images for scoring are scaled to it.
 
     Raises:
-        DataError: Images cannot be read, or there are no images to judge on.
+        DataError: Images cannot be read, or there are no images for scoring.
     """
 
     def decode(rows: Sequence[int] | NDArray[np.int64], decode_size_px: int) -> NDArray[np.uint8]:
-        """Returns (N, S, S, 3) uint8: the decoded images of some rows at a size."""
+        """Returns the decoded images of some rows, (N, S, S, 3) uint8, where S is `decode_size_px`."""
         batches = decode_rows(config.data.uri, category, rows, decode_size_px, version=plan.version)
         return np.concatenate([np.empty((0, decode_size_px, decode_size_px, 3), np.uint8), *batches])
 
@@ -138,13 +140,13 @@ def load_images(config: Config, category: str, plan: SplitPlan, objective: Objec
 
 
 def image_bytes(config: Config, split: Split, objective: Objective, size_px: int) -> int:
-    """Returns the number of bytes that `load_images` will return."""
+    """Returns how many bytes of RAM the images of `load_images` need, without labels and groups."""
     rows = split.num_fit + split.num_validation
     return (rows * 3 + count_judging_images(config, split, objective) * 4) * size_px**2
 
 
 def feature_bytes(config: Config, split: Split, objective: Objective) -> int:
-    """Returns the number of bytes that `embed_images` will return."""
+    """Returns how many bytes of RAM the features of `embed_images` need, without alignments."""
     size = config.model.image_size_px
     spec = BACKBONES[config.model.backbone]
     bytes_per_image = (
@@ -154,17 +156,20 @@ def feature_bytes(config: Config, split: Split, objective: Objective) -> int:
 
 
 def count_judging_images(config: Config, split: Split, objective: Objective) -> int:
-    """Returns the number of images on which the trials of a category are judged."""
+    """Returns the number of images on which the trials of a category are scored.
+
+    Raises: DataError: the data set or category does not exist.
+    """
     if objective == "validation":
         return split.num_validation * (1 + DEFECTS_PER_IMAGE)
     return int(read_index(config.data.uri, split.category, split="test").num_rows)
 
 
 def features_key(config: Config, category: str) -> str | None:
-    """Returns the key of a trial's features. Trials with the same network and category have the same key.
+    """Returns the key of the shared features of a trial. Trials with equal network and category have the same key.
 
-    Returns None if the trial cannot share features, because it trains the network or chooses the alignment itself, or
-    because it also needs the features of synthetic defects.
+    Returns None if the trial cannot share features, because it trains the network or chooses the alignment itself, or because it
+    also needs the features of synthetic defects.
     """
     if config.density.reduction == "discriminant":
         return None  # it also needs the features of synthetic defects
@@ -175,7 +180,7 @@ def features_key(config: Config, category: str) -> str | None:
 
 
 def check_trial_settings(config: Config) -> None:
-    """Checks settings that `Config` cannot check without the network, or that a sweep does not support.
+    """Checks that a sweep supports the settings of a trial, and that the network has enough channels for them.
 
     Raises:
         ValueError: The network has fewer channels than the settings require, or images would not be scored as whole squares.
@@ -192,7 +197,12 @@ def check_trial_settings(config: Config) -> None:
 
 @torch.no_grad()
 def embed_images(config: Config, images: CategoryImages, device: torch.device) -> FrozenFeatures:
-    """Fits the image aligner and runs all images through the untrained network.
+    """Fits the image aligner, runs all images of a category through the untrained network, and returns its features.
+
+    Args:
+        config: Configuration of the trials.
+        images: Decoded images of the category.
+        device: Device to compute on.
 
     Raises:
         DataError: The images cannot be aligned, for the reasons of `fitting.fit.fit`.
@@ -202,7 +212,7 @@ def embed_images(config: Config, images: CategoryImages, device: torch.device) -
     run.net.eval()
 
     def embed(batches: Iterable[Tensor]) -> tuple[tuple[NDArray[np.float32], ...], NDArray[np.float32] | None]:
-        """Returns the feature maps of each layer and the alignments of all images."""
+        """Returns the feature maps of each layer, and the alignment of each image (None without alignment)."""
         maps, thetas = [], []
         for part in (part for batch in batches for part in split_for_inference(to_images(batch, device))):
             levels, theta = warp_to_common_frame(run.net(part))
@@ -222,9 +232,14 @@ def embed_images(config: Config, images: CategoryImages, device: torch.device) -
 def _scale_images(
     images: NDArray[np.uint8], masks: NDArray[np.bool_], size_px: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Returns images and masks scaled down to another size, so that all sizes are judged on the same defects.
+    """Scales images and masks down to another size, so that all image sizes are scored on the same defects.
 
     A pixel of the smaller mask is defective if any of its original pixels is defective.
+
+    Args:
+        images: (N, S, S, 3) uint8.
+        masks: (N, S, S) bool.
+        size_px: side of the result, at most S.
     """
     if images.shape[1] == size_px:
         return images, masks
@@ -236,10 +251,10 @@ def _scale_images(
 
 
 def _test_images(uri: str, category: str, size_px: int) -> JudgingImages:
-    """Returns the labelled test images of a category.
+    """Reads the labelled test images of a category.
 
     Raises:
-        DataError: The category has no test images.
+        DataError: The category has no test images, or an image or mask cannot be read.
     """
     records = list(iter_test_records(uri, category))
     if not records:
@@ -254,7 +269,7 @@ def _test_images(uri: str, category: str, size_px: int) -> JudgingImages:
 
 
 def make_worker_shard(config: Config, images: CategoryImages, rank: int = 0) -> MemoryShard:
-    """Returns one worker's part of the training and validation images: a contiguous part of each.
+    """Returns the training and validation images of one worker: a contiguous part of each.
 
     Args:
         config: Configuration of the trial.
@@ -264,7 +279,7 @@ def make_worker_shard(config: Config, images: CategoryImages, rank: int = 0) -> 
     world = world_size()
 
     def share(array: NDArray[Any]) -> NDArray[Any]:
-        """Returns this worker's part of an array."""
+        """Returns the part of an array that belongs to this worker."""
         return array[len(array) * rank // world : len(array) * (rank + 1) // world]
 
     row_numbers = np.arange(len(images.fit))

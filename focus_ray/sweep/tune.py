@@ -1,4 +1,4 @@
-"""The connection to Ray Tune: a searcher that proposes points, a stopper, and the call of Tune."""
+"""The connection to Ray Tune: a searcher that gives settings to trials, a stopper that ends all trials, and the call of Tune."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CLEANUP_S = 2  # a stopped trial has this time to end before its process is kil
 
 
 class SweepStopper(tune.Stopper):
-    """Ends all trials when `stop` returns True. Tune calls `stop` continually."""
+    """The stopper for Ray Tune: ends all trials when a function returns True. Tune calls the function again and again."""
 
     def __init__(self, stop: Callable[[], bool]) -> None:
         self.stop = stop
@@ -29,7 +29,7 @@ class SweepStopper(tune.Stopper):
         return False
 
     def stop_all(self) -> bool:
-        """Returns True if Tune must end the run."""
+        """Returns whether Tune must end all trials."""
         return self.stop()
 
     def __getstate__(self) -> dict[str, Any]:  # Tune pickles it to restore a run, which never happens here
@@ -37,11 +37,11 @@ class SweepStopper(tune.Stopper):
 
 
 class TuneSearcher(Searcher):
-    """The searcher that Ray Tune calls: takes each new point from a `Proposer`, and calls `end_trial` when a trial ends.
+    """The searcher for Ray Tune: takes the settings of each new trial from a `Proposer`, and reports when a trial ends.
 
     Args:
-        proposer: Source of the points.
-        end_trial: Takes number, point and record of each ended trial; the record is None if the trial wrote none.
+        proposer: Proposes the settings.
+        end_trial: Called with number, settings and result of each ended trial; the result is None if the trial reported none.
     """
 
     def __init__(self, proposer: Proposer, end_trial: Callable[[int, Point, TrialRecord | None], None]) -> None:
@@ -53,11 +53,11 @@ class TuneSearcher(Searcher):
         return {}
 
     def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
-        """Accepts all properties and uses none: the proposer already knows the search space."""
+        """Ignores all properties and returns True: the proposer already knows the search space."""
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        """Returns the number and the point of the next trial; FINISHED if there is none."""
+        """Returns the number and the settings of the next trial as a dict; FINISHED if all trials were proposed."""
         proposal = self.proposer.ask()
         if proposal is None:
             return Searcher.FINISHED
@@ -65,16 +65,22 @@ class TuneSearcher(Searcher):
         return {"number": proposal[0], "point": proposal[1]}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """Passes on the record that the trial reported."""
+        """Calls `end_trial` with the result of an ended trial.
+
+        Args:
+            trial_id: Tune's id of the trial.
+            result: Last report of the trial, with the result as JSON text in "record".
+            error: True if the trial failed.
+        """
         text = (result or {}).get("record")
         self.end_trial(*self.running.pop(trial_id), None if error or text is None else TrialRecord(**json.loads(text)))
 
     def save(self, checkpoint_path: str) -> None:
-        """Writes an empty file: Tune requires a file, but a resumed sweep reads its own records instead."""
+        """Writes an empty file: Tune requires a file, but a resumed sweep reads the results of its trials instead."""
         Path(checkpoint_path).write_bytes(b"")
 
     def restore(self, checkpoint_path: str) -> None:
-        """Is never called, because Tune never restores a sweep."""
+        """Raises NotImplementedError. It is never called, because Tune never restores a sweep."""
         raise NotImplementedError
 
 
@@ -84,13 +90,17 @@ def run_tune(
     config: tune.TuneConfig,
     run_config: tune.RunConfig,
 ) -> tune.ResultGrid:
-    """Runs trials, each in an actor that runs the next trial afterwards, until the searcher has no more points.
+    """Runs trials with Ray Tune until the searcher has no more settings. A process that ends a trial runs the next trial.
+
+    It sets environment variables of Tune, and changes `config`.
 
     Args:
-        trial: Runs one trial. Takes the values that the searcher suggests.
+        trial: Runs one trial. Called with the values that the searcher suggests.
         resources: Ray resources of a trial.
         config: Searcher and number of trials.
         run_config: Stopper, and place of Tune's own files.
+
+    Returns: the last report or the error of each trial.
     """
     os.environ.update(
         {
@@ -110,5 +120,5 @@ def run_tune(
 
 
 def _trial_name(trial: Any) -> str:
-    """Returns the name of a Tune trial and of its folder."""
+    """Returns the name that Tune gives to a trial and its folder: the number of the trial, and Tune's id."""
     return f"trial-{trial.config.get('number', 0):05d}-{trial.trial_id}"

@@ -1,4 +1,7 @@
-"""Runs a trial in Ray: gets shared inputs, judges the categories here or on Ray Train workers, and writes the record."""
+"""Runs a trial of a sweep in Ray: gets shared images and features, scores each category, and writes the result.
+
+A category is fitted and scored in the process of the trial, or on Ray Train workers.
+"""
 
 from __future__ import annotations
 
@@ -35,17 +38,17 @@ SHARED_TIMEOUT_S = (
 
 @dataclass(frozen=True)
 class StageJob:
-    """The description of a stage that every trial gets.
+    """The inputs that all trials of a stage get. A stage is one search: for one category, or for all categories together.
 
     Attributes:
         sweep: Validated configuration of the sweep.
         stage: Category that the trials search for; None for all categories.
-        splits: Category -> split of its images, in judging order.
+        splits: Category -> split of its images, in the order in which trials go through the categories.
         root: Folder of the sweep.
         use_gpu: True if trials use a GPU.
         images: (category, image size) -> reference to `CategoryImages`.
         features: `features_key` -> reference to `FrozenFeatures`.
-        judge: Handle of the `Judge` actor.
+        judge: Handle of the `Judge` actor, which decides when a trial ends early.
     """
 
     sweep: SweepConfig
@@ -60,11 +63,11 @@ class StageJob:
 
 @dataclass(frozen=True)
 class TrialJob(TrainerJob):
-    """One category of one trial. `config` holds the settings of the trial.
+    """The inputs to fit and score one category in one trial. `config` contains the settings of the trial.
 
     Attributes:
         number: Number of the trial.
-        stage: The stage of the trial.
+        stage: The inputs that all trials of the stage get.
     """
 
     number: int
@@ -72,22 +75,32 @@ class TrialJob(TrainerJob):
 
 
 def load_task(config: Config, split: Split, objective: Objective, size_px: int) -> tuple[CategoryImages, None]:
-    """Ray task: returns the images, and None as a second result, which tells the driver that the task has ended."""
+    """Ray task: decodes the images of a category. Returns the images, and None, which shows the end of the task.
+
+    Raises: DataError: see `load_images`.
+    """
     return load_images(config, split.category, split.plan(config), objective, size_px), None
 
 
 def embed_task(config: Config, images: CategoryImages) -> tuple[FrozenFeatures, None]:
-    """Ray task: returns the features, and None as a second result, which tells the driver that the task has ended."""
+    """Ray task: computes the features of a category. Returns the features, and None, which shows the end of the task.
+
+    Raises: DataError: see `embed_images`.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return embed_images(config, images, device), None
 
 
 def run_trial(config: Mapping[str, Any], job: StageJob) -> None:
-    """Runs one trial inside Ray Tune and writes its record to the storage before it reports to Tune.
+    """Runs one trial of a sweep inside Ray Tune: fits and scores each category, and writes and reports the result.
+
+    An error ends only this trial, which gets the status "failed". If the sweep was stopped, nothing is written.
 
     Args:
-        config: "number" and "point" of the trial, from the searcher.
-        job: The stage.
+        config: "number" and "point" (settings) of the trial, from the searcher.
+        job: The inputs of the stage.
+
+    Raises: DataError: the result cannot be written.
     """
     import ray
     from ray import tune
@@ -134,9 +147,9 @@ def run_trial(config: Mapping[str, Any], job: StageJob) -> None:
 
 
 def _fit_and_score_category(job: TrialJob) -> CategoryResult:
-    """Trains, if configured, and scores a trial on one category.
+    """Fits (with training, if configured) and scores a trial on one category.
 
-    This runs in this process, or on Ray Train workers if several are configured or images are streamed.
+    It runs in this process, or on Ray Train workers if several workers are configured or images are streamed.
     """
     streams = job.config.train.epochs > 0 and not fits_memory(job.config, job.split)
     if job.config.cluster.num_workers == 1 and not streams:
@@ -147,7 +160,7 @@ def _fit_and_score_category(job: TrialJob) -> CategoryResult:
 
 
 def _judge_on_train_worker(job: TrialJob, device: torch.device) -> CategoryResult:
-    """Judges one category as a Ray Train worker. Every worker of the trial runs this function."""
+    """Fits and scores one category as a Ray Train worker. Every worker of the trial runs this function."""
     import ray.train
 
     context = ray.train.get_context()
@@ -161,7 +174,7 @@ def _judge_on_worker(
     rank: int = 0,
     num_workers: int = 1,
 ) -> CategoryResult:
-    """Judges one category as one of `num_workers` workers.
+    """Fits and scores one category as a worker of `num_workers` workers. Uses shared images and features if there are any.
 
     Args:
         job: The category and the trial.
@@ -185,7 +198,7 @@ def _judge_on_worker(
         images = load_images(stage.sweep.reference_config, job.category, plan, objective, size_px)
 
     def on_score(epoch: int, score: float, final: bool) -> str | None:
-        """Asks the judge whether the trial goes on."""
+        """Sends a score to the `Judge` actor. Returns the reason to end the trial; None if it goes on."""
         decision = stage.judge.report.remote(job.number, job.category, epoch, score, final)
         return ray.get(decision)  # type: ignore[no-any-return]
 
@@ -208,9 +221,17 @@ def _judge_on_worker(
 def split_for_worker(
     settings: Config, category: str, plan: SplitPlan, rank: int, num_workers: int
 ) -> tuple[Shard, SplitPlan]:
-    """Returns the training images of one worker, and a plan with only the images that every worker reads completely.
+    """Returns the training images of one worker, and a plan of the other images, which every worker reads completely.
 
-    These are the validation images and the held-out images. Only for trials without shared images.
+    The plan contains the validation images and the held-out images, and no training images. Only for trials without shared
+    images.
+
+    Args:
+        settings: Configuration of the trial.
+        category: Category of the images.
+        plan: Row numbers of all images.
+        rank: Rank of the worker.
+        num_workers: Number of workers.
     """
     if settings.train.epochs and not fits_memory(settings, plan):
         shard: Shard = StreamShard(settings, category, plan.share(rank, num_workers), iterate_worker_batches)
@@ -220,12 +241,13 @@ def split_for_worker(
 
 
 def _fetch_shared_input(reference: Any) -> Any:
-    """Returns the object behind a reference to Ray's object store.
-
-    Returns None if there is no reference, or if the object was lost and Ray cannot compute it again within SHARED_TIMEOUT_S.
+    """Gets shared images or features from Ray's object store.
 
     Args:
-        reference: `ray.ObjectRef` of shared images or features; None if they are not shared.
+        reference: `ray.ObjectRef` of the images or features; None if they are not shared.
+
+    Returns: None if there is no reference, if the task that computes the object failed, or if the object was lost and Ray cannot
+        compute it again within SHARED_TIMEOUT_S.
     """
     import ray
 

@@ -40,7 +40,7 @@ IGNORED_STEMS = ("license", "licence", "readme", "thumbs")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A source image, and the properties that follow from its folder or from a table."""
+    """A source image, with the properties that follow from its folder or from a table, such as label and masks."""
 
     path: SourcePath
     folder: str  # first part of the row id after the category: the source folder or split
@@ -55,13 +55,14 @@ class Sample:
 
 @dataclass
 class ImportPlan:
-    """The planned handling of the source files of one category.
+    """The result of an importer for one category: lists of the images to ingest and of the files to reject.
 
     Attributes:
+        category: name of the category.
         samples: the images to ingest.
         rejects: files that are rejected without being opened.
         notes: hints for the user.
-        folders: for each folder, a description with its number of images and their meaning.
+        folders: for each folder, a text with its number of images and their meaning.
     """
 
     category: str
@@ -73,13 +74,14 @@ class ImportPlan:
 
 @dataclass(frozen=True)
 class ImportSettings:
-    """Settings for all importers.
+    """The settings of an ingestion that all importers use.
 
     Attributes:
-        source: root of the source.
+        source: root folder of the source images.
         test_share: share of the normal images that becomes test data if the source defines no split.
         seed: seed for the choice of these test images.
-        grouping: names the groups of images; None makes each image its own group.
+        grouping: rule that names the group of each image, i.e. images of the same physical part; None makes each image its own
+            group.
     """
 
     source: SourcePath
@@ -89,38 +91,43 @@ class ImportSettings:
 
     @property
     def takes_subfolders(self) -> bool:
-        """Whether images in subfolders of a class folder are ingested, for example good/part1/a.png."""
+        """Whether images in subfolders of a class folder (good/, scratch/) are ingested, for example good/part1/a.png."""
         return self.grouping is not None and self.grouping.takes_subfolders
 
     def name_groups(self, locations: Sequence[ImageLocation]) -> list[str]:
-        """Returns the group name of each image of one category and split; empty for an image that is its own group."""
+        """Returns the group name of each image; empty for an image that is its own group. Images of a group show the same part.
+
+        Args: locations: the images of one category and split.
+        """
         return [""] * len(locations) if self.grouping is None else self.grouping.name_groups(locations)
 
     def relative(self, path: SourcePath) -> str:
-        """Returns a path relative to the source, for reports. Bytes that are not valid UTF-8 are shown as \\xff."""
+        """Returns a path relative to the source, as text for reports. Bytes that are not valid UTF-8 are shown as \\xff."""
         return readable_name(relative_name(path, self.source))
 
 
 class Importer(Protocol):
-    """Reads one folder layout. Its name in `IMPORTERS` is a value of --format.
+    """The interface of an importer, which reads one folder layout. Its name in `IMPORTERS` is a value of --format.
 
     Attributes:
         expected: the expected content of a folder, for error messages.
-        has_table: whether a table in the source lists the images. Such an importer comes before importers that read folder names.
+        has_table: whether a table in the source lists the images. Such an importer is tried before importers that read folder
+            names.
     """
 
     expected: str
     has_table: bool
 
     def fits(self, folder: SourcePath) -> bool:
-        """Returns whether a folder is a category in this layout or, for importers with a table, a set of categories."""
+        """Returns whether a folder has this layout: it is a category or, for importers with a table, a folder of categories."""
 
     def plan(self, folder: SourcePath, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
-        """Returns one plan per category, without opening any file except a table.
+        """Returns one plan per category: the list of images to ingest. No file is opened except a table.
 
         Args:
-            folder: a category or, for importers with a table, a set of categories.
+            folder: a category or, for importers with a table, a folder of categories.
             categories: the categories to ingest; the plans of all others are empty. None takes all.
+            settings: the settings of the ingestion.
 
         Raises: DataError: the folder or the table has unexpected content.
         """
@@ -132,8 +139,8 @@ class FolderImporter:
 
     Attributes:
         expected: the expected content of a folder, for error messages.
-        fits: returns whether a folder is a category in this layout.
-        plan_category: makes the plan of a category from its folder, its name and the settings.
+        fits: function that returns whether a folder is a category in this layout.
+        plan_category: function that makes the plan of a category from its folder, its name and the settings.
     """
 
     expected: str
@@ -142,6 +149,10 @@ class FolderImporter:
     has_table = False
 
     def plan(self, folder: SourcePath, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
+        """Returns a list with the plan of the category, see `Importer.plan`. The category has the name of the folder.
+
+        Raises: DataError: the folder has unexpected content, or its name is not a valid name of a category.
+        """
         name = folder_name(folder)
         if categories is not None and name not in categories:
             return [ImportPlan(name)]
@@ -149,10 +160,10 @@ class FolderImporter:
 
 
 def draw_test_images(names: Sequence[str], settings: ImportSettings, groups: Sequence[str]) -> list[bool]:
-    """Draws the normal images that become test data, and returns for each image whether it was drawn.
+    """Draws the normal images that become test data. Returns for each image whether it was drawn.
 
-    Groups are drawn with all of their images. The rank of a group in the draw depends only on its name and the seed, so further
-    images do not change it. An image without a group is drawn by its own name.
+    A group (images of the same part) is drawn with all of its images. The rank of a group in the draw depends only on its name
+    and the seed, so further images do not change it. An image without a group is drawn by its own name.
 
     Args:
         names: name of each image.
@@ -184,17 +195,19 @@ def add_folder(
     truth: SourcePath | None,
     settings: ImportSettings,
 ) -> None:
-    """Adds the images of a class folder to a plan, with their masks. Other files are rejected or mentioned in a note.
+    """Adds the images of a class folder (good/, scratch/) to a plan, with their masks. Rejects or notes other files.
 
     Images in subfolders are added if `settings.takes_subfolders`; their masks are in the same subfolders of `truth`.
 
     Args:
+        plan: the plan of the category; the function extends its samples, rejects, notes and folders.
         folder: the folder of the images; it need not exist.
         origin: first part of the row ids after the category.
         split: train or test.
         label: 0 normal, 1 anomalous.
         defect: type of the defect, for label 1.
         truth: folder of the masks; None if the images have no masks.
+        settings: the settings of the ingestion.
     """
     num_images = 0
     num_skipped: Counter[str] = Counter()
@@ -237,7 +250,7 @@ def add_folder(
 
 
 def _find_problem(path: SourcePath) -> tuple[RejectReason, str] | None:
-    """Returns the reason and the detail of the rejection of a file among images; None for an image that can be opened."""
+    """Returns why a file in an image folder is rejected: reason code and explanation; None for an image that can be opened."""
     if is_broken_link(path):
         return "unreadable", describe_broken_link(path)
     if not path.is_file():
@@ -250,10 +263,10 @@ def _find_problem(path: SourcePath) -> tuple[RejectReason, str] | None:
 
 
 def _walk_image_folders(folder: SourcePath, settings: ImportSettings) -> Iterator[tuple[str, SourcePath]]:
-    """Yields a class folder and, if `settings.takes_subfolders`, all folders below it.
+    """Generator: yields a class folder (good/, scratch/) and, if `settings.takes_subfolders`, all folders below it.
 
     Yields:
-        The path below the class folder, empty for the class folder itself, and the folder.
+        The path relative to the class folder, empty for the class folder itself; and the folder.
     """
     pending = [("", folder)]
     while pending:
@@ -264,9 +277,10 @@ def _walk_image_folders(folder: SourcePath, settings: ImportSettings) -> Iterato
 
 
 def find_masks(truth: SourcePath, stem: str) -> list[SourcePath]:
-    """Returns the masks of an image: <stem>.png, <stem>_mask.png, and every image in the folder <stem>/.
+    """Returns the mask files of an image, found by the name of the image.
 
-    MVTec LOCO stores several regions of one image in such a folder.
+    These are <stem> and <stem>_mask with any image suffix, and every image in the folder <stem>/. MVTec LOCO stores several
+    regions of one image in such a folder. Broken links are included.
 
     Args:
         truth: folder of the masks.
@@ -284,11 +298,13 @@ def find_masks(truth: SourcePath, stem: str) -> list[SourcePath]:
 def reject_unmatched_masks(
     plan: ImportPlan, truth: SourcePath, stems: set[str], settings: ImportSettings, skipped_names: Collection[str] = ()
 ) -> None:
-    """Rejects masks that belong to no image.
+    """Adds masks that belong to no image to the rejects of a plan.
 
     Args:
+        plan: the plan of the category, which is changed.
         truth: folder of the masks.
         stems: file names, without suffix, of the images.
+        settings: the settings of the ingestion.
         skipped_names: names of subfolders of `truth` that are not checked by this call.
     """
     unmatched = [path for path in list_image_files(truth) if not {path.stem, path.stem.removesuffix("_mask")} & stems]
@@ -301,9 +317,12 @@ def reject_unmatched_masks(
 
 
 def refuse_unexpected_folders(root: SourcePath, allowed_names: set[str], expected: str) -> None:
-    """Checks that a folder has no visible subfolders with other names. Hidden and system folders do not count.
+    """Checks that all visible subfolders of a folder have allowed names. Hidden and system folders do not count.
 
-    Args: expected: the expected content, for the error message.
+    Args:
+        root: the folder; it need not exist.
+        allowed_names: the allowed names of subfolders.
+        expected: the expected content, for the error message.
 
     Raises: DataError: there is a subfolder with another name.
     """
@@ -314,7 +333,15 @@ def refuse_unexpected_folders(root: SourcePath, allowed_names: set[str], expecte
 
 
 def describe_skipped_folders(root: SourcePath, used_names: set[str], settings: ImportSettings) -> list[str]:
-    """Returns notes on subfolders that are not used, and on images that are directly in `root` and therefore skipped."""
+    """Returns notes for the user: one for each subfolder that is not used, and one on images that are directly in `root`.
+
+    Images directly in `root` are skipped, because no folder gives their meaning.
+
+    Args:
+        root: folder of the category.
+        used_names: names of the subfolders that are used.
+        settings: the settings of the ingestion.
+    """
     notes = [
         f"{settings.relative(item)}: skipped, its name has no meaning in this layout"
         for item in list_subfolders(root)
@@ -334,26 +361,26 @@ def list_subfolders(folder: SourcePath) -> list[SourcePath]:
 
 
 def list_good_folders(folder: SourcePath) -> list[SourcePath]:
-    """Returns the subfolders whose names mean "good parts"."""
+    """Returns the visible subfolders whose names mean good (normal) parts, such as good/ or ok/."""
     return [item for item in list_subfolders(folder) if is_good_name(item.name)]
 
 
 def is_broken_link(path: SourcePath) -> bool:
-    """Returns whether a path is a link to a missing file, for instance data under version control that was not fetched."""
+    """Returns whether a path is a link to a missing file, for instance a file under version control that was not fetched."""
     return path.is_symlink() and not path.exists()
 
 
 def describe_broken_link(path: SourcePath) -> str:
-    """Returns the text for a report: the target of the link and the remedy."""
+    """Returns the explanation of a broken link for a report: the target of the link and the remedy."""
     target = ascii(os.readlink(str(path)))
     return f"a link to {target}, which does not exist: fetch the file (git annex get, dvc pull) or copy the file itself"
 
 
 def _list_files(folder: SourcePath) -> tuple[list[SourcePath], Counter[str]]:
-    """Lists the files directly in a folder.
+    """Lists the files directly in a folder, and counts hidden files and documents such as readme.txt, which are ignored.
 
     Returns:
-        The sorted visible files, without files that are ignored beside images; and the number of ignored files of each kind.
+        The sorted files without ignored files; and kind -> number of ignored files ("hidden", a suffix or a name).
     """
     files: list[SourcePath] = []
     num_skipped: Counter[str] = Counter()
@@ -369,19 +396,21 @@ def _list_files(folder: SourcePath) -> tuple[list[SourcePath], Counter[str]]:
 
 
 def list_image_files(folder: SourcePath) -> list[SourcePath]:
-    """Returns the sorted image files directly in a folder; an empty list if the folder does not exist."""
+    """Returns the sorted visible image files directly in a folder; an empty list if the folder does not exist."""
     return [path for path in _list_files(folder)[0] if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def folder_name(path: SourcePath) -> str:
-    """Returns the name of a folder. It also works for ".", and does not follow a link."""
+    """Returns the name of a folder, also for ".". A link is not followed."""
     return Path(os.path.abspath(path)).name if isinstance(path, Path) else path.name
 
 
 def check_category_name(name: str, source: SourcePath) -> str:
-    """Returns the name of a category unchanged.
+    """Checks that a name is valid for a category, and returns it unchanged.
 
-    Args: source: file or folder from which the name was taken, for the error message.
+    Args:
+        name: name of the category.
+        source: file or folder that contains the name, for the error message.
 
     Raises: DataError: the name is not valid.
     """

@@ -1,4 +1,4 @@
-"""Importer for BTAD."""
+"""The importer for the public data set BTAD."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from focus_ray.data.source import SourcePath
 
 
 def plan_btad(root: SourcePath, category: str, settings: ImportSettings) -> ImportPlan:
-    """Plans a category of BTAD, where ok/ contains good images and ko/ defective ones.
+    """Makes the import plan of a category of BTAD, where ok/ contains good images and ko/ defective images.
 
-    Raises: DataError: the category contains another folder.
+    Raises: DataError: train/ or test/ contains another folder.
     """
     plan = ImportPlan(category)
     truth = root / "ground_truth"
@@ -29,7 +29,7 @@ def plan_btad(root: SourcePath, category: str, settings: ImportSettings) -> Impo
 
 
 def is_btad(folder: SourcePath) -> bool:
-    """Returns whether a folder has the subfolders of BTAD and no others."""
+    """Returns whether a folder is a category of BTAD: train/ contains only ok/, and test/ contains only ok/ or ko/."""
     train, test = ({item.name for item in list_subfolders(folder / name)} for name in ("train", "test"))
     return train == {"ok"} and test <= {"ok", "ko"}
 

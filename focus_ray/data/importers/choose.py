@@ -1,4 +1,4 @@
-"""Chooses the importer for a source, and makes the plans of its categories."""
+"""Chooses the importer that fits a source, and makes the import plan of each category."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from focus_ray.errors import DataError
 
 
 def _suggest_good_folder(source: SourcePath) -> str:
-    """Returns the advice for the most common mistake: images without a folder that gives their meaning. Empty for no images."""
+    """Returns advice for images outside a class folder such as good/; an empty text if there are no such images."""
     for folder in (source, *list_subfolders(source)):
         images = list_image_files(folder)
         if images:
@@ -25,17 +25,20 @@ def _suggest_good_folder(source: SourcePath) -> str:
 def make_plans(
     source: SourcePath, format: str, categories: Sequence[str] | None, settings: ImportSettings
 ) -> tuple[str, list[ImportPlan], list[str]]:
-    """Plans the ingestion of a source.
+    """Chooses the importer of a source, and returns the images to ingest of each category (the import plans).
 
     Args:
+        source: root folder of the source images.
         format: name of an importer, or "auto".
         categories: the categories to ingest; None takes all.
+        settings: the settings of the ingestion.
 
     Returns:
         The name of the chosen importer, one plan per category, and notes for the user.
 
     Raises:
-        DataError: no category is found, the layout is ambiguous, or a category does not exist.
+        DataError: no category is found, the layout is ambiguous, a category does not exist or has an invalid name, two
+            categories have the same name, a folder or table has unexpected content, or the group rule does not fit the images.
     """
     names = list(IMPORTERS) if format == "auto" else [format]
     table_names = [name for name in names if IMPORTERS[name].has_table]
@@ -75,7 +78,9 @@ def make_plans(
 
 
 def assign_groups(plans: Sequence[ImportPlan], settings: ImportSettings) -> None:
-    """Sets the group of each sample by the rule of the settings, and adds a note with the number of images without a group.
+    """Sets the group of each image in the plans by the rule of the settings, and adds a note on images without a group.
+
+    Images of a group show the same part. Without a rule nothing changes.
 
     Raises: DataError: no image of any category gets a group, or the rule does not fit the images of the source.
     """

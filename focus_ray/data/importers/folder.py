@@ -1,4 +1,4 @@
-"""Importer for the simple layout good/, bad*/ and masks/."""
+"""The importer for the simple layout good/, bad*/ and masks/."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from focus_ray.data.source import SourcePath
 
 
 def plan_folder(root: SourcePath, category: str, settings: ImportSettings) -> ImportPlan:
-    """Plans a category with the folders good/, bad*/ and masks/, the most common layout of users' own images.
+    """Makes the import plan of a category with the folders good/, bad*/ and masks/, the most common layout of users' own images.
 
-    A mask has the name of its image and is in masks/<folder of the image>/ or directly in masks/.
+    If there is a bad*/ folder, some good images are drawn as test images. A mask has the name of its image and is in
+    masks/<folder of the image>/ or directly in masks/.
 
     Raises: DataError: the category contains another folder.
     """
@@ -84,7 +85,10 @@ def plan_folder(root: SourcePath, category: str, settings: ImportSettings) -> Im
 
 
 def _is_folder(folder: SourcePath) -> bool:
-    """Returns whether a folder contains good/, or images in folders for good parts and no folder with an unknown meaning."""
+    """Returns whether a folder has the layout good/, bad*/, masks/.
+
+    It contains good/; or images in folders whose names mean good parts, and no folder with an unknown meaning.
+    """
     if (folder / "good").is_dir():
         return True
     other_folders = [item for item in list_subfolders(folder) if not (is_bad_name(item.name) or item.name == "masks")]

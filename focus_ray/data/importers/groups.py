@@ -1,7 +1,7 @@
-"""Rules that name the group of each image: the images of one part, or of one burst of photographs.
+"""The rules that name the group of each image. Images of a group show the same part, or belong to one burst of photographs.
 
-The images of a group show the same part, so a split must not separate them. `--group-by` selects a rule: name:REGEX,
-folder:LEVEL, table:FILE:COLUMN or time:SECONDS.
+A split must not separate the images of a group. `--group-by` selects a rule: name:REGEX, folder:LEVEL, table:FILE:COLUMN or
+time:SECONDS.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ ImageLocation = tuple[SourcePath, str]
 
 
 class GroupRule(ABC):
-    """Names the groups of images.
+    """A rule that names the groups of images. Images of a group show the same part, or belong to one burst of photographs.
 
     Attributes:
         text: the rule as the user wrote it.
-        takes_subfolders: whether images in subfolders of a class folder are ingested too.
+        takes_subfolders: whether images in subfolders of a class folder (good/, scratch/) are ingested too.
         hint: the advice in the error message if no image gets a group.
     """
 
@@ -50,16 +50,21 @@ class GroupRule(ABC):
 
     @abstractmethod
     def name_groups(self, locations: Sequence[ImageLocation]) -> list[str]:
-        """Returns the group name of each image of one category and split; empty for an image that is its own group."""
+        """Returns the group name of each image; empty for an image that is its own group.
+
+        Args: locations: the images of one category and split.
+        """
 
     def check_sources(self, paths: Iterable[SourcePath]) -> None:  # noqa: B027
-        """Checks that the rule fits all images of the source. Raises: DataError: it does not."""
+        """Checks that the rule fits all images of the source. Raises: DataError: the rule does not fit."""
 
 
 def parse_group_rule(text: str, source: SourcePath) -> GroupRule:
-    """Returns the rule that a `--group-by` value describes.
+    """Parses a `--group-by` value, such as folder:1, and returns the rule that names the group of each image.
 
-    Args: source: root of the source; paths in a table are relative to it.
+    Args:
+        text: the value.
+        source: root of the source; paths in a table are relative to it.
 
     Raises: DataError: the form is unknown, the value is invalid, or the table cannot be read.
     """
@@ -81,63 +86,77 @@ def parse_group_rule(text: str, source: SourcePath) -> GroupRule:
 
 
 class NameRule(GroupRule):
-    """Names the group by a regular expression on the file name: its first capturing group or, without one, the whole match."""
+    """The rule that takes the group name from the file name, by a regular expression: first capturing group or whole match."""
 
     hint = "it matches no file name"
 
     def __init__(self, text: str, pattern: str) -> None:
-        """Raises: re.error: the expression does not compile."""
+        """Compiles the regular expression.
+
+        Raises: re.error: the expression does not compile.
+        """
         super().__init__(text)
         self._pattern = re.compile(pattern)
 
     def name_groups(self, locations: Sequence[ImageLocation]) -> list[str]:
+        """Returns the part of each file name that the regular expression matches; empty if it does not match."""
         matches = (self._pattern.search(path.name) for path, _ in locations)
         number = 1 if self._pattern.groups else 0
         return [(match.group(number) or "") if match else "" for match in matches]
 
 
 class FolderRule(GroupRule):
-    """Names the group by a folder below the class folder: level 1 contains the file, level 2 is its parent folder, and so on.
+    """The rule that takes the group name from a folder below the class folder (good/, scratch/).
 
-    The name of the group includes the folders above, so that a/1 and b/1 are two groups.
+    Level 1 is the folder that contains the file, level 2 is the parent of that folder, and so on. The group name includes the
+    folders above, so that a/1 and b/1 are two groups.
     """
 
     takes_subfolders = True
     hint = "no image lies that many subfolders below good/ or the like: move the images of each part into a subfolder"
 
     def __init__(self, text: str, level: int) -> None:
-        """Raises: ValueError: the level is below 1."""
+        """Sets the level of the folder, 1 or more.
+
+        Raises: ValueError: the level is below 1.
+        """
         super().__init__(text)
         if level < 1:
             raise ValueError(f"the level {level} is below 1")
         self._level = level
 
     def name_groups(self, locations: Sequence[ImageLocation]) -> list[str]:
+        """Returns the folder of each image at the level of the rule; empty if the image has fewer subfolders."""
         folders = (below.split("/") if below else [] for _, below in locations)
         return ["/".join(names[: max(0, len(names) - self._level + 1)]) for names in folders]
 
 
 class TableRule(GroupRule):
-    """Takes the group names from a table. A file is named by its path relative to the source, or by its bare file name."""
+    """The rule that takes the group names from a table, which lists paths relative to the source, or file names."""
 
     hint = "the table names none of the image files: expected paths relative to the source, or file names"
 
     def __init__(self, text: str, groups: Mapping[str, str], source: SourcePath) -> None:
-        """
+        """Sets the group names from the content of a table.
+
         Args:
             text: the rule as the user wrote it.
-            groups: file -> group name.
+            groups: path or file name -> group name.
             source: root of the source.
         """
         super().__init__(text)
         self._groups, self._source = dict(groups), source
 
     def name_groups(self, locations: Sequence[ImageLocation]) -> list[str]:
+        """Returns the group of each image in the table; empty if the table does not name the image."""
         names = ((relative_name(path, self._source), path.name) for path, _ in locations)
         return [self._groups.get(relative, self._groups.get(name, "")) for relative, name in names]
 
     def check_sources(self, paths: Iterable[SourcePath]) -> None:
-        """Checks that each bare file name in the table names only one image. Raises: DataError: a name is ambiguous."""
+        """Checks that each file name without folder in the table belongs to only one image of the source.
+
+        Raises: DataError: a name is ambiguous.
+        """
         by_name: dict[str, list[str]] = defaultdict(list)
         for path in paths:
             relative = relative_name(path, self._source)
@@ -150,12 +169,15 @@ class TableRule(GroupRule):
 
 
 class TimeRule(GroupRule):
-    """Groups photographs into bursts: the EXIF times of successive photographs differ by at most some seconds."""
+    """The rule that groups photographs into bursts: their EXIF times have gaps of at most `max_gap_s` seconds."""
 
     hint = "no image has an EXIF time"
 
     def __init__(self, text: str, max_gap_s: float) -> None:
-        """Raises: ValueError: the gap is not a number above 0."""
+        """Sets the largest gap between two photographs of a burst.
+
+        Raises: ValueError: the gap is not a finite number above 0.
+        """
         super().__init__(text)
         if not 0 < max_gap_s < math.inf:
             raise ValueError(f"{max_gap_s} is not a number of seconds above 0")
@@ -163,6 +185,7 @@ class TimeRule(GroupRule):
         self._times: dict[str, datetime | None] = {}
 
     def name_groups(self, locations: Sequence[ImageLocation]) -> list[str]:
+        """Returns the time of the first photograph of each image's burst; empty for an image without EXIF time."""
         paths = [path for path, _ in locations]
         unread = [path for path in paths if str(path) not in self._times]
         with ThreadPoolExecutor(_NUM_READERS) as pool:
@@ -179,7 +202,7 @@ class TimeRule(GroupRule):
 
 
 def _read_time(path: SourcePath) -> datetime | None:
-    """Returns the EXIF time of an image, or None."""
+    """Returns the EXIF time of an image; None if the image has no time or cannot be read."""
     try:
         return read_capture_time(path if isinstance(path, Path) else path.read_bytes())
     except OSError:  # the check of the file will reject it
@@ -187,12 +210,14 @@ def _read_time(path: SourcePath) -> datetime | None:
 
 
 def _read_table(value: str) -> dict[str, str]:
-    """Reads the group of each file from a table.
+    """Reads a table of groups, and returns path or file name -> group name.
 
     Args: value: FILE:COLUMN, or FILE for a JSON object of file -> group. FILE is a path or an s3:// URI.
 
-    Raises: ValueError, OSError or csv.Error: the table is missing, is neither CSV nor JSON, lacks a column, or gives a file two
-        groups.
+    Raises:
+        ValueError, OSError or csv.Error: the table is missing, is neither CSV nor JSON, lacks a column, or gives a file two
+            groups.
+        DataError: the storage of the table fails.
     """
     file, _, column = value.rpartition(":")
     if not file or "/" in column or "\\" in column:  # the only colon belongs to s3:// or to a Windows drive
@@ -223,7 +248,15 @@ def _read_table(value: str) -> dict[str, str]:
 
 
 def _pairs_of_rows(rows: Sequence[Mapping[str, Any]], file: str, column: str) -> list[tuple[str, Any]]:
-    """Returns (name, group) of each row that names a file. Raises: ValueError: a column is missing."""
+    """Returns (file, group) of each table row that names a file.
+
+    Args:
+        rows: column -> cell, for each row.
+        file: name of the table, for error messages.
+        column: name of the column with the groups.
+
+    Raises: ValueError: a column is missing.
+    """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     file_columns = [name for name in FILE_COLUMNS if name in columns and name != column]
     if column not in columns or not file_columns:

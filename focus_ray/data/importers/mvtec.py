@@ -1,4 +1,4 @@
-"""Importer for MVTec AD, MVTec AD 2 and MVTec LOCO."""
+"""The importer for the public data sets MVTec AD, MVTec AD 2 and MVTec LOCO."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from focus_ray.names import is_utf8
 
 
 def plan_mvtec(root: SourcePath, category: str, settings: ImportSettings) -> ImportPlan:
-    """Plans a category of MVTec AD, MVTec AD 2 or MVTec LOCO: reads all folders that occur in one of the three.
+    """Makes the import plan of a category of MVTec AD, AD 2 or LOCO: reads all folders that occur in any of these data sets.
 
     Raises: DataError: train/ or validation/ contains a folder whose name does not mean good parts, or a folder name is not valid
-    UTF-8.
+        UTF-8.
     """
     plan = ImportPlan(category)
     for folder in ("train", "validation"):
@@ -51,7 +51,7 @@ def plan_mvtec(root: SourcePath, category: str, settings: ImportSettings) -> Imp
 
 
 def _is_mvtec(folder: SourcePath) -> bool:
-    """Returns whether train/ of a folder contains a folder of good parts, and the layout is not BTAD."""
+    """Returns whether a folder has the layout of MVTec: train/ contains a folder of good parts, and the layout is not BTAD."""
     return bool(list_good_folders(folder / "train")) and not is_btad(folder)
 
 

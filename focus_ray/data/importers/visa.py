@@ -1,4 +1,4 @@
-"""Importer for VisA, and for other data sets with a table of the same columns."""
+"""The importer for the public data set VisA, and for other data sets with a table of the same columns."""
 
 from __future__ import annotations
 
@@ -31,16 +31,18 @@ _YES = ("1", "1.0", "true", "yes", "t", "y")
 def plan_visa(
     table: SourcePath, root: SourcePath, categories: Sequence[str] | None, settings: ImportSettings
 ) -> list[ImportPlan]:
-    """Plans the categories of a table with the columns object,split,label,image,mask.
+    """Makes the import plans of the categories in a table with the columns object,split,label,image,mask.
 
-    Without a split column, the normal images are split at random by the seed, and all anomalous images are test images.
+    For rows without a split, the normal images are split at random by the seed, and all anomalous images are test images.
 
     Args:
         table: the CSV file.
         root: the folder that the paths in the table are relative to.
         categories: the categories to ingest; the plans of all others are empty. None takes all.
+        settings: the settings of the ingestion.
 
-    Raises: DataError: the table cannot be read, lacks a column or has an invalid line.
+    Raises: DataError: the table cannot be read, lacks a column, has an invalid line or category name, or names a path outside
+        `root`.
     """
     try:
         reader = csv.DictReader(io.StringIO(table.read_bytes().decode("utf-8-sig"), newline=""))
@@ -93,7 +95,7 @@ def plan_visa(
 
 
 def _table_path(text: str, root: SourcePath, table: SourcePath) -> SourcePath:
-    """Returns the file that an entry of a table names: relative to the root, or else relative to the folder of the table.
+    """Returns the file that an entry of a table names, relative to the root or, if missing there, to the folder of the table.
 
     Raises: DataError: the entry leads out of the root.
     """
@@ -105,7 +107,7 @@ def _table_path(text: str, root: SourcePath, table: SourcePath) -> SourcePath:
 
 
 def find_visa_tables(source: SourcePath) -> list[SourcePath]:
-    """Returns the tables of a source: the table of all categories if there is one, otherwise one table per category."""
+    """Returns the CSV tables of a source: the table of all categories if there is one, otherwise one table per category."""
     for table in (source / "split_csv" / "1cls.csv", source / "image_anno.csv"):
         if table.is_file():
             return [table]
@@ -113,15 +115,17 @@ def find_visa_tables(source: SourcePath) -> list[SourcePath]:
 
 
 class _VisaImporter:
-    """The importer for VisA, see `Importer`."""
+    """The importer for data sets with a table like that of VisA, see `Importer`."""
 
     expected = "split_csv/1cls.csv or image_anno.csv"
     has_table = True
 
     def fits(self, folder: SourcePath) -> bool:
+        """Returns whether a folder contains such a table."""
         return bool(find_visa_tables(folder))
 
     def plan(self, folder: SourcePath, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
+        """Returns the import plans of all categories in the tables of a folder. Raises: DataError: see `plan_visa`."""
         return [plan for table in find_visa_tables(folder) for plan in plan_visa(table, folder, categories, settings)]
 
 

@@ -1,4 +1,4 @@
-"""Names of folders for good parts in many languages. Every other folder of test images counts as a type of defect.
+"""Recognises folder names that mean good parts, in many languages. Every other folder of test images counts as a type of defect.
 
 Case, separators and accents of a name are ignored. A word also matches in the plural with "s", and together with a word for the
 object itself ("good parts", "Gutteile", "OK_Bilder"). docs/use/data.md lists the recognised names.
@@ -49,7 +49,7 @@ _UNCLEAR = """
 
 
 def _words(*texts: str) -> frozenset[str]:
-    """Returns the words of all texts."""
+    """Returns all words of the texts, without repeats."""
     return frozenset(word for text in texts for word in text.split())
 
 
@@ -58,27 +58,27 @@ _object_words = _words(_OBJECT_WORDS_TEXT)
 
 
 def is_good_name(name: str) -> bool:
-    """Returns whether a folder or label of this name means good parts."""
+    """Returns whether the name of a folder or label means good (normal) parts."""
     return _is_word(_letters_and_digits(name), _good_words)
 
 
 def is_bad_name(name: str) -> bool:
-    """Returns whether a folder of this name means defective parts, in layouts where unknown names are refused."""
+    """Returns whether a folder name means defective parts. Used for layouts where unknown names are refused."""
     normalized = _letters_and_digits(name)
     return normalized.startswith("bad") or _is_word(normalized, _bad_words)
 
 
 def _is_word(normalized: str, words: frozenset[str]) -> bool:
-    """Returns whether a normalized name is one of the words, also with a plural 's'.
+    """Returns whether a name is in a list of words, also with a plural "s" or with a word for the object, as in "goodparts".
 
-    A word for the object before or after it is allowed, as in 'goodparts'.
+    Args: normalized: the name, from `_letters_and_digits`.
     """
     candidates = (normalized, *_without_object_word(normalized))
     return any(word in words or (word.endswith("s") and word[:-1] in words) for word in candidates)
 
 
 def is_unclear_name(name: str) -> bool:
-    """Returns whether a folder of this name may mean good or defective parts."""
+    """Returns whether a folder name may mean good or defective parts, such as "1" or "other"."""
     return _letters_and_digits(name) in _unclear_words
 
 
@@ -89,6 +89,6 @@ def _letters_and_digits(name: str) -> str:
 
 
 def _without_object_word(normalized: str) -> list[str]:
-    """Returns the name without a word for the object ("part", "image") at its start or end; one text per matching word."""
+    """Returns the name without a word for the object ("part", "image") at its start or end: one text for each matching word."""
     shortened = [normalized.removeprefix(word) for word in sorted(_object_words) if normalized.startswith(word)]
     return shortened + [normalized.removesuffix(word) for word in sorted(_object_words) if normalized.endswith(word)]
