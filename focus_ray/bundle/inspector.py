@@ -153,8 +153,9 @@ class Inspector:
     def inspect(self, images: Sequence[bytes | str | Path]) -> list[Inspection]:
         """Inspects a list of images (encoded bytes or paths), and returns an `Inspection` for each image in the same order.
 
-        Raises: DataError: `images` is a single image instead of a list, an image cannot be read or decoded, no pixel of an
-            image is scored, or a score is not finite. An error in one image means that no image gets a result.
+        Raises:
+            DataError: `images` is a single image instead of a list, an image cannot be read or decoded, no pixel of an image is
+                scored, or a score is not finite. An error in one image means that no image gets a result.
         """
         if isinstance(images, (bytes, bytearray, str, Path)):
             raise DataError(
