@@ -139,8 +139,8 @@ class LeaveOneOutGaussian:
     def _fit_for_exclusion(self, num_excluded: int) -> Gaussian:
         """Returns the Gaussian from which leave-one-out distances are computed if `num_excluded` images are excluded together.
 
-        Mean and scatter are computed from all n images. The covariance is computed as in `fit_gaussian`, but with the divisor n -
-        num_excluded - 1, which is the divisor of the remaining images. The newest `MAX_FITS` Gaussians are cached.
+        Mean and scatter are computed from all n images. The covariance is computed as in `fit_gaussian`, but with the divisor n
+        - num_excluded - 1, which is the divisor of the remaining images. The newest `MAX_FITS` Gaussians are cached.
 
         Raises: ValueError: fewer than two images would remain.
         """

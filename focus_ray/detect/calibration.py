@@ -1,7 +1,7 @@
 """Module that computes thresholds and p-values from the scores of normal images.
 
-The density (the model of normal embeddings) has not seen these normal images, or leaves each image out while the image is scored.
-Test images are never used. docs/learn/verdicts.md explains which guarantees hold with which number of images.
+The density (the model of normal embeddings) has not seen these normal images, or leaves each image out while the image is
+scored. Test images are never used. docs/learn/verdicts.md explains which guarantees hold with which number of images.
 """
 
 from __future__ import annotations

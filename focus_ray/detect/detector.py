@@ -113,7 +113,8 @@ class Detector:
         Args:
             theta: (B, 2, 3), alignment of each image; None without image alignment.
             profile: used for image scores instead of the detector's profile; None: the detector's profile.
-            shown: (B, H, W) bool, pixels of the input images that are scored; the map is 0 at all other pixels. None: all pixels.
+            shown: (B, H, W) bool, pixels of the input images that are scored; the map is 0 at all other pixels. None: all
+                pixels.
         """
         profile = profile or self.profile
         # pixels outside the image are invented by padding, and the density has not learnt locations that training rarely showed
@@ -238,8 +239,8 @@ def embed(
         images: (B, 3, H, W) in 0..1.
         pad_batches: see `embed_tiles`.
 
-    Returns: embedding (B, C + K, H/stride, W/stride), with the maps of tiles side by side; theta (B, 2, 3), or None without image
-        alignment.
+    Returns: embedding (B, C + K, H/stride, W/stride), with the maps of tiles side by side; theta (B, 2, 3), or None without
+        image alignment.
     """
     tiles = Tiles(*net.config.tiles)
     embedding, theta = embed_tiles(net, reduction, tiles.cut(images), pad_batches)

@@ -1,8 +1,9 @@
 """Module for a model of the highest scores of few normal images: it estimates how rare even higher scores are [ours].
 
-The upper half of n scores is the tail: k scores. The lowest score of the tail is `start`. The model assumes that the tail is exponential
-above the start (a generalised Pareto tail of shape 0). An excess is a score of the tail minus the start. The scale of the
-exponential is uncertain: it is estimated from only k - 1 excesses. A prior adds the experience from other categories: the ratio
+The upper half of n scores is the tail: k scores. The lowest score of the tail is `start`. The model assumes that the tail is
+exponential above the start (a generalised Pareto tail of shape 0). An excess is a score of the tail minus the start. The scale
+of
+the exponential is uncertain: it is estimated from k - 1 excesses. A prior adds the experience from other categories: the ratio
 scale/start follows an inverse-gamma distribution, as if the tail had more excesses than the images show (`TailPrior`). The ratio
 has no unit, so it is comparable between categories and between kinds of score.
 
