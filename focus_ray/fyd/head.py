@@ -11,7 +11,7 @@ PROJECTOR_WIDTH = 256  # channels of the projector f [kin: RegAD]
 
 
 class Head(nn.Module):
-    """The projector f (the encoder of RegAD [kin]) and the predictor g: f transforms the features of layer 3, and g follows f."""
+    """The projector f (the encoder of RegAD [kin]), which transforms the features of layer 3, and the predictor g after it."""
 
     def __init__(self, net: FocusNet) -> None:
         super().__init__()

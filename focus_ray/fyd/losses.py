@@ -48,7 +48,7 @@ def coarse_loss(aligned: Tensor, pairs: Tensor, valid: Tensor | None = None) -> 
 
 
 def fine_loss(predicted: Tensor, projected: Tensor, pairs: Tensor) -> Tensor:
-    """Computes L_fine: negative cosine similarity to the features of the partner image, averaged over images and locations [paper].
+    """Computes L_fine: negative cosine similarity to the features of the partner image, averaged over all locations [paper].
 
     No gradient flows through the features of the other image (stop-gradient, SimSiam, arXiv 2011.10566).
 

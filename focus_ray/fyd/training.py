@@ -136,8 +136,7 @@ def collapse_warning(figures: dict[str, float]) -> str | None:
 
 
 def build_optimizer(net: FocusNet, head: Head, config: TrainConfig) -> torch.optim.SGD:
-    """Builds SGD for the trainable parameters, with separate learning rates for image aligner, feature aligners, head and backbone.
-    """
+    """Builds SGD for all trainable parameters; image aligner, feature aligners, head and backbone have own learning rates."""
     rates = {
         "image_aligner": LEARNING_RATE_IMAGE_ALIGNER,
         "feature_aligners": LEARNING_RATE_FEATURE_ALIGNERS,
