@@ -32,7 +32,9 @@ class Density(Protocol):
     width: int
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """The device on which distances are computed."""
+        ...
 
     def score(self, embedding: Tensor) -> Tensor:
         """Computes how far B embeddings (B, C, H, W) are from the normal embeddings of each location: (B, H, W), >= 0."""

@@ -47,6 +47,7 @@ class CheckedMemory:
 
     @property
     def device(self) -> torch.device:
+        """The device on which distances are computed."""
         return self.memory.device
 
     def score(self, embedding: Tensor, *excluded_images: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class Gaussian:
 
     @property
     def device(self) -> torch.device:
+        """The device on which distances are computed."""
         return self.mean.device
 
     def score(self, embedding: Tensor) -> Tensor:

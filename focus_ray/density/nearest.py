@@ -101,6 +101,7 @@ class NearestMemory:
 
     @property
     def device(self) -> torch.device:
+        """The device on which distances are computed."""
         return self.bank.device
 
     def score(self, embedding: Tensor, excluded_images: Tensor | None = None) -> Tensor:
@@ -185,6 +186,7 @@ class JointMemory:
 
     @property
     def device(self) -> torch.device:
+        """The device on which distances are computed."""
         return self.location_memory.device
 
     def score(self, embedding: Tensor, *excluded_images: Tensor) -> Tensor:

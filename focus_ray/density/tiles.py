@@ -27,6 +27,7 @@ class Tiles(NamedTuple):
 
     @property
     def num_tiles(self) -> int:
+        """The number of tiles of an image."""
         return self.rows * self.columns
 
     def cut(self, images: Tensor) -> Tensor:
@@ -125,6 +126,7 @@ class TiledDensity:
 
     @property
     def device(self) -> torch.device:
+        """The device on which distances are computed."""
         return cast(torch.device, self.tile_density.device)
 
     def score(self, embedding: Tensor, excluded_images: Tensor | None = None) -> Tensor:

@@ -96,10 +96,12 @@ class FitResult:
 
     @property
     def net(self) -> FocusNet:
+        """The network of the detector."""
         return self.detector.net
 
     @property
     def reduction(self) -> ChannelReduction:
+        """The channel reduction of the detector."""
         return self.detector.reduction
 
 

@@ -250,6 +250,10 @@ class StreamShard(Shard):
         self.frame = load_frame(config, category)
 
     def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Generator: see `Shard.train_batches`. It needs a stream.
+
+        Raises: TrainingError: the stream ended too early, for instance because the data was changed.
+        """
         assert self.stream is not None, "training needs a stream"
         seed = int(torch.randint(2**31 - 1, (1,), generator=generator))
         pending: list[Tensor] = []

@@ -33,7 +33,7 @@ NUM_CALIBRATION_FOLDS = 5  # of calibration.method=cross
 # With 4096 calibration images, the rate of a threshold for 0.05 lies between 0.044 and 0.056 in 9 of 10 cases. A worker keeps up
 # to 10 % of the map of each image.
 MAX_CALIBRATION_IMAGES = 4096
-MAX_VALIDATION_IMAGES = 64  # images that judge alignment and epochs
+MAX_VALIDATION_IMAGES = 64  # images that choose alignment and epoch
 NO_ROWS = np.empty(0, dtype=np.int64)
 
 
