@@ -1,1 +1,1 @@
-"""Densities: models of normal embeddings that measure how far a new embedding is from them. Each density has one file."""
+"""Package of the densities: models of normal embeddings that measure how far a new embedding is from the normal ones."""

@@ -1,4 +1,8 @@
-"""The bank of normal embeddings: rows (N, L, C) of images. A bundle stores each embedding once, in two files."""
+"""Module for the bank: the stored embeddings (N, L, C) of N normal images at L locations.
+
+If each location keeps only a coreset (a subset of representative embeddings), a bundle stores the coresets in one file and the
+remaining embeddings in another file.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ def select_unused_embeddings(bank: Tensor, images: Tensor) -> Tensor:
 
     Args:
         bank: (N, L, C), embeddings of N images at L locations.
-        images: (M, L), for each location the numbers of the M images whose embeddings are in its coreset.
+        images: (M, L), for each location the positions in the bank of the M images whose embeddings are in the coreset.
 
     Returns: (L * (N - M), C), in the order of the bank: image by image.
     """
@@ -29,7 +33,7 @@ def restore_bank_rows(coreset: Tensor, images: Tensor, unused: Tensor) -> Tensor
 
     Args:
         coreset: (M, L, C), the M embeddings in the coreset of each location.
-        images: (M, L), image number of each embedding in `coreset`.
+        images: (M, L), position in the bank of the image of each embedding in `coreset`.
         unused: (L * (N - M), C), the result of `select_unused_embeddings`.
 
     Returns: (N, L, C), in the original order of the images.
@@ -44,6 +48,6 @@ def restore_bank_rows(coreset: Tensor, images: Tensor, unused: Tensor) -> Tensor
 def _is_unused(num_images: int, images: Tensor) -> Tensor:
     """Returns a mask (N, L) that is False where the embedding of image n is in the coreset of location l.
 
-    Args: images: (M, L), for each location the numbers of the images whose embeddings are in its coreset.
+    Args: images: (M, L), for each location the positions in the bank of the images whose embeddings are in the coreset.
     """
     return torch.ones(num_images, images.shape[1], dtype=torch.bool).scatter_(0, images.long(), False)

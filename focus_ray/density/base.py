@@ -1,4 +1,9 @@
-"""Fitted densities, and the statistics of normal images from which each kind (`density.kinds`) builds its density."""
+"""Module for fitted densities and for the statistics of normal images from which a density is built.
+
+A density is a model of normal embeddings: it measures how far a new embedding is from the normal ones. The bank contains the
+stored embeddings of selected normal images. An image number is a position in the bank, from 0. A location is a cell
+of the feature map. Each kind of density is a module of `density.kinds`.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +32,12 @@ class Density(Protocol):
     width: int
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """The device on which distances are computed."""
+        ...
 
     def score(self, embedding: Tensor) -> Tensor:
-        """Computes distances (B, H, W), >= 0, of B embeddings (B, C, H, W) to the normal embeddings of each location."""
+        """Computes how far B embeddings (B, C, H, W) are from the normal embeddings of each location: (B, H, W), >= 0."""
 
 
 class LeaveOneOutScorer(Protocol):
@@ -40,15 +47,16 @@ class LeaveOneOutScorer(Protocol):
     width: int
 
     def score(self, embedding: Tensor, excluded_images: Tensor) -> Tensor:
-        """Computes the distances of B training images to the other training images, without some excluded images.
+        """Computes the distances of B training images to the training images that are not excluded.
 
         Args:
             embedding: (B, C, H, W), embeddings of the training images.
-            excluded_images: numbers of the bank's images to exclude for each of the B images. (B,) excludes one image for each,
-                usually the image itself; (B, K) excludes up to K images for each. A density without a bank uses only the number
-                of excluded images.
+            excluded_images: positions in the bank of the images to exclude. (B,) excludes one image for each of the B images,
+                usually the image itself; (B, K) excludes up to K images for each, and a row may repeat a position.
 
         Returns: (B, H, W), >= 0.
+
+        Raises: ValueError: fewer than two images would remain for a Gaussian.
         """
 
 
@@ -64,19 +72,20 @@ _PER_IMAGE = (
 class Statistics:
     """Statistics of normal images, from which a density is built. Statistics of several sites can be joined.
 
-    moments: moments of the embeddings of all images.
-    bank: (N, L, C + K) float16, embeddings of N selected images; the last K channels are for a coreset (K is 0 without a
-        coreset). None for a Gaussian.
+    moments: count, mean and scatter of the embeddings of all images.
+    bank: (N, L, C + K) float16, stored embeddings of N selected images at L locations; the last K channels are for a coreset, a
+        small subset of representative patches (K is 0 without a coreset). None if no embeddings are stored.
     thetas: (N, 2, 3), alignment of each image of the bank; None without image alignment.
     shown: (N, L) bool, True at locations of the bank's images that are scored; None if all locations are scored.
     scatter: (2, C, C), scatter matrices of normal and defective residuals from which the projection was computed
         (`fitting.projection`); None if no projection was learnt.
-    grid: rows and columns of tiles of one image. All tiles share the locations of the moments, and each tile counts as an image
-        there. A row of the bank contains all tiles of an image.
-    relations: which images of the bank show the same part; None if every image shows a different part.
-    descriptors: (N, P, K) float16, descriptors of the bank's images for the search for near-duplicates (`fitting.duplicates`).
-    same_part_distance: the largest distance of descriptors at which two photographs may show the same part; None if it was not
-        measured.
+    grid: (rows, columns) of tiles of one image. All tiles share the locations of the moments, and each tile counts as an image
+        in `moments.count`. A row of the bank contains all tiles of an image.
+    relations: which images of the bank show the same physical part; None if every image shows a different part.
+    descriptors: (N, P, D) float16, features of the bank's images averaged over P cells, for the search for near-duplicates
+        (`fitting.duplicates`); None if they were not computed.
+    same_part_distance: the largest distance between descriptors at which two photographs may show the same physical part; None
+        if it was not measured.
     """
 
     moments: Moments
@@ -96,9 +105,9 @@ class Statistics:
 
     @property
     def per_tile(self) -> Statistics:
-        """The statistics in which each tile counts as one image. They have only moments, bank and relations.
+        """Statistics in which each tile counts as one image, with only moments, bank and relations.
 
-        Images of one tile: these statistics themselves.
+        If images have a single tile, this is the object itself, with all attributes.
         """
         if self.grid == (1, 1):
             return self
@@ -108,17 +117,22 @@ class Statistics:
         return Statistics(moments, bank, relations=relations)
 
     def images_to_exclude(self, images: Tensor) -> Tensor:
-        """Returns the numbers of the bank's images to exclude when images of the bank are scored.
+        """Returns the positions of the images to exclude from the bank when images of the bank are scored.
 
-        Args: images: (B,), numbers of the scored images in the bank.
+        Args: images: (B,), positions of the scored images in the bank.
 
-        Returns: without relations `images`, so that each image excludes itself. With relations (B, K): each image excludes itself
-            and its related images; see `Relations.relatives`.
+        Returns: without relations, `images`, so that each image excludes itself. With relations, (B, K): each image excludes
+            itself and its related images; see `Relations.relatives`.
         """
         return images if self.relations is None else self.relations.relatives(images)
 
     def join(self, other: Statistics) -> Statistics:
-        """Adds the statistics of another site, in place, and returns self. Raises: ValueError: shapes or kinds differ."""
+        """Adds the statistics of another site, in place, and returns self.
+
+        Data per bank image that one side lacks become None, for instance `descriptors`.
+
+        Raises: ValueError: the shapes of the moments differ, or only one side has a bank.
+        """
         if (self.bank is None) != (other.bank is None):
             raise ValueError(
                 "statistics with a bank (of a memory) cannot be joined with statistics without a bank (of a Gaussian)"
@@ -134,12 +148,12 @@ class Statistics:
         return self
 
     def limit_bank(self, num_images: int) -> None:
-        """Reduces the bank to at most `num_images` evenly spaced images; the moments do not change."""
+        """Reduces the bank to at most `num_images` evenly spaced images, in place; the moments do not change."""
         if self.bank is not None and len(self.bank) > num_images:
             self.select_bank_images(sorted(sample_evenly(len(self.bank), num_images)))
 
     def select_bank_images(self, images: list[int]) -> None:
-        """Reduces the bank and all data per bank image to the images with these numbers; the moments do not change."""
+        """Reduces the bank and all data per bank image to the images at these positions, in place; the moments do not change."""
         for name in _PER_IMAGE:
             rows = getattr(self, name)
             setattr(self, name, None if rows is None else rows[images])
@@ -147,9 +161,10 @@ class Statistics:
             self.relations = self.relations.subset(images)
 
     def tensors(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the tensors from which `restore_moments` and `restore_bank` rebuild moments and bank.
+        """Returns the tensors, by name, from which `restore_moments` and `restore_bank` rebuild moments and bank.
 
-        Args: stored: the result of `density_tensors`, stored elsewhere: every embedding is stored once.
+        Args: stored: the result of `density_tensors`. Embeddings that it contains are left out, so that a bundle stores every
+            embedding once.
         """
         moments, channels = self.moments, self.moments.channels
         tensors = {"mean": moments.mean, "scatter": pack_lower(moments.scatter)}
@@ -162,7 +177,12 @@ class Statistics:
 
 
 def restore_moments(count: int, height: int, width: int, tensors: Mapping[str, Tensor]) -> Moments:
-    """Rebuilds moments from the result of `Statistics.tensors`."""
+    """Rebuilds moments from the result of `Statistics.tensors`.
+
+    Args:
+        count: number of images in the moments; every tile counts if tiles share the locations.
+        height, width: size of the map of locations.
+    """
     moments = Moments(0, 0, 0)
     moments.count, moments.height, moments.width, moments.channels = count, height, width, tensors["mean"].shape[1]
     moments.mean, moments.scatter = tensors["mean"], unpack_lower(tensors["scatter"], symmetric=True)
@@ -172,7 +192,14 @@ def restore_moments(count: int, height: int, width: int, tensors: Mapping[str, T
 def restore_bank(
     moments: Moments, grid: tuple[int, int], tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]
 ) -> Tensor | None:
-    """Rebuilds the bank from the results of `Statistics.tensors` and `density_tensors`; None if the density has no bank."""
+    """Rebuilds the bank from stored tensors; returns None if the density has no bank.
+
+    Args:
+        moments: the rebuilt moments, which set the size of the map.
+        grid: (rows, columns) of tiles of an image.
+        tensors: the result of `Statistics.tensors`.
+        stored: the result of `density_tensors`.
+    """
     bank = stored.get("bank")
     if bank is None:
         return None
@@ -194,10 +221,10 @@ def build_density(config: DensityConfig, statistics: Statistics) -> Density:
 
 
 def supports_leave_one_out(config: DensityConfig, grid: tuple[int, int] = (1, 1)) -> bool:
-    """Returns whether a density of the configured kind can score each training image without the image's own embeddings.
+    """Returns whether a density of the configured kind can score each training image as if it had not seen that image.
 
-    If an image has several tiles, this needs a kind with a bank. Without a bank, a density can exclude one tile from its moments,
-    but not all tiles of an image together.
+    If several tiles of an image share one density, this needs a kind with a bank. Without a bank, a density can exclude one tile
+    from its moments, but not all tiles of an image together.
 
     Args: grid: (rows, columns) of tiles of one image that share one density; (1, 1) for images without tiles.
     """
@@ -224,12 +251,17 @@ def leave_one_out_refits(
     statistics: Iterable[Statistics],
     score: Callable[[LeaveOneOutScorer, Tensor], Tensor],
 ) -> Iterator[Tensor]:
-    """Yields the leave-one-out distances of all images for each of several projections of the same images.
+    """Generator: yields the leave-one-out distances of all images, once for each of several projections of these images.
+
+    A projection maps all channels of an embedding to fewer channels.
 
     Args:
-        density: the result of `build_density` for the projection of all images.
-        statistics: of each projection, with a bank. The channels for a coreset are the same in all of them.
-        score: computes the leave-one-out distances of all images by a scorer and the channels (N, L, C) of a bank that it needs.
+        density: the result of `build_density` for the projection that was learnt from all images.
+        statistics: one object for each projection, with a bank. The channels for a coreset are the same in all objects.
+        score: function of a scorer and of the channels (N, L, C) of the bank that the scorer needs; it returns the leave-one-out
+            distances of all N images.
+
+    Raises: ValueError: there are too few images for the kind of density.
     """
     grid = density.grid if isinstance(density, TiledDensity) else (1, 1)
 
@@ -242,7 +274,7 @@ def leave_one_out_refits(
 
 
 def density_tensors(config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:
-    """Returns the tensors that a bundle stores for `load_density`, by name. Each tile counts as one image.
+    """Returns the tensors that a bundle stores for `load_density`, by name. In these tensors, each tile counts as one image.
 
     Args: density: the result of `build_density` for the same statistics.
     """
@@ -270,20 +302,20 @@ def load_density(
 
 
 def exportable_density(config: DensityConfig, density: Density, half: bool) -> Density:
-    """Returns a density that `torch.export` can trace, with the same distances in float32.
+    """Returns a density that `torch.export` can trace. It computes in float32, also from tensors that are stored in float16.
 
     Args:
         density: computes in float32.
-        half: see `shrink_for_export`.
+        half: round the stored tensors to float16, see `shrink_for_export`.
     """
     exportable = DENSITIES[config.kind].exportable(_of_tile(density), half)
     return _of_images(exportable, density.grid if isinstance(density, TiledDensity) else (1, 1))
 
 
 def shrink_for_export(values: Tensor, half: bool) -> Tensor:
-    """Returns the values in float16 if `half` is set and no value overflows, or if float16 represents all values exactly.
+    """Converts values to float16 where this is allowed; otherwise the values keep their type.
 
-    Otherwise the values keep their type.
+    Args: half: True: convert unless a value overflows. False: convert only if float16 represents all values exactly.
     """
     half_values = values.half()
     fits = bool(torch.isfinite(half_values).all()) if half else bool((half_values.float() == values).all())
@@ -291,22 +323,22 @@ def shrink_for_export(values: Tensor, half: bool) -> Tensor:
 
 
 def _tile_config(config: DensityConfig, grid: tuple[int, int]) -> DensityConfig:
-    """Returns the settings of the density of one tile."""
+    """Returns the settings of a density of single tiles that all tiles of an image share."""
     return config if grid == (1, 1) else DENSITIES[config.kind].for_tiles(config, grid[0] * grid[1])
 
 
 def _of_tile(density: Any) -> Any:
-    """Returns the density of one tile, for a density of whole images."""
+    """Returns the density of single tiles inside a density of whole images; a density without tiles is returned unchanged."""
     return density.tile_density if isinstance(density, TiledDensity) else density
 
 
 def _of_images(density: Any, grid: tuple[int, int]) -> Any:
-    """Returns the density, or leave-one-out scorer, of whole images for that of one tile."""
+    """Wraps a density, or leave-one-out scorer, of single tiles so that it scores whole images; unchanged without tiles."""
     return density if grid == (1, 1) else TiledDensity(density, grid)
 
 
 def choose_bank_images(config: DensityConfig, num_images: int) -> set[int] | None:
-    """Chooses at most density.max_images of the images 0 to num_images - 1 for the bank; None if the kind has no bank."""
+    """Chooses at most density.max_images of the images 0 to num_images - 1 for the bank; None if the kind needs no bank."""
     return sample_evenly(num_images, config.max_images) if DENSITIES[config.kind].keeps_bank else None
 
 

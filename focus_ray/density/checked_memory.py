@@ -1,6 +1,7 @@
-"""A memory of normal embeddings whose distances are checked against one Gaussian per location [ours].
+"""Module for a memory of normal embeddings whose distances are checked against one Gaussian per location [ours].
 
-"Checked" means: a patch has a high distance only if it is far from the memory and far from the Gaussian.
+A memory is a density that stores normal embeddings and measures the distance to the nearest one. "Checked" means: a patch has a
+high distance only if it is far from the memory and far from the Gaussian.
 
 Good parts may change in permitted ways, for instance in a printed number. Then no two normal images show the same thing, and the
 nearest neighbour is far away for good parts too. The Gaussian of the location (PaDiM, arXiv 2011.08785) has learnt how much the
@@ -29,14 +30,14 @@ _TYPICAL_IMAGES = 16
 
 
 class CheckedMemory:
-    """A patch is anomalous only if both a memory and the Gaussian of its location find it far away.
+    """Combines a memory with one Gaussian per location: a patch has a high distance only if both find it far away.
 
-    The distance is the smaller of the memory's distance and the scaled distance of the Gaussian. It is a density, or a leave-
-    one-out scorer.
+    The distance is the smaller of the memory's distance and the scaled distance of the Gaussian. An object is a density or a
+    leave-one-out scorer, depending on `gaussian`.
 
     Attributes:
-        memory: a memory whose distances are scaled so that a good patch has about 1.
-        gaussian: for scoring a `Gaussian`, for leave-one-out a `LeaveOneOutGaussian`. Both use only the first channels.
+        memory: memory with scaled distances: a good patch has a distance of about 1.
+        gaussian: a `Gaussian` for new images, or a `LeaveOneOutGaussian` for training images. It uses only the first C channels.
         scale: (), factor for a Gaussian's distance: density.gaussian_share / mean leave-one-out distance of good images.
     """
 
@@ -46,6 +47,7 @@ class CheckedMemory:
 
     @property
     def device(self) -> torch.device:
+        """The device on which distances are computed."""
         return self.memory.device
 
     def score(self, embedding: Tensor, *excluded_images: Tensor) -> Tensor:
@@ -53,18 +55,20 @@ class CheckedMemory:
 
         Args:
             embedding: (B, C + K, H, W). The memory compares all channels, the Gaussians compare the first C channels.
-            excluded_images: (B,) or (B, K'), numbers of the bank's images to exclude for each of the B images; only for a
+            excluded_images: (B,) or (B, K'), positions in the bank of the images to exclude for each of the B images; only for a
                 leave-one-out scorer.
+
+        Raises: ValueError: a leave-one-out scorer would have fewer than two images left.
         """
         distance = self.gaussian.score(embedding[:, : self.gaussian.channels], *excluded_images)
         return torch.minimum(self.memory.score(embedding, *excluded_images), distance * self.scale)
 
 
 def can_build_checked_memory(statistics: Statistics, gaussian_share: float) -> bool:
-    """Returns whether a `CheckedMemory` can be built.
+    """Returns whether a `CheckedMemory` is wanted and can be built.
 
-    Conditions: `gaussian_share` is above 0; at least `MIN_IMAGES` images remain when an image and all images of the same part
-    are left out; the precision factors have at most `MAX_FACTOR_VALUES` values.
+    Conditions: `gaussian_share` (density.gaussian_share) is above 0; at least `MIN_IMAGES` images remain when an image and all
+    images of the same physical part are left out; the precision factors have at most `MAX_FACTOR_VALUES` values.
     """
     moments, relations = statistics.moments, statistics.relations
     num_excluded = 1 if relations is None else int(relations.related.sum(dim=1).max())
@@ -73,7 +77,14 @@ def can_build_checked_memory(statistics: Statistics, gaussian_share: float) -> b
 
 
 def build_checked_memory(memory: JointMemory, statistics: Statistics, gaussian_share: float) -> CheckedMemory:
-    """Fits a Gaussian for each location, and combines the Gaussians with the memory of the same statistics."""
+    """Fits a Gaussian for each location, and combines the Gaussians with the memory of the same statistics.
+
+    Args:
+        statistics: with a bank of at least three images.
+        gaussian_share: density.gaussian_share, see `CheckedMemory.scale`.
+
+    Raises: ValueError: fewer than three images, or fewer than two without an image and its related images.
+    """
     moments = statistics.moments
     mean, factor = fit_gaussian(moments, _ridge(statistics))
     gaussian = Gaussian(mean, _round_to_half(factor).float(), moments.height, moments.width)
@@ -83,7 +94,7 @@ def build_checked_memory(memory: JointMemory, statistics: Statistics, gaussian_s
 
 
 def leave_one_out_gaussian(statistics: Statistics) -> LeaveOneOutGaussian:
-    """Builds the leave-one-out scorer of the Gaussians of a `CheckedMemory`, with its ridge and without pooling.
+    """Builds the leave-one-out scorer of the Gaussians of a `CheckedMemory`, with the same ridge and without pooling.
 
     Raises: ValueError: the statistics are of fewer than three images.
     """
@@ -91,7 +102,10 @@ def leave_one_out_gaussian(statistics: Statistics) -> LeaveOneOutGaussian:
 
 
 def measure_scale(statistics: Statistics, gaussian: LeaveOneOutGaussian, gaussian_share: float) -> Tensor:
-    """Computes `CheckedMemory.scale`, a scalar, from the leave-one-out distances of some images of the bank."""
+    """Computes `CheckedMemory.scale`, a scalar, from the leave-one-out distances of at most `_TYPICAL_IMAGES` bank images.
+
+    Raises: ValueError: fewer than two images would remain when an image and its related images are left out.
+    """
     bank, moments = statistics.bank, statistics.moments
     assert bank is not None
     total = torch.zeros((), device=moments.mean.device)
@@ -115,7 +129,7 @@ def gaussian_tensors(density: CheckedMemory) -> dict[str, Tensor]:
 
 
 def load_checked_memory(memory: JointMemory, tensors: Mapping[str, Tensor]) -> CheckedMemory:
-    """Combines a memory with the Gaussians that `gaussian_tensors` returned."""
+    """Rebuilds a `CheckedMemory` from a memory and the tensors that `gaussian_tensors` returned."""
     factor = unpack_lower(tensors["gaussian.precision_factor"].float())
     gaussian = Gaussian(tensors["gaussian.mean"], factor, memory.height, memory.width)
     return CheckedMemory(memory, gaussian, tensors["gaussian.scale"])
@@ -127,6 +141,6 @@ def _ridge(statistics: Statistics) -> float:
 
 
 def _round_to_half(factor: Tensor) -> Tensor:
-    """Rounds precision factors to float16, as bundles store them; returns them unchanged if a value is too large."""
+    """Rounds precision factors to float16, as bundles store them; returns them unchanged if a value overflows float16."""
     half = factor.half()
     return half if bool(torch.isfinite(half).all()) else factor

@@ -1,4 +1,4 @@
-"""A memory without locations: a small coreset of the patches of all normal images [kin].
+"""Module for a coreset: a small, representative set of the patches of all normal images, without their locations [kin].
 
 PatchCore (arXiv 2106.08265) compares a patch with normal patches from every location. Then the appearance of one location is
 normal at every other location. This is right for textures and for parts that lie anywhere, for which a memory of each location
@@ -18,12 +18,12 @@ _CHUNK_BYTES = 64 * 2**20  # of distances that are in memory at the same time
 
 
 class Coreset:
-    """A fitted memory of patches without locations.
+    """A fitted memory of M normal patches without locations; it measures the distance to the nearest normal patch.
 
     Attributes:
-        stored_patches: (M, K) float16, as a bundle stores them.
-        image_numbers: (M,), number of the normal image of each patch.
-        patches: (M, K), the patches that queries are compared with, after `centre` is subtracted.
+        stored_patches: (M, K) float16, patches as a bundle stores them.
+        image_numbers: (M,), for each patch the position in the bank of the image that it comes from.
+        patches: (M, K), the patches with which new patches are compared; `centre` is already subtracted.
         centre: (K,) float32, mean of the patches; None except in bfloat16, where smaller values have smaller rounding errors.
         half_squares: (M,), half the squared norm of each patch.
     """
@@ -32,7 +32,7 @@ class Coreset:
         """
         Args:
             patches: (M, K), values that float16 represents exactly; not centred.
-            image_numbers: (M,).
+            image_numbers: (M,), see the class.
             dtype: type in which distances are computed, float32 or bfloat16.
 
         Raises: ValueError: the shapes do not fit together.
@@ -52,8 +52,8 @@ class Coreset:
 
         Args:
             embedding: (B, K, H, W), embeddings of B images.
-            excluded_images: (B,) or (B, K'), for each of the B images the numbers of the normal images whose patches are ignored.
-                None ignores no image.
+            excluded_images: (B,) or (B, K'), for each of the B images the positions in the bank of the normal images whose
+                patches are ignored. None ignores no image.
 
         Returns: (B, H, W), >= 0; infinite if all patches are ignored.
         """
@@ -85,7 +85,8 @@ def choose_coreset(
     At most `MAX_CANDIDATES` patches are considered.
 
     Args:
-        bank: (N, L, K), normal embeddings of N images, with values that float16 represents exactly.
+        bank: (N, L, K), normal embeddings of N images at L locations, with values that float16 represents exactly.
+        num_patches: largest size of the coreset.
         device: device of the coreset.
         dtype: type in which the coreset computes distances, float32 or bfloat16.
     """
@@ -99,9 +100,14 @@ def choose_coreset(
 
 
 def choose_candidates(num_images: int, num_locations: int, generator: torch.Generator) -> Tensor:
-    """Chooses at most MAX_CANDIDATES patches of a bank (N, L, K), spread evenly over images and locations.
+    """Chooses at most MAX_CANDIDATES patches of a bank of N images and L locations, spread evenly over images and locations.
 
-    Returns: patch numbers, number = image * L + location.
+    Args:
+        num_images, num_locations: N and L.
+        generator: random generator of the order.
+
+    Returns: (n,) patch indices, index = image * L + location. If the bank has at most MAX_CANDIDATES patches, the indices of all
+        patches in random order.
 
     The locations are put into random order. The images then take consecutive stretches of this order, so that every image gives
     the same number of candidates, and every location too, up to one. Chance then cannot miss a rare appearance in one image.
@@ -116,10 +122,10 @@ def choose_candidates(num_images: int, num_locations: int, generator: torch.Gene
 
 
 def greedy_coreset(points: Tensor, count: int) -> Tensor:
-    """Returns the numbers of at most `count` of the points (P, D), chosen by farthest-point sampling.
+    """Chooses at most `count` of the points (P, D) by farthest-point sampling, and returns their indices.
 
-    The first point is the one that is farthest from the mean. Every next point is the one that is farthest from the points
-    chosen before. Which points are chosen does not depend on the order of the points.
+    The first chosen point is farthest from the mean of all points. Every next point is farthest from the points that are chosen
+    already. The choice does not depend on the order of the points, unless two distances are equal.
     """
     squares = points.square().sum(dim=1)
     distance = torch.full_like(squares, torch.inf)  # (P,), squared distance to the nearest chosen point
@@ -141,7 +147,7 @@ def greedy_coresets(points: Tensor, count: int) -> Tensor:
         points: (S, P, D).
         count: number of points to choose from each set, at most P.
 
-    Returns: point numbers (S, count).
+    Returns: (S, count), indices of the chosen points in each set.
     """
     squares = points.square().sum(dim=2)
     distance = torch.full_like(squares, torch.inf)
@@ -158,7 +164,7 @@ def greedy_coresets(points: Tensor, count: int) -> Tensor:
 
 
 class ExportableCoreset(Coreset):
-    """A coreset that `torch.export` can trace: without chunks and in-place writes, with small patches."""
+    """A coreset that `torch.export` can trace: without chunks and in-place writes, with patches in float16 where possible."""
 
     def __init__(self, coreset: Coreset, half: bool) -> None:
         """Args: coreset: computes in float32. half: see `shrink_for_export`."""
@@ -167,7 +173,7 @@ class ExportableCoreset(Coreset):
         self.half_squares = self.patches.float().square().sum(dim=0) / 2
 
     def score(self, embedding: Tensor, excluded_images: Tensor | None = None) -> Tensor:
-        """Computes distances (B, H, W) of embeddings (B, K, H, W), without the exclusion of images."""
+        """Computes distances (B, H, W) of embeddings (B, K, H, W); `excluded_images` is ignored."""
         queries = embedding.permute(0, 2, 3, 1)
         best_agreement = (queries @ self.patches.float() - self.half_squares).amax(dim=3)
         return (queries.square().sum(dim=3) - 2 * best_agreement).clamp_min(0).sqrt()

@@ -1,4 +1,7 @@
-"""A density of one Gaussian per location (PaDiM, arXiv 2011.08785), whose distance is the Mahalanobis distance."""
+"""Module for a density of one Gaussian per location (PaDiM, arXiv 2011.08785). Its distance is the Mahalanobis distance.
+
+In shapes, L is the number of locations (cells of the feature map) and C the number of channels.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,12 @@ class Gaussian:
     """A fitted density of one Gaussian per location.
 
     Attributes:
-        mean: (L, C).
+        mean: (L, C), mean embedding of each location.
         precision_factor: (L, C, C), lower triangular matrix W of each location, with W^T W = inverse covariance.
+        height, width: size of the map of locations; L = height * width.
+        channels: C.
+
+    Raises: ValueError: the shapes do not fit together.
     """
 
     def __init__(self, mean: Tensor, precision_factor: Tensor, height: int, width: int) -> None:
@@ -28,15 +35,16 @@ class Gaussian:
 
     @property
     def device(self) -> torch.device:
+        """The device on which distances are computed."""
         return self.mean.device
 
     def score(self, embedding: Tensor) -> Tensor:
-        """Computes Mahalanobis distances (B, H, W), >= 0, of B embeddings (B, C, H, W)."""
+        """Computes the Mahalanobis distances (B, H, W), >= 0, of the patches of B embeddings (B, C, H, W)."""
         assert embedding.shape[2:] == (self.height, self.width)
         return mahalanobis(embedding, self.mean, self.precision_factor)
 
     def exportable(self, half: bool) -> Gaussian:
-        """Returns a copy for export, whose precision factor is float16 where `shrink_for_export` allows it."""
+        """Returns a copy for export, whose precision factor is float16 if `shrink_for_export(..., half)` allows it."""
         return Gaussian(self.mean, shrink_for_export(self.precision_factor, half), self.height, self.width)
 
 
@@ -46,17 +54,19 @@ def fit_gaussian(
 ) -> tuple[Tensor, Tensor]:
     """Computes the mean and the precision factor of each location from its moments.
 
-    The covariance of a location is (1 - pooling) scatter / (count - 1) + pooling * pooled + ridge I. With pooling 0 this is the
-    covariance of PaDiM (arXiv 2011.08785, section III-B). Pooling mixes in the mean covariance of all locations [ours]. It helps
-    where there are few images per channel: the location then also uses the directions in which normal parts vary elsewhere (as
-    in discriminant analysis).
+    The covariance of a location is (1 - pooling) scatter / (count - 1) + pooling * pooled + ridge I. Here `scatter` is the
+    location's sum of centred outer products, `count` the number of images, `pooled` the mean covariance of all locations, and I
+    the identity matrix. With pooling 0 this is the covariance of PaDiM (arXiv 2011.08785, section III-B). Pooling [ours] helps
+    if there are few images per channel: a location then also uses the directions in which normal parts vary elsewhere (as in
+    discriminant analysis).
 
     Args:
-        ridge: added to the diagonal of each covariance.
+        moments: of all images.
+        ridge: number that is added to the diagonal of each covariance.
         pooling: weight of the pooled covariance, 0 to 1.
         divisor: number that replaces count - 1 under the scatter; None: count - 1.
 
-    Returns: mean (L, C), and precision factor (L, C, C).
+    Returns: mean (L, C), and precision factor (L, C, C), see `Gaussian`.
 
     Raises: ValueError: fewer than two images.
     """
@@ -78,7 +88,7 @@ def mahalanobis(embedding: Tensor, mean: Tensor, precision_factor: Tensor) -> Te
     """Computes the Mahalanobis distance of each patch to the Gaussian of its location (PaDiM, arXiv 2011.08785, eq. 2).
 
     Args:
-        embedding: (B, C, H, W), in the aligned frame.
+        embedding: (B, C, H, W), feature maps of B images after alignment.
         mean: (H*W, C).
         precision_factor: (H*W, C, C), lower triangular matrix W of each location, with W^T W = inverse covariance.
 
@@ -100,19 +110,22 @@ MAX_FITS = 4  # fits that a `LeaveOneOutGaussian` stores: 41 MB each at 1024 loc
 class LeaveOneOutGaussian:
     """Scores each training image against the Gaussian of all other training images, from one fit [ours].
 
-    The Gaussian of all images is fitted once and corrected by a formula: Sherman-Morrison for one excluded image, Woodbury for
-    several. Let x be one of n images, m the mean of all, v = x - m, and A the covariance of the whole scatter over n - 2.
-    Without x the covariance is A - c v v^T with a constant c, so the distance follows from v^T A^-1 v alone. This is exact,
-    except that the ridge and the pooled covariance still include the excluded images.
+    "Leave-one-out" means: an image is scored as if it had not been in the training images. The Gaussian of all images is fitted
+    once, and the distances are corrected by a formula: Sherman-Morrison for one excluded image, Woodbury for several.
+
+    The formula for one excluded image: let x be the embedding of one of n images, m the mean of all images, v = x - m, and A the
+    covariance that is computed from the scatter of all images with the divisor n - 2. Without x, the covariance is A - c v v^T
+    with a constant c, so the distance follows from v^T A^-1 v alone. This is exact, except that the ridge and the pooled
+    covariance still include the excluded images.
     """
 
     def __init__(self, moments: Moments, ridge: float, pooling: float, bank: Tensor | None = None) -> None:
         """
         Args:
             moments: of all training images.
-            ridge: added to the diagonal of each covariance.
+            ridge: number that is added to the diagonal of each covariance.
             pooling: weight of the pooled covariance, 0 to 1, see `fit_gaussian`.
-            bank: (N, L, C or more), embeddings of training images; only needed to exclude several images together.
+            bank: (N, L, C or more), stored embeddings of training images; only needed to exclude several images together.
 
         Raises: ValueError: fewer than three images.
         """
@@ -127,8 +140,8 @@ class LeaveOneOutGaussian:
     def _fit_for_exclusion(self, num_excluded: int) -> Gaussian:
         """Returns the Gaussian from which leave-one-out distances are computed if `num_excluded` images are excluded together.
 
-        Mean and scatter are of all n images. The covariance is computed as in `fit_gaussian`, but with the divisor n -
-        num_excluded - 1, which is the divisor of the remaining images. The last `MAX_FITS` Gaussians are cached.
+        Mean and scatter are computed from all n images. The covariance is computed as in `fit_gaussian`, but with the divisor n
+        - num_excluded - 1, which is the divisor of the remaining images. The newest `MAX_FITS` Gaussians are cached.
 
         Raises: ValueError: fewer than two images would remain.
         """
@@ -146,7 +159,7 @@ class LeaveOneOutGaussian:
         return self.fits[num_excluded]
 
     def score(self, embedding: Tensor, excluded_images: Tensor) -> Tensor:
-        """Computes the distances of B training images to the Gaussian of the other training images.
+        """Computes the distances of B training images to the Gaussian of the training images that are not excluded.
 
         Args:
             embedding: (B, C, H, W), embeddings of the training images.
@@ -170,7 +183,7 @@ class LeaveOneOutGaussian:
         return distances
 
     def _score_without_itself(self, embedding: Tensor) -> Tensor:
-        """Computes the distances (B, H, W) of B training images to the Gaussian of all images except the image itself.
+        """Computes the distances (B, H, W) of B training images to the Gaussian of all images except the scored image.
 
         It uses the Sherman-Morrison formula.
 
@@ -189,9 +202,10 @@ class LeaveOneOutGaussian:
             embedding: (B, C, H, W), embeddings of the training images.
             numbers: (k,), positions of the excluded images in the bank.
 
-        Let m be the mean and S the scatter of all n images, v_j = x_j - m for the k excluded images, and V = (v_1 ... v_k). The
-        remaining images have mean m - V 1 / (n - k) and scatter S - V M V^T. Here M = I + 1 1^T / (n - k), and its inverse is I
-        - 1 1^T / n. Let c = (1 - pooling) / (n - k - 1), and A = c S + pooling * pooled covariance + ridge I. For a scored
+        Let m be the mean and S the scatter of all n images, v_j = x_j - m for the embeddings x_1 ... x_k of the excluded images,
+        V = (v_1 ... v_k), and 1 the vector of k ones. The remaining images have mean m - V 1 / (n - k) and scatter S - V M V^T.
+        Here M = I + 1 1^T / (n - k), and the inverse of M is I - 1 1^T / n. Let c = (1 - pooling) / (n - k - 1), and A = c S +
+        pooling * pooled covariance + ridge I. For a scored
         embedding x with v = x - m, let y = v + V 1 / (n - k), which is x minus the mean of the remaining images. The Woodbury
         formula gives the squared distance of y under the covariance A - c V M V^T: y^T A^-1 y + (y^T A^-1 V) ((c M)^-1 - V^T
         A^-1 V)^-1 (V^T A^-1 y).

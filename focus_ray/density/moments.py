@@ -1,4 +1,7 @@
-"""Mean and scatter of the embeddings of each location. Images can be added and removed, and sites can be merged."""
+"""Module for mean and scatter of the embeddings of each location. Images can be added and removed, and sites can be merged.
+
+A location is a cell of the feature map. The scatter is the sum of centred outer products, that is, the covariance times n - 1.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ _CHUNK_BYTES = 8 * 2**20  # of covariances that are computed together: bounds th
 class Moments:
     """Count, mean and scatter (sum of centred outer products) of the embeddings of each location.
 
-    Merging the moments of two sites, or removing images, gives the same result as a new pass over the remaining images.
+    Merging the moments of two sites, or removing images, gives the same result, up to rounding, as a new pass over the images.
     Updates are pairwise (Chan, Golub, LeVeque 1979), so that float32 does not lose small variances beside large means.
 
     Attributes:
@@ -34,7 +37,7 @@ class Moments:
 
     @torch.no_grad()
     def update(self, embedding: Tensor) -> None:
-        """Adds the embeddings (B, C, H, W) of B images.
+        """Adds the embeddings (B, C, H, W) of B images, in place.
 
         Raises: ValueError: C, H or W differs, or a value is not finite.
         """
@@ -105,19 +108,22 @@ class Moments:
 
 
 def pooled_covariance(moments: Moments) -> Tensor:
-    """Computes the covariance (C, C) within locations, averaged over locations. Raises: ValueError: fewer than two images."""
+    """Computes the mean (C, C) of the covariances of all locations. Raises: ValueError: fewer than two images."""
     check_num_images(moments)
     return moments.scatter.mean(dim=0) / (moments.count - 1)
 
 
 def mean_variance(moments: Moments) -> float:
-    """Computes the variance within locations, averaged over locations and channels. Raises: ValueError: fewer than two images."""
+    """Computes the variance between images, averaged over locations and channels. Raises: ValueError: fewer than two images."""
     check_num_images(moments)
     return float(moments.scatter.diagonal(dim1=1, dim2=2).mean()) / (moments.count - 1)
 
 
 def absolute_ridge(config: DensityConfig, moments: Moments) -> float:
-    """Returns the number to add to a covariance's diagonal, in the squared unit of the embeddings (density.shrinkage)."""
+    """Converts density.shrinkage to the number to add to a covariance's diagonal, in the squared unit of the embeddings.
+
+    Raises: ValueError: density.shrinkage_unit is mean_variance, and there are fewer than two images.
+    """
     scale = mean_variance(moments) if config.shrinkage_unit == "mean_variance" else 1.0
     return max(config.shrinkage * scale, 1e-12)
 
@@ -129,13 +135,13 @@ def check_num_images(moments: Moments) -> None:
 
 
 def locations_first(embedding: Tensor) -> Tensor:
-    """Copies (B, C, H, W) to a contiguous (H*W, B, C); a permuted view is many times slower in a batched product."""
+    """Copies an embedding (B, C, H, W) to a contiguous tensor (H*W, B, C), which is faster in a batched product than a view."""
     batch, channels, height, width = embedding.shape
     return embedding.permute(2, 3, 0, 1).reshape(height * width, batch, channels).contiguous()
 
 
 def pack_lower(matrices: Tensor) -> Tensor:
-    """Extracts the lower triangles of (L, C, C), row by row: (L, C (C + 1) / 2); a few locations at a time, to save memory."""
+    """Extracts the lower triangles of matrices (L, C, C), row by row: (L, C (C + 1) / 2)."""
     channels = matrices.shape[1]
     rows, columns = torch.tril_indices(channels, channels, device=matrices.device)
     packed = matrices.new_empty(matrices.shape[0], len(rows))
@@ -145,7 +151,10 @@ def pack_lower(matrices: Tensor) -> Tensor:
 
 
 def unpack_lower(packed: Tensor, symmetric: bool = False) -> Tensor:
-    """Undoes `pack_lower`: (L, C (C + 1) / 2) -> (L, C, C); the upper triangle is zero, or mirrored if symmetric."""
+    """Rebuilds matrices (L, C, C) from the result of `pack_lower` (L, C (C + 1) / 2).
+
+    Args: symmetric: True: mirror the lower triangle to the upper one. False: fill the upper triangle with zeros.
+    """
     channels = int((2 * packed.shape[1] + 0.25) ** 0.5)
     rows, columns = torch.tril_indices(channels, channels, device=packed.device)
     matrices = packed.new_zeros(packed.shape[0], channels, channels)
@@ -156,7 +165,10 @@ def unpack_lower(packed: Tensor, symmetric: bool = False) -> Tensor:
 
 
 def location_chunks(num_locations: int, channels: int) -> Iterator[slice]:
-    """Yields slices over the locations, each small enough that its covariances (n, C, C) take at most _CHUNK_BYTES."""
+    """Generator: yields slices that cover all locations; the covariances (n, C, C) of a slice take at most _CHUNK_BYTES.
+
+    If a single covariance is larger, a slice has one location.
+    """
     step = max(1, _CHUNK_BYTES // (channels * channels * 4))
     for start in range(0, num_locations, step):
         yield slice(start, min(start + step, num_locations))

@@ -1,14 +1,16 @@
-"""A density that measures the distance to the nearest normal embedding around each location of the aligned frame [ours].
+"""Module for a density that measures the distance to the nearest normal embedding around each location of aligned images [ours].
 
-Good parts can have a few different appearances at one location, for instance the phase of a thread. A single Gaussian also covers
-everything between them. A memory of the normal embeddings of each location does not. All embeddings are whitened by one
-covariance, pooled over locations, so that directions in which normal parts vary count less. A patch is compared with the bank
-around its own location only, which alignment makes possible. If parts lie anywhere, or are textures, a coreset without locations
-has more examples to compare with (`coreset`). By default, the distances of both memories are averaged.
+Good parts can look different at one location, for instance by the phase of a thread. A single Gaussian also covers everything
+between the different appearances. A memory, which stores the normal embeddings of each location (the bank), does not. All
+embeddings are whitened by one covariance, pooled over locations, so that directions in which normal parts vary count less. A
+patch is only compared with embeddings from around its own location; alignment makes this possible. If parts lie anywhere, or are
+textures, a coreset without locations has more examples to compare with (`coreset`). By default, the distances of both memories
+are averaged.
 
-If there are many images, each location keeps a coreset of their embeddings. Leave-one-out removes the embeddings of an image from
-the coresets. It does not choose the coresets again. A new choice would be nearly the same where no embedding of the image was
-chosen. Elsewhere it would have one more embedding, in the gap. So a left-out image scores slightly higher than a new image of the
+If there are many images, each location keeps a coreset (a representative subset) of embeddings. Leave-one-out scores an image as
+if the memory had not stored it: it removes the embeddings of the image from the coresets, but does not choose the coresets
+again. A new choice would be nearly the same at locations where no embedding of the image was chosen. At other locations, a new
+choice would contain one more embedding, near the removed one. So a left-out image scores slightly higher than a new image of the
 same kind, and thresholds become slightly higher.
 """
 
@@ -38,13 +40,15 @@ class NearestMemory:
     """A fitted memory of normal embeddings for each location.
 
     Attributes:
-        bank: (L, M, C), whitened normal embeddings, M at each of L = height * width locations, after `centre` is subtracted.
-        image_numbers: (L, M) int32, number of the normal image of each embedding; None: embedding m is from image m everywhere.
-        centre: (L, 1, C) float32, mean of the bank at each location; None except in bfloat16, where smaller values have smaller
-            rounding errors.
-        whitening: (C, C), W with W^T W = inverse pooled covariance. The Euclidean distance of whitened embeddings is the
-            Mahalanobis distance of raw ones.
-        window: odd; a patch is compared with the bank of window x window locations around its own.
+        bank: (L, M, C), stored whitened embeddings of normal images, M at each of L = height * width locations. `centre` is
+            already subtracted.
+        image_numbers: (L, M) int32, for each stored embedding the index of the normal image that it comes from; None: embedding
+            m is from image m at every location.
+        centre: (L, 1, C) float32, mean of the stored embeddings of each location; None except in bfloat16, where smaller values
+            have smaller rounding errors.
+        whitening: (C, C), matrix W with W^T W = inverse pooled covariance, or the identity. The Euclidean distance of whitened
+            embeddings is the Mahalanobis distance of raw embeddings.
+        window: odd number; a patch is compared with the stored embeddings of window x window locations around it.
         half_squares: (L, M), half the squared norm of each embedding of the bank.
     """
 
@@ -61,7 +65,8 @@ class NearestMemory:
         """
         Args:
             bank: (L, M, C), whitened but not centred, any float type, any device.
-            dtype: type in which the bank is stored and distances are computed, float32 or bfloat16.
+            whitening, height, width, window, image_numbers: see the class.
+            dtype: type in which embeddings are stored and distances are computed, float32 or bfloat16.
 
         Raises: ValueError: the shapes do not fit together.
         """
@@ -96,15 +101,16 @@ class NearestMemory:
 
     @property
     def device(self) -> torch.device:
+        """The device on which distances are computed."""
         return self.bank.device
 
     def score(self, embedding: Tensor, excluded_images: Tensor | None = None) -> Tensor:
         """Computes the distance of each patch to the nearest normal embedding in the window around its location.
 
         Args:
-            embedding: (B, C, H, W), raw embeddings of B images.
-            excluded_images: (B,) or (B, K), for each of the B images the numbers of the normal images that are ignored. If the
-                memory has `image_numbers`, a negative number stands for no image. None ignores no image.
+            embedding: (B, C, H, W), embeddings of B images, not whitened.
+            excluded_images: (B,) or (B, K), for each of the B images the indices of the normal images that are ignored. If the
+                memory has `image_numbers`, a negative index stands for no image. None ignores no image.
 
         Returns: (B, H, W), >= 0; infinite if all normal images are ignored.
         """
@@ -144,10 +150,11 @@ class NearestMemory:
         return (squares - 2 * closest).clamp_min_(0).sqrt_().permute(2, 0, 1)
 
     def _exclude(self, agreement: Tensor, excluded_images: Tensor, part: slice) -> None:
-        """Sets the agreement with embeddings of excluded images to -inf, in place.
+        """Sets the agreement (a similarity) with stored embeddings of excluded images to -inf, in place.
 
         Args:
-            agreement: (P, w * w, B, M), agreement of B images with M normal embeddings at each of P locations.
+            agreement: (P, w * w, B, M), agreement of B images, in a window of w * w locations, with M stored embeddings at each
+                of P locations.
             excluded_images: (B, K), see `score`.
             part: the slice of the P locations among all locations.
         """
@@ -163,12 +170,14 @@ class NearestMemory:
 
 
 class JointMemory:
-    """A memory of locations and a coreset [ours]; the distance is the mean of their distances, in units of typical distances.
+    """A density that averages the distances of a memory of locations and of a coreset [ours].
+
+    Before that, each distance is divided by the typical distance of good images.
 
     Attributes:
-        location_memory: compares the first C channels.
-        coreset: compares the last K channels.
-        typical_distance: (2,), mean leave-one-out distance of good images, in `location_memory` and in `coreset`.
+        location_memory: compares the first C channels of an embedding.
+        coreset: compares the last K channels of an embedding.
+        typical_distance: (2,), mean leave-one-out distance of good images in `location_memory` and in `coreset`.
     """
 
     def __init__(self, location_memory: NearestMemory, coreset: Coreset, typical_distance: Tensor) -> None:
@@ -177,6 +186,7 @@ class JointMemory:
 
     @property
     def device(self) -> torch.device:
+        """The device on which distances are computed."""
         return self.location_memory.device
 
     def score(self, embedding: Tensor, *excluded_images: Tensor) -> Tensor:
@@ -184,7 +194,7 @@ class JointMemory:
 
         Args:
             embedding: (B, C + K, H, W), C channels for the location memory and K channels for the coreset.
-            excluded_images: (B,) or (B, K'), numbers of the normal images that are ignored for each of the B images.
+            excluded_images: (B,) or (B, K'), indices of the normal images that are ignored for each of the B images.
         """
         channels = self.location_memory.channels
         return (
@@ -200,14 +210,16 @@ class LeaveOneOutCoreset:
         self.height, self.width, self.coreset = memory.height, memory.width, memory.coreset
 
     def score(self, embedding: Tensor, excluded_images: Tensor) -> Tensor:
-        """See `Coreset.score`."""
+        """Computes the distance of each patch to the nearest patch of the coreset; see `Coreset.score`."""
         return self.coreset.score(embedding, excluded_images)
 
 
 def measure_typical_distances(location_memory: NearestMemory, coreset: Coreset, statistics: Statistics) -> Tensor:
-    """Computes the mean leave-one-out distance of a sample of at most `_TYPICAL_IMAGES` images of the bank, in both memories.
+    """Computes the mean leave-one-out distance of a sample of normal images in both memories.
 
-    Args: statistics: with the bank from which both memories were built.
+    The sample has at most `_TYPICAL_IMAGES` images of the bank.
+
+    Args: statistics: with the bank (stored embeddings) from which both memories were built.
 
     Returns: (2,), above 0: the mean distance in the location memory, and in the coreset. Both are 1 if the bank has one image.
     """
@@ -227,11 +239,13 @@ def measure_typical_distances(location_memory: NearestMemory, coreset: Coreset, 
 
 
 def maximum_into(target: Tensor, values: Tensor, top: int, left_edge: int) -> None:
-    """Replaces the elements of a target by larger values, in place.
+    """Replaces elements of a target by values that are larger, in place.
 
     Args:
         target: (H, W, B).
-        values: (h, w, B). They lie at rows top.. and columns left_edge.. of the target; values outside the target are ignored.
+        values: (h, w, B). Element (i, j) is compared with element (top + i, left_edge + j) of the target; values outside the
+            target are ignored.
+        top, left_edge: row and column of the target at which `values` start; they may be negative.
     """
     height, width = target.shape[:2]
     first, last = max(top, 0), min(top + values.shape[0], height)
@@ -243,13 +257,13 @@ def maximum_into(target: Tensor, values: Tensor, top: int, left_edge: int) -> No
 
 @torch.no_grad()
 def build_memory(config: NearestSettings, statistics: Statistics) -> NearestMemory:
-    """Builds a memory of locations from the first C channels of a bank of raw embeddings.
+    """Builds a memory of locations from the stored embeddings of normal images.
 
-    A discriminant projection replaces the whitening.
+    With density.reduction=discriminant, embeddings are not whitened, because the learnt projection already defines the metric.
 
-    Args: statistics: with a bank, which may contain only some of the images of the moments.
+    Args: statistics: with a bank of embeddings that are not whitened. It may contain only some of the images of the moments.
 
-    Raises: ValueError: the bank has no image, or the moments have fewer than two.
+    Raises: ValueError: the bank has no image, or the moments are of fewer than two images.
     """
     moments, device = statistics.moments, statistics.moments.mean.device
     assert statistics.bank is not None
@@ -275,8 +289,8 @@ def subsample_coreset(bank: Tensor, limit: int | None, device: torch.device | st
         device: where the coresets are computed.
 
     Returns:
-        The bank (L, M, C), and the image number (L, M) of each embedding. If no location has more than `limit` embeddings, the
-        unchanged bank and None.
+        The bank (L, M, C), and for each embedding the index (L, M) of the image that it comes from. If no location has more than
+        `limit` embeddings, the unchanged bank and None.
     """
     num_locations, count, channels = bank.shape
     if limit is None or count <= limit:
@@ -304,9 +318,9 @@ def _is_identity(whitening: Tensor) -> bool:
 
 
 def whiten(bank: Tensor, whitening: Tensor) -> Tensor:
-    """Whitens a raw bank (N, L, C) and returns it as (L, N, C); a view of the bank if the whitening is the identity.
+    """Whitens a bank (N, L, C) and returns it as (L, N, C), in float32 and on the device of the whitening matrix.
 
-    A whitened bank is float32, on the whitening's device.
+    If the whitening matrix (C, C) is the identity, returns a view of the bank in its own type and on its own device.
     """
     if _is_identity(whitening):
         return bank.transpose(0, 1)
@@ -320,7 +334,10 @@ _LOWEST = -3e38  # agreement of a missing neighbour; not -inf, because not every
 
 
 class ExportableMemory(NearestMemory):
-    """A memory that `torch.export` can trace: without chunks and in-place writes, with a small bank (L, C, M)."""
+    """A memory that `torch.export` can trace: without chunks and in-place writes.
+
+    The bank has the shape (L, C, M), and is float16 where `shrink_for_export` allows it.
+    """
 
     def __init__(self, memory: NearestMemory, half: bool) -> None:
         """Args: memory: computes in float32. half: see `shrink_for_export`."""
@@ -336,7 +353,7 @@ class ExportableMemory(NearestMemory):
         self.whitening, self.is_unwhitened = memory.whitening, memory.is_unwhitened
 
     def score(self, embedding: Tensor, excluded_images: Tensor | None = None) -> Tensor:
-        """Computes distances (B, H, W) of embeddings (B, C, H, W), without the exclusion of images."""
+        """Computes distances (B, H, W) of embeddings (B, C, H, W); `excluded_images` is ignored."""
         batch, channels, height, width = embedding.shape
         queries = locations_first(embedding)  # (L, B, C)
         if not self.is_unwhitened:

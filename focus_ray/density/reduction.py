@@ -1,4 +1,4 @@
-"""Channel reduction: combines the features of three levels into one embedding with fewer channels."""
+"""Module for the channel reduction: combines the features of three backbone layers into one embedding with fewer channels."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from focus_ray.settings.sections import LAYERS
 
 
 class ChannelReduction(nn.Module):
-    """Combines three levels into one embedding with fewer channels, on the grid of layer 1 (map_stride_px 4) or layer 2 (8).
+    """Combines the features of layers 1 to 3 into one embedding, on the grid of layer 1 (map_stride_px 4) or layer 2 (8).
 
-    The reduction is a random choice of channels [kin, PaDiM], a semi-orthogonal projection, or a projection that
-    `fitting.projection` learns. All are linear in the channels. So each level is reduced at its own resolution before it is
-    resampled to the map, and the result is the same as after concatenating all levels first.
+    A level is the feature map of one layer. The reduction is a random choice of channels [kin, PaDiM], a semi-orthogonal
+    projection, a projection that `fitting.projection` learns, or none. All are linear in the channels. So each level is reduced
+    at its own resolution before it is resampled to the grid, and the result is the same as after concatenating all levels first.
 
-    If the density has a coreset, the channels for it come last: a semi-orthogonal projection of layers 2 and 3, averaged over
-    3x3 locations including the zero padding, like in PatchCore [kin].
+    If the density has a coreset (a representative set of patches), the channels for it come last: a semi-orthogonal projection
+    of layers 2 and 3, averaged over 3x3 locations including the zero padding, like in PatchCore [kin].
 
     Attributes:
         num_channels: C, channels for the location memory or the Gaussians.
         num_coreset_channels: K, channels for the coreset; 0 without a coreset.
-        chosen: (C,), numbers of the chosen channels; only with density.reduction=random.
-        projection: (C, channels of all used levels); only with a projection.
+        chosen: (C,), indices of the chosen channels in the concatenation of the used levels; only with density.reduction=random.
+        projection: (C, channels of all used levels); only with density.reduction=semi_orthogonal or discriminant.
         coreset_projection: (K, channels of layers 2 and 3); only with a coreset.
     """
 
     def __init__(self, channels: tuple[int, ...], config: DensityConfig, seed: int) -> None:
         """
-        Args: channels: numbers of channels of layers 1 to 3.
+        Args:
+            channels: numbers of channels of layers 1 to 3.
+            seed: seed of the random choice and of the random projections.
 
         Raises: ValueError: density.num_channels exceeds the channels of the used layers.
         """
@@ -68,7 +70,7 @@ class ChannelReduction(nn.Module):
             self.register_buffer("coreset_projection", _semi_orthogonal(total, self.num_coreset_channels, generator))
 
     def forward(self, levels: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Computes the embedding (B, C + K, H/stride, W/stride) from three levels (B, C_i, H_i, W_i) in one frame."""
+        """Computes the embedding (B, C + K, H/stride, W/stride) from three levels (B, C_i, H_i, W_i) with the same alignment."""
         height, width = levels[self.config.map_layer].shape[2:]
         size = int(height), int(width)
         parts = [self._reduce_for_locations(levels, size)]
@@ -117,7 +119,7 @@ class ChannelReduction(nn.Module):
 
 
 def _semi_orthogonal(num_inputs: int, num_outputs: int, generator: torch.Generator) -> Tensor:
-    """Draws a projection (num_outputs, num_inputs) whose rows are orthonormal."""
+    """Draws a random projection (num_outputs, num_inputs) whose rows are orthonormal; num_outputs is at most num_inputs."""
     gaussian = torch.randn(num_inputs, num_outputs, generator=generator, dtype=torch.float64)
     return torch.linalg.qr(gaussian).Q.float().t().contiguous()
 

@@ -1,4 +1,4 @@
-"""The densities by name. A new density is one file in `density/kinds` and one line here."""
+"""Module with the table of the kinds of densities, by name. A new kind is one file in `density/kinds` and one line here."""
 
 from __future__ import annotations
 

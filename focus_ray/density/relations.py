@@ -1,7 +1,8 @@
-"""Relations between the images of a bank that show the same part and that leave-one-out excludes together [ours].
+"""Module for relations: which images of a bank show the same physical part, so that leave-one-out excludes them together [ours].
 
-Two photographs of one part are almost equal. If leave-one-out excludes only the scored photograph, the density still contains the
-other photograph, and the score is much lower than the score of a new part.
+The bank contains the stored embeddings of normal images; an image number is a position in the bank. Leave-one-out scores each
+image as if the density had not seen it. Two photographs of one part are almost equal. If leave-one-out excludes only the scored
+photograph, the density still contains the other photograph, and the score is much lower than the score of a new part.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from torch import Tensor
 
 
 class Relations(NamedTuple):
-    """Says which of the N stored training images show the same part. Leave-one-out leaves them out together.
+    """Says which of the N images of a bank show the same physical part. Leave-one-out leaves these images out together.
 
     Attributes:
-        related: (N, N) bool with a true diagonal. Row n has the images that are left out together with image n.
+        related: (N, N) bool. Entry (n, m) is True if image m is left out together with image n; the diagonal is True.
         groups: (N,) int64, group number of each image. Images of one part have the same number. In a sequence that changes
             gradually, a block of neighbouring images has the same number. The images of a group are related to each other.
     """
@@ -26,12 +27,12 @@ class Relations(NamedTuple):
 
     @classmethod
     def from_groups(cls, groups: Tensor) -> Relations:
-        """Relates the images (N,) with equal group numbers."""
+        """Builds relations in which images with the same group number (N,) are related."""
         return cls(groups[:, None] == groups[None, :], groups)
 
     @property
     def num_groups(self) -> int:
-        """Number of independent observations among the images."""
+        """Number of groups, which is the number of independent observations among the images."""
         return len(self.groups.unique())
 
     @property
@@ -40,9 +41,9 @@ class Relations(NamedTuple):
         return int(self.related.sum()) == len(self.groups)
 
     def relatives(self, images: Tensor) -> Tensor:
-        """Returns the numbers of the images that are related to each of B images, including the image itself.
+        """Returns the positions of the images that are related to each of B images, including the image itself.
 
-        Args: images: (B,) image numbers.
+        Args: images: (B,), positions in the bank.
 
         Returns: (B, K), where K is the largest number of relatives. A shorter row is filled with the number of the image itself.
         """
@@ -59,7 +60,7 @@ class Relations(NamedTuple):
         return Relations(self.related[chosen][:, chosen], self.groups[chosen])
 
     def repeat(self, count: int) -> Relations:
-        """Returns the relations between the tiles of the images, `count` consecutive tiles for each image."""
+        """Returns relations between tiles instead of images. Each image becomes `count` consecutive tiles with its relations."""
         related = self.related.repeat_interleave(count, dim=0).repeat_interleave(count, dim=1)
         return Relations(related, self.groups.repeat_interleave(count))
 
@@ -69,8 +70,8 @@ def join_relations(
 ) -> Relations | None:
     """Returns the relations between the images of two concatenated banks.
 
-    No image of the first bank is related to an image of the second bank. Group numbers of the second bank are raised, so that the
-    banks have no group in common.
+    No image of the first bank is related to an image of the second bank. Group numbers of the second bank are increased, so that
+    the banks have no group in common.
 
     Args:
         first, second: relations within each bank; None if no two images of the bank are related.
@@ -96,7 +97,8 @@ def assign_folds(groups: Tensor, num_folds: int) -> Tensor:
 
     Args: groups: (N,), group number of each image.
 
-    Returns: (N,) int64, fold number of each image. If every image has its own group, image n is in fold n modulo `num_folds`.
+    Returns: (N,) int64, number of the fold of each image. If every image has its own group, image n is in fold n modulo
+        `num_folds`.
     """
     ranks: dict[int, int] = {}
     return torch.tensor([ranks.setdefault(int(group), len(ranks)) % num_folds for group in groups], dtype=torch.long)

@@ -1,4 +1,4 @@
-"""The section `density`: the settings that all densities share, and the settings that each kind in `DENSITIES` adds."""
+"""Module for the section `density` of the configuration: settings of all densities, and settings that each kind adds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Tiles of large photographs: cuts images into tiles, joins maps of tiles, and shares one density between all tiles."""
+"""Module for tiles of large photographs: cuts images into tiles, joins maps of tiles, and shares one density between tiles.
+
+A map is a tensor with a value or a vector for each location of an image or tile. The bank contains stored normal embeddings.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class Tiles(NamedTuple):
-    """A grid of rows x columns square tiles of side_px, where neighbours overlap by overlap_px. One tile is the whole image."""
+    """A grid of rows x columns square tiles with the side side_px, in which neighbours overlap by overlap_px pixels.
+
+    A grid of 1 x 1 is the whole image.
+    """
 
     rows: int
     columns: int
@@ -21,6 +27,7 @@ class Tiles(NamedTuple):
 
     @property
     def num_tiles(self) -> int:
+        """The number of tiles of an image."""
         return self.rows * self.columns
 
     def cut(self, images: Tensor) -> Tensor:
@@ -32,22 +39,25 @@ class Tiles(NamedTuple):
         return tiles.permute(0, 2, 3, 1, 4, 5).reshape(-1, images.shape[1], side, side)
 
     def cut_batch(self, batch: Tensor) -> Tensor:
-        """Cuts images with channels last (B, H, W, C), uint8, into tiles (B * num_tiles, side_px, side_px, C), see `cut`."""
+        """Cuts images with channels last (B, H, W, C) into tiles (B * num_tiles, side_px, side_px, C), in the order of `cut`."""
         return batch if self.num_tiles == 1 else self.cut(batch.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def cut_tile(self, batch: Tensor, tile_number: int) -> Tensor:
-        """Cuts one tile (B, side_px, side_px, C) out of each image (B, H, W, C), uint8; tiles are numbered row by row."""
+        """Cuts one tile (B, side_px, side_px, C) out of each image (B, H, W, C).
+
+        Args: tile_number: index of the tile in the grid, from 0, counted row by row.
+        """
         step = self.side_px - self.overlap_px
         top, left_edge = (number * step for number in divmod(tile_number, self.columns))
         return batch[:, top : top + self.side_px, left_edge : left_edge + self.side_px]
 
     def join(self, tiles: Tensor) -> Tensor:
-        """Joins maps of tiles (B * num_tiles, C, h, w) to maps of images (B, C, rows * h, columns * w), side by side."""
+        """Places the maps of tiles (B * num_tiles, C, h, w) side by side to maps of images (B, C, rows * h, columns * w)."""
         return join_maps(tiles, self.rows, self.columns)
 
 
 def join_maps(tiles: Tensor, rows: int, columns: int) -> Tensor:
-    """Joins maps of tiles (B * rows * columns, C, h, w) to maps of images (B, C, rows * h, columns * w), side by side."""
+    """Places the maps of tiles (B * rows * columns, C, h, w) side by side to maps of images (B, C, rows * h, columns * w)."""
     if rows == columns == 1:
         return tiles
     count, channels, height, width = tiles.shape  # there may be no tiles, or no channels
@@ -56,7 +66,10 @@ def join_maps(tiles: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def split_maps(maps: Tensor, rows: int, columns: int) -> Tensor:
-    """Undoes `join_maps`: splits maps of images (B, C, H, W) into maps of tiles (B * num_tiles, C, H / rows, W / columns)."""
+    """Splits maps of images (B, C, H, W) into maps of their tiles; the inverse of `join_maps`.
+
+    Returns: (B * rows * columns, C, H / rows, W / columns), the tiles of an image row by row.
+    """
     if rows == columns == 1:
         return maps
     batch, channels, height, width = maps.shape
@@ -82,7 +95,7 @@ def split_bank_into_tiles(bank: Tensor, grid: tuple[int, int], height: int, widt
 
 
 def join_bank_of_tiles(bank: Tensor, grid: tuple[int, int], height: int, width: int) -> Tensor:
-    """Undoes `split_bank_into_tiles`: joins the maps of the tiles of each image, so that each row of the bank is one image.
+    """Joins the maps of the tiles of each image, so that each row of the bank is one image; undoes `split_bank_into_tiles`.
 
     Args:
         bank: (N * rows * columns, height * width, C).
@@ -102,9 +115,9 @@ class TiledDensity:
     """Scores the embeddings of whole images with one density that all tiles share.
 
     Attributes:
-        tile_density: fitted to the tiles at all positions of the grid; a density or a leave-one-out scorer.
-        grid: rows and columns of tiles.
-        height, width: locations of a whole image.
+        tile_density: a density, or a leave-one-out scorer, of single tiles; fitted to the tiles at all positions of the grid.
+        grid: (rows, columns) of tiles of an image.
+        height, width: rows and columns of locations of a whole image.
     """
 
     def __init__(self, tile_density: Density | LeaveOneOutScorer, grid: tuple[int, int]) -> None:
@@ -113,6 +126,7 @@ class TiledDensity:
 
     @property
     def device(self) -> torch.device:
+        """The device on which distances are computed."""
         return cast(torch.device, self.tile_density.device)
 
     def score(self, embedding: Tensor, excluded_images: Tensor | None = None) -> Tensor:
@@ -120,8 +134,8 @@ class TiledDensity:
 
         Args:
             embedding: (B, C, H, W), embeddings of the images, with the maps of their tiles side by side.
-            excluded_images: (B,) or (B, K), for each of the B images the numbers of the bank's images whose tiles are ignored.
-                None ignores no image.
+            excluded_images: (B,) or (B, K), for each of the B images the positions in the bank of the images whose tiles are
+                ignored; only for a leave-one-out scorer. None ignores no image.
         """
         tiles = split_maps(embedding, *self.grid)
         if excluded_images is None:

@@ -1,1 +1,1 @@
-"""Inference: detector, anomaly maps, thresholds and p-values, and tests for a shift of the scores."""
+"""Package for inference: detector, anomaly maps, thresholds and p-values, and tests for a shift of the scores."""

@@ -1,4 +1,7 @@
-"""Computes anomaly maps of pixels from distances of locations: upsamples, blends overlapping tiles, and smooths."""
+"""Module that computes anomaly maps (one value per pixel) from distances (one value per location of the feature map).
+
+The steps are upsampling to pixels, blending of overlapping tiles, and smoothing.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from focus_ray.density.tiles import Tiles
 
 
 class AnomalyMapGenerator(NamedTuple):
-    """Computes anomaly maps by one matrix product per side, because all steps are linear and separable.
+    """Computes anomaly maps of whole images. All steps are linear and separable, so each side needs one matrix product.
 
-    rows: (H, h), from h locations down to H pixels down a whole image.
-    columns: (W, w), from w locations across to W pixels across a whole image.
+    rows: (H, h), matrix that converts a column of h locations to a column of H pixels.
+    columns: (W, w), matrix that converts a row of w locations to a row of W pixels.
     """
 
     rows: Tensor
@@ -25,10 +28,11 @@ class AnomalyMapGenerator(NamedTuple):
     def for_tiles(
         cls, tiles: Tiles, locations_per_side: int, sigma_px: float, device: torch.device | str = "cpu"
     ) -> AnomalyMapGenerator:
-        """Builds the generator for images in tiles.
+        """Builds the generator for images that are divided into tiles.
 
         Args:
-            locations_per_side: locations along one side of a tile.
+            tiles: the grid of tiles; a grid of 1 x 1 for images without tiles.
+            locations_per_side: number of locations along one side of a tile.
             sigma_px: standard deviation of the Gaussian that smooths the map after the tiles are blended.
         """
         upsampled = build_upsampling_matrix(locations_per_side, tiles.side_px)
@@ -47,7 +51,7 @@ class AnomalyMapGenerator(NamedTuple):
         return self.rows @ distance @ self.columns.t()
 
     def subsampled(self, step_px: int) -> AnomalyMapGenerator:
-        """Returns a generator that computes only every `step_px`-th row and column of the map."""
+        """Returns an `AnomalyMapGenerator` that computes only every `step_px`-th row and column of the map."""
         return AnomalyMapGenerator(*(matrix[step_px // 2 :: step_px] for matrix in self))
 
 
@@ -62,7 +66,7 @@ def build_blending_matrix(tile: Tensor, count: int, overlap_px: int) -> Tensor:
         count: number of tiles in the row.
         overlap_px: pixels that two neighbouring tiles share.
 
-    Returns: (count (S - overlap_px) + overlap_px, count h).
+    Returns: (count * (S - overlap_px) + overlap_px, count * h).
     """
     side_px, num_locations = tile.shape
     if count == 1:
@@ -89,7 +93,11 @@ def build_upsampling_matrix(num_locations: int, size_px: int) -> Tensor:
 
 
 def smooth_columns(matrix: Tensor, sigma_px: float) -> Tensor:
-    """Smooths each column of a matrix (size_px, n) by a Gaussian, cut at 4 sigma and mirrored at the border."""
+    """Smooths each column of a float64 matrix (size_px, n) by a Gaussian with the standard deviation `sigma_px`.
+
+    The Gaussian is cut off at 4 sigma, or before if the matrix has fewer rows, and the values are mirrored at the border. With
+    `sigma_px` 0 the matrix is returned unchanged.
+    """
     if sigma_px == 0:
         return matrix
     radius = min(int(4 * sigma_px + 0.5), len(matrix) - 1)

@@ -1,7 +1,7 @@
-"""Computes thresholds and p-values from the scores of normal images.
+"""Module that computes thresholds and p-values from the scores of normal images.
 
-The images are normal images that the density has not seen, or that were left out of the density while they were scored. Test
-images are never used. docs/learn/verdicts.md explains which guarantees hold with which number of images.
+The density (the model of normal embeddings) has not seen these normal images, or leaves each image out while the image is
+scored. Test images are never used. docs/learn/verdicts.md explains which guarantees hold with which number of images.
 """
 
 from __future__ import annotations
@@ -41,26 +41,31 @@ class Calibration:
 
     Attributes:
         method: how the images were scored. "split": images that were held out of training and density. "leave_one_out":
-            each training image with its own embedding left out of the density. "cross": each image without its fold.
+            each training image with its own embedding left out of the density. "cross": each training image with a density
+            of the images of the other cross-validation folds.
         image_scores: n scores of normal images, ascending.
         target_fpr: share of good images that may be called bad.
         image_threshold: threshold of the image scores.
         image_guaranteed: whether P(a good image is called bad) <= target_fpr holds for exchangeable images. This needs
-            "split" with n >= 1/target_fpr - 1 images, or groups of equal size.
+            "split" with n >= 1/target_fpr - 1 independent images, or as many groups, all of the same size.
         target_pixel_fpr: share of the pixels of a good image that may be called bad, on average over images.
         pixel_threshold: threshold of the anomaly maps.
         pixel_guaranteed: whether this share is <= target_pixel_fpr in expectation over held-out and future images. This needs
             "split" with n >= 1/target_pixel_fpr - 1 independent images. With fewer images the threshold is the plain
             quantile, and `pixel_fpr_bound` holds for "split".
         tail: model of the highest scores, which gives threshold and small p-values. It is used if n < 1/target_fpr - 1, because
-            then scores cannot show the target rate. Except for "split", it is also used if fewer than 5 scores lie above the
-            threshold. None: scores are counted. With three images or fewer, the highest score is the threshold, with the rate
-            `smallest_fpr`.
-        by_hand: whether a person set a threshold. target_fpr is then estimated from the good images.
-        num_groups: number of independent groups (parts, or bursts) among the n images; None: every image is independent. All
-            statements about uncertainty count groups, because several photographs of a part say little more than a single one.
-        precision: number format of the computation of the scores (`precision.describe_precision`); None: unknown.
+            then scores cannot show the target rate. Except for "split", it is also used if counting would leave fewer than 5
+            scores at or above the threshold. None: scores are counted. With three images or fewer, the tail is None and the
+            highest score is the threshold, with the rate `smallest_fpr` if this is above target_fpr.
+        by_hand: whether a person set a threshold. After a new image threshold, target_fpr is estimated from the good images.
+        num_groups: number of independent groups among the n images; a group has the photographs of one physical part, or
+            neighbours of a slowly changing sequence. None: every image is independent. All statements about uncertainty count
+            groups, because several photographs of a part say little more than a single photograph.
+        precision: number format of the computation of the scores (`precision.describe_precision`); None: unknown, or a person
+            set a threshold.
         converted_from: the original precision, if `at_precision` converted the thresholds; otherwise None.
+
+    Raises: DataError: method, a target, `num_groups`, a score or a threshold is not valid, or the scores are not ascending.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # of `from_dict`
@@ -113,26 +118,26 @@ class Calibration:
 
     @property
     def effective_fpr(self) -> float:
-        """The level of the verdicts of `is_anomalous`: target_fpr, but without a tail at least smallest_fpr."""
+        """The false positive rate of the image threshold: target_fpr with a tail, otherwise max(target_fpr, smallest_fpr)."""
         return self.target_fpr if self.tail is not None else max(self.target_fpr, self.smallest_fpr)
 
     @property
     def pixel_fpr_bound(self) -> float:
-        """Upper bound on the expected share of the pixels of a good image that are called bad ("split", exchangeable images).
+        """Upper bound on the expected share of the pixels of a good image that are called bad.
 
-        The bound is target_pixel_fpr if guaranteed. Otherwise it is (n t + 1)/(n + 1) for n groups, which the plain quantile
-        at t satisfies.
+        It holds for the method "split" and exchangeable images. With t = target_pixel_fpr, the bound is t if `pixel_guaranteed`
+        is True. Otherwise it is (n t + 1)/(n + 1) for n groups, which the plain quantile at t satisfies.
         """
         if self.pixel_guaranteed:
             return self.target_pixel_fpr
         return (self.num_independent * self.target_pixel_fpr + 1.0) / (self.num_independent + 1)
 
     def probability_above(self, rate: float) -> float:
-        """Returns the probability that the long-run false alarm rate of this one threshold exceeds `rate`.
+        """Returns the probability that the long-run false alarm rate of the image threshold exceeds `rate`.
 
-        The probability is over the draw of the n independent images. A counted threshold is an order statistic, so its rate
-        follows Beta(m, n + 1 - m) with m = floor(target_fpr (n + 1)), at least 1. With a tail, the rate follows the posterior
-        of the tail's scale (`Tail.probability_above`); that holds as far as real tails are exponential.
+        The threshold depends on which n independent images were drawn, and so does its rate. Without a tail, the threshold is
+        the m-th highest score, so its rate follows Beta(m, n + 1 - m) with m = floor(target_fpr (n + 1)), at least 1. With a
+        tail and a threshold at or above its start, see `Tail.probability_above`; this assumes that real tails are exponential.
         """
         if not 0.0 < rate < 1.0:
             return float(rate <= 0.0)
@@ -142,7 +147,7 @@ class Calibration:
 
     @property
     def probability_above_twice_target(self) -> float:
-        """Probability that the long-run false alarm rate of this one threshold is above 2 target_fpr."""
+        """Probability that the long-run false alarm rate of the image threshold is above 2 * target_fpr."""
         return self.probability_above(2 * self.target_fpr)
 
     def fpr_interval(self) -> tuple[float, float]:
@@ -155,15 +160,16 @@ class Calibration:
     def conformal_p_value(self, scores: ArrayLike) -> NDArray[np.float64]:
         """Computes the conformal p-value of each score, which is small if the image differs from the normal images.
 
-        p = (1 + number of normal scores >= score) / (n + 1), and ties within `TIE` count. With g groups each of the n scores
-        counts g/n, and n + 1 becomes g + 1. If the images are exchangeable, P(p <= a) <= a for a new normal image and any a
-        (Vovk et al., Algorithmic Learning in a Random World, 2005). With a tail, the tail gives the p-values of scores above
-        its start. `p <= effective_fpr` holds if and only if `is_anomalous`.
+        p = (1 + number of normal scores >= score) / (n + 1). Scores that differ by at most `ties.TIE` (relative) count as equal.
+        With g groups, each of the n scores counts g/n, and n + 1 becomes g + 1. If the images are exchangeable, P(p <= a) <= a
+        for a new normal image and any a (Vovk et al., Algorithmic Learning in a Random World, 2005). With a tail, the tail gives
+        the p-values of scores above the start of the tail. Last, p is moved to the side of `effective_fpr` that agrees with the
+        verdict: `p <= effective_fpr` holds if and only if `is_anomalous` returns True.
 
         Args:
             scores: any shape.
 
-        Returns: same shape as scores, in [1/(n + 1), 1], with a tail in (0, 1].
+        Returns: same shape as scores, in (0, 1].
 
         Raises: DataError: a score is NaN.
         """
@@ -182,11 +188,18 @@ class Calibration:
         )
 
     def is_anomalous(self, scores: ArrayLike) -> NDArray[np.bool_]:
-        """Returns whether each score exceeds image_threshold by more than `TIE`. Raises: DataError: a score is NaN."""
+        """Returns whether each score exceeds image_threshold by more than the relative tolerance `ties.TIE`.
+
+        Args: scores: any shape; the result has the same shape.
+
+        Raises: DataError: a score is NaN.
+        """
         return is_above(_check_no_nan(scores), self.image_threshold)
 
     def with_thresholds(self, image: float | None, pixel: float | None) -> Calibration:
-        """Returns a copy with thresholds that a person chose, which stay unchanged at any precision.
+        """Returns a copy with thresholds that a person chose. `at_precision` does not change them.
+
+        A new image threshold also replaces target_fpr by an estimate from the good images.
 
         Args: image, pixel: new image threshold and new pixel threshold; None: unchanged.
 
@@ -211,10 +224,11 @@ class Calibration:
         return replace(calibration, image_threshold=float(image), target_fpr=share_above, image_guaranteed=False)
 
     def at_precision(self, precision: str) -> Calibration:
-        """Returns thresholds that are safe for scores of another precision; the calibration itself if the precision is the same.
+        """Returns a calibration with thresholds that are safe for scores of another precision (number format).
 
-        Another number format moves each score by up to `PRECISION_SHIFT`. Scores, thresholds and tail rise by that share, so
-        that no good image is called bad because of the number format. Where the precision is unknown, nothing changes.
+        Another number format changes a score by up to the share `PRECISION_SHIFT`. Scores, thresholds and tail are raised by
+        this share, so that no good image is called bad because of the number format. If the precision of this calibration is
+        unknown or is already `precision`, the calibration itself is returned.
         """
         if self.precision is None or self.precision == precision:
             return self
@@ -231,7 +245,7 @@ class Calibration:
         )
 
     def caveats(self) -> list[str]:
-        """Returns sentences about the limits of the thresholds for the user; empty if there are no limits to mention."""
+        """Returns sentences that tell the user the limits of the thresholds; an empty list if there are no such limits."""
         n, sentences = self.num_independent, []
         grouped = n < self.num_images
         images = f"{self.num_images} photographs of about {n} part{'s' if n > 1 else ''}"
@@ -289,7 +303,7 @@ class Calibration:
         return sentences
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all attributes as JSON types. `from_dict` makes an equal calibration from them."""
+        """Returns all attributes, by name, as JSON types. `from_dict` makes an equal calibration from the result."""
         return {
             **asdict(self),
             "image_scores": list(self.image_scores),
@@ -298,9 +312,9 @@ class Calibration:
 
     @staticmethod
     def from_dict(tree: Mapping[str, Any]) -> Calibration:
-        """Makes a calibration from the result of `to_dict`. Older bundles lack some attributes that have a default.
+        """Makes a calibration from the result of `to_dict`. A missing attribute gets its default, for older bundles.
 
-        Raises: DataError: a key is unknown or missing, or a value wrong.
+        Raises: DataError: a key is unknown, a key without a default is missing, or a value is wrong.
         """
         try:
             return TypeAdapter(Calibration).validate_json(json.dumps(tree))
@@ -310,7 +324,13 @@ class Calibration:
 
 
 class _NormalImage(NamedTuple):
-    """A scored normal image: its score, its group (None: independent), its highest pixel scores, and its number of pixels."""
+    """A scored normal image.
+
+    score: image score.
+    group: group number; None: the image is independent of all others.
+    top: (n,), highest pixel scores, in any order.
+    num_pixels: number of all scored pixels of the image.
+    """
 
     score: float
     group: int | None
@@ -319,16 +339,21 @@ class _NormalImage(NamedTuple):
 
 
 class CalibrationBuilder:
-    """Collects scores and maps of held-out normal images batch by batch. Builders of several workers can be merged.
+    """Collects scores and anomaly maps of normal images batch by batch, and computes a `Calibration` from them.
 
-    The builder stores only the highest `kept_fraction` of the pixel scores of each image, so memory is bounded. This share is
-    100 * target_pixel_fpr, but at least 0.01. The pixel threshold is exact unless all stored pixels of an image lie above it,
-    which cannot happen with fewer than 100 images. With more images, such an image counts as completely above the threshold.
-    So the threshold can only be too high, and the guarantee still holds.
+    Builders of several workers can be merged. The builder stores only a share of the pixel scores of each image, the highest
+    ones, so RAM is bounded. This share, `kept_fraction`, is 100 * target_pixel_fpr, but at least 0.01 and at most 1. The pixel
+    threshold is exact unless all stored pixels of an image lie above it, which cannot happen with fewer than 100 images. With
+    more images, such an image counts as completely above the threshold. So the threshold can only be too high, and the guarantee
+    still holds.
     """
 
     def __init__(self, method: Method, target_fpr: float, target_pixel_fpr: float) -> None:
-        """Raises: DataError: a target is no share."""
+        """
+        Args: method, target_fpr, target_pixel_fpr: see `Calibration`.
+
+        Raises: DataError: the method is unknown, or a target is not between 0 and 1, both excluded.
+        """
         _check_settings(method, target_fpr=target_fpr, target_pixel_fpr=target_pixel_fpr)
         self.method: Method = method
         self.target_fpr, self.target_pixel_fpr = target_fpr, target_pixel_fpr
@@ -346,8 +371,9 @@ class CalibrationBuilder:
         """Adds a batch of normal images.
 
         Args:
-            scores: (B,) image scores.  maps: (B, H, W) anomaly maps, or B arrays of (H, W) that may differ in size.
-            groups: (B,) group numbers. Images with the same number show the same part, also across batches and merged
+            scores: (B,) image scores.
+            maps: (B, H, W) anomaly maps, or B arrays (H, W) that may differ in size.
+            groups: (B,) group numbers. Images with the same number show the same physical part, also across batches and merged
                 builders. None: every image of the batch is independent.
 
         Raises: DataError: counts differ, a map is empty, or a value is NaN or infinite. Then no image is added.
@@ -367,16 +393,16 @@ class CalibrationBuilder:
             self._images.append(_NormalImage(score, group, top, image.size))
 
     def merge(self, other: CalibrationBuilder) -> CalibrationBuilder:
-        """Returns a new builder with the images of two builders that have the same settings.
+        """Returns a new builder with the images of two builders that have the same settings (this is not checked).
 
-        It equals a builder to which all images were added, in any order.
+        The calibration of the new builder does not depend on the order of the images.
         """
         merged = CalibrationBuilder(self.method, self.target_fpr, self.target_pixel_fpr)
         merged._images = self._images + other._images
         return merged
 
     def finish(self) -> Calibration:
-        """Computes the calibration from all added images. Raises: DataError: no image was added."""
+        """Computes the calibration from all added images, with unknown precision. Raises: DataError: no image was added."""
         if not self._images:
             raise DataError(
                 "there is no normal image for the calibration; set data.holdout_fraction above 0, or "
@@ -419,8 +445,9 @@ class CalibrationBuilder:
     def _pixel_threshold(self) -> tuple[float, bool]:
         """Computes the pixel threshold by conformal risk control (arXiv 2208.02814) with a loss bounded by 1.
 
-        R(lambda) is the mean over images of the share of pixels above lambda. The threshold is the smallest lambda with
-        (n R(lambda) + 1)/(n + 1) <= target, or with R(lambda) <= target if n is too small for the first condition.
+        R(lambda) is the mean over the n images of the share of pixels above lambda. The threshold is the smallest lambda with
+        (n R(lambda) + 1)/(n + 1) <= target_pixel_fpr. If n is too small for this condition, it is the smallest lambda with
+        R(lambda) <= target_pixel_fpr.
 
         Returns: threshold, and whether the first condition holds.
         """
@@ -447,9 +474,10 @@ class CalibrationBuilder:
 
 
 def _num_scores_at_threshold_or_above(num_images: int, num_groups: int, target_fpr: float) -> int:
-    """Returns m, the largest count of scores with (1 + (m - 1) g/n)/(g + 1) <= target_fpr; 0 if there is none.
+    """Returns how many scores may lie at or above a counted threshold with the given target rate; 0 if not even one.
 
-    n scores of g groups count g/n each. With g = n the condition is m/(n + 1) <= target_fpr.
+    This is the largest m with (1 + (m - 1) g/n)/(g + 1) <= target_fpr for n images in g groups. With g = n, the condition is
+    m/(n + 1) <= target_fpr.
     """
 
     def p_value(m: int) -> float:
@@ -464,7 +492,7 @@ def _num_scores_at_threshold_or_above(num_images: int, num_groups: int, target_f
 
 
 def _images_needed(target: float) -> int:
-    """Returns the smallest number n of images with 1/(n + 1) <= target."""
+    """Returns the smallest number n >= 1 of independent images with 1/(n + 1) <= target."""
     n = max(1, math.ceil(1.0 / target) - 2)
     while 1.0 / (n + 1) > target:
         n += 1
@@ -472,13 +500,19 @@ def _images_needed(target: float) -> int:
 
 
 def _counted_probability_above(rate: float, n: int, target_fpr: float) -> float:
-    """Returns P(Beta(m, n + 1 - m) > rate), the distribution of the rate above the m-th highest of n scores."""
+    """Returns the probability that the long-run rate of normal scores above a counted threshold exceeds `rate`.
+
+    The threshold is the m-th highest of n scores, m = max(1, floor(target_fpr (n + 1))); its rate follows Beta(m, n + 1 - m).
+    """
     m = max(1, _num_scores_at_threshold_or_above(n, n, target_fpr))
     return float(1 - betainc(m, n + 1 - m, rate))
 
 
 def _interval(probability_above: Callable[[float], float]) -> tuple[float, float]:
-    """Returns the central interval that holds a rate in [0, 1] with probability `_INTERVAL_MASS`, by bisection."""
+    """Returns the central interval that contains a rate in [0, 1] with probability `_INTERVAL_MASS`.
+
+    Args: probability_above: function that returns the probability that the rate is above a value.
+    """
     bounds = []
     for share in ((1 + _INTERVAL_MASS) / 2, (1 - _INTERVAL_MASS) / 2):
         low, high = 0.0, 1.0
@@ -490,7 +524,7 @@ def _interval(probability_above: Callable[[float], float]) -> tuple[float, float
 
 
 def _check_no_nan(scores: ArrayLike) -> NDArray[np.float64]:
-    """Returns scores as an array. Raises: DataError: a score is NaN."""
+    """Converts scores to a float64 array. Raises: DataError: a score is NaN."""
     values = np.asarray(scores, dtype=np.float64)
     if np.isnan(values).any():
         raise DataError("a score is NaN; expected a number: check the image and the weights of the model for NaN")
@@ -498,7 +532,12 @@ def _check_no_nan(scores: ArrayLike) -> NDArray[np.float64]:
 
 
 def _check_settings(method: str, **shares: float) -> None:
-    """Raises: DataError: the method is unknown, or a value of `shares`, given by name, is no share."""
+    """Checks a calibration method and shares.
+
+    Args: shares: name of a setting -> its value.
+
+    Raises: DataError: the method is unknown, or a share is not between 0 and 1, both excluded.
+    """
     if method not in get_args(Method):
         raise DataError(f"method={method!r}; expected one of {', '.join(get_args(Method))}")
     for name, value in shares.items():

@@ -1,4 +1,8 @@
-"""The detector: computes anomaly maps and scores of images with a network, a channel reduction and a density."""
+"""Module for the detector, which computes anomaly maps and scores of images.
+
+A detector has a network, a channel reduction and a density (a model of normal embeddings). The aligned frame is the coordinate
+system of an image after image alignment; without alignment it is the image itself. A location is a cell of the feature map.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +31,11 @@ _GPU_IMAGES = 256  # largest batch on a GPU: bounds the memory of a batch of man
 
 
 class ScoredImages(NamedTuple):
-    """Scores and anomaly maps of B images. If no location of an image can be inspected, its score is nan and its map is 0.
+    """Scores and anomaly maps of B images. If no location of an image can be inspected, the score is nan and the map is 0.
 
     score: (B,), maximum of the map [kin], or score relative to the profile of good images.
-    anomaly_map: (B, H, W), in the frame of the input images.
-    descriptors: (B, P, K), see `describe_embedding`; None unless they were requested.
+    anomaly_map: (B, H, W), anomaly of each pixel of the input images.
+    descriptors: (B, P, K), coarse features of the images, see `describe_embedding`; None unless they were requested.
     """
 
     score: Tensor
@@ -43,8 +47,9 @@ class Detector:
     """Computes scores and anomaly maps of images, without files, thresholds or Ray.
 
     Attributes:
-        profile: profile of good images for image scores; None: the score is the maximum of the map.
-        profile_distances: (n, H, W), leave-one-out distances from which the profile was fitted; None for a loaded detector.
+        profile: usual distances of good images, for image scores (`detect.profile`); None: the score is the maximum of the map.
+        profile_distances: (n, H, W), leave-one-out distances from which the profile was fitted; None without a profile, for a
+            profile of a single image, and for a detector from a bundle.
         seen_mask: (H, W) bool, locations that enough training images showed; None: all locations.
         map_generator: computes anomaly maps from distances.
     """
@@ -72,8 +77,8 @@ class Detector:
         """Scores a batch of images that have been resized to the input size.
 
         Args:
-            images: uint8 (B, H, W, 3 or 4), whose fourth channel is above 0 at pixels that are scored; or float (B, 3, H, W) in
-                0..1, of which all pixels are scored.
+            images: uint8 (B, H, W, 3 or 4), where a fourth channel is above 0 at pixels that are scored; or float (B, 3, H, W)
+                in 0..1. Without a fourth channel, all pixels are scored.
             describe: also return descriptors.
         """
         device = self.density.device
@@ -103,12 +108,13 @@ class Detector:
     def score_distance(
         self, distance: Tensor, theta: Tensor | None, profile: Profile | None = None, shown: Tensor | None = None
     ) -> ScoredImages:
-        """Scores distances (B, H, W) of a density in the aligned frame.
+        """Computes scores and anomaly maps from the distances (B, H, W) of a density in the aligned frame.
 
         Args:
             theta: (B, 2, 3), alignment of each image; None without image alignment.
             profile: used for image scores instead of the detector's profile; None: the detector's profile.
-            shown: (B, H, W) bool, pixels of the input images that are scored; the map is 0 at all other pixels. None: all pixels.
+            shown: (B, H, W) bool, pixels of the input images that are scored; the map is 0 at all other pixels. None: all
+                pixels.
         """
         profile = profile or self.profile
         # pixels outside the image are invented by padding, and the density has not learnt locations that training rarely showed
@@ -121,7 +127,7 @@ class Detector:
 
 
 def score_if_inspected(score: Tensor, inspected: Tensor) -> Tensor:
-    """Replaces scores (B,) by nan for images without any inspected location, which must not count as normal.
+    """Returns scores (B,) in which images without any inspected location have nan, so that they do not count as normal.
 
     Args: inspected: (B, H, W), 1 at inspected locations, otherwise 0.
     """
@@ -131,7 +137,7 @@ def score_if_inspected(score: Tensor, inspected: Tensor) -> Tensor:
 def can_share_backbone_pass(first: Detector, second: Detector) -> bool:
     """Returns whether one forward pass of the backbone can compute the features of both detectors.
 
-    This needs the same backbone object, the same input size, and no alignment between the layers.
+    This needs the same backbone object, the same compiled function, the same input size, and no alignment between the layers.
     """
     nets = first.net, second.net
     return (
@@ -146,13 +152,14 @@ def can_share_backbone_pass(first: Detector, second: Detector) -> bool:
 def score_together(parts: Sequence[tuple[Detector, Tensor]]) -> list[ScoredImages]:
     """Scores images of several categories in one pass through their common backbone.
 
-    The aligner of each category aligns its images before the pass. Its reduction and density score them after the pass. Each
-    detector alone gives the same results, up to rounding.
+    Each detector aligns its images before the pass, and scores the features after the pass. Each detector alone gives the same
+    results, up to rounding.
 
     Args:
-        parts: detectors that pairwise satisfy `can_share_backbone_pass`, each with its images (see `Detector.__call__`).
+        parts: (detector, images) of each category; see `Detector.__call__` for the images. The detectors pairwise satisfy
+            `can_share_backbone_pass`.
 
-    Returns: the scores of each part, in the same order.
+    Returns: the result of each detector, in the same order, without descriptors.
     """
     if len(parts) == 1:
         return [parts[0][0](parts[0][1])]
@@ -188,9 +195,10 @@ def shown_mask(batch: Tensor, device: torch.device | str) -> Tensor | None:
 
 
 def shown_pixels(locations: Tensor, theta: Tensor | None, tiles: Tiles) -> Tensor:
-    """Returns which pixels of the input images are scored, computed from the locations that are scored.
+    """Computes which pixels of the input images are scored from the locations that are scored.
 
-    It is an approximate inverse of `shown_locations`. It is needed for images of a bank, which stores locations and no pixels.
+    This is an approximate inverse of `shown_locations`. It is needed for images of the bank (the stored embeddings of normal
+    images), for which only the scored locations are stored.
 
     Args:
         locations: (B, h, w) bool, locations of the aligned frame that are scored.
@@ -205,13 +213,13 @@ def shown_pixels(locations: Tensor, theta: Tensor | None, tiles: Tiles) -> Tenso
 
 
 def shown_locations(shown: Tensor, theta: Tensor | None, tiles: Tiles, size: Sequence[int]) -> Tensor:
-    """Returns which locations of the aligned frame are scored. At least half of the pixels of such a location are scored.
+    """Computes which locations of the aligned frame are scored: those with at least half of their pixels scored.
 
     Args:
         shown: (B, H, W) bool, pixels of the input images that are scored.
         theta: (B, 2, 3), alignment of each image; None without image alignment.
         tiles: grid of tiles of an image.
-        size: rows and columns of locations of all tiles together.
+        size: (rows, columns) of locations of all tiles together.
 
     Returns: (B, *size) bool.
     """
@@ -231,8 +239,8 @@ def embed(
         images: (B, 3, H, W) in 0..1.
         pad_batches: see `embed_tiles`.
 
-    Returns: embedding (B, C + K, H/stride, W/stride), with the maps of tiles side by side; theta (B, 2, 3), or None without image
-        alignment.
+    Returns: embedding (B, C + K, H/stride, W/stride), with the maps of tiles side by side; theta (B, 2, 3), or None without
+        image alignment.
     """
     tiles = Tiles(*net.config.tiles)
     embedding, theta = embed_tiles(net, reduction, tiles.cut(images), pad_batches)
@@ -246,8 +254,8 @@ def embed_tiles(
 
     Args:
         images: (B, 3, S, S) in 0..1, of the network's input size S.
-        pad_batches: pad every batch to a fixed size. Rounding depends on the batch size, and choices such as a nearest neighbour
-            or a coreset depend on rounding. With a fixed batch size, they do not depend on the number of workers.
+        pad_batches: True: pad every batch to a fixed size. Rounding depends on the batch size, and choices such as a nearest
+            neighbour or a coreset depend on rounding. With a fixed size, the choices do not depend on the number of workers.
 
     Returns: embedding (B, C + K, S/stride, S/stride); theta (B, 2, 3), or None without image alignment.
     """
@@ -269,20 +277,24 @@ GRID = 8  # cells of a descriptor along each side; a shift by a few pixels hardl
 
 
 def describe_embedding(embedding: Tensor) -> Tensor:
-    """Computes descriptors (N, GRID * GRID, C), float32, of images from embeddings (N, C, H, W): averages over a coarse grid."""
+    """Computes descriptors of images from embeddings (N, C, H, W): averages over the cells of a coarse grid.
+
+    Returns: (N, GRID * GRID, C) float32.
+    """
     return F.adaptive_avg_pool2d(embedding.float(), GRID).flatten(2).transpose(1, 2).contiguous()
 
 
 def descriptor_channels(embedding: Tensor, reduction: ChannelReduction) -> Tensor:
-    """Returns the channels (N, K, H, W) of an embedding (N, C + K, H, W) from which descriptors are computed.
+    """Returns the channels of an embedding (N, C + K, H, W) from which descriptors are computed.
 
-    These are the channels of the coreset, which do not depend on a learnt projection. Without a coreset, they are all channels.
+    Returns: (N, K, H, W), the channels for the coreset, which do not depend on a learnt projection. If the density has no
+        coreset (K is 0), all channels (N, C, H, W).
     """
     return embedding[:, reduction.num_channels :] if reduction.num_coreset_channels else embedding
 
 
 def split_for_inference(images: Tensor) -> tuple[Tensor, ...]:
-    """Splits a batch for inference: small parts on a CPU, so that activations stay in its caches; large parts on a GPU."""
+    """Splits a batch for inference: small parts on a CPU, so that activations stay in the CPU cache; large parts on a GPU."""
     return images.split(_CPU_IMAGES if images.device.type == "cpu" else _GPU_IMAGES)
 
 

@@ -1,4 +1,4 @@
-"""The result of the inspection of an image: score, verdict, anomaly map and regions."""
+"""Module for the result of the inspection of an image: score, verdict, anomaly map and anomalous regions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Region:
     peak: float
 
     def to_dict(self) -> dict[str, float]:
-        """Returns the attributes by name."""
+        """Returns a dictionary: name of an attribute -> value."""
         return dict(vars(self))
 
 
@@ -40,14 +40,14 @@ class Inspection:
 
     Attributes:
         score: higher is more anomalous.
-        p_value: conformal p-value, see docs/learn/verdicts.md.
-        anomalous: the verdict.
+        p_value: conformal p-value: about the share of good images that score at least as high, see docs/learn/verdicts.md.
+        anomalous: the verdict: whether the score is above the threshold.
         threshold: image threshold.
         pixel_threshold: threshold of the anomaly map.
-        anomaly_map: (H, W), at the size at which the image was scored. With model.resize=stretch its aspect ratio may differ
-            from that of the image.
+        anomaly_map: (H, W), at the size at which the image was scored. With model.resize=stretch, the aspect ratios of map and
+            image may differ.
         width, height: size of the original image in pixels.
-        regions: in pixels of the original image.
+        regions: areas of the map above `pixel_threshold`, in pixels of the original image.
         trained_on: whether the model was trained on this image. Its score then says nothing about new parts.
     """
 
@@ -64,12 +64,12 @@ class Inspection:
 
     @property
     def verdict(self) -> Literal["normal", "anomalous"]:
-        """The verdict as a word."""
+        """The verdict as a word: "normal" or "anomalous"."""
         return "anomalous" if self.anomalous else "normal"
 
     @property
     def score_to_threshold(self) -> float:
-        """Score divided by threshold. Only this ratio is comparable between versions of a model."""
+        """Score divided by threshold. Between versions of a model, this ratio is comparable, but scores are not."""
         return self.score / max(self.threshold, 1e-12)
 
     def without_map(self) -> Inspection:
@@ -77,7 +77,7 @@ class Inspection:
         return replace(self, anomaly_map=np.empty((0, 0), np.float32))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all attributes except the map as JSON types; `trained_on` only if it is true."""
+        """Returns all attributes, by name, as JSON types. The map is left out, and `trained_on` too if it is False."""
         tree = {**vars(self), "regions": [region.to_dict() for region in self.regions]}
         del tree["anomaly_map"]
         if not self.trained_on:
@@ -86,9 +86,13 @@ class Inspection:
 
 
 def find_regions(anomaly_map: NDArray[np.float32], threshold: float, width: int, height: int) -> tuple[Region, ...]:
-    """Finds connected areas (8 neighbours) above the threshold, highest peak first.
+    """Finds connected areas of an anomaly map above a threshold. Pixels are connected with their 8 neighbours.
 
-    Args: anomaly_map: (H, W).  width, height: size of the original image, in whose pixels the regions are.
+    Args:
+        anomaly_map: (H, W).
+        width, height: size of the original image in pixels; the map is resized to this size first.
+
+    Returns: the regions in pixels of the original image, highest peak first.
     """
     full_map = resize_map(anomaly_map, height, width)
     numbered_areas, _ = ndimage.label(full_map > threshold, structure=np.ones((3, 3)))

@@ -1,4 +1,7 @@
-"""Draws an inspection: heat map, overlay, overlay with a strip of text, mask, and the map's values for other programs."""
+"""Module that draws the result of an inspection: heat map, overlay, overlay with a strip of text, mask, and encoded map values.
+
+An overlay is the image under a transparent heat map, with outlined anomalous regions.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,13 @@ def picture_size(width: int, height: int) -> tuple[int, int]:
 
 
 def overlay(image: NDArray[np.uint8], inspection: Inspection, scale: float = 1.0) -> NDArray[np.uint8]:
-    """Draws the heat map of an inspection over its image (H, W, 3) and outlines the regions. Returns (H, W, 3) uint8.
+    """Draws the heat map of an inspection over the image (H, W, 3), and outlines the anomalous regions.
 
-    Args: scale: size of `image` divided by the size of the inspected image.
+    Args:
+        image: (H, W, 3) uint8, RGB, the inspected image at any size.
+        scale: size of `image` divided by the size of the inspected image.
+
+    Returns: (H, W, 3) uint8.
     """
     boxes = [
         (int(r.x * scale), int(r.y * scale), max(1, round(r.width * scale)), max(1, round(r.height * scale)))
@@ -39,7 +46,9 @@ def overlay(image: NDArray[np.uint8], inspection: Inspection, scale: float = 1.0
 
 
 def overlay_with_strip(data: bytes, inspection: Inspection) -> bytes:
-    """Draws the overlay of an image file with a strip below it: verdict, score, threshold and colour scale.
+    """Draws the overlay of an image with a strip below it that shows verdict, score, threshold, p-value and colour scale.
+
+    Args: data: content of the encoded image file.
 
     Returns: a PNG with the overlay at the top left. An image that is narrower than `strip.MIN_WIDTH_PX` is enlarged.
 
@@ -58,10 +67,14 @@ def overlay_with_strip(data: bytes, inspection: Inspection) -> bytes:
 def draw(output: Output, inspection: Inspection, data: bytes | NDArray[np.uint8]) -> bytes:
     """Draws an inspection as a PNG.
 
-    Heat map and overlay have at most `MAX_SIDE_PX` a side. A mask has the size of the image and is white above the pixel
-    threshold.
+    Heat map and overlay have at most `MAX_SIDE_PX` a side. A mask has the size of the inspected image and is white where the
+    anomaly map is above the pixel threshold.
 
-    Args: data: the image under an overlay: an encoded file, or (H, W, 3) RGB.
+    Args:
+        output: what to draw; any value except "mask" and "heatmap" draws the overlay.
+        data: the inspected image, only used for an overlay: content of an encoded file, or (H, W, 3) uint8 RGB.
+
+    Raises: DataError: an overlay is requested, and the encoded image cannot be decoded.
     """
     width, height = picture_size(inspection.width, inspection.height)
     anomaly_map, threshold = inspection.anomaly_map, inspection.pixel_threshold
@@ -82,7 +95,10 @@ class MapValues(NamedTuple):
 
 
 def map_values(inspection: Inspection) -> MapValues:
-    """Encodes the anomaly map; `high` is twice the pixel threshold, or the maximum of the map if this is larger."""
+    """Encodes the anomaly map of an inspection as an 8-bit PNG.
+
+    Returns: the PNG and `high`, the map value of white: twice the pixel threshold, or the maximum of the map if this is larger.
+    """
     anomaly_map = inspection.anomaly_map
     high = max(2 * inspection.pixel_threshold, float(anomaly_map.max()), 1e-12)
     values = np.clip(np.round(anomaly_map * (255 / high)), 0, 255).astype(np.uint8)

@@ -1,8 +1,12 @@
-"""The profile of good images: usual distances at each location, and usual highest values of a good image's map [ours].
+"""Module for the profile of good images: usual distances at each location, and usual highest values of their maps [ours].
+
+The bank contains the stored embeddings of normal images; an image number is a position in the bank. A leave-one-out distance is
+the distance of a normal image to a density (a model of normal embeddings) from which this image is left out.
 
 The maximum of a map is usually at the locations where good parts vary most: a serial number, a reflection, an edge. So for the
 image score, and only for it, the distance of a location is weighted by the usual distance there. The usual distance is the
-largest leave-one-out distance of the bank's images at this location. Anomaly maps are not weighted: they localise better so.
+largest leave-one-out distance of the bank's images at this location. Anomaly maps are not weighted, because unweighted maps
+localise defects better.
 
 A defect may be a point, or cover much of the part. So the score uses the mean of the highest values over several shares of the
 map, from its maximum to its highest fifth. Each mean is divided by its typical value for good images, and the results are
@@ -31,22 +35,31 @@ _IMAGES_AT_ONCE = 8
 
 
 class Profile(NamedTuple):
-    """The profile of good images.
+    """The profile of good images, which converts distances to image scores.
 
     weight: (H, W) float32, factor for the distance of each location.
-    typical: (len(SHARES),) float32, typical highest values of good images.
+    typical: (len(SHARES),) float32, means of the highest values of typical good images, see `highest_values`.
     """
 
     weight: Tensor
     typical: Tensor
 
     def score(self, distance: Tensor, map_generator: AnomalyMapGenerator) -> Tensor:
-        """Computes image scores (B,) from distances (B, H, W); a typical good image has 1."""
+        """Computes image scores (B,) from distances (B, H, W); a typical good image has a score of 1."""
         return (highest_values(distance * self.weight, map_generator) / self.typical).mean(dim=1)
 
 
 def highest_values(distance: Tensor, map_generator: AnomalyMapGenerator) -> Tensor:
-    """Computes means of the highest values of the smoothed maps of distances (B, H, W): (B, len(SHARES))."""
+    """Computes means of the highest values of anomaly maps, one mean for each entry of `SHARES`.
+
+    An entry is the share of the pixels that the mean includes; with 0, the mean is the maximum of the map.
+
+    Args:
+        distance: (B, H, W).
+        map_generator: computes the anomaly maps from the distances; only every `SAMPLE_PX`-th row and column is used.
+
+    Returns: (B, len(SHARES)).
+    """
     sampled = map_generator.subsampled(SAMPLE_PX)(distance).flatten(1)
     counts = [max(1, int(share * sampled.shape[1])) for share in SHARES]
     top = sampled.topk(max(counts), dim=1).values
@@ -65,8 +78,10 @@ def fit_profile(
         seen_mask: (H, W) bool, locations that are scored; None: all locations.
         map_generator: computes the smoothed maps whose highest values the profile describes.
 
-    Returns: the profile, and the leave-one-out distances (n, H, W) from which the profile was computed. A single image cannot be
-        compared with another one: if the bank has one image, all numbers of the profile are 1, and the distances are None.
+    Returns: the profile, and the leave-one-out distances (n, H, W) from which the profile was computed. If the bank has a single
+        image, there is nothing to compare it with: all values of the profile are 1, and the distances are None.
+
+    Raises: ValueError: fewer than two images would remain for a Gaussian.
     """
     bank, device = statistics.bank, map_generator.rows.device
     assert bank is not None
@@ -87,17 +102,19 @@ def leave_one_out_distances(
     images: Tensor,
     device: torch.device | str,
 ) -> Tensor:
-    """Computes the distances of images of the bank. The image itself and its related images are left out for each image.
+    """Computes the leave-one-out distances of images of the bank. For each image, the image and its related images are left out.
 
     Args:
         density: leave-one-out scorer.
-        statistics: have the relations, alignments and shown locations of the bank's images; their own bank is not used.
+        statistics: relations, alignments and scored locations of the bank's images; the bank of the statistics is not used.
         bank: (N, L, C), embeddings of the bank's images, with the channels that the scorer needs.
         seen_mask: (H, W) bool, locations that are scored; None: all locations.
-        images: (n,), numbers of the images to score.
+        images: (n,), positions in the bank of the images to score.
         device: device on which distances are computed.
 
     Returns: (n, H, W), 0 at locations that are not scored.
+
+    Raises: ValueError: fewer than two images would remain for a Gaussian.
     """
     distances = []
     thetas, shown = statistics.thetas, statistics.shown
@@ -112,7 +129,7 @@ def leave_one_out_distances(
 
 
 def zero_unscored(distance: Tensor, theta: Tensor | None, seen_mask: Tensor | None) -> Tensor:
-    """Sets distances to 0 at locations outside the aligned image, and at locations that few training images showed.
+    """Returns distances that are 0 at locations outside the aligned image and at locations that few training images showed.
 
     Args:
         distance: (B, H, W).
@@ -129,7 +146,7 @@ def compute_profile(distances: Tensor, map_generator: AnomalyMapGenerator, shown
     """Computes the profile of good images from their leave-one-out distances.
 
     Args:
-        distances: (n, H, W), n >= 1.
+        distances: (n, H, W), n >= 1, of n good images.
         shown: (N, H * W) bool, True at locations of the bank's N images that are scored; None: all locations.
     """
     # usual distance of a location: the largest distance of all images, averaged over 3 x 3 locations

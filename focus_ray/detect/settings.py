@@ -1,4 +1,4 @@
-"""Settings of the anomaly map, the image score and the thresholds.
+"""Module for the settings of the anomaly map, the image score and the thresholds.
 
 Each default names its source: [paper] arXiv 2110.04538, [kin] the paper's published relatives (RegAD, SimSiam, PaDiM), [ours] a
 choice of this project.

@@ -1,5 +1,6 @@
-"""Detects distribution shift: tests whether new good images score like the images that set the threshold.
+"""Module that detects distribution shift: tests whether new good images score like the images that set the threshold.
 
+A calibration image is a normal image whose score helped to set the threshold; a calibration score is the score of such an image.
 The p-value of a good image is uniform as long as good images look as they did at calibration. The tests compare new scores with
 calibration scores by rank, which is the same as comparing p-values. A shift towards higher scores causes false alarms. A shift
 towards lower scores causes missed defects. Ranks do not change under a monotone map, so the tests assume no distribution.
@@ -53,15 +54,15 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class Shift:
-    """Comparison of new scores with calibration scores.
+    """Result of a comparison of the scores of new images with the scores of the images that set the threshold.
 
     Attributes:
         num_new: number of new images.
         num_calibrating: number of images that set the threshold.
-        p_higher: p-value of the test for higher new scores, times the number of tests, at most 1.
-        p_lower: p-value of the test for lower new scores, times the number of tests, at most 1.
-        direction: direction of a relevant shift; "higher" causes false alarms, "lower" causes missed defects. None: no relevant
-            shift.
+        p_higher: p-value for "new scores are higher", corrected for the number of tests, at most 1.
+        p_lower: p-value for "new scores are lower", corrected for the number of tests, at most 1.
+        direction: direction of a shift that is significant and large enough to report; "higher" causes false alarms, "lower"
+            causes missed defects. None: there is no such shift.
     """
 
     num_new: int
@@ -76,7 +77,7 @@ class Shift:
         return min(self.p_higher, self.p_lower)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the result as JSON types."""
+        """Returns num_new, num_calibrating, p_value and direction as JSON types, by name."""
         return {
             "num_new": self.num_new,
             "num_calibrating": self.num_calibrating,
@@ -88,15 +89,15 @@ class Shift:
 def compare_scores(calibration_scores: ArrayLike, new_scores: ArrayLike) -> Shift | None:
     """Tests whether new good images score like the calibration images, at the level `ALPHA`.
 
-    Two tests are combined with a Bonferroni correction: the rank sum (Mann and Whitney), and for higher scores the number of
-    new scores in the highest tenth of the calibration scores, which detects changes of a few images. Scores closer than
-    `ties.TIE` count as equal, and count for neither direction.
+    Two tests are combined with a Bonferroni correction. The first test is the rank sum (Mann and Whitney), for both directions.
+    The second test detects higher scores of a few images: it counts the new scores above the highest tenth of the calibration
+    scores. Scores that differ by at most `ties.TIE` (relative) are equal, and are evidence for neither direction.
 
     Args:
-        calibration_scores: (n,), n >= 1, any order.
-        new_scores: (m,), scores of good images that the model was not trained on.
+        calibration_scores: (n,), n >= 1, scores of the images that set the threshold, in any order.
+        new_scores: (m,), scores of good images that the model was not trained on, in any order.
 
-    Returns: None for fewer than `MIN_NEW` new scores.
+    Returns: the comparison; None for fewer than `MIN_NEW` new scores.
 
     Raises: DataError: a score is NaN or infinite.
     """
@@ -122,9 +123,13 @@ def compare_stream(calibration_scores: ArrayLike, recent_scores: ArrayLike) -> S
     number of good images, so defects cause no notice. Defects can only hide lower scores, so the test for lower scores uses all
     scores.
 
-    Args: as in `compare_scores`, in any order and without labels.
+    The level is `STREAM_ALPHA`, because a stream is tested many times.
 
-    Returns: None for fewer than `MIN_STREAM` scores.
+    Args:
+        calibration_scores: (n,), n >= 1, scores of the images that set the threshold, in any order.
+        recent_scores: (m,), scores of the latest images of the stream, good or defective, in any order.
+
+    Returns: the comparison; None for fewer than `MIN_STREAM` scores.
 
     Raises: DataError: a score is NaN or infinite.
     """
@@ -140,18 +145,21 @@ def compare_stream(calibration_scores: ArrayLike, recent_scores: ArrayLike) -> S
 
 
 def describe_test_shift(shift: Shift) -> str | None:
-    """Returns a sentence about a shift of good test images, with advice; None without a relevant shift."""
+    """Returns a message about a shift of good test images, with advice; None if `shift.direction` is None."""
     return _shift_sentence(shift, f"{shift.num_new} good test images", "", _REMEDY)
 
 
 def describe_stream_shift(shift: Shift) -> str | None:
-    """Returns a sentence about a shift of the latest images of a stream, with advice; None without a relevant shift."""
+    """Returns a message about a shift of the latest images of a stream, with advice; None if `shift.direction` is None."""
     remark = f" even without the highest {DEFECT_SHARE:.0%} of them" if shift.direction == "higher" else ""
     return _shift_sentence(shift, f"last {shift.num_new} images", remark, _REMEDY)
 
 
 def describe_new_calibration(shift: Shift) -> str | None:
-    """Returns a sentence about a shift from the good images of an old calibration to those of a new one; None without a shift."""
+    """Returns a message about a shift of the good images of a new calibration, compared with an old calibration.
+
+    Returns: the message, with advice; None if `shift.direction` is None.
+    """
     remedy = (
         "Light, position or batch may have changed. The new thresholds fit these images; if defects are missed, add such images "
         "with `focus-ray update BUNDLE NEW --add DATA`."
@@ -160,7 +168,7 @@ def describe_new_calibration(shift: Shift) -> str | None:
 
 
 class RecentScores:
-    """The latest `WINDOW` scores of the stream of a model, and the result of the last test.
+    """Stores the latest `WINDOW` scores of a model's stream of images, and the result of the last test for a shift.
 
     Attributes:
         shift: result of the last test; None before the first test.
@@ -173,21 +181,26 @@ class RecentScores:
         self._was_reported = False
 
     def add(self, scores: Sequence[float]) -> bool:
-        """Adds the scores of new images, oldest first. Returns whether a test is due."""
+        """Adds the scores of new images, oldest first, and returns whether a test is due.
+
+        A test is due if `TEST_EVERY` images came since the last test, and at least `MIN_STREAM` scores are stored.
+        """
         self._scores.extend(scores)
         self._untested += len(scores)
         return self._untested >= TEST_EVERY and len(self._scores) >= MIN_STREAM
 
     def take(self) -> list[float]:
-        """Returns the latest scores for a test. The next test is due `TEST_EVERY` images later."""
+        """Returns the stored scores for a test, and restarts the count of `TEST_EVERY` images until the next test."""
         self._untested = 0
         return list(self._scores)
 
     def report_once(self, shift: Shift | None) -> str | None:
-        """Stores the result of a test.
+        """Stores the result of a test, and returns a message if the test found a new shift.
 
-        Returns: a sentence about a new shift. It is returned once, and again only after scores were normal in between; otherwise
-            None.
+        Args: shift: result of the test; None if there were too few scores.
+
+        Returns: the message, with advice. It is returned once, and again only after a test with a p-value above `ALPHA`. None if
+            there is no shift or the shift was already reported.
         """
         self.shift = shift
         if shift is None:
@@ -202,7 +215,7 @@ class RecentScores:
 def _make_shift(
     num_new: int, num_calibrating: int, p_higher: float, p_lower: float, is_higher: bool, is_lower: bool
 ) -> Shift:
-    """Makes the result of a test. If both directions are relevant, it reports the direction with the smaller p-value.
+    """Makes the result of a test. If a shift in both directions is relevant, it reports the one with the smaller p-value.
 
     Args: is_higher, is_lower: whether the shift in this direction is significant and large enough to report.
     """
@@ -215,7 +228,13 @@ def _make_shift(
 
 
 def _shift_sentence(shift: Shift, images: str, remark: str, remedy: str) -> str | None:
-    """Returns the notice of a shift; None without a relevant shift. remark: text after the number of images."""
+    """Returns a message about a shift; None if `shift.direction` is None.
+
+    Args:
+        images: describes the new images, for instance "12 good test images".
+        remark: text after the number of images that set the threshold.
+        remedy: advice at the end of the message.
+    """
     if shift.direction is None:
         return None
     cost = (
@@ -231,7 +250,10 @@ def _shift_sentence(shift: Shift, images: str, remark: str, remedy: str) -> str 
 
 
 def _rank_sum(new: NDArray[np.float64], calibration: NDArray[np.float64]) -> tuple[float, float]:
-    """Returns the one-sided p-value of the rank sum for new > calibration, and the share of pairs with new > calibration."""
+    """Tests by the rank sum whether new scores are higher than calibration scores.
+
+    Returns: the one-sided p-value, and the share of pairs (new, calibration) in which the new score is higher.
+    """
     # a tie counts against the alternative, so the p-value is exact or too high, never too low
     values = certain_part(new)
     pairs = new.size * calibration.size
@@ -248,13 +270,13 @@ def _rank_sum(new: NDArray[np.float64], calibration: NDArray[np.float64]) -> tup
 
 
 def _tail_count(new: NDArray[np.float64], calibration: NDArray[np.float64]) -> tuple[float, float]:
-    """Tests how many of m new scores lie above the r-th highest of n calibration scores; r is about a tenth of n.
+    """Tests whether too many of m new scores lie above a limit: the r-th highest of n calibration scores, r about a tenth of n.
 
-    If k or more new scores lie there, at least k of the highest k + r - 1 of all scores are new. For scores drawn alike, that
-    number is hypergeometric.
+    If k or more new scores lie above the limit, at least k of the highest k + r - 1 of all scores are new. If new and old scores
+    have the same distribution, the number of new scores among the highest k + r - 1 is hypergeometric.
 
-    Returns: the one-sided p-value, and the share of new scores above the limit divided by r/(n + 1), the share of calibration
-        scores there.
+    Returns: the one-sided p-value, and the share of new scores above the limit divided by the expected share r/(n + 1). Without
+        a new score above the limit, 1 and 0.
     """
     from scipy.stats import hypergeom
 
@@ -268,7 +290,7 @@ def _tail_count(new: NDArray[np.float64], calibration: NDArray[np.float64]) -> t
 
 
 def _to_finite_vector(scores: ArrayLike) -> NDArray[np.float64]:
-    """Returns scores as a vector. Raises: DataError: a score is NaN or infinite."""
+    """Converts scores of any shape to a float64 vector. Raises: DataError: a score is NaN or infinite."""
     values = np.asarray(scores, dtype=np.float64).ravel()
     if not np.isfinite(values).all():
         raise DataError(f"scores contain {values[~np.isfinite(values)][0]}; expected finite numbers to compare")

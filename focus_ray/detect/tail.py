@@ -1,13 +1,14 @@
-"""A model of the highest scores of few normal images: how rare are scores above the highest ones [ours].
+"""Module for a model of the highest scores of few normal images: it estimates how rare even higher scores are [ours].
 
-The model takes the upper half of n scores as exponential above its lowest score, `start` (a generalised Pareto tail of shape
-0). The scale is uncertain: it is estimated from k - 1 excesses over the start. A prior over categories adds to them: the ratio
-scale/start follows an inverse-gamma law, as if the tail had more excesses than the images show (`TailPrior`). Ratios have no
-unit, so they are comparable between categories and between kinds of score.
+The upper half of n scores is the tail: k scores. The lowest score of the tail is `start`. The model assumes that the tail is
+exponential above the start (a generalised Pareto tail of shape 0). An excess is a score of the tail minus the start. The scale
+of
+the exponential is uncertain: it is estimated from k - 1 excesses. A prior adds the experience from other categories: the ratio
+scale/start follows an inverse-gamma distribution, as if the tail had more excesses than the images show (`TailPrior`). The ratio
+has no unit, so it is comparable between categories and between kinds of score.
 
-The predictive distribution of one more score is then a Lomax tail (a generalised Pareto tail of positive shape): the fewer
-scores, the heavier the tail. Its rates are exact, on average over draws and categories, where tails are exponential and the
-prior is the true one.
+The distribution of one more score is then a Lomax tail (a generalised Pareto tail of positive shape): the fewer scores, the
+heavier the tail. Its rates are exact, on average over samples and categories, if tails are exponential and the prior is true.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _NUM_NODES = 400  # of the integral over the share above the start; the error is
 
 
 class TailPrior(NamedTuple):
-    """Inverse-gamma prior of the ratio scale/start: `degrees` excesses more, with the sum `total` x start."""
+    """Inverse-gamma prior of the ratio scale/start: it acts like `degrees` additional excesses with the sum `total` * start."""
 
     degrees: float
     total: float
@@ -40,7 +41,13 @@ SHIPPED_PRIOR = TailPrior(5.0, 0.6)
 
 
 class Tail(NamedTuple):
-    """P(score > s) = share (1 + shape (s - start) / scale) ^ (-1/shape) for s >= start."""
+    """Distribution of high scores: P(score > s) = share (1 + shape (s - start) / scale) ^ (-1/shape) for s >= start.
+
+    start: lowest score of the tail.
+    share: probability that a score is above the start.
+    scale: scale of the excesses (score minus start), in the unit of the score.
+    shape: above 0; the larger, the heavier the tail.
+    """
 
     start: float
     share: float
@@ -48,23 +55,31 @@ class Tail(NamedTuple):
     shape: float
 
     def share_above(self, scores: ArrayLike) -> NDArray[np.float64]:
-        """Returns the share of normal images above scores of any shape; `share` below the start."""
+        """Returns the share of normal images that score above each given score; `share` for scores below the start.
+
+        Args: scores: any shape; the result has the same shape.
+        """
         excess = np.maximum(np.asarray(scores, dtype=np.float64) - self.start, 0.0)
         return np.asarray(self.share * (1 + self.shape * excess / self.scale) ** (-1 / self.shape))
 
     def score_at(self, share: float) -> float:
-        """Returns the score that a share of normal images exceeds, at most `self.share`; the inverse of `share_above`."""
+        """Returns the score that the given share of normal images exceeds; the inverse of `share_above`.
+
+        Args: share: above 0. A share above `self.share` gives a score below the start, where the model does not hold.
+        """
         return self.start + self.scale / self.shape * ((share / self.share) ** -self.shape - 1)
 
     def probability_above(self, rate: float, threshold: float, num_groups: int) -> float:
-        """Returns the probability that the long-run rate of scores above a threshold exceeds `rate`.
+        """Returns the probability that the long-run rate of normal scores above a threshold exceeds `rate`.
 
-        The long-run rate is U exp(-(threshold - start) / theta). U, the true share above the start, follows
-        Beta(k, n + 1 - k), because the start is an order statistic. theta, the true scale, has an inverse-gamma posterior:
-        1/theta follows Gamma(1/shape) with the rate scale/shape.
+        The long-run rate is U exp(-(threshold - start) / theta). U is the true share of scores above the start. It follows
+        Beta(k, n + 1 - k), because the start is the k-th highest of n scores. theta is the true scale. It has an inverse-gamma
+        posterior: 1/theta follows a Gamma distribution with shape parameter 1/shape and rate parameter scale/shape.
 
         Args:
-            threshold: at or above the start.  num_groups: n, the independent observations behind the tail.
+            rate: above 0.
+            threshold: at or above the start.
+            num_groups: n, number of independent observations from which the tail was fitted.
         """
         true_shares = _true_shares(round(self.share * (num_groups + 1)), num_groups)
         relative_excess = (threshold - self.start) * self.shape / self.scale
@@ -77,7 +92,7 @@ class Tail(NamedTuple):
 
 @lru_cache(maxsize=64)  # an interval asks for the same ones at every step
 def _true_shares(k: int, num_groups: int) -> NDArray[np.float64]:
-    """Returns equally likely values of the share above the k-th highest of n scores."""
+    """Returns `_NUM_NODES` equally likely values of the true share of scores above the k-th highest of `num_groups` scores."""
     middles = (np.arange(_NUM_NODES) + 0.5) / _NUM_NODES
     return np.asarray(betaincinv(k, num_groups + 1 - k, middles))
 
@@ -89,8 +104,9 @@ def fit_tail(
 
     Args:
         scores: (N,), ascending.
-        num_groups: independent groups among the N images; None: N. Scores of one group count together as one observation:
-            the sample keeps all scores, and the degrees of freedom come from the groups (design effect N / num_groups).
+        num_groups: number of independent groups among the N images; None: N. The scores of one group together count as one
+            observation: all scores are used, and the degrees of freedom come from the groups (design effect N / num_groups).
+        prior: experience from other categories; `NO_PRIOR` for none.
     """
     groups = scores.size if num_groups is None else num_groups
     if groups < MIN_SCORES:

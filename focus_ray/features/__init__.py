@@ -1,1 +1,1 @@
-"""Pretrained backbones, alignment of images and features, and channel reduction."""
+"""Package of the network that computes features: pretrained backbones, and alignment of images and features."""

@@ -1,4 +1,4 @@
-"""Batch norm over the batches of all workers, and folding of batch norms into convolutions for inference."""
+"""Module for batch norm over the batches of all workers, and for folding batch norms into convolutions for inference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from focus_ray.distributed import world_size
 
 
 class _SumOverWorkers(torch.autograd.Function):
-    """An all_reduce whose gradient is an all_reduce (torch.distributed.nn has one, but it is deprecated since torch 2.13)."""
+    """Adds up a tensor over all workers; gradients are added up over all workers too.
+
+    torch.distributed.nn has such a function, but it is deprecated since torch 2.13.
+    """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -33,10 +36,13 @@ class _SumOverWorkers(torch.autograd.Function):
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm with running statistics over the joined batch of all workers, on any device (SyncBatchNorm needs a GPU)."""
+    """Batch norm with the statistics of the joined batch of all workers, on any device (SyncBatchNorm needs a GPU)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises (B, C, H, W) with the statistics of all workers' batches in training, and with running ones otherwise."""
+        """Normalises (B, C, H, W): in training with the batch statistics of all workers, otherwise with running statistics.
+
+        In training, it also updates the running statistics.
+        """
         if not self.training or world_size() == 1:
             return super().forward(x)
         values = x.float()
@@ -61,21 +67,21 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
 
 def use_global_batch_norm(module: nn.Module) -> None:
-    """Turns every batch norm of a module into a `GlobalBatchNorm2d`, in place; parameters and statistics do not change."""
+    """Turns every `nn.BatchNorm2d` inside a module into a `GlobalBatchNorm2d`, in place; the weights do not change."""
     for child in module.modules():
         if type(child) is nn.BatchNorm2d:
             child.__class__ = GlobalBatchNorm2d
 
 
 def prepare_for_inference(backbone: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """Folds the batch norms of a backbone and converts it to the number type for inference, in place."""
+    """Folds the batch norms of a backbone into convolutions and converts the backbone to a number type, in place."""
     fuse_batch_norms(backbone)
     backbone.to(dtype)
 
 
 @contextmanager
 def prepared_for_inference(net: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """Replaces the `backbone` of a network by a copy that is prepared for inference, inside the with block only."""
+    """Context manager: replaces `net.backbone` by a copy that is prepared for inference, inside the with block only."""
     original = net.backbone
     assert isinstance(original, nn.Module)
     prepared = copy.deepcopy(original)

@@ -1,4 +1,7 @@
-"""FocusNet: image alignment, and a backbone with feature alignment between its layers."""
+"""Module for FocusNet, the network: image alignment, and a backbone with feature alignment between layers.
+
+theta is the transform of an alignment, see `alignment.theta`. An aligned frame is the coordinate system after an alignment.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +30,10 @@ ALIGNED_IMAGE_PADDING = (
 
 
 class AlignedFeatures(NamedTuple):
-    """The result of a forward pass.
+    """The result of a forward pass of `FocusNet`: aligned images, features of three layers, and the transforms.
 
     levels: features of layers 1 to 3, (B, C, H/stride, W/stride) each, strides mostly 4 to 16, each in its own aligned frame.
-    thetas: for each level, the transform (B, 2, 3) from the frame of the previous level; None without feature alignment there.
+    thetas: for each layer, theta (B, 2, 3) of the feature alignment after it; None if the layer has no feature aligner.
     image: (B, 3, H, W), the images after image alignment.
     theta_image: (B, 2, 3), the transform of the image alignment; None without it.
     """
@@ -42,13 +45,22 @@ class AlignedFeatures(NamedTuple):
 
 
 class FocusNet(nn.Module):
-    """The network of FYD, without the head and the losses of its training.
+    """The network of FYD (arXiv 2110.04538), without the parts that only the training needs (head and losses).
 
     Inputs are square images (B, 3, H, W), RGB in 0..1, of the configured size.
+
+    Attributes:
+        backbone: pretrained network that computes the features.
+        compiled: function that replaces the backbone for scoring; None: the backbone is used.
+        image_aligner: computes theta from images; None without image alignment.
+        feature_aligners: "layer1" ... "layer3" -> the aligner after this layer; layers without alignment are missing.
     """
 
     def __init__(self, config: ModelConfig, backbone: Backbone) -> None:
-        """Args: backbone: with its weights; `build_net` loads the configured weights."""
+        """
+        Args: backbone: backbone that already has its weights; the padding of its convolutions is changed in place. `build_net`
+            builds it with the configured weights.
+        """
         super().__init__()
         self.config, self.backbone = config, backbone
         # a compiled function that replaces the backbone for scoring, only without feature aligners (`bundle.engine`)
@@ -79,7 +91,13 @@ class FocusNet(nn.Module):
         return self
 
     def align_image(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Aligns images (B, 3, H, W). Returns: the aligned images, and theta (B, 2, 3), or None without image alignment."""
+        """Aligns images (B, 3, H, W).
+
+        Returns: the aligned images, and theta (B, 2, 3). If there is no image aligner, or it is disabled, the same images and
+            None.
+
+        Raises: ValueError: a congealing aligner gets images that are not square.
+        """
         aligner = self.image_aligner
         if aligner is None or (isinstance(aligner, CongealingAligner) and not bool(aligner.enabled)):
             return images, None
@@ -100,9 +118,8 @@ class FocusNet(nn.Module):
         Args: image: (B, 3, H, W), RGB in 0..1.
 
         Returns:
-            The features of layers 1 to 3, (B, C, H/stride, W/stride) each, where C and stride differ between layers.
-            For each layer, the transform (B, 2, 3) of its feature alignment, from the frame of the previous layer; None if the
-            layer has no feature aligner.
+            The features of layers 1 to 3, (B, C, H/stride, W/stride) each, where C and stride may differ between layers.
+            For each layer, theta (B, 2, 3) of the feature alignment after it; None if the layer has no feature aligner.
         """
         if self.compiled is not None:
             return self.compiled(image), (None, None, None)
@@ -128,7 +145,10 @@ def build_net(config: ModelConfig) -> FocusNet:
 
 
 def to_images(batch: Tensor, device: torch.device | str) -> Tensor:
-    """Converts uint8 (B, H, W, 3 or 4) to float (B, 3, H, W) in 0..1, channels last in memory; a float batch is unchanged."""
+    """Converts a batch of uint8 images (B, H, W, 3 or 4) to float images (B, 3, H, W) in 0..1, on a device.
+
+    A fourth channel is dropped. A batch of another type is only moved to the device.
+    """
     batch = batch.to(device, non_blocking=True)
     if batch.dtype != torch.uint8:
         return batch
@@ -148,9 +168,12 @@ def build_image_aligner(config: ModelConfig) -> nn.Module | None:
 
 
 def warp_to_common_frame(aligned: AlignedFeatures) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
-    """Warps every level to the frame of the last level [ours], so that a location means the same position in all levels.
+    """Warps the features of all layers so that a location means the same position in all layers [ours].
 
-    Returns: the levels, and theta (B, 2, 3) that maps this frame to the input image; None without any alignment.
+    The common frame is the aligned frame of layer 3.
+
+    Returns: the features of the three layers, and theta (B, 2, 3), which maps coordinates of the common frame to coordinates of
+        the input image; None without any alignment.
     """
     first, second, third = aligned.levels
     onward: Tensor | None = None  # from the last frame to the frame of the current level
@@ -163,18 +186,18 @@ def warp_to_common_frame(aligned: AlignedFeatures) -> tuple[tuple[Tensor, Tensor
 
 
 def _chain(outer: Tensor | None, inner: Tensor | None) -> Tensor | None:
-    """Composes two transforms (see `compose_theta`); None is the identity."""
+    """Composes two transforms (B, 2, 3), see `compose_theta`. None stands for the identity, also as a result."""
     if outer is None or inner is None:
         return outer if inner is None else inner
     return compose_theta(outer, inner)
 
 
 def compute_seen_mask(net: FocusNet, height: int, width: int) -> Tensor | None:
-    """Returns which locations (height, width), bool, of the aligned frame at least half of the training images showed.
+    """Returns which locations of the aligned images at least half of the training images showed.
 
-    The result is None, which means all locations, in two cases. First, no congealing aligner is enabled, so it is not known which
-    locations the images showed. Second, the network aligns features: distances are then in a frame that differs between images,
-    and the shares that the aligner stores are not in that frame.
+    Returns: (height, width) bool. None, which means all locations, in two cases. First, no congealing aligner is enabled, so the
+        locations that images showed are not known. Second, the network aligns features. Locations are then in the common frame
+        of `warp_to_common_frame`, but the aligner stores the shares of images in the frame of the image alignment.
     """
     aligner = net.image_aligner
     if len(net.feature_aligners) or not isinstance(aligner, CongealingAligner) or not bool(aligner.enabled):

@@ -1,4 +1,4 @@
-"""Settings of the network: backbone, size of the input, tiles and alignment.
+"""Module for the settings of the network: backbone, size of the input, tiles and alignment.
 
 Each default names its source: [paper] arXiv 2110.04538, [kin] the paper's published relatives (RegAD, SimSiam, PaDiM), [ours] a
 choice of this project.
@@ -156,37 +156,40 @@ class ModelConfig(Section):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of tiles; (1, 1) without tiling."""
+        """(rows, columns) of tiles of an image; (1, 1) without tiling."""
         return self.tiling.grid if self.tiling is not None else (1, 1)
 
     def place_px(self, map_layer: int) -> int:
-        """Side of a place of the map, in pixels of the network's input. map_layer: 0, 1 or 2, the layer with the map's grid."""
+        """Returns the side of a location (a cell of the feature map), in pixels of the network's input.
+
+        Args: map_layer: 0, 1 or 2 for layer 1, 2 or 3: the layer whose feature map sets the grid of locations.
+        """
         return self.backbone_spec.strides[map_layer]
 
     @property
     def shared_grid(self) -> tuple[int, int]:
-        """Rows and columns of the tiles that share one density's places."""
+        """(rows, columns) of tiles of an image that share one density; (1, 1) if every tile has its own locations."""
         return self.grid if self.tiling is not None and self.tiling.density == "shared" else (1, 1)
 
     @property
     def overlap_px(self) -> int:
-        """Overlap of neighbouring tiles, in pixels."""
+        """Overlap of neighbouring tiles, in pixels of the resized image; 0 without tiling."""
         return round(self.tiling.overlap * self.image_size_px) if self.tiling is not None else 0
 
     @property
     def tiles(self) -> tuple[int, int, int, int]:
-        """Rows and columns of tiles, their side and their overlap in pixels: the arguments of `density.tiles.Tiles`."""
+        """(rows, columns, side in pixels, overlap in pixels) of the tiles: the arguments of `density.tiles.Tiles`."""
         return *self.grid, self.image_size_px, self.overlap_px
 
     @property
     def frame_px(self) -> tuple[int, int]:
-        """Height and width to which images are resized: the area of all tiles."""
+        """(height, width) in pixels to which images are resized; all tiles together cover this area."""
         step = self.image_size_px - self.overlap_px
         return self.grid[0] * step + self.overlap_px, self.grid[1] * step + self.overlap_px
 
     @property
     def backbone_spec(self) -> BackboneSpec:
-        """Channels, strides and limits of the backbone."""
+        """The description of the configured backbone: channels, strides, limits and how to build it."""
         return BACKBONES[self.backbone]
 
     @field_validator("image_size_px")

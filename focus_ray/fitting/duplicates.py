@@ -1,4 +1,7 @@
-"""Finds images that show the same part, or are neighbours in a slowly changing sequence, without labels [ours].
+"""Module that finds images of the same physical part, and neighbours in a slowly changing sequence, without labels [ours].
+
+Such images are related: they are left out together when any related image is scored. A lag is the difference of two ranks in the
+order of file names.
 
 Images are compared by their descriptors: features of the pretrained network, averaged over a coarse grid. Two photographs of
 one part are then clearly closer to each other than to photographs of other parts. Three sources of relations are combined:
@@ -50,10 +53,10 @@ SEQUENCE_LEVEL = 0.005  # of the permutation test: the smallest p-value that 199
 
 
 class ImageOrigins(NamedTuple):
-    """Group names and order of N images, from which relations are derived.
+    """Groups and order of N images, from which relations between images are derived.
 
     Attributes:
-        groups: (N,) int64, number of the group that the user named for each image; images without a name have different numbers.
+        groups: (N,) int64, number of the group that the user named for each image; an image without a group has its own number.
         order: (N,) int64, rank of each image in the order of file names.
         same_part_distance: result of `measure_same_part_distance`; None: near-duplicates are not searched.
     """
@@ -64,13 +67,21 @@ class ImageOrigins(NamedTuple):
 
 
 def describe_images(net: FocusNet, reduction: ChannelReduction, images: Tensor) -> Tensor:
-    """Computes descriptors (N, P, K) of images (N, 3, H, W) in 0..1, on the device of the network."""
+    """Computes descriptors of images with the network: embeddings that are averaged over a coarse grid.
+
+    Args: images: (N, 3, H, W) in 0..1, on the device of the network.
+
+    Returns: (N, P, K), K channels in each of P cells.
+    """
     embedding, _ = embed(net, reduction, images, pad_batches=True)
     return describe_embedding(descriptor_channels(embedding, reduction))
 
 
 def describe_statistics(statistics: Statistics, reduction: ChannelReduction) -> Tensor:
-    """Computes descriptors (N, GRID * GRID, K), float16, of the images of the statistics' bank."""
+    """Computes descriptors (N, GRID * GRID, K), float16, of N images from their embeddings in the bank of the statistics.
+
+    The statistics need a bank.
+    """
     bank, moments, grid = statistics.bank, statistics.moments, statistics.grid
     assert bank is not None
     size = moments.height * grid[0], moments.width * grid[1]
@@ -82,7 +93,7 @@ def describe_statistics(statistics: Statistics, reduction: ChannelReduction) -> 
 
 
 def descriptor_distances(first: Tensor, second: Tensor) -> Tensor:
-    """Computes the distances between two sets of descriptors: the Euclidean distance of each cell, averaged over the cells.
+    """Computes the distances between two sets of descriptors: Euclidean distances of the cells, averaged over the cells.
 
     Args:
         first: (N, P, C), descriptors of N images: C channels in each of P cells.
@@ -100,9 +111,10 @@ def descriptor_distances(first: Tensor, second: Tensor) -> Tensor:
 def measure_same_part_distance(
     net: FocusNet, reduction: ChannelReduction, images: Tensor, device: torch.device | str
 ) -> float | None:
-    """Measures the largest distance of descriptors at which two images may be photographs of one part.
+    """Measures the largest distance between descriptors at which two images may be photographs of the same physical part.
 
-    A second photograph of each image is simulated: shifted by up to two pixels, with noise.
+    Two photographs of each image are simulated, both with noise, the second also shifted by up to two pixels. The result is
+    `TOLERANCE` times the median of their distances.
 
     Args: images: (N, H, W, C) uint8, a few images of the category; only the first three channels are used.
 
@@ -130,9 +142,10 @@ def _shift(image: Tensor, down: int, right: int) -> Tensor:
 
 @torch.no_grad()
 def find_relations(descriptors: Tensor, origins: ImageOrigins) -> Relations | None:
-    """Finds the relations between N images from their descriptors (N, P, C) and origins.
+    """Finds which of N images are related, from their descriptors (N, P, C), user groups and order.
 
-    Returns: None if no two images are related, or if an image is related to all others, because nothing would then remain.
+    Returns: the relations. None if no two images are related, or if an image is related to all other images, because no image
+        would then remain to compare it with.
     """
     distances = descriptor_distances(descriptors, descriptors).cpu()
     groups = origins.groups.cpu()
@@ -147,7 +160,11 @@ def _none_if_useless(relations: Relations) -> Relations | None:
 
 
 def relate_duplicates(statistics: Statistics) -> None:
-    """Adds relations between near-duplicates to the statistics, whose bank was joined from several sets of images."""
+    """Adds relations between near-duplicates to the statistics, in place. Use it after banks of several sites were joined.
+
+    Nothing happens without descriptors, `same_part_distance` or bank. The relations become None if `find_relations` would
+    return None for this reason: no two images, or one image and all others, are related.
+    """
     if statistics.descriptors is None or statistics.same_part_distance is None or statistics.bank is None:
         return
     descriptors = statistics.descriptors.float()
@@ -164,7 +181,8 @@ def find_duplicates(distances: Tensor, same_part_distance: float) -> Tensor:
         distances: (N, N) between images.
         same_part_distance: images that are farther apart are not duplicates.
 
-    Returns: (N,) group number of each image. If there are too few duplicates, or a group is too large, every image is alone.
+    Returns: (N,) group number of each image. With fewer than `MIN_IMAGES` images, too few duplicates, or a too large group,
+        every image has its own group.
     """
     num_images = len(distances)
     single_groups = torch.arange(num_images)
@@ -206,7 +224,7 @@ def connected_components(linked: Tensor) -> Tensor:
 
 
 def _merge(first: Tensor, second: Tensor) -> Tensor:
-    """Merges two groupings (N,) of the same images: two images in one group of either grouping are in one group of the result."""
+    """Merges two groupings (N,) of the same images: images that share a group in a grouping share a group in the result."""
     return connected_components((first[:, None] == first) | (second[:, None] == second))
 
 
@@ -220,8 +238,8 @@ def relate_sequence(distances: Tensor, relations: Relations, order: Tensor) -> R
         distances: (N, N), between images.
         order: (N,), rank of each image in the order of file names.
 
-    Returns: the relations, where each image is also related to its block and to neighbours on both sides. Without a sequence, the
-        unchanged relations.
+    Returns: relations in which each image is also related to its block of neighbours and to further images on both sides of the
+        block. Without a sequence, or with fewer than `MIN_SEQUENCE_IMAGES` images, the unchanged relations.
     """
     num_images = len(order)
     if num_images < MIN_SEQUENCE_IMAGES:
@@ -234,7 +252,7 @@ def relate_sequence(distances: Tensor, relations: Relations, order: Tensor) -> R
         return relations
 
     def lag_mean(lag: int) -> float:
-        """Returns the mean distance of unrelated images at a lag, as a share of the overall mean; nan without such images."""
+        """Returns the mean distance of unrelated images at a lag, as a share of the overall mean; nan if there are none."""
         values = ordered.diagonal(lag)[unrelated.diagonal(lag)]
         return float(values.mean()) / mean if len(values) else math.nan
 
@@ -260,7 +278,7 @@ def relate_sequence(distances: Tensor, relations: Relations, order: Tensor) -> R
 
 
 def _is_significant(ordered: Tensor, unrelated: Tensor) -> bool:
-    """Returns whether neighbours are closer than after random permutations of the order.
+    """Returns whether neighbours are significantly closer than after random permutations of the order.
 
     Args:
         ordered: (N, N), distances between images in order.
@@ -303,12 +321,17 @@ class RepeatFinder:
         self.limit = min(same_part_distance, GAP * usual)
 
     def find(self, descriptors: Tensor) -> Tensor:
-        """Returns whether each of B images repeats a training image, (B,) bool on the CPU, from descriptors (B, P, K)."""
+        """Returns which of B images show the same physical part as a training image.
+
+        Args: descriptors: (B, P, K), of the B images.
+
+        Returns: (B,) bool, on the CPU.
+        """
         return (descriptor_distances(descriptors, self.descriptors).amin(dim=1) <= self.limit).cpu()
 
 
 def describe_repeats(num_repeats: int, num_images: int) -> str | None:
-    """Returns a warning if many test images repeat training images, else None."""
+    """Returns a warning if at least one and at least `REPEAT_SHARE` of the test images repeat training images, else None."""
     if num_repeats < max(1.0, REPEAT_SHARE * num_images):
         return None
     return (

@@ -1,7 +1,9 @@
-"""Fits the detector of one category: aligns, trains, computes statistics, and calibrates. It uses no files and no Ray.
+"""Module that fits the detector of one category: aligns, trains, computes statistics, and calibrates. It does not use Ray.
 
-The fit runs in one process, or on every worker of an initialised torch.distributed group. Each worker has its own shard of the
-images.
+The fit runs in one process, or on every worker of an initialised torch.distributed group. Each worker has its own shard (share
+of the images). An image number counts the training images of all workers, from 0. Rank is the number of a worker. The bank
+contains the stored embeddings of normal images. "Selection" means: a validation score on synthetic defects chooses alignment and
+epoch.
 """
 
 from __future__ import annotations
@@ -79,9 +81,11 @@ _MIN_UNRELATED_SHARE = 0.5
 
 @dataclass
 class FitResult:
-    """The result of a fit, the same on every worker.
+    """The result of a fit, the same on every worker except for `seconds`.
 
-    seconds: duration of each stage, by name.
+    statistics: from which the density of the detector was built.
+    notes: intermediate results for reports.
+    seconds: name of a stage of the fit -> its duration on this worker.
     """
 
     detector: Detector
@@ -92,10 +96,12 @@ class FitResult:
 
     @property
     def net(self) -> FocusNet:
+        """The network of the detector."""
         return self.detector.net
 
     @property
     def reduction(self) -> ChannelReduction:
+        """The channel reduction of the detector."""
         return self.detector.reduction
 
 
@@ -111,12 +117,14 @@ def fit(
     on_epoch: OnEpoch | None = None,
     log: Callable[[str], None] = lambda message: None,
 ) -> FitResult:
-    """Fits a detector: aligns, trains, computes statistics, and calibrates.
+    """Fits the detector of one category: aligns, trains, computes statistics, and calibrates.
+
+    Sets the global random seed of torch to train.seed.
 
     Args:
         shard: this worker's images.
         num_images: number of training images of all workers.
-        net: network to fit; None: a new one with the configured weights.
+        net: network to fit, which is changed in place; None: a new network with the configured weights.
         device: device of the network and the density.
         rank: number of this worker, from 0.
         state: saved state from which training resumes; None starts a new fit.
@@ -126,7 +134,7 @@ def fit(
     Returns: the detector, its statistics and its calibration.
 
     Raises:
-        DataError: there are too few images.
+        DataError: there are too few images, no loss trains a parameter, or the mask of a region cannot be used.
         ValueError: too few images remain for the density, its calibration or the image aligner.
         FloatingPointError: the loss, or a weight after an epoch, is not finite.
         WeightsError, ConfigError: see `check_prerequisites`.
@@ -137,9 +145,10 @@ def fit(
 
 
 def check_prerequisites(config: Config) -> None:
-    """Checks before a fit that weights, shared metric and calibration method can be used.
+    """Checks before a fit that the backbone weights, the shared metric and the calibration method can be used.
 
-    If every worker made these checks itself, the same error would appear once for each worker.
+    Call it once before the workers start. Otherwise the same error would appear once for each worker. A shared metric is a file
+    with directions that were learnt from other categories (density.metric).
 
     Raises:
         WeightsError: the pretrained weights cannot be loaded.
@@ -175,13 +184,14 @@ def build_detector(config: Config, net: FocusNet, reduction: ChannelReduction, s
 
 
 class CategoryFit:
-    """Holds the state that the stages of one category's fit share. `fit` describes the arguments.
+    """The fit of the detector of one category; it holds the state that the stages share. `fit` describes the arguments.
 
     Attributes:
         num_images: number of training images of all workers.
         num_own: number of training images of this worker.
-        offset: number, over all workers, of this worker's first training image.
-        validation: this worker's validation images (N, H, W, C) and masks of their synthetic defects; None without selection.
+        offset: image number of this worker's first training image.
+        validation: this worker's validation images (N, H, W, C) and masks (N, H, W) of their synthetic defects; None without
+            selection.
         training: the training of the network; None with train.epochs=0.
         method: calibration method.
         best: the network with the best validation score so far.
@@ -225,21 +235,23 @@ class CategoryFit:
         self._reference_images: Tensor | None = None
 
     def _log_progress(self, stage: str, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Yields the batches, and logs from time to time how many images are finished."""
+        """Generator: yields the batches unchanged, and logs from time to time how many images are finished."""
         return track(batches, stage, self.num_images // world_size(), self.log, count=len)
 
     @contextmanager
     def _measure_time(self, stage: str) -> Iterator[None]:
-        """Records the duration of the block in `seconds`."""
+        """Context manager: stores the duration of the with block in `seconds`, under the name of the stage."""
         start = time.perf_counter()
         yield
         self.seconds[stage] = time.perf_counter() - start
 
     # ---- label-free selection
     def _make_validation_set(self) -> tuple[NDArray[np.uint8], NDArray[np.bool_]] | None:
-        """Makes validation images from this worker's normal validation images, by adding synthetic defects.
+        """Makes the validation set: this worker's normal validation images, and copies with synthetic defects.
 
         Returns: images (N, H, W, C), and masks (N, H, W) of the defects; None without selection.
+
+        Raises: DataError: the worker has only one validation image.
         """
         if not self.config.selection.enabled:
             return None
@@ -254,7 +266,7 @@ class CategoryFit:
         return torch.cat(parts) if parts else torch.empty(0, *self.config.model.frame_px, 3, dtype=torch.uint8)
 
     def _validate(self, choice: dict[str, float | str]) -> float:
-        """Computes the validation score of the current network, and adds it to the notes and the log.
+        """Computes the validation score of the current network, adds the validation metrics to the notes, and logs them.
 
         Args: choice: describes the network in notes and logs, for instance {"epoch": 3}.
         """
@@ -270,14 +282,15 @@ class CategoryFit:
         return figures["score"]
 
     def _own_rows(self, images: set[int]) -> list[int]:
-        """Converts image numbers over all workers to row numbers in this worker's shard; drops images of other workers."""
+        """Converts image numbers to ascending positions in this worker's shard; drops the images of other workers."""
         return [number - self.offset for number in sorted(images) if number - self.offset in range(self.num_own)]
 
     # ---- image alignment
     def fit_image_aligner(self) -> None:
-        """Fits a congealing image aligner to some training images, and notes the report. Other aligners do not change.
+        """Fits a congealing image aligner to some training images, and adds the report to the notes.
 
-        With selection, the aligner stays on only if it raises the validation score.
+        A network without a congealing aligner does not change. With selection, the aligner stays on only if it raises the
+        validation score.
         """
         chosen = sample_evenly(self.num_images, MAX_ALIGNMENT_IMAGES)
         batches = self.shard.fit_batches(positions=self._own_rows(chosen))
@@ -313,7 +326,7 @@ class CategoryFit:
                 self.train(self.training, state, on_epoch)
 
     def restore(self, state: TrainState) -> None:
-        """Takes over from a saved state the network's weights, the notes (`FitNotes`) and the best network so far."""
+        """Restores the network's weights, the notes (`FitNotes`) and the best network so far from a saved state."""
         assert self.training is not None
         self.training.load_network(state.net)
         self.notes, self.best = state.notes, state.best
@@ -323,7 +336,10 @@ class CategoryFit:
 
         The arguments are described in `fit`.
 
-        Raises: DataError: no loss trains a parameter.
+        Raises:
+            DataError: no loss trains a parameter, or a worker has fewer than two images.
+            TrainingError: the stream of images ended too early.
+            FloatingPointError: the loss, or a weight after an epoch, is not finite.
         """
         from focus_ray.fyd.training import cut_tiles
 
@@ -353,7 +369,7 @@ class CategoryFit:
             self.log(f"kept the network after epoch {self.best.epoch + 1} of {train.epochs} (0: untrained)")
 
     def _note_epoch(self, figures: dict[str, float]) -> None:
-        """Notes and logs the figures of an epoch, and warns if they show a collapse."""
+        """Adds the metrics of an epoch to the notes, logs them, and warns if they show that the features have collapsed."""
         from focus_ray.fyd.training import collapse_warning
 
         self.notes.history.append(figures)
@@ -365,9 +381,9 @@ class CategoryFit:
             self._warn(f"epoch {epoch}: {warning}")
 
     def _keep_best(self, epoch: int) -> None:
-        """Validates the network, and stores a copy as `best` if it is the first one or beats `best` by MIN_GAIN.
+        """Validates the network, and stores a copy as `best` if `best` is empty or its score is exceeded by more than MIN_GAIN.
 
-        Without selection, nothing is stored.
+        Without selection, nothing happens.
 
         Args: epoch: number of the last finished epoch; -1 for the untrained network.
         """
@@ -382,9 +398,11 @@ class CategoryFit:
 
     # ---- density and calibration
     def learn_projection(self) -> None:
-        """Learns the projection from the current network's features, and stores it in the reduction.
+        """Learns the discriminant projection from the current network's features, and copies it into the reduction.
 
         Nothing happens unless density.reduction=discriminant.
+
+        Raises: ValueError: fewer than two images. ConfigError: density.metric cannot be used.
         """
         if self.config.density.reduction != "discriminant":
             return
@@ -406,9 +424,11 @@ class CategoryFit:
         self.reduction.projection.copy_(self.projection.projection)
 
     def training_statistics(self, for_calibration: bool = False) -> Statistics:
-        """Computes the statistics of the training images with the current network, after learning the projection.
+        """Learns the projection, and then computes the statistics of the training images of all workers.
 
-        Args: for_calibration: make a bank of some images even if the density needs none.
+        Args: for_calibration: True: store the embeddings of some images in a bank even if the density needs no bank.
+
+        Raises: see `learn_projection`.
         """
         self.net.eval()
         self.learn_projection()
@@ -426,7 +446,10 @@ class CategoryFit:
         return statistics
 
     def _choose_bank_images(self, for_calibration: bool) -> set[int] | None:
-        """Returns the numbers, over all workers, of the bank's images. Args and None: as in `training_statistics`."""
+        """Chooses the image numbers of the images whose embeddings are stored in the bank; None: there is no bank.
+
+        Args: for_calibration: see `training_statistics`.
+        """
         images = choose_bank_images(self.config.density, self.num_images)
         if images is None and for_calibration:
             return sample_evenly(self.num_images, _MAX_LEAVE_ONE_OUT_IMAGES)
@@ -434,12 +457,15 @@ class CategoryFit:
 
     # ---- images that show the same part
     def _fit_origins(self, positions: Sequence[int]) -> ImageOrigins:
-        """Returns the origins of some training images, given by their numbers over all workers."""
+        """Returns the groups and the order of some training images of all workers. Args: positions: their image numbers."""
         groups, order = _join_workers(self.shard.fit_groups()), _join_workers(self.shard.fit_order())
         return ImageOrigins(groups[list(positions)], order[list(positions)], self._same_part_distance())
 
     def _same_part_distance(self) -> float | None:
-        """Runs `measure_same_part_distance` on a few training images; the result is the same on every worker."""
+        """Measures how different two photographs of one physical part may be; the result is the same on every worker.
+
+        `measure_same_part_distance` explains the result. The images for the measurement are gathered once and then kept.
+        """
         if self._reference_images is None:
             rows = self._own_rows(sample_evenly(self.num_images, len(SHIFTS_PX)))
             own_images = self._join_batches(self.shard.fit_batches(positions=rows))[..., :3]
@@ -448,7 +474,10 @@ class CategoryFit:
         return broadcast_from_rank0(lambda: measure_same_part_distance(self.net, self.reduction, images, self.device))
 
     def _describe(self, batches: Iterable[Tensor]) -> Tensor:
-        """Computes descriptors (n, P, K) of the images of all workers."""
+        """Computes descriptors (n, P, K), coarse features, of the images of all workers.
+
+        Args: batches: this worker's images.
+        """
         num_channels = self.reduction.num_coreset_channels or self.reduction.num_channels
         parts = [torch.empty(0, GRID * GRID, num_channels)]
         parts += [describe_images(self.net, self.reduction, to_images(batch, self.device)).cpu() for batch in batches]
@@ -456,9 +485,12 @@ class CategoryFit:
 
     @torch.inference_mode()
     def _unrelated_holdout(self, statistics: Statistics) -> list[int] | None:
-        """Returns the rows, in this worker's shard, of held-out images that show other parts than the images of the bank.
+        """Finds this worker's held-out images that show other physical parts than the images of the bank.
 
-        Returns: None if there are too few. Then the scores of held-out images do not show how a new part scores.
+        If some held-out images show the same parts, it adds a warning to the notes and logs it.
+
+        Returns: positions among this worker's held-out images. None if less than `_MIN_UNRELATED_SHARE` of the held-out images
+            of all workers show other parts: the scores of held-out images then do not show how a new part scores.
         """
         counts = gather_objects(self.shard.num_holdout())
         bank_images = self._choose_bank_images(for_calibration=True)
@@ -485,13 +517,13 @@ class CategoryFit:
         return [row for row in range(self.shard.num_holdout()) if not is_related[first + row]]
 
     def _note_relations(self, relations: Relations) -> None:
-        """Notes and logs how many parts the photographs show."""
+        """Adds the number of physical parts that the photographs show to the notes, and logs it."""
         count, num_parts = len(relations.groups), relations.num_groups
         self.notes.parts = {"num_images": count, "num_parts": num_parts}
         self.log(f"{count} photographs show about {num_parts} parts: photographs of one part are left out together")
 
     def _warn(self, message: str) -> None:
-        """Notes and logs a warning."""
+        """Adds a warning to the notes, and logs it."""
         self.notes.warnings.append(message)
         self.log(f"WARNING: {message}")
 
@@ -517,13 +549,19 @@ class CategoryFit:
         return "leave_one_out" if supports_leave_one_out(config.density, config.model.shared_grid) else "cross"
 
     def finish(self) -> FitResult:
-        """Computes statistics, builds the detector and calibrates it, with the trained network."""
+        """Computes the statistics, builds the detector and calibrates it, with the trained network.
+
+        Raises:
+            DataError: there is no normal image for the calibration.
+            ValueError: there are too few images for the density, the projection or leave-one-out.
+            ConfigError: density.metric cannot be used.
+        """
         self.net.eval()
         with prepared_for_inference(self.net, compute_dtype(self.config.model.precision, self.device)):
             return self._finish()
 
     def _finish(self) -> FitResult:
-        """Does the work of `finish`, with a network that is prepared for inference."""
+        """Computes the result of `finish` with a network that is already prepared for inference."""
         folds: list[_Fold] = []
         holdout_rows: list[int] | None = None
         self._join_validation()
@@ -564,9 +602,10 @@ class CategoryFit:
         return FitResult(detector, statistics, builder.finish(), self.notes, self.seconds)
 
     def _compute_folds(self) -> list[_Fold]:
-        """Divides the images into folds for cross calibration. Photographs of one part, as far as recognised, are in one fold.
+        """Divides the training images into folds for cross calibration, and computes the statistics of each fold.
 
-        The banks are small enough that the banks of all folds but one together have about density.max_images images.
+        Recognised photographs of one physical part are in one fold. The bank of each fold is so small that
+        the banks of all folds but one together have about density.max_images images.
         """
         fold_of, groups = self.shard.fit_folds(), self.shard.fit_groups()
         if self.num_images <= _MAX_COMPARED_IMAGES:
@@ -614,11 +653,11 @@ class CategoryFit:
 class _Fold(NamedTuple):
     """A fold of the training images for cross calibration.
 
-    rows: (n,) rows, in this worker's shard, of the worker's n images of the fold.
-    groups: (n,) group number of each image.
-    first: number, over all workers, of the worker's first image among the images of the fold.
+    rows: (n,) positions in this worker's shard of the n images that belong to the fold.
+    groups: (n,) group number of each of these images.
+    first: position of the first of these images among all images of the fold.
     num_images: number of images of the fold, over all workers.
-    statistics: of all images of the fold.
+    statistics: statistics of all images of the fold, of all workers.
     """
 
     rows: NDArray[np.int64]
@@ -629,15 +668,15 @@ class _Fold(NamedTuple):
 
 
 def _join_workers(numbers: NDArray[np.int64]) -> Tensor:
-    """Concatenates the numbers (n,) of all workers' images."""
+    """Concatenates arrays (n,) of all workers, in the order of their ranks."""
     return torch.from_numpy(np.concatenate(gather_objects(numbers)))
 
 
 def _find_relations(descriptors: Tensor, origins: ImageOrigins) -> Relations | None:
-    """Runs `find_relations` on rank 0, for all workers."""
+    """Runs `find_relations` on the worker with rank 0, and returns the result on every worker."""
     return broadcast_from_rank0(lambda: find_relations(descriptors, origins))
 
 
 def _join_all(parts: Sequence[Statistics]) -> Statistics:
-    """Joins statistics into new ones; the parts do not change."""
+    """Joins several statistics into a new object; the arguments do not change."""
     return functools.reduce(Statistics.join, parts[1:], copy.deepcopy(parts[0]))

@@ -1,11 +1,13 @@
-"""Leave-one-out calibration: scores each image of a density's bank as if the part that it shows were new [ours].
+"""Module for leave-one-out calibration: scores each normal image as if the physical part in the image were new [ours].
 
-Leaving the embeddings of an image out of a memory is exact: the result is the memory of the other images. But the profile of good
-images and a learnt projection have seen the image too, and would make its score lower than the score of a new image. With 20
-images and a target of 0.05, the realised false alarm rate was 0.2. So the image's distances are left out of the profile too. If
-there are few images, each image is also scored with a projection that was learnt without its fold of images.
+The bank contains the stored embeddings of normal images; an image number is a position in the bank. A density, for instance a
+memory of these embeddings, measures the distance of an image to the normal images. Leaving an image out of the density is not
+enough: the profile of good images (usual distances) and a learnt projection have seen the image too, and would make its score
+lower than the score of a new image. With 20 images and a target of 0.05, the realised false alarm rate was 0.2. So the distances
+of the image are left out of the profile too. If there are few images, each image is also scored with a projection that was
+learnt without the image's cross-validation fold.
 
-Images that show the same part (`Statistics.relations`) are left out of the memory, profile and projection together.
+Images that show the same part (`Statistics.relations`) are left out of density, profile and projection together.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def collect_leave_one_out_scores(
     log: Callable[[str], None] = lambda message: None,
     images: Sequence[int] | None = None,
 ) -> CalibrationBuilder:
-    """Scores images of the bank with a detector from which the scored image, and its related images, are left out.
+    """Scores images of the bank with a detector from which the scored image and its related images are left out.
 
     Each worker scores a share of the images. The scores of all workers are joined.
 
@@ -59,7 +61,13 @@ def collect_leave_one_out_scores(
         statistics: the statistics from which the detector was built. They need a bank, even if the density does not.
         projection: the projection that was learnt from the same images; None if no projection was learnt.
         log: called with each message.
-        images: numbers of the bank's images to score; None scores all. It must be None for a projection with folds.
+        images: positions in the bank of the images to score; None scores all. It must be None for a projection with folds.
+
+    Returns: a builder with the scores and anomaly maps, the same on every worker.
+
+    Raises:
+        ValueError: too few images would remain for the density.
+        DataError: the score of an image is NaN, because no location of the image is scored.
     """
     calibration = config.calibration
     builder = CalibrationBuilder("leave_one_out", calibration.target_fpr, calibration.target_pixel_fpr)
@@ -86,11 +94,11 @@ def _has_folds(projection: DiscriminantProjection, num_images: int) -> bool:
 def _score_without_folds(
     detector: Detector, scorer: LeaveOneOutScorer, statistics: Statistics, images: Sequence[int] | None = None
 ) -> Iterator[LeaveOneOutResult]:
-    """Yields the scores of this worker's share of the bank's images, with the detector's own projection.
+    """Generator: yields the scores of this worker's share of the bank's images, with the detector's own projection.
 
     Args:
         scorer: leave-one-out scorer of the detector's density.
-        images: numbers of the bank's images to score; None scores all.
+        images: positions in the bank of the images to score; None scores all.
     """
     bank = statistics.bank
     assert bank is not None
@@ -119,7 +127,10 @@ def _score_without_folds(
 def _score_by_folds(
     detector: Detector, statistics: Statistics, projection: DiscriminantProjection, config: DensityConfig
 ) -> Iterator[LeaveOneOutResult]:
-    """Yields the scores of this worker's share of the bank's images, each with a projection that was learnt without its fold."""
+    """Generator: yields the scores of this worker's share of the bank's images.
+
+    Each image is scored with a projection that was learnt without the image's fold.
+    """
     bank = statistics.bank
     assert bank is not None
     assert projection.fold_of is not None
@@ -141,7 +152,7 @@ def _score_by_folds(
 def _project_statistics(
     statistics: Statistics, projection: DiscriminantProjection, fold: int, device: torch.device
 ) -> Statistics:
-    """Returns the statistics with the embeddings of all images by the projection that was learnt without a fold."""
+    """Computes new statistics of all images with the projection that was learnt without the images of one fold."""
     assert projection.fold_projections is not None
     assert projection.embeddings is not None
     assert statistics.bank is not None
@@ -157,11 +168,11 @@ def _project_statistics(
 
 
 def _unrelated_positions(statistics: Statistics, image: Tensor, numbers: Tensor) -> Tensor:
-    """Returns which entries of a list of image numbers belong neither to an image nor to its related images.
+    """Returns the positions in `numbers` of all images except one image and its related images.
 
     Args:
-        image: (1,), number of the image in the bank.
-        numbers: (n,), numbers of images in the bank.
+        image: (1,), position in the bank of the image to leave out.
+        numbers: (n,), positions in the bank of several images.
 
     Returns: (m,) int64, ascending positions in `numbers`.
     """
@@ -172,16 +183,16 @@ def _unrelated_positions(statistics: Statistics, image: Tensor, numbers: Tensor)
 def _score_with_profile(
     other_distances: Tensor, detector: Detector, distance: Tensor, statistics: Statistics, image: Tensor
 ) -> LeaveOneOutResult:
-    """Computes score and anomaly map of one image from its leave-one-out distances.
+    """Computes score and anomaly map of one image from the image's leave-one-out distances.
 
-    If the detector has a profile of good images (`fitting.profile`), the score is relative to the profile of other images only.
+    If the detector has a profile of good images (`detect.profile`), the score is relative to the profile of the other images.
     Otherwise, the score is the maximum of the anomaly map.
 
     Args:
-        other_distances: (n, H, W), leave-one-out distances of the other images, from which their profile is computed. If n is 0,
+        other_distances: (n, H, W), leave-one-out distances of the other images, from which the profile is computed. If n is 0,
             the detector's profile is used instead.
         distance: (1, H, W), leave-one-out distances of the image.
-        image: (1,), number of the image in the bank.
+        image: (1,), position of the image in the bank.
     """
     theta = None if statistics.thetas is None else statistics.thetas[image].to(distance.device)
     shown = None
@@ -194,6 +205,6 @@ def _score_with_profile(
 
 
 def _own_numbers(count: int) -> Tensor:
-    """Returns this worker's share of the numbers 0 to count - 1."""
+    """Returns this worker's share of the integers 0 to count - 1."""
     part = worker_range(count)
     return torch.arange(part.start, part.stop)

@@ -1,4 +1,4 @@
-"""Computations that each take one pass over images: alignment, statistics, validation, calibration."""
+"""Module for computations that each take one pass over images: alignment, statistics, validation, calibration."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def compute_statistics(
 ) -> Statistics:
     """Computes the statistics of the images of all workers; the result is the same on every worker.
 
-    Moments are added up batch by batch. Only the embeddings of the bank's images stay in memory.
+    Moments (count, mean and scatter) are added up batch by batch. Only the embeddings of the bank's images stay in RAM.
 
     Args:
         batches: this worker's images.
-        bank_images: numbers, over all workers, of the images whose embeddings go into the bank; None: no bank.
+        bank_images: numbers, over all workers, of the images whose embeddings are stored in the bank; None: no bank.
         first_image: number, over all workers, of this worker's first image.
-        cache: embeddings of some of this worker's images by the same network, which are then not computed again.
+        cache: embeddings of some of this worker's images, computed with the same network; they are not computed again.
     """
     net.eval()
     pad_batches = reduction.num_coreset_channels > 0
     tiles = Tiles(*net.config.tiles)
 
     def embed_batch(batch: Tensor, position: int) -> tuple[Tensor, Tensor | None]:
-        """Embeds a batch whose first image has the number `position`; takes cached embeddings where they exist."""
+        """Returns embedding and theta of a batch whose first image has the number `position`, from the cache where possible."""
         cached_rows = {} if cache is None else cache.row
         cached = [number for number in range(len(batch)) if position + number in cached_rows]
         if cache is None or not cached:
@@ -110,11 +110,13 @@ def compute_embedding_statistics(
 
     Args:
         batches: this worker's embeddings.
-        reduction: the reduction that computed the embeddings; it defines their numbers of channels.
-        bank_images: numbers, over all workers, of the images whose embeddings go into the bank; None: no bank.
+        reduction: the reduction that computed the embeddings; it defines how many channels are for the coreset.
+        map_size: (rows, columns) of locations of the moments.
+        bank_images: numbers, over all workers, of the images whose embeddings are stored in the bank; None: no bank.
         first_image: number, over all workers, of this worker's first image.
-        map_size: rows and columns of locations of the moments.
-        grid: rows and columns of tiles that share these locations.
+        grid: (rows, columns) of tiles of an image that share these locations.
+
+    Raises: ValueError: an embedding has a wrong shape or a value that is not finite.
     """
     num_channels = reduction.num_channels
     num_locations = map_size[0] * map_size[1] * grid[0] * grid[1]
@@ -142,7 +144,7 @@ def compute_embedding_statistics(
 
 
 def _reduce_moments(moments: Moments) -> None:
-    """Merges the moments of all workers, in place, into the exact mean and scatter of all images."""
+    """Replaces this worker's moments, in place, by the moments of the images of all workers."""
     if world_size() == 1:
         return
     count = torch.tensor([moments.count], dtype=torch.float64, device=moments.mean.device)
@@ -160,9 +162,13 @@ def _reduce_moments(moments: Moments) -> None:
 
 @torch.inference_mode()
 def fit_aligner(net: FocusNet, batches: Iterable[Tensor], device: torch.device, seed: int) -> AlignmentReport | None:
-    """Fits a congealing aligner to the images of all workers, with the same result on every worker.
+    """Fits the network's congealing aligner, in place, to the images of all workers, with the same result on every worker.
+
+    Args: batches: this worker's images.
 
     Returns: the report; None if the network has no congealing aligner.
+
+    Raises: ValueError: fewer than four images, or images are not square.
     """
     aligner = net.image_aligner
     if not isinstance(aligner, CongealingAligner):
@@ -192,8 +198,12 @@ def collect_calibration_scores(
 
     Args:
         batches: this worker's images, uint8 (B, H, W, 3 or 4).
-        method: calibration method that the result names.
+        method: calibration method, which is only stored in the result.
         groups: (N,), group number of each image of this worker's batches, in order; None: every image shows a different part.
+
+    Returns: a builder with the scores and anomaly maps of all workers, the same on every worker.
+
+    Raises: DataError: a score or a map is not finite, for instance because no pixel of an image is scored.
     """
     builder = CalibrationBuilder(method, config.target_fpr, config.target_pixel_fpr)
     for batch in batches:
@@ -204,7 +214,7 @@ def collect_calibration_scores(
 
 
 def calibration_pixels(scored: ScoredImages, shown: Tensor | None) -> NDArray[np.float32] | list[NDArray[np.float32]]:
-    """Returns the pixels of anomaly maps in the form that `CalibrationBuilder.add` needs.
+    """Returns the scored pixels of anomaly maps in the form that `CalibrationBuilder.add` needs.
 
     Args: shown: (B, H, W) bool, pixels that are scored; None: all pixels.
 
@@ -217,7 +227,7 @@ def calibration_pixels(scored: ScoredImages, shown: Tensor | None) -> NDArray[np
 
 
 def merge_over_workers(builder: CalibrationBuilder) -> CalibrationBuilder:
-    """Merges the builders of all workers, with the same result on every worker."""
+    """Merges the calibration builders of all workers, with the same result on every worker."""
     return functools.reduce(CalibrationBuilder.merge, gather_objects(builder))
 
 
@@ -225,11 +235,16 @@ def merge_over_workers(builder: CalibrationBuilder) -> CalibrationBuilder:
 def compute_validation_figures(
     detector: Detector, images: NDArray[np.uint8], masks: NDArray[np.bool_], batch_size: int = 32
 ) -> dict[str, float]:
-    """Computes `selection.validation_figures` over the images of all workers, with the same result on every worker.
+    """Computes the validation metrics of a detector over the images of all workers, with the same result on every worker.
 
     Args:
         images: (N, H, W, 3 or 4) uint8, this worker's images from `selection.validation_images`.
-        masks: (N, H, W) bool, their defects.
+        masks: (N, H, W) bool, True at pixels of synthetic defects.
+        batch_size: images per batch.
+
+    Returns: name of a metric -> value, see `selection.validation_figures`.
+
+    Raises: DataError: a metric cannot be computed, because there is no defect or every image has one.
     """
     batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
     scores, maps = collect_scores((detector(torch.from_numpy(batch)) for batch in batches), masks.shape[1:])
@@ -241,7 +256,12 @@ def compute_validation_figures(
 def collect_scores(
     scored: Iterable[ScoredImages], size_px: tuple[int, ...]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Concatenates the scores (N,) and maps (N, *size_px) of all batches."""
+    """Concatenates the scores (N,) and anomaly maps (N, *size_px) of several batches.
+
+    Args:
+        scored: results of a detector.
+        size_px: (height, width) of the maps, for the case that there is no batch.
+    """
     scores = [np.empty(0, np.float32)]
     maps = [np.empty((0, *size_px), np.float32)]
     for batch in scored:

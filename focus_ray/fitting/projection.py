@@ -1,15 +1,16 @@
-"""Learns the discriminant projection [ours]: directions in which defects differ from normal patches, but normal patches do not.
+"""Module that learns the discriminant projection [ours], which maps embeddings to fewer channels.
 
-For each patch of a normal image, the nearest neighbour is searched around its location in the other normal images. The difference
-between the two is the residual. It shows how normal patches differ from each other. The residual of a patch with a synthetic
-defect shows how a defective patch differs. Two scatter matrices are computed, `Sn` of normal and `Sd` of defective residuals. The
-generalised eigenproblem `Sd v = lambda Sn v` gives the directions in the order of the ratio of these two variances (Fisher's
-discriminant, on differences). Each direction is scaled by sqrt(log lambda), to first order the weight that a likelihood ratio of
-the two zero-mean Gaussians gives to it.
+It finds directions in which defects differ much from normal patches, while normal patches differ little from each other. For
+each patch of a normal image, the nearest neighbour is searched around the same location in the other normal images. The
+difference of the two embeddings is the residual. It shows how normal patches differ from each other. The residual of a patch
+with a synthetic defect shows how a defective patch differs. Two scatter matrices are computed, `Sn` of normal and `Sd` of
+defective residuals. The generalised eigenproblem `Sd v = lambda Sn v` gives directions v, ordered by lambda: the variance of
+defective residuals divided by the variance of normal residuals (Fisher's discriminant, on differences). Each direction is scaled
+by sqrt(log lambda). To first order, a likelihood ratio of two zero-mean Gaussians gives this weight to the direction.
 
-Real defects differ from synthetic ones. So only half of the channels are learnt directions. The other half is a random projection
-that is whitened by the normal covariance and prefers no kind of defect. Both halves are scaled to the same mean square of normal
-residuals.
+Real defects differ from synthetic ones. So only half of the channels are learnt directions. The other half is a random
+projection that is whitened by the normal covariance and prefers no kind of defect. Both halves are scaled to the same mean
+square of normal residuals.
 
 Both scatter matrices are sums over images. Each worker sums over its own images, and one all-reduce adds the sums, so the result
 does not depend on the number of workers, up to rounding. There is no gradient descent.
@@ -56,15 +57,16 @@ COVERED_SHARE = 0.5  # a location counts as defective if a defect covers a large
 
 
 class DiscriminantProjection(NamedTuple):
-    """The learnt projection from C to k channels, and data for the calibration; tensors are on the device of the fit.
+    """The learnt projection from C to k channels, and data for the calibration.
 
-    projection: (k, C) float32, for `ChannelReduction.projection`; a learnt row is 0 if its lambda is at most 1.
-    scatters: (2, C, C) float32, scatter per patch of normal and of defective residuals. The defective one is 0 if the directions
-        come from a shared metric.
-    fold_projections: (NUM_FOLDS, k, C), projections learnt without the images of each fold; None if they were not needed.
-    embeddings: (N, C, H, W) float16 on the CPU, of all images, maps of tiles joined; None without `fold_projections`.
-    cache: embeddings of this worker's images, so that their statistics need no second pass.
-    fold_of: (N,) int64, fold of each image; images that show one part are in one fold. None without `fold_projections`.
+    projection: (k, C) float32, for `ChannelReduction.projection`; a learnt row is 0 if lambda of this direction is at most 1.
+    scatters: (2, C, C) float32, scatter per patch of normal and of defective residuals. The defective scatter is 0 if the
+        directions come from other categories (a shared metric).
+    fold_projections: (NUM_FOLDS, k, C), projections that were learnt without the images of each cross-validation fold; None if
+        they were not computed.
+    embeddings: (N, C, H, W) float16 on the CPU, embeddings of all whole images; None without `fold_projections`.
+    cache: embeddings of this worker's images, so that the network need not compute them again for the statistics.
+    fold_of: (N,) int64, fold of each image; images of one physical part are in one fold. None without `fold_projections`.
     """
 
     projection: Tensor
@@ -78,7 +80,7 @@ class DiscriminantProjection(NamedTuple):
 class CachedEmbeddings(NamedTuple):
     """Embeddings of n images, before the projection.
 
-    row: row of each image in the tensors, by the number of the image over all workers.
+    row: image number (over all workers) -> row of the image in the tensors.
     full: (n, C, H, W) float16 on the CPU, all channels of whole images.
     coreset: (n, K, H, W) float16 on the CPU, channels for the coreset.
     thetas: (n, 2, 3), alignment of each image; None without image alignment.
@@ -90,11 +92,11 @@ class CachedEmbeddings(NamedTuple):
     thetas: Tensor | None
 
     def embedding(self, numbers: Sequence[int], projection: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Projects the stored embeddings of B images. Up to the rounding of float16, `scoring.embed` gives the same result.
+        """Projects the cached embeddings of B images. Up to the rounding of float16, `detector.embed` gives the same result.
 
         Args:
-            numbers: B image numbers.
-            projection: (k, C).
+            numbers: B image numbers, keys of `row`.
+            projection: (k, C), on the device on which the result is computed.
 
         Returns: embedding (B, k + K, H, W); theta (B, 2, 3), or None.
         """
@@ -105,7 +107,7 @@ class CachedEmbeddings(NamedTuple):
 
 
 def build_full_reduction(reduction: ChannelReduction, channels: tuple[int, ...]) -> ChannelReduction:
-    """Builds a reduction that keeps all channels of the used levels.
+    """Builds a channel reduction that keeps all channels of the used layers of the backbone.
 
     Args:
         reduction: the reduction whose other settings and projection for the coreset are copied.
@@ -118,7 +120,7 @@ def build_full_reduction(reduction: ChannelReduction, channels: tuple[int, ...])
 
 
 def choose_projection_images(num_images: int, num_tiles: int) -> set[int]:
-    """Chooses the numbers of the images from which a projection is learnt; each image has `num_tiles` tiles."""
+    """Chooses from which of the images 0 to num_images - 1 a projection is learnt; each image has `num_tiles` tiles."""
     return sample_evenly(num_images, max(MIN_TILED_IMAGES, MAX_NEIGHBOURS // num_tiles))
 
 
@@ -136,19 +138,22 @@ def learn_projection(
     origins: ImageOrigins | None = None,
     log: Callable[[str], None] = lambda message: None,
 ) -> DiscriminantProjection:
-    """Learns the projection of a `discriminant` reduction; the result is the same on every worker.
+    """Learns the projection for density.reduction=discriminant; only `cache` of the result differs between workers.
 
     Args:
         batches: this worker's share of the images of `choose_projection_images`, uint8 (B, H, W, C).
         num_images: number of training images of all workers, chosen or not.
         numbers: number, over all workers, of each image of the batches.
-        shared: (2, C, C), scatter matrices of other categories. The directions then come from them, without synthetic defects.
-        with_folds: also compute the projections without each fold of images. This is done only if all images are used, their
-            number is at least 2 NUM_FOLDS, and `shared` is None.
-        origins: origins of the chosen images of all workers, in order. Neighbours are then searched only among images of other
-            parts. None: every image shows a different part.
+        seed: seed of the synthetic defects and of the random projection.
+        shared: (2, C, C), scatter matrices of other categories. The directions are then computed from these matrices, without
+            synthetic defects. None: learn from synthetic defects.
+        with_folds: also learn a projection without each cross-validation fold. This is done only if all images are used, their
+            number is at least 2 * NUM_FOLDS, and `shared` is None.
+        origins: groups and order of the chosen images of all workers. Neighbours are then searched only among images of other
+            physical parts. None: every image shows a different part.
+        log: called with each message.
 
-    Raises: ValueError: fewer than two images.
+    Raises: ValueError: fewer than two images (or tiles, if images have tiles).
     """
     net.eval()
     tiles = Tiles(*net.config.tiles)
@@ -213,10 +218,11 @@ def _paint_defects(
     """Paints synthetic defects on copies of some pictures.
 
     Args:
-        pictures: normal images, from which defects also take pieces.
-        numbers: numbers of the pictures to copy.
+        pictures: normal images of S x S pixels; some defects contain pieces of other images.
+        numbers: indices of the pictures to copy.
+        defects_per_image: number of defects for each picture.
 
-    Returns: copies (M, S, S, 3), masks (M, S, S) of the defects, and the number of the picture that each copy shows.
+    Returns: copies (M, S, S, 3), masks (M, S, S) of the defects, and for each copy the index of the copied picture.
     """
     painted, masks, sources = [], [], []
     for number in numbers:
@@ -239,8 +245,8 @@ def _embed_all_channels(
         full_reduction: the result of `build_full_reduction`.
         images: (B, S, S, 3 or 4) uint8, images or tiles of the network's input size.
 
-    Returns: embeddings (B, C + K, H, W) float16, C channels of all levels and K channels for the coreset; theta (B, 2, 3), or
-        None without image alignment or without images.
+    Returns: embeddings (B, C + K, H, W) float16, C channels of all used layers and K channels for the coreset (K is 0 without a
+        coreset); theta (B, 2, 3), or None without image alignment or without images.
     """
     if not len(images):
         side = net.config.image_size_px // net.config.place_px(full_reduction.config.map_layer)
@@ -255,11 +261,14 @@ def _embed_all_channels(
 
 
 def _choose_queries(num_images: int, num_tiles: int, use_all: bool) -> list[int]:
-    """Chooses the numbers of the images, or tiles, whose residuals are computed.
+    """Chooses the images, or tiles, whose residuals are computed, and returns their ascending indices.
 
     Tiles are chosen at random, because every n-th tile could be the same tile of each image.
 
-    Args: use_all: choose all images; calibration by folds needs the residuals of all images.
+    Args:
+        num_images: number of images, or of tiles if `num_tiles` is above 1.
+        num_tiles: number of tiles of an image.
+        use_all: choose all images, because calibration by folds needs all residuals. It has no effect on tiles.
     """
     if num_tiles == 1:
         return sorted(sample_evenly(num_images, num_images if use_all else MAX_QUERIES))
@@ -268,7 +277,7 @@ def _choose_queries(num_images: int, num_tiles: int, use_all: bool) -> list[int]
 
 
 def _covered_locations(masks: np.ndarray, theta: Tensor | None, side: int, device: torch.device) -> Tensor:
-    """Returns the locations of the aligned frame that defects cover by more than `COVERED_SHARE`.
+    """Returns which locations of the feature map are covered by a defect on more than `COVERED_SHARE` of their area.
 
     Args:
         masks: (B, S, S) bool, True at defective pixels.
@@ -287,19 +296,19 @@ class ResidualScatter:
     """Adds up the scatter matrices of normal and defective residuals, and computes projections from them.
 
     Args:
-        bank: (N, C, H, W), all channels of normal images, among which neighbours are searched; any float type. Tiles count as
-            images.
-        config: its window is the number of locations around a patch in which neighbours are searched.
-        seed: of the random projection in which neighbours are searched.
-        tiles_per_image: number of tiles of an image; its tiles are consecutive in the bank.
-        relations: between images, not tiles; None: no two images are related.
+        bank: (N, C, H, W), embeddings, with all channels, of the normal images among which neighbours are searched; any float
+            type. If images have tiles, each tile is a row.
+        config: neighbours are searched in config.window x config.window locations around a patch.
+        seed: seed of the random projection in which neighbours are searched.
+        tiles_per_image: number of tiles of an image; the tiles of an image are consecutive in the bank.
+        relations: which images (not tiles) show the same physical part; None: no two images are related.
 
     Attributes:
-        fold_of: (number of images,) int64, fold of each image; images that show one part are in one fold.
+        fold_of: (number of images,) int64, fold of each image; images of one physical part are in one fold.
         search: (K, C), whitened random projection in which neighbours are searched.
-        reduced_LKN, squares_LN: the bank in this projection, and the squared norms of its rows.
-        sums: (NUM_FOLDS, 2, C, C), sums of outer products of residuals, normal and defective, of the images of each fold.
-        counts: (NUM_FOLDS, 2), numbers of residuals.
+        reduced_LKN, squares_LN: projected embeddings of the bank (L locations, K channels, N images), and their squared norms.
+        sums: (NUM_FOLDS, 2, C, C), for each fold the sum of outer products of the normal and of the defective residuals.
+        counts: (NUM_FOLDS, 2), numbers of these residuals.
     """
 
     def __init__(
@@ -337,8 +346,8 @@ class ResidualScatter:
         The residual of a patch is its difference to the most similar patch of another normal image.
 
         Args:
-            embedding: (B, C, H, W) float32, all channels of images of the bank, or of copies of them with synthetic defects.
-            images: (B,), numbers of the images in the bank, or of the images that were copied.
+            embedding: (B, C, H, W) float32, all channels of images of the bank, or of copies with synthetic defects.
+            images: (B,), positions in the bank of the images, or of the images that were copied.
             used: (B, H, W) bool, locations whose residuals are added.
         """
         for number, image in enumerate(self._compute_residuals(embedding, images)):
@@ -348,14 +357,14 @@ class ResidualScatter:
             self.counts[fold, kind] += len(rows)
 
     def compute_projection(self, num_channels: int, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Adds up the sums of all workers and computes the projection; call it once.
+        """Adds up the sums of all workers, in place, and computes the projection from them; call it once.
 
         Args:
             num_channels: k, channels after the projection.
             shared: (2, C, C), scatter matrices of other categories, from which the directions are learnt; None: the directions
                 are learnt from the scatter matrices of this category.
 
-        Returns: `projection` and `scatters` of `DiscriminantProjection`, on the bank's device.
+        Returns: `DiscriminantProjection.projection` and `DiscriminantProjection.scatters`, on the device of the bank.
         """
         if world_size() > 1:
             for total in (self.sums, self.counts):
@@ -370,11 +379,12 @@ class ResidualScatter:
         return torch.stack([self._build_projection(num_channels, mean, mean) for mean in means])
 
     def _build_projection(self, num_channels: int, scale_scatters: Tensor, direction_scatters: Tensor) -> Tensor:
-        """Builds a projection (k, C): learnt directions, then the whitened random projection.
+        """Builds a projection (k, C): rows with learnt directions, then rows of the whitened random projection.
 
         Args:
-            scale_scatters: (2, C, C); the normal one sets the scale of both halves.
-            direction_scatters: (2, C, C), from which the directions are learnt.
+            num_channels: k.
+            scale_scatters: (2, C, C), normal and defective scatter; the normal scatter sets the scale of both halves.
+            direction_scatters: (2, C, C), normal and defective scatter from which the directions are learnt.
         """
         num_whitened = int(WHITENED_SHARE * num_channels)
         learnt = discriminant_directions(direction_scatters[0], direction_scatters[1], num_channels - num_whitened)
@@ -390,7 +400,7 @@ class ResidualScatter:
 
         Args:
             embedding: (B, C, H, W).
-            images: (B,), numbers in the bank of the images that are shown; they and their related images are excluded.
+            images: (B,), positions in the bank of the B images; an image and its related images are not used as neighbours.
 
         Returns: residuals (B, H, W, C).
         """
@@ -429,7 +439,10 @@ class ResidualScatter:
 
 
 def _scale_to_unit(rows: Tensor, normal: Tensor) -> Tensor:
-    """Scales rows (k, C) by one factor, so that normal residuals with scatter (C, C) have a mean squared norm of 1 in them."""
+    """Scales a projection (k, C) by one factor, so that projected normal residuals have a mean squared norm of 1.
+
+    Args: normal: (C, C), scatter per patch of the normal residuals.
+    """
     square = torch.einsum("kc,cd,kd->", rows.double(), normal, rows.double())
     return rows / square.clamp_min(1e-24).sqrt().float()
 
@@ -438,9 +451,10 @@ def discriminant_directions(normal: Tensor, defective: Tensor, num_channels: int
     """Computes the scaled leading eigenvectors of `defective v = lambda normal v`.
 
     Args:
-        normal, defective: (C, C), scatter per patch.
+        normal, defective: (C, C), scatter per patch of normal and of defective residuals. A ridge is added to `normal`.
 
-    Returns: (num_channels, C) float32, rows v^T sqrt(log lambda), largest lambda first; a row with lambda <= 1 is 0.
+    Returns: (num_channels, C) float32, rows v^T sqrt(log lambda), largest lambda first. A row with lambda <= 1 is 0, and so are
+        rows beyond the first C.
     """
     channels = len(normal)
     ridge = RIDGE * normal.diagonal().mean().clamp_min(1e-12)

@@ -1,4 +1,7 @@
-"""Builds the frame of a category with its region of interest, which is drawn from polygons or read from a mask image."""
+"""Module that builds the frame of a category: the size to which images are resized, and the region of interest.
+
+The region is drawn from polygons or read from a mask image. Only pixels inside the region are scored.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,23 @@ _OVERSAMPLING = 4
 
 
 def load_frame(config: Config, category: str) -> Frame:
-    """Returns the frame of a category, with its region of interest. Raises: DataError: the region cannot be used."""
+    """Returns the frame of a category, with the region of interest from data.regions.
+
+    Raises: DataError: the region cannot be used, see `read_region`.
+    """
     return make_frame(config, read_region(config, category))
 
 
 def make_frame(config: Config, region: NDArray[np.bool_] | None) -> Frame:
-    """Returns the frame for a region of interest that was read before. region: (height, width) bool; None scores all pixels."""
+    """Returns the frame with a given region of interest.
+
+    Args: region: (height, width) bool, the pixels that are scored, from `read_region`; None scores all pixels.
+    """
     return Frame(*config.model.frame_px, config.model.resize, region, map_cells(config))
 
 
 def map_cells(config: Config) -> MapCells:
-    """Returns the squares of the frame that the cells of the anomaly map describe."""
+    """Returns the squares of the frame, in pixels, that the locations of the feature map describe."""
     model, side_px = config.model, config.model.place_px(config.density.map_layer)
     starts_in_tile = np.arange(0, model.image_size_px, side_px)
     tile_step = model.image_size_px - model.overlap_px
@@ -39,13 +48,14 @@ def map_cells(config: Config) -> MapCells:
 
 
 def read_region(config: Config, category: str) -> NDArray[np.bool_] | None:
-    """Returns the region of interest of a category, stretched to the size of the frame; None if there is no region.
+    """Returns the region of interest of a category, stretched to the size of the frame.
 
     Returns:
-        (height, width) bool, the pixels that are inspected.
+        (height, width) bool, the pixels that are inspected; None if the category has no region.
 
     Raises:
-        DataError: the mask cannot be read or is completely black, or the region is too small to cover a cell of the map.
+        DataError: the mask file does not exist, is no image or is completely black, or the region is too small to cover at least
+            half of a location of the feature map.
     """
     region = config.data.regions.get(category)
     if region is None:
@@ -62,9 +72,9 @@ def read_region(config: Config, category: str) -> NDArray[np.bool_] | None:
 
 
 def draw_polygons(polygons: Sequence[Polygon], height: int, width: int) -> NDArray[np.bool_]:
-    """Returns the pixels whose area lies at least half inside the polygons, (height, width) bool.
+    """Draws polygons into a mask (height, width), bool: True at pixels that lie with at least half of their area inside.
 
-    Args: polygons: corners [x, y] from 0 to 1, as shares of width and height.
+    Args: polygons: lists of corners [x, y] from 0 to 1, as shares of width and height.
     """
     canvas = Image.new("L", (width * _OVERSAMPLING, height * _OVERSAMPLING), 0)
     for polygon in polygons:
@@ -74,7 +84,10 @@ def draw_polygons(polygons: Sequence[Polygon], height: int, width: int) -> NDArr
 
 
 def _read_mask(uri: str, height: int, width: int) -> NDArray[np.bool_]:
-    """Reads a mask image and stretches it to (height, width). Raises: DataError: the mask cannot be read."""
+    """Reads a mask image and stretches it to a mask (height, width), bool, that is True in white areas.
+
+    Raises: DataError: the file does not exist, or is no image that can be decoded.
+    """
     hint = "data.regions expects an image that is white in the area to be inspected"
     try:
         pixels = decode_image(read_bytes(uri), None)

@@ -1,7 +1,7 @@
-"""Computes a validation score from normal images alone: held-out normal images against copies with synthetic defects.
+"""Module that computes a validation score from normal images alone: normal images against copies with synthetic defects.
 
-The score ranks configurations of one category (alignment groups, epochs, densities). It is not a detection rate, and it uses
-no test image and no label. docs/learn/selection.md says how well it ranks configurations on real defects.
+The score ranks configurations of one category (alignment groups, epochs, densities). It is not a detection rate, and it needs no
+test image and no label. docs/learn/selection.md says how well it ranks configurations on real defects.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ JUDGED_BY = {
 
 
 def validation_images(normals: NDArray[np.uint8], seed: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Returns N normal images followed by `DEFECTS_PER_IMAGE` defective copies of each, (M, H, W, C), and masks (M, H, W).
+    """Makes a validation set: N normal images, followed by `DEFECTS_PER_IMAGE` copies of each image with synthetic defects.
 
     Args:
         normals: (N, H, W, C) uint8 images that the density has not seen. A fourth channel marks the scored pixels
             (`data.framing`). The copies keep this channel, and masks lie inside the scored pixels.
-        seed: 0 or more.
+        seed: seed of the defects, 0 or more.
+
+    Returns: all images (M, H, W, C), and masks (M, H, W), bool, that are True at defective pixels.
 
     Raises: DataError: fewer than two images.
     """
@@ -48,12 +50,17 @@ def validation_images(normals: NDArray[np.uint8], seed: int) -> tuple[NDArray[np
 def validation_figures(
     masks: NDArray[np.bool_], scores: NDArray[np.float32], maps: NDArray[np.float32]
 ) -> dict[str, float]:
-    """Measures how well scores (N,) and maps (N, S, S) detect the synthetic defects of masks (N, S, S).
+    """Computes validation metrics: how well image scores and anomaly maps detect synthetic defects.
 
-    Returns: 'score', which ranks configurations: the mean of image AUROC and AUPRO (limit 0.3). Also 'image_auroc',
-        'pixel_auroc', 'pixel_average_precision' and 'aupro'.
+    Args:
+        masks: (N, H, W) bool, True at defective pixels; an image without such pixels is normal.
+        scores: (N,), image scores.
+        maps: (N, H, W), anomaly maps.
 
-    Raises: DataError: the masks contain no defect.
+    Returns: name of a metric -> value. 'score' ranks configurations: it is the mean of 'image_auroc' and 'aupro' (false positive
+        rates up to 0.3). The others are 'pixel_auroc' and 'pixel_average_precision'.
+
+    Raises: DataError: a metric cannot be computed, because the masks contain no defect or every image has one.
     """
     labels = np.asarray(masks.any(axis=(1, 2)), dtype=np.int64)
     measured = MeasuredImages(labels, scores.astype(np.float64), list(masks), list(maps), 0.0)

@@ -1,4 +1,4 @@
-"""All settings of a run: the sections of the packages in one configuration.
+"""Module for all settings of a run: the sections of the packages in one configuration.
 
 Each default names its source: [paper] arXiv 2110.04538, [kin] the paper's published relatives (RegAD, SimSiam, PaDiM), [ours] a
 choice of this project.
@@ -75,7 +75,7 @@ class Config(Section):
     @field_validator("trackers", mode="before")
     @classmethod
     def _by_defaults(cls, value: Any) -> Any:
-        """Gives a tracker without settings the defaults."""
+        """Replaces None, the settings of a tracker without settings, by an empty dictionary, which gives the defaults."""
         if not isinstance(value, dict):
             return value
         return {name: {} if settings is None else settings for name, settings in value.items()}
@@ -91,7 +91,9 @@ class Config(Section):
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Reads a YAML file and applies ``key.sub=value`` overrides, whose values are YAML.
+    """Reads a configuration from a YAML file and applies overrides.
+
+    Args: overrides: texts like "train.epochs=3"; the value is YAML.
 
     Raises: ConfigError: the file or an override cannot be read, or a value does not fit its field.
     """
@@ -99,5 +101,13 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def parse_config(tree: dict[str, Any], source: str = "configuration", is_fitted: bool = False) -> Config:
-    """Validates a plain mapping; see `parse_model`. Raises: ConfigError: a value is wrong."""
+    """Makes a configuration from a plain dictionary.
+
+    Args:
+        tree: section or setting -> value.
+        source: where the dictionary comes from, for error messages.
+        is_fitted: see `parse_model`.
+
+    Raises: ConfigError: a value is wrong or missing, or a key is unknown.
+    """
     return parse_model(Config, tree, source, is_fitted)

@@ -1,4 +1,4 @@
-"""Shards: the part of the normal images that one worker uses, kept in memory or read again on every pass."""
+"""Module for shards: one worker's share of the normal images, kept in RAM or read again on every pass."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ B is at most the batch size.
 
 
 class Shard(ABC):
-    """The normal images of one worker. Batches are uint8 (B, H, W, C) of the frame's shape.
+    """One worker's share of the normal images, in batches of uint8 (B, H, W, C).
 
-    "Fit images" train the network and fill the density, validation images select a model, held-out images calibrate thresholds.
+    H x W is the size to which images are resized. C is 3, or 4 if the last channel marks the scored pixels. "Fit images" train
+    the network and fill the density, validation images select a model, held-out images calibrate the thresholds. A position is
+    the index of an image among this worker's images of the same kind.
 
     Attributes:
-        share: the split of this worker's images.
+        share: which images of this worker are fit, validation and held-out images, with their groups and order.
         batch_size: images per batch, except in `train_batches`.
     """
 
@@ -44,41 +46,44 @@ class Shard(ABC):
 
     @abstractmethod
     def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Yields exactly `steps` shuffled batches of exactly `batch_size` fit images."""
+        """Generator: yields exactly `steps` shuffled batches of exactly `batch_size` fit images.
+
+        Raises: TrainingError: a stream of images ended too early.
+        """
 
     @abstractmethod
     def _read(self, part: _Part, positions: Sequence[int] | None) -> Iterator[Tensor]:
-        """Yields batches of the images of a part, or of only the images at these ascending positions."""
+        """Generator: yields batches of the fit, validation or held-out images.
+
+        Args: positions: ascending positions of the images to read; None: all images.
+        """
 
     @abstractmethod
     def join_validation(self) -> Shard:
-        """Returns a shard whose fit images include the validation images, and which has no validation images.
-
-        It is used after the last validation.
-        """
+        """Returns a new shard in which the validation images are fit images too; it has no validation images."""
 
     def fit_batches(self, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """Yields every fit image once.
+        """Generator: yields every fit image once, in batches.
 
         Args: positions: yields only the fit images at these ascending positions; the others are not read.
         """
         return self._read("fit", positions)
 
     def validation_batches(self) -> Iterator[Tensor]:
-        """Yields every validation image once."""
+        """Generator: yields every validation image once, in batches."""
         return self._read("validation", None)
 
     def holdout_batches(self, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """Yields every held-out image once.
+        """Generator: yields every held-out image once, in batches.
 
         Args: positions: yields only the held-out images at these ascending positions; the others are not read.
         """
         return self._read("holdout", positions)
 
     def fit_folds(self) -> NDArray[np.int64]:
-        """Returns the fold of each fit image in the cross calibration, (N,), in the order of `fit_batches()`.
+        """Returns the cross-validation fold (N,) of each fit image, in the order of `fit_batches()`.
 
-        Raises: ValueError: the shard has no folds.
+        Raises: ValueError: the shard has no fold numbers.
         """
         if len(self.share.folds) != len(self.share.fit):
             raise ValueError("cross calibration needs the fold numbers of the images: pass `folds`")
@@ -89,28 +94,28 @@ class Shard(ABC):
         return len(self.share.holdout)
 
     def fit_groups(self) -> NDArray[np.int64]:
-        """Returns the group number of each fit image, (N,), in the order of `fit_batches()`.
+        """Returns the group number (N,) of each fit image, in the order of `fit_batches()`.
 
-        Images of the same part have equal numbers, in all workers and also in `holdout_groups`. The images of a group may be
-        spread over several workers.
+        Images with the same named group have equal numbers, in all workers and also in `holdout_groups`. The images of a group
+        may be spread over several workers.
         """
         return self.share.fit.groups
 
     def holdout_groups(self) -> NDArray[np.int64]:
-        """Returns the group number of each held-out image, (M,), in the order of `holdout_batches()`."""
+        """Returns the group number (M,) of each held-out image, in the order of `holdout_batches()`."""
         return self.share.holdout.groups
 
     def fit_order(self) -> NDArray[np.int64]:
-        """Returns the rank of each fit image, (N,), among the images of all workers in natural order of their file names."""
+        """Returns the rank (N,) of each fit image among the images of all workers, in natural order of file names."""
         return self.share.fit.order
 
     def holdout_order(self) -> NDArray[np.int64]:
-        """Returns the rank of each held-out image, (M,), in the same ranking as `fit_order`."""
+        """Returns the rank (M,) of each held-out image in the same ranking as `fit_order`."""
         return self.share.holdout.order
 
 
 class MemoryShard(Shard):
-    """A shard whose decoded images are kept in memory."""
+    """A shard whose decoded images are kept in RAM."""
 
     def __init__(
         self,
@@ -127,13 +132,13 @@ class MemoryShard(Shard):
         """
         Args:
             images: (N, H, W, C) uint8, the fit images, for training and density.
-            holdout: (M, H, W, C) uint8, for calibration.
-            folds: (N,) fold number of each fit image, for cross calibration.
+            holdout: (M, H, W, C) uint8, held-out images, for calibration; None: no images.
+            folds: (N,) fold number of each fit image, for cross calibration; None: cross calibration is not possible.
             batch_size: images per batch, except in `train_batches`.
-            validation: (V, H, W, C) uint8, for label-free selection.
-            groups: (N,) group number of each fit image. By default each image is its own group.
-            order: (N,) rank of each fit image in natural order of file names. The default is the position.
-            share: the split of the images; replaces `folds`, `groups` and `order`.
+            validation: (V, H, W, C) uint8, for the selection of a network without labels; None: no images.
+            groups: (N,) group number of each fit image. None: each image is its own group.
+            order: (N,) rank of each fit image in natural order of file names. None: the order of `images`.
+            share: the split of the images; if it is not None, `folds`, `groups` and `order` are ignored.
         """
         self.images, self.batch_size = images, batch_size
         self.holdout = images[:0] if holdout is None else holdout
@@ -154,7 +159,7 @@ class MemoryShard(Shard):
         )
 
     def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """See `Shard.train_batches`. A small set is used more than once."""
+        """Generator: see `Shard.train_batches`. If there are too few images, they are used more than once."""
         order = torch.empty(0, dtype=torch.long)
         for _ in range(steps):
             while len(order) < batch_size:
@@ -169,21 +174,21 @@ class MemoryShard(Shard):
         yield from (batch for batch in images.split(self.batch_size) if len(batch))
 
     def join_validation(self) -> MemoryShard:
-        """See `Shard.join_validation`. The validation images come after the fit images."""
+        """Returns a new shard in which the validation images are fit images too, after the other fit images."""
         images, share = torch.cat([self.images, self.validation]), self.share.join_validation()
         return MemoryShard(images, self.holdout, batch_size=self.batch_size, share=share)
 
 
 @dataclass(frozen=True)
 class BatchSchedule:
-    """The batch size and the number of steps per epoch, equal for all workers. It follows from the number of images alone."""
+    """The batch size and the number of steps per epoch, which are the same for all workers."""
 
     batch_size: int
     steps: int
 
     @classmethod
     def agree(cls, num_images: int, num_workers: int, batch_size_per_worker: int) -> BatchSchedule:
-        """Returns the schedule for the smallest share of a worker.
+        """Computes the schedule, the same on every worker, from the smallest share of images that a worker has.
 
         Raises: DataError: a worker would get fewer than two images.
         """
@@ -198,12 +203,16 @@ class BatchSchedule:
 
 
 def local_stream(config: Config, category: str, plan: SplitPlan, num_threads: int = 1) -> BatchStream:
-    """Returns a stream of shuffled batches of the fit rows. Every call of the stream decodes the images again.
+    """Returns a function that yields shuffled batches of a category's fit images; every call decodes the images again.
 
-    The rows are shuffled, divided into groups of `_SHUFFLE_ROWS`, and the images of a group are shuffled again after decoding. So
-    only one group is in memory, and within a group the rows are read in ascending order.
+    The images are shuffled and divided into blocks of `_SHUFFLE_ROWS`. A block is read in ascending order of rows, decoded, and
+    shuffled again. So only one block is in RAM.
 
-    Args: num_threads: threads that decode.
+    Args:
+        plan: the split of the category, or the share of one worker.
+        num_threads: number of threads that decode.
+
+    Raises: DataError: the region of interest of the category cannot be used.
     """
     frame = load_frame(config, category)
 
@@ -229,9 +238,11 @@ class StreamShard(Shard):
     ) -> None:
         """
         Args:
-            share: the rows of this worker.
-            stream: the decoded fit images for training; None if nothing is trained.
-            num_threads: threads that decode.
+            share: the split of this worker's images.
+            stream: yields the decoded fit images for training; None if nothing is trained.
+            num_threads: number of threads that decode.
+
+        Raises: DataError: the region of interest of the category cannot be used.
         """
         self.num_threads = num_threads
         self.config, self.category, self.share, self.stream = config, category, share, stream
@@ -239,6 +250,10 @@ class StreamShard(Shard):
         self.frame = load_frame(config, category)
 
     def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Generator: see `Shard.train_batches`. It needs a stream.
+
+        Raises: TrainingError: the stream ended too early, for instance because the data was changed.
+        """
         assert self.stream is not None, "training needs a stream"
         seed = int(torch.randint(2**31 - 1, (1,), generator=generator))
         pending: list[Tensor] = []
@@ -266,18 +281,18 @@ class StreamShard(Shard):
             yield torch.from_numpy(images)
 
     def join_validation(self) -> StreamShard:
-        """See `Shard.join_validation`. The fit images are in the order of their rows."""
+        """Returns a new shard in which the validation images are fit images too, all in the order of their rows."""
         joined = self.share.join_validation()
         share = joined.take_fit(np.argsort(joined.fit.rows))
         return StreamShard(self.config, self.category, share, self.stream, self.num_threads)
 
 
 def fits_memory(config: Config, plan: SplitPlan | Split) -> bool:
-    """Returns whether the decoded images of each worker fit into data.memory_budget_mb.
+    """Returns whether the decoded images of each worker fit into the RAM that data.memory_budget_mb allows.
 
     It assumes the smallest number of workers that the settings allow, because each worker then has the most images.
 
-    Args: plan: the images of all workers.
+    Args: plan: the split of the images of all workers.
     """
     share = -(-plan.num_images // config.cluster.fewest_workers)
     channels = 4 if config.model.resize == "pad" or config.data.regions else 3
@@ -293,13 +308,15 @@ def build_shard(
     stream: BatchStream | None = None,
     num_threads: int = 1,
 ) -> Shard:
-    """Returns the shard of a worker: in memory if its images fit, otherwise read again on every pass.
+    """Builds the shard of a worker: it keeps the images in RAM if `fits_memory`, otherwise it reads them again on every pass.
 
     Args:
-        plan: the rows of all workers.
+        plan: the split of the images of all workers.
         rank: number of this worker, from 0.
-        stream: the decoded fit images for training, used only if the images do not fit into memory.
-        num_threads: threads that decode.
+        stream: yields the decoded fit images for training; used only if the images do not fit into RAM.
+        num_threads: number of threads that decode.
+
+    Raises: DataError: the region of interest of the category cannot be used.
     """
     share = plan.share(rank, num_workers)
     if not fits_memory(config, plan):

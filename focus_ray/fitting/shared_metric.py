@@ -1,9 +1,9 @@
-"""Writes and reads a shared metric [ours]: a file with scatter matrices of many categories, for use in a new category.
+"""Module that writes and reads a shared metric [ours]: a file with scatter matrices of many categories, for a new category.
 
 The file contains the two scatter matrices of `fitting.projection`, averaged over categories. Before that, the matrices of each
-category are divided by the mean variance of its normal residuals. A new category with a shared metric needs no synthetic defects,
-which take most of the time for learning a projection. The whitened half of the projection and its unit still come from the new
-category.
+category are divided by the mean variance of its normal residuals. A new category with a shared metric needs no synthetic
+defects, which take most of the time for learning a projection. The whitened half of the projection and the scale of the
+projection still come from the new category.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FORMAT = "focus_ray metric 1"
 
 
 def matching_settings(config: Config) -> dict[str, Any]:
-    """Returns the settings, by key, that must be equal so that the channels of two networks have the same meaning."""
+    """Returns the settings that must be equal so that the channels of two networks have the same meaning: key -> value."""
     return {
         "model.backbone": config.model.backbone,
         "model.padding": config.model.padding,
@@ -40,8 +40,9 @@ def write_shared_metric(uri: str, scatters: Mapping[str, Tensor], config: Config
     """Writes a shared metric: the mean of the scatter matrices, each divided by the mean variance of its normal residuals.
 
     Args:
-        scatters: (2, C, C) of each category, by name of the category.
-        config: of the networks of all categories.
+        uri: path or URI of the file to write.
+        scatters: name of a category -> scatter matrices (2, C, C), normal and defective.
+        config: a configuration; its `matching_settings` hold for the networks of all categories.
     """
     metadata = {
         "format": FORMAT,
@@ -53,7 +54,7 @@ def write_shared_metric(uri: str, scatters: Mapping[str, Tensor], config: Config
 
 
 def read_shared_metric(config: Config) -> Tensor | None:
-    """Reads the scatter matrices (2, C, C) of the file that density.metric names; None if the setting is empty.
+    """Reads the scatter matrices (2, C, C) of the file that density.metric names; returns None if density.metric is None.
 
     Raises: ConfigError: the file cannot be read, is no shared metric, or belongs to a different kind of network.
     """

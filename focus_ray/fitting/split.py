@@ -1,8 +1,10 @@
-"""Splits the normal images of a category into fit, validation and held-out images by a rule of a few numbers.
+"""Module that splits the normal images of a category into fit, validation and held-out images.
 
-Every normal training image has a key: a hash of the seed and the image content, or of the seed and the group if the image has
-one. The images with the lowest keys are held out for calibration, the next ones validate, and the others are fit images. So the
-split of a category consists of two key limits, independent of the number of images, and all images of a group are in one part.
+Fit images train the network and fill the density, validation images choose between networks, held-out images calibrate the
+thresholds. Every normal training image has a key: a hash of the seed and the image content, or of the seed and the group if the
+image has one. The images with the lowest keys are held out, the next images validate, and the others are fit images. So a split
+is defined by two limits of the keys, and all images of a group are in the same subset ("part" in names). A row is the position
+of an image in the stored data of the category.
 """
 
 from __future__ import annotations
@@ -31,19 +33,20 @@ NUM_CALIBRATION_FOLDS = 5  # of calibration.method=cross
 # With 4096 calibration images, the rate of a threshold for 0.05 lies between 0.044 and 0.056 in 9 of 10 cases. A worker keeps up
 # to 10 % of the map of each image.
 MAX_CALIBRATION_IMAGES = 4096
-MAX_VALIDATION_IMAGES = 64  # images that judge alignment and epochs
+MAX_VALIDATION_IMAGES = 64  # images that choose alignment and epoch
 NO_ROWS = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class Split:
-    """The rule that splits one category. It is small, so it can be sent to any number of workers.
+    """The rule that splits the images of one category. It is small, so it can be sent to any number of workers.
 
     Attributes:
         seed: seed of the keys of the images, see `split_key`.
-        fingerprint: fingerprint of the images of the category, see `data_fingerprint`.
-        version: name of the version of the category for which the rule was made. A replaced version stays readable for a day.
-        num_fit, num_validation, num_holdout: number of images (not groups) in each part.
+        fingerprint: hash that identifies the images of the category.
+        version: name of the stored version of the category's data for which the rule was made. A replaced version stays readable
+            for a day.
+        num_fit, num_validation, num_holdout: number of images (not groups) in each subset.
         validation_from, fit_from: limits of the keys, hex. An image whose key is below `validation_from` is held out. Any other
             image whose key is below `fit_from` validates. All other images are fit images.
     """
@@ -60,11 +63,11 @@ class Split:
 
     @property
     def num_images(self) -> int:
-        """The number of images in all parts."""
+        """The number of fit, validation and held-out images together."""
         return self.num_fit + self.num_validation + self.num_holdout
 
     def part_of(self, content_hash: str, group: str = "") -> Literal["fit", "validation", "holdout"]:
-        """Returns the part that a normal training image belongs to.
+        """Returns whether a normal training image is a fit, validation or held-out image.
 
         Args:
             content_hash: hash of the image content.
@@ -74,17 +77,20 @@ class Split:
         return "holdout" if key < self.validation_from else "validation" if key < self.fit_from else "fit"
 
     def plan(self, config: Config) -> SplitPlan:
-        """Applies the rule to the index of the category. Raises: DataError: the version of the rule does not exist any more."""
+        """Applies the rule to the stored version of the category, and returns the images of each subset.
+
+        Raises: DataError: this version does not exist any more.
+        """
         table = read_index(config.data.uri, self.category, version=self.version)
         return _apply_split(self, _normal_images(table, self.seed))
 
 
 @dataclass(frozen=True, eq=False)
 class SplitRows:
-    """Images of one part of a split, or the share of one worker.
+    """The images of one subset of a split (fit, validation or held-out), or the share of one worker.
 
     Attributes:
-        rows: (n,) int64, row numbers in the version of the data.
+        rows: (n,) int64, row numbers in the stored data of the category.
         groups: (n,) int64, group numbers. Two rows have equal numbers if and only if they are in the same named group. A row
             without a group has a unique number. The numbers start at 0, in the order of first appearance among all normal
             training rows.
@@ -99,23 +105,28 @@ class SplitRows:
         return len(self.rows)
 
     def take(self, selection: NDArray[Any] | slice) -> SplitRows:
-        """Returns some of the images. selection: positions, a mask of all images, or a slice."""
+        """Returns a new object with some of the images.
+
+        Args: selection: positions of the images, a bool mask of all images, or a slice.
+        """
         return SplitRows(self.rows[selection], self.groups[selection], self.order[selection])
 
     def join(self, other: SplitRows) -> SplitRows:
-        """Returns these images, followed by other images."""
+        """Returns a new object with these images, followed by the images of `other`."""
         columns = ((self.rows, other.rows), (self.groups, other.groups), (self.order, other.order))
         return SplitRows(*map(np.concatenate, columns))
 
 
 @dataclass(frozen=True, eq=False)
 class SplitPlan:
-    """The fit, validation and held-out images of a category, or the share of one worker. The rows of each part are ascending.
+    """The fit, validation and held-out images of a category, or the share of one worker.
+
+    The rows of each subset are ascending, except after `join_validation`.
 
     Attributes:
         folds: (n,) int64, fold number of each fit image, for cross calibration. All images of a group have the same fold.
-        fingerprint: fingerprint of the images of the whole category.
-        version: name of the version of the category; None: the current version.
+        fingerprint: hash that identifies the images of the whole category.
+        version: name of the stored version of the category's data; None: the current version.
         fit_hashes: `short_hash` of the fit and validation images, int64, sorted; empty in the share of a worker.
     """
 
@@ -144,16 +155,16 @@ class SplitPlan:
 
     @property
     def num_images(self) -> int:
-        """The number of images in all parts."""
+        """The number of fit, validation and held-out images together."""
         return len(self.fit) + len(self.validation) + len(self.holdout)
 
     def take_fit(self, positions: NDArray[np.int64] | Sequence[int]) -> SplitPlan:
-        """Returns the plan with only some of its fit images. positions: of these images among the fit images."""
+        """Returns a plan with only some of the fit images. Args: positions: positions of these images among the fit images."""
         chosen = np.asarray(positions, dtype=np.int64)
         return replace(self, fit=self.fit.take(chosen), folds=self.folds[chosen])
 
     def join_validation(self) -> SplitPlan:
-        """Returns a plan whose fit images are followed by the validation images, and which has no validation images."""
+        """Returns a plan in which the validation images are fit images too, after the others, and no image validates."""
         num_folds = int(self.folds.max(initial=0)) + 1
         return replace(
             self,
@@ -163,11 +174,11 @@ class SplitPlan:
         )
 
     def without_holdout(self) -> SplitPlan:
-        """Returns the plan without its held-out images."""
+        """Returns a plan without held-out images."""
         return replace(self, holdout=self.holdout.take(NO_ROWS))
 
     def share(self, rank: int, num_workers: int) -> SplitPlan:
-        """Returns the share of one worker: a contiguous piece of each part. Every image is in the share of exactly one worker.
+        """Returns the share of one worker: a contiguous section of each subset. Every image is in exactly one share.
 
         The images of a group may be spread over several workers.
 
@@ -189,7 +200,7 @@ class SplitPlan:
 
 @dataclass(frozen=True)
 class _NormalImages:
-    """The N normal training images of a category in row order, in G groups.
+    """The N normal training images of a category, in the order of their rows and in G groups.
 
     Attributes:
         images: the rows, groups and ranks of the N images.
@@ -205,16 +216,16 @@ class _NormalImages:
 
 
 def split_category(config: Config, category: str) -> Split:
-    """Returns the split rule of a category. It depends only on the images, the seed and the settings.
+    """Computes the split rule of a category. It depends only on the images, the seed and the settings.
 
-    Raises: DataError: the category does not exist, it has too few normal training images, or some images have a size at which
-        no pixel would be inspected.
+    Raises: DataError: the category does not exist, it has too few normal training images, the region of interest cannot be used,
+        or some images have a size at which no pixel would be inspected.
     """
     return _compute_split(config, category)[0]
 
 
 def plan_category(config: Config, category: str) -> SplitPlan:
-    """Returns the rows of each part of a category, by the rule of `split_category`.
+    """Splits a category by the rule of `split_category`, and returns the images of each subset.
 
     Raises: DataError: see `split_category`.
     """
@@ -223,7 +234,7 @@ def plan_category(config: Config, category: str) -> SplitPlan:
 
 
 def split_key(seed: int, content_hash: str, group: str = "") -> str:
-    """Returns the SHA-256 hex of seed and group, or of seed and content if there is no group.
+    """Computes the key by which images are split: the SHA-256 in hex of seed and group, or of seed and content hash.
 
     Sorting by this key puts the groups into a random order that depends only on the seed.
     """
@@ -232,12 +243,17 @@ def split_key(seed: int, content_hash: str, group: str = "") -> str:
 
 
 def short_hash(content_hash: str) -> int:
-    """Returns the first 8 bytes of a hex content hash as a signed 64-bit integer."""
+    """Converts the first 8 bytes of a hex content hash to a signed 64-bit integer."""
     return int.from_bytes(bytes.fromhex(content_hash[:16]), "big", signed=True)
 
 
 def _normal_images(table: pa.Table, seed: int) -> _NormalImages:
-    """Returns the normal training images of an index. table: the index of both splits."""
+    """Returns the normal training images of a category, with groups, ranks and keys.
+
+    Args:
+        table: index of all training and test images of the category.
+        seed: seed of the keys.
+    """
     index = _normal_rows(table)
     hashes = index["content_hash"].to_pylist()
     numbers: dict[str, int] = {}
@@ -254,12 +270,12 @@ def _normal_images(table: pa.Table, seed: int) -> _NormalImages:
 
 
 def _normal_rows(table: pa.Table) -> pa.Table:
-    """Returns the rows of the normal training images of an index."""
+    """Returns the part of an index table that lists the normal training images."""
     return table.filter(pc.and_(pc.equal(table["split"], "train"), pc.equal(table["label"], 0)))
 
 
 def _natural_ranks(ids: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Returns the rank of each id in natural order: numbers compare by value, so img_2 comes before img_10."""
+    """Returns the rank (N,) of each id in natural order: digits compare by their value, so img_2 comes before img_10."""
 
     def with_length(match: re.Match[str]) -> str:
         digits = match.group().lstrip("0")
@@ -271,7 +287,10 @@ def _natural_ranks(ids: pa.ChunkedArray) -> NDArray[np.int64]:
 
 
 def _compute_split(config: Config, category: str) -> tuple[Split, _NormalImages]:
-    """Returns the rule of `split_category`, and the normal training images of the category."""
+    """Computes the rule of `split_category`, and returns it with the normal training images of the category.
+
+    Raises: DataError: see `split_category`.
+    """
     table = read_index(config.data.uri, category)
     normal = _normal_images(table, config.train.seed)
     _check_sizes(config, category, table)
@@ -314,7 +333,8 @@ def _compute_split(config: Config, category: str) -> tuple[Split, _NormalImages]
 def _check_sizes(config: Config, category: str, table: pa.Table) -> None:
     """Checks that at least one pixel of each normal training image would be inspected.
 
-    Raises: DataError: some images have a size at which no pixel would be inspected. The message names these images.
+    Raises: DataError: some images have a size at which no pixel would be inspected; the message names these images. Or the
+        region of interest of the category cannot be used.
     """
     frame = load_frame(config, category)
     if not frame.has_scored_channel:
@@ -338,7 +358,9 @@ def _check_sizes(config: Config, category: str, table: pa.Table) -> None:
 
 
 def _limit_groups(sizes: NDArray[np.int64], num_groups: int, max_images: int, min_groups: int) -> int:
-    """Reduces a number of groups until these groups contain at most `max_images` images, but not below `min_groups`.
+    """Returns the largest number of groups, at most `num_groups`, that together contain at most `max_images` images.
+
+    The result is not below the smaller of `min_groups` and `num_groups`, even if these groups contain more images.
 
     Args: sizes: (G,) number of images of each group, in the order in which the groups are taken.
     """
@@ -347,7 +369,7 @@ def _limit_groups(sizes: NDArray[np.int64], num_groups: int, max_images: int, mi
 
 
 def _apply_split(split: Split, normal: _NormalImages) -> SplitPlan:
-    """Applies a rule to normal training images, and returns the images of each part."""
+    """Applies a rule to the normal training images of a category, and returns the images of each subset."""
     groups = normal.images.groups
     group_ranks = np.argsort(np.argsort(normal.group_keys, kind="stable"))
     keys = normal.group_keys[groups]  # (N,)
@@ -365,7 +387,9 @@ def _apply_split(split: Split, normal: _NormalImages) -> SplitPlan:
 
 
 def num_held_out(config: Config, num_images: int) -> int:
-    """Returns how many normal images of a category are held out, i.e. calibrate and do nothing else.
+    """Returns how many normal images of a category are held out: they are used for the calibration only.
+
+    The result is 0 if the calibration uses training images instead.
 
     Args: num_images: number of normal images. If the images have groups, pass the number of groups; the result is then a number
         of groups as well.

@@ -1,4 +1,4 @@
-"""The state of a fit that is carried from epoch to epoch and saved for a restart."""
+"""Module for the state of a fit that is carried from epoch to epoch and saved for a restart."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class BestNetwork:
 
     epoch: the epoch after which it was copied; -1 for the untrained network.
     score: its validation score.
-    net: its state dict, on the CPU.
+    net: state dict of this network, on the CPU.
     """
 
     epoch: int
@@ -32,11 +32,12 @@ class BestNetwork:
 class FitNotes:
     """Intermediate results of a fit, for the bundle's manifest and for reports.
 
-    alignment: report of the congealing aligner; None without one.
-    history: figures of each epoch.
-    selection: for each validation, the validated choice (epoch or alignment) and its figures.
+    alignment: report of the congealing aligner; None if the network has no such aligner or it was not fitted.
+    history: training metrics of each epoch, as dictionaries: name -> value.
+    selection: for each validation, a dictionary with the validated choice (epoch or alignment) and the validation metrics.
     warnings: logged warnings.
-    parts: num_images and num_parts if several photographs show the same part; None if every image shows a different part.
+    parts: 'num_images' and 'num_parts' if several photographs show the same physical part; None if every image shows a
+        different part.
     """
 
     alignment: AlignmentReport | None = None
@@ -64,12 +65,12 @@ class TrainState:
     best: BestNetwork | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Converts to plain types and tensors, which `torch.load(weights_only=True)` can read; state dicts are not copied."""
+        """Converts the state to plain types and tensors, which `torch.load(weights_only=True)` can read; tensors are shared."""
         return {**vars(self), "notes": asdict(self.notes), "best": self.best and vars(self.best)}
 
     @staticmethod
     def from_dict(tree: dict[str, Any]) -> TrainState:
-        """Rebuilds a state from the dictionary that `to_dict` returned."""
+        """Rebuilds a training state from the dictionary that `to_dict` returned."""
         notes = FitNotes(**tree["notes"])
         notes.alignment = tree["notes"]["alignment"] and AlignmentReport(**tree["notes"]["alignment"])
         best = tree["best"] and BestNetwork(**tree["best"])

@@ -1,1 +1,1 @@
-"""The FYD training: losses, objective, optimiser and the loop over one epoch."""
+"""Package of the FYD training (arXiv 2110.04538) of the network: losses, objective, optimiser and the loop over one epoch."""

@@ -1,4 +1,4 @@
-"""The head of the network: projector and predictor, which only the training uses."""
+"""Module for the head of the network: projector and predictor, small networks on its features that only the training uses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PROJECTOR_WIDTH = 256  # channels of the projector f [kin: RegAD]
 
 
 class Head(nn.Module):
-    """The projector f (the encoder of RegAD [kin]) and the predictor g, on the features of layer 3."""
+    """The projector f (the encoder of RegAD [kin]), which transforms the features of layer 3, and the predictor g after it."""
 
     def __init__(self, net: FocusNet) -> None:
         super().__init__()
@@ -31,6 +31,6 @@ class Head(nn.Module):
         use_global_batch_norm(self)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns f(x) and g(f(x)), both (B, PROJECTOR_WIDTH, H, W), of features x (B, C, H, W)."""
+        """Computes f(x) and g(f(x)), both (B, PROJECTOR_WIDTH, H, W), from features x (B, C, H, W) of layer 3."""
         projected = self.projector(features)
         return projected, self.predictor(projected)

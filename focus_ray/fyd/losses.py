@@ -1,4 +1,7 @@
-"""The two losses of FYD, the pairs of images that they compare, and figures that show a collapse of the features."""
+"""Module for the two losses of FYD, the pairs of images that the losses compare, and metrics that show collapsed features.
+
+Features have collapsed if they are nearly equal for different images. [paper] is arXiv 2110.04538; [ours] marks our choices.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from focus_ray.features.alignment.theta import disable_autocast
 
 
 def draw_pairs(batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draws a permutation pi (B,) without fixed points [ours]: image b is paired with another image, pi(b).
+    """Draws a partner for each of B images: a random permutation (B,) in which no image is its own partner [ours].
 
     Raises: ValueError: fewer than two images.
     """
@@ -23,13 +26,13 @@ def draw_pairs(batch_size: int, generator: torch.Generator | None = None) -> Ten
 
 
 def coarse_loss(aligned: Tensor, pairs: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Computes L_ICA: the L2 distance between the pixels of paired aligned images [paper], averaged [ours].
+    """Computes the image alignment loss L_ICA: the L2 distance between pixels of paired aligned images [paper], averaged [ours].
 
     Every pair has the same weight, however many valid pixels it has. So the mean over workers equals the mean over the joined
     batch.
 
     Args:
-        aligned: (B, 3, H, W).
+        aligned: (B, 3, H, W), images after image alignment.
         pairs: (B,), from `draw_pairs`.
         valid: (B, H, W), True at pixels that come from inside the image; other pixels are ignored [ours]. None: all are valid.
 
@@ -45,25 +48,30 @@ def coarse_loss(aligned: Tensor, pairs: Tensor, valid: Tensor | None = None) -> 
 
 
 def fine_loss(predicted: Tensor, projected: Tensor, pairs: Tensor) -> Tensor:
-    """Computes L_fine: negative cosine similarity to another normal image's features, averaged over locations [paper].
+    """Computes L_fine: negative cosine similarity to the features of the partner image, averaged over all locations [paper].
 
     No gradient flows through the features of the other image (stop-gradient, SimSiam, arXiv 2011.10566).
 
     Args:
-        predicted: (B, C, H, W), g(f(x)).
-        projected: (B, C, H, W), f(x).
+        predicted: (B, C, H, W), g(f(x)): output of the predictor g for images x.
+        projected: (B, C, H, W), f(x): output of the projector f for the same images.
         pairs: (B,), from `draw_pairs`.
 
-    Returns: scalar in -1..1; -1 means that all images have the same features at every location.
+    Returns: scalar in -1..1; -1 means that the predictions have the same directions as the projected features of the partners.
     """
     return -F.cosine_similarity(predicted, projected.detach()[pairs], dim=1).mean()
 
 
 @torch.no_grad()
 def feature_std(features: Tensor) -> Tensor:
-    """Computes the standard deviation over the batch of L2-normalised features (B, C, H, W), times sqrt(C), averaged; a scalar.
+    """Computes how much features differ between images: about 1 for evenly distributed features, 0 after a full collapse.
 
-    It is about 1 for evenly distributed features, and 0 after a full collapse (SimSiam, section 4.1, without the factor).
+    This is the standard deviation over the batch of L2-normalised features, averaged over channels and locations, times sqrt(C)
+    (SimSiam, section 4.1, uses it without the factor).
+
+    Args: features: (B, C, H, W).
+
+    Returns: scalar.
     """
     normalised = F.normalize(features.float(), dim=1)
     return normalised.std(dim=0, correction=0).mean() * features.shape[1] ** 0.5
@@ -71,9 +79,11 @@ def feature_std(features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def effective_rank(features: Tensor) -> Tensor:
-    """Computes the effective rank, in 1..C, of features (B, C, H, W) (Roy and Vetterli, 2007).
+    """Computes the effective rank of features (B, C, H, W): about how many directions they use (Roy and Vetterli, 2007).
 
-    It is exp of the entropy of the spectrum of the covariance over batch and locations.
+    It is exp(entropy) of the normalised eigenvalues of the covariance over batch and locations.
+
+    Returns: scalar in 1..C; 1 for equal features.
     """
     samples = features.float().permute(0, 2, 3, 1).flatten(0, 2)
     samples = samples - samples.mean(dim=0)

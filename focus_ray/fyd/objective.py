@@ -1,4 +1,4 @@
-"""The training objective of FYD: the weighted sum of its losses."""
+"""Module for the training objective of FYD: the weighted sum of the image alignment loss and the fine loss."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ LAST_LEVEL = "last level"  # key of the features (B, C, H, W) whose effective ra
 
 
 class TrainingObjective(nn.Module):
-    """Computes the total loss of FYD in one module, because DDP needs a single `forward`.
+    """Computes the total loss of FYD in one module, because DistributedDataParallel needs a single `forward`.
 
-    It also freezes the parameters that no loss reaches.
+    The constructor also freezes the parameters of `net` and `head` that no loss trains.
     """
 
     def __init__(self, net: FocusNet, head: Head, config: TrainConfig) -> None:
@@ -39,9 +39,10 @@ class TrainingObjective(nn.Module):
 
         Args:
             images: (B, 3, H, W) in 0..1.
-            pairs: (B,), number of the partner of each image.
+            pairs: (B,), index of the partner of each image in the batch.
 
-        Returns: scalars 'loss' (the weighted sum) and its parts by name; with the fine loss, also the features `LAST_LEVEL`.
+        Returns: name -> tensor. 'loss' is the weighted sum, a scalar. 'loss_ica' and 'loss_fine' are the losses without weights,
+            if they are used. With the fine loss, also 'feature_std', a scalar, and `LAST_LEVEL`, the features of layer 3.
         """
         aligned = self.net(images)
         parts: dict[str, Tensor] = {}
@@ -65,6 +66,6 @@ def has_trainable_aligner(net: FocusNet) -> bool:
 
 
 def named_parameters(net: FocusNet, head: Head) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yields the names and parameters of the network, then those of its head."""
+    """Generator: yields (name, parameter) for all parameters of the network, then for all parameters of the head."""
     yield from net.named_parameters()
     yield from head.named_parameters()

@@ -1,4 +1,4 @@
-"""Settings of the FYD training.
+"""Module for the settings of the FYD training (arXiv 2110.04538).
 
 Each default names its source: [paper] arXiv 2110.04538, [kin] the paper's published relatives (RegAD, SimSiam, PaDiM), [ours] a
 choice of this project.

@@ -1,4 +1,7 @@
-"""The FYD training of a network: optimiser, schedule, and the loop over an epoch."""
+"""Module for the FYD training of a network: optimiser, schedule, and the loop over an epoch.
+
+"Collapse" means that features of different images become nearly equal. A worker is a process of a torch.distributed group.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +33,10 @@ COLLAPSE_STD = 0.05  # smallest `feature_std` of a healthy run: below it, featur
 
 
 class FydTraining:
-    """The training of a network, alone or by every worker of a torch.distributed group (then with DDP).
+    """The training of a network, in one process or on every worker (then with DistributedDataParallel).
 
     Attributes:
-        head: projector and predictor; a new head has random weights.
+        head: projector and predictor, small networks that only the training uses; a new head has random weights.
     """
 
     def __init__(self, net: FocusNet, device: torch.device, config: TrainConfig) -> None:
@@ -41,7 +44,12 @@ class FydTraining:
         self.head = Head(net).to(device).to(memory_format=torch.channels_last)
 
     def start(self, steps_per_epoch: int) -> None:
-        """Builds optimiser and schedule. Raises: DataError: no loss trains a parameter."""
+        """Builds objective, optimiser and schedule; call it before `state`, `resume` and `run_epoch`.
+
+        Parameters of the network that no loss trains are frozen.
+
+        Raises: DataError: no loss trains a parameter.
+        """
         objective = TrainingObjective(self.net, self.head, self.config)
         if not any(parameter.requires_grad for parameter in objective.parameters()):
             raise DataError(
@@ -57,25 +65,33 @@ class FydTraining:
         self.autocast = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-        """Returns the states of network and head together, of the optimiser, and of the schedule."""
+        """Returns three state dicts: of network and head together, of the optimiser, and of the schedule."""
         network = {**self.net.state_dict(), **self.head.state_dict()}
         return network, self.optimizer.state_dict(), self.schedule.state_dict()
 
     def load_network(self, state: dict[str, Tensor]) -> None:
-        """Loads network and head."""
+        """Loads the weights of network and head, in place, from the first state dict that `state` returned."""
         names = self.head.state_dict().keys()
         self.head.load_state_dict({name: state[name] for name in names})
         self.net.load_state_dict({name: value for name, value in state.items() if name not in names})
 
     def resume(self, optimizer: dict[str, Any], schedule: dict[str, Any], epoch: int) -> None:
-        """Continues with the states after an epoch."""
+        """Restores optimiser and schedule to their states after an epoch.
+
+        Args:
+            optimizer, schedule: state dicts from `state`.
+            epoch: number of this epoch, from 0.
+        """
         self.optimizer.load_state_dict(optimizer)
         self.schedule.load_state_dict(schedule)
         # computed again, because the number of workers may have changed
         self.schedule.last_epoch = (epoch + 1) * self.steps_per_epoch
 
     def run_epoch(self, batches: Iterable[Tensor], generator: torch.Generator) -> dict[str, float]:
-        """Trains for one epoch; see `train_epoch`."""
+        """Switches network and head to training mode, and trains for one epoch.
+
+        Arguments, result and errors: see `train_epoch`.
+        """
         self.net.train()
         self.head.train()
         return train_epoch(
@@ -91,7 +107,15 @@ class FydTraining:
 
 
 def cut_tiles(batches: Iterable[Tensor], tiles: Tiles, seed: int, epoch: int) -> Iterator[Tensor]:
-    """Cuts one tile out of each image of a batch, the same tile for the whole batch and on all workers; tiles take turns."""
+    """Generator: cuts one tile out of each image of each batch, and yields the batches of tiles.
+
+    The tile is the same for all images of a batch and on all workers. The next batch uses the next tile, in random order.
+    Without tiling, the batches are yielded unchanged.
+
+    Args:
+        batches: images (B, H, W, C).
+        seed, epoch: determine the order of the tiles.
+    """
     generator = torch.Generator().manual_seed(derive_seed(seed, "tiles", epoch))
     order = torch.randperm(tiles.num_tiles, generator=generator).tolist()
     for number, batch in enumerate(batches):
@@ -99,7 +123,10 @@ def cut_tiles(batches: Iterable[Tensor], tiles: Tiles, seed: int, epoch: int) ->
 
 
 def collapse_warning(figures: dict[str, float]) -> str | None:
-    """Returns a warning if the figures of an epoch show a collapse: features of different images are nearly equal."""
+    """Returns a warning if the metrics of an epoch show a collapse, or None.
+
+    Args: figures: the result of `train_epoch`; without 'feature_std' there is no warning.
+    """
     if figures.get("feature_std", math.inf) >= COLLAPSE_STD:
         return None
     return (
@@ -109,7 +136,7 @@ def collapse_warning(figures: dict[str, float]) -> str | None:
 
 
 def build_optimizer(net: FocusNet, head: Head, config: TrainConfig) -> torch.optim.SGD:
-    """Builds SGD with separate learning rates for image aligner, feature aligners, head (projector, predictor) and backbone."""
+    """Builds SGD for all trainable parameters; image aligner, feature aligners, head and backbone have own learning rates."""
     rates = {
         "image_aligner": LEARNING_RATE_IMAGE_ALIGNER,
         "feature_aligners": LEARNING_RATE_FEATURE_ALIGNERS,
@@ -131,7 +158,7 @@ def build_optimizer(net: FocusNet, head: Head, config: TrainConfig) -> torch.opt
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Builds a cosine schedule to zero over all steps. Step it after every optimiser step."""
+    """Builds a learning rate schedule that falls to zero over all epochs like a cosine. Step it after every optimiser step."""
     total = max(1, config.epochs * steps_per_epoch)
 
     def factor(step: int) -> float:
@@ -150,18 +177,20 @@ def train_epoch(
     generator: torch.Generator,
     autocast: bool = False,
 ) -> dict[str, float]:
-    """Trains for one epoch.
+    """Trains the parameters of the optimiser, in place, for one epoch, and returns the metrics of the epoch.
 
     Args:
-        batches: uint8 (B, H, W, 3), or float (B, 3, H, W) in 0..1.
+        objective: computes the losses from images and pairs, see `TrainingObjective.forward`.
+        batches: uint8 (B, H, W, 3 or 4), or float (B, 3, H, W) in 0..1.
         generator: draws the pairs of images.
         autocast: compute the losses in bfloat16 where torch allows it.
 
-    Returns: the means of losses and collapse figures over all steps and workers, 'steps', and 'learning_rate' of the last step.
-        'effective_rank' is computed from the last step only, because it needs an eigen-decomposition.
+    Returns: name of a metric -> value. Losses and 'feature_std' are means over all steps and workers. 'effective_rank' is
+        computed from the last step only, because it needs an eigen-decomposition; it is missing without the fine loss. 'steps'
+        is the number of steps, 'learning_rate' the learning rate of the last step.
 
     Raises:
-        ValueError: there is no batch.
+        ValueError: there is no batch, or a batch has fewer than two images.
         FloatingPointError: on every worker, if the loss, or a weight after the last step, is not finite on any worker.
     """
     sums: dict[str, Tensor] = {}
@@ -200,7 +229,7 @@ def train_epoch(
 
 
 def _mean_over_workers(figures: Tensor) -> Tensor:
-    """Averages a tensor over all workers; a group may change the input in place."""
+    """Averages a tensor over all workers. With several workers, the argument is overwritten."""
     if world_size() > 1:
         dist.all_reduce(figures)
         figures = figures / world_size()

@@ -1,1 +1,1 @@
-"""The kinds of densities, one file for each. A kind owns its settings, its stored state and its export."""
+"""Package of the kinds of densities, one module for each. A kind owns its settings, its stored state and its export."""

@@ -1,4 +1,8 @@
-"""The interface of a kind of density. Settings are checked without torch, so kinds import torch only inside functions."""
+"""Module for the interface of a kind of density.
+
+Settings are checked without torch, so a kind imports torch only inside functions. The bank of statistics contains the stored
+embeddings of normal images. Leave-one-out scores a training image as if the density had not seen it.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +25,13 @@ C = TypeVar("C", bound=SharedSettings)
 class DensityKind(Generic[C]):
     """A kind of density: its settings, and how it is built, stored, loaded and exported.
 
-    The key in `DENSITIES` is the value of density.kind. A kind defines `build`, `tensors` and `load`; the other methods are
-    optional. A kind with tiles that share places gets the statistics of single tiles (`density.base` handles tiles).
+    The name of a kind in `DENSITIES` is the value of density.kind. A kind defines `build`, `tensors` and `load`; the other
+    methods are optional. If the tiles of an image share one density, the kind gets statistics in which each tile is an image.
 
     Attributes:
-        settings: the shared settings, plus the fields that the kind adds to the section `density`. Two kinds must not add the
-            same field.
-        keeps_bank: whether the density needs the embeddings of normal images, not only their moments.
+        settings: model of the shared settings, plus the fields that the kind adds to the section `density`. Two kinds must not
+            add the same field.
+        keeps_bank: whether the density needs the stored embeddings of normal images (the bank), not only their moments.
         supports_leave_one_out: whether `leave_one_out_scorer` is defined. A kind without it is calibrated by cross-validation.
     """
 
@@ -36,28 +40,31 @@ class DensityKind(Generic[C]):
     supports_leave_one_out = False
 
     def inert_settings(self, config: C) -> dict[str, str]:
-        """Returns the keys in the section `density` that change no score under a configuration -> the reason."""
+        """Returns the settings of the section `density` that have no effect on scores, as a dictionary: key -> reason."""
         own_fields = self.settings.model_fields
         others = [key for name in DENSITIES for key in DENSITIES[name].settings.model_fields if key not in own_fields]
         return dict.fromkeys(others if self.keeps_bank else [*others, "max_images"], f"density.kind is {config.kind}")
 
     def num_coreset_channels(self, config: C) -> int:
-        """Returns how many channels each embedding gets at its end for a coreset alone, at most; 0 without a coreset."""
+        """Returns the largest number of channels that are added to each embedding for a coreset; 0 without a coreset.
+
+        A coreset is a representative set of patches of all normal images.
+        """
         return 0
 
     def for_tiles(self, config: C, num_tiles: int) -> C:
-        """Returns the settings for a density whose places are shared by `num_tiles` tiles of an image."""
+        """Returns the settings for a density of single tiles, which all `num_tiles` tiles of an image share."""
         return config
 
     def build(self, config: C, statistics: Statistics) -> Density:
-        """Fits the density to the statistics. Raises: ValueError: the statistics are of fewer than two images."""
+        """Fits the density to statistics of normal images. Raises: ValueError: the statistics are of too few images."""
         raise NotImplementedError
 
     def tensors(self, config: C, statistics: Statistics, density: Any) -> dict[str, Tensor]:
-        """Returns the tensors that a bundle stores and that `load` needs.
+        """Returns the tensors, by name, that a bundle stores and from which `load` rebuilds the density.
 
-        A kind with a bank stores it under 'bank', with the channels of the moments only. If it stores a part of the bank, it also
-        stores the number of the source image of each embedding, under 'bank.images'.
+        A kind with a bank stores it under 'bank', without the channels for a coreset. If only some embeddings of each location
+        are stored, 'bank.images' (M, L) contains the position in the bank of the image of each embedding.
 
         Args: density: the result of `build` for the same statistics.
         """
@@ -71,23 +78,26 @@ class DensityKind(Generic[C]):
         raise NotImplementedError
 
     def check_shapes(self, config: C, shapes: Shapes) -> None:
-        """Checks the shapes of stored tensors before they are read. Raises: ValueError: a shape does not fit the settings."""
+        """Checks the shapes of stored tensors before their values are read.
+
+        Raises: ValueError: a shape does not fit the settings. The default checks nothing.
+        """
 
     def scoring_memory_bytes(
         self, config: C, shapes: Shapes, rows: int, columns: int, num_images: int
     ) -> dict[str, int]:
-        """Estimates the memory for scoring `num_images` maps of rows x columns locations.
+        """Estimates the RAM or GPU memory that scoring `num_images` maps of rows x columns locations needs.
 
-        Returns: description of each large temporary tensor -> its bytes; empty if there is none.
+        Returns: description of a large temporary tensor -> its size in bytes; empty if there is no large tensor.
         """
         return {}
 
     def leave_one_out_scorer(self, config: C, statistics: Statistics, density: Any) -> LeaveOneOutScorer:
-        """Builds a scorer of training images, each without its own embeddings.
+        """Builds a scorer that scores each training image as if the density had not seen it.
 
         Args: density: the result of `build` for the same statistics.
 
-        Raises: ValueError: there are too few images.
+        Raises: NotImplementedError: `supports_leave_one_out` is False. ValueError: there are too few images.
         """
         raise NotImplementedError
 
@@ -98,13 +108,17 @@ class DensityKind(Generic[C]):
         statistics: Iterable[Statistics],
         score: Callable[[LeaveOneOutScorer, Tensor], Tensor],
     ) -> Iterator[Tensor]:
-        """Yields the leave-one-out distances of all images for each of several projections of the same images.
+        """Generator: yields the leave-one-out distances of all images, once for each of several projections of these images.
+
+        A projection maps all channels of an embedding to fewer channels.
 
         Args:
-            density: the result of `build` for the projection of all images.
-            statistics: of each projection. The channels for a coreset are the same in all of them.
-            score: computes the leave-one-out distances of all images by a scorer and the channels (N, L, C) of a bank that it
-                needs.
+            density: the result of `build` for the projection that was learnt from all images.
+            statistics: one object for each projection, with a bank. The channels for a coreset are the same in all objects.
+            score: function of a scorer and of the channels (N, L, C) of the bank that the scorer needs; it returns the
+                leave-one-out distances of all N images.
+
+        Raises: ValueError: there are too few images.
         """
         for each in statistics:
             assert each.bank is not None
@@ -115,6 +129,6 @@ class DensityKind(Generic[C]):
 
         Args:
             density: computes in float32.
-            half: round memories to float16. False: store memories in float16 only where this changes no value.
+            half: True: store tensors in float16 unless a value overflows. False: only where this changes no value.
         """
         return density  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""The density kind `gaussian`: one Gaussian per location (PaDiM, arXiv 2011.08785)."""
+"""Module for the density kind `gaussian`: one Gaussian per location (PaDiM, arXiv 2011.08785)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class GaussianSettings(SharedSettings):
-    """The settings that the kind adds."""
+    """The shared settings of densities, plus the settings that only the kind `gaussian` has."""
 
     pooling: float = Field(
         default=0.0,
@@ -30,7 +30,7 @@ class GaussianSettings(SharedSettings):
 
 
 class GaussianKind(DensityKind[GaussianSettings]):
-    """See `DensityKind` for the methods."""
+    """The density kind `gaussian`. `DensityKind` describes the methods."""
 
     settings = GaussianSettings
     supports_leave_one_out = True

@@ -1,4 +1,4 @@
-"""The density kind `nearest`: the distance to the nearest normal embeddings; see `density.nearest` for the method."""
+"""Module for the density kind `nearest`: the distance to the nearest normal embeddings. `density.nearest` has the method."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FLOAT_BYTES = 4
 
 
 class NearestSettings(SharedSettings):
-    """The settings that the kind adds."""
+    """The shared settings of densities, plus the settings that only the kind `nearest` has."""
 
     per_place: int | None = Field(
         default=128,
@@ -55,7 +55,7 @@ class NearestSettings(SharedSettings):
 
 
 class NearestKind(DensityKind[NearestSettings]):
-    """See `DensityKind` for the methods.
+    """The density kind `nearest`. `DensityKind` describes the methods.
 
     The density is a `NearestMemory`, with a coreset a `JointMemory`, and with Gaussians a `CheckedMemory`.
     """
@@ -113,7 +113,10 @@ class NearestKind(DensityKind[NearestSettings]):
         statistics: Iterable[Statistics],
         score: Callable[[LeaveOneOutScorer, Tensor], Tensor],
     ) -> Iterator[Tensor]:
-        """Builds only memory and Gaussians again: the coreset does not depend on the projection."""
+        """Generator: see `DensityKind.leave_one_out_refits`.
+
+        Only the memory of locations and the Gaussians are built again, because the coreset does not depend on the projection.
+        """
         import torch
 
         from focus_ray.density.checked_memory import CheckedMemory, leave_one_out_gaussian, measure_scale

@@ -1,4 +1,4 @@
-"""The settings that all densities share.
+"""Module for the settings that all densities share.
 
 Each default names its source: [paper] arXiv 2110.04538, [kin] the paper's published relatives (RegAD, SimSiam, PaDiM), [ours] a
 choice of this project.
@@ -89,7 +89,7 @@ class SharedSettings(Section):
 
     @property
     def map_layer(self) -> int:
-        """Number of the backbone layer whose grid the anomaly map has: 0 for layer1 (map_stride_px 4), 1 for layer2 (8)."""
+        """Index of the backbone layer whose grid the density uses: 0 for layer1 (map_stride_px 4), 1 for layer2 (8)."""
         return 0 if self.map_stride_px == 4 else 1
 
     @field_validator("layers")

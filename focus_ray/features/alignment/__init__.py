@@ -1,1 +1,1 @@
-"""Spatial transformations: congealing, and transformers that a loss trains."""
+"""Package for the alignment of images and features: congealing, and spatial transformers that a loss trains."""

@@ -1,4 +1,4 @@
-"""Image alignment by congealing [ours]: aligns each image to the mean image of the aligned normal images.
+"""Module for image alignment by congealing [ours]: aligns each image to the mean image (template) of aligned normal images.
 
 This file is long, because search, refinement and learning share one state: the template and its bounds.
 
@@ -11,7 +11,7 @@ An image is aligned in two steps. Therefore rotations over the full circle are p
 identity.
 
 (a) Search: an exhaustive masked normalised cross-correlation over all angles and bounded shifts at low resolution. It is one
-    convolution with a bank of rotated templates.
+    convolution with a set of rotated templates.
 (b) Refinement: Gauss-Newton steps at rising resolution (Lucas and Kanade; Baker and Matthews 2004, inverse compositional). Each
     image has a gain and a bias. A mask excludes padded borders, and robust weights reduce the influence of defects.
 """
@@ -45,13 +45,15 @@ from focus_ray.features.alignment.theta import (
 
 @dataclass
 class AlignmentReport:
-    """The result of `CongealingAligner.fit`.
+    """The result of `CongealingAligner.fit`: whether alignment helps, and by how much.
 
     enabled: whether images are aligned.
-    drop: relative decrease of the pairwise L2 of held-out images by alignment.
-    l2_identity, l2_aligned: pairwise L2 of held-out images before and after alignment.
-    restart_costs, round_costs: mean cost of the images after each start, and before each round.
-    angle_bound_deg, shift_bound: the largest movement in training, plus a margin.
+    drop: relative decrease, by alignment, of the pairwise L2 distance of held-out images.
+    l2_identity, l2_aligned: pairwise L2 distance of held-out images before and after alignment.
+    restart_costs: mean cost (how badly images match the template) of the images after the start from each first template.
+    round_costs: mean cost of the images before each later round; empty if the fit stopped early.
+    angle_bound_deg, shift_bound: largest allowed rotation in degrees, and largest allowed shift in x and y, in half widths. If
+        alignment helps, this is the largest movement in training, plus a margin.
     """
 
     enabled: bool
@@ -65,16 +67,17 @@ class AlignmentReport:
 
 
 class CongealingAligner(nn.Module):
-    """Computes theta of images by aligning them to a template, which `fit` learns from normal images; before, the identity.
+    """Computes the transform theta (see `alignment.theta`) that aligns an image to a template of normal images.
 
-    In shapes, F is FINE_PX and S the size of the resolution in use.
+    `fit` learns the template. Before, theta is the identity. In shapes, F is FINE_PX and S the side of the resolution in use.
+    Prepared images are the result of `prepare`.
 
     Attributes:
-        template: (F, F), grey, zero mean.
+        template: (F, F), grey mean image.
         weight: (F, F), share of training images that show each pixel.
         enabled: bool, whether images are aligned.
-        angle_bound, shift_centre, shift_bound: the movement in training, plus a margin. A part outside these bounds is an
-            anomaly, and alignment must not hide it.
+        angle_bound, shift_centre, shift_bound: limits of the transform, in radians and half widths: the movement in training,
+            plus a margin. A physical part outside these limits is an anomaly, and alignment must not hide it.
     """
 
     FINE_PX, MIDDLE_PX, COARSE_PX = 128, 64, 32  # search at the coarse resolution, Gauss-Newton steps at all three
@@ -134,7 +137,7 @@ class CongealingAligner(nn.Module):
 
     # ---- images
     def prepare(self, images: Tensor) -> Tensor:
-        """Converts square images (B, 3, H, W) to grey (B, F, F) with zero mean and unit deviation, independent of brightness.
+        """Converts square images (B, 3, H, W) to grey images (B, F, F) with mean 0 and standard deviation 1.
 
         Raises: ValueError: images are not square.
         """
@@ -149,26 +152,28 @@ class CongealingAligner(nn.Module):
 
     @staticmethod
     def _resize(x: Tensor, size: int) -> Tensor:
-        """Reduces (B, S, S) to (B, size, size) by averaging."""
+        """Resizes images (B, S, S) to a smaller size (B, size, size) by averaging."""
         return x if x.shape[-1] == size else F.adaptive_avg_pool2d(x[:, None], size)[:, 0]
 
     # ---- (a) exhaustive search
     def set_template(self, template: Tensor, weight: Tensor) -> None:
-        """Replaces template and weight, both (F, F)."""
+        """Replaces template and weight, both (F, F), and clears the cache of rotated templates."""
         self.template.copy_(template)
         self.weight.copy_(weight)
         self._bank = None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Also clears the cache, which belongs to the old template."""
+        """Loads a state dict, and clears the cache of rotated templates, which belongs to the old template."""
         super()._load_from_state_dict(*args, **kwargs)
         self._bank = None
 
     def _search_bank(self) -> tuple[Tensor, ...]:
-        """Computes the parts of the correlation that do not depend on the image, for K angles and n = 2 radius + 1 shifts a side.
+        """Computes, and caches, the terms of the correlation that do not depend on the image: rotated templates and their sums.
 
-        Returns: kernels (2K, 1, S, S) of weighted templates and weights; sum of weights, mean and variance of the template inside
-            the image, and penalty, all (K, n, n); angles (K,).
+        There are K angles and, for each angle, n x n shifts with n = 2 * radius + 1.
+
+        Returns: kernels (2K, 1, S, S) of weighted templates and weights; sum of weights, mean and variance of the template
+            inside the image, and penalty, all (K, n, n); angles (K,) in radians.
         """
         if self._bank is not None and self._bank[0].device == self.template.device:
             return self._bank
@@ -201,9 +206,9 @@ class CongealingAligner(nn.Module):
         return self._bank
 
     def search(self, coarse: Tensor) -> tuple[Tensor, Tensor]:
-        """Searches the candidates with the highest masked normalised cross-correlation.
+        """Searches for each image the transforms with the highest masked normalised cross-correlation with the template.
 
-        Args: coarse: (B, S, S), prepared images at COARSE_PX.
+        Args: coarse: (B, S, S), prepared images at S = COARSE_PX.
 
         Returns: theta (B, C, 2, 3) of C candidates, NUM_CANDIDATES or 1 without rotation, and their correlations (B, C).
         """
@@ -236,6 +241,8 @@ class CongealingAligner(nn.Module):
     # ---- (b) refinement
     def _template_derivatives(self, template: Tensor) -> Tensor:
         """Computes the derivatives of the template's pixels with respect to all parameters of the refinement.
+
+        Gain and bias are factor and offset of the brightness of an image.
 
         Args: template: (S, S).
 
@@ -271,7 +278,7 @@ class CongealingAligner(nn.Module):
         return theta
 
     def _bound(self, theta: Tensor) -> Tensor:
-        """Moves thetas (..., 2, 3) to the nearest values inside the bounds of the group."""
+        """Returns thetas (..., 2, 3) in which rotation, shift and scale are limited to the bounds of the aligner."""
         linear, shift = theta[..., :2], theta[..., 2]
         if self.has_shift:
             low, high = self.shift_centre - self.shift_bound, self.shift_centre + self.shift_bound
@@ -292,13 +299,17 @@ class CongealingAligner(nn.Module):
         return torch.cat([linear, shift[..., None]], dim=-1)
 
     def refine(self, level: Tensor, theta: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
-        """Refines thetas by Gauss-Newton steps at the resolution of `level`. The cost of a result never exceeds the initial cost.
+        """Improves transforms by Gauss-Newton steps at the resolution of `level`. The cost never becomes higher.
+
+        The cost tells how badly an aligned image matches the template: it is about 0..1, plus penalties for small overlap and
+        inverted brightness. It is robust: large residuals of single pixels are clipped.
 
         Args:
-            level: (B, S, S), prepared images.
+            level: (B, S, S), prepared images at any resolution S.
             theta: (B, 2, 3), initial transforms.
+            num_steps: number of steps.
 
-        Returns: theta (B, 2, 3), and the robust cost (B,), in 0..1 without penalties.
+        Returns: theta (B, 2, 3), and the cost (B,).
         """
         size = level.shape[-1]
         template = self._resize(self.template[None], size)[0]
@@ -357,9 +368,9 @@ class CongealingAligner(nn.Module):
         return self.align(self.prepare(images))[0]
 
     def align(self, fine: Tensor, use_fine: bool = True) -> tuple[Tensor, Tensor]:
-        """Computes theta (B, 2, 3) and cost (B,) of prepared images (B, F, F).
+        """Computes theta (B, 2, 3) and cost (B,), see `refine`, of prepared images (B, F, F), also if `enabled` is False.
 
-        Args: use_fine: also refine at the fine resolution.
+        Args: use_fine: True: refine at the coarse, middle and fine resolution. False: not at the fine resolution.
         """
         middle = self._resize(fine, self.MIDDLE_PX)
         coarse = self._resize(middle, self.COARSE_PX)
@@ -382,14 +393,14 @@ class CongealingAligner(nn.Module):
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     def _mean_image(self, fine: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes the mean of the aligned images, in which each image counts only where it has valid pixels.
+        """Computes the mean of the aligned images. Each image counts only at pixels that come from inside the original image.
 
         Args:
             fine: (N, F, F), images from `prepare`.
             theta: (N, 2, 3), alignment of each image.
 
-        Returns: the mean (F, F), and the share (F, F) of the images that show each pixel. Pixels that at most a share of
-            `MIN_SEEN_SHARE` shows have the overall mean.
+        Returns: the mean (F, F), and the share (F, F) of the images that show each pixel. A pixel whose share is at most
+            `MIN_SEEN_SHARE` gets the overall mean.
         """
         total, count = torch.zeros_like(self.template), torch.zeros_like(self.template)
         for part, moves in zip(fine.split(self.MEAN_BATCH), theta.split(self.MEAN_BATCH), strict=True):
@@ -404,15 +415,16 @@ class CongealingAligner(nn.Module):
 
     @torch.no_grad()
     def fit(self, prepared: Tensor, seed: int = 0) -> AlignmentReport:
-        """Learns the template from normal images, and enables the aligner if alignment helps. Deterministic for a seed.
+        """Learns the template from normal images, in place, and enables the aligner if alignment helps.
 
-        A fifth of the images is held out to measure whether alignment helps; it joins the last rounds. If the drop after the
-        first start is far below `min_drop`, the fit stops there. On ten real data sets and two seeds, this first drop differed
-        from the final drop by at most 0.06.
+        A fifth of the images (at least two) is held out to measure by how much alignment lowers the pairwise L2 distance, the
+        drop. If alignment helps, these images are used in the last rounds. If the drop after the first start is far below
+        `min_drop`, the fit stops there. On ten real data sets and two seeds, this first drop differed from the final drop by at
+        most 0.06.
 
         Args:
             prepared: (N, F, F), from `prepare`.
-            seed: of the choice of held-out and first images.
+            seed: seed of the choice of held-out images and first templates; the same seed gives the same result.
 
         Raises: ValueError: fewer than four images.
         """
@@ -457,11 +469,14 @@ class CongealingAligner(nn.Module):
     def _report(
         self, before: float, after: float, starts: list[tuple[float, Tensor, Tensor]], round_costs: list[float]
     ) -> AlignmentReport:
-        """Enables the aligner if the pairwise L2 of held-out images fell enough, and returns the report.
+        """Enables the aligner if alignment lowered the pairwise L2 of held-out images enough, and returns the report.
+
+        Otherwise it disables the aligner.
 
         Args:
             before, after: pairwise L2 of held-out images before and after alignment.
-            starts: mean cost, template and weight of each start.
+            starts: (mean cost, template, weight) of each start.
+            round_costs: see `AlignmentReport`.
         """
         drop = 1 - after / max(before, self.EPSILON)
         self.enabled.fill_(drop >= self.min_drop)
@@ -477,18 +492,22 @@ class CongealingAligner(nn.Module):
         )
 
     def _run_round(self, fine: Tensor) -> float:
-        """Runs one round of congealing over images (N, F, F), and returns their mean cost before the round."""
+        """Runs one round of congealing: aligns images (N, F, F), and makes their mean the new template.
+
+        Returns: the mean cost of the images with the old template.
+        """
         theta, cost = self._align_all(fine, use_fine=True)
         theta = compose_theta(theta, self._recentring_theta(theta).expand(len(theta), 2, 3))
         self.set_template(*self._mean_image(fine, theta))
         return cost.mean().item()
 
     def _held_out_l2(self, fine: Tensor, theta: Tensor) -> tuple[float, float]:
-        """Computes the pairwise L2 of images (N, F, F) before and after alignment, over pixels that are valid after it.
+        """Computes the pairwise L2 distance of images (N, F, F) before and after alignment by theta (N, 2, 3).
 
-        Resampling blurs images, and this alone lowers the L2 of noise by a third. So the value before alignment is the smaller of
-        two: the L2 of the original images, and the L2 of images that are each warped by the theta of another image. The second
-        has the same blur, but no alignment.
+        Resampling blurs images, and this alone lowers the L2 of noise by a third. So the value before alignment is the smaller
+        of
+        two values: the L2 of the original images, and the L2 of images that are each warped by the theta of another image. These
+        images have the same blur, but are not aligned. Only pixels that come from inside the original images count.
         """
         other_theta = theta.roll(1, 0)
         valid, mixed_valid = (valid_mask(moves, self.FINE_PX, self.FINE_PX) for moves in (theta, other_theta))
@@ -497,7 +516,10 @@ class CongealingAligner(nn.Module):
         return before, pairwise_l2(aligned, valid)
 
     def _learn_bounds(self, theta: Tensor) -> None:
-        """Sets the bounds for later images to the movement in training, plus a margin; theta: (N, 2, 3)."""
+        """Sets the bounds for later images to the movement in training, plus a margin.
+
+        Args: theta: (N, 2, 3), transforms of the training images.
+        """
         if self.has_rotation:
             bound = rotation_angle(theta).abs().max() * self.BOUND_MARGIN + math.radians(self.BOUND_ANGLE_DEG)
             is_free = bound > math.radians(self.FREE_ANGLE_DEG)
@@ -511,7 +533,8 @@ class CongealingAligner(nn.Module):
     def _recentring_theta(self, theta: Tensor) -> Tensor:
         """Computes a transform g (1, 2, 3) to compose with all thetas (N, 2, 3), so that the template does not drift.
 
-        With theta o g, the content of the template is central, and the mean rotation is near 0 if there is a mean direction.
+        With `compose_theta(theta, g)`, the content of the template is central, and the mean rotation is near 0 if the angles
+        have a mean direction.
         """
         back = invert_theta(theta)
         g = identity_theta(theta[:1])
@@ -535,9 +558,9 @@ def _multiply_rows(rows: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solves positive definite systems: (B, n, n) x = (B, n).
+    """Solves B linear systems with positive definite matrices: matrix (B, n, n) times x = right (B, n).
 
-    In an exported graph it uses Gauss-Jordan elimination, because the runtimes have no solver.
+    In an exported network, Gauss-Jordan elimination solves them, because the runtimes have no solver.
     """
     if not torch.compiler.is_exporting():
         return torch.linalg.solve(matrix, right)
@@ -550,7 +573,7 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def _solve2(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solves systems (B, 2, 2) x = (B, 2) in closed form."""
+    """Solves B linear systems in closed form: matrix (B, 2, 2) times x = right (B, 2)."""
     a, b, c, d = matrix[:, 0, 0], matrix[:, 0, 1], matrix[:, 1, 0], matrix[:, 1, 1]
     det = a * d - b * c
     return torch.stack([d * right[:, 0] - b * right[:, 1], a * right[:, 1] - c * right[:, 0]], -1) / det[:, None]

@@ -1,4 +1,4 @@
-"""The distance between aligned images, by which alignment is judged."""
+"""Module for the distance between aligned images, which measures how good an alignment is."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from torch import Tensor
 
 
 def pairwise_l2(aligned: Tensor, valid: Tensor | None = None, num_pairs: int = 2000, seed: int = 0) -> float:
-    """Computes L_ICA of a set of images: the L2 distance between pixels, averaged over pixels and over random pairs of images.
+    """Computes how different images are: the L2 distance between pixels, averaged over pixels and random pairs of images.
+
+    The FYD paper calls this distance L_ICA.
 
     Args:
-        aligned: (N, C, H, W).
+        aligned: (N, C, H, W), images, usually after alignment.
         valid: (N, H, W) bool; a pixel must be valid in both images of a pair. None: all are valid.
         num_pairs, seed: number of pairs, and seed of their choice.
 

@@ -1,7 +1,8 @@
-"""Geometric transforms of images: transform groups, theta, composition, inverse, and warping.
+"""Module for geometric transforms of images: transform groups, theta, composition, inverse, and warping.
 
 theta (B, 2, 3) follows torch's affine_grid with align_corners=False: it maps coordinates of the aligned frame, in -1..1,
-to coordinates of the original frame, so that `warp(images, theta)` returns the aligned images.
+to coordinates of the original frame, so that `warp(images, theta)` returns the aligned images. A frame is the coordinate system
+of an image: x and y run from -1 to 1, and lengths are in half widths. A group names which movements are allowed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _PARAMETERS_PER_COMPONENT = {"r": 1, "s": 1, "a": 2, "t": 2}
 
 
 class TransformBounds(NamedTuple):
-    """The largest allowed transform. Without bounds, training finds a degenerate optimum that zooms into a flat patch [ours]."""
+    """The largest allowed transform. Without bounds, training would zoom into a flat area, where images are equal [ours]."""
 
     max_rotation_rad: float = math.pi
     max_translation: float = 0.3  # in half widths of the frame
@@ -38,12 +39,12 @@ class TransformBounds(NamedTuple):
 
 
 def count_parameters(group: str) -> int:
-    """Returns the number of parameters of the transforms of a group."""
+    """Returns how many parameters a transform of this group has; 0 for the group none."""
     return sum(_PARAMETERS_PER_COMPONENT[component] for component in GROUP_COMPONENTS[group])
 
 
 def split_parameters(parameters: Tensor, group: str) -> dict[str, Tensor]:
-    """Splits parameters (B, count_parameters(group)) into the parameters (B, n) of each component of the group."""
+    """Splits parameters (B, count_parameters(group)) by components: letter in `GROUP_COMPONENTS` -> parameters (B, n)."""
     components = GROUP_COMPONENTS[group]
     parts = parameters.split([_PARAMETERS_PER_COMPONENT[component] for component in components], dim=1)
     return dict(zip(components, parts, strict=True))
@@ -89,13 +90,13 @@ def make_theta(
 
 
 def identity_theta(like: Tensor) -> Tensor:
-    """Returns B identity transforms (B, 2, 3), float32, on the device of `like` (B, ...)."""
+    """Returns identity transforms (B, 2, 3), float32, where B and the device come from `like` (B, ...)."""
     theta = torch.eye(2, 3, device=like.device, dtype=torch.float32)
     return theta.expand(like.shape[0], 2, 3)
 
 
 def compose_theta(outer: Tensor, inner: Tensor) -> Tensor:
-    """Returns the transform (B, 2, 3) that equals warping by `outer` and then warping the result by `inner`, both (B, 2, 3)."""
+    """Composes two transforms (B, 2, 3): warping by the result equals warping by `outer` and then by `inner`."""
     with disable_autocast(outer):
         linear = outer[:, :, :2] @ inner[:, :, :2]
         shift = outer[:, :, :2] @ inner[:, :, 2:] + outer[:, :, 2:]
@@ -105,7 +106,7 @@ def compose_theta(outer: Tensor, inner: Tensor) -> Tensor:
 def invert_theta(theta: Tensor) -> Tensor:
     """Inverts transforms (B, 2, 3).
 
-    Raises: ValueError: a transform is singular.
+    Raises: ValueError: a transform is singular; this is not checked while a network is exported.
     """
     a, b, c, d = theta[:, 0, 0], theta[:, 0, 1], theta[:, 1, 0], theta[:, 1, 1]
     determinant = a * d - b * c
@@ -118,14 +119,17 @@ def invert_theta(theta: Tensor) -> Tensor:
 
 
 def disable_autocast(like: Tensor) -> AbstractContextManager[Any]:
-    """Turns off autocast in a with block: in bfloat16, a coordinate of a 256 px frame is wrong by up to half a pixel."""
+    """Returns a context manager that turns off autocast on the device of `like`; it has no effect in an export.
+
+    In bfloat16, a coordinate of an image of 256 px would be wrong by up to half a pixel.
+    """
     return nullcontext() if torch.compiler.is_exporting() else torch.autocast(like.device.type, enabled=False)
 
 
 def shrink(images: Tensor, size: int) -> Tensor:
-    """Shrinks images (B, C, H, W) to (B, C, size, size), bilinear with antialiasing.
+    """Resizes images (B, C, H, W) to (B, C, size, size), bilinear with antialiasing.
 
-    In an exported graph, it uses matrix products, which every runtime supports.
+    In an exported network, matrix products compute the same, because every runtime supports them.
     """
     if not torch.compiler.is_exporting():
         return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
@@ -134,7 +138,7 @@ def shrink(images: Tensor, size: int) -> Tensor:
 
 
 def _shrink_matrix(length: int, size: int) -> Tensor:
-    """Returns the matrix (size, length) of `shrink` along one side."""
+    """Returns the matrix (size, length) that resizes one side of an image from `length` to `size` pixels, see `shrink`."""
     step = length / size
     centres = (np.arange(size)[:, None] + 0.5) * step
     weights = np.maximum(0, 1 - np.abs(np.arange(length) + 0.5 - centres) / max(step, 1.0))
@@ -142,7 +146,7 @@ def _shrink_matrix(length: int, size: int) -> Tensor:
 
 
 def warp(images: Tensor, theta: Tensor, padding: str = "border") -> Tensor:
-    """Returns images that are aligned by theta: each output pixel is read bilinearly at the coordinates that theta maps it to.
+    """Aligns images by theta: reads each output pixel bilinearly at the input coordinates to which theta maps it.
 
     Coordinates are computed in float32 or higher precision for every type of image, also under autocast.
 
@@ -166,7 +170,12 @@ def rotation_angle(theta: Tensor) -> Tensor:
 
 
 def valid_mask(theta: Tensor, height: int, width: int) -> Tensor:
-    """Returns the pixels (B, H, W), bool, of the aligned frame that come from inside the original frame; theta: (B, 2, 3)."""
+    """Returns which pixels of aligned images come from inside the original image.
+
+    Args: theta: (B, 2, 3), transforms of the alignment.
+
+    Returns: (B, height, width) bool.
+    """
     with disable_autocast(theta):
         exact = theta.to(torch.promote_types(theta.dtype, torch.float32))
         grid = F.affine_grid(exact, [theta.shape[0], 1, height, width], align_corners=False)
@@ -179,7 +188,7 @@ def wrap_angle(angle: Tensor) -> Tensor:
 
 
 def rotation_theta(angle: Tensor, shift: Tensor | None = None) -> Tensor:
-    """Builds rotations (..., 2, 3) from angles (...,) in radians, with shifts (..., 2) in half widths."""
+    """Builds transforms (..., 2, 3) from rotation angles (...,) in radians and shifts (..., 2) in half widths (None: 0)."""
     flat = angle.reshape(-1)
     moves = flat.new_zeros(flat.shape[0], 2) if shift is None else shift.reshape(-1, 2)
     return make_theta(flat, torch.ones_like(flat), moves).reshape(*angle.shape, 2, 3)

@@ -1,4 +1,4 @@
-"""Spatial transformers that a loss trains: a localisation network predicts theta from features or images."""
+"""Module for spatial transformers that a loss trains: a localisation network predicts the transform theta of each image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from focus_ray.features.alignment.theta import (
 class SpatialTransformer(nn.Module):
     """A localisation network that predicts a geometric transform for each image from its features.
 
-    The predicted transforms belong to one transform group (`theta.GROUPS`). Before training, the network predicts the identity.
+    The group (a key of `theta.GROUP_COMPONENTS`) names the allowed movements. Before training, the network predicts the
+    identity.
 
     The layers are the same as in RegAD [kin]: two blocks of 3x3 convolution, batch norm, ReLU and 3x3 max-pooling with stride 2,
     to 64 and 16 channels; then a linear layer to 1024, ReLU, and a zero-initialised linear layer to the parameters of the
@@ -24,7 +25,7 @@ class SpatialTransformer(nn.Module):
 
     Args:
         channels: channels of the features.
-        size: rows and columns of the features.
+        size: number of rows, and of columns, of the features.
         group: transform group.
         bounds: the largest transform that the network can predict.
     """
@@ -56,7 +57,7 @@ class SpatialTransformer(nn.Module):
 
 
 class LocalisedAligner(nn.Module):
-    """The image aligner of the paper: a localisation network predicts theta from the image, here reduced to 64 px [ours]."""
+    """The image aligner of the paper: a localisation network predicts theta from the image, which is resized to 64 px [ours]."""
 
     SIZE_PX = 64
 

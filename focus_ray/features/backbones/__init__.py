@@ -1,1 +1,1 @@
-"""Pretrained backbones."""
+"""Package of the backbones: pretrained networks that compute the features of images."""

@@ -1,4 +1,4 @@
-"""Backbones that end after their third layer: the network, and loading of their weights."""
+"""Module for backbones (the first three layers of pretrained networks), and for loading the weights of a backbone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ class Backbone(nn.Module):
     """A network of three separate layers, so that feature alignment can run between them."""
 
     def __init__(self, name: str) -> None:
-        """Builds the backbone with random weights. Raises: ValueError: unknown name; the message lists the known names."""
+        """Builds the backbone with random weights.
+
+        Args: name: key in `BACKBONES`.
+
+        Raises: ValueError: the name is unknown; the message lists the known names.
+        """
         super().__init__()
         self.name = name
         self.spec = BACKBONES[name]
@@ -38,7 +43,10 @@ def build_backbone(name: str, weights: str = "default", sha256: str | None = Non
             EfficientNet-Lite). 'random' loads none. Otherwise, a file path or a file://, s3:// or https:// URI.
         sha256: first characters of the file's expected SHA-256; None: not checked.
 
-    Raises: WeightsError: the weights cannot be loaded, have a different hash, or belong to a different architecture.
+    Raises:
+        WeightsError: the weights cannot be loaded, have a different hash, or belong to a different architecture; or
+            weights='default', and the backbone has no default weights.
+        ValueError: the name is unknown.
     """
     if weights == "random":
         return Backbone(name)
@@ -49,20 +57,23 @@ def build_backbone(name: str, weights: str = "default", sha256: str | None = Non
 
 
 def build_meta_backbone(name: str) -> Backbone:
-    """Builds a backbone without memory for its weights; load them by `load_state_dict(..., assign=True)`."""
+    """Builds a backbone on the meta device, without RAM for weights; load weights by `load_state_dict(..., assign=True)`.
+
+    Raises: ValueError: the name is unknown.
+    """
     with torch.device("meta"):  # drawing random weights would take most of the time of loading a bundle
         return Backbone(name)
 
 
 def set_padding(backbone: nn.Module, mode: str) -> None:
-    """Sets the padding mode of all convolutions, 'zeros' or 'reflect', in place; weights do not change."""
+    """Sets the padding mode ('zeros' or 'reflect') of all convolutions, in place; the weights do not change."""
     for module in backbone.modules():
         if hasattr(module, "padding_mode"):
             module.padding_mode = mode  # type: ignore[assignment]
 
 
 def load_backbone_state(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> None:
-    """Loads weights with published names into a backbone; layers after the third are ignored and may be missing.
+    """Loads weights with their published names into a backbone, in place; weights of layers after the third are ignored.
 
     Args: source: where the weights come from, for error messages.
 

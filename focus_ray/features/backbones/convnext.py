@@ -1,4 +1,4 @@
-"""The first three stages of ConvNeXt-Tiny (arXiv 2201.03545) from torchvision. It has layer norms and no batch norms."""
+"""Module for the backbone ConvNeXt-Tiny (arXiv 2201.03545) from torchvision. It has layer norms and no batch norms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _HUB_WEIGHTS = "ConvNeXt_Tiny_Weights.IMAGENET1K_V1"
 
 
 def map_convnext_key(key: str) -> str | None:
-    """Converts the torchvision name of a weight to its name in `Backbone`; None if the weight is not used."""
+    """Converts the torchvision name of a weight to the name in `Backbone`.
+
+    Returns: None if the weight is not used; an unknown name unchanged.
+    """
     part, _, suffix = key.partition(".")
     if part == "classifier":
         return None
@@ -27,7 +30,7 @@ def map_convnext_key(key: str) -> str | None:
 
 
 def build_convnext_layers() -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Builds layers 1 to 3 of ConvNeXt-Tiny with random weights; layer 1 contains the stem."""
+    """Builds layers 1 to 3 of ConvNeXt-Tiny with random weights; layer 1 also contains the first convolution (the stem)."""
     from torch import nn
     from torchvision import models
 

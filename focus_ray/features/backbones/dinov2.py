@@ -1,7 +1,8 @@
-"""The vision transformers of DINOv2 (arXiv 2304.07193; with registers, 2309.16588), with weights from a file.
+"""Module for the vision transformers of DINOv2 (arXiv 2304.07193; with registers, 2309.16588), with weights from a file.
 
-Layers 1, 2 and 3 are blocks 1 to 3, 4 to 6 and 7 to 9 of 12; the last three blocks are not used. The features of a layer are its
-patch tokens, without the final norm, one for each 14 x 14 pixels.
+Layers 1, 2 and 3 are blocks 1 to 3, 4 to 6 and 7 to 9 of 12; the last three blocks are not used. Tokens are feature vectors: a
+class token for the whole image, register tokens (additional ones, without position), and a patch token for each 14 x 14 pixels.
+The features of a layer are the patch tokens after it, without the final norm.
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ def build_vit_layers(width: int, registers: int) -> tuple[nn.Module, nn.Module, 
 
 
 def tokens_to_map(registers: int, tokens: Tensor) -> Tensor:
-    """Converts tokens (B, 1 + registers + S * S, C) to a map of the patch tokens (B, C, S, S)."""
+    """Converts tokens (B, 1 + registers + S * S, C) to a feature map of the patch tokens (B, C, S, S)."""
     patches = tokens[:, 1 + registers :].transpose(1, 2)
     side = math.isqrt(patches.shape[2])
     return patches.unflatten(2, (side, side))
 
 
 def map_vit_key(key: str) -> str | None:
-    """Converts the authors' name of a weight to its name in `Backbone`; None if the weight is not used."""
+    """Converts the name that DINOv2's authors gave a weight to the name in `Backbone`.
+
+    Returns: None if the weight is not used; an unknown name unchanged.
+    """
     part, _, suffix = key.partition(".")
     if part in ("mask_token", "norm", "head"):
         return None
@@ -68,7 +72,10 @@ _HUGGING_FACE = (
 
 
 def to_author_names(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Renames weights of Hugging Face to the names of DINOv2's authors; returns weights of the authors unchanged."""
+    """Renames weights of Hugging Face to the names of DINOv2's authors; merges query, key and value into one tensor.
+
+    Args: state: name -> weight. Weights that already have the authors' names are returned unchanged.
+    """
     import torch
 
     if not any("encoder.layer." in key for key in state):
@@ -86,7 +93,12 @@ def to_author_names(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def refuse_default_weights(name: str, hugging_face: str) -> Mapping[str, Tensor]:
-    """Raises WeightsError, because DINOv2 has no default weights; the message names the files to use."""
+    """Raises WeightsError always, because DINOv2 has no default weights; the message names the files to use.
+
+    Args:
+        name: name of the backbone.
+        hugging_face: name of the repository on Hugging Face with the weights.
+    """
     raise WeightsError(
         f"model.backbone={name} has no default weights: set model.weights to the {name.removesuffix('_reg')}"
         f"{'_reg4' if name.endswith('_reg') else ''}_pretrain.pth of DINOv2's authors, or to the model.safetensors of "

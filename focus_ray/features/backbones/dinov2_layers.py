@@ -1,4 +1,4 @@
-"""The layers of DINOv2's vision transformers."""
+"""Module that builds the layers of DINOv2's vision transformers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Embedding(nn.Module):
         self.register_tokens = nn.Parameter(0.02 * torch.randn(1, registers, width)) if registers else None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Computes the tokens, with position embeddings."""
+        """Computes tokens from images (B, 3, H, W), see the class; class and patch tokens include position embeddings."""
         patches: Tensor = self.proj(images)
         count, _, height, width = patches.shape  # len(images) would become a constant in an exported network
         class_position, patch_positions = self.positions(height, width)
@@ -35,7 +35,7 @@ class _Embedding(nn.Module):
     def positions(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Returns position embeddings of the class token (1, 1, C) and of height x width patches (1, height * width, C).
 
-        If the number of patches differs from the published embeddings, these are interpolated.
+        If the number of patches differs from the published position embeddings, the embeddings are interpolated.
         """
         class_position, patch_positions = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         if (height, width) == (_GRID, _GRID):
@@ -88,7 +88,7 @@ class _Perceptron(nn.Module):
 
 
 class _Block(nn.Module):
-    """A transformer block; it keeps the shape of tokens (B, N, C)."""
+    """A transformer block: attention, then a perceptron. The shape of the tokens (B, N, C) does not change."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

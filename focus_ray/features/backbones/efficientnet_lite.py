@@ -1,4 +1,7 @@
-"""EfficientNet-Lite0, Lite1 and Lite2; their ImageNet weights are in Python packages."""
+"""Module for the backbones EfficientNet-Lite0, Lite1 and Lite2; Python packages contain their ImageNet weights.
+
+A group is a series of blocks with the same number of output channels; the backbones have five groups in three layers.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,13 @@ Numbers = tuple[int, int, int, int, int]  # one for each group
 
 
 def map_lite_key(repeats: Numbers, key: str) -> str | None:
-    """Converts the published name of a weight to its name in `Backbone`; None if the weight is not used.
+    """Converts the published name of a weight to the name in `Backbone`.
 
-    Args: repeats: number of blocks in each group.
+    Args:
+        repeats: number of blocks in each group.
+        key: published name.
+
+    Returns: None if the weight is not used; an unknown name unchanged.
     """
     part, _, suffix = key.partition(".")
     if part in ("_conv_head", "_bn1", "_fc"):

@@ -1,4 +1,4 @@
-"""The layers of EfficientNet-Lite."""
+"""Module that builds the layers of EfficientNet-Lite."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GROUPS = (
 
 
 class _ConvNorm(nn.Module):
-    """A convolution with the SAME padding of TensorFlow, then batch norm and an optional ReLU6."""
+    """A convolution with TensorFlow's padding mode SAME, then batch norm and an optional ReLU6."""
 
     def __init__(
         self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True
@@ -55,10 +55,10 @@ class _MBConv(nn.Module):
 
 
 def build_layers(widths: Numbers, repeats: Numbers) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Builds layers 1 to 3 of an EfficientNet-Lite with random weights; layer 1 contains the stem.
+    """Builds layers 1 to 3 of an EfficientNet-Lite with random weights; layer 1 also contains the first convolution.
 
     Args:
-        widths: output channels of each group.
+        widths: output channels of each of the five groups of blocks.
         repeats: number of blocks in each group.
     """
     stages = []

@@ -1,4 +1,4 @@
-"""The backbones by name. A new backbone is one file in this folder and one line here."""
+"""Module with the table of the backbones, by name. A new backbone is one file in this folder and one line here."""
 
 from __future__ import annotations
 

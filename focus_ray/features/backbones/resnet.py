@@ -1,4 +1,4 @@
-"""ResNet-18, ResNet-34, ResNet-50 and Wide-ResNet-50-2 from torchvision."""
+"""Module for the backbones ResNet-18, ResNet-34, ResNet-50 and Wide-ResNet-50-2 from torchvision."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def map_resnet_key(key: str) -> str | None:
-    """Converts the torchvision name of a weight to its name in `Backbone`; None if the weight is not used."""
+    """Converts the torchvision name of a weight to the name in `Backbone`.
+
+    Returns: None if the weight is not used; an unknown name unchanged.
+    """
     part, _, suffix = key.partition(".")
     if part in ("layer4", "fc"):
         return None
@@ -25,7 +28,7 @@ def map_resnet_key(key: str) -> str | None:
 
 
 def build_resnet_layers(name: str) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Builds layers 1 to 3 of a ResNet with random weights; layer 1 contains the stem.
+    """Builds layers 1 to 3 of a ResNet with random weights; layer 1 also contains the first convolution and pooling (the stem).
 
     Args: name: name of the ResNet in torchvision.
     """

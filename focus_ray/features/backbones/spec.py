@@ -1,4 +1,7 @@
-"""The description of a kind of backbone. Settings are checked without torch, so its file imports torch only inside functions."""
+"""Module for the description of a kind of backbone (a pretrained network).
+
+Settings are checked without torch, so the module of a backbone imports torch only inside functions.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def _identity(value: Any) -> Any:
-    """Returns the value."""
+    """Returns the value unchanged."""
     return value
 
 
@@ -23,15 +26,17 @@ class BackboneSpec:
 
     channels: numbers of channels of layers 1, 2, 3.
     mean, std: input normalisation, for images in 0..1.
-    build_layers: builds the three layers. Each takes the output of the previous layer.
-    map_key: converts the published name of a weight to its name in `Backbone`; None for a weight that is not needed. An unknown
-        name is returned unchanged.
-    load_default_state: loads the default weights, under their published names. Raises: WeightsError: they cannot be loaded.
-    to_map: converts the output of a layer to features (B, C, H, W).
-    rename_state: converts weights with another published naming to the names that `map_key` expects.
-    strides: input pixels per cell of the feature maps of layers 1, 2 and 3; the side of the input is a multiple of the last one.
-    min_reflected_px: smallest side of the input with padding=reflect. In a smaller input a kernel would have to mirror more cells
-        than the last feature map has.
+    build_layers: function that builds the three layers. Each layer takes the output of the previous layer.
+    map_key: function from the published name of a weight to its name in `Backbone`; None for a weight that is not needed. An
+        unknown name is returned unchanged.
+    load_default_state: function that loads the default weights: published name -> weight. It raises WeightsError if they cannot
+        be loaded.
+    to_map: function that converts the output of a layer to features (B, C, H, W).
+    rename_state: function that renames weights of another publisher to the names that `map_key` expects.
+    strides: input pixels per cell of the feature maps of layers 1, 2 and 3; the side of the input is a multiple of the stride of
+        layer 3.
+    min_reflected_px: smallest side of the input with padding=reflect. With a smaller input, a kernel would have to mirror more
+        cells than the last feature map has.
     passes_feature_maps: whether the layers exchange feature maps, which can be aligned between layers. Transformers exchange
         tokens.
     hub_weights: the default weights in torchvision.models, as in "ResNet18_Weights.IMAGENET1K_V1"; None if they are not there.

@@ -1,4 +1,4 @@
-"""Loads backbone weights from torchvision's hub, an installed package, a file or a URI."""
+"""Module that loads backbone weights from torchvision's hub, an installed package, a file or a URI."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 
 
 def read_weights(source: str, sha256: str | None = None) -> dict[str, Tensor]:
-    """Reads a state dict from a .pth or .safetensors file or URI, without unpickling code.
+    """Reads a state dict (name -> weight) from a .pth or .safetensors file or URI, without executing code from the file.
 
-    Args: sha256: first characters of the expected hash; None: not checked.
+    A file at a http:// or https:// URL is first downloaded to torch's hub cache if the cache does not have the file.
+
+    Args:
+        source: path or URI.
+        sha256: first characters of the expected SHA-256; None: not checked.
 
     Raises: WeightsError: the source cannot be read, has a different hash, or contains no state dict.
     """
@@ -36,18 +40,23 @@ def read_weights(source: str, sha256: str | None = None) -> dict[str, Tensor]:
 
 
 def find_hub_weights(path: str) -> Any:
-    """Returns a member of a weights enum of torchvision.models by its path; its `url` is the address of the file."""
+    """Returns the description of published weights in torchvision; the attribute `url` is the address of the file.
+
+    Args: path: path in torchvision.models, as in "ResNet18_Weights.IMAGENET1K_V1".
+    """
     from torchvision import models
 
     return attrgetter(path)(models)
 
 
 def load_hub_state(name: str, hub_weights: str) -> Mapping[str, Tensor]:
-    """Loads the torchvision weights of a backbone from torch's cache or from the hub.
+    """Loads the torchvision weights of a backbone from torch's hub cache, or downloads them into the cache first.
 
-    Args: hub_weights: see `BackboneSpec`.
+    Args:
+        name: name of the backbone, for error messages.
+        hub_weights: see `BackboneSpec`.
 
-    Raises: WeightsError: the weights are not in the cache, and the hub cannot be reached.
+    Raises: WeightsError: the weights are not in the cache and cannot be downloaded, or the file is damaged.
     """
     weights = find_hub_weights(hub_weights)
     try:
@@ -61,7 +70,7 @@ def load_hub_state(name: str, hub_weights: str) -> Mapping[str, Tensor]:
 
 
 def load_packaged_state(name: str) -> Mapping[str, Tensor]:
-    """Loads the weights of a backbone from its Python package.
+    """Loads the weights of a backbone from the Python package of the backbone, which must be installed.
 
     Raises: WeightsError: the package is not installed, or its file is damaged.
     """
@@ -77,19 +86,22 @@ def load_packaged_state(name: str) -> Mapping[str, Tensor]:
 
 
 def download_path(url: str) -> Path:
-    """Returns the path to which the weights of a model.weights=https://... URL are downloaded."""
+    """Returns the local path to which weights are downloaded from a URL (model.weights=https://...)."""
     return hub_cache_path(f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(url).name}")
 
 
 def hub_cache_path(name: str) -> Path:
-    """Returns the path of a file in torch's hub cache."""
+    """Returns the path of a file with this name in torch's hub cache; an empty name gives the folder."""
     import torch
 
     return Path(torch.hub.get_dir()) / "checkpoints" / name
 
 
 def _download(url: str, sha256: str | None) -> bytes:
-    """Reads a file that was downloaded to torch's hub cache; downloads it first if it is not there."""
+    """Reads the file of a URL from torch's hub cache; downloads it into the cache first if it is not there.
+
+    Raises: OSError or RuntimeError: the download failed, or the downloaded file has a different hash.
+    """
     from torch.hub import download_url_to_file
 
     path = download_path(url)
@@ -100,7 +112,7 @@ def _download(url: str, sha256: str | None) -> bytes:
 
 
 def _read_file(source: str) -> bytes:
-    """Reads a local file, or a URI of another storage."""
+    """Reads the content of a local file, given by a path or a file:// URI, or of a URI of another storage (s3://)."""
     if "://" not in source or source.startswith("file://"):
         return Path(source.removeprefix("file://")).expanduser().read_bytes()
     from focus_ray.storage.files import read_bytes
@@ -109,7 +121,9 @@ def _read_file(source: str) -> bytes:
 
 
 def _parse_state(data: bytes, source: str) -> dict[str, Tensor]:
-    """Parses the content of a .safetensors or .pth file; removes the prefix 'module.' of data-parallel training from names.
+    """Converts the content of a .safetensors or .pth file to a state dict; removes the prefix 'module.' from names.
+
+    Args: source: path or URI of the file; a name that does not end with .safetensors is read as .pth.
 
     Raises: WeightsError: the content is no state dict.
     """
