@@ -10,9 +10,10 @@ _CAUSE_ATTRIBUTES = ("cause", "_base_exc", "controller_failure", "__cause__")  #
 
 
 def is_retryable(error: BaseException) -> bool:
-    """Returns whether another attempt may succeed. False if a cause is a permanent error, such as wrong settings or data.
+    """Returns whether another attempt may succeed.
 
-    If any cause is a failure of the storage, the result is True.
+    True if a cause is a failure of the storage. Otherwise False if a cause is permanent, such as wrong settings or data.
+    Otherwise True.
     """
     causes = [error]
     for cause in causes:  # the list grows during the loop

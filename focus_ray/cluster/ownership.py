@@ -133,8 +133,8 @@ class Heartbeat:
 def read_state(root: str, watch: Callable[[float], None] = time.sleep) -> dict[str, Any]:
     """Returns the content of state.json, and checks whether a process that should be running still sends heartbeats.
 
-    The state "running" becomes "lost" if no heartbeat follows within two and a half intervals. Without the file, the state is
-    "lost".
+    If the state is "running", the call waits two and a half intervals between heartbeats. The state becomes "lost" if no
+    heartbeat follows. Without the file, the state is "lost".
 
     Args:
         root: folder of the run or sweep.

@@ -221,7 +221,8 @@ class Batch(ScoringRun[BatchJob]):
         return parts
 
     def record(self, piece: BatchPiece, result: Counter[str]) -> None:
-        """Adds the counts of a finished piece of work to its category. After the last piece, marks the category as complete."""
+        """Adds the counts of a piece. After the last piece of a category, deletes the marker of an unfinished run and logs the
+        counts."""
         self.counts[piece.job.category].update(result)
         if not self.num_open[piece.job.category]:
             self._finish(piece.job)

@@ -185,7 +185,7 @@ class ScoringRun(Generic[Job]):
         raise NotImplementedError
 
     def fail(self, category: str, reason: str) -> None:
-        """Marks a category as failed. reason: text for the log and the report."""
+        """Stores the reason why a category has failed in `failed`. Subclasses also log it."""
         self.failed[category] = reason
 
     def _plan_all(self) -> Iterator[ScoringPiece[Job]]:

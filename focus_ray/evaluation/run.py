@@ -58,8 +58,9 @@ class Evaluation(ScoringRun[EvaluationJob]):
     def plan(self, category: str) -> list[EvaluationPiece]:
         """Plans the evaluation of a category and returns its pieces of work; empty if an earlier run has its metrics.
 
-        With the setting `resume`, the metrics of a finished category are reused, and the scored parts of a category whose pixels
-        are counted in bins. All other result files of the category are deleted.
+        With the setting `resume`, the metrics of a finished category are reused, or the saved progress of a category whose
+        pixels are counted in bins. If there is nothing to reuse, all earlier result files of the category are deleted. If all
+        parts are scored, the only piece computes the metrics.
 
         Raises:
             BundleError: the bundle is missing or its manifest is damaged.

@@ -87,8 +87,9 @@ class TeamSlots:
 class Decoders:
     """A pool of decoder processes. Each decodes one image at a time, within `DECODE_TIMEOUT_S` and `DECODER_MEMORY_BYTES`.
 
-    If there are several processes, a single team can occupy all except one. Each process is a `ProcessPool` of its own. In a
-    shared pool, the next image of an attacker would go to the free process while the killed process restarts.
+    A process that exceeds a limit is killed and restarted. If there are several processes, a single team can occupy all except
+    one. Each process is a `ProcessPool` of its own. In a shared pool, the next harmful image of a team could take the remaining
+    free process while the killed process restarts.
     """
 
     def __init__(self, count: int) -> None:

@@ -103,7 +103,7 @@ class Pin(Section):
 
 
 class Route(Section):
-    """The version that answers for a category if the request names no version."""
+    """Settings that choose the version for requests that name no version. They may also name a canary and a shadow version."""
 
     team: Name = Field(description="The team that owns the category.")
     category: Name = Field(description="The category of the route.")

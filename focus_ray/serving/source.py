@@ -239,6 +239,8 @@ class _ResolvedAlias:
 class _TeamMarks(NamedTuple):
     """The marks of the categories of a team, and the time when they were requested.
 
+    A mark is a text that changes when the models of a category change.
+
     Attributes:
         fetched_at: time of `time.monotonic` before the marks were read.
         by_category: category -> mark.
@@ -249,11 +251,11 @@ class _TeamMarks(NamedTuple):
 
 
 class VersionDirectory:
-    """A cache of the version of each alias. A request for an alias that was last checked `refresh_s` ago starts a new check.
+    """A cache of manifests and of the version of each alias. It checks an alias again when its last check is `refresh_s` old.
 
-    A check fetches the marks of a team, once for all categories, and looks up the categories whose marks have changed. A
-    request waits only for the first look-up of an alias. While the storage fails, requests use the cached versions. When an
-    alias has moved, the new version is loaded before it answers, so that no request waits for a promotion.
+    A check runs behind the request. It fetches the marks of a team, once for all categories, and looks up the categories whose
+    marks have changed. A request waits only for the first look-up of an alias. While the storage fails, requests use the cached
+    versions. When an alias has moved, the new version is loaded before it answers, so that no request waits for a promotion.
     """
 
     def __init__(

@@ -55,9 +55,10 @@ class NearestSettings(SharedSettings):
 
 
 class NearestKind(DensityKind[NearestSettings]):
-    """The density kind `nearest`. `DensityKind` describes the methods.
+    """See `DensityKind` for the methods.
 
-    The density is a `NearestMemory`, with a coreset a `JointMemory`, and with Gaussians a `CheckedMemory`.
+    The density is a `NearestMemory`, one memory per location. With a coreset, a `JointMemory` averages its distance with the
+    distance of the coreset. If Gaussians can be fitted too, a `CheckedMemory` limits the distance of the `JointMemory`.
     """
 
     settings = NearestSettings
