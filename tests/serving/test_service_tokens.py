@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -103,6 +105,9 @@ def test_tokens_created_and_revoked_simultaneously_are_all_stored(file: str) -> 
 def test_a_stale_lock_of_the_token_file_is_named(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Path(f"{file}.lock").write_text("left")
     clock = iter([0.0, 100.0])
-    monkeypatch.setattr("focus_ray.serving.tokens.time.monotonic", lambda: next(clock))
+    # only for this module: threads of other tests read the real clock
+    monkeypatch.setattr(
+        "focus_ray.serving.tokens.time", SimpleNamespace(monotonic=lambda: next(clock), sleep=time.sleep)
+    )
     with pytest.raises(ConfigError, match=r"tokens\.yaml\.lock"):
         create_token(file, "press", ["read"])
