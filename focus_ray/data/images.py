@@ -616,14 +616,15 @@ def _verify_chunks(data: bytes) -> None:
 
 def _unidentified(data: bytes) -> ImageError:
     """Returns the error for a file that Pillow does not recognise: unsupported format, truncated header, or no image."""
-    known = ", ".join(FORMATS)
+    format_names = ", ".join(FORMATS)
     for magic, name in _UNSUPPORTED_MAGIC.items():
         if data.startswith(magic):
-            return ImageError("unsupported", f"{name} files are not read: convert to one of {known}")
+            return ImageError("unsupported", f"{name} files are not read: convert to one of {format_names}")
     if data[4:8] == b"ftyp":
-        return ImageError("unsupported", f"HEIC, AVIF and video files are not read: convert to one of {known}")
+        return ImageError("unsupported", f"HEIC, AVIF and video files are not read: convert to one of {format_names}")
     if data.startswith((b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"II*\x00", b"MM\x00*", b"BM")):
         return ImageError("truncated", f"the image stops within its header ({len(data)} bytes): copy it again")
     return ImageError(
-        "not_an_image", f"{len(data)} bytes that start with {data[:8]!r} are not an image: expected one of {known}"
+        "not_an_image",
+        f"{len(data)} bytes that start with {data[:8]!r} are not an image: expected one of {format_names}",
     )

@@ -141,8 +141,8 @@ class Statistics:
         if self.bank is not None and other.bank is not None:
             self.relations = join_relations(self.relations, len(self.bank), other.relations, len(other.bank))
         for name in _PER_IMAGE:
-            own, others = getattr(self, name), getattr(other, name)
-            setattr(self, name, None if own is None or others is None else torch.cat([own, others]))
+            rows, other_rows = getattr(self, name), getattr(other, name)
+            setattr(self, name, None if rows is None or other_rows is None else torch.cat([rows, other_rows]))
         if self.same_part_distance is None:
             self.same_part_distance = other.same_part_distance
         return self

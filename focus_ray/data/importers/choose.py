@@ -53,8 +53,8 @@ def make_plans(
     if not roots:
         expected = "; ".join(f"{name}: {IMPORTERS[name].expected}" for name in names)
         content = ", ".join(sorted(item.name for item in source.iterdir())[:12]) or "nothing"
-        found = f"Found: {content}{_suggest_good_folder(source)}"
-        raise DataError(f"{source}: no category found, here or one folder down. Expected {expected}. {found}")
+        content_text = f"Found: {content}{_suggest_good_folder(source)}"
+        raise DataError(f"{source}: no category found, here or one folder down. Expected {expected}. {content_text}")
     if len(roots) > 1:
         layouts = "; ".join(f"{name}: {', '.join(path.name for path in folders)}" for name, folders in roots.items())
         raise DataError(f"{source}: contains folders of several layouts ({layouts}): choose one with format=")

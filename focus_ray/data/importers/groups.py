@@ -260,7 +260,7 @@ def _pairs_of_rows(rows: Sequence[Mapping[str, Any]], file: str, column: str) ->
     columns = list(dict.fromkeys(name for row in rows for name in row))
     file_columns = [name for name in FILE_COLUMNS if name in columns and name != column]
     if column not in columns or not file_columns:
-        needed = f"a column {column or 'COLUMN'!r} of groups, and one of {', '.join(FILE_COLUMNS)} with file names"
-        raise ValueError(f"{file} needs {needed}; its columns are {', '.join(map(str, columns)) or 'none'}")
+        column_text = f"a column {column or 'COLUMN'!r} of groups, and one of {', '.join(FILE_COLUMNS)} with file names"
+        raise ValueError(f"{file} needs {column_text}; its columns are {', '.join(map(str, columns)) or 'none'}")
     names = (str(row.get(file_columns[0]) or "").strip() for row in rows)
     return [(name, row.get(column)) for name, row in zip(names, rows, strict=True) if name]

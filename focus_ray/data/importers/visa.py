@@ -63,8 +63,10 @@ def plan_visa(
         label_text, image_text = (row["label"] or "").strip(), (row["image"] or "").strip()
         split = (row.get("split") or "").strip().lower()
         if split not in ("", *SPLITS) or not label_text or not image_text:
-            found = f"split={split!r}, label={label_text!r}, image={image_text!r}"
-            raise DataError(f"{table}: line {number}: expected split train or test, a label and an image, got {found}")
+            row_text = f"split={split!r}, label={label_text!r}, image={image_text!r}"
+            raise DataError(
+                f"{table}: line {number}: expected split train or test, a label and an image, got {row_text}"
+            )
         label = int(not (is_good_name(label_text) or label_text.casefold() in _NO))
         if label and split == "train":
             raise DataError(f"{table}: line {number}: an anomalous image ({label_text!r}) in train; move it to test")

@@ -42,8 +42,12 @@ class DensityKind(Generic[C]):
     def inert_settings(self, config: C) -> dict[str, str]:
         """Returns the settings of the section `density` that have no effect on scores, as a dictionary: key -> reason."""
         own_fields = self.settings.model_fields
-        others = [key for name in DENSITIES for key in DENSITIES[name].settings.model_fields if key not in own_fields]
-        return dict.fromkeys(others if self.keeps_bank else [*others, "max_images"], f"density.kind is {config.kind}")
+        foreign_keys = [
+            key for name in DENSITIES for key in DENSITIES[name].settings.model_fields if key not in own_fields
+        ]
+        return dict.fromkeys(
+            foreign_keys if self.keeps_bank else [*foreign_keys, "max_images"], f"density.kind is {config.kind}"
+        )
 
     def num_coreset_channels(self, config: C) -> int:
         """Returns the largest number of channels that are added to each embedding for a coreset; 0 without a coreset.
