@@ -143,7 +143,7 @@ class Frame:
 
         Returns: the rectangle that the image covers in the frame, the array at the network's input size.
 
-        Raises: DataError: nothing of the image can be scored, see `Frame.cells`. The message gives the reason and the remedy.
+        Raises: DataError: nothing of the image can be scored, see `Frame.cells`. The message gives the remedy.
         """
         box = self.image_box(width, height)
         if not self.has_scored_channel or self._is_scored(self.scored_channel(box) > 0):
