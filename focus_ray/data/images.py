@@ -9,7 +9,7 @@ Training, batch inspection and serving treat unusual files in the same way:
   exposure stays equal. A 12-bit camera that does not shift its values up gives dark images: shift the values first.
 - 16-bit colour keeps its high byte, because Pillow reads no more. 32-bit integer, signed and float images are refused.
 - The tags of a TIFF decide how it is read, or that it is refused (`tiff`). WhiteIsZero pixels are inverted, so that white is 255.
-- Pictures that focus_ray drew itself are decoded like other images. Callers that need photographs call `refuse_drawing`.
+- Pictures that focus_ray drew itself are decoded like other images. Callers can refuse them with `refuse_drawing`.
 - Only the first frame or page of an image is used. The pages of a mask's TIFF are combined, because some programs write one page
   for each region. Masks of other formats with several frames are refused.
 """

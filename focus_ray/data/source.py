@@ -13,7 +13,7 @@ from focus_ray.storage.files import ListedObject, ObjectReader, is_s3, list_obje
 
 
 class S3Tree:
-    """The files and folders below an s3:// prefix, kept in memory after one listing. A pickled tree loses its listing."""
+    """The files and folders below an s3:// prefix, kept in memory after one request. A pickled copy has no entries."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
@@ -54,11 +54,11 @@ class S3Path:
     __slots__ = ("path", "tree")
 
     def __init__(self, tree: S3Tree, path: str = "") -> None:
-        """Makes the path of a file or folder below the prefix of a tree.
+        """Makes the path of a file or folder below the listed prefix.
 
         Args:
             tree: the listing that contains the file or folder.
-            path: path relative to the prefix of the tree; empty for the prefix itself.
+            path: path relative to the listed prefix; empty for the prefix itself.
         """
         self.tree, self.path = tree, path
 
