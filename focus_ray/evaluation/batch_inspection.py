@@ -1,6 +1,6 @@
 """Batch inspection: a pool of workers inspects the images of a data set with bundles and writes the results as Parquet files.
 
-As in `evaluation.pieces`, a part is a range of consecutive images of a category, and a piece is the work of one worker call.
+As in `evaluation.work_items`, a part is a range of consecutive images of a category, and a piece is the work of one worker call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from focus_ray.data.prefetch import prefetch
 from focus_ray.data.read import index_version, list_categories, read_index, read_rows
 from focus_ray.data.schema import Row
 from focus_ray.errors import DataError
-from focus_ray.evaluation.pieces import (
+from focus_ray.evaluation.work_items import (
     PART_IMAGES,
     Rows,
     ScoringJob,

@@ -1,6 +1,6 @@
 """Scores the test images of a category in parts, and computes the metrics from the results of all parts.
 
-A part is a range of consecutive test images; a piece is the work of one worker call (`evaluation.pieces`). The scores and pixel
+A part is a range of consecutive test images; a piece is the work of one worker call (`evaluation.work_items`). The scores and pixel
 counts of each part are added once to the category's progress, from which the metrics are computed.
 """
 
@@ -23,7 +23,7 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import TEST_COLUMNS, index_version, read_index, read_rows
 from focus_ray.data.schema import Row
 from focus_ray.errors import DataError
-from focus_ray.evaluation.pieces import PART_IMAGES, Rows, ScoringJob, ScoringPiece, encode_parquet, load_inspector
+from focus_ray.evaluation.work_items import PART_IMAGES, Rows, ScoringJob, ScoringPiece, encode_parquet, load_inspector
 from focus_ray.metrics.evaluate import (
     EXACT_PIXELS,
     MAX_SIDE_PX,

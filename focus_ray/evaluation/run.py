@@ -1,6 +1,6 @@
 """Evaluates many categories in this process or on a pool of workers, in parts, so that an interrupted run can continue.
 
-A part is a range of consecutive test images; a piece is the work of one worker call (`evaluation.pieces`).
+A part is a range of consecutive test images; a piece is the work of one worker call (`evaluation.work_items`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from focus_ray.evaluation.measuring import (
     read_record,
     run_piece,
 )
-from focus_ray.evaluation.pieces import PART_IMAGES, ScoringRun, open_pool
+from focus_ray.evaluation.work_items import PART_IMAGES, ScoringRun, open_pool
 from focus_ray.evaluation.recording import evaluation_recorder, record_in_trackers
 from focus_ray.reporting.evaluation import EvaluationSection, evaluation_page, summarize_result
 from focus_ray.reporting.tables import evaluation_table, mean_metrics

@@ -26,7 +26,7 @@ from focus_ray.evaluation.measuring import (
     plan_evaluation,
     run_piece,
 )
-from focus_ray.evaluation.pieces import open_pool
+from focus_ray.evaluation.work_items import open_pool
 from focus_ray.evaluation.run import Evaluation, EvaluationReport, evaluate_bundles
 from focus_ray.fitting.split import short_hash
 from focus_ray.ingestion.ingest import ingest
