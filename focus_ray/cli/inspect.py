@@ -135,14 +135,14 @@ def _check_overlays(folder: Path, names: Mapping[Path, str]) -> None:
     for path, name in names.items():
         if (image := images.get(os.path.realpath(folder / name))) is not None:
             raise DataError(
-                f"--overlays {folder}: the overlay of {readable_name(path)} would replace the image {readable_name(image)}: "
-                "give another folder"
+                f"--overlays {folder}: the overlay of {readable_name(path)} would replace the image "
+                f"{readable_name(image)}: give another folder"
             )
         target = folder / name
         if os.path.isfile(target) and os.path.getsize(target) and not is_drawing_file(target):
             raise DataError(
-                f"--overlays {folder}: the overlay of {readable_name(path)} would replace {readable_name(target)}, which is not "
-                "an overlay: give another folder"
+                f"--overlays {folder}: the overlay of {readable_name(path)} would replace "
+                f"{readable_name(target)}, which is not an overlay: give another folder"
             )
 
 

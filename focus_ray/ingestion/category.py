@@ -32,7 +32,13 @@ from focus_ray.ingestion.chunks import (
     write_chunk,
 )
 from focus_ray.ingestion.deduplicate import choose_unused_ids, compare_with_rows, make_row_ids, remove_duplicates
-from focus_ray.ingestion.report import CategoryReport, Status, count_groups, count_rows, find_implausible_data
+from focus_ray.ingestion.report import (
+    CategoryReport,
+    Status,
+    count_groups,
+    count_rows,
+    find_implausible_data,
+)
 from focus_ray.ingestion.source_manifest import (
     ManifestRows,
     build_source_table,
@@ -101,7 +107,7 @@ class _BaseVersion:
 
 
 class CategoryIngestion:
-    """The ingestion of one category: compares the source with the current version, and publishes the new version in `finish`.
+    """The ingestion of one category: compares the source with the current version, and publishes the new version.
 
     Attributes:
         plan: the images to ingest.

@@ -92,7 +92,7 @@ class PendingFiles(dict[str, PendingFile]):
     def update_listing(self, listing: Iterable[ListedFile], now: float) -> None:
         """Replaces the pending files by a new listing.
 
-        A file whose size or times have changed must again stay unchanged for some time before it is read (see `list_ready`).
+        A file whose size or times have changed must again stay unchanged for some time before `list_ready` returns it.
 
         Args:
             listing: Files of the folder that are not processed yet.

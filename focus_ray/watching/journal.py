@@ -34,7 +34,7 @@ class Journal:
     Must be closed, or used in a `with` statement.
 
     Attributes:
-        processed: Keys (hashes from `stamp_key` and `content_key`) of all files that need no inspection any more.
+        processed: `stamp_key` and `content_key` of all files that need no inspection any more.
         num_lines_at_start: Number of valid lines in the folder when the journal was opened.
     """
 
