@@ -480,10 +480,9 @@ class CategoryFit:
         """
         num_channels = self.reduction.num_coreset_channels or self.reduction.num_channels
         parts = [torch.empty(0, GRID * GRID, num_channels)]
-        parts += [
-            describe_images(self.net, self.reduction, convert_to_float_images(batch, self.device)).cpu()
-            for batch in batches
-        ]
+        for batch in batches:
+            images = convert_to_float_images(batch, self.device)
+            parts.append(describe_images(self.net, self.reduction, images).cpu())
         return gather_rows(torch.cat(parts))
 
     @torch.inference_mode()

@@ -92,7 +92,7 @@ class CachedEmbeddings(NamedTuple):
     thetas: Tensor | None
 
     def embedding(self, numbers: Sequence[int], projection: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Projects the cached embeddings of B images. Up to the rounding of float16, `detector.embed_images` gives the same result.
+        """Projects the cached embeddings of B images, as `detector.embed_images` does, up to the rounding of float16.
 
         Args:
             numbers: B image numbers, keys of `row`.
