@@ -157,8 +157,8 @@ def test_the_service_gives_the_results_of_the_inspector_and_an_error_for_a_thin_
     decoded = asyncio.run(Decoders(1).decode("press", images, inspector.frame, MAX_PIXELS))
     score, maps = inspector.score(np.stack([item[1] for item in decoded if isinstance(item, tuple)]))
     results, pictures, values = _judge(inspector, images, decoded, Scores(score, maps, 0.0, 0.0), "overlay", True)
-    first, _, last = inspector.inspect_or_return_errors(images)
-    assert [result.to_dict() for result in results[::2]] == [first.to_dict(), last.to_dict()]
+    expected = inspector.inspect(images[::2])
+    assert [result.to_dict() for result in results[::2]] == [inspection.to_dict() for inspection in expected]
     assert isinstance(results[1], ImageError)
     assert decode_image(pictures[0], None).shape == (HEIGHT, WIDTH, 3)
     assert decode_image(values[0].png, None).shape == (32, 64, 3)
@@ -224,11 +224,11 @@ def test_the_frame_refuses_exactly_the_sizes_without_an_inspected_cell(
             scored = torch.from_numpy(frame.make_scored_channel(frame.compute_image_rectangle(width, height)))[None] > 0
             is_inspected = shown_locations(scored, None, tiles, (side * tiles.rows, side * tiles.columns)).any()
             if is_inspected:
-                frame.check_image_size(width, height)
+                frame.require_scored_pixels(width, height)
             else:
                 num_refused += 1
                 with pytest.raises(DataError, match=f"{width} x {height} pixels"):
-                    frame.check_image_size(width, height)
+                    frame.require_scored_pixels(width, height)
     assert num_refused
 
 
