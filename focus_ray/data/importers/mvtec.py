@@ -16,7 +16,7 @@ from focus_ray.data.importers.base import (
 from focus_ray.data.importers.vocabulary import means_good_parts
 from focus_ray.data.source import SourcePath
 from focus_ray.errors import DataError
-from focus_ray.names import is_utf8
+from focus_ray.names import is_valid_utf8
 
 
 def plan_mvtec_import(root: SourcePath, category: str, settings: ImportSettings) -> ImportPlan:
@@ -35,7 +35,7 @@ def plan_mvtec_import(root: SourcePath, category: str, settings: ImportSettings)
         for defect in list_subfolders(root / folder):
             if defect.name == "ground_truth":
                 continue
-            if not is_utf8(defect.name):
+            if not is_valid_utf8(defect.name):
                 raise DataError(f"{settings.describe_path(defect)}: its name is not valid UTF-8: rename the folder")
             label = int(not means_good_parts(defect.name))
             add_folder_images(plan, defect, folder, "test", label, defect.name, truth / defect.name, settings)
