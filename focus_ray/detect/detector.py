@@ -15,7 +15,7 @@ from torch import Tensor
 
 from focus_ray.density.base import Density
 from focus_ray.density.reduction import ChannelReduction
-from focus_ray.density.tiles import Tiles
+from focus_ray.density.tiles import TileGrid
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator
 from focus_ray.detect.profile import Profile, zero_unscored
 from focus_ray.detect.settings import ScoringConfig
@@ -66,7 +66,7 @@ class Detector:
         self.profile_distances: Tensor | None = None
         self.net, self.reduction, self.density, self.scoring = net.eval(), reduction.eval(), density, scoring
         self.seen_mask = compute_seen_mask(net, density.height, density.width)
-        self.tiles = Tiles(*net.config.tiles)
+        self.tiles = TileGrid(*net.config.tiles)
         locations_per_side = density.height // self.tiles.rows
         self.map_generator = AnomalyMapGenerator.for_tiles(
             self.tiles, locations_per_side, SMOOTHING_SIGMA_PX, density.device
@@ -165,7 +165,7 @@ def score_together(parts: Sequence[tuple[Detector, Tensor]]) -> list[ScoredImage
         return [parts[0][0](parts[0][1])]
     assert all(can_share_backbone_pass(parts[0][0], detector) for detector, _ in parts)
     aligned = [
-        detector.net.align_image(detector.tiles.cut(to_images(images, detector.density.device)))
+        detector.net.align_image(detector.tiles.cut_images(to_images(images, detector.density.device)))
         for detector, images in parts
     ]
     net = parts[0][0].net
@@ -177,7 +177,7 @@ def score_together(parts: Sequence[tuple[Detector, Tensor]]) -> list[ScoredImage
     scores = []
     for (detector, images), part_levels, (image, theta) in zip(parts, levels_by_part, aligned, strict=True):
         common_levels, theta = warp_to_common_frame(AlignedFeatures(part_levels, no_thetas, image, theta))
-        embedding = detector.tiles.join(detector.reduction(common_levels))
+        embedding = detector.tiles.join_tile_maps(detector.reduction(common_levels))
         scores.append(detector.score_embedding(embedding, theta, shown_mask(images, detector.density.device)))
     return scores
 
@@ -194,7 +194,7 @@ def shown_mask(batch: Tensor, device: torch.device | str) -> Tensor | None:
     return batch[..., 3].to(device) > 0
 
 
-def shown_pixels(locations: Tensor, theta: Tensor | None, tiles: Tiles) -> Tensor:
+def shown_pixels(locations: Tensor, theta: Tensor | None, tiles: TileGrid) -> Tensor:
     """Computes which pixels of the input images are scored from the locations that are scored.
 
     This is an approximate inverse of `shown_locations`. It is needed for images of the bank (the stored embeddings of normal
@@ -212,7 +212,7 @@ def shown_pixels(locations: Tensor, theta: Tensor | None, tiles: Tiles) -> Tenso
     return (pixels if theta is None else warp(pixels[:, None], invert_theta(theta), "zeros")[:, 0]) >= 0.5
 
 
-def shown_locations(shown: Tensor, theta: Tensor | None, tiles: Tiles, size: Sequence[int]) -> Tensor:
+def shown_locations(shown: Tensor, theta: Tensor | None, tiles: TileGrid, size: Sequence[int]) -> Tensor:
     """Computes which locations of the aligned frame are scored: those with at least half of their pixels scored.
 
     Args:
@@ -226,8 +226,8 @@ def shown_locations(shown: Tensor, theta: Tensor | None, tiles: Tiles, size: Seq
     pixels = shown[:, None].float()
     if theta is not None:
         pixels = warp(pixels, theta, "zeros")
-    shares = F.adaptive_avg_pool2d(tiles.cut(pixels), (size[0] // tiles.rows, size[1] // tiles.columns))
-    return tiles.join(shares)[:, 0] >= 0.5
+    shares = F.adaptive_avg_pool2d(tiles.cut_images(pixels), (size[0] // tiles.rows, size[1] // tiles.columns))
+    return tiles.join_tile_maps(shares)[:, 0] >= 0.5
 
 
 def embed(
@@ -242,9 +242,9 @@ def embed(
     Returns: embedding (B, C + K, H/stride, W/stride), with the maps of tiles side by side; theta (B, 2, 3), or None without
         image alignment.
     """
-    tiles = Tiles(*net.config.tiles)
-    embedding, theta = embed_tiles(net, reduction, tiles.cut(images), pad_batches)
-    return tiles.join(embedding), theta
+    tiles = TileGrid(*net.config.tiles)
+    embedding, theta = embed_tiles(net, reduction, tiles.cut_images(images), pad_batches)
+    return tiles.join_tile_maps(embedding), theta
 
 
 def embed_tiles(

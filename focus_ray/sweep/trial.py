@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from focus_ray.density.base import Statistics, choose_bank_images
+from focus_ray.density.base import NormalStatistics, choose_bank_images
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.registry import DENSITIES
 from focus_ray.detect.detector import ScoredImages
@@ -28,9 +28,9 @@ from focus_ray.features.backbones.base import build_meta_backbone
 from focus_ray.features.backbones.registry import BACKBONES
 from focus_ray.features.network import FocusNet
 from focus_ray.features.settings import ModelConfig
-from focus_ray.fitting.fit import CategoryFit, build_detector
-from focus_ray.fitting.passes import EmbeddedBatch, collect_scores, compute_embedding_statistics
-from focus_ray.fitting.selection import validation_figures
+from focus_ray.fitting.fit import DetectorFitter, build_detector
+from focus_ray.fitting.passes import EmbeddedBatch, compute_embedding_statistics, concatenate_scores
+from focus_ray.fitting.selection import compute_validation_metrics
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import Shard
 from focus_ray.fitting.state import TrainState
@@ -142,7 +142,7 @@ def judge_category(
             report_score(0, _judge_features(config, images, features, objective, device), True)
         else:
             own_images = shard or make_worker_shard(config, images, rank)
-            run = CategoryFit(config, own_images, num_images or len(images.fit), device, rank=rank)
+            run = DetectorFitter(config, own_images, num_images or len(images.fit), device, rank=rank)
             _train_and_judge(run, images.judged, objective, result, report_score)
     except TrialPruned as pruned:
         result.cut = str(pruned)
@@ -153,7 +153,7 @@ def judge_category(
 
 
 def _train_and_judge(
-    run: CategoryFit,
+    run: DetectorFitter,
     judged: JudgingImages,
     objective: Objective,
     result: CategoryResult,
@@ -180,11 +180,13 @@ def _train_and_judge(
 
     def judge() -> dict[str, float | None]:
         """Fits the density (the model of normal embeddings), scores the judging images and returns metric -> value."""
-        detector = build_detector(config, run.net, run.reduction, run.training_statistics())
+        detector = build_detector(config, run.net, run.reduction, run.compute_training_statistics())
         batches = (
             own_images[start : start + JUDGING_BATCH_SIZE] for start in range(0, len(own_images), JUDGING_BATCH_SIZE)
         )
-        own_scores = collect_scores((detector(torch.from_numpy(batch)) for batch in batches), judged.masks.shape[1:])
+        own_scores = concatenate_scores(
+            (detector(torch.from_numpy(batch)) for batch in batches), judged.masks.shape[1:]
+        )
         scores, maps = (np.concatenate(parts) for parts in zip(*gather_objects(own_scores), strict=True))
         return _compute_metrics(judged, scores, maps, objective)
 
@@ -225,10 +227,12 @@ def _judge_features(
             yield detector.score_embedding(embedding, None if theta is None else theta[start : start + len(embedding)])
             start += len(embedding)
 
-    return _compute_metrics(images.judged, *collect_scores(score_batches(), images.judged.masks.shape[1:]), objective)
+    return _compute_metrics(
+        images.judged, *concatenate_scores(score_batches(), images.judged.masks.shape[1:]), objective
+    )
 
 
-_reductions: dict[str, tuple[Statistics, ChannelReduction, list[Tensor]]] = {}  # of recent trials
+_reductions: dict[str, tuple[NormalStatistics, ChannelReduction, list[Tensor]]] = {}  # of recent trials
 _MAX_REDUCTIONS = 2  # consecutive trials often differ only in settings that are used later
 
 
@@ -259,7 +263,7 @@ def _untrained_net(config: ModelConfig, features: FrozenFeatures, device: torch.
 
 def _fit_reduced(
     config: Config, features: FrozenFeatures, device: torch.device
-) -> tuple[Statistics, ChannelReduction, list[Tensor]]:
+) -> tuple[NormalStatistics, ChannelReduction, list[Tensor]]:
     """Reduces the channels of the shared features and collects the statistics of the training images. The result is cached.
 
     Returns:
@@ -268,7 +272,7 @@ def _fit_reduced(
     density = config.density
     keys = ("layers", "map_stride_px", "smooth_layers", "reduction", "num_channels", "max_images", "kind")
     cache_settings = {key: getattr(density, key) for key in keys}
-    cache_settings["coreset"] = DENSITIES[density.kind].num_coreset_channels(density)
+    cache_settings["coreset"] = DENSITIES[density.kind].count_coreset_channels(density)
     cache_key = f"{features.uid} {cache_settings} {device}"
     if cache_key in _reductions:
         return _reductions[cache_key]
@@ -282,7 +286,7 @@ def _fit_reduced(
             yield reduction(tuple(torch.from_numpy(level).to(device).permute(0, 3, 1, 2) for level in batch))
 
     kept_positions = choose_bank_images(density, len(features.fit[0]))
-    size = config.model.image_size_px // config.model.place_px(density.map_layer)
+    size = config.model.image_size_px // config.model.location_side_px(density.map_layer)
     batch_size = config.train.batch_size_per_worker
     thetas = None if features.fit_theta is None else torch.from_numpy(np.array(features.fit_theta)).split(batch_size)
     batches = map(EmbeddedBatch, embeddings(features.fit, batch_size), thetas or itertools.repeat(None))
@@ -314,7 +318,7 @@ def _compute_metrics(
         raise FloatingPointError("the anomaly maps are not finite: lower the learning rates")
     key = objective_metric(objective)
     if key is None:
-        return {**validation_figures(judged.masks, scores, maps)}
+        return {**compute_validation_metrics(judged.masks, scores, maps)}
     masks = [mask if has_mask else None for mask, has_mask in zip(judged.masks, judged.has_mask, strict=True)]
     kinds = ["anomalous" if label else "good" for label in judged.labels]
     measured = MeasuredImages(judged.labels, scores.astype(np.float64), masks, list(maps), 0.0)

@@ -24,11 +24,11 @@ from focus_ray.errors import DataError
 from focus_ray.features.alignment.congealing import AlignmentReport
 from focus_ray.features.backbones.registry import BACKBONES
 from focus_ray.features.network import to_images, warp_to_common_frame
-from focus_ray.fitting.fit import CategoryFit
-from focus_ray.fitting.selection import DEFECTS_PER_IMAGE, validation_images
+from focus_ray.fitting.fit import DetectorFitter
+from focus_ray.fitting.selection import DEFECTS_PER_IMAGE, make_validation_images
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import MemoryShard
-from focus_ray.fitting.split import Split, SplitPlan, split_category
+from focus_ray.fitting.split import SplitPlan, SplitRule, compute_split_rule
 from focus_ray.seeds import derive_seed
 from focus_ray.sweep.settings import Objective
 
@@ -94,7 +94,7 @@ class FrozenFeatures:
     uid: str
 
 
-def split_for_judging(config: Config, category: str, objective: Objective) -> Split:
+def split_for_judging(config: Config, category: str, objective: Objective) -> SplitRule:
     """Divides the images of a category into images for training and for scoring trials.
 
     If the objective is `validation`, good images are held out for scoring; otherwise trials are scored on test images.
@@ -105,7 +105,7 @@ def split_for_judging(config: Config, category: str, objective: Objective) -> Sp
     if objective == "validation":
         selection = config.selection.model_copy(update={"enabled": True})
         config = config.model_copy(update={"selection": selection})
-    return split_category(config, category)
+    return compute_split_rule(config, category)
 
 
 def load_images(config: Config, category: str, plan: SplitPlan, objective: Objective, size_px: int) -> CategoryImages:
@@ -129,7 +129,7 @@ def load_images(config: Config, category: str, plan: SplitPlan, objective: Objec
 
     if objective == "validation":
         normals = decode(plan.validation_rows, config.model.image_size_px)
-        images, masks = validation_images(normals, seed=derive_seed(config.train.seed, "synthetic defects", 0))
+        images, masks = make_validation_images(normals, seed=derive_seed(config.train.seed, "synthetic defects", 0))
         labels = np.asarray(masks.any(axis=(1, 2)), dtype=np.int64)
         images, masks = _scale_images(images, masks, size_px)
         judged = JudgingImages(images, masks, labels, np.ones(len(images), dtype=bool))
@@ -139,13 +139,13 @@ def load_images(config: Config, category: str, plan: SplitPlan, objective: Objec
     return CategoryImages(fit, validation, judged, plan.fit.groups, plan.fit.order)
 
 
-def image_bytes(config: Config, split: Split, objective: Objective, size_px: int) -> int:
+def image_bytes(config: Config, split: SplitRule, objective: Objective, size_px: int) -> int:
     """Returns how many bytes of RAM the images of `load_images` need, without labels and groups."""
     rows = split.num_fit + split.num_validation
     return (rows * 3 + count_judging_images(config, split, objective) * 4) * size_px**2
 
 
-def feature_bytes(config: Config, split: Split, objective: Objective) -> int:
+def feature_bytes(config: Config, split: SplitRule, objective: Objective) -> int:
     """Returns how many bytes of RAM the features of `embed_images` need, without alignments."""
     size = config.model.image_size_px
     spec = BACKBONES[config.model.backbone]
@@ -155,7 +155,7 @@ def feature_bytes(config: Config, split: Split, objective: Objective) -> int:
     return (split.num_fit + count_judging_images(config, split, objective)) * bytes_per_image
 
 
-def count_judging_images(config: Config, split: Split, objective: Objective) -> int:
+def count_judging_images(config: Config, split: SplitRule, objective: Objective) -> int:
     """Returns the number of images on which the trials of a category are scored.
 
     Raises: DataError: the data set or category does not exist.
@@ -207,7 +207,7 @@ def embed_images(config: Config, images: CategoryImages, device: torch.device) -
     Raises:
         DataError: The images cannot be aligned, for the reasons of `fitting.fit.fit`.
     """
-    run = CategoryFit(config, make_worker_shard(config, images), len(images.fit), device)
+    run = DetectorFitter(config, make_worker_shard(config, images), len(images.fit), device)
     run.fit_image_aligner()
     run.net.eval()
 

@@ -11,8 +11,8 @@ import torch
 
 from focus_ray.cluster.connect import resources_per_worker
 from focus_ray.fitting.settings import Config
-from focus_ray.fitting.shards import fits_memory
-from focus_ray.fitting.split import Split
+from focus_ray.fitting.shards import fits_in_memory
+from focus_ray.fitting.split import SplitRule
 from focus_ray.storage.files import is_s3, join, open_filesystem, remove_folder
 from focus_ray.training.category import set_reproducible
 from focus_ray.training.streams import stream_training_images
@@ -28,7 +28,7 @@ class TrainerJob:
     """
 
     config: Config
-    split: Split
+    split: SplitRule
     use_gpu: bool
 
     @property
@@ -62,7 +62,7 @@ def run_trainer(worker: Callable[[J, torch.device], Any], job: J, scratch: str, 
     config = job.config
     cluster = config.cluster
     datasets = {}
-    if config.train.epochs and not fits_memory(config, job.split):
+    if config.train.epochs and not fits_in_memory(config, job.split):
         datasets["train"] = stream_training_images(config, job.split)
     filesystem, path = open_filesystem(scratch)
     trainer = TorchTrainer(
