@@ -26,7 +26,7 @@ class DensityKind(Generic[C]):
     """A kind of density: its settings, and how it is built, stored, loaded and exported.
 
     The name of a kind in `DENSITIES` is the value of density.kind. A kind defines `build`, `collect_tensors` and `restore`; the
-    other methods are optional. If the tiles of an image share one density, the kind gets statistics in which each tile is an image.
+    other methods are optional. If the tiles of an image share one density, each tile is an image in the statistics of the kind.
 
     Attributes:
         settings: model of the shared settings, plus the fields that the kind adds to the section `density`. Two kinds must not
