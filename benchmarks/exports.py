@@ -23,7 +23,7 @@ from focus_ray.bundle.bundle import read_bundle
 from focus_ray.data.images import decode_image
 from focus_ray.export.check import TOLERANCE, check_export, find_failures, score_reference
 from focus_ray.export.examples import gather_examples
-from focus_ray.export.formats import MODEL_FILES, open_model, quantise, trace, write_onnx, write_openvino
+from focus_ray.export.formats import MODEL_FILES, open_model, quantise_onnx_model, trace, write_onnx, write_openvino
 from focus_ray.export.scorer import OUTPUTS, ExportableScorer
 
 HEADER = (
@@ -69,7 +69,7 @@ def write_all_formats(
         if precision == "fp32":
             path = folders["onnx"] / MODEL_FILES["onnx"]
             quantised = path.with_name("int8.onnx")
-            quantise(path, quantised, int8_images, backbone)
+            quantise_onnx_model(path, quantised, int8_images, backbone)
             quantised.replace(path)
             write_openvino(folders["onnx"] / MODEL_FILES["onnx"], folders["openvino"] / MODEL_FILES["openvino"])
             for to in ("onnx", "openvino"):

@@ -50,7 +50,7 @@ from benchmarks.intervals import (
 )
 from benchmarks.patchcore import patchcore
 from benchmarks.spine import padim_tree
-from focus_ray.bundle.bundle import git_commit
+from focus_ray.bundle.bundle import read_git_commit
 from focus_ray.data.read import iter_test_records
 from focus_ray.density.base import choose_evenly_spaced
 from focus_ray.fitting.settings import parse_config
@@ -136,8 +136,8 @@ def measure(
     result, inspector = fit_category(config, category, device, plan)
     fit_s = time.perf_counter() - start
     start = time.perf_counter()
-    labelled = inspector.measure(iter_test_records(config.data.uri, category))
-    figures = inspector.figures(labelled)
+    labelled = inspector.score_labelled_images(iter_test_records(config.data.uri, category))
+    figures = inspector.compute_evaluation_metrics(labelled)
     ms = 1e3 * (time.perf_counter() - start) / len(labelled.types)
     measured = labelled.measured
     labels, binned = measured.labels.tolist(), measured.bins is not None
@@ -400,7 +400,7 @@ def main() -> None:
                         continue
                     figures = measure(method, tree, category, arguments.device, shots, arguments.set)
                     key = {"category": category, "method": method, "seed": seed, "shots": shots}
-                    sample = {**key, "commit": git_commit(), "settings": settings[method], **figures}
+                    sample = {**key, "commit": read_git_commit(), "settings": settings[method], **figures}
                     samples.append(sample)
                     if arguments.output:
                         with Path(arguments.output).open("a") as sink:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from focus_ray.bundle.bundle import Bundle, git_commit, library_versions
+from focus_ray.bundle.bundle import Bundle, read_git_commit, read_library_versions
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import iter_test_records, list_categories
 from focus_ray.fitting.fit import FitResult, fit
@@ -103,10 +103,10 @@ def read_samples(path: str | None) -> list[dict[str, Any]]:
 def environment(device: str) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
     return {
-        "commit": git_commit(),
+        "commit": read_git_commit(),
         "device": name,
         "num_threads": torch.get_num_threads(),
-        "versions": library_versions(),
+        "versions": read_library_versions(),
     }
 
 

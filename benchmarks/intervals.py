@@ -106,8 +106,8 @@ def bootstrap_pixels(
         'pixel_auroc' and 'aupro_<limit>' -> num_draws figures; nothing if no mask has an anomalous pixel.
     """
     places = [number for number, mask in enumerate(masks) if mask is not None]
-    bins = [PixelBins.of_image(np.asarray(masks[number]), maps[number]) for number in places]
-    total = PixelBins.total(bins)
+    bins = [PixelBins.from_image(np.asarray(masks[number]), maps[number]) for number in places]
+    total = PixelBins.merge(bins)
     if not total.anomalous.any() or not total.normal.any():
         return {}
     # as many thresholds at quantiles of the normal as of the anomalous pixels, so that both axes have fine steps

@@ -23,7 +23,7 @@ from focus_ray.density.nearest import LocationAndCoresetMemory, LocationMemory
 from focus_ray.detect.detector import embed
 from focus_ray.features.network import to_images
 from focus_ray.fitting.settings import parse_config
-from focus_ray.metrics.metrics import MeasuredImages
+from focus_ray.metrics.metrics import ScoredTestImages
 from focus_ray.metrics.registry import METRICS
 
 BATCHES = (1, 4, 8, 32)
@@ -82,11 +82,11 @@ def measure(inspector: Any, records: list[Any], times: int) -> list[dict[str, An
                 "share": found["limit"] / found["ours"],
             }
         )
-    measured = inspector.measure(records).measured
+    measured = inspector.score_labelled_images(records).measured
     scores = np.concatenate([one.ravel() for one in measured.maps])
 
     def aupro() -> float | None:  # of a fresh one: it keeps its curve
-        fresh = MeasuredImages(measured.labels, measured.scores, measured.masks, measured.maps, measured.threshold)
+        fresh = ScoredTestImages(measured.labels, measured.scores, measured.masks, measured.maps, measured.threshold)
         return METRICS["aupro_0.3"].value(fresh)
 
     found = interleaved({"ours": aupro, "limit": lambda: np.sort(scores)}, 3)

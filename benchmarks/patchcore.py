@@ -35,8 +35,8 @@ from focus_ray.features.network import to_images
 from focus_ray.fitting.settings import parse_config
 from focus_ray.fitting.shards import MemoryShard, build_shard
 from focus_ray.fitting.split import SplitPlan, compute_split_plan
-from focus_ray.metrics.evaluate import compute_metrics, evaluation_size
-from focus_ray.metrics.metrics import MeasuredImages
+from focus_ray.metrics.evaluate import compute_evaluation_size, compute_metrics
+from focus_ray.metrics.metrics import ScoredTestImages
 
 
 def patches(backbone: Backbone, images: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def patchcore(
         image = torch.from_numpy(decode_image(record["image"], size))[None]
         distance = nearest_distance(patches(backbone, to_images(image, device))[0], coreset)[None]
         anomaly_map = spread(distance)[0].cpu().numpy()
-        height, width = evaluation_size(record["height"], record["width"], 512)
+        height, width = compute_evaluation_size(record["height"], record["width"], 512)
         labels.append(int(record["label"]))
         types.append(record["defect_type"])
         scores.append(float(anomaly_map.max()) if profile is None else float(profile.score(distance, spread)))
@@ -140,7 +140,7 @@ def patchcore(
         has_mask = record["mask"] is not None
         mask = decode_mask(record["mask"], height, width) if has_mask else np.zeros((height, width), dtype=bool)
         masks.append(mask if has_mask or not record["label"] else None)
-    measured = MeasuredImages(np.array(labels), np.array(scores), masks, maps, 0.0)
+    measured = ScoredTestImages(np.array(labels), np.array(scores), masks, maps, 0.0)
     figures = compute_metrics(measured, types, 0.05)
     ms = 1e3 * (time.perf_counter() - start) / len(labels)
     images = {"labels": labels, "scores": scores, "pixel_draws": bootstrap_pixels(labels, masks, maps)}

@@ -36,7 +36,7 @@ from focus_ray.detect.calibration import Calibration
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.split import compute_split_rule
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.metrics.metrics import MeasuredImages
+from focus_ray.metrics.metrics import ScoredTestImages
 from focus_ray.metrics.registry import METRICS
 from focus_ray.seeds import derive_seed
 from focus_ray.training.category import bundle_uri, fit_category
@@ -100,16 +100,16 @@ def fitted(config: Config, category: str, place: Path) -> str:
     return bundle_uri(str(place), category)
 
 
-def seen_by(place: str, records: Sequence[Row]) -> tuple[MeasuredImages, dict[str, Any]]:
+def seen_by(place: str, records: Sequence[Row]) -> tuple[ScoredTestImages, dict[str, Any]]:
     """Scores of a site's images, and how well they rank."""
-    measured = Inspector.load(place).measure([dict(record) for record in records], MAP_PX).measured
+    measured = Inspector.load(place).score_labelled_images([dict(record) for record in records], MAP_PX).measured
     return measured, {
         "image_auroc": METRICS["image_auroc"].value(measured),
         "aupro": METRICS["aupro_0.3"].value(measured),
     }
 
 
-def verdicts(place: str, measured: MeasuredImages) -> dict[str, Any]:
+def verdicts(place: str, measured: ScoredTestImages) -> dict[str, Any]:
     """Shares above the thresholds of a bundle, of scores that its tensors gave."""
     calibration = Calibration.from_dict(read_manifest(place)["calibration"])
     above, bad = calibration.is_anomalous(measured.scores), measured.labels > 0

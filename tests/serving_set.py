@@ -18,7 +18,7 @@ from fastapi.testclient import TestClient
 from small_set import ingest_parts, make_bundle, small_config
 from waiting import wait_for
 
-from focus_ray.bundle.bundle import MANIFEST, manifest_hash
+from focus_ray.bundle.bundle import MANIFEST, compute_manifest_hash
 from focus_ray.bundle.registry import Registry
 from focus_ray.data.read import read_rows
 from focus_ray.serving.api import create_api
@@ -92,7 +92,7 @@ def name_data_set(registry: Path | str, team: str, uri: object) -> None:
     manifest_file, record_file = folder / "v0001" / MANIFEST, folder / "_published" / "v0001.json"
     manifest = json.loads(manifest_file.read_text())
     manifest["data"]["uri"] = uri
-    manifest["sha256"] = manifest_hash(manifest)
+    manifest["sha256"] = compute_manifest_hash(manifest)
     manifest_file.write_text(json.dumps(manifest))
     record_file.write_text(json.dumps({**json.loads(record_file.read_text()), "sha256": manifest["sha256"]}))
 

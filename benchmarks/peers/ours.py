@@ -23,7 +23,7 @@ from focus_ray.data.schema import Row
 from focus_ray.fitting.fit import fit
 from focus_ray.fitting.settings import parse_config
 from focus_ray.fitting.shards import MemoryShard
-from focus_ray.metrics.metrics import MeasuredImages
+from focus_ray.metrics.metrics import ScoredTestImages
 from focus_ray.metrics.registry import METRICS
 
 imported_s = time.perf_counter() - start
@@ -63,13 +63,13 @@ KEYS = {"image_auroc": "image_auroc", "pixel_auroc": "pixel_auroc", "aupro": "au
 
 
 def test() -> dict[str, float | None]:
-    measured = made["measured"] = made["one"].measure(records(), asked["size_px"]).measured
+    measured = made["measured"] = made["one"].score_labelled_images(records(), asked["size_px"]).measured
     return {name: METRICS[key].value(measured) for name, key in KEYS.items()}
 
 
 def metrics_alone() -> None:
     """Writes maps and masks for a peer's metrics, and times ours: pixel AUROC and AUPRO, of a fresh set each time."""
-    held: MeasuredImages = made["measured"]
+    held: ScoredTestImages = made["measured"]
     kept = [number for number, mask in enumerate(held.masks) if mask is not None]
     np.savez(
         asked["maps"],
@@ -78,7 +78,7 @@ def metrics_alone() -> None:
     )
     taken = []
     for _ in range(5):
-        fresh = MeasuredImages(held.labels, held.scores, held.masks, held.maps, held.threshold)
+        fresh = ScoredTestImages(held.labels, held.scores, held.masks, held.maps, held.threshold)
         start = time.perf_counter()
         for key in ("pixel_auroc", "aupro_0.3"):
             METRICS[key].value(fresh)

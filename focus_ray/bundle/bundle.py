@@ -29,10 +29,10 @@ from torch import Tensor
 
 from focus_ray.bundle.contents import (
     MAX_MANIFEST_BYTES,
-    check_manifest,
-    check_memory,
-    check_moments,
-    check_shapes,
+    check_manifest_entries,
+    check_memory_limit,
+    check_moments_shapes,
+    check_tensor_shapes,
     read_header,
 )
 from focus_ray.data.framing import Frame
@@ -167,7 +167,7 @@ def write_bundle(
         density["thetas"] = statistics.thetas
     if statistics.shown is not None:
         density["shown"] = statistics.shown
-    density.update(_origin_tensors(statistics))
+    density.update(_pack_same_part_tensors(statistics))
     region = (frame or load_frame(config, category)).region
     if region is not None:
         density["region"] = torch.from_numpy(region)
@@ -197,11 +197,11 @@ def write_bundle(
         "moments": {name: getattr(moments, name) for name in ("count", "height", "width", "channels")},
         "calibration": calibration.to_dict(),
         "metrics": metrics,
-        "git_commit": git_commit(),
-        "versions": library_versions(),
+        "git_commit": read_git_commit(),
+        "versions": read_library_versions(),
         "files": files,
     }
-    manifest["sha256"] = manifest_hash(manifest)
+    manifest["sha256"] = compute_manifest_hash(manifest)
     write_bytes(join(uri, MANIFEST), json.dumps(manifest, indent=1).encode())
     # the manifest is committed: now the tensor files of the previous bundle can go
     listed_names = {entry["name"] for entry in files.values()}
@@ -239,11 +239,11 @@ def read_manifest(uri: str | Path) -> dict[str, Any]:
             f"{', '.join(map(str, sorted(_MISSING_SETTINGS)[:-1]))} and {FORMAT_VERSION}: install the focus_ray version that "
             "wrote the bundle, or train again"
         )
-    if manifest.get("sha256") != manifest_hash(manifest):
+    if manifest.get("sha256") != compute_manifest_hash(manifest):
         raise BundleError(
             f"{uri}/{MANIFEST}: the file was changed after it was written (its hash differs): fetch the bundle again"
         )
-    check_manifest(manifest, str(uri))
+    check_manifest_entries(manifest, str(uri))
     return manifest
 
 
@@ -270,7 +270,7 @@ def find_bundles(place: str) -> dict[str, str]:
     raise DataError(f"{place}: no bundle here: give a bundle, or the folder of a run that `focus-ray train` made")
 
 
-def stamp_bundles(place: str) -> dict[str, FileStamp]:
+def read_bundle_stamps(place: str) -> dict[str, FileStamp]:
     """Returns bundle URI -> stamp of its manifest file, for the bundles that `find_bundles` finds; empty if there is none.
 
     A stamp changes when the file changes. This function reads no manifest, so a caller can poll it, compare the stamps, and
@@ -306,10 +306,10 @@ def read_bundle(
 
     Raises: BundleError: the bundle is missing, damaged, changed, too large, or has an unsupported format version or setting.
     """
-    return _read_consistently(uri, lambda manifest: _read_bundle(uri, manifest, device, precision, max_bytes))
+    return _read_with_retry(uri, lambda manifest: _read_bundle_of_manifest(uri, manifest, device, precision, max_bytes))
 
 
-def _read_consistently(uri: str | Path, read: Callable[[dict[str, Any]], T]) -> T:
+def _read_with_retry(uri: str | Path, read: Callable[[dict[str, Any]], T]) -> T:
     """Calls `read` with the bundle's manifest and returns its result. Calls it again if the bundle was replaced meanwhile.
 
     Raises: BundleError: the manifest cannot be read, or `read` fails although the bundle was not replaced.
@@ -325,7 +325,7 @@ def _read_consistently(uri: str | Path, read: Callable[[dict[str, Any]], T]) -> 
             manifest = current_manifest
 
 
-def _read_bundle(
+def _read_bundle_of_manifest(
     uri: str | Path,
     manifest: dict[str, Any],
     device: torch.device | str,
@@ -335,7 +335,7 @@ def _read_bundle(
     """Reads the bundle that `manifest` describes, for `read_bundle`, which explains the arguments and errors."""
     address = str(uri)
     try:
-        settings = complete_settings(manifest)
+        settings = add_missing_settings(manifest)
         for part in ("model", "density") if precision is not None else ():
             settings[part] = {**settings[part], "precision": precision}
         config = parse_config(settings, f"{uri}/{MANIFEST}", is_fitted=True)
@@ -347,13 +347,13 @@ def _read_bundle(
     num_bytes = sum(entry["num_bytes"] for entry in entries.values())
     if max_bytes is not None and num_bytes > max_bytes:
         raise BundleError(f"{uri}: the tensor files have {num_bytes} bytes, but the limit is {max_bytes}")
-    contents = {part: _read_file(uri, entry) for part, entry in entries.items()}
+    contents = {part: _read_verified_bytes(uri, entry) for part, entry in entries.items()}
     # shapes and sizes are checked from the headers, before any tensor is allocated: the bundle may be hostile
     headers = {part: read_header(content, address) for part, content in contents.items()}
     try:
-        check_shapes(config, manifest["moments"], headers["network"], headers["density"], address)
+        check_tensor_shapes(config, manifest["moments"], headers["network"], headers["density"], address)
         if max_bytes is not None:
-            check_memory(config, headers["network"], headers["density"], max_bytes, address)
+            check_memory_limit(config, headers["network"], headers["density"], max_bytes, address)
         network, density = (load_tensors(contents.pop(part)) for part in ("network", "density"))
         net = FocusNet(config.model, build_meta_backbone(config.model.backbone))
         reduction = ChannelReduction(net.backbone.spec.channels, config.density, config.train.seed)
@@ -375,7 +375,7 @@ def _read_bundle(
             profile = Profile(*(density[f"profile.{name}"].to(device) for name in Profile._fields))
         detector = Detector(net, reduction.to(device), fitted, config.scoring, profile)
         fit_hashes = frozenset(density[_FIT_HASHES].tolist()) if _FIT_HASHES in density else frozenset()
-        _, descriptors, distance = _read_origins(density)
+        _, descriptors, distance = _unpack_same_part_tensors(density)
     except BundleError:
         raise
     except (RuntimeError, LookupError, ValueError, TypeError, SafetensorError) as error:
@@ -383,7 +383,7 @@ def _read_bundle(
     return Bundle(manifest, config, detector, calibration, frame, fit_hashes, descriptors, distance)
 
 
-def complete_settings(manifest: dict[str, Any]) -> dict[str, Any]:
+def add_missing_settings(manifest: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings in a manifest. Adds the settings that did not exist in the bundle's format version."""
     config = dict(manifest["config"])
     for section, values in _MISSING_SETTINGS[manifest["format_version"]].items():
@@ -400,29 +400,31 @@ def read_statistics(uri: str | Path) -> NormalStatistics:
         BundleError: the bundle stores no statistics, or it is missing, damaged or changed.
         ConfigError: the manifest has a setting that this version of focus_ray cannot use.
     """
-    return _read_consistently(uri, lambda manifest: _read_statistics(uri, manifest))
+    return _read_with_retry(uri, lambda manifest: _read_statistics_of_manifest(uri, manifest))
 
 
-def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> NormalStatistics:
+def _read_statistics_of_manifest(uri: str | Path, manifest: dict[str, Any]) -> NormalStatistics:
     """Reads the statistics of the bundle that `manifest` describes. Raises: BundleError, ConfigError: see `read_statistics`."""
     if "moments" not in manifest["files"]:
         raise BundleError(
             f"{uri}: the bundle stores no moments, so it cannot be updated: train with density.keep_moments=true"
         )
     shape = manifest["moments"]
-    content = _read_file(uri, manifest["files"]["moments"])
-    check_moments(shape, read_header(content, str(uri)), str(uri))
+    content = _read_verified_bytes(uri, manifest["files"]["moments"])
+    check_moments_shapes(shape, read_header(content, str(uri)), str(uri))
     tensors = load_tensors(content)
     del content  # frees the file's bytes before the stored embeddings are assembled
     moments = restore_moments(shape["count"], shape["height"], shape["width"], tensors)
-    density = _read_part(uri, manifest, "density")
-    grid = parse_config(complete_settings(manifest), f"{uri}/{MANIFEST}", is_fitted=True).model.shared_grid
+    density = _read_tensor_file(uri, manifest, "density")
+    grid = parse_config(add_missing_settings(manifest), f"{uri}/{MANIFEST}", is_fitted=True).model.shared_grid
     bank = restore_bank(moments, grid, tensors, density)
     scatter, shown = tensors.get("metric_scatter"), density.get("shown")
-    return NormalStatistics(moments, bank, density.get("thetas"), scatter, shown, grid, *_read_origins(density))
+    return NormalStatistics(
+        moments, bank, density.get("thetas"), scatter, shown, grid, *_unpack_same_part_tensors(density)
+    )
 
 
-def _origin_tensors(statistics: NormalStatistics) -> dict[str, Tensor]:
+def _pack_same_part_tensors(statistics: NormalStatistics) -> dict[str, Tensor]:
     """Returns name -> tensor for the tensors that tell which images show the same physical part.
 
     These are the relations between images, the descriptors, and `same_part_distance` (see `NormalStatistics`). Missing values are
@@ -438,7 +440,7 @@ def _origin_tensors(statistics: NormalStatistics) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_origins(density: dict[str, Tensor]) -> tuple[ImageRelations | None, Tensor | None, float | None]:
+def _unpack_same_part_tensors(density: dict[str, Tensor]) -> tuple[ImageRelations | None, Tensor | None, float | None]:
     """Returns (relations, descriptors, same_part_distance) from the tensors of a density file; None for a missing value."""
     relations = None
     if "relations.related" in density:
@@ -462,7 +464,7 @@ def copy_bundle(uri: str | Path, manifest: dict[str, Any], output: str | Path) -
     """
     num_bytes = 0
     for entry in manifest["files"].values() if str(output) != str(uri) else ():
-        content = _read_file(uri, entry)
+        content = _read_verified_bytes(uri, entry)
         write_bytes(join(output, str(entry["name"])), content)
         num_bytes += len(content)
     text = json.dumps(manifest, indent=1).encode()
@@ -470,21 +472,21 @@ def copy_bundle(uri: str | Path, manifest: dict[str, Any], output: str | Path) -
     return num_bytes + len(text)
 
 
-def _read_part(uri: str | Path, manifest: dict[str, Any], part: str) -> dict[str, Tensor]:
+def _read_tensor_file(uri: str | Path, manifest: dict[str, Any], part: str) -> dict[str, Tensor]:
     """Reads and verifies a tensor file of the bundle and returns name -> tensor. part: network, density or moments.
 
     Raises: BundleError: the file is missing, unreadable, changed or has a damaged header.
     """
-    content = _read_file(uri, manifest["files"][part])
+    content = _read_verified_bytes(uri, manifest["files"][part])
     read_header(content, str(uri))
     return load_tensors(content)
 
 
-def _read_file(uri: str | Path, entry: dict[str, Any]) -> bytes:
+def _read_verified_bytes(uri: str | Path, entry: dict[str, Any]) -> bytes:
     """Returns the bytes of a tensor file of the bundle after a check of its hash.
 
     Args:
-        entry: the manifest's entry of the file, already checked by `check_manifest`.
+        entry: the manifest's entry of the file, already checked by `check_manifest_entries`.
 
     Raises: BundleError: the file is missing, unreadable or changed. A file that is larger than the entry states is not read.
     """
@@ -504,13 +506,13 @@ def _read_file(uri: str | Path, entry: dict[str, Any]) -> bytes:
     return content
 
 
-def manifest_hash(manifest: dict[str, Any]) -> str:
+def compute_manifest_hash(manifest: dict[str, Any]) -> str:
     """Returns the SHA-256 of a manifest. Ignores the entry "sha256", in which the manifest stores this hash."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def git_commit() -> str | None:
+def read_git_commit() -> str | None:
     """Returns the git commit of the running source code, with '+changes' after local changes; None if it is unknown."""
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():  # an installed package: a repository in a parent folder is another project's
@@ -523,7 +525,7 @@ def git_commit() -> str | None:
     return finished.stdout.strip()
 
 
-def library_versions() -> dict[str, str]:
+def read_library_versions() -> dict[str, str]:
     """Returns library -> version, for focus_ray, Python and torch, and for torchvision, numpy and ray if they are installed."""
     versions = {"focus_ray": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in ("torchvision", "numpy", "ray"):

@@ -33,12 +33,14 @@ _FILE_NAME = r"^[A-Za-z0-9_-]+\.safetensors$"
 _MAX_COUNT = 2**40
 _VALUE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
 _FLOAT_BYTES = 4  # floats narrower than float32 are widened while a bundle is read
-_PACKED = "precision_factor"  # end of a tensor's name: the file holds a triangle of each matrix, memory the full matrix
+_TRIANGLE_SUFFIX = (
+    "precision_factor"  # end of a tensor's name: the file holds a triangle of each matrix, memory the full matrix
+)
 
 _Size = Annotated[StrictInt, Field(ge=1, le=_MAX_COUNT)]
 
 
-class _File(BaseModel):
+class _FileEntry(BaseModel):
     """The manifest's entry of a tensor file: name, hash and size, with the allowed types and ranges."""
 
     name: Annotated[StrictStr, Field(pattern=_FILE_NAME)]
@@ -46,7 +48,7 @@ class _File(BaseModel):
     num_bytes: Annotated[StrictInt, Field(ge=0, le=_MAX_COUNT)]
 
 
-class _Moments(BaseModel):
+class _MomentsEntry(BaseModel):
     """The manifest's entry "moments": number of images, size of the anomaly map in cells, and number of channels."""
 
     count: Annotated[StrictInt, Field(ge=0, le=_MAX_COUNT)]
@@ -62,21 +64,21 @@ class _Manifest(BaseModel):
     category: StrictStr
     config: dict[str, Any]
     data: dict[str, Any]
-    moments: _Moments
+    moments: _MomentsEntry
     calibration: dict[str, Any]
     metrics: dict[str, Any]
-    files: dict[str, _File]
+    files: dict[str, _FileEntry]
 
     @field_validator("created_at")
     @classmethod
-    def _is_time(cls, value: str) -> str:
+    def _check_time(cls, value: str) -> str:
         """Returns the text unchanged. Raises: ValueError: it is not a time in ISO format."""
         datetime.fromisoformat(value)
         return value
 
     @field_validator("category")
     @classmethod
-    def _is_folder_name(cls, value: str) -> str:
+    def _check_folder_name(cls, value: str) -> str:
         """Returns the text unchanged. Raises: ValueError: it cannot be the name of a folder."""
         if not value or value in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", value):
             raise ValueError("a category names a folder, so it has no slash and no control character")
@@ -98,7 +100,7 @@ class StoredTensor(NamedTuple):
 Header = Mapping[str, StoredTensor]
 
 
-def check_manifest(manifest: Mapping[str, Any], uri: str) -> None:
+def check_manifest_entries(manifest: Mapping[str, Any], uri: str) -> None:
     """Checks types and ranges of a manifest's entries.
 
     Args: uri: address of the bundle, for messages.
@@ -132,7 +134,7 @@ def read_header(content: bytes, uri: str) -> dict[str, StoredTensor]:
     try:
         tree = json.loads(content[8 : 8 + length])
         tree.pop("__metadata__", None)
-        tensors = {name: _read_entry(entry, len(content)) for name, entry in tree.items()}
+        tensors = {name: _parse_tensor_entry(entry, len(content)) for name, entry in tree.items()}
         spans = sorted((int(start), int(end)) for start, end in (entry["data_offsets"] for entry in tree.values()))
         sizes = sum(tensor.num_values * tensor.value_bytes for tensor in tensors.values())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -144,7 +146,7 @@ def read_header(content: bytes, uri: str) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _read_entry(entry: Mapping[str, Any], file_bytes: int) -> StoredTensor:
+def _parse_tensor_entry(entry: Mapping[str, Any], file_bytes: int) -> StoredTensor:
     """Returns shape and value size of the tensor that a header entry describes. file_bytes: size of the file.
 
     Raises: ValueError, TypeError, KeyError: the entry is malformed.
@@ -159,7 +161,7 @@ def _read_entry(entry: Mapping[str, Any], file_bytes: int) -> StoredTensor:
     return tensor
 
 
-def check_shapes(config: Config, moments: Mapping[str, int], network: Header, density: Header, uri: str) -> None:
+def check_tensor_shapes(config: Config, moments: Mapping[str, int], network: Header, density: Header, uri: str) -> None:
     """Checks that the anomaly map and the tensors of a bundle have the shapes that the configuration requires.
 
     Tensors with unknown names are not checked here.
@@ -188,12 +190,12 @@ def check_shapes(config: Config, moments: Mapping[str, int], network: Header, de
         if name in expected and tensor.shape != expected[name]:
             raise BundleError(f"{uri}: tensor {name} has the shape {tensor.shape}, expected {expected[name]}")
     try:
-        DENSITIES[config.density.kind].check_tensor_shapes(config.density, _shapes(density))
+        DENSITIES[config.density.kind].check_tensor_shapes(config.density, _get_shapes(density))
     except ValueError as error:
         raise BundleError(f"{uri}: {error}") from None
 
 
-def check_moments(moments: Mapping[str, int], header: Header, uri: str) -> None:
+def check_moments_shapes(moments: Mapping[str, int], header: Header, uri: str) -> None:
     """Checks that the moments file has mean and scatter in the shapes that the manifest states.
 
     Args:
@@ -211,7 +213,7 @@ def check_moments(moments: Mapping[str, int], header: Header, uri: str) -> None:
             raise BundleError(f"{uri}: the moments file has no tensor {name} of the shape {shape}")
 
 
-def check_memory(config: Config, network: Header, density: Header, max_bytes: int, uri: str) -> None:
+def check_memory_limit(config: Config, network: Header, density: Header, max_bytes: int, uri: str) -> None:
     """Checks that the tensors of a model, and the temporary memory of each large step of scoring, fit into `max_bytes`.
 
     The tensors and each step are compared with `max_bytes` separately; they are not added.
@@ -227,12 +229,12 @@ def check_memory(config: Config, network: Header, density: Header, max_bytes: in
     rows, columns = len(cells.tops), len(cells.lefts)
     tile = rows // grid[0], columns // grid[1]
     required_bytes = {
-        "the tensors": sum(_memory_bytes(name, tensor) for name, tensor in [*network.items(), *density.items()]),
+        "the tensors": sum(_bound_memory_bytes(name, tensor) for name, tensor in [*network.items(), *density.items()]),
         f"a batch of {FRAMES_AT_ONCE} images of {height} x {width} pixels": height * width * 4 * FRAMES_AT_ONCE,
         # float64, in three copies while they are smoothed
         "the matrices that upsample anomaly maps": 24 * (height * rows + width * columns),
         **DENSITIES[config.density.kind].estimate_scoring_memory_bytes(
-            config.density, _shapes(density), *tile, FRAMES_AT_ONCE
+            config.density, _get_shapes(density), *tile, FRAMES_AT_ONCE
         ),
     }
     for step, num_bytes in required_bytes.items():
@@ -242,12 +244,12 @@ def check_memory(config: Config, network: Header, density: Header, max_bytes: in
             )
 
 
-def _shapes(header: Header) -> dict[str, tuple[int, ...]]:
+def _get_shapes(header: Header) -> dict[str, tuple[int, ...]]:
     """Returns name -> shape of the tensors in a header."""
     return {name: tensor.shape for name, tensor in header.items()}
 
 
-def _memory_bytes(name: str, tensor: StoredTensor) -> int:
+def _bound_memory_bytes(name: str, tensor: StoredTensor) -> int:
     """Returns an upper bound of the memory that a stored tensor takes after reading."""
     value_bytes = max(tensor.value_bytes, _FLOAT_BYTES)
-    return tensor.num_values * value_bytes * (2 if name.endswith(_PACKED) else 1)
+    return tensor.num_values * value_bytes * (2 if name.endswith(_TRIANGLE_SUFFIX) else 1)

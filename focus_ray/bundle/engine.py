@@ -26,24 +26,24 @@ ENGINES = (TORCH, "onnxruntime", "onnxruntime-int8")
 TOLERANCE = {"onnxruntime": 0.01, "onnxruntime-int8": 0.05}  # median relative change of the examples' scores
 MIN_EXAMPLES = 4
 MAX_EXAMPLES = 32
-QUANTISED = ("Conv", "Add", "MaxPool", "Pad", "Relu")  # ONNX operators that are computed in int8
+QUANTISED_OPERATORS = ("Conv", "Add", "MaxPool", "Pad", "Relu")  # ONNX operators that are computed in int8
 
-Levels = tuple[Tensor, Tensor, Tensor]
-Compiled = Callable[[Tensor], Levels]
+FeatureLevels = tuple[Tensor, Tensor, Tensor]
+FeatureFunction = Callable[[Tensor], FeatureLevels]
 
 
-class _Features(nn.Module):
+class _FeatureExtractor(nn.Module):
     """Module that maps B aligned images (B, 3, H, W), values 0 to 1, to the features of three layers of the backbone."""
 
     def __init__(self, net: FocusNet) -> None:
         super().__init__()
         self.net = net
 
-    def forward(self, images: Tensor) -> Levels:
+    def forward(self, images: Tensor) -> FeatureLevels:
         return self.net.features(images)[0]
 
 
-def check_engine(engine: str, net: FocusNet, device: torch.device | str, num_examples: int) -> None:
+def check_engine_support(engine: str, net: FocusNet, device: torch.device | str, num_examples: int) -> None:
     """Checks that an engine can compute the features of a network on a device.
 
     Args:
@@ -74,7 +74,7 @@ def check_engine(engine: str, net: FocusNet, device: torch.device | str, num_exa
     require_extra("onnx", f"engine={engine}")
 
 
-def compile_feature_extractor(net: FocusNet, engine: str, examples: Tensor) -> Compiled:
+def compile_feature_extractor(net: FocusNet, engine: str, examples: Tensor) -> FeatureFunction:
     """Exports a network to ONNX and returns a function that computes its features with ONNX Runtime on the CPU.
 
     The returned function takes B images (B, 3, S, S) and returns the features of three layers of the backbone. S is the side of
@@ -90,32 +90,32 @@ def compile_feature_extractor(net: FocusNet, engine: str, examples: Tensor) -> C
 
     with tempfile.TemporaryDirectory() as folder:
         path = features_path = Path(folder) / "features.onnx"
-        _export(net, path, examples[:2])
+        _export_feature_extractor(net, path, examples[:2])
         if engine == "onnxruntime-int8":
             from onnxruntime.quantization.shape_inference import quant_pre_process
 
             prepared, path = path.with_name("prepared.onnx"), path.with_name("int8.onnx")
             with suppress_exporter_messages():
                 quant_pre_process(str(features_path), str(prepared))
-            quantise(prepared, path, examples.numpy())
+            quantise_onnx_model(prepared, path, examples.numpy())
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         # between two calls of the session torch needs the cores
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
 
-    def features(images: Tensor) -> Levels:
+    def compute_features(images: Tensor) -> FeatureLevels:
         levels = session.run(None, {"images": images.contiguous().numpy()})
-        return cast(Levels, tuple(torch.from_numpy(level) for level in levels))
+        return cast(FeatureLevels, tuple(torch.from_numpy(level) for level in levels))
 
-    return features
+    return compute_features
 
 
-def _export(net: FocusNet, path: Path, example: Tensor) -> None:
+def _export_feature_extractor(net: FocusNet, path: Path, example: Tensor) -> None:
     """Writes the network's feature extractor as an ONNX file that accepts every batch size. example: images (B, 3, S, S)."""
     with suppress_exporter_messages(), torch.no_grad():
         program = torch.onnx.export(
-            _Features(net).eval(),
+            _FeatureExtractor(net).eval(),
             (example,),
             dynamo=True,
             input_names=["images"],
@@ -127,7 +127,9 @@ def _export(net: FocusNet, path: Path, example: Tensor) -> None:
     program.save(str(path))
 
 
-def quantise(source: Path, target: Path, images: Iterable[NDArray[Any]], nodes: Sequence[str] | None = None) -> None:
+def quantise_onnx_model(
+    source: Path, target: Path, images: Iterable[NDArray[Any]], nodes: Sequence[str] | None = None
+) -> None:
     """Writes a copy of an ONNX model that computes in int8, in the QDQ format of ONNX Runtime.
 
     A scale converts floats to integers. Weights get a scale for each channel. Activations get a scale from their range over
@@ -137,11 +139,12 @@ def quantise(source: Path, target: Path, images: Iterable[NDArray[Any]], nodes: 
         source: path of the model's ONNX file.
         target: path of the int8 file.
         images: example images for the model's input "images", without the batch dimension.
-        nodes: names of the nodes (operations) to quantise, if their kind is in `QUANTISED`; None: all nodes of these kinds.
+        nodes: names of the nodes (operations) to quantise, if their kind is in `QUANTISED_OPERATORS`; None: all nodes of these
+            kinds.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-    class Images(CalibrationDataReader):  # type: ignore[misc]
+    class ExampleReader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self.remaining = iter(images)
 
@@ -153,12 +156,12 @@ def quantise(source: Path, target: Path, images: Iterable[NDArray[Any]], nodes: 
         quantize_static(
             str(source),
             str(target),
-            Images(),
+            ExampleReader(),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             weight_type=QuantType.QInt8,
             activation_type=QuantType.QUInt8,
-            op_types_to_quantize=list(QUANTISED),
+            op_types_to_quantize=list(QUANTISED_OPERATORS),
             nodes_to_quantize=nodes,
         )
 

@@ -25,7 +25,7 @@ from focus_ray.bundle.engine import (
     MIN_EXAMPLES,
     TOLERANCE,
     TORCH,
-    check_engine,
+    check_engine_support,
     compile_feature_extractor,
 )
 from focus_ray.data.images import ImageError, ImageInfo, decode_batch, decode_mask, read_batch
@@ -43,10 +43,10 @@ from focus_ray.metrics.evaluate import (
     EXACT_PIXELS,
     MAX_SIDE_PX,
     EvaluationCollector,
-    LabelledImages,
+    UnseenTestImages,
+    compute_evaluation_size,
     compute_metrics,
     describe_training_images,
-    evaluation_size,
 )
 from focus_ray.precision import choose_compute_dtype
 
@@ -83,10 +83,10 @@ class Inspector:
         self.bundle, self.device, self.batch_size = bundle, device, batch_size
         self.frame = bundle.frame
         net = bundle.detector.net
-        check_engine(engine, net, device, len(examples))
+        check_engine_support(engine, net, device, len(examples))
         if engine != TORCH:
             fuse_batch_norms(net.backbone)
-            self._compile(engine, examples)
+            self._compile_backbone(engine, examples)
         prepare_for_inference(net.backbone, choose_compute_dtype(net.config.precision, device))
 
     @classmethod
@@ -136,7 +136,7 @@ class Inspector:
                 repeated = repeats.find_repeats(scored.descriptors).tolist()
             for name, info, score, anomaly_map, repeat in zip(names, infos, scores, maps, repeated, strict=True):
                 try:
-                    self._check_score(score, anomaly_map, info.width, info.height)
+                    self._check_finite(score, anomaly_map, info.width, info.height)
                 except DataError as error:
                     raise DataError(f"{name}: {error}") from error
                 yield info, score, anomaly_map, repeat
@@ -161,9 +161,9 @@ class Inspector:
             raise DataError(
                 f"inspect takes a list of images, got a single {type(images).__name__}: put it into brackets"
             )
-        return [inspection for inspection, _ in self.inspect_hashed(images, hashed=bool(self.bundle.fit_hashes))]
+        return [inspection for inspection, _ in self.inspect_with_hashes(images, hashed=bool(self.bundle.fit_hashes))]
 
-    def inspect_hashed(
+    def inspect_with_hashes(
         self, images: Sequence[bytes | str | Path], hashed: bool = True
     ) -> Iterator[tuple[Inspection, str | None]]:
         """Generator: inspects images and yields (inspection, `content_hash`) of each image. Equal pixels have equal hashes.
@@ -175,13 +175,15 @@ class Inspector:
         Raises: DataError: as `inspect`; the errors appear during iteration.
         """
         fit_hashes = self.bundle.fit_hashes
-        named_images = ((_name(image, number), _encoded(image, number)) for number, image in enumerate(images))
+        named_images = (
+            (_get_image_name(image, number), _read_image_bytes(image, number)) for number, image in enumerate(images)
+        )
         for info, score, anomaly_map, _ in self._score_images(named_images, hashed):
-            inspection = self.judge(score, anomaly_map, info.width, info.height)
+            inspection = self.compare_with_thresholds(score, anomaly_map, info.width, info.height)
             trained_on = info.content_hash is not None and shorten_hash(info.content_hash) in fit_hashes
             yield replace(inspection, trained_on=trained_on), info.content_hash
 
-    def inspect_or_explain(self, images: Sequence[bytes]) -> list[Inspection | DataError]:
+    def inspect_or_return_errors(self, images: Sequence[bytes]) -> list[Inspection | DataError]:
         """Inspects encoded images, and returns for each image its inspection or its error. Raises no `DataError` itself.
 
         An image has an error if it cannot be decoded, has no scored pixel, or has a score that is not finite.
@@ -190,11 +192,13 @@ class Inspector:
             return list(self.inspect(images))
         except DataError as error:
             if len(images) == 1:
-                return [_innermost_error(error)]
+                return [_find_innermost_error(error)]
             # the batch has an unusable image: inspect the images one by one
-            return [outcome for image in images for outcome in self.inspect_or_explain([image])]
+            return [outcome for image in images for outcome in self.inspect_or_return_errors([image])]
 
-    def judge(self, score: float, anomaly_map: NDArray[np.float32], width: int, height: int) -> Inspection:
+    def compare_with_thresholds(
+        self, score: float, anomaly_map: NDArray[np.float32], width: int, height: int
+    ) -> Inspection:
         """Compares the score and the anomaly map of an image with the thresholds, and returns the inspection.
 
         The inspection has the verdict, the p-value and the regions above the pixel threshold.
@@ -208,7 +212,7 @@ class Inspector:
             ImageError: no location of the map shows a pixel of the image.
         """
         calibration = self.bundle.calibration
-        self._check_score(score, anomaly_map, width, height)
+        self._check_finite(score, anomaly_map, width, height)
         anomaly_map = self.frame.crop_map(anomaly_map, width, height)
         regions = find_regions(anomaly_map, calibration.pixel_threshold, width, height)
         return Inspection(
@@ -223,12 +227,12 @@ class Inspector:
             regions=regions,
         )
 
-    def _check_score(self, score: float, anomaly_map: NDArray[np.float32], width: int, height: int) -> None:
+    def _check_finite(self, score: float, anomaly_map: NDArray[np.float32], width: int, height: int) -> None:
         """Checks that the score and all values of the anomaly map of an image are finite.
 
         Args: width, height: size of the original image in pixels, for messages.
 
-        Raises: ImageError, ScoreError: as `judge`.
+        Raises: ImageError, ScoreError: as `compare_with_thresholds`.
         """
         if math.isfinite(score) and np.isfinite(anomaly_map).all():
             return
@@ -251,7 +255,7 @@ class Inspector:
 
         Images that the model was trained on are left out of the metrics.
 
-        Args: as `measure`.
+        Args: as `score_labelled_images`.
 
         Returns: the metrics of `compute_metrics`, and:
             "trained_on": number of training images among the records, and a notice (a sentence, or None).
@@ -261,12 +265,12 @@ class Inspector:
                 on, or if a score is not finite.
             "repeats": number of other images that show the same part as a training image, and a notice.
 
-        Raises: DataError: as `measure`.
+        Raises: DataError: as `score_labelled_images`.
         """
-        return self.figures(self.measure(records, max_side_px, exact_pixels))
+        return self.compute_evaluation_metrics(self.score_labelled_images(records, max_side_px, exact_pixels))
 
-    def figures(self, labelled: LabelledImages) -> dict[str, Any]:
-        """Returns the metrics and notices that `evaluate` returns, for images that `measure` has scored."""
+    def compute_evaluation_metrics(self, labelled: UnseenTestImages) -> dict[str, Any]:
+        """Returns the metrics and notices that `evaluate` returns, for images that `score_labelled_images` has scored."""
         metrics = compute_metrics(labelled.measured, labelled.types, self.bundle.calibration.target_fpr)
         try:
             shift = compare_scores(self.bundle.calibration.image_scores, labelled.good_scores)
@@ -285,9 +289,9 @@ class Inspector:
             "repeats": repeats_entry,
         }
 
-    def measure(
+    def score_labelled_images(
         self, records: Iterable[Row], max_side_px: int = MAX_SIDE_PX, exact_pixels: int = EXACT_PIXELS
-    ) -> LabelledImages:
+    ) -> UnseenTestImages:
         """Scores labelled images, and returns their scores with their maps and masks, or with pixel counts in bins.
 
         Images that the model was trained on are counted and left out of the result.
@@ -303,17 +307,17 @@ class Inspector:
             of an image is scored, or a score is not finite.
         """
         collector = EvaluationCollector(exact_pixels)
-        for _ in self.gather(records, collector, max_side_px):
+        for _ in self.score_records(records, collector, max_side_px):
             pass
-        return collector.labelled(float(self.bundle.calibration.image_threshold))
+        return collector.select_unseen_images(float(self.bundle.calibration.image_threshold))
 
-    def gather(
+    def score_records(
         self, records: Iterable[Row], into: EvaluationCollector, max_side_px: int = MAX_SIDE_PX
     ) -> Iterator[Row]:
         """Generator: scores labelled images, adds each image to the collector `into`, and yields the record with its score.
 
         Args:
-            records, max_side_px: see `measure`.
+            records, max_side_px: see `score_labelled_images`.
             into: collects the scores, maps and masks; changed in place.
 
         Yields: each record without image, mask and content_hash, but with `score` and `trained_on`.
@@ -322,16 +326,16 @@ class Inspector:
         """
         unscored: deque[Row] = deque()  # records that were read but have no score yet, in the order of the images
 
-        def named_images() -> Iterator[tuple[str, bytes]]:
+        def name_images() -> Iterator[tuple[str, bytes]]:
             for number, record in enumerate(records):
                 unscored.append({key: value for key, value in record.items() if key != "image"})
                 yield str(record.get("id", f"image {number}")), record["image"]
 
-        for _, score, anomaly_map, repeat in self._score_images(named_images(), repeats=self._repeats):
+        for _, score, anomaly_map, repeat in self._score_images(name_images(), repeats=self._repeat_finder):
             record = unscored.popleft()
             encoded_mask, content_hash = record.pop("mask"), record.pop("content_hash", None)
             image_height, image_width, label = record["height"], record["width"], int(record["label"])
-            height, width = evaluation_size(image_height, image_width, max_side_px)
+            height, width = compute_evaluation_size(image_height, image_width, max_side_px)
             mask = None if label else np.zeros((height, width), dtype=bool)
             if encoded_mask is not None:
                 mask = decode_mask(encoded_mask, height, width)
@@ -344,7 +348,7 @@ class Inspector:
             yield {**record, "score": score, "trained_on": trained_on}
 
     @cached_property
-    def _repeats(self) -> RepeatedPartFinder | None:
+    def _repeat_finder(self) -> RepeatedPartFinder | None:
         """Finder of images that show the same part as a training image; None if the bundle stores no descriptors."""
         bundle = self.bundle
         if bundle.descriptors is None or bundle.same_part_distance is None:
@@ -354,7 +358,7 @@ class Inspector:
         )
 
     @torch.inference_mode()
-    def align(self, image: bytes) -> NDArray[np.uint8] | None:
+    def align_image(self, image: bytes) -> NDArray[np.uint8] | None:
         """Returns the pixels (H, W, 3) of an encoded image after alignment; None if the model does not align images.
 
         Raises: ImageError: the image cannot be decoded.
@@ -366,7 +370,7 @@ class Inspector:
         return (aligned[0].permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
     @torch.inference_mode()
-    def _compile(self, engine: str, examples: Sequence[bytes | str | Path]) -> None:
+    def _compile_backbone(self, engine: str, examples: Sequence[bytes | str | Path]) -> None:
         """Makes an engine compute the features of the network, if its scores of example images agree with torch's scores.
 
         Raises:
@@ -375,8 +379,8 @@ class Inspector:
         """
         detector, fit_hashes = self.bundle.detector, self.bundle.fit_hashes
         numbers = sorted(choose_evenly_spaced(len(examples), MAX_EXAMPLES))
-        encoded = [_encoded(examples[number], number) for number in numbers]
-        names = [_name(examples[number], number) for number in numbers]
+        encoded = [_read_image_bytes(examples[number], number) for number in numbers]
+        names = [_get_image_name(examples[number], number) for number in numbers]
         infos, pixels = read_batch(encoded, self.frame, _NUM_DECODE_THREADS, hashed=True, names=names)
         # training images score near 0, where a relative change has no meaning
         is_new = [info.content_hash is None or shorten_hash(info.content_hash) not in fit_hashes for info in infos]
@@ -401,19 +405,19 @@ class Inspector:
             )
 
 
-def _innermost_error(error: DataError) -> DataError:
+def _find_innermost_error(error: DataError) -> DataError:
     """Returns the original error of an image, without the outer errors that add the position of the image in its batch."""
     while isinstance(error.__cause__, DataError):
         error = error.__cause__
     return error
 
 
-def _name(image: object, number: int) -> str:
+def _get_image_name(image: object, number: int) -> str:
     """Returns the name of an image for messages: its path, or "image 3" with its position if it has no path."""
     return str(image) if isinstance(image, (str, Path)) else f"image {number}"
 
 
-def _encoded(image: object, number: int) -> bytes:
+def _read_image_bytes(image: object, number: int) -> bytes:
     """Returns the bytes of an image file, from bytes or a path. number: position of the image, for messages.
 
     Raises: DataError: the file cannot be read, or `image` is neither bytes nor a path.

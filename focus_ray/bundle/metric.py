@@ -13,7 +13,7 @@ from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.shared_metric import get_compatibility_settings, write_shared_scatter
 
 
-def share_metric(places: Sequence[str], output: str) -> list[str]:
+def average_projections(places: Sequence[str], output: str) -> list[str]:
     """Averages the learnt distance metrics of bundles, and writes the average to a file for the setting density.metric.
 
     Args:

@@ -30,13 +30,13 @@ def find_bundle_of_each_category(
     try:
         return find_bundles(place)
     except DataError as error:
-        bundles = _resolve_published(place, version, log)
+        bundles = _find_published_bundles(place, version, log)
         if not bundles:
             raise DataError(f"{error}, or a registry that `focus-ray registry publish` made") from None
         return bundles
 
 
-def _resolve_published(place: str, version: str, log: Callable[[str], None]) -> dict[str, str]:
+def _find_published_bundles(place: str, version: str, log: Callable[[str], None]) -> dict[str, str]:
     """Returns category -> URI of its bundle, for a registry or the folder of a team in it; empty for any other folder.
 
     Args: as `find_bundle_of_each_category`.
@@ -47,11 +47,14 @@ def _resolve_published(place: str, version: str, log: Callable[[str], None]) -> 
     parent, _, name = registry.root.rpartition("/")
     if is_name(name) and not parent.endswith(":/"):  # a bucket has no parent folder
         parent_registry = Registry(parent)
-        if any(parent_registry.versions(name, category) for category in parent_registry.categories(name)[:_NUM_PROBED]):
-            return _resolve_team(parent_registry, name, version, log)
+        if any(
+            parent_registry.list_versions(name, category)
+            for category in parent_registry.list_categories(name)[:_NUM_PROBED]
+        ):
+            return _find_team_bundles(parent_registry, name, version, log)
     bundles: dict[str, str] = {}
-    for team in registry.teams():
-        team_bundles = _resolve_team(registry, team, version, log)
+    for team in registry.list_teams():
+        team_bundles = _find_team_bundles(registry, team, version, log)
         duplicates = sorted(set(bundles) & set(team_bundles))
         if duplicates:
             raise DataError(
@@ -61,10 +64,10 @@ def _resolve_published(place: str, version: str, log: Callable[[str], None]) -> 
     return bundles
 
 
-def _resolve_team(registry: Registry, team: str, version: str, log: Callable[[str], None]) -> dict[str, str]:
+def _find_team_bundles(registry: Registry, team: str, version: str, log: Callable[[str], None]) -> dict[str, str]:
     """Returns category -> URI of the bundle of `version`, for a team. Logs and skips a category without this version."""
     bundles = {}
-    for category in registry.categories(team):
+    for category in registry.list_categories(team):
         try:
             bundles[category] = registry.resolve(team, category, version).uri
         except RegistryError as error:

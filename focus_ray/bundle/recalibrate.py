@@ -16,9 +16,9 @@ import numpy as np
 
 from focus_ray.bundle.bundle import (
     Bundle,
+    compute_manifest_hash,
     copy_bundle,
     describe_precision,
-    manifest_hash,
     read_manifest,
     read_statistics,
 )
@@ -32,12 +32,12 @@ from focus_ray.errors import DataError
 from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
 from focus_ray.fitting.projection import MAX_NEIGHBOURS
 from focus_ray.fitting.settings import Config
-from focus_ray.metrics.trade_off import TradeOff, trade_off
+from focus_ray.metrics.trade_off import ThresholdTradeOff, compute_trade_off
 from focus_ray.version import __version__
 
 
 @dataclass(frozen=True)
-class Recalibration:
+class RecalibrationResult:
     """The result of `calibrate_bundle` or `calibrate_for_site`.
 
     Attributes:
@@ -55,7 +55,7 @@ class Recalibration:
     manifest: dict[str, Any]
     calibration: Calibration
     num_trained_on: int
-    curve: TradeOff | None
+    curve: ThresholdTradeOff | None
     is_metric_biased: bool = False
     shift: Shift | None = None
     copies: Mapping[Path, Path] = field(default_factory=dict)
@@ -70,7 +70,7 @@ def calibrate_bundle(
     target_fpr: float | None = None,
     target_pixel_fpr: float | None = None,
     device: str = "auto",
-) -> Recalibration:
+) -> RecalibrationResult:
     """Writes a copy of a bundle with new thresholds, which are computed from new images of good parts.
 
     Images with the same pixels count once.
@@ -90,9 +90,9 @@ def calibrate_bundle(
         BundleError: the bundle is missing or damaged.
     """
     inspector = Inspector.load(uri, device)
-    config = _with_targets(inspector.bundle, target_fpr, target_pixel_fpr)
+    config = _replace_target_rates(inspector.bundle, target_fpr, target_pixel_fpr)
     copies: dict[Path, Path] = {}
-    good_images, bad_images = (_inspect_distinct(inspector, paths, copies) for paths in (good, bad))
+    good_images, bad_images = (_inspect_distinct_images(inspector, paths, copies) for paths in (good, bad))
     pairs = [f"{good_images[key][0]} and {bad_images[key][0]}" for key in good_images if key in bad_images]
     if pairs:
         raise DataError(
@@ -109,19 +109,19 @@ def calibrate_bundle(
     builder.add(scores, [inspector.frame.scored_values(inspection.anomaly_map) for inspection in new])
     calibration = replace(builder.finish(), precision=describe_precision(config, inspector.device))
     bad_scores = np.array([inspection.score for _, inspection in bad_images.values()])
-    fingerprint = _fingerprint([path for path, _ in good_images.values()])
+    fingerprint = _hash_files([path for path, _ in good_images.values()])
     note = {"how": "good images", "num_good": len(new), "num_bad": len(bad_scores), "images_sha256": fingerprint}
-    return Recalibration(
-        manifest=rewrite_calibration(uri, output, calibration, note),
+    return RecalibrationResult(
+        manifest=copy_with_calibration(uri, output, calibration, note),
         calibration=calibration,
         num_trained_on=len(good_images) - len(new),
-        curve=trade_off(np.array(scores), bad_scores) if bad else None,
+        curve=compute_trade_off(np.array(scores), bad_scores) if bad else None,
         shift=compare_scores(inspector.bundle.calibration.image_scores, scores),
         copies=copies,
     )
 
 
-def _with_targets(bundle: Bundle, target_fpr: float | None, target_pixel_fpr: float | None) -> Config:
+def _replace_target_rates(bundle: Bundle, target_fpr: float | None, target_pixel_fpr: float | None) -> Config:
     """Returns a copy of a bundle's configuration with other target rates. None: the target of the bundle's calibration."""
     current = bundle.calibration
     targets = {
@@ -131,7 +131,7 @@ def _with_targets(bundle: Bundle, target_fpr: float | None, target_pixel_fpr: fl
     return bundle.config.model_copy(update={"calibration": bundle.config.calibration.model_copy(update=targets)})
 
 
-def _inspect_distinct(
+def _inspect_distinct_images(
     inspector: Inspector, paths: Sequence[Path], copies: dict[Path, Path]
 ) -> dict[str, tuple[Path, Inspection]]:
     """Inspects image files, and returns content hash -> (file, inspection). Of files with the same pixels the first counts.
@@ -143,7 +143,9 @@ def _inspect_distinct(
     """
     originals: dict[str, tuple[Path, Inspection]] = {}
     distinct_paths = list(dict.fromkeys(paths))
-    for path, (inspection, content_hash) in zip(distinct_paths, inspector.inspect_hashed(distinct_paths), strict=True):
+    for path, (inspection, content_hash) in zip(
+        distinct_paths, inspector.inspect_with_hashes(distinct_paths), strict=True
+    ):
         original, _ = originals.setdefault(str(content_hash), (path, inspection))
         if original != path:
             copies[path] = original
@@ -158,7 +160,7 @@ def calibrate_for_site(
     target_fpr: float | None = None,
     target_pixel_fpr: float | None = None,
     device: str = "auto",
-) -> Recalibration:
+) -> RecalibrationResult:
     """Writes a copy of a joined bundle with new thresholds for one site, from leave-one-out scores of the site's images.
 
     A leave-one-out score of an image is its score without its own embedding in the density. No image file is needed, because
@@ -188,7 +190,7 @@ def calibrate_for_site(
             f"{uri}: the bundle has no image of {site}: join it first (`focus-ray update {uri} NEW --join {site}`), or give "
             "good images of the site"
         )
-    config = _with_targets(bundle, target_fpr, target_pixel_fpr)
+    config = _replace_target_rates(bundle, target_fpr, target_pixel_fpr)
     builder = collect_leave_one_out_scores(bundle.detector, statistics, config, images=rows)
     calibration = replace(builder.finish(), precision=describe_precision(config, bundle.detector.density.device))
     site_manifest = read_manifest(site)
@@ -198,7 +200,7 @@ def calibrate_for_site(
     is_biased = (
         learns_shareable_projection and "network_of" not in site_manifest["data"] and len(rows) <= MAX_NEIGHBOURS
     )
-    return Recalibration(rewrite_calibration(uri, output, calibration, note), calibration, 0, None, is_biased)
+    return RecalibrationResult(copy_with_calibration(uri, output, calibration, note), calibration, 0, None, is_biased)
 
 
 def set_thresholds(
@@ -223,10 +225,10 @@ def set_thresholds(
     """
     manifest = read_manifest(uri)
     calibration = Calibration.from_dict(manifest["calibration"]).with_thresholds(image_threshold, pixel_threshold)
-    return rewrite_calibration(uri, output, calibration, {"how": "set by hand", "by": by})
+    return copy_with_calibration(uri, output, calibration, {"how": "set by hand", "by": by})
 
 
-def rewrite_calibration(
+def copy_with_calibration(
     uri: str | Path, output: str | Path, calibration: Calibration, note: dict[str, Any]
 ) -> dict[str, Any]:
     """Writes a copy of a bundle with another calibration, and returns the manifest of the copy.
@@ -252,12 +254,12 @@ def rewrite_calibration(
     }
     data = {**previous["data"], "calibrations": [*previous["data"].get("calibrations", []), change]}
     manifest = {**previous, "calibration": calibration.to_dict(), "data": data}
-    manifest["sha256"] = manifest_hash(manifest)
+    manifest["sha256"] = compute_manifest_hash(manifest)
     copy_bundle(uri, manifest, output)
     return manifest
 
 
-def _fingerprint(paths: Sequence[Path]) -> str:
+def _hash_files(paths: Sequence[Path]) -> str:
     """Returns a SHA-256 of the contents of files. The hash does not depend on the names and the order of the files."""
     digests = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -18,7 +18,7 @@ A disk, a person or an attacker may damage a record. Listings skip a damaged rec
 last record keeps its previous version. Only `resolve` of the damaged version raises an error, which names the record.
 
 A process that polls lists a team's `_changes`, with a request for each thousand categories, and looks up only changed
-categories (`marks`).
+categories (`read_change_marks`).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _CHANGES, _TIME = "_changes", "%Y%m%dT%H%M%S"
 _MAX_RECORD_BYTES = 65536  # a record of this registry has 2 KiB at most
 _VERSION = re.compile(r"v[0-9]{4,18}")
 _ENTRY = re.compile(r"[0-9]{8,18}\.json")
-_BEGUN, _DONE = "begun-", "done-"  # in the alphabetical order of a listing: see `marks`
+_BEGUN, _DONE = "begun-", "done-"  # in the alphabetical order of a listing: see `read_change_marks`
 _ATTEMPTS = 1000  # at creating the next number; each failure means that another process succeeded, so there is progress
 
 _LOG = logging.getLogger(__name__)
@@ -78,14 +78,14 @@ class _PublishedRecord(BaseModel):
     num_bytes: Annotated[StrictInt, Field(ge=0, lt=2**63)]
 
 
-class _Target(BaseModel):
+class _AliasTarget(BaseModel):
     """Content of a JSON file in `_aliases`: the version that the alias names, and earlier versions (`before`), latest first."""
 
     version: _VersionName
     before: list[_VersionName]
 
 
-class _Claim(BaseModel):
+class _VersionClaim(BaseModel):
     """Content of a JSON file in `_claims`, which reserves a version number. at: time of the reservation."""
 
     at: AwareDatetime
@@ -94,7 +94,7 @@ class _Claim(BaseModel):
 _Record = TypeVar("_Record", bound=BaseModel)
 
 
-class _Head(NamedTuple):
+class _AliasState(NamedTuple):
     """The current state of an alias in a registry, from its last record file.
 
     Attributes:
@@ -104,7 +104,7 @@ class _Head(NamedTuple):
     """
 
     number: int
-    target: _Target | None
+    target: _AliasTarget | None
     is_damaged: bool
 
 
@@ -154,28 +154,30 @@ class Registry:
         self.root = str(root).rstrip("/") if "://" in str(root) else str(Path(root).expanduser().absolute())
 
     # ---- reading
-    def teams(self) -> list[str]:
+    def list_teams(self) -> list[str]:
         """Returns the names of all teams that have a folder in the registry."""
         return [name for name in list_names(self.root) if is_name(name)]
 
-    def categories(self, team: str) -> list[str]:
+    def list_categories(self, team: str) -> list[str]:
         """Returns the names of a team's categories, including a category whose first version is still being published."""
         return [name for name in list_names(join(self.root, check_name(team, "team"))) if is_name(name)]
 
-    def versions(self, team: str, category: str) -> list[Version]:
+    def list_versions(self, team: str, category: str) -> list[Version]:
         """Returns the published versions of a category, oldest first; empty if there is no such team or category.
 
         A version with a damaged record file is logged and left out.
         """
         return [
-            version for name in self._names(team, category) if (version := self._find_readable(team, category, name))
+            version
+            for name in self._list_version_names(team, category)
+            if (version := self._find_readable_version(team, category, name))
         ]
 
-    def aliases(self, team: str, category: str) -> dict[str, str]:
+    def list_aliases(self, team: str, category: str) -> dict[str, str]:
         """Returns alias -> name of its version, for the aliases of a category. Leaves out an alias without a readable record."""
-        folder = join(self._folder(team, category), "_aliases")
-        heads = ((name, self._head(team, category, name)) for name in list_names(folder) if is_name(name))
-        return {name: head.target.version for name, head in heads if head.target}
+        folder = join(self._get_category_folder(team, category), "_aliases")
+        states = ((name, self._read_alias_state(team, category, name)) for name in list_names(folder) if is_name(name))
+        return {name: state.target.version for name, state in states if state.target}
 
     def resolve(self, team: str, category: str, ref: str = LATEST) -> Version:
         """Returns the published version that a version name or an alias stands for.
@@ -188,14 +190,14 @@ class Registry:
         check_name(ref, "version or alias")
         name: str | None = ref
         if not _VERSION.fullmatch(ref):
-            target = self._head(team, category, ref).target
+            target = self._read_alias_state(team, category, ref).target
             name = target.version if target else None
-        version = self._find(team, category, name) if name else None
+        version = self._find_version(team, category, name) if name else None
         if version is None:
-            raise RegistryError(self._missing_message(team, category, ref))
+            raise RegistryError(self._describe_missing_version(team, category, ref))
         return version
 
-    def marks(self, team: str) -> dict[str, str]:
+    def read_change_marks(self, team: str) -> dict[str, str]:
         """Returns category -> mark, a text that changes with every change of the category's versions or aliases.
 
         Needs a single listing. While the mark of a category stays equal, its versions and aliases are unchanged. A category is
@@ -243,9 +245,9 @@ class Registry:
             raise RegistryError(
                 f"{bundle}: a bundle of category {bundle_category!r} cannot be published as {category!r}"
             )
-        folder = self._folder(team, bundle_category)
+        folder = self._get_category_folder(team, bundle_category)
         for alias in aliases:
-            _check_alias(alias)
+            _check_alias_name(alias)
         name = self._claim_version_number(folder)
         claimed_at = datetime.now(timezone.utc)
         target = join(folder, name)
@@ -259,11 +261,16 @@ class Registry:
             raise RegistryError(
                 f"{target}: copying the bundle took {now - claimed_at}, but the limit is {CLAIM_LASTS}: publish again"
             )
-        record = {"sha256": manifest["sha256"], "published_at": now.isoformat(), "num_bytes": num_bytes, **_signature()}
-        write_bytes(join(folder, "_published", f"{name}.json"), _encode(record))
-        self._promote(team, bundle_category, LATEST, name, only_forward=True)
+        record = {
+            "sha256": manifest["sha256"],
+            "published_at": now.isoformat(),
+            "num_bytes": num_bytes,
+            **_create_signature(),
+        }
+        write_bytes(join(folder, "_published", f"{name}.json"), _encode_record(record))
+        self._move_alias_to_version(team, bundle_category, LATEST, name, only_forward=True)
         for alias in aliases:
-            self._promote(team, bundle_category, alias, name)
+            self._move_alias_to_version(team, bundle_category, alias, name)
         return Version(team, bundle_category, name, target, str(manifest["sha256"]), now, num_bytes)
 
     def promote(self, team: str, category: str, ref: str, alias: str) -> Version:
@@ -274,9 +281,9 @@ class Registry:
         Raises: RegistryError: `ref` does not exist, a name is not allowed, the alias has the form of a version name, a garbage
             collection deleted the version meanwhile, or other processes moved the alias at every attempt.
         """
-        _check_alias(alias)
+        _check_alias_name(alias)
         version = self.resolve(team, category, ref)
-        self._promote(team, category, alias, version.name)
+        self._move_alias_to_version(team, category, alias, version.name)
         return version
 
     def roll_back(self, team: str, category: str, alias: str) -> Version:
@@ -287,23 +294,25 @@ class Registry:
         Raises: RegistryError: the alias does not exist or has no earlier version that still exists, a name is not allowed, or
             other processes moved the alias at every attempt.
         """
-        _check_alias(alias)
+        _check_alias_name(alias)
 
-        def step_back(head: _Head) -> list[str]:
-            if head.target is None:
-                raise RegistryError(self._missing_message(team, category, alias))
-            earlier = list(dropwhile(lambda name: not self._find_readable(team, category, name), head.target.before))
+        def choose_earlier_versions(state: _AliasState) -> list[str]:
+            if state.target is None:
+                raise RegistryError(self._describe_missing_version(team, category, alias))
+            earlier = list(
+                dropwhile(lambda name: not self._find_readable_version(team, category, name), state.target.before)
+            )
             if not earlier:
                 raise RegistryError(
-                    f"team {team!r}, category {category!r}: alias {alias!r} names {head.target.version}, and none of its "
+                    f"team {team!r}, category {category!r}: alias {alias!r} names {state.target.version}, and none of its "
                     f"earlier versions exists: promote another version; the category has "
-                    f"{', '.join(self._names(team, category)) or 'none'}"
+                    f"{', '.join(self._list_version_names(team, category)) or 'none'}"
                 )
             return earlier
 
         while True:  # again if a garbage collection deleted the version meanwhile
-            _, versions = self._move(team, category, alias, "rolled back", step_back)
-            if (version := self._find(team, category, versions[0])) is not None:
+            _, versions = self._move_alias(team, category, alias, "rolled back", choose_earlier_versions)
+            if (version := self._find_version(team, category, versions[0])) is not None:
                 return version
 
     def collect_garbage(
@@ -332,28 +341,32 @@ class Registry:
             raise RegistryError(
                 f"keep={keep}: expected 0 or more versions to keep in addition to versions with an alias"
             )
-        folder = self._folder(team, category)
+        folder = self._get_category_folder(team, category)
         now = datetime.now(timezone.utc)
-        versions = self.versions(team, category)
+        versions = self.list_versions(team, category)
         removed = []
         with self._announce_change(team, category) if versions else nullcontext():
             for version in versions[: max(0, len(versions) - keep)]:
-                if now - version.published_at < min_age or self._is_named(team, category, version.name):
+                if now - version.published_at < min_age or self._is_named_by_alias(team, category, version.name):
                     continue
                 marker = join(folder, "_published", f"{version.name}.json")
                 record = read_bytes(marker, max_bytes=_MAX_RECORD_BYTES)
                 remove_file(marker)
                 # another process may have moved an alias here since the check above. It looks for the marker after its move,
                 # so either it finds the marker missing, or this second check finds the alias.
-                if self._is_named(team, category, version.name):
+                if self._is_named_by_alias(team, category, version.name):
                     write_bytes(marker, record)
                     continue
                 remove_folder(version.uri)
                 removed.append(version.name)
                 log(f"{team}/{category}/{version.name}: deleted, {version.num_bytes} bytes")
-        unpublished = set(list_names(folder)) - set(self._names(team, category))
-        for name in _list_versions(join(folder, "_claims")):
-            claim = _read_or_log(join(folder, "_claims", f"{name}.json"), _Claim) if name in unpublished else None
+        unpublished = set(list_names(folder)) - set(self._list_version_names(team, category))
+        for name in _list_recorded_versions(join(folder, "_claims")):
+            claim = (
+                _read_record_or_log(join(folder, "_claims", f"{name}.json"), _VersionClaim)
+                if name in unpublished
+                else None
+            )
             if claim and now - claim.at > 2 * CLAIM_LASTS and list_names(join(folder, name)):
                 remove_folder(join(folder, name))
                 log(f"{team}/{category}/{name}: deleted, its publisher never finished")
@@ -377,22 +390,22 @@ class Registry:
             return self.publish(folder, version.team, version.category)
 
     # ---- implementation
-    def _folder(self, team: str, category: str) -> str:
+    def _get_category_folder(self, team: str, category: str) -> str:
         """Returns the path or URI of a category's folder. Raises: RegistryError: a name is not allowed."""
         return join(self.root, check_name(team, "team"), check_name(category, "category"))
 
-    def _names(self, team: str, category: str) -> list[str]:
+    def _list_version_names(self, team: str, category: str) -> list[str]:
         """Returns the names of a category's published versions, oldest first. Does not read their record files."""
-        return _list_versions(join(self._folder(team, category), "_published"))
+        return _list_recorded_versions(join(self._get_category_folder(team, category), "_published"))
 
-    def _find(self, team: str, category: str, name: str) -> Version | None:
+    def _find_version(self, team: str, category: str, name: str) -> Version | None:
         """Returns a published version; None if it does not exist, or if its folder links to a place outside the team's folder.
 
         Args: name: name of the version; None is returned if it does not have the form v0007.
 
         Raises: RegistryError: the record file of the version is damaged.
         """
-        folder = self._folder(team, category)
+        folder = self._get_category_folder(team, category)
         if not _VERSION.fullmatch(name) or leads_out(join(folder, name), join(self.root, team)):
             return None
         try:
@@ -401,10 +414,10 @@ class Registry:
             return None
         return Version(team, category, name, join(folder, name), record.sha256, record.published_at, record.num_bytes)
 
-    def _find_readable(self, team: str, category: str, name: str) -> Version | None:
-        """Returns a published version as `_find` does, but for a damaged record file logs a warning and returns None."""
+    def _find_readable_version(self, team: str, category: str, name: str) -> Version | None:
+        """Returns a published version as `_find_version` does, but for a damaged record file logs a warning and returns None."""
         try:
-            return self._find(team, category, name)
+            return self._find_version(team, category, name)
         except RegistryError as error:
             _LOG.warning("left out: %s", error)
             return None
@@ -417,26 +430,28 @@ class Registry:
             DataError: the storage cannot be written.
         """
         folder = join(category_folder, "_claims")
-        claimed = _list_versions(folder)
-        first = _number(claimed[-1]) + 1 if claimed else 1
+        claimed = _list_recorded_versions(folder)
+        first = _parse_number(claimed[-1]) + 1 if claimed else 1
         for number in range(first, first + _ATTEMPTS):
             name = f"v{number:04}"
-            if create_bytes(join(folder, f"{name}.json"), _encode(_signature())):
+            if create_bytes(join(folder, f"{name}.json"), _encode_record(_create_signature())):
                 return name
         raise RegistryError(f"{category_folder}: other publishers took the next number at every attempt: publish again")
 
-    def _head(self, team: str, category: str, alias: str) -> _Head:
+    def _read_alias_state(self, team: str, category: str, alias: str) -> _AliasState:
         """Returns the state of an alias from its last readable record file, among the last `MAX_STEPS_BACK` files."""
-        folder = join(self._folder(team, category), "_aliases", alias)
-        entries = sorted((name for name in list_names(folder) if _ENTRY.fullmatch(name)), key=_number)
-        number = _number(entries[-1]) if entries else 0
+        folder = join(self._get_category_folder(team, category), "_aliases", alias)
+        entries = sorted((name for name in list_names(folder) if _ENTRY.fullmatch(name)), key=_parse_number)
+        number = _parse_number(entries[-1]) if entries else 0
         for steps, name in enumerate(reversed(entries[-MAX_STEPS_BACK:])):
-            target = _read_or_log(join(folder, name), _Target)
+            target = _read_record_or_log(join(folder, name), _AliasTarget)
             if target is not None:
-                return _Head(number, target, steps > 0)
-        return _Head(number, None, bool(entries))
+                return _AliasState(number, target, steps > 0)
+        return _AliasState(number, None, bool(entries))
 
-    def _promote(self, team: str, category: str, alias: str, name: str, only_forward: bool = False) -> None:
+    def _move_alias_to_version(
+        self, team: str, category: str, alias: str, name: str, only_forward: bool = False
+    ) -> None:
         """Moves an alias to the published version `name`.
 
         Does nothing if the alias names this version already, unless its last record file is damaged.
@@ -447,26 +462,26 @@ class Registry:
         Raises: RegistryError: the version was deleted during the move, or other processes moved the alias at every attempt.
         """
 
-        def put_first(head: _Head) -> list[str]:
-            if head.target is None:
+        def choose_versions(state: _AliasState) -> list[str]:
+            if state.target is None:
                 return [name]
-            current, before = head.target.version, head.target.before
-            is_ahead = only_forward and _number(current) > _number(name)
-            if (current == name and not head.is_damaged) or is_ahead:
+            current, before = state.target.version, state.target.before
+            is_ahead = only_forward and _parse_number(current) > _parse_number(name)
+            if (current == name and not state.is_damaged) or is_ahead:
                 return []
             return [name, *before] if current == name else [name, current, *before]
 
-        number, versions = self._move(team, category, alias, "promoted", put_first)
+        number, versions = self._move_alias(team, category, alias, "promoted", choose_versions)
         # a garbage collection may have deleted the version before it could see the new alias record: undo the move
-        if versions and self._find(team, category, name) is None:
+        if versions and self._find_version(team, category, name) is None:
             if earlier := versions[1:]:
-                self._append(team, category, alias, number + 1, earlier, "rolled back")
+                self._create_alias_record(team, category, alias, number + 1, earlier, "rolled back")
             raise RegistryError(
                 f"{team}/{category}/{name}: a garbage collection deleted the version during its promotion"
             )
 
-    def _move(
-        self, team: str, category: str, alias: str, action: str, choose: Callable[[_Head], list[str]]
+    def _move_alias(
+        self, team: str, category: str, alias: str, action: str, choose: Callable[[_AliasState], list[str]]
     ) -> tuple[int, list[str]]:
         """Moves an alias by a new record file with the next number. Tries the next number again if another process took it.
 
@@ -480,33 +495,40 @@ class Registry:
         Raises: RegistryError: other processes moved the alias at every attempt.
         """
         for _ in range(_ATTEMPTS):
-            head = self._head(team, category, alias)
-            versions = choose(head)
+            state = self._read_alias_state(team, category, alias)
+            versions = choose(state)
             if not versions:
                 return 0, versions
-            if self._append(team, category, alias, head.number + 1, versions, action):
-                return head.number + 1, versions
+            if self._create_alias_record(team, category, alias, state.number + 1, versions, action):
+                return state.number + 1, versions
         raise RegistryError(
             f"alias {alias!r} of {team}/{category}: other processes moved it at every attempt: try again"
         )
 
-    def _append(self, team: str, category: str, alias: str, number: int, versions: Sequence[str], action: str) -> bool:
+    def _create_alias_record(
+        self, team: str, category: str, alias: str, number: int, versions: Sequence[str], action: str
+    ) -> bool:
         """Creates the record file `number` of an alias. Returns False if another process has created this file before.
 
         Args:
             versions: the version that the alias moves to, followed by its earlier versions, latest first.
-            action: see `_move`.
+            action: see `_move_alias`.
 
         Raises: DataError: the file or a mark (`_announce_change`) cannot be written.
         """
-        record = {"version": versions[0], "before": versions[1 : MAX_STEPS_BACK + 1], "action": action, **_signature()}
-        file = join(self._folder(team, category), "_aliases", alias, f"{number:08}.json")
+        record = {
+            "version": versions[0],
+            "before": versions[1 : MAX_STEPS_BACK + 1],
+            "action": action,
+            **_create_signature(),
+        }
+        file = join(self._get_category_folder(team, category), "_aliases", alias, f"{number:08}.json")
         with self._announce_change(team, category):
-            return create_bytes(file, _encode(record))
+            return create_bytes(file, _encode_record(record))
 
     @contextmanager
     def _announce_change(self, team: str, category: str) -> Iterator[None]:
-        """Context manager: announces a change of versions or aliases of a category, so that readers notice it by `marks`.
+        """Context manager: announces a change of versions or aliases of a category to readers of `read_change_marks`.
 
         It writes a file "begun" before the body and a file "done" after the body, and then deletes "begun" and older marks.
 
@@ -520,7 +542,7 @@ class Registry:
         marks = [name for name in list_names(folder) if name.startswith(prefix)]
         obsolete_marks = [name for name in marks if name.startswith(done_prefix) or name < oldest_live_mark]
         begun = f"{prefix}{_BEGUN}{now:{_TIME}}-{token}.json"
-        record = _encode(_signature())
+        record = _encode_record(_create_signature())
         write_bytes(join(folder, begun), record)
         try:
             yield
@@ -532,17 +554,19 @@ class Registry:
                     with suppress(DataError):  # another process deleted the mark, or this process may not delete files
                         remove_file(join(folder, name))
 
-    def _is_named(self, team: str, category: str, version: str) -> bool:
+    def _is_named_by_alias(self, team: str, category: str, version: str) -> bool:
         """Returns whether an alias names the version now, names it after one step back, or has a damaged last record file."""
-        aliases = [name for name in list_names(join(self._folder(team, category), "_aliases")) if is_name(name)]
-        for _, target, is_damaged in (self._head(team, category, alias) for alias in aliases):
+        aliases = [
+            name for name in list_names(join(self._get_category_folder(team, category), "_aliases")) if is_name(name)
+        ]
+        for _, target, is_damaged in (self._read_alias_state(team, category, alias) for alias in aliases):
             if is_damaged or (target and version in [target.version, *target.before[:1]]):
                 return True
         return False
 
-    def _missing_message(self, team: str, category: str, ref: str) -> str:
+    def _describe_missing_version(self, team: str, category: str, ref: str) -> str:
         """Returns an error message for an unknown version or alias `ref`, with the existing versions and aliases."""
-        names, aliases = self._names(team, category), self.aliases(team, category)
+        names, aliases = self._list_version_names(team, category), self.list_aliases(team, category)
         if not names:
             return f"{self.root}: nothing is published for team {team!r}, category {category!r}"
         existing_names = ", ".join([*names[-10:], *sorted(aliases)])
@@ -550,7 +574,7 @@ class Registry:
         return f"team {team!r}, category {category!r} has no {ref!r}; there are {existing_names}{older}"
 
 
-def _check_alias(alias: str) -> None:
+def _check_alias_name(alias: str) -> None:
     """Checks the name of an alias before a change.
 
     Raises: RegistryError: the name is not allowed, or is v with digits, like the name of a version.
@@ -560,18 +584,18 @@ def _check_alias(alias: str) -> None:
         raise RegistryError(f"alias {alias!r}: v with digits is the name of a version: give another name")
 
 
-def _list_versions(folder: str) -> list[str]:
+def _list_recorded_versions(folder: str) -> list[str]:
     """Returns the names of the versions that have a JSON file in a folder (v0007 for v0007.json), in ascending order."""
     names = (name.removesuffix(".json") for name in list_names(folder))
-    return sorted((name for name in names if _VERSION.fullmatch(name)), key=_number)
+    return sorted((name for name in names if _VERSION.fullmatch(name)), key=_parse_number)
 
 
-def _number(name: str) -> int:
+def _parse_number(name: str) -> int:
     """Returns the number in the name of a version or of an alias record file, such as 7 for v0007 and for 00000007.json."""
     return int(name.removeprefix("v").removesuffix(".json"))
 
 
-def _signature() -> dict[str, str]:
+def _create_signature() -> dict[str, str]:
     """Returns entries for a record file: time and user@machine for people, and a random token that makes each file unique.
 
     `create_bytes` needs unique content.
@@ -584,7 +608,7 @@ def _signature() -> dict[str, str]:
     return {"at": now, "by": f"{user}@{socket.gethostname()}", "token": uuid.uuid4().hex}
 
 
-def _encode(record: dict[str, Any]) -> bytes:
+def _encode_record(record: dict[str, Any]) -> bytes:
     """Returns the entries of a record file as the bytes of a line of JSON."""
     return (json.dumps(record) + "\n").encode()
 
@@ -613,7 +637,7 @@ def _read_record(uri: str, kind: type[_Record]) -> _Record:
         ) from None
 
 
-def _read_or_log(uri: str, kind: type[_Record]) -> _Record | None:
+def _read_record_or_log(uri: str, kind: type[_Record]) -> _Record | None:
     """Reads a record file as `_read_record` does, but for a damaged or missing file logs a warning and returns None.
 
     Raises: StorageError: the storage fails.

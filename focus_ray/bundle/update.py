@@ -61,7 +61,7 @@ class _NormalImages(NamedTuple):
     hashes: dict[int, int]
     groups: dict[int, str]
 
-    def select(self, hashes: Collection[int], included: bool) -> _NormalImages:
+    def select_by_hash(self, hashes: Collection[int], included: bool) -> _NormalImages:
         """Returns the images whose hash is in `hashes`; with included=False, the images whose hash is not."""
         return self._replace(hashes={row: value for row, value in self.hashes.items() if (value in hashes) is included})
 
@@ -82,7 +82,7 @@ class _DensityUpdate:
     changes: list[dict[str, Any]] = field(default_factory=list)
     log: Log = lambda message: None
 
-    def record(self, action: str, source: str, num_images: int, num_ignored: int, **facts: Any) -> None:
+    def add_change(self, action: str, source: str, num_images: int, num_ignored: int, **facts: Any) -> None:
         """Adds an entry to `changes`, and logs how many images of the source were ignored.
 
         Args:
@@ -156,11 +156,11 @@ def update_bundle(
     else:
         update = _DensityUpdate(read_statistics(uri), bundle.fit_hashes, log=log)
         for other in joined:
-            _join(update, bundle, other)
+            _merge_bundle(update, bundle, other)
         if add is not None:
-            _add(update, bundle, add)
+            _add_images(update, bundle, add)
         if remove is not None:
-            _remove(update, bundle, remove)
+            _remove_images(update, bundle, remove)
         provenance = {**data, "updates": [*data.get("updates", []), *update.changes]}
     statistics = update.statistics
     statistics.limit_bank_size(config.density.max_images)
@@ -203,7 +203,7 @@ def _replace_images(bundle: Bundle, source: str) -> _DensityUpdate:
 
     Raises: DataError: the data set cannot be read, or the category has fewer than 2 normal training images in it.
     """
-    images = _read_normal_images(source, bundle.category)
+    images = _list_normal_images(source, bundle.category)
     if len(images.hashes) < 2:
         raise DataError(
             f"{source}: category {bundle.category!r} has {len(images.hashes)} normal training image, expected at least 2"
@@ -214,13 +214,13 @@ def _replace_images(bundle: Bundle, source: str) -> _DensityUpdate:
 
 
 # ---- joining bundles
-def _join(update: _DensityUpdate, bundle: Bundle, place: str) -> None:
+def _merge_bundle(update: _DensityUpdate, bundle: Bundle, place: str) -> None:
     """Adds the images of the bundle at `place` to `update`, in place. An image in both bundles counts once.
 
     Raises: BundleError, ConfigError, DataError: see `update_bundle`.
     """
     other = read_bundle(place)
-    _check_same_network(bundle, other, place)
+    _check_joinable(bundle, other, place)
     for hashes, name in ((update.fit_hashes, "the bundle to be changed"), (other.fit_hashes, place)):
         if not hashes:
             raise BundleError(
@@ -236,10 +236,10 @@ def _join(update: _DensityUpdate, bundle: Bundle, place: str) -> None:
     count = other_statistics.num_images
     update.statistics.join(other_statistics)
     update.fit_hashes |= other.fit_hashes
-    update.record("join", place, count, len(shared_hashes), version=other.version)
+    update.add_change("join", place, count, len(shared_hashes), version=other.version)
 
 
-def _check_same_network(bundle: Bundle, other: Bundle, name: str) -> None:
+def _check_joinable(bundle: Bundle, other: Bundle, name: str) -> None:
     """Checks that category, network, the settings `_JOINABLE_SETTINGS` and the region of interest of two bundles are equal.
 
     Args: name: address of `other`, for messages.
@@ -277,10 +277,10 @@ def _remove_shared_images(other: NormalStatistics, statistics: NormalStatistics,
     shared: set[int] = set()
     if other.bank is not None and statistics.bank is not None:
         # images that came from an earlier join have identical embeddings
-        shared = set(_find_equal_rows(other.bank, statistics.bank))
+        shared = set(_find_equal_embeddings(other.bank, statistics.bank))
         # both sites computed the embedding of the same image: it is equal except for rounding
         candidates = [number for number in range(len(other.bank)) if number not in shared]
-        unmatched = _find_unmatched_rows(other.bank[candidates], statistics.bank, count - len(shared))
+        unmatched = _find_unmatched_embeddings(other.bank[candidates], statistics.bank, count - len(shared))
         shared |= {candidate for number, candidate in enumerate(candidates) if number not in set(unmatched)}
     if other.bank is None or len(shared) != count:
         raise BundleError(
@@ -318,48 +318,48 @@ def find_shared_images(uri: str | Path, statistics: NormalStatistics) -> list[in
         ConfigError: the manifest has a setting that this version of focus_ray cannot use.
     """
     bank = read_statistics(uri).bank
-    return [] if statistics.bank is None or bank is None else _find_equal_rows(statistics.bank, bank)
+    return [] if statistics.bank is None or bank is None else _find_equal_embeddings(statistics.bank, bank)
 
 
-def _find_equal_rows(bank: Tensor, other_bank: Tensor) -> list[int]:
+def _find_equal_embeddings(bank: Tensor, other_bank: Tensor) -> list[int]:
     """Returns the indices of the embeddings in `bank` that also occur in `other_bank`, bit for bit.
 
     Args: bank, other_bank: embeddings of N images, (N, L, C), with L locations and C channels. N may differ.
     """
-    digests = {_digest(row) for row in other_bank}
-    return [number for number, row in enumerate(bank) if _digest(row) in digests]
+    digests = {_hash_tensor(row) for row in other_bank}
+    return [number for number, row in enumerate(bank) if _hash_tensor(row) in digests]
 
 
-def _digest(row: Tensor) -> bytes:
+def _hash_tensor(row: Tensor) -> bytes:
     """Returns the SHA-256 of a tensor's bytes."""
     return hashlib.sha256(row.contiguous().view(torch.uint8).numpy().tobytes()).digest()
 
 
 # ---- adding and removing images
-def _add(update: _DensityUpdate, bundle: Bundle, source: str) -> None:
+def _add_images(update: _DensityUpdate, bundle: Bundle, source: str) -> None:
     """Adds to `update`, in place, the normal images of the data set `source` that are not in the density yet.
 
     Without hashes in the bundle, all images are added. Raises: DataError: there is no image to add.
     """
-    images = _read_normal_images(source, bundle.category)
-    new, num_images = images.select(update.fit_hashes, included=False), len(images.hashes)
+    images = _list_normal_images(source, bundle.category)
+    new, num_images = images.select_by_hash(update.fit_hashes, included=False), len(images.hashes)
     if not new.hashes:
         raise DataError(f"{source}: all of its {num_images} normal images are in the bundle already: nothing to add")
     update.statistics.join(_compute_statistics(bundle, new))
     if update.fit_hashes:
         update.fit_hashes |= set(new.hashes.values())
-    update.record("add", source, len(new.hashes), num_images - len(new.hashes))
+    update.add_change("add", source, len(new.hashes), num_images - len(new.hashes))
 
 
-def _remove(update: _DensityUpdate, bundle: Bundle, source: str) -> None:
+def _remove_images(update: _DensityUpdate, bundle: Bundle, source: str) -> None:
     """Removes from `update`, in place, the normal images of the data set `source`.
 
     Without hashes in the bundle, all images of `source` are subtracted.
 
     Raises: DataError: the density has no image of `source`, `source` has no normal image, or fewer than 2 images would remain.
     """
-    images = _read_normal_images(source, bundle.category)
-    included = images.select(update.fit_hashes, included=True) if update.fit_hashes else images
+    images = _list_normal_images(source, bundle.category)
+    included = images.select_by_hash(update.fit_hashes, included=True) if update.fit_hashes else images
     num_images = len(images.hashes)
     if not included.hashes:
         raise DataError(f"{source}: none of its {num_images} normal images is in the bundle: nothing to remove")
@@ -371,12 +371,12 @@ def _remove(update: _DensityUpdate, bundle: Bundle, source: str) -> None:
     part = _compute_statistics(bundle, included)
     statistics.moments.remove(part.moments)
     if statistics.bank is not None and part.bank is not None:
-        statistics.select_bank_images(_find_unmatched_rows(statistics.bank, part.bank))
+        statistics.select_bank_images(_find_unmatched_embeddings(statistics.bank, part.bank))
     update.fit_hashes -= set(included.hashes.values())
-    update.record("remove", source, count, num_images - count)
+    update.add_change("remove", source, count, num_images - count)
 
 
-def _read_normal_images(uri: str, category: str) -> _NormalImages:
+def _list_normal_images(uri: str, category: str) -> _NormalImages:
     """Reads row numbers, hashes and groups of a category's normal training images, but no pixels.
 
     Raises: DataError: the data set cannot be read, or it has no such image.
@@ -428,7 +428,7 @@ def _move_moments(statistics: NormalStatistics, device: torch.device | str) -> N
     return statistics
 
 
-def _find_unmatched_rows(bank: Tensor, removed: Tensor, max_matches: int | None = None) -> list[int]:
+def _find_unmatched_embeddings(bank: Tensor, removed: Tensor, max_matches: int | None = None) -> list[int]:
     """Returns the indices of the embeddings in `bank` that match no embedding in `removed`.
 
     Two embeddings match if their distance is at most 2 % of the norm of the embedding in `removed`. Embeddings of the same
@@ -468,8 +468,8 @@ def _choose_calibration_images(
         data set has changed or cannot be read, or `is_replaced`.
     """
     if calibrate is not None:
-        images = _read_normal_images(calibrate, bundle.category)
-        new = images.select(fit_hashes, included=False)
+        images = _list_normal_images(calibrate, bundle.category)
+        new = images.select_by_hash(fit_hashes, included=False)
         if not new.hashes:
             raise DataError(
                 f"{calibrate}: all of its {len(images.hashes)} normal images are in the density and score near zero: "
@@ -489,7 +489,7 @@ def _choose_calibration_images(
     if not is_unchanged:
         raise DataError(f"{uri} has changed since the bundle was made, so its holdout images are unknown: {hint}")
     holdout_rows = set(compute_split_plan(bundle.config, bundle.category).holdout_rows.tolist())
-    holdout = _read_normal_images(uri, bundle.category).select(fit_hashes, included=False)
+    holdout = _list_normal_images(uri, bundle.category).select_by_hash(fit_hashes, included=False)
     holdout = holdout._replace(hashes={row: value for row, value in holdout.hashes.items() if row in holdout_rows})
     if not holdout.hashes:
         raise DataError(f"all holdout images of the bundle are in the density now: {hint}")

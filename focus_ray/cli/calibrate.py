@@ -152,7 +152,7 @@ def _print_trade_off(curve: Any, threshold: float, arguments: argparse.Namespace
 
     The table has a row for each false alarm rate, for the threshold in use, and for the cheapest threshold.
     """
-    cost = curve.cost(arguments.cost_false_alarm, arguments.cost_miss, arguments.defect_rate)
+    cost = curve.compute_cost(arguments.cost_false_alarm, arguments.cost_miss, arguments.defect_rate)
     cheapest = float(curve.thresholds[int(cost.argmin())])
     print(f"{'':24}{'threshold':>10} {'good called bad':>16} {'defects missed':>15} {'cost per part':>14}")
     rows = [
@@ -160,9 +160,9 @@ def _print_trade_off(curve: Any, threshold: float, arguments: argparse.Namespace
         for rate in (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
     ]
     for name, value in [*rows, ("as set", threshold), ("cheapest", cheapest)]:
-        alarms, misses = curve.at(value)
+        alarms, misses = curve.get_rates_at(value)
         price = float(
-            curve.cost(arguments.cost_false_alarm, arguments.cost_miss, arguments.defect_rate)[
+            curve.compute_cost(arguments.cost_false_alarm, arguments.cost_miss, arguments.defect_rate)[
                 _index_of_threshold(curve, value)
             ]
         )

@@ -117,7 +117,7 @@ def _inspect_files(inspector: Any, paths: Sequence[Path]) -> list[tuple[Path, by
         except OSError as error:
             results.append((path, b"", f"cannot read the file: {error.strerror or error}"))
     readable = [number for number, (_, _, reason) in enumerate(results) if reason is None]
-    inspections = inspector.inspect_or_explain([results[number][1] for number in readable])
+    inspections = inspector.inspect_or_return_errors([results[number][1] for number in readable])
     for number, inspection in zip(readable, inspections, strict=True):
         results[number] = (*results[number][:2], str(inspection) if isinstance(inspection, DataError) else inspection)
     return results

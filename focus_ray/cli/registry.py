@@ -88,9 +88,9 @@ def _run_registry(arguments: argparse.Namespace) -> int:
             print(name)
     else:
         print("team", "category", "version", "published at", "bytes", "sha256", "aliases", "place", sep="\t")
-        for team in registry.teams() if arguments.team is None else [arguments.team]:
-            for category in registry.categories(team) if arguments.category is None else [arguments.category]:
-                aliases = registry.aliases(team, category)
-                for version in registry.versions(team, category):
+        for team in registry.list_teams() if arguments.team is None else [arguments.team]:
+            for category in registry.list_categories(team) if arguments.category is None else [arguments.category]:
+                aliases = registry.list_aliases(team, category)
+                for version in registry.list_versions(team, category):
                     show(version, sorted(alias for alias, name in aliases.items() if name == version.name))
     return 0

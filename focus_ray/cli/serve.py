@@ -79,7 +79,11 @@ def _find_kind(place: str) -> str:
         if list_runs(place):
             raise
         registry = Registry(place)
-        published = (registry.versions(team, name) for team in registry.teams() for name in registry.categories(team))
+        published = (
+            registry.list_versions(team, name)
+            for team in registry.list_teams()
+            for name in registry.list_categories(team)
+        )
         if not any(published):
             raise DataError(f"{error}, or a registry that `focus-ray registry publish` made") from None
         return "registry"

@@ -24,9 +24,9 @@ def add_metric_parser(commands: Any) -> None:
 def _metric(arguments: argparse.Namespace) -> int:
     """Runs `metric`: joins discriminant projections and writes the joined projection to a file. Returns the exit status."""
     require(*arguments.bundles)
-    from focus_ray.bundle.metric import share_metric
+    from focus_ray.bundle.metric import average_projections
 
-    categories = share_metric(arguments.bundles, arguments.output)
+    categories = average_projections(arguments.bundles, arguments.output)
     print(f"{arguments.output}\t{len(categories)} categories\t{', '.join(categories)}")
     return 0
 

@@ -21,7 +21,7 @@ from scipy.special import betainc
 
 from focus_ray.detect.tail import Tail, fit_tail
 from focus_ray.errors import DataError
-from focus_ray.metrics.ties import certain_part, is_above
+from focus_ray.metrics.ties import exceeds_threshold, subtract_rounding_error
 
 Method = Literal["split", "cross", "leave_one_out"]
 
@@ -173,7 +173,7 @@ class Calibration:
 
         Raises: DataError: a score is NaN.
         """
-        values = certain_part(_check_no_nan(scores))
+        values = subtract_rounding_error(_check_no_nan(scores))
         below = np.searchsorted(self._scores, values, side="left")
         n, groups = self.num_images, self.num_independent
         p_values = np.asarray((1.0 + (n - below) * groups / n) / (groups + 1))
@@ -194,7 +194,7 @@ class Calibration:
 
         Raises: DataError: a score is NaN.
         """
-        return is_above(_check_no_nan(scores), self.image_threshold)
+        return exceeds_threshold(_check_no_nan(scores), self.image_threshold)
 
     def with_thresholds(self, image: float | None, pixel: float | None) -> Calibration:
         """Returns a copy with thresholds that a person chose. `at_precision` does not change them.

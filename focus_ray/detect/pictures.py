@@ -16,7 +16,7 @@ from focus_ray.detect.inspection import Inspection, resize_map
 from focus_ray.drawing.overlay import draw_overlay, heat_map
 from focus_ray.drawing.png import encode_png
 from focus_ray.drawing.strip import add_strip, enlarge_narrow
-from focus_ray.metrics.evaluate import evaluation_size
+from focus_ray.metrics.evaluate import compute_evaluation_size
 
 Output = Literal["json", "heatmap", "overlay", "mask"]
 MAX_SIDE_PX = 1024  # of heat maps and overlays; a mask has the size of the image
@@ -24,7 +24,7 @@ MAX_SIDE_PX = 1024  # of heat maps and overlays; a mask has the size of the imag
 
 def picture_size(width: int, height: int) -> tuple[int, int]:
     """Returns the (width, height) in pixels of the heat map and overlay of an image of `width` x `height` pixels."""
-    rows, columns = evaluation_size(height, width, MAX_SIDE_PX)
+    rows, columns = compute_evaluation_size(height, width, MAX_SIDE_PX)
     return columns, rows
 
 

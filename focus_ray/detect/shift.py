@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr
 
 from focus_ray.errors import DataError
-from focus_ray.metrics.ties import certain_part
+from focus_ray.metrics.ties import subtract_rounding_error
 
 Direction = Literal["higher", "lower"]
 
@@ -255,7 +255,7 @@ def _rank_sum(new: NDArray[np.float64], calibration: NDArray[np.float64]) -> tup
     Returns: the one-sided p-value, and the share of pairs (new, calibration) in which the new score is higher.
     """
     # a tie counts against the alternative, so the p-value is exact or too high, never too low
-    values = certain_part(new)
+    values = subtract_rounding_error(new)
     pairs = new.size * calibration.size
     greater = int(np.searchsorted(np.sort(calibration), values, side="left").sum())
     if pairs <= _EXACT_PAIRS:
@@ -282,7 +282,7 @@ def _tail_count(new: NDArray[np.float64], calibration: NDArray[np.float64]) -> t
 
     n, m = calibration.size, new.size
     rank = max(1, int(_TAIL_SHARE * (n + 1)))
-    above = int(np.count_nonzero(certain_part(new) > np.sort(calibration)[n - rank]))
+    above = int(np.count_nonzero(subtract_rounding_error(new) > np.sort(calibration)[n - rank]))
     if not above:
         return 1.0, 0.0
     p_value = float(hypergeom.sf(above - 1, n + m, m, above + rank - 1))

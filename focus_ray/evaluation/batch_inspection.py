@@ -1,6 +1,6 @@
 """Batch inspection: a pool of workers inspects the images of a data set with bundles and writes the results as Parquet files.
 
-As in `evaluation.pieces`, a part is a range of consecutive images of a category, and a piece is the work of one worker call.
+A part is a range of consecutive images of a category, a work item the work of one worker call (`evaluation.work_items`).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from focus_ray.data.prefetch import prefetch
 from focus_ray.data.read import index_version, list_categories, read_index, read_rows
 from focus_ray.data.schema import Row
 from focus_ray.errors import DataError
-from focus_ray.evaluation.pieces import (
+from focus_ray.evaluation.work_items import (
     PART_IMAGES,
     Rows,
     ScoringJob,
-    ScoringPiece,
     ScoringRun,
+    WorkItem,
     load_inspector,
-    open_pool,
+    open_worker_pool,
 )
 from focus_ray.storage.files import join, list_names, make_absolute, read_bytes, remove_file, remove_folder, write_bytes
 
@@ -54,7 +54,7 @@ _COPIED_COLUMNS = ("id", "label", "defect_type", "site")
 
 
 @dataclass(frozen=True)
-class BatchJob(ScoringJob):
+class BatchInspectionJob(ScoringJob):
     """The batch inspection of one category.
 
     Attributes:
@@ -68,16 +68,16 @@ class BatchJob(ScoringJob):
     batch_size: int
 
     @property
-    def marker(self) -> str:
+    def marker_path(self) -> str:
         """Path of a marker file, which exists in the result folder until the results of the category are complete."""
         return join(self.folder, UNFINISHED)
 
-    def marker_content(self) -> bytes:
+    def encode_marker(self) -> bytes:
         """Returns the content of the marker file: the attributes that `IDENTITY` names, as a line of JSON."""
-        return (json.dumps(self.identity()) + "\n").encode()
+        return (json.dumps(self.get_identity()) + "\n").encode()
 
 
-BatchPiece = ScoringPiece[BatchJob]
+BatchInspectionItem = WorkItem[BatchInspectionJob]
 
 
 def count_results(table: pa.Table) -> Counter[str]:
@@ -98,7 +98,7 @@ def inspect_records(inspector: Inspector, records: Sequence[Row]) -> pa.Table:
     """
     results = [
         {"error": str(result)} if isinstance(result, DataError) else result.to_dict()
-        for result in inspector.inspect_or_explain([record["image"] for record in records])
+        for result in inspector.inspect_or_return_errors([record["image"] for record in records])
     ]
     threshold, version = float(inspector.bundle.calibration.image_threshold), inspector.bundle.version
     rows = [
@@ -117,8 +117,8 @@ def inspect_records(inspector: Inspector, records: Sequence[Row]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
 
 
-def inspect_piece(piece: BatchPiece) -> Counter[str]:
-    """Inspects the images of a piece of work, which is a range of consecutive images, and writes their result file.
+def inspect_work_item(item: BatchInspectionItem) -> Counter[str]:
+    """Inspects the images of a work item, which is a range of consecutive images, and writes their result file.
 
     A repeated call writes the same file again.
 
@@ -129,9 +129,9 @@ def inspect_piece(piece: BatchPiece) -> Counter[str]:
         DataError: the bundle was replaced, the version of the images was deleted, a file of the data set is damaged, or the
             result file cannot be written.
     """
-    job = piece.job
+    job = item.job
     inspector = load_inspector(job.bundle, job.version)
-    ((first, rows),) = piece.parts.items()
+    ((first, rows),) = item.parts.items()
     columns = (*_COPIED_COLUMNS, "image")
     records = prefetch(read_rows(job.data, job.category, rows, columns=columns, version=job.commit), job.batch_size)
     tables = []
@@ -142,7 +142,7 @@ def inspect_piece(piece: BatchPiece) -> Counter[str]:
     return count_results(table)
 
 
-class Batch(ScoringRun[BatchJob]):
+class BatchInspection(ScoringRun[BatchInspectionJob]):
     """State of a batch inspection of many categories.
 
     Attributes:
@@ -165,8 +165,8 @@ class Batch(ScoringRun[BatchJob]):
         self.batch_size, self.part_images = batch_size, part_images
         self.counts: dict[str, Counter[str]] = {}
 
-    def plan(self, category: str) -> list[BatchPiece]:
-        """Returns the pieces of work (ranges of images) of a category that have no result file yet.
+    def plan_category(self, category: str) -> list[BatchInspectionItem]:
+        """Returns the work items (ranges of images) of a category that have no result file yet.
 
         Results of an unfinished run of the same job are reused; results of another unfinished run are deleted.
 
@@ -175,7 +175,7 @@ class Batch(ScoringRun[BatchJob]):
             DataError: the images of the category cannot be read, or the output cannot be written.
         """
         index = read_index(self.uri, category, split=self.split)
-        job = BatchJob(
+        job = BatchInspectionJob(
             category=category,
             bundle=self.bundles[category],
             version=str(read_manifest(self.bundles[category])["sha256"]),
@@ -187,12 +187,12 @@ class Batch(ScoringRun[BatchJob]):
             batch_size=self.batch_size,
         )
         self.counts[category] = Counter(num_images=0, num_anomalous=0, num_errors=0)
-        remaining_parts = self._remaining_parts(job, job.split_rows(index["row"].to_numpy()))
+        remaining_parts = self._prepare_parts(job, job.split_into_parts(index["row"].to_numpy()))
         if not remaining_parts:
-            self._finish(job)
-        return [BatchPiece(job, {first: rows}) for first, rows in remaining_parts.items()]
+            self._finish_category(job)
+        return [BatchInspectionItem(job, {first: rows}) for first, rows in remaining_parts.items()]
 
-    def _remaining_parts(self, job: BatchJob, parts: dict[int, Rows]) -> dict[int, Rows]:
+    def _prepare_parts(self, job: BatchInspectionJob, parts: dict[int, Rows]) -> dict[int, Rows]:
         """Returns the parts (ranges of images) without a result file, and adds the counts of existing files to `counts`.
 
         Writes the marker file for a new run. Deletes the result folder of an unfinished run with other settings.
@@ -202,10 +202,10 @@ class Batch(ScoringRun[BatchJob]):
         Raises: DataError: the output cannot be read or written.
         """
         existing_names = list_names(job.folder)
-        if UNFINISHED in existing_names and read_bytes(job.marker) == job.marker_content():
+        if UNFINISHED in existing_names and read_bytes(job.marker_path) == job.encode_marker():
             remaining_parts = {}
             for first, rows in parts.items():
-                file = job.part_path(first, len(rows))
+                file = job.get_part_path(first, len(rows))
                 if file.rpartition("/")[2] in existing_names:
                     table = pq.read_table(pa.BufferReader(read_bytes(file)), columns=["anomalous", "error"])
                     self.counts[job.category].update(count_results(table))
@@ -217,25 +217,25 @@ class Batch(ScoringRun[BatchJob]):
         if UNFINISHED in existing_names:
             self.log(f"{job.folder}: results of another unfinished run are removed")
             remove_folder(job.folder)
-        write_bytes(job.marker, job.marker_content())
+        write_bytes(job.marker_path, job.encode_marker())
         return parts
 
-    def record(self, piece: BatchPiece, result: Counter[str]) -> None:
-        """Adds the counts of a piece. After the last piece of a category, deletes the marker of an unfinished run and logs the
+    def store_result(self, item: BatchInspectionItem, result: Counter[str]) -> None:
+        """Adds the counts of a work item. After the last item of a category, deletes the marker of an unfinished run and logs the
         counts."""
-        self.counts[piece.job.category].update(result)
-        if not self.num_open[piece.job.category]:
-            self._finish(piece.job)
+        self.counts[item.job.category].update(result)
+        if not self.num_open[item.job.category]:
+            self._finish_category(item.job)
 
-    def _finish(self, job: BatchJob) -> None:
+    def _finish_category(self, job: BatchInspectionJob) -> None:
         """Marks the results of a category as complete: deletes the marker file, and logs the counts."""
-        remove_file(job.marker)
+        remove_file(job.marker_path)
         summary = ", ".join(f"{key} {value}" for key, value in self.counts[job.category].items())
         self.log(f"{job.category}: {summary}")
 
-    def fail(self, category: str, reason: str) -> None:
+    def mark_failed(self, category: str, reason: str) -> None:
         """Marks a category as failed and logs the reason."""
-        super().fail(category, reason)
+        super().mark_failed(category, reason)
         self.log(f"{category}: FAILED: {reason}")
 
 
@@ -281,8 +281,8 @@ def inspect_dataset(
         names = list_names(place)
         if names and UNFINISHED not in names:
             raise DataError(f"{place} holds results already: give another output folder, or remove this folder")
-    batch = Batch(bundles, uri, output, split, batch_size, part_images, log)
-    batch.run(inspect_piece, open_pool(num_actors, [], output, log))
+    batch = BatchInspection(bundles, uri, output, split, batch_size, part_images, log)
+    batch.run(inspect_work_item, open_worker_pool(num_actors, [], output, log))
     if batch.failed:
         raise DataError(
             f"{len(batch.failed)} of {len(bundles)} categories failed; "

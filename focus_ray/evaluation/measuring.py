@@ -1,7 +1,7 @@
 """Scores the test images of a category in parts, and computes the metrics from the results of all parts.
 
-A part is a range of consecutive test images; a piece is the work of one worker call (`evaluation.pieces`). The scores and pixel
-counts of each part are added once to the category's progress, from which the metrics are computed.
+A part is a range of consecutive test images; a work item is the work of one worker call (`evaluation.work_items`). The scores and
+pixel counts of each part are added once to the category's progress, from which the metrics are computed.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import TEST_COLUMNS, index_version, read_index, read_rows
 from focus_ray.data.schema import Row
 from focus_ray.errors import DataError
-from focus_ray.evaluation.pieces import PART_IMAGES, Rows, ScoringJob, ScoringPiece, encode_parquet, load_inspector
+from focus_ray.evaluation.work_items import PART_IMAGES, Rows, ScoringJob, WorkItem, encode_parquet, load_inspector
 from focus_ray.metrics.evaluate import (
     EXACT_PIXELS,
     MAX_SIDE_PX,
     EvaluationCollector,
-    EvaluationPart,
-    LabelledImages,
-    evaluation_size,
+    UnseenTestImages,
+    WorkerScores,
+    compute_evaluation_size,
 )
 from focus_ray.metrics.pixels import PixelBins
 from focus_ray.reporting.evaluation import EvaluationSection, build_section
@@ -55,11 +55,11 @@ IMAGE_SCHEMA = pa.schema(
 _LOG = logging.getLogger(__name__)
 
 
-class EvaluationRecord(BaseModel):
+class SavedEvaluation(BaseModel):
     """Content of the JSON file with the evaluation results of a category.
 
     Attributes:
-        identity: `EvaluationJob.identity` of the job that wrote the file.
+        identity: `EvaluationJob.get_identity` of the job that wrote the file.
         result: the metrics.
         section: the category's section of the report page.
     """
@@ -89,12 +89,12 @@ class EvaluationJob(ScoringJob):
     output: str
 
     @property
-    def record(self) -> str:
-        """Path of the JSON file with the results of the category; `EvaluationRecord` is its content."""
+    def result_path(self) -> str:
+        """Path of the JSON file with the results of the category; `SavedEvaluation` is its content."""
         return join(self.output, CATEGORIES, f"{self.category}.json")
 
     @property
-    def state(self) -> str:
+    def progress_path(self) -> str:
         """Path of the progress file, which has the pixel bins and the list of scored parts of an unfinished category."""
         return join(self.output, CATEGORIES, f"{self.category}.bins.parquet")
 
@@ -107,14 +107,14 @@ class EvaluationJob(ScoringJob):
         rows = index["row"].take(numbers).to_numpy()
         return read_rows(self.data, self.category, rows, columns=("id", "image", "mask"), version=self.commit)
 
-    def discard_results(self) -> None:
+    def delete_results(self) -> None:
         """Deletes all result files of the category: progress file, JSON file and results of images."""
-        for file in (self.state, self.record):
+        for file in (self.progress_path, self.result_path):
             remove_file(file)
         remove_folder(self.folder)
 
 
-EvaluationPiece = ScoringPiece[EvaluationJob]
+EvaluationItem = WorkItem[EvaluationJob]
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,9 @@ def plan_evaluation(category: str, bundle: str, settings: EvaluationSettings) ->
         raise DataError("there is no test image to evaluate: ingest a set that has some")
     sizes = np.stack([index["height"].to_numpy(), index["width"].to_numpy()], axis=1)
     distinct_sizes, counts = np.unique(sizes, axis=0, return_counts=True)
-    map_sizes = (evaluation_size(height, width, settings.max_side_px) for height, width in distinct_sizes.tolist())
+    map_sizes = (
+        compute_evaluation_size(height, width, settings.max_side_px) for height, width in distinct_sizes.tolist()
+    )
     areas = [height * width for height, width in map_sizes]
     job = EvaluationJob(
         category=category,
@@ -171,44 +173,48 @@ def plan_evaluation(category: str, bundle: str, settings: EvaluationSettings) ->
         max_side_px=settings.max_side_px,
         output=settings.output,
     )
-    return job, job.split_rows(index["row"].to_numpy())
+    return job, job.split_into_parts(index["row"].to_numpy())
 
 
-def run_piece(piece: EvaluationPiece, on_image: Callable[[], None] = lambda: None) -> Any:
-    """Does a piece of work: scores the images of its parts and writes a result file for each part, or computes the metrics.
+def process_work_item(item: EvaluationItem, on_image: Callable[[], None] = lambda: None) -> Any:
+    """Does a work item: scores the images of its parts and writes a result file for each part, or computes the metrics.
 
-    A part is a range of consecutive images. The last piece of a job computes the metrics, and writes them with the section of
-    the report page to the file `job.record`. A job with exact metrics has a single piece, which scores all images and is
-    the last piece too. Otherwise the last piece is the piece with `total`, which scores no image.
+    A part is a range of consecutive images. The last item of a job computes the metrics, and writes them with the section of
+    the report page to the file `job.result_path`. A job with exact metrics has a single item, which scores all images and is
+    the last item too. Otherwise the last item is the item with `total`, which scores no image.
 
     Args:
         on_image: is called after each scored image.
 
-    Returns: the metrics, for the last piece of the job; otherwise the `EvaluationPart` of the piece.
+    Returns: the metrics, for the last item of the job; otherwise the `WorkerScores` of the item.
 
     Raises:
         BundleError: the bundle is missing or damaged.
         DataError: the bundle was replaced, an image cannot be used, the model was trained on all images, or a file cannot be
             written.
     """
-    job = piece.job
+    job = item.job
     inspector = load_inspector(job.bundle, job.version)
     threshold = float(inspector.bundle.calibration.image_threshold)
-    if piece.total is not None:
-        return _finish_job(inspector, job, piece.total.labelled(threshold))
+    if item.total is not None:
+        return _write_metrics(inspector, job, item.total.select_unseen_images(threshold))
     collector = EvaluationCollector(sys.maxsize if job.exact else 0)
-    for first, rows in piece.parts.items():
+    for first, rows in item.parts.items():
         records = read_rows(job.data, job.category, rows, columns=TEST_COLUMNS, version=job.commit)
         scored = []
-        for record in inspector.gather(records, collector, job.max_side_px):
+        for record in inspector.score_records(records, collector, job.max_side_px):
             scored.append(record)
             on_image()
-        job.write_part(first, _image_table(inspector, scored))
-    return _finish_job(inspector, job, collector.labelled(threshold)) if job.exact else collector.part()
+        job.write_part(first, _build_image_table(inspector, scored))
+    return (
+        _write_metrics(inspector, job, collector.select_unseen_images(threshold))
+        if job.exact
+        else collector.get_worker_scores()
+    )
 
 
-def _image_table(inspector: Inspector, records: Sequence[Row]) -> pa.Table:
-    """Returns a table of `IMAGE_SCHEMA` with the scores and verdicts of images. records: scored rows of `Inspector.gather`."""
+def _build_image_table(inspector: Inspector, records: Sequence[Row]) -> pa.Table:
+    """Returns a table of `IMAGE_SCHEMA` with scores and verdicts of images. records: rows from `Inspector.score_records`."""
     calibration = inspector.bundle.calibration
     scores = np.array([record["score"] for record in records], dtype=np.float64)
     columns = {
@@ -222,19 +228,24 @@ def _image_table(inspector: Inspector, records: Sequence[Row]) -> pa.Table:
     return pa.table(columns, schema=IMAGE_SCHEMA)
 
 
-def _finish_job(inspector: Inspector, job: EvaluationJob, labelled: LabelledImages) -> dict[str, Any]:
-    """Computes the metrics of a job, writes them with the page section to the file `job.record`, and returns the metrics.
+def _write_metrics(inspector: Inspector, job: EvaluationJob, labelled: UnseenTestImages) -> dict[str, Any]:
+    """Computes the metrics of a job, writes them with the page section to the file `job.result_path`, and returns the metrics.
 
     Args: labelled: all scored images of the job that the model was not trained on.
 
     Raises: DataError: an image for the gallery cannot be read again, or the file cannot be written.
     """
-    result = {**inspector.figures(labelled), "bundle": job.bundle, "version": job.version, "data": job.data}
+    result = {
+        **inspector.compute_evaluation_metrics(labelled),
+        "bundle": job.bundle,
+        "version": job.version,
+        "data": job.data,
+    }
     cards = make_cards(inspector, labelled, job.read_test_records)
     warnings = inspector.bundle.manifest.get("metrics", {}).get("warnings", [])
     section = build_section(labelled.measured, inspector.bundle.calibration, warnings, result, cards)
-    content = {"identity": job.identity(), "result": result, "section": asdict(section)}
-    write_bytes(job.record, (json.dumps(content, ensure_ascii=False) + "\n").encode())
+    content = {"identity": job.get_identity(), "result": result, "section": asdict(section)}
+    write_bytes(job.result_path, (json.dumps(content, ensure_ascii=False) + "\n").encode())
     return result
 
 
@@ -248,10 +259,10 @@ class EvaluationProgress:
     """
 
     job: EvaluationJob
-    scores: dict[int, EvaluationPart] = field(default_factory=dict)
+    scores: dict[int, WorkerScores] = field(default_factory=dict)
     bins: dict[str, PixelBins] = field(default_factory=dict)
 
-    def add(self, first: int, part: EvaluationPart) -> None:
+    def add(self, first: int, part: WorkerScores) -> None:
         """Adds the results of a part (a range of images). Does nothing if the same part was added before.
 
         Two workers may have scored the same part. first: position of the part's first image.
@@ -268,10 +279,10 @@ class EvaluationProgress:
         """Number of images that are scored so far."""
         return sum(len(part.labels) for part in self.scores.values())
 
-    def total(self) -> EvaluationPart:
+    def merge_parts(self) -> WorkerScores:
         """Returns the joined results of all scored images, in the order of the images. Needs at least one scored part."""
         parts = [self.scores[first] for first in sorted(self.scores)]
-        return EvaluationPart(
+        return WorkerScores(
             labels=np.concatenate([part.labels for part in parts]),
             scores=np.concatenate([part.scores for part in parts]),
             types=tuple(defect_type for part in parts for defect_type in part.types),
@@ -282,9 +293,9 @@ class EvaluationProgress:
         )
 
     def save(self) -> None:
-        """Writes the pixel bins and the list of scored parts (ranges of images) to the progress file `job.state`.
+        """Writes the pixel bins and the list of scored parts (ranges of images) to the progress file `job.progress_path`.
 
-        The scores are not written again: `run_piece` has written them to the result files of the parts.
+        The scores are not written again: `process_work_item` has written them to the result files of the parts.
 
         Raises: DataError: the file cannot be written.
         """
@@ -293,14 +304,14 @@ class EvaluationProgress:
         groups = pa.array(np.repeat(np.arange(len(counts), dtype=np.int32), counts))
         columns = {name: np.concatenate(parts) if parts else np.empty(0, np.int64) for name, parts in arrays.items()}
         facts = {
-            "identity": self.job.identity(),
+            "identity": self.job.get_identity(),
             "parts": {str(first): len(part.labels) for first, part in self.scores.items()},
             "groups": [[group, bins.num_regions, bins.num_images] for group, bins in self.bins.items()],
             "reduced": any(part.reduced for part in self.scores.values()),
             "repeats": {str(first): part.num_repeats for first, part in self.scores.items()},
         }
         table = pa.table({"group": groups, **columns}).replace_schema_metadata({_FACTS: json.dumps(facts)})
-        write_bytes(self.job.state, encode_parquet(table))
+        write_bytes(self.job.progress_path, encode_parquet(table))
 
 
 _COLUMNS = ("keys", "normal", "anomalous", "overlap")
@@ -312,12 +323,12 @@ def load_progress(job: EvaluationJob) -> EvaluationProgress | None:
 
     Raises: DataError: the progress file is damaged, or the result file of a part is damaged or missing.
     """
-    if not exists(job.state):
+    if not exists(job.progress_path):
         return None
     try:
-        table = pq.read_table(pa.BufferReader(read_bytes(job.state)))
+        table = pq.read_table(pa.BufferReader(read_bytes(job.progress_path)))
         facts = json.loads((table.schema.metadata or {})[_FACTS])
-        if facts["identity"] != job.identity():
+        if facts["identity"] != job.get_identity():
             return None
         progress = EvaluationProgress(job)
         group_of = table["group"].to_numpy()
@@ -326,32 +337,32 @@ def load_progress(job: EvaluationJob) -> EvaluationProgress | None:
             keys, normal, anomalous, overlap = (table[name].to_numpy()[rows] for name in _COLUMNS)
             progress.bins[group] = PixelBins(keys, normal, anomalous, overlap, num_regions, num_images)
         for first, count in facts["parts"].items():
-            part = pq.read_table(pa.BufferReader(read_bytes(job.part_path(int(first), count))))
+            part = pq.read_table(pa.BufferReader(read_bytes(job.get_part_path(int(first), count))))
             labels, scores = part["label"].to_numpy(), part["score"].to_numpy()
             types = tuple(map(sys.intern, part["defect_type"].to_pylist()))
             trained_on = part["trained_on"].to_numpy(zero_copy_only=False)
-            progress.scores[int(first)] = EvaluationPart(
+            progress.scores[int(first)] = WorkerScores(
                 labels, scores, types, {}, facts["reduced"], trained_on, facts.get("repeats", {}).get(first, 0)
             )
     except (pa.ArrowException, KeyError, ValueError, FileNotFoundError) as error:
         raise DataError(
-            f"{job.state}: the file is damaged, or results of images are missing ({error}): start again without --resume"
+            f"{job.progress_path}: the file is damaged, or results of images are missing ({error}): start again without --resume"
         ) from error
     return progress
 
 
-def read_record(job: EvaluationJob) -> EvaluationRecord | None:
-    """Reads the results that an earlier run of the same job wrote to `job.record`; None if there are none.
+def read_earlier_result(job: EvaluationJob) -> SavedEvaluation | None:
+    """Reads the results that an earlier run of the same job wrote to `job.result_path`; None if there are none.
 
     For a damaged file it logs a warning and returns None, so that the category is evaluated again.
 
     Raises: DataError: the storage cannot be read.
     """
-    if not exists(job.record):
+    if not exists(job.result_path):
         return None
     try:
-        record = EvaluationRecord.model_validate_json(read_bytes(job.record))
+        record = SavedEvaluation.model_validate_json(read_bytes(job.result_path))
     except ValidationError as error:
-        _LOG.warning("%s: the record is damaged, so %s is measured again: %s", job.record, job.category, error)
+        _LOG.warning("%s: the record is damaged, so %s is measured again: %s", job.result_path, job.category, error)
         return None
-    return record if record.identity == job.identity() else None
+    return record if record.identity == job.get_identity() else None

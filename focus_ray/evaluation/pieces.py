@@ -1,8 +1,8 @@
-"""Scores the images of categories in pieces of work, in this process or on workers; evaluation and batch inspection use it.
+"""Scores the images of categories in work items, in this process or on workers; evaluation and batch inspection use it.
 
 A part is a range of consecutive images of a category. Its results go into a Parquet file that is named after the part and
-written in a single step, so a part that is scored again replaces its file, and no image counts twice. A piece is the work of one
-worker call: it scores one or more parts, or computes the metrics of a category.
+written in a single step, so a part that is scored again replaces its file, and no image counts twice. A work item is the work of
+one worker call: it scores one or more parts, or computes the metrics of a category.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Rows = NDArray[np.int64]
 class ScoringJob:
     """The task to score the images of one category with a bundle, as addresses and settings.
 
-    The object has no images, because it is sent to a worker with every piece of work. A part is a range of consecutive images. A
+    The object has no images, because it is sent to a worker with every work item. A part is a range of consecutive images. A
     later run reuses the files of a job only if the attributes that `IDENTITY` names are equal.
 
     Attributes:
@@ -62,11 +62,11 @@ class ScoringJob:
     part_images: int
     folder: str
 
-    def identity(self) -> dict[str, Any]:
+    def get_identity(self) -> dict[str, Any]:
         """Returns name -> value of the attributes that must be equal for a later run to reuse the files of this job."""
         return {name: getattr(self, name) for name in self.IDENTITY}
 
-    def part_path(self, first: int, count: int) -> str:
+    def get_part_path(self, first: int, count: int) -> str:
         """Returns the path of the Parquet file with the results of a part, which is a range of consecutive images.
 
         Args:
@@ -80,9 +80,9 @@ class ScoringJob:
 
         Raises: DataError: the file cannot be written.
         """
-        write_bytes(self.part_path(first, table.num_rows), encode_parquet(table))
+        write_bytes(self.get_part_path(first, table.num_rows), encode_parquet(table))
 
-    def split_rows(self, rows: Rows) -> dict[int, Rows]:
+    def split_into_parts(self, rows: Rows) -> dict[int, Rows]:
         """Splits row numbers into parts (ranges of about `part_images` rows), where possible at borders of Parquet row groups.
 
         A row group is the unit that a reader loads, so that most row groups are read by one worker only.
@@ -110,12 +110,12 @@ Job = TypeVar("Job", bound=ScoringJob)
 
 
 @dataclass(frozen=True)
-class ScoringPiece(Generic[Job]):
-    """A piece of work for one call of a worker: parts (ranges of images) to score, or the computation of the metrics.
+class WorkItem(Generic[Job]):
+    """A work item for one call of a worker: parts (ranges of images) to score, or the computation of the metrics.
 
     Attributes:
-        parts: position of a part's first image -> row numbers of the part; empty if the piece only computes metrics.
-        total: joined results of all parts of the job, from which the metrics are computed; None for a piece with parts.
+        parts: position of a part's first image -> row numbers of the part; empty if the item only computes metrics.
+        total: joined results of all parts of the job, from which the metrics are computed; None for a work item with parts.
     """
 
     job: Job
@@ -124,7 +124,7 @@ class ScoringPiece(Generic[Job]):
 
     @property
     def num_images(self) -> int:
-        """Number of images that the piece of work scores."""
+        """Number of images that the work item scores."""
         return sum(len(rows) for rows in self.parts.values())
 
 
@@ -154,14 +154,14 @@ def load_inspector(uri: str, version: str) -> Inspector:
 
 
 class ScoringRun(Generic[Job]):
-    """Base class of a run over many categories, which plans pieces of work and collects their results.
+    """Base class of a run over many categories, which plans work items and collects their results.
 
     The failure of a category does not stop the other categories.
 
     Attributes:
         failed: category -> reason of its failure.
-        num_open: category -> number of its planned pieces without a result.
-        urgent: pieces that are started before the next planned piece.
+        num_open: category -> number of its planned items without a result.
+        urgent: items that are started before the next planned item.
     """
 
     def __init__(self, bundles: Mapping[str, str], log: Log) -> None:
@@ -169,87 +169,87 @@ class ScoringRun(Generic[Job]):
         self.bundles, self.log = bundles, log
         self.failed: dict[str, str] = {}
         self.num_open: dict[str, int] = {}
-        self.urgent: deque[ScoringPiece[Job]] = deque()
+        self.urgent: deque[WorkItem[Job]] = deque()
         self.progress = Progress("scoring", 0, log)
-        self._planned = self._plan_all()
+        self._planned = self._plan_categories()
 
-    def plan(self, category: str) -> list[ScoringPiece[Job]]:
-        """Returns the pieces of work of a category; a subclass implements it.
+    def plan_category(self, category: str) -> list[WorkItem[Job]]:
+        """Returns the work items of a category; a subclass implements it.
 
         Raises: FocusRayError: the category cannot be scored.
         """
         raise NotImplementedError
 
-    def record(self, piece: ScoringPiece[Job], result: Any) -> None:
-        """Stores the result of a piece of work; a subclass implements it. result: value that the worker function returned."""
+    def store_result(self, item: WorkItem[Job], result: Any) -> None:
+        """Stores the result of a work item; a subclass implements it. result: value that the worker function returned."""
         raise NotImplementedError
 
-    def fail(self, category: str, reason: str) -> None:
+    def mark_failed(self, category: str, reason: str) -> None:
         """Stores the reason why a category has failed in `failed`. Subclasses also log it."""
         self.failed[category] = reason
 
-    def _plan_all(self) -> Iterator[ScoringPiece[Job]]:
-        """Generator: yields the pieces of work of one category after the other; skips the remaining pieces of a failed category.
+    def _plan_categories(self) -> Iterator[WorkItem[Job]]:
+        """Generator: yields the work items of one category after the other; skips the remaining items of a failed category.
 
-        A category is planned when its first piece is needed, because the plan of a million images takes 8 MB. If planning raises
+        A category is planned when its first item is needed, because the plan of a million images takes 8 MB. If planning raises
         a `FocusRayError`, the category is marked as failed.
         """
         for category in self.bundles:
             try:
-                pieces = self.plan(category)
-                self.num_open[category] = len(pieces)
-                self.progress.total += sum(piece.num_images for piece in pieces)
-                for piece in pieces:
-                    yield piece
+                items = self.plan_category(category)
+                self.num_open[category] = len(items)
+                self.progress.total += sum(item.num_images for item in items)
+                for item in items:
+                    yield item
                     if category in self.failed:
                         break
             except FocusRayError as error:
-                self.fail(category, str(error))
+                self.mark_failed(category, str(error))
 
-    def next_piece(self) -> ScoringPiece[Job] | None:
-        """Returns the next piece of work to start; None if there is none now. The result of a running piece may add more."""
+    def take_next_item(self) -> WorkItem[Job] | None:
+        """Returns the next work item to start; None if there is none now. The result of a running item may add more."""
         return self.urgent.popleft() if self.urgent else next(self._planned, None)
 
-    def record_outcome(self, piece: ScoringPiece[Job], outcome: Any) -> None:
-        """Stores the result of a piece of work, or marks its category as failed. Ignores pieces of a failed category.
+    def store_outcome(self, item: WorkItem[Job], outcome: Any) -> None:
+        """Stores the result of a work item, or marks its category as failed. Ignores items of a failed category.
 
         Args: outcome: the result, or `Failed`.
         """
-        category = piece.job.category
+        category = item.job.category
         if category in self.failed:
             return
         if isinstance(outcome, Failed):
-            self.fail(category, outcome.reason)
+            self.mark_failed(category, outcome.reason)
         else:
             self.num_open[category] -= 1
-            self.record(piece, outcome)
+            self.store_result(item, outcome)
 
-    def run(self, function: Callable[..., Any], pool: WorkerPool[ScoringPiece[Job]] | None) -> None:
-        """Calls a function for each piece of work and stores the results, until all categories are complete or failed.
+    def run(self, function: Callable[..., Any], pool: WorkerPool[WorkItem[Job]] | None) -> None:
+        """Calls a function for each work item and stores the results, until all categories are complete or failed.
 
-        After a failure, no further piece of the category is started.
+        After a failure, no further item of the category is started.
 
         Args:
-            function: receives a piece and returns its result. Without a pool it also receives a function `on_image`, which it
+            function: receives a work item and returns its result. Without a pool it also receives a function `on_image`, which it
                 calls after each image.
             pool: workers that call the function. None: this process calls it.
 
         Raises: TrainingError: too many starts of workers of the pool failed.
         """
         if pool is None:
-            while (piece := self.next_piece()) is not None:
+            while (item := self.take_next_item()) is not None:
                 try:
-                    outcome = function(piece, on_image=self.progress.add)
+                    outcome = function(item, on_image=self.progress.add)
                 except FocusRayError as error:
                     outcome = Failed(str(error))
-                self.record_outcome(piece, outcome)
+                self.store_outcome(item, outcome)
             return
-        for piece, outcome in pool.run(function, self.next_piece):
-            self.progress.add(piece.num_images)
-            self.record_outcome(piece, outcome)
+        for item, outcome in pool.run(function, self.take_next_item):
+            self.progress.add(item.num_images)
+            self.store_outcome(item, outcome)
 
 
-def open_pool(num_workers: int | None, inputs: Sequence[str], output: str, log: Log) -> WorkerPool[Any]:
+def open_worker_pool(num_workers: int | None, inputs: Sequence[str], output: str, log: Log) -> WorkerPool[Any]:
     """Connects to a Ray cluster, or starts Ray on this machine, and returns a pool of workers that score images.
 
     Args:

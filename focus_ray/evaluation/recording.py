@@ -7,7 +7,7 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
-from focus_ray.bundle.bundle import complete_settings, read_manifest
+from focus_ray.bundle.bundle import add_missing_settings, read_manifest
 from focus_ray.errors import BundleError, ConfigError, FocusRayError
 from focus_ray.fitting.settings import parse_config
 from focus_ray.names import Log
@@ -19,7 +19,7 @@ from focus_ray.tracking.recorder import Recorder
 from focus_ray.tracking.runs import EvaluatedCategory, record_evaluation
 
 
-def evaluation_recorder(bundles: Mapping[str, str], output: str, overrides: Sequence[str], log: Log) -> Recorder:
+def open_evaluation_recorder(bundles: Mapping[str, str], output: str, overrides: Sequence[str], log: Log) -> Recorder:
     """Returns a recorder for the experiment trackers of an evaluation: the trackers of the training, changed by `overrides`.
 
     Without overrides, a tracker that cannot be used gives only a warning, and the recorder then has no tracker. The recorder
@@ -80,7 +80,7 @@ def record_in_trackers(
     if not recorder:
         return
 
-    def cards_of(category: str) -> list[list[Card]]:
+    def read_cards(category: str) -> list[list[Card]]:
         return [group.cards for group in section_of(category).gallery]
 
     with closing(recorder):
@@ -88,8 +88,8 @@ def record_in_trackers(
             measured = {}
             for category in (category for category, result in results.items() if "error" not in result):
                 bundle, manifest = bundles[category], read_manifest(bundles[category])
-                config = parse_config(complete_settings(manifest), bundle, is_fitted=True)
-                cards = partial(cards_of, category)
+                config = parse_config(add_missing_settings(manifest), bundle, is_fitted=True)
+                cards = partial(read_cards, category)
                 measured[category] = EvaluatedCategory(
                     bundle, manifest, config.model_dump(mode="json"), results[category], cards
                 )

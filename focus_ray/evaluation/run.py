@@ -1,6 +1,6 @@
 """Evaluates many categories in this process or on a pool of workers, in parts, so that an interrupted run can continue.
 
-A part is a range of consecutive test images; a piece is the work of one worker call (`evaluation.pieces`).
+A part is a range of consecutive test images; a work item is the work of one worker call (`evaluation.work_items`).
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from focus_ray.cluster.connect import runs_here
 from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.evaluation.measuring import (
     CATEGORIES,
+    EvaluationItem,
     EvaluationJob,
-    EvaluationPiece,
     EvaluationProgress,
-    EvaluationRecord,
     EvaluationSettings,
+    SavedEvaluation,
     load_progress,
     plan_evaluation,
-    read_record,
-    run_piece,
+    process_work_item,
+    read_earlier_result,
 )
-from focus_ray.evaluation.pieces import PART_IMAGES, ScoringRun, open_pool
-from focus_ray.evaluation.recording import evaluation_recorder, record_in_trackers
+from focus_ray.evaluation.recording import open_evaluation_recorder, record_in_trackers
+from focus_ray.evaluation.work_items import PART_IMAGES, ScoringRun, open_worker_pool
 from focus_ray.reporting.evaluation import EvaluationSection, evaluation_page, summarize_result
 from focus_ray.reporting.tables import evaluation_table, mean_metrics
 from focus_ray.storage.files import check_access, join, make_absolute, read_bytes, remove_file, write_bytes
@@ -37,8 +37,8 @@ _SAVE_INTERVAL_S = 30.0  # between two saves of the results of parts
 _WRITE_INTERVAL_S = 10.0  # between two writes of the tables
 
 
-class Evaluation(ScoringRun[EvaluationJob]):
-    """State of an evaluation, which supplies the pieces of work, collects their results, and writes the report.
+class EvaluationRun(ScoringRun[EvaluationJob]):
+    """State of an evaluation, which supplies the work items, collects their results, and writes the report.
 
     Attributes:
         results: category -> metrics; for a failed category {"error": reason, "bundle": URI}.
@@ -55,12 +55,12 @@ class Evaluation(ScoringRun[EvaluationJob]):
         self._saved_at: dict[str, float] = {}
         self._written_at = 0.0
 
-    def plan(self, category: str) -> list[EvaluationPiece]:
-        """Plans the evaluation of a category and returns its pieces of work; empty if an earlier run has its metrics.
+    def plan_category(self, category: str) -> list[EvaluationItem]:
+        """Plans the evaluation of a category and returns its work items; empty if an earlier run has its metrics.
 
         With the setting `resume`, the metrics of a finished category are reused, or the saved progress of a category whose
         pixels are counted in bins. If there is nothing to reuse, all earlier result files of the category are deleted. If all
-        parts are scored, the only piece computes the metrics.
+        parts are scored, the only item computes the metrics.
 
         Raises:
             BundleError: the bundle is missing or its manifest is damaged.
@@ -69,18 +69,18 @@ class Evaluation(ScoringRun[EvaluationJob]):
         settings = self.settings
         job, parts = plan_evaluation(category, self.bundles[category], settings)
         self.jobs[category] = job
-        record = read_record(job) if settings.resume else None
+        record = read_earlier_result(job) if settings.resume else None
         if record is not None:
             self.log(f"{category}: measured already")
-            self._finish(category, record.result)
+            self._finish_category(category, record.result)
             return []
         measured = load_progress(job) if settings.resume else None
         if measured is None:
-            job.discard_results()
+            job.delete_results()
             measured = EvaluationProgress(job)
         self.log(f"{category}: evaluating {job.bundle} on {job.num_images} images")
         if job.exact:
-            return [EvaluationPiece(job, parts)]
+            return [EvaluationItem(job, parts)]
         self.log(
             f"{category}: too many pixels for the memory: pixel metrics come from counts in bins, with an error bound"
         )
@@ -88,35 +88,35 @@ class Evaluation(ScoringRun[EvaluationJob]):
             self.log(f"{category}: continuing after {measured.num_images} images")
         self._measured[category] = measured
         self._saved_at[category] = time.monotonic()
-        pieces = [EvaluationPiece(job, {first: rows}) for first, rows in parts.items() if first not in measured.scores]
-        return pieces or [EvaluationPiece(job, {}, measured.total())]
+        items = [EvaluationItem(job, {first: rows}) for first, rows in parts.items() if first not in measured.scores]
+        return items or [EvaluationItem(job, {}, measured.merge_parts())]
 
-    def record(self, piece: EvaluationPiece, result: Any) -> None:
-        """Stores the result of a piece of work: the metrics of a category, or the scores and pixel counts of a range of images.
+    def store_result(self, item: EvaluationItem, result: Any) -> None:
+        """Stores the result of a work item: the metrics of a category, or the scores and pixel counts of a range of images.
 
-        After the last range of a category it adds a piece that computes the metrics.
+        After the last range of a category it adds a work item that computes the metrics.
         """
-        job, category = piece.job, piece.job.category
-        if job.exact or piece.total is not None:
-            remove_file(job.state)  # the record has everything
-            self._finish(category, result)
+        job, category = item.job, item.job.category
+        if job.exact or item.total is not None:
+            remove_file(job.progress_path)  # the record has everything
+            self._finish_category(category, result)
             return
-        (first,) = piece.parts
+        (first,) = item.parts
         measured, is_complete = self._measured[category], not self.num_open[category]
         measured.add(first, result)
         if is_complete:
             self.num_open[category] = 1
-            self.urgent.append(EvaluationPiece(job, {}, measured.total()))
+            self.urgent.append(EvaluationItem(job, {}, measured.merge_parts()))
         if is_complete or time.monotonic() - self._saved_at[category] >= _SAVE_INTERVAL_S:
-            self._save(category)
+            self._save_category_progress(category)
 
-    def fail(self, category: str, reason: str) -> None:
+    def mark_failed(self, category: str, reason: str) -> None:
         """Marks a category as failed, and saves the results of its scored images for a later run with `resume`."""
-        super().fail(category, reason)
-        self._save(category)
-        self._finish(category, {"error": reason, "bundle": self.bundles[category]})
+        super().mark_failed(category, reason)
+        self._save_category_progress(category)
+        self._finish_category(category, {"error": reason, "bundle": self.bundles[category]})
 
-    def save(self) -> None:
+    def save_progress(self) -> None:
         """Writes the progress files of all unfinished categories whose pixels are counted in bins (ranges of values).
 
         With `resume`, a later run continues from these files. A category with exact metrics has no progress to save.
@@ -124,15 +124,15 @@ class Evaluation(ScoringRun[EvaluationJob]):
         Raises: DataError: a file cannot be written.
         """
         for category in self._measured:
-            self._save(category)
+            self._save_category_progress(category)
 
-    def _save(self, category: str) -> None:
+    def _save_category_progress(self, category: str) -> None:
         """Writes the progress file of a category, if the category is unfinished and has a scored part."""
         if category in self._measured and self._measured[category].scores:
             self._measured[category].save()
             self._saved_at[category] = time.monotonic()
 
-    def _finish(self, category: str, result: dict[str, Any]) -> None:
+    def _finish_category(self, category: str, result: dict[str, Any]) -> None:
         """Stores and logs the result of a category. Writes the tables if they are older than `_WRITE_INTERVAL_S`."""
         self.results[category] = result
         self._measured.pop(category, None)
@@ -141,7 +141,7 @@ class Evaluation(ScoringRun[EvaluationJob]):
         if time.monotonic() - self._written_at >= _WRITE_INTERVAL_S:
             self.write_tables()
 
-    def results_in_bundle_order(self) -> dict[str, dict[str, Any]]:
+    def sort_results(self) -> dict[str, dict[str, Any]]:
         """Returns category -> result, in the order of the bundles, without categories that have no result yet."""
         return {category: self.results[category] for category in self.bundles if category in self.results}
 
@@ -150,7 +150,7 @@ class Evaluation(ScoringRun[EvaluationJob]):
 
         Raises: DataError: a file cannot be written.
         """
-        results = self.results_in_bundle_order()
+        results = self.sort_results()
         content = json.dumps({"categories": results, "mean": mean_metrics(results)}, indent=1, ensure_ascii=False)
         table = evaluation_table(results)
         write_bytes(join(self.settings.output, "report.json"), f"{content}\n".encode())
@@ -165,10 +165,10 @@ class Evaluation(ScoringRun[EvaluationJob]):
 
         Raises: DataError: a file cannot be written or read.
         """
-        results, sections = self.results_in_bundle_order(), {}
+        results, sections = self.sort_results(), {}
         pages = {}
         for category in (category for category, result in results.items() if "error" not in result):
-            section = self.read_section(category)
+            section = self.read_report_section(category)
             if len(results) > MAX_CATEGORIES_ON_PAGE:
                 pages[category] = f"{CATEGORIES}/{category}.html"
                 page = evaluation_page({category: results[category]}, {category: section})
@@ -178,12 +178,12 @@ class Evaluation(ScoringRun[EvaluationJob]):
         write_bytes(join(self.settings.output, "report.html"), evaluation_page(results, sections, pages))
         return {category: section.caveats for category, section in sections.items()}
 
-    def read_section(self, category: str) -> EvaluationSection:
-        """Reads a category's section of the report page, with its pictures, from the file `EvaluationJob.record`.
+    def read_report_section(self, category: str) -> EvaluationSection:
+        """Reads a category's section of the report page, with its pictures, from the file `EvaluationJob.result_path`.
 
         Raises: DataError: the file cannot be read.
         """
-        return EvaluationRecord.model_validate_json(read_bytes(self.jobs[category].record)).section
+        return SavedEvaluation.model_validate_json(read_bytes(self.jobs[category].result_path)).section
 
 
 @dataclass(frozen=True)
@@ -242,18 +242,18 @@ def evaluate_bundles(
     settings = EvaluationSettings(
         make_absolute(output), data and make_absolute(data), max_side_px, exact_pixels, part_images, resume
     )
-    recorder = evaluation_recorder(bundles, settings.output, trackers, log)
-    evaluation = Evaluation(bundles, settings, log)
+    recorder = open_evaluation_recorder(bundles, settings.output, trackers, log)
+    evaluation = EvaluationRun(bundles, settings, log)
     try:
         if runs_here(ClusterConfig(num_workers=num_workers or 1)):
             check_access(settings.output)
             pool = None
         else:
             first_bundle = next(iter(bundles.values()))  # all bundles are in the same storage
-            pool = open_pool(num_workers, [join(first_bundle, MANIFEST)], settings.output, log)
-        evaluation.run(run_piece, pool)
+            pool = open_worker_pool(num_workers, [join(first_bundle, MANIFEST)], settings.output, log)
+        evaluation.run(process_work_item, pool)
     finally:  # also after an interruption or a failure of the storage
-        evaluation.save()
-    report = EvaluationReport(evaluation.results_in_bundle_order(), evaluation.write_tables(), evaluation.write_pages())
-    record_in_trackers(recorder, bundles, report.results, evaluation.read_section, log)
+        evaluation.save_progress()
+    report = EvaluationReport(evaluation.sort_results(), evaluation.write_tables(), evaluation.write_pages())
+    record_in_trackers(recorder, bundles, report.results, evaluation.read_report_section, log)
     return report

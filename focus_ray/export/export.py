@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from focus_ray.bundle.bundle import Bundle, library_versions, read_bundle
+from focus_ray.bundle.bundle import Bundle, read_bundle, read_library_versions
 from focus_ray.errors import DataError, ExportError, require_extra
 from focus_ray.export.check import TOLERANCE, check_export, decode_example, find_failures, score_reference
 from focus_ray.export.examples import gather_examples
@@ -216,7 +216,7 @@ def _make_sidecar(
             "accepted_beyond_tolerance": list(failures),
         },
         "settings": OPENVINO_SETTINGS if to == "openvino" else {},
-        "versions": library_versions(),
+        "versions": read_library_versions(),
     }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from focus_ray.bundle.engine import QUANTISED, quantise, suppress_exporter_messages
+from focus_ray.bundle.engine import QUANTISED_OPERATORS, quantise_onnx_model, suppress_exporter_messages
 from focus_ray.errors import ConfigError, ExportError, require_extra
 from focus_ray.export.scorer import BOX, OUTPUTS, ExportableScorer, max_image_side_px
 from focus_ray.storage.files import find_os_error
@@ -74,7 +74,7 @@ def write_model(
     if precision == "int8":
         quantised = path.with_name("int8.onnx")
         with _as_export_error("the backbone cannot be converted to int8"):
-            quantise(path, quantised, int8_images, backbone)
+            quantise_onnx_model(path, quantised, int8_images, backbone)
         quantised.replace(path)
     if to == "openvino":
         write_openvino(path, folder / MODEL_FILES[to])
@@ -161,7 +161,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: Seque
         backbone = [
             str(node.name)
             for node in model.graph
-            if node.op_type in QUANTISED
+            if node.op_type in QUANTISED_OPERATORS
             and "'net.backbone." in node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         ]
         common.ClearMetadataAndDocStringPass()(model)  # the metadata name files of this machine

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from focus_ray.defects import make_defective_copies
 from focus_ray.errors import DataError
-from focus_ray.metrics.metrics import MeasuredImages
+from focus_ray.metrics.metrics import ScoredTestImages
 from focus_ray.metrics.registry import METRICS
 
 DEFECTS_PER_IMAGE = 3
@@ -63,7 +63,7 @@ def compute_validation_metrics(
     Raises: DataError: a metric cannot be computed, because the masks contain no defect or every image has one.
     """
     labels = np.asarray(masks.any(axis=(1, 2)), dtype=np.int64)
-    measured = MeasuredImages(labels, scores.astype(np.float64), list(masks), list(maps), 0.0)
+    measured = ScoredTestImages(labels, scores.astype(np.float64), list(masks), list(maps), 0.0)
     metrics: dict[str, float] = {}
     for name, key in JUDGED_BY.items():
         value = METRICS[key].value(measured)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from focus_ray.errors import DataError
-from focus_ray.metrics.metrics import MeasuredImages, UnavailableMaps
+from focus_ray.metrics.metrics import ScoredTestImages, UnavailableMaps
 from focus_ray.metrics.pixels import PixelBins
 from focus_ray.metrics.registry import METRICS
 
@@ -23,7 +23,7 @@ EXACT_PIXELS = 128_000_000  # a category with more pixels is counted in bins; a 
 _IMAGES_PER_MERGE = 32  # merging the bins of many images takes as long as merging the bins of one
 
 
-class LabelledImages(NamedTuple):
+class UnseenTestImages(NamedTuple):
     """The scored test images of one category with labels, without images that the model was trained on.
 
     Attributes:
@@ -35,7 +35,7 @@ class LabelledImages(NamedTuple):
         num_repeats: number of images that are almost equal to a training image: photographs of the same part.
     """
 
-    measured: MeasuredImages
+    measured: ScoredTestImages
     types: tuple[str, ...]
     numbers: NDArray[np.int64]
     reduced: bool
@@ -49,7 +49,7 @@ class LabelledImages(NamedTuple):
 
 
 @dataclass(frozen=True)
-class EvaluationPart:
+class WorkerScores:
     """The scores of some test images of a category, for example of one worker, with pixel counts that can be added up.
 
     Pixels are counted in bins by score: a bin counts the pixels whose scores are almost equal.
@@ -60,7 +60,7 @@ class EvaluationPart:
         types: defect type of each image.
         bins: defect type ("" for good images) -> pixel counts; without images that the model was trained on.
         trained_on: (N,) bool, whether the model was trained on the image.
-        reduced, num_repeats: as in `LabelledImages`.
+        reduced, num_repeats: as in `UnseenTestImages`.
     """
 
     labels: NDArray[np.int8]
@@ -71,7 +71,7 @@ class EvaluationPart:
     trained_on: NDArray[np.bool_]
     num_repeats: int = 0
 
-    def labelled(self, threshold: float) -> LabelledImages:
+    def select_unseen_images(self, threshold: float) -> UnseenTestImages:
         """Returns the images that the model was not trained on, as input for the metrics.
 
         Args: threshold: image threshold; an image with a higher score is called bad.
@@ -80,7 +80,7 @@ class EvaluationPart:
         """
         labels, unavailable = self.labels.astype(np.int64), UnavailableMaps()
         bins = dict(sorted(self.bins.items()))  # so that sums do not depend on the order of the images
-        measured = MeasuredImages(labels, self.scores, unavailable, unavailable, threshold, bins=bins)
+        measured = ScoredTestImages(labels, self.scores, unavailable, unavailable, threshold, bins=bins)
         return _omit_training_images(self, measured)
 
 
@@ -107,7 +107,7 @@ class EvaluationCollector:
         self._bins: dict[str, PixelBins] = {}
 
     @property
-    def binned(self) -> bool:
+    def is_binned(self) -> bool:
         """Whether pixels are counted in bins by score, because the anomaly maps are too many to be stored."""
         return self._num_pixels > self._exact_pixels
 
@@ -141,7 +141,7 @@ class EvaluationCollector:
         self.trained_on.append(trained_on)
         self._num_pixels += anomaly_map.size
         self._images.append((anomaly_map, mask, inside))
-        if self.binned and len(self._images) >= _IMAGES_PER_MERGE:
+        if self.is_binned and len(self._images) >= _IMAGES_PER_MERGE:
             self._count_in_bins()
 
     def _count_in_bins(self) -> None:
@@ -154,19 +154,19 @@ class EvaluationCollector:
         for number, (anomaly_map, mask, inside) in enumerate(self._images, start=first):
             if mask is not None and not self.trained_on[number]:
                 group = self.types[number] if self.labels[number] else ""
-                bins = PixelBins.of_image(mask, anomaly_map, inside, f"image {number}")
+                bins = PixelBins.from_image(mask, anomaly_map, inside, f"image {number}")
                 parts.setdefault(group, []).append(bins)
-        self._bins = {group: PixelBins.total(bins) for group, bins in parts.items()}
+        self._bins = {group: PixelBins.merge(bins) for group, bins in parts.items()}
         self._images.clear()
 
-    def part(self) -> EvaluationPart:
+    def get_worker_scores(self) -> WorkerScores:
         """Returns the collected images for a merge with other workers. It has bins only if pixels are counted in bins.
 
         Raises: DataError: as `add`.
         """
-        if self.binned:
+        if self.is_binned:
             self._count_in_bins()
-        return EvaluationPart(
+        return WorkerScores(
             np.asarray(self.labels, dtype=np.int8),
             np.asarray(self.scores, dtype=np.float64),
             tuple(self.types),
@@ -176,22 +176,22 @@ class EvaluationCollector:
             self.num_repeats,
         )
 
-    def labelled(self, threshold: float) -> LabelledImages:
+    def select_unseen_images(self, threshold: float) -> UnseenTestImages:
         """Returns all images that the model was not trained on, as input for the metrics.
 
         Args: threshold: image threshold; an image with a higher score is called bad.
 
         Raises: DataError: the model was trained on all images, or there is no image. Also as `add`.
         """
-        part = self.part()
-        if self.binned or not self.labels:
-            return part.labelled(threshold)
+        part = self.get_worker_scores()
+        if self.is_binned or not self.labels:
+            return part.select_unseen_images(threshold)
         maps, masks, inside = (list(column) for column in zip(*self._images, strict=True))
-        measured = MeasuredImages(part.labels.astype(np.int64), part.scores, masks, maps, threshold, inside)
+        measured = ScoredTestImages(part.labels.astype(np.int64), part.scores, masks, maps, threshold, inside)
         return _omit_training_images(part, measured)
 
 
-def _omit_training_images(part: EvaluationPart, measured: MeasuredImages) -> LabelledImages:
+def _omit_training_images(part: WorkerScores, measured: ScoredTestImages) -> UnseenTestImages:
     """Removes the images that the model was trained on, and returns the other images.
 
     Args:
@@ -210,9 +210,9 @@ def _omit_training_images(part: EvaluationPart, measured: MeasuredImages) -> Lab
         )
     numbers = np.flatnonzero(~part.trained_on)
     if num_omitted:
-        measured = measured.only(~part.trained_on, list(part.bins))
+        measured = measured.select_images(~part.trained_on, list(part.bins))
     types = tuple(part.types[number] for number in numbers)
-    return LabelledImages(measured, types, numbers, part.reduced, num_omitted, part.num_repeats)
+    return UnseenTestImages(measured, types, numbers, part.reduced, num_omitted, part.num_repeats)
 
 
 def describe_training_images(num_trained_on: int, num_images: int) -> str | None:
@@ -230,7 +230,7 @@ def describe_training_images(num_trained_on: int, num_images: int) -> str | None
     )
 
 
-def compute_metrics(measured: MeasuredImages, types: Sequence[str], target_fpr: float) -> dict[str, Any]:
+def compute_metrics(measured: ScoredTestImages, types: Sequence[str], target_fpr: float) -> dict[str, Any]:
     """Computes all metrics of one category, also for each defect type.
 
     Args:
@@ -255,18 +255,22 @@ def compute_metrics(measured: MeasuredImages, types: Sequence[str], target_fpr: 
         "threshold": measured.threshold,
         "target_fpr": float(target_fpr),
         "binned": measured.bins is not None,
-        **{key: _value_or_reason(METRICS[key].value, measured, reasons, key) for key in METRICS},
-        "bounds": _bounds(measured, list(METRICS)),
+        **{key: _compute_or_store_reason(METRICS[key].value, measured, reasons, key) for key in METRICS},
+        "bounds": _compute_error_bounds(measured, list(METRICS)),
     }
     kinds = np.array([kind if label else "" for kind, label in zip(types, labels.tolist(), strict=True)], dtype=object)
     result["defect_types"] = {
-        kind: _metrics_of_type(measured, kinds == kind, kind, reasons) for kind in sorted(set(kinds[labels == 1]))
+        kind: _compute_defect_type_metrics(measured, kinds == kind, kind, reasons)
+        for kind in sorted(set(kinds[labels == 1]))
     }
     return {**result, "reasons": reasons}
 
 
-def _value_or_reason(
-    function: Callable[[MeasuredImages], float | None], measured: MeasuredImages, reasons: dict[str, str], where: str
+def _compute_or_store_reason(
+    function: Callable[[ScoredTestImages], float | None],
+    measured: ScoredTestImages,
+    reasons: dict[str, str],
+    where: str,
 ) -> float | None:
     """Computes a metric. If the metric fails, returns None and stores the reason in `reasons` under the key `where`.
 
@@ -283,7 +287,7 @@ def _value_or_reason(
         return None
 
 
-def _bounds(measured: MeasuredImages, keys: Sequence[str]) -> dict[str, float]:
+def _compute_error_bounds(measured: ScoredTestImages, keys: Sequence[str]) -> dict[str, float]:
     """Returns key of a pixel metric -> largest error that counting in bins can cause; empty if pixels were not counted in bins.
 
     Metrics without a value are left out.
@@ -295,12 +299,12 @@ def _bounds(measured: MeasuredImages, keys: Sequence[str]) -> dict[str, float]:
     if measured.bins is None:
         return {}
     functions = {key: METRICS[key].bound for key in keys}
-    values = {key: bound and _value_or_reason(bound, measured, {}, key) for key, bound in functions.items()}
+    values = {key: bound and _compute_or_store_reason(bound, measured, {}, key) for key, bound in functions.items()}
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _metrics_of_type(
-    measured: MeasuredImages, chosen: NDArray[np.bool_], kind: str, reasons: dict[str, str]
+def _compute_defect_type_metrics(
+    measured: ScoredTestImages, chosen: NDArray[np.bool_], kind: str, reasons: dict[str, str]
 ) -> dict[str, Any]:
     """Computes the metrics of one defect type.
 
@@ -311,19 +315,19 @@ def _metrics_of_type(
         reasons: key -> why a metric failed; the function may add entries.
     """
     parts = {
-        "alone": measured.only(chosen, [kind]),
-        "with_normals": measured.only(chosen | (measured.labels == 0), [kind, ""]),
+        "alone": measured.select_images(chosen, [kind]),
+        "with_normals": measured.select_images(chosen | (measured.labels == 0), [kind, ""]),
     }
     places = {key: METRICS[key].per_defect for key in METRICS if METRICS[key].per_defect}
     values = {
-        key: _value_or_reason(METRICS[key].value, parts[place], reasons, f"{kind}: {key}")
+        key: _compute_or_store_reason(METRICS[key].value, parts[place], reasons, f"{kind}: {key}")
         for key, place in places.items()
     }
-    bounds = _bounds(parts["alone"], [key for key, place in places.items() if place == "alone"])
+    bounds = _compute_error_bounds(parts["alone"], [key for key, place in places.items() if place == "alone"])
     return {"num_images": int(chosen.sum()), **values, "bounds": bounds}
 
 
-def evaluation_size(height: int, width: int, max_side_px: int) -> tuple[int, int]:
+def compute_evaluation_size(height: int, width: int, max_side_px: int) -> tuple[int, int]:
     """Returns the height and width at which a map and a mask are compared: the image size, at most `max_side_px` a side."""
     scale = min(1.0, max_side_px / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from focus_ray.errors import DataError
 from focus_ray.metrics.pixels import PixelBins, PixelCurve
-from focus_ray.metrics.ties import is_above
+from focus_ray.metrics.ties import exceeds_threshold
 
 
 def image_auroc(labels: ArrayLike, scores: ArrayLike) -> float:
@@ -75,7 +75,7 @@ _UNAVAILABLE = (
 
 
 @dataclass(frozen=True)
-class MeasuredImages:
+class ScoredTestImages:
     """The scored test images of one category: the input of a metric.
 
     Attributes:
@@ -97,7 +97,7 @@ class MeasuredImages:
     bins: Mapping[str, PixelBins] | None = None
 
     @property
-    def has_both(self) -> bool:
+    def has_both_labels(self) -> bool:
         """Whether the images contain at least one normal and one anomalous image."""
         return bool(0 < self.labels.sum() < len(self.labels))
 
@@ -109,7 +109,7 @@ class MeasuredImages:
         return sum(mask is not None for mask, label in zip(self.masks, self.labels, strict=True) if label)
 
     @cached_property
-    def curve(self) -> PixelCurve | None:
+    def pixel_curve(self) -> PixelCurve | None:
         """The curve from which all pixel metrics are computed, of all images with a known mask; None without an anomalous pixel.
 
         It is computed once and cached.
@@ -117,10 +117,12 @@ class MeasuredImages:
         Raises: DataError: there is no normal pixel, sizes differ, or a map is not finite.
         """
         if self.bins is not None:
-            return PixelBins.total(self.bins.values()).curve()
-        return PixelCurve.of(*self._pixels([index for index, mask in enumerate(self.masks) if mask is not None]))
+            return PixelBins.merge(self.bins.values()).compute_curve()
+        return PixelCurve.from_maps(
+            *self._select_pixel_data([index for index, mask in enumerate(self.masks) if mask is not None])
+        )
 
-    def only(self, chosen: NDArray[np.bool_], kinds: Sequence[str]) -> MeasuredImages:
+    def select_images(self, chosen: NDArray[np.bool_], kinds: Sequence[str]) -> ScoredTestImages:
         """Returns a selection of the images.
 
         Args:
@@ -130,10 +132,12 @@ class MeasuredImages:
         images = replace(self, labels=self.labels[chosen], scores=self.scores[chosen])
         if self.bins is not None:
             return replace(images, bins={kind: self.bins[kind] for kind in kinds if kind in self.bins})
-        masks, maps, inside = self._pixels(np.flatnonzero(chosen))
+        masks, maps, inside = self._select_pixel_data(np.flatnonzero(chosen))
         return replace(images, masks=masks, maps=maps, inside=inside)
 
-    def _pixels(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[list[Any], list[Any], list[Any] | None]:
+    def _select_pixel_data(
+        self, indices: Sequence[int] | NDArray[np.int64]
+    ) -> tuple[list[Any], list[Any], list[Any] | None]:
         """Returns masks, maps and counted pixels (`inside`) of the images at these positions."""
         masks, maps = [self.masks[index] for index in indices], [self.maps[index] for index in indices]
         return masks, maps, None if self.inside is None else [self.inside[index] for index in indices]
@@ -155,10 +159,10 @@ class Metric(NamedTuple):
     """
 
     title: str
-    value: Callable[[MeasuredImages], float | None]
+    value: Callable[[ScoredTestImages], float | None]
     per_defect: Literal["", "with_normals", "alone"] = ""
     higher_is_better: bool = True
-    bound: Callable[[MeasuredImages], float | None] | None = None
+    bound: Callable[[ScoredTestImages], float | None] | None = None
 
 
 def _check_labels_and_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -176,19 +180,21 @@ def _check_labels_and_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[NDAr
 # Entries of the table `focus_ray.metrics.registry.METRICS`
 
 
-def _image_metric_value(
+def _make_image_metric_function(
     function: Callable[[NDArray[Any], NDArray[Any]], float],
-) -> Callable[[MeasuredImages], float | None]:
-    """Turns a function of labels and scores into a function of `MeasuredImages`, which returns None if a class is missing."""
-    return lambda measured: function(measured.labels, measured.scores) if measured.has_both else None
+) -> Callable[[ScoredTestImages], float | None]:
+    """Turns a function of labels and scores into a function of `ScoredTestImages`, which returns None if a class is missing."""
+    return lambda measured: function(measured.labels, measured.scores) if measured.has_both_labels else None
 
 
-def _pixel_metric_value(function: Callable[[PixelCurve], float]) -> Callable[[MeasuredImages], float | None]:
-    """Turns a function of a pixel curve into a function of `MeasuredImages`, which returns None without an anomalous pixel."""
-    return lambda measured: None if measured.curve is None else function(measured.curve)
+def _make_pixel_metric_function(function: Callable[[PixelCurve], float]) -> Callable[[ScoredTestImages], float | None]:
+    """Turns a function of a pixel curve into a function of `ScoredTestImages`, which returns None without an anomalous pixel."""
+    return lambda measured: None if measured.pixel_curve is None else function(measured.pixel_curve)
 
 
-def _pixel_metric(title: str, value: Callable[[PixelCurve], float], bound: Callable[[PixelCurve], float]) -> Metric:
+def _define_pixel_metric(
+    title: str, value: Callable[[PixelCurve], float], bound: Callable[[PixelCurve], float]
+) -> Metric:
     """Returns the definition of a pixel metric, which reports also show for each defect type alone.
 
     Args:
@@ -196,29 +202,31 @@ def _pixel_metric(title: str, value: Callable[[PixelCurve], float], bound: Calla
         value: computes the metric from the pixel curve.
         bound: computes the largest error of the metric if pixels are counted in bins.
     """
-    return Metric(title, _pixel_metric_value(value), "alone", bound=_pixel_metric_value(bound))
+    return Metric(title, _make_pixel_metric_function(value), "alone", bound=_make_pixel_metric_function(bound))
 
 
-def _share_called_bad(label: int) -> Callable[[MeasuredImages], float | None]:
+def _make_share_above_threshold(label: int) -> Callable[[ScoredTestImages], float | None]:
     """Returns a function that computes which share of the images with this label has a score above the threshold.
 
     The function returns None if no image has the label.
     """
 
-    def share(measured: MeasuredImages) -> float | None:
+    def compute_share(measured: ScoredTestImages) -> float | None:
         """Returns the share of images above the threshold; None if no image has the label."""
         scores = measured.scores[measured.labels == label]
-        return float(is_above(scores, measured.threshold).mean()) if len(scores) else None
+        return float(exceeds_threshold(scores, measured.threshold).mean()) if len(scores) else None
 
-    return share
+    return compute_share
 
 
-IMAGE_AUROC = Metric("image AUROC", _image_metric_value(image_auroc), "with_normals")
-IMAGE_AVERAGE_PRECISION = Metric("image AP", _image_metric_value(average_precision))
-IMAGE_F1_MAX = Metric("image F1-max", _image_metric_value(f1_max))
-PIXEL_AUROC = _pixel_metric("pixel AUROC", PixelCurve.auroc, PixelCurve.auroc_bound)
-PIXEL_AVERAGE_PRECISION = _pixel_metric("pixel AP", PixelCurve.average_precision, PixelCurve.average_precision_bound)
-AUPRO_03 = _pixel_metric("AUPRO 0.3", lambda curve: curve.aupro(0.3), lambda curve: curve.aupro_bound(0.3))
-AUPRO_005 = _pixel_metric("AUPRO 0.05", lambda curve: curve.aupro(0.05), lambda curve: curve.aupro_bound(0.05))
-FALSE_POSITIVE_RATE = Metric("FPR at threshold", _share_called_bad(0), higher_is_better=False)
-RECALL = Metric("recall at threshold", _share_called_bad(1), "alone")
+IMAGE_AUROC = Metric("image AUROC", _make_image_metric_function(image_auroc), "with_normals")
+IMAGE_AVERAGE_PRECISION = Metric("image AP", _make_image_metric_function(average_precision))
+IMAGE_F1_MAX = Metric("image F1-max", _make_image_metric_function(f1_max))
+PIXEL_AUROC = _define_pixel_metric("pixel AUROC", PixelCurve.auroc, PixelCurve.auroc_bound)
+PIXEL_AVERAGE_PRECISION = _define_pixel_metric(
+    "pixel AP", PixelCurve.average_precision, PixelCurve.average_precision_bound
+)
+AUPRO_03 = _define_pixel_metric("AUPRO 0.3", lambda curve: curve.aupro(0.3), lambda curve: curve.aupro_bound(0.3))
+AUPRO_005 = _define_pixel_metric("AUPRO 0.05", lambda curve: curve.aupro(0.05), lambda curve: curve.aupro_bound(0.05))
+FALSE_POSITIVE_RATE = Metric("FPR at threshold", _make_share_above_threshold(0), higher_is_better=False)
+RECALL = Metric("recall at threshold", _make_share_above_threshold(1), "alone")

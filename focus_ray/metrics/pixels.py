@@ -24,7 +24,7 @@ _SIGN = np.uint32(1 << 31)
 _NO_NORMAL = "no normal pixel in any mask; pixel metrics need both classes, so skip them for this set"
 
 
-class ImagePixels(NamedTuple):
+class PixelScores(NamedTuple):
     """The scores of the pixels of one image, separated by the mask. Pixels outside the region of interest are left out.
 
     A region is a connected set of anomalous pixels.
@@ -42,7 +42,9 @@ class ImagePixels(NamedTuple):
     num_regions: int
 
 
-def split_image(mask: NDArray[Any], scores: NDArray[Any], inside: NDArray[np.bool_] | None, name: str) -> ImagePixels:
+def separate_pixels_by_mask(
+    mask: NDArray[Any], scores: NDArray[Any], inside: NDArray[np.bool_] | None, name: str
+) -> PixelScores:
     """Separates the scores of normal and anomalous pixels of an image, and numbers the connected regions of the mask.
 
     Args:
@@ -61,7 +63,7 @@ def split_image(mask: NDArray[Any], scores: NDArray[Any], inside: NDArray[np.boo
     is_normal = ~is_anomalous if inside is None else ~is_anomalous & inside
     numbers, num_regions = ndimage.label(is_anomalous, structure=_EIGHT_CONNECTED)
     region = numbers[is_anomalous].astype(np.int64) - 1
-    return ImagePixels(scores[is_normal], scores[is_anomalous], region, num_regions)
+    return PixelScores(scores[is_normal], scores[is_anomalous], region, num_regions)
 
 
 @dataclass(frozen=True)
@@ -90,21 +92,21 @@ class PixelCurve:
     num_normal: int
 
     @staticmethod
-    def of(
+    def from_maps(
         masks: Sequence[NDArray[Any]],
         maps: Sequence[NDArray[Any]],
         inside: Sequence[NDArray[np.bool_] | None] | None = None,
     ) -> PixelCurve | None:
         """Computes the exact curve from the masks and anomaly maps of all images.
 
-        Args: masks, maps, inside: of each image, as in `split_image`; inside None: all pixels count.
+        Args: masks, maps, inside: of each image, as in `separate_pixels_by_mask`; inside None: all pixels count.
 
         Returns: None if there is no anomalous pixel.
 
         Raises: DataError: sizes differ, a score is NaN or infinite, or there is no normal pixel.
         """
         images = zip(masks, maps, [None] * len(masks) if inside is None else inside, strict=True)
-        pixels = [split_image(*image, f"image {index}") for index, image in enumerate(images)]
+        pixels = [separate_pixels_by_mask(*image, f"image {index}") for index, image in enumerate(images)]
         if not any(image.num_regions for image in pixels):
             return None
         normal = np.concatenate([image.normal for image in pixels])
@@ -143,7 +145,7 @@ class PixelCurve:
         recall_steps = np.diff(self.num_found, prepend=0) / self.num_found[-1]
         return float(np.sum(recall_steps * self.num_found / (self.num_found + self.normals_at_or_above)))
 
-    def pro(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def compute_pro_curve(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Returns the per-region-overlap (PRO) curve: false positive rates and mean overlaps, from (0, 0) to (1, 1).
 
         `aupro` defines the overlap.
@@ -165,7 +167,7 @@ class PixelCurve:
 
         Args: fpr_limit: the largest false positive rate, in (0, 1].
         """
-        fpr, pro = self.pro()
+        fpr, pro = self.compute_pro_curve()
         inside = int(np.searchsorted(fpr, fpr_limit, side="right"))
         area = float(np.sum(0.5 * (pro[1:inside] + pro[: inside - 1]) * np.diff(fpr[:inside])))
         if inside < fpr.size:
@@ -225,14 +227,14 @@ class PixelBins:
     num_images: int = 0
 
     @staticmethod
-    def of_image(
+    def from_image(
         mask: NDArray[Any], scores: NDArray[Any], inside: NDArray[np.bool_] | None = None, name: str = "an image"
     ) -> PixelBins:
-        """Counts the normal and anomalous pixels of an image by score. Arguments and errors as in `split_image`."""
-        pixels = split_image(mask, scores, inside, name)
-        bins = score_bins(np.concatenate([pixels.normal, pixels.anomalous]))
+        """Counts the normal and anomalous pixels of an image by score. Arguments and errors as in `separate_pixels_by_mask`."""
+        pixels = separate_pixels_by_mask(mask, scores, inside, name)
+        bins = compute_bin_numbers(np.concatenate([pixels.normal, pixels.anomalous]))
         if not bins.size:
-            return replace(PixelBins.total([]), num_images=1)
+            return replace(PixelBins.merge([]), num_images=1)
         # the bins of an image lie close together: counting all bins from the lowest to the highest is faster than sorting
         normal, anomalous = np.split(bins - bins.min(), [pixels.normal.size])
         length = int(bins.max() - bins.min()) + 1
@@ -250,7 +252,7 @@ class PixelBins:
         )
 
     @staticmethod
-    def total(parts: Iterable[PixelBins]) -> PixelBins:
+    def merge(parts: Iterable[PixelBins]) -> PixelBins:
         """Adds up the counts of several tables of bins."""
         all_bins = list(parts)
         keys = np.unique(np.concatenate([np.empty(0, np.uint32), *(bins.keys for bins in all_bins)]))
@@ -264,9 +266,9 @@ class PixelBins:
         return replace(total, num_regions=regions, num_images=images)
 
     def __add__(self, other: PixelBins) -> PixelBins:
-        return PixelBins.total([self, other])
+        return PixelBins.merge([self, other])
 
-    def curve(self) -> PixelCurve | None:
+    def compute_curve(self) -> PixelCurve | None:
         """Computes the curve behind all pixel metrics; None if there is no anomalous pixel.
 
         Raises: DataError: there is no normal pixel.
@@ -287,7 +289,7 @@ class PixelBins:
         )
 
 
-def score_bins(scores: NDArray[Any]) -> NDArray[np.uint32]:
+def compute_bin_numbers(scores: NDArray[Any]) -> NDArray[np.uint32]:
     """Returns the bin number of each score. A higher score never has a lower bin number.
 
     Args: scores: finite numbers, of any shape.

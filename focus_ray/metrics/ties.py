@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 TIE = 1e-5
 
 
-def certain_part(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+def subtract_rounding_error(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """Subtracts the possible rounding error (`TIE`) from scores. Returns the lowest values that the exact scores can have."""
     return scores - TIE * np.abs(scores)
 
 
-def is_above(scores: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:
+def exceeds_threshold(scores: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:
     """Returns for each score whether it exceeds the threshold by more than the possible rounding error (`TIE`).
 
     So the result does not depend on the batches in which images were scored.
     """
-    return np.asarray(certain_part(scores) > threshold)
+    return np.asarray(subtract_rounding_error(scores) > threshold)

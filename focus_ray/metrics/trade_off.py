@@ -13,7 +13,7 @@ from focus_ray.errors import DataError
 
 
 @dataclass(frozen=True)
-class TradeOff:
+class ThresholdTradeOff:
     """The shares of false alarms and of missed defects at every threshold that changes a decision (bad above it).
 
     Attributes:
@@ -29,7 +29,7 @@ class TradeOff:
     num_good: int
     num_bad: int
 
-    def cost(self, false_alarm: float, miss: float, defect_rate: float) -> NDArray[np.float64]:
+    def compute_cost(self, false_alarm: float, miss: float, defect_rate: float) -> NDArray[np.float64]:
         """Computes the expected cost of a part at each threshold, (T,).
 
         Args:
@@ -46,7 +46,7 @@ class TradeOff:
             raise DataError(f"defect rate {defect_rate:g}; expected a share from 0 to 1")
         return (1 - defect_rate) * false_alarm * self.false_alarms + defect_rate * miss * self.misses
 
-    def at(self, threshold: float) -> tuple[float, float]:
+    def get_rates_at(self, threshold: float) -> tuple[float, float]:
         """Returns the share of false alarms and the share of missed defects at a threshold.
 
         For a threshold below all entries of `thresholds`, returns the shares at the lowest entry.
@@ -63,7 +63,7 @@ class TradeOff:
         return buffer.getvalue().encode()
 
 
-def trade_off(good: NDArray[np.float64], bad: NDArray[np.float64]) -> TradeOff:
+def compute_trade_off(good: NDArray[np.float64], bad: NDArray[np.float64]) -> ThresholdTradeOff:
     """Computes the shares of false alarms and of missed defects at all thresholds, from the scores of good and bad images.
 
     Args:
@@ -77,4 +77,4 @@ def trade_off(good: NDArray[np.float64], bad: NDArray[np.float64]) -> TradeOff:
     thresholds = np.unique(np.concatenate([[0.0], good, bad]))
     false_alarms = 1 - np.searchsorted(np.sort(good), thresholds, side="right") / good.size
     misses = np.searchsorted(np.sort(bad), thresholds, side="right") / bad.size
-    return TradeOff(thresholds, false_alarms, misses, good.size, bad.size)
+    return ThresholdTradeOff(thresholds, false_alarms, misses, good.size, bad.size)

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from focus_ray.metrics.metrics import MeasuredImages
+from focus_ray.metrics.metrics import ScoredTestImages
 from focus_ray.metrics.registry import METRICS
-from focus_ray.metrics.ties import is_above
+from focus_ray.metrics.ties import exceeds_threshold
 from focus_ray.reporting.tables import format_bound
 
 FEW_IMAGES = 20  # below this number, a single image changes a rate by 5 % or more
@@ -47,10 +47,10 @@ class Share:
         return f"{self.count} of {self.total} ({100 * self.share:.0f} %; {100 * low:.0f} to {100 * high:.0f} %)"
 
 
-def count_called_bad(measured: MeasuredImages, label: int) -> Share:
+def count_called_bad(measured: ScoredTestImages, label: int) -> Share:
     """Returns the share of images with a score above the threshold, among the images with a label (0 good, 1 bad)."""
     scores = measured.scores[measured.labels == label]
-    return Share(int(np.sum(is_above(scores, measured.threshold))), len(scores))
+    return Share(int(np.sum(exceeds_threshold(scores, measured.threshold))), len(scores))
 
 
 def evaluation_caveats(

@@ -12,7 +12,7 @@ import numpy as np
 
 from focus_ray.detect.calibration import Calibration
 from focus_ray.drawing import plots
-from focus_ray.metrics.metrics import MeasuredImages
+from focus_ray.metrics.metrics import ScoredTestImages
 from focus_ray.metrics.registry import METRICS
 from focus_ray.reporting.caveats import Share, count_called_bad, evaluation_caveats
 from focus_ray.reporting.gallery import PER_KIND, Card, Kind
@@ -57,7 +57,7 @@ class EvaluationSection:
 
 
 def build_section(
-    measured: MeasuredImages,
+    measured: ScoredTestImages,
     calibration: Calibration,
     warnings: Sequence[str],
     result: Mapping[str, Any],
@@ -130,15 +130,15 @@ def evaluation_page(
     )
 
 
-def per_region_overlap_curve(measured: MeasuredImages) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
+def per_region_overlap_curve(measured: ScoredTestImages) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
     """Returns the per-region overlap (PRO) curve at 400 points, or None if no mask has a defective pixel.
 
     Returns: two arrays (400,). The first has false positive rates of pixels from 0 to `PRO_LIMIT`. The second has, for each
         rate, the mean share of a defect's area that the model marks.
     """
-    if measured.curve is None:
+    if measured.pixel_curve is None:
         return None
-    exact_rates, overlap = measured.curve.pro()
+    exact_rates, overlap = measured.pixel_curve.compute_pro_curve()
     rates = PRO_LIMIT * np.linspace(0.0, 1.0, _PRO_POINTS) ** 2  # squared: dense near 0, where the curve is steep
     return rates, np.interp(rates, exact_rates, overlap)
 
@@ -149,7 +149,7 @@ def _total(shares: Iterable[Share]) -> Share:
 
 
 def _plots(
-    measured: MeasuredImages, calibration_scores: Sequence[float], result: Mapping[str, Any], good: Share, bad: Share
+    measured: ScoredTestImages, calibration_scores: Sequence[float], result: Mapping[str, Any], good: Share, bad: Share
 ) -> list[plots.Plot]:
     """Draws score histograms; with good and bad images also ROC and precision-recall curves; with masks also a PRO curve.
 
@@ -170,7 +170,7 @@ def _plots(
             "good test images and calibration images should lie alike.",
         )
     ]
-    if measured.has_both:
+    if measured.has_both_labels:
         from sklearn.metrics import precision_recall_curve, roc_curve  # this import takes a second
 
         false_positive_rate, true_positive_rate, _ = roc_curve(measured.labels, measured.scores)

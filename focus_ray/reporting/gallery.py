@@ -15,9 +15,9 @@ from focus_ray.data.schema import Row
 from focus_ray.detect.inspection import Inspection
 from focus_ray.detect.pictures import overlay
 from focus_ray.drawing.overlay import draw_outline
-from focus_ray.metrics.evaluate import LabelledImages
-from focus_ray.metrics.metrics import MeasuredImages
-from focus_ray.metrics.ties import is_above
+from focus_ray.metrics.evaluate import UnseenTestImages
+from focus_ray.metrics.metrics import ScoredTestImages
+from focus_ray.metrics.ties import exceeds_threshold
 from focus_ray.reporting.page import jpeg_uri
 
 Kind = Literal["misses", "false_alarms", "finds"]
@@ -32,7 +32,7 @@ class GalleryInspector(Protocol):
 
     def inspect(self, images: Sequence[bytes]) -> list[Inspection]: ...
 
-    def align(self, image: bytes) -> NDArray[np.uint8] | None: ...
+    def align_image(self, image: bytes) -> NDArray[np.uint8] | None: ...
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Card:
     views: dict[str, str]
 
 
-def choose_images(measured: MeasuredImages, per_kind: int = PER_KIND) -> dict[Kind, list[int]]:
+def choose_images(measured: ScoredTestImages, per_kind: int = PER_KIND) -> dict[Kind, list[int]]:
     """Chooses the images to show. Returns kind -> indices of images in `measured`, at most `per_kind` per kind, no image twice.
 
     misses: the bad images with the lowest scores, lowest first, even if they are above the threshold.
@@ -69,14 +69,14 @@ def choose_images(measured: MeasuredImages, per_kind: int = PER_KIND) -> dict[Ki
     good = np.flatnonzero(measured.labels == 0)
     misses = bad[np.argsort(scores[bad], kind="stable")][:per_kind]
     false_alarms = good[np.argsort(-scores[good], kind="stable")][:per_kind]
-    finds = np.setdiff1d(bad[is_above(scores[bad], measured.threshold)], misses)
+    finds = np.setdiff1d(bad[exceeds_threshold(scores[bad], measured.threshold)], misses)
     if len(finds):
         finds = finds[np.argsort(np.abs(scores[finds] - np.median(scores[bad])), kind="stable")][:per_kind]
     return {"misses": misses.tolist(), "false_alarms": false_alarms.tolist(), "finds": finds.tolist()}
 
 
 def make_cards(
-    inspector: GalleryInspector, labelled: LabelledImages, read_records: ReadRecords
+    inspector: GalleryInspector, labelled: UnseenTestImages, read_records: ReadRecords
 ) -> dict[Kind, list[Card]]:
     """Chooses images for the gallery, reads and inspects them again one by one, and draws their pictures.
 
@@ -130,7 +130,7 @@ def _views(inspector: GalleryInspector, inspection: Inspection, image: bytes, ma
     if mask is not None:
         heat_map = draw_outline(heat_map, decode_mask(mask, size[1], size[0]))
     views = {"image": jpeg_uri(picture), "heat map": jpeg_uri(heat_map)}
-    aligned = inspector.align(image)
+    aligned = inspector.align_image(image)
     if aligned is not None:
         thumbnail = Image.fromarray(aligned)
         thumbnail.thumbnail((PICTURE_PX, PICTURE_PX))

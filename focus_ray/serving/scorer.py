@@ -269,7 +269,7 @@ def _judge(
             score, anomaly_map = float(scores.score[row]), scores.anomaly_map[row]
             row += 1
             try:
-                inspection = inspector.judge(score, anomaly_map, entry[0].width, entry[0].height)
+                inspection = inspector.compare_with_thresholds(score, anomaly_map, entry[0].width, entry[0].height)
                 result = inspection.without_map()
                 picture = None if output == "json" else draw(output, inspection, image)
                 values = map_values(inspection) if include_map else None

@@ -175,7 +175,7 @@ class Service:
         """Looks for a model every `refresh_s` seconds until there is one; logs the reason if there is none."""
 
         def has_models() -> bool:
-            return any(self.source.categories(team) for team in self.source.teams())
+            return any(self.source.list_categories(team) for team in self.source.list_teams())
 
         logged_reason = None
         while not self._ready.is_set():
@@ -198,21 +198,21 @@ class Service:
         """
         if caller.team != "*":
             return [caller.team]
-        return await self._look_up("", "", self.source.teams)
+        return await self._look_up("", "", self.source.list_teams)
 
     async def list_categories(self, team: str) -> list[str]:
         """Returns the categories of a team. Raises: Problem: 503, the storage fails."""
-        return await self._look_up(team, "", self.source.categories, team)
+        return await self._look_up(team, "", self.source.list_categories, team)
 
     async def list_versions(self, team: str, category: str) -> tuple[list[Version], dict[str, str]]:
         """Returns the versions of a category, and a dictionary of its aliases: alias -> version name.
 
         Raises: Problem: 404, there is no such category. 503, the storage fails.
         """
-        versions = await self._look_up(team, category, self.source.versions, team, category)
+        versions = await self._look_up(team, category, self.source.list_versions, team, category)
         if not versions:
             raise no_such_category(team, category)
-        return versions, await self._look_up(team, category, self.source.aliases, team, category)
+        return versions, await self._look_up(team, category, self.source.list_aliases, team, category)
 
     async def resolve(self, team: str, category: str, ref: str | None) -> Version:
         """Returns the version of a category for a version name or an alias.

@@ -17,7 +17,7 @@ from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
-from focus_ray.bundle.bundle import find_bundles, read_manifest, stamp_bundles
+from focus_ray.bundle.bundle import find_bundles, read_bundle_stamps, read_manifest
 from focus_ray.bundle.registry import LATEST, Registry, Version
 from focus_ray.errors import BundleError, DataError, RegistryError
 from focus_ray.storage.files import FileStamp
@@ -58,32 +58,32 @@ class FolderSource:
         self._listed_at = float("-inf")
         find_bundles(place)  # searches few levels, so that a wrong folder fails immediately
 
-    def teams(self) -> list[str]:
+    def list_teams(self) -> list[str]:
         """Returns a list with the name of the only team."""
         return [self.team]
 
-    def categories(self, team: str) -> list[str]:
+    def list_categories(self, team: str) -> list[str]:
         """Returns the sorted categories with a bundle; an empty list for another team."""
         return sorted(self._versions_by_category(self.refresh_s)) if team == self.team else []
 
-    def versions(self, team: str, category: str) -> list[Version]:
+    def list_versions(self, team: str, category: str) -> list[Version]:
         """Returns a list with the only version of a category; an empty list if there is no such category or team."""
         version = self._versions_by_category(self.refresh_s).get(category) if team == self.team else None
         return [version] if version else []
 
-    def aliases(self, team: str, category: str) -> dict[str, str]:
+    def list_aliases(self, team: str, category: str) -> dict[str, str]:
         """Returns alias -> version name, with `latest` as the only alias; empty if there is no such category or team."""
-        versions = self.versions(team, category)
+        versions = self.list_versions(team, category)
         return {LATEST: versions[0].name} if versions else {}
 
     def resolve(self, team: str, category: str, ref: str = LATEST) -> Version:
         """Returns the version of a category. Raises: RegistryError: `ref` is neither `latest` nor the name of this version."""
-        for version in self.versions(team, category):
+        for version in self.list_versions(team, category):
             if ref in (LATEST, version.name):
                 return version
         raise RegistryError(f"{self.place}: there is no {ref!r} of category {category!r}")
 
-    def marks(self, team: str) -> dict[str, str]:
+    def read_change_marks(self, team: str) -> dict[str, str]:
         """Returns category -> mark, a text that changes with the version of the category; empty for another team.
 
         Always lists the folder again, because `VersionDirectory` counts the age of marks from the time of this call.
@@ -101,7 +101,7 @@ class FolderSource:
         with self._lock:
             now = time.monotonic()
             if now - self._listed_at >= max_age_s:
-                stamps = stamp_bundles(self.place)
+                stamps = read_bundle_stamps(self.place)
                 if not stamps:
                     find_bundles(self.place)  # raises DataError with the reason
                 self._entries = {uri: self._read_changed_manifest(uri, stamp) for uri, stamp in stamps.items()}
@@ -348,7 +348,7 @@ class VersionDirectory:
 
     async def _fetch_marks(self, team: str) -> _TeamMarks:
         """Reads the marks of a team (texts that change with its models) from the source, caches them, and returns them."""
-        marks = _TeamMarks(time.monotonic(), await self._call_in_refresh_thread(self.source.marks, team))
+        marks = _TeamMarks(time.monotonic(), await self._call_in_refresh_thread(self.source.read_change_marks, team))
         self._marks[team] = marks
         return marks
 

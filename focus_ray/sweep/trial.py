@@ -35,7 +35,7 @@ from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import Shard
 from focus_ray.fitting.state import TrainState
 from focus_ray.metrics.evaluate import compute_metrics
-from focus_ray.metrics.metrics import MeasuredImages
+from focus_ray.metrics.metrics import ScoredTestImages
 from focus_ray.metrics.registry import METRICS
 from focus_ray.sweep.settings import Objective, objective_metric
 from focus_ray.sweep.trial_inputs import (
@@ -321,7 +321,7 @@ def _compute_metrics(
         return {**compute_validation_metrics(judged.masks, scores, maps)}
     masks = [mask if has_mask else None for mask, has_mask in zip(judged.masks, judged.has_mask, strict=True)]
     kinds = ["anomalous" if label else "good" for label in judged.labels]
-    measured = MeasuredImages(judged.labels, scores.astype(np.float64), masks, list(maps), 0.0)
+    measured = ScoredTestImages(judged.labels, scores.astype(np.float64), masks, list(maps), 0.0)
     metrics = compute_metrics(measured, kinds, 0.0)
     score = metrics[key]
     if score is None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from focus_ray.bundle.metric import share_metric
+from focus_ray.bundle.metric import average_projections
 from focus_ray.cluster.connect import connect, runs_here, uses_gpu
 from focus_ray.cluster.failures import reason_of
 from focus_ray.cluster.messages import Message, Messages, actor_options_on_this_node
@@ -130,7 +130,7 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
             )
     if len(bundles) > 1 and learns_shareable_projection(config):
         shared = join(root, SHARED_METRIC)
-        share_metric(list(bundles.values()), shared)
+        average_projections(list(bundles.values()), shared)
         log(f"metric of all {len(bundles)} categories, for a new one's density.metric: {shared}")
     log(f"report: {write_training_report(bundles, root)}")
     return bundles
@@ -163,9 +163,9 @@ def _join_cluster(config: Config, root: str, splits: Mapping[str, SplitRule], lo
 
 
 def learns_shareable_projection(config: Config) -> bool:
-    """Returns whether each category learns its own discriminant projection, and its bundle stores the data for `share_metric`.
+    """Returns whether each category learns its own discriminant projection, and its bundle stores the data to average it.
 
-    `share_metric` averages the projections of several categories.
+    `average_projections` averages the projections of several categories.
     """
     density = config.density
     return density.reduction == "discriminant" and density.metric is None and density.keep_moments

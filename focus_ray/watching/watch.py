@@ -187,7 +187,7 @@ class Watch:
         images = [image for pending in batch if (image := self._read_image(pending)) is not None]
         inspector = self.model.inspector
         start_s = time.perf_counter()
-        results = inspector.inspect_or_explain([image.encoded for image in images]) if images else []
+        results = inspector.inspect_or_return_errors([image.encoded for image in images]) if images else []
         each_ms = round(1000 * (time.perf_counter() - start_s) / max(1, len(images)), 1)
         finished, lines = [], []
         for image, result in zip(images, results, strict=True):

@@ -94,7 +94,7 @@ def test_a_pixel_draw_is_the_figure_of_resampled_images() -> None:
     draws = bootstrap_pixels(labels.tolist(), list(masks), list(maps), num_draws=10, seed=3)
     for number, times in enumerate(resample_images(labels, 10, 3)):
         chosen = np.repeat(np.arange(9), times)
-        curve = PixelCurve.of(masks[chosen], maps[chosen])
+        curve = PixelCurve.from_maps(masks[chosen], maps[chosen])
         assert draws["pixel_auroc"][number] == pytest.approx(curve.auroc(), abs=1e-3)
         assert draws["aupro_0.3"][number] == pytest.approx(curve.aupro(0.3), abs=1e-3)
 

@@ -16,7 +16,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from focus_ray.bundle.bundle import MANIFEST, manifest_hash, read_bundle, read_manifest, read_statistics, write_bundle
+from focus_ray.bundle.bundle import (
+    MANIFEST,
+    compute_manifest_hash,
+    read_bundle,
+    read_manifest,
+    read_statistics,
+    write_bundle,
+)
 from focus_ray.errors import BundleError
 from focus_ray.fitting.fit import FitResult, fit
 from focus_ray.fitting.settings import Config, parse_config
@@ -86,7 +93,7 @@ def rewrite_manifest(bundle: Path, format_version: int, *missing_settings: str) 
     for setting in missing_settings:
         section, _, key = setting.partition(".")
         del manifest["config"][section][key]
-    (bundle / MANIFEST).write_text(json.dumps({**manifest, "sha256": manifest_hash(manifest)}))
+    (bundle / MANIFEST).write_text(json.dumps({**manifest, "sha256": compute_manifest_hash(manifest)}))
 
 
 # Writing and reading

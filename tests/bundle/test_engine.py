@@ -41,7 +41,7 @@ def test_an_engine_scores_as_torch_does(engine: str, bundle: str, parts: str, ex
     records = list(iter_test_records(parts, "gear"))
     plain, compiled = Inspector.load(bundle, "cpu"), Inspector.load(bundle, "cpu", engine=engine, examples=examples)
     assert compiled.bundle.detector.net.compiled is not None
-    expected, actual = (inspector.measure(records).measured for inspector in (plain, compiled))
+    expected, actual = (inspector.score_labelled_images(records).measured for inspector in (plain, compiled))
     np.testing.assert_allclose(actual.scores, expected.scores, rtol=4 * TOLERANCE[engine])
     for anomaly_map, expected_map in zip(actual.maps, expected.maps, strict=True):
         assert np.abs(anomaly_map - expected_map).mean() <= 2 * TOLERANCE[engine] * expected_map.mean()

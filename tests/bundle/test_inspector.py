@@ -22,7 +22,7 @@ from focus_ray.detect.pictures import overlay
 from focus_ray.drawing.png import encode_png
 from focus_ray.errors import BundleError, DataError
 from focus_ray.metrics import metrics
-from focus_ray.metrics.evaluate import compute_metrics, evaluation_size
+from focus_ray.metrics.evaluate import compute_evaluation_size, compute_metrics
 from focus_ray.metrics.pixels import PixelCurve
 
 Records = list[dict[str, Any]]
@@ -132,7 +132,7 @@ def test_a_map_is_resized_bilinearly_about_pixel_centres(height: int, width: int
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 600))
 def test_maps_are_compared_at_the_image_size_up_to_a_limit(height: int, width: int, limit: int) -> None:
-    size = evaluation_size(height, width, limit)
+    size = compute_evaluation_size(height, width, limit)
     longest = max(height, width)
     assert max(size) == min(longest, limit)
     for side, original in zip(size, (height, width), strict=True):
@@ -163,7 +163,7 @@ def test_an_evaluation_gives_the_metrics_of_its_arrays(inspector: Inspector, rec
     result = inspector.evaluate(records, max_side_px=side)
     labels, scores, maps, masks = arrays_of(inspector, records, side)
     pixels, threshold = (masks.ravel(), maps.ravel()), inspector.bundle.calibration.image_threshold
-    curve = PixelCurve.of(masks, maps)
+    curve = PixelCurve.from_maps(masks, maps)
     # batches of another size round differently, which may swap the order of nearly equal pixels
     for key, expected, tolerance in (
         ("image_auroc", roc_auc_score(labels, scores), 1e-12),
@@ -216,7 +216,7 @@ def test_good_images_alone_give_a_false_positive_rate_and_no_auroc(inspector: In
 def test_the_verdict_at_the_threshold_itself_is_normal() -> None:
     masks: list[Any] = [None, None]
     empty = np.zeros((2, 2), np.float32)
-    measured = metrics.MeasuredImages(np.array([0, 1]), np.ones(2), masks, [empty, empty], threshold=1.0)
+    measured = metrics.ScoredTestImages(np.array([0, 1]), np.ones(2), masks, [empty, empty], threshold=1.0)
     result = compute_metrics(measured, ["good", "crack"], target_fpr=0.05)
     assert (result["false_positive_rate"], result["recall"]) == (0.0, 0.0)
 

@@ -18,7 +18,7 @@ from focus_ray.bundle.recalibrate import calibrate_bundle, set_thresholds
 from focus_ray.bundle.registry import Registry
 from focus_ray.cli.main import main
 from focus_ray.errors import DataError
-from focus_ray.metrics.trade_off import trade_off
+from focus_ray.metrics.trade_off import compute_trade_off
 from focus_ray.samples.write import write_samples
 from focus_ray.training.training import train
 
@@ -111,17 +111,17 @@ def test_bad_images_show_the_cost_of_a_threshold_and_do_not_set_it(
 def test_a_trade_off_counts_the_scores_above_each_threshold() -> None:
     rng = np.random.default_rng(0)
     good, bad = rng.integers(0, 9, 30).astype(float), rng.integers(3, 12, 20).astype(float)
-    curve = trade_off(good, bad)
+    curve = compute_trade_off(good, bad)
     for threshold, alarms, misses in zip(curve.thresholds, curve.false_alarms, curve.misses, strict=True):
         assert alarms == pytest.approx((good > threshold).mean())
         assert misses == pytest.approx((bad <= threshold).mean())
-    assert curve.cost(1.0, 10.0, 0.1) == pytest.approx(0.9 * curve.false_alarms + 1.0 * curve.misses)
-    assert curve.at(4.5) == (pytest.approx((good > 4.5).mean()), pytest.approx((bad <= 4.5).mean()))
+    assert curve.compute_cost(1.0, 10.0, 0.1) == pytest.approx(0.9 * curve.false_alarms + 1.0 * curve.misses)
+    assert curve.get_rates_at(4.5) == (pytest.approx((good > 4.5).mean()), pytest.approx((bad <= 4.5).mean()))
     with pytest.raises(DataError, match="got 30 and 0"):
-        trade_off(good, bad[:0])
+        compute_trade_off(good, bad[:0])
     for costs in ((-1.0, 1.0, 0.1), (1.0, 1.0, 2.0)):
         with pytest.raises(DataError, match="expected"):
-            curve.cost(*costs)
+            curve.compute_cost(*costs)
 
 
 def test_thresholds_set_by_hand_are_stored_with_the_name_of_the_person(bundle: str, tmp_path: Path) -> None:
@@ -143,7 +143,10 @@ def test_a_registry_publishes_thresholds_as_its_next_version(bundle: str, tmp_pa
     registry = Registry(str(tmp_path / "registry"))
     first = registry.publish(bundle, "press", aliases=["production"])
     second = registry.set_thresholds(first, 3.5, None, "token ab")
-    assert (second.name, registry.aliases("press", "gear")) == ("v0002", {"latest": "v0002", "production": "v0001"})
+    assert (second.name, registry.list_aliases("press", "gear")) == (
+        "v0002",
+        {"latest": "v0002", "production": "v0001"},
+    )
     assert read_bundle(second.uri).calibration.image_threshold == 3.5
 
 

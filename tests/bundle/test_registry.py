@@ -50,7 +50,7 @@ def three(tmp_path: Path, bundle: str) -> Registry:
 
 
 def names(registry: Registry) -> list[str]:
-    return [version.name for version in registry.versions(*GEAR)]
+    return [version.name for version in registry.list_versions(*GEAR)]
 
 
 def roll_back(registry: Registry, alias: str = "production") -> str:
@@ -90,9 +90,9 @@ def test_a_published_bundle_equals_the_trained_bundle(registry: Registry, bundle
     assert read_bundle(version.uri).version == version.sha256
     assert version.num_bytes == sum(len(read_bytes(join(version.uri, name))) for name in list_names(version.uri))
     assert [registry.resolve(*GEAR, ref) for ref in ("latest", "candidate", "v0001")] == [version] * 3
-    assert (registry.teams(), registry.categories("press")) == (["press"], ["gear"])
-    assert registry.aliases(*GEAR) == {"latest": "v0001", "candidate": "v0001"}
-    assert registry.versions(*GEAR) == [version]
+    assert (registry.list_teams(), registry.list_categories("press")) == (["press"], ["gear"])
+    assert registry.list_aliases(*GEAR) == {"latest": "v0001", "candidate": "v0001"}
+    assert registry.list_versions(*GEAR) == [version]
 
 
 def test_each_publication_has_the_next_number_and_latest_follows(registry: Registry, bundle: str) -> None:
@@ -100,7 +100,7 @@ def test_each_publication_has_the_next_number_and_latest_follows(registry: Regis
         registry.publish(bundle, "press")
         assert registry.resolve(*GEAR).name == f"v000{number}"
     assert names(registry) == ["v0001", "v0002", "v0003"]
-    assert registry.versions("weld", "gear") == []
+    assert registry.list_versions("weld", "gear") == []
 
 
 def change_last_byte(path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_damaged_bundle_is_not_published(
     registry = Registry(tmp_path / "registry")
     with pytest.raises(RegistryError, match=f"not published: .*{message}"):
         registry.publish(copy, "press")
-    assert registry.versions(*GEAR) == []
+    assert registry.list_versions(*GEAR) == []
     with pytest.raises(RegistryError, match="nothing is published for team 'press', category 'gear'"):
         registry.resolve(*GEAR)
 
@@ -170,7 +170,7 @@ def test_concurrent_publishers_lose_no_version(registry: Registry, bundle: str) 
     every = [f"v{number:04}" for number in range(1, 7)]
     assert sorted(name for batch in published for name in batch) == every == names(registry)
     assert registry.resolve(*GEAR).name == every[-1]
-    for version in registry.versions(*GEAR):
+    for version in registry.list_versions(*GEAR):
         assert read_bundle(version.uri).version == version.sha256
     # each of the four promotions is in the history of the alias: none was overwritten
     history = [registry.resolve(*GEAR, "production").name, *(roll_back(registry) for _ in range(3))]
@@ -196,7 +196,7 @@ def test_an_alias_is_a_stack_of_its_earlier_versions(
     moves: list[str], tmp_path_factory: pytest.TempPathFactory, bundle: str
 ) -> None:
     registry = Registry(tmp_path_factory.getbasetemp() / "stack")
-    while len(registry.versions(*GEAR)) < 3:
+    while len(registry.list_versions(*GEAR)) < 3:
         registry.publish(bundle, "press")
     alias = f"a{len(list_names(join(registry.root, 'press/gear/_aliases')))}"
     stack: list[str] = []
@@ -210,7 +210,7 @@ def test_an_alias_is_a_stack_of_its_earlier_versions(
         else:
             with pytest.raises(RegistryError, match=alias):
                 roll_back(registry, alias)
-    assert registry.aliases(*GEAR).get(alias) == (stack[-1] if stack else None)
+    assert registry.list_aliases(*GEAR).get(alias) == (stack[-1] if stack else None)
 
 
 def test_a_slow_publisher_does_not_move_latest_backwards(three: Registry) -> None:
@@ -244,8 +244,8 @@ def test_names_cannot_leave_their_folder(name: str, tmp_path: Path) -> None:
         lambda: registry.resolve(name, "gear"),
         lambda: registry.resolve("press", name),
         lambda: registry.resolve("press", "gear", name),
-        lambda: registry.versions(name, "gear"),
-        lambda: registry.categories(name),
+        lambda: registry.list_versions(name, "gear"),
+        lambda: registry.list_categories(name),
         lambda: registry.promote("press", "gear", "latest", name),
     ):
         with pytest.raises(RegistryError, match="expected a letter or digit"):
@@ -253,7 +253,7 @@ def test_names_cannot_leave_their_folder(name: str, tmp_path: Path) -> None:
 
 
 def test_every_change_of_a_name_changes_the_mark_of_the_category(registry: Registry, bundle: str) -> None:
-    assert registry.marks("press") == {}
+    assert registry.read_change_marks("press") == {}
     marks = []
     for change in (
         lambda: registry.publish(bundle, "press", aliases=["production"]),
@@ -265,11 +265,11 @@ def test_every_change_of_a_name_changes_the_mark_of_the_category(registry: Regis
         lambda: registry.collect_garbage(*GEAR, 1, min_age=NO_AGE),
     ):
         change()
-        marks.append(registry.marks("press")["gear"])
-        assert registry.marks("press") == {"gear": marks[-1]}
+        marks.append(registry.read_change_marks("press")["gear"])
+        assert registry.read_change_marks("press") == {"gear": marks[-1]}
         assert len(list_names(join(registry.root, "press", "_changes"))) == 1
     assert len(set(marks)) == len(marks)
-    assert (names(registry), registry.categories("press")) == (["v0002", "v0003"], ["gear"])
+    assert (names(registry), registry.list_categories("press")) == (["v0002", "v0003"], ["gear"])
 
 
 # Garbage
@@ -328,7 +328,7 @@ def test_an_alias_moves_back_if_its_version_is_deleted_during_promotion(
     monkeypatch.setattr(three, "resolve", lambda *names: deleted)  # the version existed at this moment
     with pytest.raises(RegistryError, match=r"v0001: .*garbage collection"):
         three.promote(*GEAR, "v0001", "production")
-    assert three.aliases(*GEAR)["production"] == "v0002"
+    assert three.list_aliases(*GEAR)["production"] == "v0002"
 
 
 @pytest.mark.s3

@@ -18,7 +18,7 @@ from shared_bundles import PLAIN
 from small_set import make_bundle, small_config
 from torch import Tensor
 
-from focus_ray.bundle.bundle import MANIFEST, manifest_hash, read_bundle, read_manifest, read_statistics
+from focus_ray.bundle.bundle import MANIFEST, compute_manifest_hash, read_bundle, read_manifest, read_statistics
 from focus_ray.errors import BundleError
 
 MIB = 2**20
@@ -40,7 +40,7 @@ def change_manifest(bundle: Path, change: Callable[[dict[str, Any]], Any]) -> No
     """Changes a manifest and updates its hash, as an attacker can."""
     manifest = read_manifest(bundle)
     change(manifest)
-    manifest["sha256"] = manifest_hash(manifest)
+    manifest["sha256"] = compute_manifest_hash(manifest)
     (bundle / MANIFEST).write_text(json.dumps(manifest))
 
 

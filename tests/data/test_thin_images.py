@@ -90,7 +90,7 @@ def test_inspection_of_a_thin_image_gives_an_error_and_no_verdict(bundle: str, d
     fine.write_bytes(encode_png(strip(512, 128)))
     with pytest.raises(DataError, match=rf"^{thin}: .*512 x 8 pixels"):
         inspector.inspect([fine, thin])
-    error, finding = inspector.inspect_or_explain([thin.read_bytes(), fine.read_bytes()])
+    error, finding = inspector.inspect_or_return_errors([thin.read_bytes(), fine.read_bytes()])
     assert isinstance(error, DataError)
     assert isinstance(finding, Inspection)
     assert finding.anomalous
@@ -140,7 +140,7 @@ def test_an_image_without_a_cell_after_alignment_has_no_score(data: str, tmp_pat
     scored = detector.score_embedding(embedding, theta, batch[..., 3] > 0)
     assert torch.isnan(scored.score).tolist() == [True, False]
     with pytest.raises(ImageError, match="no location of the anomaly map"):
-        inspector.judge(float(scored.score[0]), scored.anomaly_map[0].numpy(), 64, 8)
+        inspector.compare_with_thresholds(float(scored.score[0]), scored.anomaly_map[0].numpy(), 64, 8)
 
 
 def test_an_export_calls_an_image_without_inspected_cells_anomalous_and_gives_no_score(bundle: str) -> None:

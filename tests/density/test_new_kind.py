@@ -67,7 +67,7 @@ def inspect_and_export(config: Config, folder: Path) -> None:
     """Checks that a new bundle and its ONNX export give useful scores; `export_bundle` compares the two."""
     place = make_bundle(config)
     uri = config.data.uri
-    measured = Inspector(read_bundle(place)).measure(iter_test_records(uri, "gear")).measured
+    measured = Inspector(read_bundle(place)).score_labelled_images(iter_test_records(uri, "gear")).measured
     assert np.isfinite(measured.scores).all()
     assert len(set(measured.scores)) == len(measured.scores) == 8
     assert (export_bundle(place, "onnx", folder / "export").folder / "model.onnx").is_file()

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 from focus_ray.detect.calibration import PRECISION_SHIFT, Calibration, CalibrationBuilder
 from focus_ray.errors import DataError
-from focus_ray.metrics.ties import is_above
+from focus_ray.metrics.ties import exceeds_threshold
 
 
 def calibrate(
@@ -295,7 +295,7 @@ def test_the_last_digits_of_a_score_decide_nothing():
     p_values = calibration.conformal_p_value(scores)
     assert p_values[0] == p_values[1] > p_values[2]
     assert (p_values <= calibration.effective_fpr).tolist() == [False, False, True]
-    assert is_above(scores, calibration.image_threshold).tolist() == [False, False, True]
+    assert exceeds_threshold(scores, calibration.image_threshold).tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize("n", [10, 40])

@@ -19,7 +19,13 @@ from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import read_index, read_rows
 from focus_ray.errors import DataError
-from focus_ray.evaluation.batch_inspection import UNFINISHED, Batch, inspect_dataset, inspect_piece, inspect_records
+from focus_ray.evaluation.batch_inspection import (
+    UNFINISHED,
+    BatchInspection,
+    inspect_dataset,
+    inspect_records,
+    inspect_work_item,
+)
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.storage.files import list_names, open_filesystem
 
@@ -110,9 +116,9 @@ def test_incomplete_results_of_another_run_are_replaced(
 def test_an_interrupted_run_continues_and_keeps_its_parts(
     results: tuple[str, dict[str, int]], data: str, bundles: dict[str, str], tmp_path: Path
 ) -> None:
-    pieces = list(iter(Batch(bundles, data, str(tmp_path), None, 32, 8, print).next_piece, None))
-    assert [piece.num_images for piece in pieces] == [8] * 4
-    assert sum(inspect_piece(piece)["num_images"] for piece in pieces[1:3]) == 16  # then the run is interrupted
+    items = list(iter(BatchInspection(bundles, data, str(tmp_path), None, 32, 8, print).take_next_item, None))
+    assert [item.num_images for item in items] == [8] * 4
+    assert sum(inspect_work_item(item)["num_images"] for item in items[1:3]) == 16  # then the run is interrupted
     place = tmp_path / "category=gear"
     before = {path.name: path.stat().st_mtime_ns for path in place.glob("*.parquet")}
     messages: list[str] = []

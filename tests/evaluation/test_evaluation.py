@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from focus_ray.evaluation.work_items import open_worker_pool
 from PIL import Image
 from shared_bundles import PLAIN
 from small_set import NUM_TEST, NUM_TRAIN, make_bundle, small_config
@@ -20,14 +21,13 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import iter_test_records, read_index
 from focus_ray.evaluation import run as module
 from focus_ray.evaluation.measuring import (
-    EvaluationPart,
     EvaluationProgress,
     EvaluationSettings,
+    WorkerScores,
     plan_evaluation,
-    run_piece,
+    process_work_item,
 )
-from focus_ray.evaluation.pieces import open_pool
-from focus_ray.evaluation.run import Evaluation, EvaluationReport, evaluate_bundles
+from focus_ray.evaluation.run import EvaluationReport, EvaluationRun, evaluate_bundles
 from focus_ray.fitting.split import shorten_hash
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.metrics.pixels import PixelBins
@@ -42,8 +42,8 @@ def evaluate(bundles: dict[str, str], output: Path, exact_pixels: int = 0, **opt
     return evaluate_bundles(bundles, str(output), max_side_px=SIDE, exact_pixels=exact_pixels, part_images=3, **options)
 
 
-def start(bundles: dict[str, str], output: Path) -> Evaluation:
-    return Evaluation(bundles, EvaluationSettings(str(output), None, SIDE, 0, 3, False), print)
+def start(bundles: dict[str, str], output: Path) -> EvaluationRun:
+    return EvaluationRun(bundles, EvaluationSettings(str(output), None, SIDE, 0, 3, False), print)
 
 
 def assert_same(metrics: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -85,18 +85,18 @@ def test_every_image_has_its_row(part_bundles: dict[str, str], parts: str, tmp_p
         assert (row["id"], row["label"], row["anomalous"], row["bundle"]) == expected
 
 
-def run_first_pieces(bundles: dict[str, str], output: Path, num_pieces: int) -> None:
-    """Runs and saves the first pieces of an evaluation, as if it was interrupted."""
+def process_first_items(bundles: dict[str, str], output: Path, num_items: int) -> None:
+    """Runs and saves the first items of an evaluation, as if it was interrupted."""
     evaluation = start(bundles, output)
-    for _ in range(num_pieces):
-        piece = evaluation.next_piece()
-        assert piece is not None
-        evaluation.record_outcome(piece, run_piece(piece))
-    evaluation.save()
+    for _ in range(num_items):
+        item = evaluation.take_next_item()
+        assert item is not None
+        evaluation.store_outcome(item, process_work_item(item))
+    evaluation.save_progress()
 
 
 def test_an_interrupted_evaluation_continues(part_bundles: dict[str, str], tmp_path: Path) -> None:
-    run_first_pieces(part_bundles, tmp_path / "died", 6)  # board with its metrics, two of three parts of gear
+    process_first_items(part_bundles, tmp_path / "died", 6)  # board with its metrics, two of three parts of gear
     files = sorted((tmp_path / "died/images").glob("*/*.parquet"))
     before = [path.stat().st_mtime_ns for path in files]
     messages: list[str] = []
@@ -112,14 +112,14 @@ def test_an_interrupted_evaluation_continues(part_bundles: dict[str, str], tmp_p
 def test_other_settings_or_no_resume_start_a_new_evaluation(
     part_bundles: dict[str, str], tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    run_first_pieces(part_bundles, tmp_path, 6)
+    process_first_items(part_bundles, tmp_path, 6)
     messages: list[str] = []
     evaluate(part_bundles, tmp_path, log=messages.append, **options)
     assert not [line for line in messages if "already" in line or "continuing" in line]
 
 
 def test_a_damaged_record_is_measured_again(part_bundles: dict[str, str], tmp_path: Path) -> None:
-    run_first_pieces(part_bundles, tmp_path, 4)
+    process_first_items(part_bundles, tmp_path, 4)
     path = tmp_path / "categories/board.json"
     path.write_text(path.read_text().replace('"views": {', '"views": {"x": 7, ', 1))
     messages: list[str] = []
@@ -128,8 +128,8 @@ def test_a_damaged_record_is_measured_again(part_bundles: dict[str, str], tmp_pa
 
 
 def test_a_part_counts_once() -> None:
-    bins = {"": PixelBins.of_image(np.eye(4, dtype=bool), np.ones((4, 4), np.float32))}
-    part = EvaluationPart(np.zeros(1, np.int8), np.ones(1), ("good",), bins, False, np.zeros(1, bool))
+    bins = {"": PixelBins.from_image(np.eye(4, dtype=bool), np.ones((4, 4), np.float32))}
+    part = WorkerScores(np.zeros(1, np.int8), np.ones(1), ("good",), bins, False, np.zeros(1, bool))
     measured = EvaluationProgress(job=None)  # type: ignore[arg-type]
     for _ in range(3):
         measured.add(0, part)
@@ -178,9 +178,9 @@ def test_workers_give_the_metrics_of_one_process(
     messages: list[str] = []
     report = evaluate(part_bundles, tmp_path / "ray", exact_pixels, num_workers=2, log=messages.append)
     settings = EvaluationSettings(str(tmp_path / "here"), None, SIDE, exact_pixels, 3, False)
-    local = Evaluation(part_bundles, settings, print)
-    local.run(run_piece, None)
-    assert_same(report.results, local.results_in_bundle_order())
+    local = EvaluationRun(part_bundles, settings, print)
+    local.run(process_work_item, None)
+    assert_same(report.results, local.sort_results())
     assert list(report.results) == list(part_bundles)
     assert any("side by side: 2 as set" in line for line in messages)
     for category in part_bundles:
@@ -190,16 +190,16 @@ def test_workers_give_the_metrics_of_one_process(
 
 @pytest.mark.cluster
 @pytest.mark.ray
-def test_a_killed_worker_changes_no_result_and_a_piece_that_always_kills_fails(
+def test_a_killed_worker_changes_no_result_and_an_item_that_always_kills_fails(
     ray_cluster: None, part_bundles: dict[str, str], parts: str, tmp_path: Path
 ) -> None:
     mark = tmp_path / "gear-died"
 
-    def deadly(piece: Any) -> Any:
+    def deadly(item: Any) -> Any:
         """Kills its worker once after a part of gear, and at every part of board."""
-        result = run_piece(piece)
-        is_gear = piece.job.category == "gear"
-        if not is_gear or (3 in piece.parts and not mark.exists()):
+        result = process_work_item(item)
+        is_gear = item.job.category == "gear"
+        if not is_gear or (3 in item.parts and not mark.exists()):
             if is_gear:
                 mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -207,7 +207,7 @@ def test_a_killed_worker_changes_no_result_and_a_piece_that_always_kills_fails(
 
     messages: list[str] = []
     evaluation = start(part_bundles, tmp_path / "out")
-    evaluation.run(deadly, open_pool(2, [], str(tmp_path), messages.append))
+    evaluation.run(deadly, open_worker_pool(2, [], str(tmp_path), messages.append))
     assert any(line.startswith("retry 1 of 3: ActorDiedError") for line in messages)
     assert mark.exists()
     assert re.search(r"ActorDiedError: .* \(4 attempts\)", evaluation.results["board"]["error"])

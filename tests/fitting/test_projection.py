@@ -15,7 +15,7 @@ from small_set import CATEGORIES, fit_alone, make_bundle, small_config
 from torch import Tensor
 
 from focus_ray.bundle.bundle import read_bundle, read_statistics
-from focus_ray.bundle.metric import share_metric
+from focus_ray.bundle.metric import average_projections
 from focus_ray.defects import make_defective_copies
 from focus_ray.density.settings import DensityConfig
 from focus_ray.detect.detector import embed
@@ -173,7 +173,7 @@ def test_a_shared_metric_is_the_mean_of_the_scatter_matrices_of_the_categories(
 ) -> None:
     config, bundles = two_bundles
     place = str(tmp_path / "metric.safetensors")
-    assert share_metric(bundles, place) == sorted(CATEGORIES)
+    assert average_projections(bundles, place) == sorted(CATEGORIES)
     scatters = [read_statistics(bundle).scatter for bundle in bundles]
     expected = sum(scatter / scatter[0].diagonal().mean() for scatter in scatters) / 2  # type: ignore[index,union-attr]
     torch.testing.assert_close(read_shared_scatter(with_metric(config, place)), expected)
@@ -184,7 +184,7 @@ def test_a_category_with_a_shared_metric_uses_its_directions_and_paints_no_defec
 ) -> None:
     config, bundles = two_bundles
     place = str(tmp_path / "metric.safetensors")
-    share_metric(bundles[:1], place)
+    average_projections(bundles[:1], place)
     monkeypatch.setattr("focus_ray.fitting.projection.draw_defective_copies", None)
     result = fit_alone(with_metric(config, place), CATEGORIES[1])
     shared = read_statistics(bundles[0]).scatter
@@ -204,7 +204,7 @@ def test_a_metric_of_another_network_or_a_file_that_is_no_metric_is_refused(
 ) -> None:
     config, bundles = two_bundles
     place = tmp_path / "metric.safetensors"
-    share_metric(bundles, str(place))
+    average_projections(bundles, str(place))
     (tmp_path / "text").write_text("no metric")
     with pytest.raises(ConfigError, match=r"model\.padding=reflect.* model\.padding=zeros"):
         read_shared_scatter(with_metric(config, place, padding="zeros"))
@@ -213,9 +213,9 @@ def test_a_metric_of_another_network_or_a_file_that_is_no_metric_is_refused(
             read_shared_scatter(with_metric(config, tmp_path / name))
     with_shared = make_bundle(with_metric(config, place), CATEGORIES[0], place=tmp_path / "with_shared")
     with pytest.raises(BundleError, match="with_shared"):
-        share_metric([with_shared], str(tmp_path / "other"))
+        average_projections([with_shared], str(tmp_path / "other"))
     with pytest.raises(BundleError, match="another bundle has the same category"):
-        share_metric([bundles[0], bundles[0]], str(tmp_path / "other"))
+        average_projections([bundles[0], bundles[0]], str(tmp_path / "other"))
 
 
 def test_statistics_from_cached_embeddings_equal_statistics_from_a_new_pass(data: str) -> None:

@@ -233,7 +233,7 @@ def test_only_pixels_of_the_region_are_measured(inspector: Inspector, data: str)
     assert inside.any()
     assert inside.sum() < masks.sum()
     assert results["pixel_auroc"] == pytest.approx(roc_auc_score(inside.ravel(), scores.ravel()), abs=1e-4)
-    assert results["aupro_0.3"] == pytest.approx(PixelCurve.of(inside, scores).aupro(0.3), abs=1e-3)
+    assert results["aupro_0.3"] == pytest.approx(PixelCurve.from_maps(inside, scores).aupro(0.3), abs=1e-3)
 
 
 # The bundle

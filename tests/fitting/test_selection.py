@@ -129,7 +129,7 @@ def test_the_score_is_the_mean_of_image_auroc_and_aupro() -> None:
     masks[3:, 4:9, 6:12] = True
     maps = (np.random.default_rng(0).random(masks.shape) + 0.4 * masks).astype(np.float32)
     scores = maps.max(axis=(1, 2))
-    curve, auroc = PixelCurve.of(masks, maps), image_auroc([0, 0, 0, 1, 1, 1], scores)
+    curve, auroc = PixelCurve.from_maps(masks, maps), image_auroc([0, 0, 0, 1, 1, 1], scores)
     figures = compute_validation_metrics(masks, scores, maps)
     assert (figures["image_auroc"], figures["aupro"], figures["pixel_auroc"]) == (
         auroc,

@@ -64,7 +64,7 @@ def random_set(seed: int, levels: int | None) -> tuple[list[np.ndarray], list[np
 
 
 def pixel_metrics(masks: np.ndarray | list[np.ndarray], maps: np.ndarray | list[np.ndarray]) -> list[float]:
-    curve = PixelCurve.of(masks, maps)
+    curve = PixelCurve.from_maps(masks, maps)
     return [curve.auroc(), curve.average_precision(), curve.aupro(0.3), curve.aupro(0.05)]
 
 
@@ -73,7 +73,7 @@ def pixel_metrics(masks: np.ndarray | list[np.ndarray], maps: np.ndarray | list[
 def test_aupro_agrees_with_its_definition(levels, fpr_limit):
     for seed in range(3):
         masks, maps = random_set(seed, levels)
-        aupro = PixelCurve.of(masks, maps).aupro(fpr_limit)
+        aupro = PixelCurve.from_maps(masks, maps).aupro(fpr_limit)
         assert aupro == pytest.approx(slow_aupro(masks, maps, fpr_limit), abs=1e-9)
 
 
@@ -137,7 +137,7 @@ SQUARE, CORNER, PIXEL = (slice(0, 3), slice(0, 3)), (slice(3, 4), slice(3, 4)), 
     ],
 )
 def test_aupro_of_hand_counted_regions(areas, found, expected):
-    curve = PixelCurve.of(square_mask(9, *areas), square_mask(9, *found).astype(float))
+    curve = PixelCurve.from_maps(square_mask(9, *areas), square_mask(9, *found).astype(float))
     assert curve.aupro(1.0) == pytest.approx(expected)
 
 
@@ -166,11 +166,11 @@ def test_image_metrics_refuse_bad_input(metric, labels, scores, named):
 
 
 def curve_of(mask: np.ndarray, scores: np.ndarray) -> PixelCurve | None:
-    return PixelCurve.of([mask], [scores])
+    return PixelCurve.from_maps([mask], [scores])
 
 
 def curve_of_bins(mask: np.ndarray, scores: np.ndarray) -> PixelCurve | None:
-    return PixelBins.of_image(mask, scores).curve()
+    return PixelBins.from_image(mask, scores).compute_curve()
 
 
 @pytest.mark.parametrize("curve", [curve_of, curve_of_bins])

@@ -10,8 +10,8 @@ from hypothesis.extra import numpy as hnp
 
 from focus_ray.errors import DataError
 from focus_ray.metrics.evaluate import EvaluationCollector, compute_metrics
-from focus_ray.metrics.metrics import MeasuredImages
-from focus_ray.metrics.pixels import PixelBins, score_bins
+from focus_ray.metrics.metrics import ScoredTestImages
+from focus_ray.metrics.pixels import PixelBins, compute_bin_numbers
 from focus_ray.metrics.registry import METRICS
 from focus_ray.reporting.tables import format_bound
 
@@ -28,15 +28,15 @@ INSIDE = hnp.arrays(np.bool_, SHAPE, elements=st.sampled_from([True, True, False
 
 
 def bins_of(masks: np.ndarray, maps: np.ndarray, inside: np.ndarray) -> PixelBins:
-    return PixelBins.total(PixelBins.of_image(*image) for image in zip(masks, maps, inside, strict=True))
+    return PixelBins.merge(PixelBins.from_image(*image) for image in zip(masks, maps, inside, strict=True))
 
 
-def scored_images(masks: np.ndarray, maps: np.ndarray, inside: np.ndarray, exact_pixels: int) -> MeasuredImages:
+def scored_images(masks: np.ndarray, maps: np.ndarray, inside: np.ndarray, exact_pixels: int) -> ScoredTestImages:
     """Collects images of two defect types. An image is anomalous if its mask has a pixel."""
     collector = EvaluationCollector(exact_pixels)
     for number, (mask, scores, counted_pixels) in enumerate(zip(masks, maps, inside, strict=True)):
         collector.add(int(mask.any()), f"kind {number % 2}", float(scores.max()), scores, mask, counted_pixels)
-    return collector.labelled(1.0).measured
+    return collector.select_unseen_images(1.0).measured
 
 
 @given(MASKS, MAPS, INSIDE, st.integers(0, 4))
@@ -70,13 +70,13 @@ def test_the_error_of_every_metric_is_within_its_bound(masks: np.ndarray, maps: 
 @given(hnp.arrays(np.float32, 40, elements=st.floats(-(2.0**99), 2.0**99, width=32)))
 def test_a_higher_score_never_has_a_lower_bin(scores: np.ndarray) -> None:
     rising = np.sort(scores)
-    assert (np.diff(score_bins(rising).astype(np.int64)) >= 0).all()
-    assert score_bins(np.float32([-0.0])) == score_bins(np.float32([0.0]))
+    assert (np.diff(compute_bin_numbers(rising).astype(np.int64)) >= 0).all()
+    assert compute_bin_numbers(np.float32([-0.0])) == compute_bin_numbers(np.float32([0.0]))
 
 
 def test_a_bin_is_less_than_an_8000th_of_its_score_wide() -> None:
     for score in (1e-3, 1.0, 1.999, 37.0):
-        assert score_bins(np.float32([score])) != score_bins(np.float32([score * (1 + 1 / 8000)]))
+        assert compute_bin_numbers(np.float32([score])) != compute_bin_numbers(np.float32([score * (1 + 1 / 8000)]))
 
 
 def blurred_set(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -114,7 +114,7 @@ def test_images_of_the_training_set_and_images_without_a_mask_count_in_no_pixel_
     for number, mask in enumerate(masks):
         known_mask = None if number == 6 else mask
         collector.add(int(mask.any()), "cut", float(number), maps[number], known_mask, None, trained_on=number < 2)
-    labelled = collector.labelled(1.0)
+    labelled = collector.select_unseen_images(1.0)
     others = [2, 3, 4, 5, 7, 8, 9, 10, 11]
     expected = scored_images(masks[others], maps[others], np.ones_like(masks[others]), exact_pixels)
     assert (labelled.numbers.tolist(), labelled.num_trained_on) == (list(range(2, 12)), 2)

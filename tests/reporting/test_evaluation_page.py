@@ -17,8 +17,8 @@ from small_set import make_bundle, small_config
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import iter_test_records
 from focus_ray.data.schema import Row
-from focus_ray.metrics.evaluate import LabelledImages
-from focus_ray.metrics.metrics import MeasuredImages
+from focus_ray.metrics.evaluate import UnseenTestImages
+from focus_ray.metrics.metrics import ScoredTestImages
 from focus_ray.metrics.registry import METRICS
 from focus_ray.reporting.caveats import Share, evaluation_caveats
 from focus_ray.reporting.evaluation import build_section, evaluation_page, per_region_overlap_curve
@@ -32,12 +32,12 @@ def inspector(parts: str, tmp_path_factory: pytest.TempPathFactory) -> Inspector
 
 
 @pytest.fixture(scope="module")
-def labelled(inspector: Inspector, parts: str) -> LabelledImages:
-    return inspector.measure(iter_test_records(parts, "gear"), 64)
+def select_unseen_images(inspector: Inspector, parts: str) -> UnseenTestImages:
+    return inspector.score_labelled_images(iter_test_records(parts, "gear"), 64)
 
 
 @pytest.fixture(scope="module")
-def cards(inspector: Inspector, labelled: LabelledImages, parts: str) -> dict[Kind, list[Card]]:
+def cards(inspector: Inspector, labelled: UnseenTestImages, parts: str) -> dict[Kind, list[Card]]:
     records = list(iter_test_records(parts, "gear"))
 
     def read_records(numbers: Sequence[int]) -> Iterable[Row]:
@@ -47,20 +47,20 @@ def cards(inspector: Inspector, labelled: LabelledImages, parts: str) -> dict[Ki
 
 
 @pytest.fixture(scope="module")
-def page(inspector: Inspector, labelled: LabelledImages, cards: dict[Kind, list[Card]], parts: str) -> str:
-    result = {**inspector.figures(labelled), "bundle": "gear", "version": "0123", "data": parts}
+def page(inspector: Inspector, labelled: UnseenTestImages, cards: dict[Kind, list[Card]], parts: str) -> str:
+    result = {**inspector.compute_evaluation_metrics(labelled), "bundle": "gear", "version": "0123", "data": parts}
     section = build_section(labelled.measured, inspector.bundle.calibration, [], result, cards)
     return evaluation_page({"gear": result, "board": {"error": "gone"}}, {"gear": section}).decode()
 
 
-def random_measured(has_masks: bool = True) -> MeasuredImages:
+def random_measured(has_masks: bool = True) -> ScoredTestImages:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 200)
     masks = np.zeros((200, 16, 16), bool)
     masks[labels == 1, 3:7, 2:9] = True
     maps = rng.normal(masks * 1.0, 1.0).astype(np.float32)
     known_masks = [mask if has_masks or not mask.any() else None for mask in masks]
-    return MeasuredImages(labels, rng.normal(labels, 1.0), known_masks, list(maps), 1.0)
+    return ScoredTestImages(labels, rng.normal(labels, 1.0), known_masks, list(maps), 1.0)
 
 
 def test_the_page_loads_nothing_from_the_network(page: str) -> None:
@@ -108,11 +108,13 @@ def test_the_gallery_has_worst_misses_worst_false_alarms_and_typical_finds(
     count = len(scores)
     labels = (np.arange(count) >= num_good).astype(np.int64)
     maps = [np.zeros((2, 2), np.float32)] * count
-    chosen = choose_images(MeasuredImages(labels, np.array(scores), [None] * count, maps, 1.0), per_kind=2)
+    chosen = choose_images(ScoredTestImages(labels, np.array(scores), [None] * count, maps, 1.0), per_kind=2)
     assert tuple(chosen.values()) == expected
 
 
-def test_cards_describe_the_chosen_images(labelled: LabelledImages, cards: dict[Kind, list[Card]], parts: str) -> None:
+def test_cards_describe_the_chosen_images(
+    labelled: UnseenTestImages, cards: dict[Kind, list[Card]], parts: str
+) -> None:
     ids = [record["id"] for record in iter_test_records(parts, "gear")]
     for kind, numbers in choose_images(labelled.measured).items():
         for card, number in zip(cards[kind], numbers, strict=True):

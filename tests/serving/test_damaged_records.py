@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from serving_set import INSPECT, PRESS, Plant, client_of, service_of, settings_of
 
-from focus_ray.bundle.bundle import MANIFEST, manifest_hash, read_manifest
+from focus_ray.bundle.bundle import MANIFEST, compute_manifest_hash, read_manifest
 from focus_ray.bundle.published import find_bundle_of_each_category
 from focus_ray.bundle.registry import Registry
 from focus_ray.errors import RegistryError
@@ -70,7 +70,7 @@ def test_a_damaged_version_is_missing_in_lists_and_its_look_up_names_it(
     path = place(registry, "_published", "v0002.json")
     path.write_bytes(record)
     caplog.set_level(logging.WARNING)
-    assert [version.name for version in registry.versions(PRESS, "gear")] == ["v0001", "v0003"]
+    assert [version.name for version in registry.list_versions(PRESS, "gear")] == ["v0001", "v0003"]
     assert str(path) in caplog.text
     for ref in ("v0002", "production"):
         with pytest.raises(RegistryError, match=r"v0002\.json: .*damaged"):
@@ -92,15 +92,23 @@ def test_a_damaged_version_is_a_404_and_does_not_break_the_list(plant: Plant, re
 
 
 def test_files_and_folders_of_other_kinds_change_no_list(registry: Registry, plant: Plant) -> None:
-    before = registry.versions(PRESS, "gear"), registry.aliases(PRESS, "gear"), registry.marks(PRESS)
+    before = (
+        registry.list_versions(PRESS, "gear"),
+        registry.list_aliases(PRESS, "gear"),
+        registry.read_change_marks(PRESS),
+    )
     root = Path(registry.root)
     for file in ("notes.txt", f"{PRESS}/readme", f"{PRESS}/gear/_aliases/silver", f"{PRESS}/_changes/@@@"):
         (root / file).write_text("a file where a team, category, alias or mark would be")
     for folder in ("_published/v0009.json", "_published/v00x", "_aliases/gold/00000001.json", "_claims/x"):
         place(registry, folder).mkdir(parents=True)
-    assert (registry.versions(PRESS, "gear"), registry.aliases(PRESS, "gear"), registry.marks(PRESS)) == before
-    assert registry.versions(PRESS, "readme") == []
-    assert [registry.categories(team) for team in registry.teams()] == [[], ["gear", "readme"]]
+    assert (
+        registry.list_versions(PRESS, "gear"),
+        registry.list_aliases(PRESS, "gear"),
+        registry.read_change_marks(PRESS),
+    ) == before
+    assert registry.list_versions(PRESS, "readme") == []
+    assert [registry.list_categories(team) for team in registry.list_teams()] == [[], ["gear", "readme"]]
     assert set(find_bundle_of_each_category(registry.root)) == {"gear"}
     assert registry.publish(plant.bundles["gear"], PRESS, aliases=["gold"]).name == "v0004"
 
@@ -112,7 +120,7 @@ def test_an_alias_with_a_damaged_record_keeps_its_previous_version(
     path = place(registry, "_aliases", "production", "00000003.json")
     path.write_bytes(record)
     caplog.set_level(logging.WARNING)
-    assert registry.aliases(PRESS, "gear") == {"latest": "v0003", "production": "v0002"}
+    assert registry.list_aliases(PRESS, "gear") == {"latest": "v0003", "production": "v0002"}
     assert str(path) in caplog.text
     assert registry.resolve(PRESS, "gear", "production").name == "v0002"
     assert registry.collect_garbage(PRESS, "gear", 0, min_age=NO_AGE) == []
@@ -124,7 +132,7 @@ def test_an_alias_with_a_damaged_record_keeps_its_previous_version(
 def test_an_alias_without_a_readable_record_is_absent_and_can_be_set_again(registry: Registry, plant: Plant) -> None:
     for path, record in zip(place(registry, "_aliases", "latest").iterdir(), DAMAGED_TARGETS, strict=False):
         path.write_bytes(record)
-    assert registry.aliases(PRESS, "gear") == {"production": "v0002"}
+    assert registry.list_aliases(PRESS, "gear") == {"production": "v0002"}
     with pytest.raises(RegistryError, match=r"'latest'.*v0001, v0002, v0003, production"):
         registry.resolve(PRESS, "gear")
     assert registry.publish(plant.bundles["gear"], PRESS).name == "v0004"
@@ -173,7 +181,7 @@ def test_a_model_above_memory_mb_is_a_503_with_a_log_line_and_the_other_models_s
     version = Registry(own_plant.registry).resolve(PRESS, "board")
     manifest = read_manifest(version.uri)
     manifest["files"]["density"]["num_bytes"] = 2**39
-    manifest["sha256"] = manifest_hash(manifest)
+    manifest["sha256"] = compute_manifest_hash(manifest)
     Path(version.uri, MANIFEST).write_text(json.dumps(manifest))
     record_file = Path(own_plant.registry, PRESS, "board", "_published", "v0001.json")
     record_file.write_text(json.dumps({**json.loads(record_file.read_text()), "sha256": manifest["sha256"]}))

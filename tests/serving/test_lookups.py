@@ -19,7 +19,7 @@ import pytest
 from s3_server import S3Server
 
 from focus_ray.bundle import registry as registry_module
-from focus_ray.bundle.bundle import FORMAT_VERSION, MANIFEST, manifest_hash
+from focus_ray.bundle.bundle import FORMAT_VERSION, MANIFEST, compute_manifest_hash
 from focus_ray.bundle.registry import CLAIM_LASTS, Registry, Version
 from focus_ray.errors import BundleError, DataError, RegistryError
 from focus_ray.serving import source as source_module
@@ -57,7 +57,7 @@ def write_manifest(bundles: str | Path, of: int, note: int = 0) -> None:
     manifest.update(created_at="2026-01-31T12:00:00+00:00", note=f"{note:04}")
     manifest.update({name: {} for name in ("config", "data", "calibration", "metrics")})
     manifest["moments"] = {"count": 2, "height": 8, "width": 8, "channels": 32}
-    manifest["sha256"] = manifest_hash(manifest)
+    manifest["sha256"] = compute_manifest_hash(manifest)
     write_bytes(join(bundles, category(of), MANIFEST), json.dumps(manifest).encode())
 
 
@@ -98,7 +98,7 @@ def storage_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     count(registry_module, "list_names", "listings")
     count(registry_module, "read_bytes", "files")
-    count(source_module, "stamp_bundles", "listings")
+    count(source_module, "read_bundle_stamps", "listings")
     count(source_module, "read_manifest", "files")
     return calls
 
@@ -221,7 +221,7 @@ def test_a_category_is_looked_up_again_while_its_alias_moves_and_after_the_mover
     died = threading.Event()
 
     def die(uri: str, data: bytes) -> bool:
-        assert sorted(registry.marks(TEAM)) == [category(1)]
+        assert sorted(registry.read_change_marks(TEAM)) == [category(1)]
         assert create_bytes(uri, data)
         for _ in range(2):  # marks were read before the alias moved, and are read again just after it
             clock.now += REFRESH_S
@@ -240,14 +240,14 @@ def test_a_category_is_looked_up_again_while_its_alias_moves_and_after_the_mover
         patch.setattr(registry_module, "remove_file", lambda uri: None)
         with pytest.raises(KeyboardInterrupt):
             add_version(registry, 0, "v0002")
-    assert sorted(registry.marks(TEAM)) == [category(1)]
+    assert sorted(registry.read_change_marks(TEAM)) == [category(1)]
     add_version(registry, 0, "v0003")
-    assert sorted(registry.marks(TEAM)) == [category(1)]  # the mover may still be at work
+    assert sorted(registry.read_change_marks(TEAM)) == [category(1)]  # the mover may still be at work
     long_ago = f"{datetime.now(timezone.utc) - 3 * CLAIM_LASTS:%Y%m%dT%H%M%S}"
     (begun,) = (tmp_path / TEAM / "_changes").glob(f"{category(0)}@begun-*")
     begun.rename(begun.with_name(f"{category(0)}@begun-{long_ago}-x.json"))
     add_version(registry, 0, "v0004")
-    assert sorted(registry.marks(TEAM)) == [category(0), category(1)]
+    assert sorted(registry.read_change_marks(TEAM)) == [category(0), category(1)]
     assert len(list_names(join(registry.root, TEAM, "_changes"))) == 2
 
 
@@ -266,9 +266,9 @@ def test_an_unchanged_mark_means_an_unchanged_version_under_concurrent_moves(tmp
     def read() -> None:
         own_registry = Registry(tmp_path)
         while not stop.is_set():
-            before = own_registry.marks(TEAM).get(category(0))
+            before = own_registry.read_change_marks(TEAM).get(category(0))
             version = own_registry.resolve(TEAM, category(0), "production").name
-            if before is not None and before == own_registry.marks(TEAM).get(category(0)):
+            if before is not None and before == own_registry.read_change_marks(TEAM).get(category(0)):
                 versions_by_mark.setdefault(before, set()).add(version)
 
     reader = threading.Thread(target=read)
@@ -282,7 +282,7 @@ def test_an_unchanged_mark_means_an_unchanged_version_under_concurrent_moves(tmp
     reader.join()
     assert not failures
     assert all(len(versions) == 1 for versions in versions_by_mark.values())
-    last_mark = registry.marks(TEAM)[category(0)]
+    last_mark = registry.read_change_marks(TEAM)[category(0)]
     assert versions_by_mark[last_mark] == {registry.resolve(TEAM, category(0), "production").name}
 
 
@@ -348,11 +348,11 @@ def test_a_deleted_version_is_noticed_and_an_own_move_is_seen_immediately(tmp_pa
 
 def test_marks_are_not_listed_as_a_category_and_failed_changes_add_no_team(tmp_path: Path) -> None:
     registry = make_registry(tmp_path, 2)
-    assert registry.categories(TEAM) == [category(0), category(1)]
+    assert registry.list_categories(TEAM) == [category(0), category(1)]
     assert registry.collect_garbage("weld", "gear", 1) == []
     with pytest.raises(RegistryError):
         registry.roll_back("weld", "gear", "latest")
-    assert (registry.teams(), registry.marks("weld")) == ([TEAM], {})
+    assert (registry.list_teams(), registry.read_change_marks("weld")) == ([TEAM], {})
 
 
 def test_moves_of_an_identity_without_delete_rights_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,7 +364,7 @@ def test_moves_of_an_identity_without_delete_rights_are_seen(tmp_path: Path, mon
     monkeypatch.setattr(registry_module, "remove_file", refuse)
     add_version(registry, 0, "v0002")
     assert registry.resolve(TEAM, category(0)).name == "v0002"
-    assert registry.marks(TEAM) == {}  # the record of its beginning stays, so the category is looked up
+    assert registry.read_change_marks(TEAM) == {}  # the record of its beginning stays, so the category is looked up
 
 
 def test_while_the_storage_fails_cached_versions_answer(
@@ -404,8 +404,8 @@ def test_a_folder_is_listed_once_for_all_categories_and_manifests_are_read_once(
     line = Line(source)
     line.ask(*everything)
     line.ask(*everything)
-    for name in source.categories(TEAM):
-        assert source.aliases(TEAM, name) == {"latest": source.resolve(TEAM, name).name}
+    for name in source.list_categories(TEAM):
+        assert source.list_aliases(TEAM, name) == {"latest": source.resolve(TEAM, name).name}
     assert storage_calls == {"listings": 2, "files": num_categories}
     storage_calls.clear()
     for _ in range(5):
@@ -431,12 +431,12 @@ def test_new_replaced_and_removed_bundles_are_seen_after_an_interval(
     write_manifest(bundles, 3)
     shutil.rmtree(bundles / category(2))
     assert line.ask(0, 1, 2) == before
-    assert source.categories(TEAM) == [category(of) for of in range(3)]
+    assert source.list_categories(TEAM) == [category(of) for of in range(3)]
     clock.now += REFRESH_S
     line.ask(0, 1, 2)
     after = line.ask(0, 1)
     assert (after[0] == before[0], after[1] == before[1]) == (True, False)
-    assert source.categories(TEAM) == [category(of) for of in (0, 1, 3)]
+    assert source.list_categories(TEAM) == [category(of) for of in (0, 1, 3)]
     with pytest.raises(RegistryError, match=r"'latest'.*'part002'"):
         line.ask(2)
     assert line.ask(3)
@@ -452,7 +452,7 @@ def test_a_folder_on_s3_is_listed_once(
         write_manifest(join(place, "bundles"), of)
         write_bytes(join(place, "bundles", category(of), "network-0.safetensors"), b"x")
     source = FolderSource(place, TEAM, REFRESH_S)
-    assert source.categories(TEAM) == [category(of) for of in range(3)]
+    assert source.list_categories(TEAM) == [category(of) for of in range(3)]
     previous = source.resolve(TEAM, category(1))
     write_manifest(join(place, "bundles"), 1, note=1)  # in the same second, of the same size
     clock.now += REFRESH_S
@@ -460,9 +460,9 @@ def test_a_folder_on_s3_is_listed_once(
     assert source.resolve(TEAM, category(1)).name != previous.name
     assert storage_calls == {"listings": 1, "files": 3}
     monkeypatch.setattr(source_module, "_SETTLED_S", -3600.0)
-    source.marks(TEAM)
+    source.read_change_marks(TEAM)
     storage_calls.clear()
-    source.marks(TEAM)
+    source.read_change_marks(TEAM)
     assert storage_calls == {"listings": 1}
 
 
@@ -472,13 +472,13 @@ def test_a_folder_is_a_bundle_a_run_or_bundles_side_by_side(tmp_path: Path) -> N
     (bundles / "begun").mkdir()
     both = [category(0), category(1)]
     for place, expected in ((tmp_path, both), (bundles, both), (bundles / category(1), both[1:])):
-        assert FolderSource(str(place), TEAM).categories(TEAM) == expected
+        assert FolderSource(str(place), TEAM).list_categories(TEAM) == expected
     with pytest.raises(DataError, match="no bundle here"):
         FolderSource(str(bundles / "begun"), TEAM)
     source = FolderSource(str(bundles), TEAM)
     shutil.rmtree(bundles)
     with pytest.raises(DataError, match="no bundle here"):
-        source.categories(TEAM)
+        source.list_categories(TEAM)
 
 
 def test_a_damaged_bundle_is_named_and_cached_versions_answer(tmp_path: Path, clock: Clock) -> None:
@@ -491,4 +491,4 @@ def test_a_damaged_bundle_is_named_and_cached_versions_answer(tmp_path: Path, cl
     line.ask(0, 1)
     assert line.ask(0, 1) == before
     with pytest.raises(BundleError, match="not valid JSON"):
-        source.categories(TEAM)
+        source.list_categories(TEAM)

@@ -64,8 +64,8 @@ def test_a_service_without_models_is_not_ready_and_a_ready_service_looks_for_no_
         assert client.get("/readyz").status_code == 503
     service: Any = service_of(settings_of(plant))
     calls: list[str] = []
-    teams = service.source.teams
-    service.source.teams = lambda: calls.append("teams") or teams()
+    teams = service.source.list_teams
+    service.source.list_teams = lambda: calls.append("teams") or teams()
     with client_of(service) as client:
         assert [client.get("/readyz").status_code for _ in range(5)] == [200] * 5
     assert calls == ["teams"]
@@ -75,7 +75,7 @@ def test_a_score_that_is_not_finite_is_a_500(plant: Plant, monkeypatch: pytest.M
     inspector = Inspector.load(plant.bundles["gear"], "cpu")
     for score, value in ((float("nan"), np.nan), (1.0, np.inf)):
         with pytest.raises(ScoreError, match=r"'gear'.*version"):
-            inspector.judge(score, np.full((4, 4), value, np.float32), 4, 4)
+            inspector.compare_with_thresholds(score, np.full((4, 4), value, np.float32), 4, 4)
     judge = Inspector.judge
     monkeypatch.setattr(Inspector, "judge", lambda self, score, *arguments: judge(self, float("nan"), *arguments))
     with client_of(settings_of(plant)) as client:

@@ -166,7 +166,7 @@ def test_a_replica_killed_under_load_loses_no_answer(service: LiveService, name:
 def test_promotions_and_rollbacks_under_load_fail_no_request(service: LiveService) -> None:
     registry = Registry(service.plant.registry)
     second = registry.publish(service.plant.bundles["gear"], PRESS)  # latest moves, and latest is what answers
-    hashes = {version.name: version.sha256 for version in registry.versions(PRESS, "gear")}
+    hashes = {version.name: version.sha256 for version in registry.list_versions(PRESS, "gear")}
     with load(service) as under_load:
         for version in (second.name, "v0001", second.name, "v0001"):
             registry.promote(PRESS, "gear", version, "latest")

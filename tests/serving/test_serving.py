@@ -542,7 +542,7 @@ def test_registry_tokens_and_sink_work_on_s3(s3: S3Server, plant: Plant, expecte
         alias = "/v1/press/gear/aliases/production"
         assert client.put(alias, json={"version": "v0002"}, headers=bearer(token)).json()["version"] == "v0002"
     check_score(body["results"][0]["score"], expected)
-    assert registry.aliases(PRESS, "gear")["production"] == "v0002"
+    assert registry.list_aliases(PRESS, "gear")["production"] == "v0002"
     filesystem, path = open_filesystem(f"{root}/sink")
     assert pq.read_table(path, filesystem=filesystem)["image"].to_pylist() == plant.images[:1]
 

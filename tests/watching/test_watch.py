@@ -28,7 +28,7 @@ from small_set import ingest_parts, make_bundle, small_config
 from test_journal import read_lines, read_rows
 from waiting import wait_for
 
-from focus_ray.bundle.bundle import copy_bundle, manifest_hash, read_manifest
+from focus_ray.bundle.bundle import compute_manifest_hash, copy_bundle, read_manifest
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.recalibrate import set_thresholds
 from focus_ray.bundle.registry import Registry
@@ -410,7 +410,7 @@ def test_wrong_arguments_are_refused(
     for name in ("board", "gear"):
         shutil.copytree(camera.models / "bundle", tmp_path / "run" / name)
         manifest = {**read_manifest(camera.models / "bundle"), "category": name}
-        manifest["sha256"] = manifest_hash(manifest)
+        manifest["sha256"] = compute_manifest_hash(manifest)
         (tmp_path / "run" / name / "manifest.json").write_text(json.dumps(manifest))
     words = [word.format(folder=camera.folder) for word in more]
     assert main(camera.words(*words, bundle=str(tmp_path / "run"))) == 1
