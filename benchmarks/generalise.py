@@ -51,7 +51,7 @@ from benchmarks.intervals import (
 from benchmarks.patchcore import patchcore
 from benchmarks.spine import padim_tree
 from focus_ray.bundle.bundle import read_git_commit
-from focus_ray.data.read import iter_test_records
+from focus_ray.data.read import read_test_rows
 from focus_ray.density.base import choose_evenly_spaced
 from focus_ray.fitting.settings import parse_config
 from focus_ray.fitting.split import SplitPlan, compute_split_plan
@@ -136,7 +136,7 @@ def measure(
     result, inspector = fit_category(config, category, device, plan)
     fit_s = time.perf_counter() - start
     start = time.perf_counter()
-    labelled = inspector.score_labelled_images(iter_test_records(config.data.uri, category))
+    labelled = inspector.score_labelled_images(read_test_rows(config.data.uri, category))
     figures = inspector.compute_evaluation_metrics(labelled)
     ms = 1e3 * (time.perf_counter() - start) / len(labelled.types)
     measured = labelled.measured

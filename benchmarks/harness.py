@@ -13,7 +13,7 @@ import torch
 
 from focus_ray.bundle.bundle import Bundle, read_git_commit, read_library_versions
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.data.read import iter_test_records, list_categories
+from focus_ray.data.read import list_categories, read_test_rows
 from focus_ray.fitting.fit import FitResult, fit
 from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config, parse_config
@@ -90,7 +90,7 @@ def run(tree: Mapping[str, Any], category: str, device: str) -> tuple[FitResult,
     """Trains and evaluates one category."""
     config = parse_config(dict(tree))
     result, inspector = fit_category(config, category, device)
-    return result, inspector, inspector.evaluate(iter_test_records(config.data.uri, category))
+    return result, inspector, inspector.evaluate(read_test_rows(config.data.uri, category))
 
 
 def read_samples(path: str | None) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import add_arguments, base_tree, fit_category, keep_json, open_data, print_table
-from focus_ray.data.read import iter_test_records
+from focus_ray.data.read import read_test_rows
 from focus_ray.density.gaussian_capped_memory import GaussianCappedMemory
 from focus_ray.density.nearest import LocationAndCoresetMemory, LocationMemory
 from focus_ray.detect.detector import embed
@@ -113,7 +113,7 @@ def main() -> None:
     for category in categories:
         config = parse_config(base_tree(arguments, uri))
         _, inspector = fit_category(config, category, arguments.device)
-        rows = samples[category] = measure(inspector, list(iter_test_records(uri, category)), arguments.times)
+        rows = samples[category] = measure(inspector, list(read_test_rows(uri, category)), arguments.times)
         print(f"\n{category}\n")
         print_table(
             ("what", "ours", "limit", "unit", "share of the limit"),

@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.harness import add_arguments, base_tree, open_data, print_json, print_table, run
 from benchmarks.intervals import bootstrap_pixels
 from focus_ray.data.images import decode_image, decode_mask
-from focus_ray.data.read import iter_test_records
+from focus_ray.data.read import read_test_rows
 from focus_ray.density.base import choose_evenly_spaced
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator, build_upsampling_matrix, smooth_columns
 from focus_ray.detect.detector import SMOOTHING_SIGMA_PX
@@ -128,7 +128,7 @@ def patchcore(
     del embeddings
     labels, types, scores, maps, masks = [], [], [], [], []
     start = time.perf_counter()
-    for record in iter_test_records(config.data.uri, category):
+    for record in read_test_rows(config.data.uri, category):
         image = torch.from_numpy(decode_image(record["image"], size))[None]
         distance = nearest_distance(patches(backbone, to_images(image, device))[0], coreset)[None]
         anomaly_map = spread(distance)[0].cpu().numpy()

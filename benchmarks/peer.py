@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, keep_json, print_table
-from focus_ray.data.importers.base import find_masks, list_image_files, list_subfolders
+from focus_ray.data.importers.base import find_mask_files, list_image_files, list_subfolders
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = {
@@ -65,7 +65,7 @@ def images_of(folder: Path, work: Path) -> dict[str, Any]:
                 continue
             bad.append(str(path))
             _link(path, flat["bad"] / f"{kind.name}_{path.name}")
-            found = find_masks(folder / "ground_truth" / kind.name, path.stem)
+            found = find_mask_files(folder / "ground_truth" / kind.name, path.stem)
             if found:
                 masks[str(path)] = str(found[0])
                 _link(found[0], flat["masks"] / f"{kind.name}_{path.stem}{found[0].suffix}")

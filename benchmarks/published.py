@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.harness import add_arguments, base_tree, merged, open_data, print_json, print_table
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.data.read import iter_test_records
+from focus_ray.data.read import read_test_rows
 from focus_ray.fitting.settings import load_config, parse_config
 from focus_ray.reporting.tables import mean_metrics
 from focus_ray.training.training import train
@@ -49,7 +49,7 @@ def main(name: str, description: str, published: Mapping[str, Mapping[str, tuple
     bundles = train(parse_config(tree), resume=arguments.resume, log=lambda message: print(message, flush=True))
     results = {}
     for category, bundle in bundles.items():
-        results[category] = Inspector.load(bundle).evaluate(iter_test_records(uri, category))
+        results[category] = Inspector.load(bundle).evaluate(read_test_rows(uri, category))
     print()
     header = ["category", "ours image", "ours pixel", "ours AUPRO 0.3"]
     header += [f"{method} {part}" for method in published for part in ("image", "pixel")]

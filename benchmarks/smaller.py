@@ -35,7 +35,7 @@ from benchmarks.harness import (
     print_table,
 )
 from focus_ray.bundle.bundle import read_bundle, write_bundle
-from focus_ray.data.read import iter_test_records
+from focus_ray.data.read import read_test_rows
 from focus_ray.density.base import NormalStatistics, choose_evenly_spaced
 from focus_ray.density.coreset import choose_farthest_points
 from focus_ray.density.moments import Moments
@@ -152,7 +152,7 @@ def measure(tree: dict[str, Any], category: str, device: str, shares: Sequence[i
             memory, joint.coreset, measure_typical_distances(memory, joint.coreset, found)
         )
         detector.profile, _ = fit_profile(detector.density, found, detector.seen_mask, detector.map_generator)
-        measured = inspector.evaluate(iter_test_records(config.data.uri, category))
+        measured = inspector.evaluate(read_test_rows(config.data.uri, category))
         figures[name] = {"kept": memory.bank.shape[1], **{key: measured[key] for key in FIGURES}}
         print(f"{category} / {name}: {figures[name]}", flush=True)
     return figures

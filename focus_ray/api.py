@@ -21,11 +21,11 @@ from PIL import Image as Pillow
 
 from focus_ray.bundle.bundle import MANIFEST, copy_bundle, find_bundles, read_manifest
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.data.images import ImageError, content_hash, encode_opened, read_image
+from focus_ray.data.images import ImageError, decode_image_with_info, encode_pillow_image, hash_pixels
 from focus_ray.data.importers.base import list_image_files, list_subfolders
-from focus_ray.data.importers.groups import GroupRule, TableRule
+from focus_ray.data.importers.groups import GroupByTable, GroupRule
 from focus_ray.data.listing import IMAGE_SUFFIXES, find_image_files
-from focus_ray.data.read import iter_test_records, list_categories
+from focus_ray.data.read import list_categories, read_test_rows
 from focus_ray.data.schema import Row
 from focus_ray.detect.inspection import Inspection
 from focus_ray.drawing.png import encode_png
@@ -37,7 +37,7 @@ from focus_ray.ingestion.ingest import ingest
 from focus_ray.names import is_name, suggest_name
 from focus_ray.settings.sections import read_mapping, setting_keys
 from focus_ray.settings.standard import find_config
-from focus_ray.storage.files import join, read_bytes
+from focus_ray.storage.files import join_path, read_bytes
 from focus_ray.training.category import bundle_uri, fit_category
 
 Image = str | Path | bytes | NDArray[Any] | Pillow.Image
@@ -119,12 +119,12 @@ class Model:
                 raise DataError(
                     f"{data}: the images that this model was fitted on do not exist any more: give a folder, or images and labels"
                 )
-            return self.inspector.evaluate(iter_test_records(data, self.category))
+            return self.inspector.evaluate(read_test_rows(data, self.category))
         if not isinstance(images, (str, Path)):
             raise DataError("evaluate needs labels for a list of images: 0 for a good part, 1 for a bad part")
         with tempfile.TemporaryDirectory() as folder:
             data, category = _ingest_or_use(Path(images).expanduser(), Path(folder))
-            return self.inspector.evaluate(iter_test_records(data, category))
+            return self.inspector.evaluate(read_test_rows(data, category))
 
     def save(self, place: str | Path) -> str:
         """Writes the model as a bundle for `load`, `focus-ray inspect` and `focus-ray serve`. Returns the place as text.
@@ -138,7 +138,7 @@ class Model:
         """Returns the content of all files of the bundle by name, for instance to pickle the model."""
         manifest = read_manifest(self._place)
         names = [MANIFEST, *(str(entry["name"]) for entry in manifest["files"].values())]
-        return {name: read_bytes(join(self._place, name)) for name in names}
+        return {name: read_bytes(join_path(self._place, name)) for name in names}
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> Model:
@@ -329,7 +329,7 @@ def _make_group_rule(groups: Sequence[str | int | None] | None, folder: Path) ->
         if group is not None and (isinstance(group, bool) or not isinstance(group, (str, int, np.integer))):
             raise DataError(f"group {group!r} of image {len(names)}: expected a name, a number or None")
         names[file.name] = "" if group is None else str(group)
-    return TableRule("groups", names, folder) if any(names.values()) else None
+    return GroupByTable("groups", names, folder) if any(names.values()) else None
 
 
 _MAX_CHANNELS = 4
@@ -373,7 +373,7 @@ def _encode(image: Any, name: str = "") -> bytes:
     prefix = f"{name}: " if name else ""
     if isinstance(image, Pillow.Image):
         try:
-            return encode_opened(image)
+            return encode_pillow_image(image)
         except ImageError as error:
             raise ImageError(error.reason, f"{prefix}{error}") from error
     if isinstance(image, (str, Path)):
@@ -410,7 +410,7 @@ def _records(images: Sequence[Image], labels: Sequence[int]) -> Iterator[Row]:
         name = str(image) if isinstance(image, (str, Path)) else f"image {number}"
         data = _encode(image, name)
         try:
-            info, pixels = read_image(data)
+            info, pixels = decode_image_with_info(data)
         except ImageError as error:
             raise DataError(f"{name}: {error}") from error
         yield {
@@ -421,5 +421,5 @@ def _records(images: Sequence[Image], labels: Sequence[int]) -> Iterator[Row]:
             "defect_type": "bad" if label else "good",
             "width": info.width,
             "height": info.height,
-            "content_hash": content_hash(pixels),
+            "content_hash": hash_pixels(pixels),
         }

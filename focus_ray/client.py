@@ -18,7 +18,7 @@ from typing import Any, Literal
 import httpx
 
 from focus_ray.errors import FocusRayError
-from focus_ray.retries import retry_pause_s
+from focus_ray.retries import compute_retry_pause_s
 
 Output = Literal["heatmap", "overlay", "mask"]
 RETRIED = (408, 429, 502, 503, 504)  # status codes of temporary failures
@@ -264,7 +264,7 @@ async def _send_with_retries(
         if attempt == retries or not _is_retryable(outcome):
             break
         retry_after = "" if isinstance(outcome, httpx.TransportError) else outcome.headers.get("retry-after", "")
-        await sleep(max(retry_pause_s(attempt), min(30.0, float(retry_after)) if retry_after.isdigit() else 0))
+        await sleep(max(compute_retry_pause_s(attempt), min(30.0, float(retry_after)) if retry_after.isdigit() else 0))
     return _accept(outcome)
 
 

@@ -1,4 +1,4 @@
-"""Progress of a long step as plain lines: units finished, units per second, remaining time.
+"""ProgressPrinter of a long step as plain lines: units finished, units per second, remaining time.
 
 Lines, unlike a progress bar, are also readable in the log of a job.
 """
@@ -16,7 +16,7 @@ FIRST_LINE_S = 5.0  # a shorter step prints no line
 _PAUSE_SHARE = 0.25
 
 
-class Progress:
+class ProgressPrinter:
     """Prints the progress of a step: the first line after `FIRST_LINE_S`, further lines in growing intervals."""
 
     def __init__(
@@ -41,7 +41,7 @@ class Progress:
         self.num_finished = self.num_before = num_before
         self.start_s, self._next_line_s = clock(), FIRST_LINE_S
 
-    def add(self, count: int = 1) -> None:
+    def add_finished(self, count: int = 1) -> None:
         """Counts further finished units, and prints a line if one is due."""
         self.num_finished += count
         elapsed_s = self.clock() - self.start_s
@@ -51,7 +51,7 @@ class Progress:
             self._next_line_s = elapsed_s + max(FIRST_LINE_S, _PAUSE_SHARE * elapsed_s)
 
 
-def track(
+def track_progress(
     items: Iterable[T],
     step: str,
     total: int,
@@ -61,7 +61,7 @@ def track(
     count: Callable[[T], int] = lambda item: 1,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[T]:
-    """Yields the items unchanged, and prints the progress as `Progress` does.
+    """Yields the items unchanged, and prints the progress as `ProgressPrinter` does.
 
     Args:
         step: name of the step, the start of each line.
@@ -70,10 +70,10 @@ def track(
         count: returns the number of units of an item; the default counts 1 per item.
         clock: returns the time in seconds.
     """
-    progress = Progress(step, total, log, unit=unit, clock=clock)
+    progress = ProgressPrinter(step, total, log, unit=unit, clock=clock)
     for item in items:
         yield item
-        progress.add(count(item))
+        progress.add_finished(count(item))
 
 
 def format_progress(num_finished: int, total: int, elapsed_s: float, unit: str, num_before: int = 0) -> str:

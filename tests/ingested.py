@@ -8,7 +8,7 @@ from typing import Any
 from focus_ray.data.commits import Commit
 from focus_ray.data.read import read_index, read_rows
 from focus_ray.data.schema import SCHEMA
-from focus_ray.data.store import open_store
+from focus_ray.data.store import open_data_set
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.ingestion.report import IngestReport
 
@@ -33,7 +33,7 @@ def ids_of(root: Path) -> list[str]:
 
 
 def commit_of(root: Path, category: str = "bolt") -> Commit:
-    return open_store(root).require_commit(category)
+    return open_data_set(root).require_commit(category)
 
 
 def part_names(root: Path) -> list[str]:

@@ -17,7 +17,7 @@ from focus_ray.fitting.shards import build_shard
 from focus_ray.fitting.split import compute_split_plan
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.samples.write import write_samples
-from focus_ray.storage.files import join
+from focus_ray.storage.files import join_path
 
 CATEGORIES = ("board", "gear")
 NUM_TRAIN = 24  # good training images of each category
@@ -86,7 +86,7 @@ def make_bundle(
         result: result of the training; None trains the category in this process.
     """
     result = result or fit_alone(config, category)
-    place = join(config.storage, config.name, "bundles", category) if place is None else str(place)
+    place = join_path(config.storage, config.name, "bundles", category) if place is None else str(place)
     write_bundle(
         place,
         config=config,

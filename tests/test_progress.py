@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from focus_ray.progress import format_duration, format_progress, track
+from focus_ray.progress import format_duration, format_progress, track_progress
 
 
 def progress_lines(num_items: int, seconds_each: float, total: int) -> list[str]:
     clock_s = [0.0]
     lines: list[str] = []
-    for item in track(range(num_items), "reading", total, lines.append, clock=lambda: clock_s[0]):
+    for item in track_progress(range(num_items), "reading", total, lines.append, clock=lambda: clock_s[0]):
         assert item >= 0
         clock_s[0] += seconds_each
     return lines
@@ -29,7 +29,7 @@ def test_the_pauses_between_lines_grow() -> None:
 
 
 def test_items_are_complete_and_in_order() -> None:
-    assert list(track(range(5), "x", 0, print)) == [0, 1, 2, 3, 4]
+    assert list(track_progress(range(5), "x", 0, print)) == [0, 1, 2, 3, 4]
 
 
 def test_progress_and_durations_are_formatted() -> None:

@@ -10,7 +10,7 @@ from places import CONFIGS
 from small_set import make_bundle
 
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.data.read import iter_test_records
+from focus_ray.data.read import read_test_rows
 from focus_ray.fitting.settings import Config, load_config
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.training.training import train
@@ -33,7 +33,7 @@ def shipped(name: str, data: str, weights: Path, folder: Path) -> Config:
 
 def evaluated(place: str | Path, config: Config, category: str) -> dict[str, Any]:
     inspector = Inspector.load(place, "cpu", batch_size=BATCH_SIZE)
-    result = inspector.evaluate(iter_test_records(config.data.uri, category))
+    result = inspector.evaluate(read_test_rows(config.data.uri, category))
     print(f"{category}: image AUROC {result['image_auroc']:.4f}, pixel AUROC {result['pixel_auroc']:.4f}")
     return result
 

@@ -17,13 +17,13 @@ from s3_server import IDENTITIES, S3Server
 from focus_ray.data.read import list_categories, read_index
 from focus_ray.errors import DataError
 from focus_ray.storage.files import (
-    check_access,
-    create_bytes,
-    list_names,
+    check_folder_access,
+    explain_storage_errors,
+    list_folder_entries,
     open_filesystem,
     read_bytes,
-    storage_errors,
     write_bytes,
+    write_bytes_if_absent,
 )
 
 pytestmark = pytest.mark.s3
@@ -76,7 +76,7 @@ def test_the_error_for_wrong_credentials_names_the_bucket_and_the_variables(
 
 def test_the_error_for_an_unreachable_server_names_its_address(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     set_environment(monkeypatch, UNREACHABLE)
-    for action in (list_categories, check_access):
+    for action in (list_categories, check_folder_access):
         with pytest.raises(DataError, match=r"at http://127.0.0.1:1: .*no connection.*AWS_ENDPOINT_URL"):
             action(s3.new_uri())
 
@@ -95,7 +95,7 @@ def test_errors_that_the_test_server_never_sends_are_explained(
     # SeaweedFS creates a missing bucket if the identity may, and has a single region
     set_environment(monkeypatch, UNREACHABLE)
     message = rf"S3 bucket 'b', key 'data/x' at .*: cannot write: .*{advice}.*{re.escape(text)}"
-    with pytest.raises(DataError, match=message), storage_errors("write", "s3://b/data", "b/data/x"):
+    with pytest.raises(DataError, match=message), explain_storage_errors("write", "s3://b/data", "b/data/x"):
         raise OSError(text)
 
 
@@ -115,30 +115,30 @@ def test_s3_uris_without_a_bucket_with_a_query_or_an_empty_folder_name_are_refus
 
 def test_the_access_check_leaves_no_file_and_needs_no_folder(s3: S3Server) -> None:
     uri = s3.new_uri()
-    check_access(uri)
-    assert list_names(uri) == []
+    check_folder_access(uri)
+    assert list_folder_entries(uri) == []
 
 
 def test_the_access_check_names_bucket_key_and_action(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = s3.new_uri()
     set_environment(monkeypatch, s3.environment("reader"))
-    check_access(uri, ["list"])
+    check_folder_access(uri, ["list"])
     with pytest.raises(
         DataError, match=r"S3 bucket 'focus-ray-tests', key '\w+/_probe-\w+' at .*: cannot write: access"
     ):
-        check_access(uri)
+        check_folder_access(uri)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
     with pytest.raises(DataError, match=r"cannot list: .*credentials"):
-        check_access(uri, ["list"])
+        check_folder_access(uri, ["list"])
 
 
 @pytest.mark.parametrize("on_s3", [True, False])
 def test_an_existing_file_is_not_created_again(s3: S3Server, tmp_path: Path, on_s3: bool) -> None:
     uri = f"{s3.new_uri() if on_s3 else tmp_path}/once"
-    assert create_bytes(uri, b"first")
-    assert not create_bytes(uri, b"second")
+    assert write_bytes_if_absent(uri, b"first")
+    assert not write_bytes_if_absent(uri, b"second")
     if on_s3:
-        assert create_bytes(uri, b"first")  # like a retry after a PUT whose response was lost
+        assert write_bytes_if_absent(uri, b"first")  # like a retry after a PUT whose response was lost
 
 
 @pytest.mark.parametrize("value", ["0", "many"])
@@ -156,7 +156,7 @@ filesystem = pickle.loads(pickle.dumps(filesystem))
 for n in range(8):
     write_file(filesystem, f"{path}/{n}", b"x" * n)
     assert read_file(filesystem, f"{path}/{n}") == b"x" * n
-    assert create_bytes(f"{sys.argv[1]}/c{n}", str(n).encode())
+    assert write_bytes_if_absent(f"{sys.argv[1]}/c{n}", str(n).encode())
 """
 
 
@@ -167,7 +167,7 @@ def test_both_clients_retry_throttled_requests_also_in_another_process(s3: S3Ser
         process = subprocess.run([sys.executable, "-c", REQUESTS, uri], env=environment, **options)
     assert process.returncode == 0, process.stderr[-2000:]
     assert proxy.refused > 3
-    assert len(list_names(uri)) == 16
+    assert len(list_folder_entries(uri)) == 16
 
 
 def test_a_listing_of_many_categories_takes_one_request_and_a_small_file_two(

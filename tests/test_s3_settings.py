@@ -12,7 +12,7 @@ import pytest
 
 from focus_ray.errors import DataError, StorageError
 from focus_ray.storage import files as storage
-from focus_ray.storage.files import exists, open_filesystem
+from focus_ray.storage.files import file_exists, open_filesystem
 from focus_ray.storage.s3_settings import ADDRESSING_VARIABLE, load_s3_settings
 
 
@@ -29,12 +29,12 @@ def aws_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    storage._boto_client.cache_clear()
+    storage._make_boto_client.cache_clear()
     return tmp_path
 
 
 def client_endpoint() -> str:
-    return str(storage._open_client("plant").meta.endpoint_url)
+    return str(storage._open_boto_client("plant").meta.endpoint_url)
 
 
 def test_both_clients_use_the_endpoint_of_a_profile(aws_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +68,7 @@ def test_credentials_that_only_boto3_finds_are_passed_to_pyarrow_and_not_pickled
     monkeypatch.setenv("AWS_PROFILE", "plant")
     settings = load_s3_settings()
     assert settings.keys == ("visible", "topsecret", "passing")
-    assert settings.for_pyarrow()["session_token"] == "passing"
+    assert settings.build_pyarrow_arguments()["session_token"] == "passing"
     assert "topsecret" not in repr(settings)
     filesystem, _ = open_filesystem("s3://plant/parts")
     assert "topsecret" not in str(filesystem.__reduce__())
@@ -80,13 +80,13 @@ def test_both_clients_use_certificates_and_proxies(aws_folder: Path, monkeypatch
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://minio.plant:9000")
     monkeypatch.setenv("SSL_CERT_FILE", str(certificates))
     assert load_s3_settings().ca_file == str(certificates)
-    assert load_s3_settings().for_pyarrow()["tls_ca_file_path"] == str(certificates)
+    assert load_s3_settings().build_pyarrow_arguments()["tls_ca_file_path"] == str(certificates)
     monkeypatch.setenv("AWS_CA_BUNDLE", str(aws_folder / "nowhere.pem"))
     with pytest.raises(DataError, match=r"AWS_CA_BUNDLE=.*nowhere\.pem"):
         load_s3_settings()
     monkeypatch.delenv("AWS_CA_BUNDLE")
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
-    assert load_s3_settings().for_pyarrow()["proxy_options"] == "http://proxy:3128"
+    assert load_s3_settings().build_pyarrow_arguments()["proxy_options"] == "http://proxy:3128"
     monkeypatch.setenv("NO_PROXY", ".plant")
     assert load_s3_settings().proxy is None
 
@@ -96,8 +96,8 @@ def test_the_bucket_may_be_part_of_the_host_name(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("AWS_REGION", "eu-1")
     assert not load_s3_settings().virtual
     monkeypatch.setenv(ADDRESSING_VARIABLE, "virtual")
-    assert load_s3_settings().for_pyarrow()["force_virtual_addressing"] is True
-    assert storage._open_client("plant").meta.config.s3["addressing_style"] == "virtual"
+    assert load_s3_settings().build_pyarrow_arguments()["force_virtual_addressing"] is True
+    assert storage._open_boto_client("plant").meta.config.s3["addressing_style"] == "virtual"
     monkeypatch.setenv(ADDRESSING_VARIABLE, "diagonal")
     with pytest.raises(DataError, match="FOCUS_RAY_S3_ADDRESSING='diagonal'"):
         load_s3_settings()
@@ -148,7 +148,7 @@ def test_the_error_contains_the_reason_of_the_server(
 ) -> None:
     monkeypatch.setattr(refusing, "reason", reason)
     with pytest.raises(StorageError, match=advice) as raised:
-        exists("s3://plant/parts/data.json")
+        file_exists("s3://plant/parts/data.json")
     assert "S3 bucket 'plant', key 'parts/data.json'" in str(raised.value)
     if reason[1] != "AccessDenied":
         assert "access denied: set" not in str(raised.value)

@@ -21,7 +21,7 @@ from benchmarks.harness import print_table
 from benchmarks.peers.common import Peak, memory_mb
 from benchmarks.plant.watch import ROOT
 from focus_ray.data.schema import INDEX_COLUMNS, SCHEMA
-from focus_ray.data.store import open_store
+from focus_ray.data.store import open_data_set
 from focus_ray.fitting.settings import parse_config
 from focus_ray.fitting.split import compute_split_rule
 
@@ -43,8 +43,8 @@ def write_light(root: Path, count: int) -> int:
     table = pa.table({name: columns[name] for name in INDEX_COLUMNS}).cast(
         pa.schema([SCHEMA.field(name) for name in INDEX_COLUMNS])
     )
-    store = open_store(root)
-    folder = Path(store.category_folder("part"))
+    store = open_data_set(root)
+    folder = Path(store.get_category_folder("part"))
     folder.mkdir(parents=True)
     digest = store._write_table(str(folder / "_index-made.parquet"), table)
     commit = {

@@ -15,7 +15,7 @@ from benchmarks.plant.made import name_of, put_plant
 from benchmarks.plant.nodes import Nodes
 from benchmarks.plant.server import BUCKET
 from benchmarks.plant.watch import ROOT, cost_of
-from focus_ray.storage.files import list_names
+from focus_ray.storage.files import list_folder_entries
 from focus_ray.sweep.records import read_records
 
 EACH = 12  # training images of a category: twelve are enough to sweep on
@@ -57,7 +57,7 @@ def teams(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         for team, process in running.items():
             if process.wait():
                 raise SystemExit(f"the sweep of {team} ended with {process.returncode}: {work}/teams-{team}.log")
-            (place,) = (name for name in list_names(f"{root}/sweeps") if name.startswith(f"{team}-"))
+            (place,) = (name for name in list_folder_entries(f"{root}/sweeps") if name.startswith(f"{team}-"))
             records = read_records(f"{root}/sweeps/{place}")
             judged = sorted({category for record in records for category in record.categories})
             if [record.status for record in records] != ["finished", "finished"] or len(judged) != count:

@@ -35,7 +35,7 @@ from focus_ray.bundle.contents import (
     check_tensor_shapes,
     read_header,
 )
-from focus_ray.data.framing import Frame
+from focus_ray.data.framing import InputFrame
 from focus_ray.density.base import (
     NormalStatistics,
     collect_density_tensors,
@@ -55,13 +55,13 @@ from focus_ray.fitting.regions import load_frame, make_frame
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.precision import choose_compute_dtype
 from focus_ray.storage.files import (
-    FileStamp,
-    exists,
-    join,
-    list_names,
+    FileStat,
+    file_exists,
+    join_path,
+    list_folder_entries,
     read_bytes,
-    read_stamp,
-    read_stamps,
+    read_file_stat,
+    read_file_stats_in_folders,
     remove_file,
     write_bytes,
 )
@@ -110,7 +110,7 @@ class Bundle(NamedTuple):
     config: Config
     detector: Detector
     calibration: Calibration
-    frame: Frame
+    frame: InputFrame
     fit_hashes: frozenset[int] = frozenset()
     descriptors: Tensor | None = None
     same_part_distance: float | None = None
@@ -137,7 +137,7 @@ def write_bundle(
     data: dict[str, Any],
     metrics: dict[str, Any],
     fit_hashes: Sequence[int] | NDArray[np.int64] = (),
-    frame: Frame | None = None,
+    frame: InputFrame | None = None,
 ) -> dict[str, Any]:
     """Writes a bundle and returns its manifest. Replaces an existing bundle at this address in one step.
 
@@ -185,7 +185,7 @@ def write_bundle(
         content = save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
         digest = hashlib.sha256(content).hexdigest()
         name = f"{part}-{digest[:16]}.safetensors"
-        write_bytes(join(uri, name), content)
+        write_bytes(join_path(uri, name), content)
         files[part] = {"name": name, "sha256": digest, "num_bytes": len(content)}
     manifest: dict[str, Any] = {
         "format": "focus_ray bundle",
@@ -202,12 +202,12 @@ def write_bundle(
         "files": files,
     }
     manifest["sha256"] = compute_manifest_hash(manifest)
-    write_bytes(join(uri, MANIFEST), json.dumps(manifest, indent=1).encode())
+    write_bytes(join_path(uri, MANIFEST), json.dumps(manifest, indent=1).encode())
     # the manifest is committed: now the tensor files of the previous bundle can go
     listed_names = {entry["name"] for entry in files.values()}
-    for name in list_names(uri):
+    for name in list_folder_entries(uri):
         if name.endswith(".safetensors") and name not in listed_names:
-            remove_file(join(uri, name))
+            remove_file(join_path(uri, name))
     return manifest
 
 
@@ -218,7 +218,7 @@ def read_manifest(uri: str | Path) -> dict[str, Any]:
     unsupported format version.
     """
     try:
-        text = read_bytes(join(uri, MANIFEST), max_bytes=MAX_MANIFEST_BYTES)
+        text = read_bytes(join_path(uri, MANIFEST), max_bytes=MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         raise BundleError(
             f"{uri}: this folder has no {MANIFEST}, so it is no bundle: give the bundle folder that `focus-ray train` printed"
@@ -258,28 +258,32 @@ def find_bundles(place: str) -> dict[str, str]:
         DataError: `place` contains no bundle, or cannot be listed.
         BundleError: a manifest is damaged or has an unsupported format version.
     """
-    if exists(join(place, MANIFEST)):
+    if file_exists(join_path(place, MANIFEST)):
         return {str(read_manifest(place)["category"]): place}
-    for root in (join(place, "bundles"), place):
-        uris = [join(root, name) for name in list_names(root) if exists(join(root, name, MANIFEST))]
+    for root in (join_path(place, "bundles"), place):
+        uris = [
+            join_path(root, name) for name in list_folder_entries(root) if file_exists(join_path(root, name, MANIFEST))
+        ]
         if uris:
             return {str(read_manifest(uri)["category"]): uri for uri in uris}
     runs = list_runs(place)
     if runs:
-        raise DataError(f"{place}: this is a folder of runs: give a single run, for instance {join(place, runs[0])}")
+        raise DataError(
+            f"{place}: this is a folder of runs: give a single run, for instance {join_path(place, runs[0])}"
+        )
     raise DataError(f"{place}: no bundle here: give a bundle, or the folder of a run that `focus-ray train` made")
 
 
-def read_bundle_stamps(place: str) -> dict[str, FileStamp]:
+def read_bundle_stamps(place: str) -> dict[str, FileStat]:
     """Returns bundle URI -> stamp of its manifest file, for the bundles that `find_bundles` finds; empty if there is none.
 
     A stamp changes when the file changes. This function reads no manifest, so a caller can poll it, compare the stamps, and
     read only the changed manifests.
     """
-    if (stamp := read_stamp(join(place, MANIFEST))) is not None:
+    if (stamp := read_file_stat(join_path(place, MANIFEST))) is not None:
         return {place: stamp}
-    for root in (join(place, "bundles"), place):
-        stamps = {join(root, name): stamp for name, stamp in read_stamps(root, MANIFEST).items()}
+    for root in (join_path(place, "bundles"), place):
+        stamps = {join_path(root, name): stamp for name, stamp in read_file_stats_in_folders(root, MANIFEST).items()}
         if stamps:
             return stamps
     return {}
@@ -287,7 +291,7 @@ def read_bundle_stamps(place: str) -> dict[str, FileStamp]:
 
 def list_runs(place: str) -> list[str]:
     """Returns the names of the runs in a folder: the names of all subfolders with a non-empty folder "bundles"."""
-    return [name for name in list_names(place) if list_names(join(place, name, "bundles"))]
+    return [name for name in list_folder_entries(place) if list_folder_entries(join_path(place, name, "bundles"))]
 
 
 def read_bundle(
@@ -465,10 +469,10 @@ def copy_bundle(uri: str | Path, manifest: dict[str, Any], output: str | Path) -
     num_bytes = 0
     for entry in manifest["files"].values() if str(output) != str(uri) else ():
         content = _read_verified_bytes(uri, entry)
-        write_bytes(join(output, str(entry["name"])), content)
+        write_bytes(join_path(output, str(entry["name"])), content)
         num_bytes += len(content)
     text = json.dumps(manifest, indent=1).encode()
-    write_bytes(join(output, MANIFEST), text)
+    write_bytes(join_path(output, MANIFEST), text)
     return num_bytes + len(text)
 
 
@@ -492,7 +496,7 @@ def _read_verified_bytes(uri: str | Path, entry: dict[str, Any]) -> bytes:
     """
     name, num_bytes = str(entry["name"]), int(entry["num_bytes"])
     try:
-        content = read_bytes(join(uri, name), max_bytes=num_bytes)
+        content = read_bytes(join_path(uri, name), max_bytes=num_bytes)
     except FileNotFoundError:
         raise BundleError(f"{uri}: {name} is missing: copy the whole folder again") from None
     except DataError as error:

@@ -28,8 +28,8 @@ from focus_ray.bundle.engine import (
     check_engine_support,
     compile_feature_extractor,
 )
-from focus_ray.data.images import ImageError, ImageInfo, decode_batch, decode_mask, read_batch
-from focus_ray.data.prefetch import prefetch
+from focus_ray.data.images import ImageError, ImageInfo, decode_batch, decode_batch_with_info, decode_mask
+from focus_ray.data.prefetch import prefetch_items
 from focus_ray.data.schema import Row
 from focus_ray.density.base import choose_evenly_spaced
 from focus_ray.detect.inspection import Inspection, find_regions, resize_map
@@ -125,9 +125,9 @@ class Inspector:
             stream = iter(images)
             while batch := list(islice(stream, self.batch_size)):
                 names, encoded = [name for name, _ in batch], [data for _, data in batch]
-                yield names, *read_batch(encoded, self.frame, _NUM_DECODE_THREADS, hashed, names)
+                yield names, *decode_batch_with_info(encoded, self.frame, _NUM_DECODE_THREADS, hashed, names)
 
-        for names, infos, pixels in prefetch(decode_batches(), max_waiting=1):
+        for names, infos, pixels in prefetch_items(decode_batches(), max_waiting=1):
             scored = self.bundle.detector(torch.from_numpy(pixels), describe=repeats is not None)
             scores, maps = scored.score.float().tolist(), scored.anomaly_map.float().cpu().numpy()
             repeated = [False] * len(names)
@@ -213,7 +213,7 @@ class Inspector:
         """
         calibration = self.bundle.calibration
         self._check_finite(score, anomaly_map, width, height)
-        anomaly_map = self.frame.crop_map(anomaly_map, width, height)
+        anomaly_map = self.frame.crop_padding(anomaly_map, width, height)
         regions = find_regions(anomaly_map, calibration.pixel_threshold, width, height)
         return Inspection(
             score=score,
@@ -339,7 +339,7 @@ class Inspector:
             mask = None if label else np.zeros((height, width), dtype=bool)
             if encoded_mask is not None:
                 mask = decode_mask(encoded_mask, height, width)
-            resized_map = resize_map(self.frame.crop_map(anomaly_map, image_width, image_height), height, width)
+            resized_map = resize_map(self.frame.crop_padding(anomaly_map, image_width, image_height), height, width)
             region = self.frame.resize_region(height, width)
             trained_on = bool(content_hash) and shorten_hash(content_hash) in self.bundle.fit_hashes
             into.reduced |= max(image_height, image_width) > max_side_px
@@ -381,7 +381,7 @@ class Inspector:
         numbers = sorted(choose_evenly_spaced(len(examples), MAX_EXAMPLES))
         encoded = [_read_image_bytes(examples[number], number) for number in numbers]
         names = [_get_image_name(examples[number], number) for number in numbers]
-        infos, pixels = read_batch(encoded, self.frame, _NUM_DECODE_THREADS, hashed=True, names=names)
+        infos, pixels = decode_batch_with_info(encoded, self.frame, _NUM_DECODE_THREADS, with_hash=True, names=names)
         # training images score near 0, where a relative change has no meaning
         is_new = [info.content_hash is None or shorten_hash(info.content_hash) not in fit_hashes for info in infos]
         if sum(is_new) < MIN_EXAMPLES:

@@ -106,7 +106,7 @@ def calibrate_bundle(
         )
     scores = [inspection.score for inspection in new]
     builder = CalibrationBuilder("split", config.calibration.target_fpr, config.calibration.target_pixel_fpr)
-    builder.add(scores, [inspector.frame.scored_values(inspection.anomaly_map) for inspection in new])
+    builder.add(scores, [inspector.frame.select_scored_values(inspection.anomaly_map) for inspection in new])
     calibration = replace(builder.finish(), precision=describe_precision(config, inspector.device))
     bad_scores = np.array([inspection.score for _, inspection in bad_images.values()])
     fingerprint = _hash_files([path for path, _ in good_images.values()])

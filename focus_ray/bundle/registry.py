@@ -46,14 +46,14 @@ from focus_ray.bundle.recalibrate import set_thresholds
 from focus_ray.errors import BundleError, DataError, RegistryError, StorageError
 from focus_ray.names import NAME_WORDS, is_name
 from focus_ray.storage.files import (
-    create_bytes,
-    join,
-    leads_out,
-    list_names,
+    join_path,
+    leads_outside_root,
+    list_folder_entries,
     read_bytes,
     remove_file,
     remove_folder,
     write_bytes,
+    write_bytes_if_absent,
 )
 
 LATEST = "latest"
@@ -156,11 +156,11 @@ class Registry:
     # ---- reading
     def list_teams(self) -> list[str]:
         """Returns the names of all teams that have a folder in the registry."""
-        return [name for name in list_names(self.root) if is_name(name)]
+        return [name for name in list_folder_entries(self.root) if is_name(name)]
 
     def list_categories(self, team: str) -> list[str]:
         """Returns the names of a team's categories, including a category whose first version is still being published."""
-        return [name for name in list_names(join(self.root, check_name(team, "team"))) if is_name(name)]
+        return [name for name in list_folder_entries(join_path(self.root, check_name(team, "team"))) if is_name(name)]
 
     def list_versions(self, team: str, category: str) -> list[Version]:
         """Returns the published versions of a category, oldest first; empty if there is no such team or category.
@@ -175,8 +175,12 @@ class Registry:
 
     def list_aliases(self, team: str, category: str) -> dict[str, str]:
         """Returns alias -> name of its version, for the aliases of a category. Leaves out an alias without a readable record."""
-        folder = join(self._get_category_folder(team, category), "_aliases")
-        states = ((name, self._read_alias_state(team, category, name)) for name in list_names(folder) if is_name(name))
+        folder = join_path(self._get_category_folder(team, category), "_aliases")
+        states = (
+            (name, self._read_alias_state(team, category, name))
+            for name in list_folder_entries(folder)
+            if is_name(name)
+        )
         return {name: state.target.version for name, state in states if state.target}
 
     def resolve(self, team: str, category: str, ref: str = LATEST) -> Version:
@@ -204,9 +208,9 @@ class Registry:
         missing in the result during a change, after a process died during a change, and if no change wrote a mark. The caller
         must then look up the versions and aliases of this category.
         """
-        folder = join(self.root, check_name(team, "team"), _CHANGES)
+        folder = join_path(self.root, check_name(team, "team"), _CHANGES)
         marks_of: defaultdict[str, list[str]] = defaultdict(list)
-        for name in list_names(folder):
+        for name in list_folder_entries(folder):
             category, _, mark = name.partition("@")
             marks_of[category].append(mark)
         # A change writes "done" before it deletes "begun", and S3 lists "begun" names first. So a listing of several pages
@@ -250,7 +254,7 @@ class Registry:
             _check_alias_name(alias)
         name = self._claim_version_number(folder)
         claimed_at = datetime.now(timezone.utc)
-        target = join(folder, name)
+        target = join_path(folder, name)
         try:
             num_bytes = copy_bundle(bundle, manifest, target)
         except BundleError as error:
@@ -267,7 +271,7 @@ class Registry:
             "num_bytes": num_bytes,
             **_create_signature(),
         }
-        write_bytes(join(folder, "_published", f"{name}.json"), _encode_record(record))
+        write_bytes(join_path(folder, "_published", f"{name}.json"), _encode_record(record))
         self._move_alias_to_version(team, bundle_category, LATEST, name, only_forward=True)
         for alias in aliases:
             self._move_alias_to_version(team, bundle_category, alias, name)
@@ -349,7 +353,7 @@ class Registry:
             for version in versions[: max(0, len(versions) - keep)]:
                 if now - version.published_at < min_age or self._is_named_by_alias(team, category, version.name):
                     continue
-                marker = join(folder, "_published", f"{version.name}.json")
+                marker = join_path(folder, "_published", f"{version.name}.json")
                 record = read_bytes(marker, max_bytes=_MAX_RECORD_BYTES)
                 remove_file(marker)
                 # another process may have moved an alias here since the check above. It looks for the marker after its move,
@@ -360,15 +364,15 @@ class Registry:
                 remove_folder(version.uri)
                 removed.append(version.name)
                 log(f"{team}/{category}/{version.name}: deleted, {version.num_bytes} bytes")
-        unpublished = set(list_names(folder)) - set(self._list_version_names(team, category))
-        for name in _list_recorded_versions(join(folder, "_claims")):
+        unpublished = set(list_folder_entries(folder)) - set(self._list_version_names(team, category))
+        for name in _list_recorded_versions(join_path(folder, "_claims")):
             claim = (
-                _read_record_or_log(join(folder, "_claims", f"{name}.json"), _VersionClaim)
+                _read_record_or_log(join_path(folder, "_claims", f"{name}.json"), _VersionClaim)
                 if name in unpublished
                 else None
             )
-            if claim and now - claim.at > 2 * CLAIM_LASTS and list_names(join(folder, name)):
-                remove_folder(join(folder, name))
+            if claim and now - claim.at > 2 * CLAIM_LASTS and list_folder_entries(join_path(folder, name)):
+                remove_folder(join_path(folder, name))
                 log(f"{team}/{category}/{name}: deleted, its publisher never finished")
         return removed
 
@@ -392,11 +396,11 @@ class Registry:
     # ---- implementation
     def _get_category_folder(self, team: str, category: str) -> str:
         """Returns the path or URI of a category's folder. Raises: RegistryError: a name is not allowed."""
-        return join(self.root, check_name(team, "team"), check_name(category, "category"))
+        return join_path(self.root, check_name(team, "team"), check_name(category, "category"))
 
     def _list_version_names(self, team: str, category: str) -> list[str]:
         """Returns the names of a category's published versions, oldest first. Does not read their record files."""
-        return _list_recorded_versions(join(self._get_category_folder(team, category), "_published"))
+        return _list_recorded_versions(join_path(self._get_category_folder(team, category), "_published"))
 
     def _find_version(self, team: str, category: str, name: str) -> Version | None:
         """Returns a published version; None if it does not exist, or if its folder links to a place outside the team's folder.
@@ -406,13 +410,15 @@ class Registry:
         Raises: RegistryError: the record file of the version is damaged.
         """
         folder = self._get_category_folder(team, category)
-        if not _VERSION.fullmatch(name) or leads_out(join(folder, name), join(self.root, team)):
+        if not _VERSION.fullmatch(name) or leads_outside_root(join_path(folder, name), join_path(self.root, team)):
             return None
         try:
-            record = _read_record(join(folder, "_published", f"{name}.json"), _PublishedRecord)
+            record = _read_record(join_path(folder, "_published", f"{name}.json"), _PublishedRecord)
         except FileNotFoundError:
             return None
-        return Version(team, category, name, join(folder, name), record.sha256, record.published_at, record.num_bytes)
+        return Version(
+            team, category, name, join_path(folder, name), record.sha256, record.published_at, record.num_bytes
+        )
 
     def _find_readable_version(self, team: str, category: str, name: str) -> Version | None:
         """Returns a published version as `_find_version` does, but for a damaged record file logs a warning and returns None."""
@@ -429,22 +435,22 @@ class Registry:
             RegistryError: other publishers took the next number at every attempt.
             DataError: the storage cannot be written.
         """
-        folder = join(category_folder, "_claims")
+        folder = join_path(category_folder, "_claims")
         claimed = _list_recorded_versions(folder)
         first = _parse_number(claimed[-1]) + 1 if claimed else 1
         for number in range(first, first + _ATTEMPTS):
             name = f"v{number:04}"
-            if create_bytes(join(folder, f"{name}.json"), _encode_record(_create_signature())):
+            if write_bytes_if_absent(join_path(folder, f"{name}.json"), _encode_record(_create_signature())):
                 return name
         raise RegistryError(f"{category_folder}: other publishers took the next number at every attempt: publish again")
 
     def _read_alias_state(self, team: str, category: str, alias: str) -> _AliasState:
         """Returns the state of an alias from its last readable record file, among the last `MAX_STEPS_BACK` files."""
-        folder = join(self._get_category_folder(team, category), "_aliases", alias)
-        entries = sorted((name for name in list_names(folder) if _ENTRY.fullmatch(name)), key=_parse_number)
+        folder = join_path(self._get_category_folder(team, category), "_aliases", alias)
+        entries = sorted((name for name in list_folder_entries(folder) if _ENTRY.fullmatch(name)), key=_parse_number)
         number = _parse_number(entries[-1]) if entries else 0
         for steps, name in enumerate(reversed(entries[-MAX_STEPS_BACK:])):
-            target = _read_record_or_log(join(folder, name), _AliasTarget)
+            target = _read_record_or_log(join_path(folder, name), _AliasTarget)
             if target is not None:
                 return _AliasState(number, target, steps > 0)
         return _AliasState(number, None, bool(entries))
@@ -522,9 +528,9 @@ class Registry:
             "action": action,
             **_create_signature(),
         }
-        file = join(self._get_category_folder(team, category), "_aliases", alias, f"{number:08}.json")
+        file = join_path(self._get_category_folder(team, category), "_aliases", alias, f"{number:08}.json")
         with self._announce_change(team, category):
-            return create_bytes(file, _encode_record(record))
+            return write_bytes_if_absent(file, _encode_record(record))
 
     @contextmanager
     def _announce_change(self, team: str, category: str) -> Iterator[None]:
@@ -534,30 +540,32 @@ class Registry:
 
         Raises: DataError: the marks cannot be listed, or "begun" cannot be written. The body of the context then does not run.
         """
-        folder = join(self.root, team, _CHANGES)
+        folder = join_path(self.root, team, _CHANGES)
         now, token = datetime.now(timezone.utc), uuid.uuid4().hex
         # an older "begun" belongs to a process that died; a younger one to a process that is still changing the category
         prefix = f"{category}@"
         done_prefix, oldest_live_mark = f"{prefix}{_DONE}", f"{prefix}{_BEGUN}{now - 2 * CLAIM_LASTS:{_TIME}}"
-        marks = [name for name in list_names(folder) if name.startswith(prefix)]
+        marks = [name for name in list_folder_entries(folder) if name.startswith(prefix)]
         obsolete_marks = [name for name in marks if name.startswith(done_prefix) or name < oldest_live_mark]
         begun = f"{prefix}{_BEGUN}{now:{_TIME}}-{token}.json"
         record = _encode_record(_create_signature())
-        write_bytes(join(folder, begun), record)
+        write_bytes(join_path(folder, begun), record)
         try:
             yield
         finally:
             # the change is complete, so errors are ignored: a remaining "begun" only makes readers look up the category
             with suppress(DataError):
-                write_bytes(join(folder, f"{done_prefix}{token}.json"), record)
+                write_bytes(join_path(folder, f"{done_prefix}{token}.json"), record)
                 for name in [begun, *obsolete_marks]:
                     with suppress(DataError):  # another process deleted the mark, or this process may not delete files
-                        remove_file(join(folder, name))
+                        remove_file(join_path(folder, name))
 
     def _is_named_by_alias(self, team: str, category: str, version: str) -> bool:
         """Returns whether an alias names the version now, names it after one step back, or has a damaged last record file."""
         aliases = [
-            name for name in list_names(join(self._get_category_folder(team, category), "_aliases")) if is_name(name)
+            name
+            for name in list_folder_entries(join_path(self._get_category_folder(team, category), "_aliases"))
+            if is_name(name)
         ]
         for _, target, is_damaged in (self._read_alias_state(team, category, alias) for alias in aliases):
             if is_damaged or (target and version in [target.version, *target.before[:1]]):
@@ -586,7 +594,7 @@ def _check_alias_name(alias: str) -> None:
 
 def _list_recorded_versions(folder: str) -> list[str]:
     """Returns the names of the versions that have a JSON file in a folder (v0007 for v0007.json), in ascending order."""
-    names = (name.removesuffix(".json") for name in list_names(folder))
+    names = (name.removesuffix(".json") for name in list_folder_entries(folder))
     return sorted((name for name in names if _VERSION.fullmatch(name)), key=_parse_number)
 
 
@@ -598,7 +606,7 @@ def _parse_number(name: str) -> int:
 def _create_signature() -> dict[str, str]:
     """Returns entries for a record file: time and user@machine for people, and a random token that makes each file unique.
 
-    `create_bytes` needs unique content.
+    `write_bytes_if_absent` needs unique content.
     """
     try:
         user = getpass.getuser()

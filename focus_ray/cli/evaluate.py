@@ -79,9 +79,9 @@ def evaluate_run(
     say(f"evaluate: {place}")
     from focus_ray.bundle.published import find_bundle_of_each_category
     from focus_ray.evaluation.run import evaluate_bundles
-    from focus_ray.storage.files import join
+    from focus_ray.storage.files import join_path
 
-    output = output or join(place, "report")
+    output = output or join_path(place, "report")
     report = evaluate_bundles(
         find_bundle_of_each_category(place, version, say),
         output,
@@ -96,7 +96,9 @@ def evaluate_run(
     print(report.table)
     for caveat, categories in _categories_by_sentence(report.caveats).items():
         say(f"note: {caveat} ({', '.join(categories)})" if len(report.results) > 1 else f"note: {caveat}")
-    say(f"report: {join(output, 'report.html')}, report.md and report.json beside it; images/ has a row for each image")
+    say(
+        f"report: {join_path(output, 'report.html')}, report.md and report.json beside it; images/ has a row for each image"
+    )
     failed = [category for category, result in report.results.items() if "error" in result]
     if len(failed) == len(report.results):
         return EXIT_ERROR

@@ -14,7 +14,7 @@ from typing import Any
 from focus_ray.cli.options import add_engine_options, add_version_option
 from focus_ray.cli.output import EXIT_ERROR, image_paths, readable_name, require, say
 from focus_ray.errors import DataError
-from focus_ray.progress import track
+from focus_ray.progress import track_progress
 
 _NAME_BYTES = 200  # length of an overlay's name without number and .png; a file name may have 255 bytes
 
@@ -67,7 +67,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     counts: Counter[str] = Counter()
     size = inspector.batch_size
     batches = [paths[start : start + size] for start in range(0, len(paths), size)]
-    for batch in track(batches, "inspecting", len(paths), say, count=len):
+    for batch in track_progress(batches, "inspecting", len(paths), say, count=len):
         for path, data, inspection_or_error in _inspect_files(inspector, batch):
             if isinstance(inspection_or_error, str):
                 error_line = {"image": readable_name(path), "error": inspection_or_error}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from focus_ray.errors import DataError, FocusRayError
-from focus_ray.storage.files import exists, join, read_bytes, write_bytes
+from focus_ray.storage.files import file_exists, join_path, read_bytes, write_bytes
 
 STATE, FINGERPRINTS = "state.json", "data.json"
 HEARTBEAT_S = 3.0
@@ -28,7 +28,7 @@ def write_fingerprints(root: str, fingerprints: Mapping[str, str]) -> None:
         root: folder of the run or sweep.
         fingerprints: category -> `data_fingerprint` of its images.
     """
-    write_bytes(join(root, FINGERPRINTS), (json.dumps(dict(fingerprints), indent=1) + "\n").encode())
+    write_bytes(join_path(root, FINGERPRINTS), (json.dumps(dict(fingerprints), indent=1) + "\n").encode())
 
 
 def check_resumable(
@@ -72,9 +72,9 @@ def check_fingerprints(root: str, fingerprints: Mapping[str, str], binding: Coll
 
     Raises: DataError: the images have changed, or the storage fails.
     """
-    if not exists(join(root, FINGERPRINTS)):  # the driver died before it wrote the file
+    if not file_exists(join_path(root, FINGERPRINTS)):  # the driver died before it wrote the file
         write_fingerprints(root, fingerprints)
-    stored = json.loads(read_bytes(join(root, FINGERPRINTS)))
+    stored = json.loads(read_bytes(join_path(root, FINGERPRINTS)))
     checked_names = {*stored, *fingerprints} if binding is None else {*stored} & {*fingerprints} & {*binding}
     changed = sorted(name for name in checked_names if stored.get(name) != fingerprints.get(name))
     if changed:
@@ -96,7 +96,7 @@ class Heartbeat:
 
         Raises: DataError: the file cannot be written.
         """
-        self.path = join(root, STATE)
+        self.path = join_path(root, STATE)
         self.facts = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
         self.beat = 0
         self._end = threading.Event()
@@ -143,13 +143,13 @@ def read_state(root: str, watch: Callable[[float], None] = time.sleep) -> dict[s
     Raises: DataError: the file cannot be read.
     """
     try:
-        first: dict[str, Any] = json.loads(read_bytes(join(root, STATE)))
+        first: dict[str, Any] = json.loads(read_bytes(join_path(root, STATE)))
     except FileNotFoundError:
         return {"state": "lost"}
     if first["state"] != "running":
         return first
     watch(2.5 * HEARTBEAT_S)  # compares heartbeats and not times, because clocks of two machines may differ
-    second: dict[str, Any] = json.loads(read_bytes(join(root, STATE)))
+    second: dict[str, Any] = json.loads(read_bytes(join_path(root, STATE)))
     if second["state"] == "running" and (second["owner"], second["beat"]) == (first["owner"], first["beat"]):
         return {**second, "state": "lost"}
     return second

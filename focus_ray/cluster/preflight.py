@@ -13,7 +13,7 @@ from focus_ray.cluster.connect import growth_limits, resources_per_worker, uses_
 from focus_ray.cluster.ray_private import RESOURCE_KINDS
 from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.errors import DataError, TrainingError
-from focus_ray.storage.files import check_access, is_s3, join, read_bytes, remove_file, write_bytes
+from focus_ray.storage.files import check_folder_access, is_s3_uri, join_path, read_bytes, remove_file, write_bytes
 
 RESERVED = "FOCUS_RAY_RESERVED"  # JSON of the resources of the job's own process; `focus-ray submit` sets it
 
@@ -152,12 +152,12 @@ def probe_nodes(reads: Sequence[str], writes: Sequence[str]) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     for folder in writes:
-        check_access(folder)
+        check_folder_access(folder)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     this_node = ray.get_runtime_context().get_node_id()
     if [node["NodeID"] for node in nodes] == [this_node]:
         return
-    tokens = {join(folder, f"_shared-{uuid.uuid4().hex}"): uuid.uuid4().hex.encode() for folder in writes}
+    tokens = {join_path(folder, f"_shared-{uuid.uuid4().hex}"): uuid.uuid4().hex.encode() for folder in writes}
     files: dict[str, bytes | None] = {**dict.fromkeys(reads), **tokens}
     task = ray.remote(num_cpus=0, max_retries=1)(_probe_this_node)
     try:
@@ -194,12 +194,12 @@ def _probe_this_node(files: Mapping[str, bytes | None], folders: Sequence[str]) 
     """
     try:
         for folder in folders:  # first, because only the error of a refused write gives the reason
-            check_access(folder)
+            check_folder_access(folder)
         for file, content in files.items():
             if read_bytes(file) != content and content is not None:
                 return f"{file}: differs from the file that the driver wrote"
     except FileNotFoundError as error:
-        if is_s3(str(error)):
+        if is_s3_uri(str(error)):
             return str(error)
         return f"{error}: not a folder that all nodes share: give an s3:// URI, or the path of a shared folder"
     except DataError as error:

@@ -20,7 +20,7 @@ STALE_AFTER = timedelta(hours=24)
 VERSIONS_FOLDER, CLAIMS_FOLDER = "_commits", "_claims"
 
 
-class PartEntry(TypedDict):
+class PartFileEntry(TypedDict):
     """The entry of a part file (a Parquet file with rows of the category) in a commit.
 
     Attributes:
@@ -34,7 +34,7 @@ class PartEntry(TypedDict):
     num_bytes: int
 
 
-class ChecksummedEntry(TypedDict):
+class ChecksummedFileEntry(TypedDict):
     """The entry of a file with a checksum in a commit. The index file and the source manifest have such entries.
 
     The index file contains all columns except images and masks. The source manifest lists the source files of the rows.
@@ -44,7 +44,7 @@ class ChecksummedEntry(TypedDict):
     sha256: str  # hex digest of the file's bytes
 
 
-class DroppedEntry(TypedDict):
+class DroppedFileEntry(TypedDict):
     """The entry of a file that only earlier versions of the category use. It stays for a day, for readers of these versions."""
 
     name: str
@@ -58,10 +58,10 @@ class Commit(TypedDict):
     category: str
     run_id: str  # name of the version
     created: str  # ISO 8601, UTC
-    files: list[PartEntry]
-    index: ChecksummedEntry | None
-    sources: ChecksummedEntry | None  # the source manifest: the source files of the rows
-    dropped: list[DroppedEntry]  # kept on the storage for readers of earlier versions
+    files: list[PartFileEntry]
+    index: ChecksummedFileEntry | None
+    sources: ChecksummedFileEntry | None  # the source manifest: the source files of the rows
+    dropped: list[DroppedFileEntry]  # kept on the storage for readers of earlier versions
     num_rows: int
     source_fingerprint: str
     counts: dict[str, int]  # the counts of `CategoryReport`
@@ -88,7 +88,7 @@ def parse_commit(data: bytes, uri: str, category: str, path: str) -> Commit:
                 if commit.setdefault(key, None) is not None:
                     commit[key]["name"], commit[key]["sha256"]
             commit.setdefault("dropped", [])
-            for name in referenced_files(cast(Commit, commit)):
+            for name in list_referenced_files(cast(Commit, commit)):
                 if not isinstance(name, str) or name in ("", "..") or "/" in name or "\\" in name:
                     raise ValueError(f"{name!r} is no file of the category's folder")
     except (ValueError, KeyError, TypeError) as error:
@@ -101,13 +101,13 @@ def parse_commit(data: bytes, uri: str, category: str, path: str) -> Commit:
     return cast(Commit, commit)
 
 
-def referenced_files(commit: Commit) -> set[str]:
+def list_referenced_files(commit: Commit) -> set[str]:
     """Returns the names of the files that a commit uses: its part files, its index file and its source manifest."""
     objects = (commit["index"], commit["sources"])
     return {entry["name"] for entry in commit["files"]} | {entry["name"] for entry in objects if entry}
 
 
-def list_dropped_files(previous: Commit, commit: Commit, now: datetime) -> list[DroppedEntry]:
+def list_dropped_files(previous: Commit, commit: Commit, now: datetime) -> list[DroppedFileEntry]:
     """Returns the files of earlier versions that must stay for their readers, the `dropped` list of a new commit.
 
     These are the dropped files of the previous commit that are younger than `STALE_AFTER`, and the files that the new commit no
@@ -119,7 +119,7 @@ def list_dropped_files(previous: Commit, commit: Commit, now: datetime) -> list[
         now: current time, UTC.
     """
     recent = [entry for entry in previous["dropped"] if datetime.fromisoformat(entry["at"]) >= now - STALE_AFTER]
-    newly_dropped = sorted(referenced_files(previous) - referenced_files(commit))
+    newly_dropped = sorted(list_referenced_files(previous) - list_referenced_files(commit))
     return recent + [{"name": name, "at": now.isoformat()} for name in newly_dropped]
 
 
@@ -135,7 +135,7 @@ def find_stale_files(files: Mapping[str, fs.FileInfo], commit: Commit, now: date
         Paths relative to the folder of the category. Files with unknown names are never in the list.
     """
     limit = now - STALE_AFTER
-    used_names = referenced_files(commit) | {
+    used_names = list_referenced_files(commit) | {
         entry["name"] for entry in commit["dropped"] if datetime.fromisoformat(entry["at"]) >= limit
     }
     names = {path: path.rpartition("/")[2] for path in files}

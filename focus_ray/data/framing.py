@@ -18,7 +18,7 @@ from focus_ray.errors import DataError
 SCORED = 255  # value of scored pixels in the fourth channel; all other pixels have 0
 
 
-class ImageBox(NamedTuple):
+class ImageRectangle(NamedTuple):
     """The rectangle, in pixels, that an image covers in the frame (the image array at the input size of the network)."""
 
     top: int
@@ -32,7 +32,7 @@ class ImageBox(NamedTuple):
         return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
 
 
-class MapCells(NamedTuple):
+class AnomalyMapCells(NamedTuple):
     """The squares of image pixels that the values of the anomaly map belong to. Each value ("cell") describes one square.
 
     If the image is divided into tiles, the squares of all tiles are included. Positions are pixels of the frame, the image at
@@ -48,7 +48,7 @@ class MapCells(NamedTuple):
     lefts: NDArray[np.int64]
     side_px: int
 
-    def covers_any(self, scored: NDArray[np.bool_]) -> bool:
+    def has_scored_cell(self, scored: NDArray[np.bool_]) -> bool:
         """Returns whether at least one cell of the anomaly map is scored, i.e. at least half of its square is scored.
 
         Args: scored: (height, width) bool, True at the scored pixels of the frame.
@@ -61,7 +61,7 @@ class MapCells(NamedTuple):
         return bool((2 * counts >= self.side_px**2).any())
 
 
-class Frame:
+class InputFrame:
     """The target size of all images of a category, the resizing method, and the region of interest. All images get this size.
 
     Attributes:
@@ -79,13 +79,13 @@ class Frame:
         width: int,
         resize: Literal["stretch", "pad"] = "stretch",
         region: NDArray[np.bool_] | None = None,
-        cells: MapCells | None = None,
+        cells: AnomalyMapCells | None = None,
     ) -> None:
         if min(height, width) < 1:
             raise ValueError(f"size_px={min(height, width)} must be at least 1")
         assert region is None or region.shape == (height, width)
         self.height, self.width, self.resize, self.region, self.cells = height, width, resize, region, cells
-        self._scored_channels: dict[ImageBox, NDArray[np.uint8]] = {}
+        self._scored_channels: dict[ImageRectangle, NDArray[np.uint8]] = {}
 
     @property
     def has_scored_channel(self) -> bool:
@@ -97,21 +97,21 @@ class Frame:
         """The shape of a decoded image: (H, W, 3), or (H, W, 4) with the channel that marks the scored pixels."""
         return self.height, self.width, 4 if self.has_scored_channel else 3
 
-    def image_box(self, width: int, height: int) -> ImageBox:
+    def compute_image_rectangle(self, width: int, height: int) -> ImageRectangle:
         """Returns the rectangle that an image covers in the frame (the array at the network's input size) after resizing.
 
         Args: width, height: size of the original image, in pixels.
         """
         if self.resize == "stretch":
-            return ImageBox(0, 0, self.height, self.width)
+            return ImageRectangle(0, 0, self.height, self.width)
         scale = min(self.width / width, self.height / height)
         box_height, box_width = max(1, round(height * scale)), max(1, round(width * scale))
-        return ImageBox((self.height - box_height) // 2, (self.width - box_width) // 2, box_height, box_width)
+        return ImageRectangle((self.height - box_height) // 2, (self.width - box_width) // 2, box_height, box_width)
 
-    def place_image(self, image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
+    def resize_image(self, image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
         """Resizes a decoded image to the network's input size ("frame"). Pads it and adds the channel of scored pixels if needed.
 
-        Padding is needed if `resize` is "pad", see `Frame`.
+        Padding is needed if `resize` is "pad", see `InputFrame`.
 
         Args:
             image: grey or RGB; the decoder may already have reduced it.
@@ -123,7 +123,7 @@ class Frame:
         Raises:
             DataError: no pixel of the image can be scored.
         """
-        box = self.check_size(width, height)
+        box = self.check_image_size(width, height)
         # Resize one side after the other: the order changes some pixels by one grey level, and Pillow 13 chooses it itself.
         for size in ((box.width, image.height), (box.width, box.height)):
             if image.size != size:
@@ -133,20 +133,20 @@ class Frame:
             below, right = self.height - box.top - box.height, self.width - box.left - box.width
             pixels = np.pad(pixels, ((box.top, below), (box.left, right), (0, 0)), mode="symmetric")
         if self.has_scored_channel:
-            pixels = np.concatenate([pixels, self.scored_channel(box)[..., None]], axis=2)
+            pixels = np.concatenate([pixels, self.make_scored_channel(box)[..., None]], axis=2)
         return pixels
 
-    def check_size(self, width: int, height: int) -> ImageBox:
+    def check_image_size(self, width: int, height: int) -> ImageRectangle:
         """Checks that at least one pixel of an image of this size is scored.
 
         Args: width, height: size of the original image, in pixels.
 
         Returns: the rectangle that the image covers in the frame, the array at the network's input size.
 
-        Raises: DataError: nothing of the image can be scored, see `Frame.cells`. The message gives the reason and the remedy.
+        Raises: DataError: nothing of the image can be scored, see `InputFrame.cells`. The message gives the reason and the remedy.
         """
-        box = self.image_box(width, height)
-        if not self.has_scored_channel or self._is_scored(self.scored_channel(box) > 0):
+        box = self.compute_image_rectangle(width, height)
+        if not self.has_scored_channel or self._has_scored_cell(self.make_scored_channel(box) > 0):
             return box
         # Find the reason: would the image be scored without the region of interest?
         whole_image = np.zeros((self.height, self.width), np.bool_)
@@ -154,7 +154,7 @@ class Frame:
         cell = "pixel" if self.cells is None else f"place of the anomaly map ({self.cells.side_px} px square)"
         size = f"the image of {width} x {height} pixels becomes {box.width} x {box.height} px"
         frame = f"in the frame of {self.width} x {self.height} px"
-        if self._is_scored(whole_image):
+        if self._has_scored_cell(whole_image):
             reason = f"its region of interest is too thin or too small there for any {cell}"
             remedy = "enlarge data.regions"
         else:
@@ -164,14 +164,14 @@ class Frame:
             remedy += ", or train with a larger model.image_size_px or with model.resize=stretch"
         raise DataError(f"{size} {frame}, {reason}, so nothing would be inspected: {remedy}")
 
-    def _is_scored(self, scored: NDArray[np.bool_]) -> bool:
+    def _has_scored_cell(self, scored: NDArray[np.bool_]) -> bool:
         """Returns whether at least one cell of the anomaly map (without `cells`: one pixel) is scored.
 
         Args: scored: (height, width) bool, True at the scored pixels of the frame.
         """
-        return bool(scored.any()) if self.cells is None else self.cells.covers_any(scored)
+        return bool(scored.any()) if self.cells is None else self.cells.has_scored_cell(scored)
 
-    def scored_channel(self, box: ImageBox) -> NDArray[np.uint8]:
+    def make_scored_channel(self, box: ImageRectangle) -> NDArray[np.uint8]:
         """Returns the fourth channel of an image that covers the rectangle `box`: `SCORED` at scored pixels, 0 elsewhere.
 
         The array is (height, width), uint8, and cached: do not change it.
@@ -190,7 +190,7 @@ class Frame:
         mask = Image.fromarray(self.region.astype(np.uint8) * np.uint8(255))
         return np.asarray(mask.resize((width, height), Image.Resampling.BILINEAR)) >= 128
 
-    def scored_values(self, anomaly_map: NDArray[np.float32]) -> NDArray[np.float32]:
+    def select_scored_values(self, anomaly_map: NDArray[np.float32]) -> NDArray[np.float32]:
         """Returns the values of an anomaly map inside the region of interest.
 
         Args: anomaly_map: (H, W), of the image without padding.
@@ -201,11 +201,11 @@ class Frame:
         region = self.resize_region(*anomaly_map.shape)
         return anomaly_map if region is None else anomaly_map[region][None]
 
-    def crop_map(self, anomaly_map: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
+    def crop_padding(self, anomaly_map: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
         """Cuts the padding off an anomaly map: returns the rectangle that the image covers in the network's input.
 
         Args:
             anomaly_map: (H, W), of the size of the frame.
             width, height: size of the original image, in pixels.
         """
-        return anomaly_map[self.image_box(width, height).slices]
+        return anomaly_map[self.compute_image_rectangle(width, height).slices]

@@ -9,7 +9,7 @@ Training, batch inspection and serving treat unusual files in the same way:
   exposure stays equal. A 12-bit camera that does not shift its values up gives dark images: shift the values first.
 - 16-bit colour keeps its high byte, because Pillow reads no more. 32-bit integer, signed and float images are refused.
 - The tags of a TIFF decide how it is read, or that it is refused (`tiff`). WhiteIsZero pixels are inverted, so that white is 255.
-- Pictures that focus_ray drew itself are decoded like other images. Callers that expect photographs call `refuse_drawing`.
+- Pictures that focus_ray drew itself are decoded like other images. Callers that expect photographs call `refuse_generated_picture`.
 - Only the first frame or page of an image is used. The pages of a mask's TIFF are combined, because some programs write one page
   for each region. Masks of other formats with several frames are refused.
 """
@@ -34,7 +34,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.ExifTags import IFD, Base
 
 from focus_ray.data import tiff
-from focus_ray.data.framing import Frame
+from focus_ray.data.framing import InputFrame
 from focus_ray.data.image_errors import ImageError as ImageError
 from focus_ray.drawing.mark import is_drawing
 from focus_ray.drawing.png import encode_png
@@ -88,9 +88,9 @@ class ImageInfo:
     """The size of an image file, whether it is fully transparent, and a hash of its pixels.
 
     Attributes:
-        width, height: pixels after EXIF rotation; `read_header` gives the size before EXIF rotation.
+        width, height: pixels after EXIF rotation; `read_image_header` gives the size before EXIF rotation.
         fully_transparent: whether the image has an alpha channel that is zero everywhere, so that the image shows nothing.
-        content_hash: `content_hash` of the pixels; None unless it was requested.
+        content_hash: `hash_pixels` of the pixels; None unless it was requested.
     """
 
     width: int
@@ -99,7 +99,7 @@ class ImageInfo:
     content_hash: str | None = None
 
 
-def decode_image(data: bytes, size: int | Frame | None) -> npt.NDArray[np.uint8]:
+def decode_image(data: bytes, size: int | InputFrame | None) -> npt.NDArray[np.uint8]:
     """Decodes the bytes of an image file to RGB pixels, and resizes them to the requested size.
 
     The rules at the top of this module say how unusual files are decoded. Images are resized with Pillow's antialiased bilinear
@@ -108,20 +108,20 @@ def decode_image(data: bytes, size: int | Frame | None) -> npt.NDArray[np.uint8]
 
     Args:
         data: bytes of a file in one of the formats ``FORMATS``.
-        size: `Frame` (target size and padding) into which the image is placed; or the side, in pixels, of a square to which the
+        size: `InputFrame` (target size and padding) into which the image is placed; or the side, in pixels, of a square to which the
             image is stretched. None keeps the size of the image.
 
-    Returns: uint8, RGB, writable: (H, W, 3), or the shape of the `Frame`, which may have a fourth channel that marks the scored
+    Returns: uint8, RGB, writable: (H, W, 3), or the shape of the `InputFrame`, which may have a fourth channel that marks the scored
         pixels.
 
     Raises: ImageError: the data is empty, truncated, no image, of an unsupported kind, has more than ``MAX_PIXELS`` pixels, or
         no pixel of the image can be scored.
     """
-    return read_image(data, size)[1]
+    return decode_image_with_info(data, size)[1]
 
 
-def read_image(
-    data: bytes, size: int | Frame | None = None, hashed: bool = False
+def decode_image_with_info(
+    data: bytes, size: int | InputFrame | None = None, with_hash: bool = False
 ) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
     """Decodes one image. Returns its `ImageInfo` (size, transparency, hash) and its pixels.
 
@@ -131,35 +131,35 @@ def read_image(
     Args:
         data: bytes of a file in one of the formats ``FORMATS``.
         size: see `decode_image`.
-        hashed: also computes the content hash. A JPEG that is decoded at a reduced size is then decoded twice.
+        with_hash: also computes the content hash. A JPEG that is decoded at a reduced size is then decoded twice.
 
     Raises: ImageError: see `decode_image`.
     """
-    frame = _frame(size)
-    _verify_chunks(data)
-    image, orientation, (width, height) = _load(data, None if frame is None else max(frame.height, frame.width))
-    with _conversion_errors(image):
-        plain = _turn_upright(_to_grey_or_rgb(image), orientation)
+    frame = _make_frame(size)
+    _verify_png(data)
+    image, orientation, (width, height) = _load_pixels(data, None if frame is None else max(frame.height, frame.width))
+    with _explain_conversion_errors(image):
+        plain = _rotate_upright(_convert_to_grey_or_rgb(image), orientation)
         digest = None
-        if hashed:
+        if with_hash:
             is_whole = plain.size == (width, height)
-            digest = content_hash(np.asarray(plain.convert("RGB")) if is_whole else decode_image(data, None))
-        info = ImageInfo(width, height, _is_see_through(image), digest)
+            digest = hash_pixels(np.asarray(plain.convert("RGB")) if is_whole else decode_image(data, None))
+        info = ImageInfo(width, height, _is_fully_transparent(image), digest)
         if frame is not None:
-            return info, frame.place_image(plain, width, height)
+            return info, frame.resize_image(plain, width, height)
         return info, np.array(plain.convert("RGB"), dtype=np.uint8)
 
 
-def read_header(data: bytes) -> ImageInfo:
+def read_image_header(data: bytes) -> ImageInfo:
     """Reads the size of an image (before EXIF rotation) from the header of its file. No pixel is decoded.
 
     Raises: ImageError: the data is empty, no image, of an unsupported kind, has more than ``MAX_PIXELS`` pixels, or its header
         is damaged.
     """
-    tags = _tiff_tags(data)
-    if tags is not None and tiff.choose_reader(tags) == "tifffile":
+    tags = _read_tiff_tags(data)
+    if tags is not None and tiff.choose_decoding_library(tags) == "tifffile":
         return ImageInfo(tags.width, tags.height)
-    return ImageInfo(*_open(data).size)
+    return ImageInfo(*_open_with_pillow(data).size)
 
 
 def decode_mask(data: bytes, height: int, width: int) -> npt.NDArray[np.bool_]:
@@ -177,7 +177,7 @@ def decode_mask(data: bytes, height: int, width: int) -> npt.NDArray[np.bool_]:
 
     Raises: ImageError: see `decode_image`. Also if the mask has several frames (animation), or pages of different sizes.
     """
-    return resize_mask(probe_mask(data)[0], height, width)
+    return resize_mask(decode_mask_and_count_values(data)[0], height, width)
 
 
 def resize_mask(mask: npt.NDArray[np.bool_], height: int, width: int) -> npt.NDArray[np.bool_]:
@@ -195,7 +195,7 @@ def resize_mask(mask: npt.NDArray[np.bool_], height: int, width: int) -> npt.NDA
     return np.ascontiguousarray(mask)
 
 
-def probe_mask(data: bytes) -> tuple[npt.NDArray[np.bool_], int]:
+def decode_mask_and_count_values(data: bytes) -> tuple[npt.NDArray[np.bool_], int]:
     """Decodes a mask without resizing it, and counts the different pixel values above 0 in its file.
 
     A usual mask has one such value. Masks with one value for each type of defect have a few. Masks that were saved as JPEG,
@@ -205,11 +205,11 @@ def probe_mask(data: bytes) -> tuple[npt.NDArray[np.bool_], int]:
 
     Raises: ImageError: see `decode_mask`.
     """
-    _verify_chunks(data)
-    pages = tiff.list_pages(data) if _tiff_tags(data) is not None else _single_frame(data)
-    mask, num_values = _probe_page(data, pages[0])
+    _verify_png(data)
+    pages = tiff.list_full_size_pages(data) if _read_tiff_tags(data) is not None else _check_single_frame(data)
+    mask, num_values = _decode_mask_page(data, pages[0])
     for page in pages[1:]:
-        other, num_page_values = _probe_page(data, page)
+        other, num_page_values = _decode_mask_page(data, page)
         if other.shape != mask.shape:
             sizes = f"{other.shape[1]} x {other.shape[0]} pixels, and page {pages[0] + 1} is {mask.shape[1]} x {mask.shape[0]}"
             raise ImageError("unsupported", f"the mask's page {page + 1} is {sizes}: export the mask as one page")
@@ -217,39 +217,39 @@ def probe_mask(data: bytes) -> tuple[npt.NDArray[np.bool_], int]:
     return mask, num_values
 
 
-def _single_frame(data: bytes) -> list[int]:
+def _check_single_frame(data: bytes) -> list[int]:
     """Checks that an image is not animated, and returns [0], the number of its only frame.
 
     Raises: ImageError: the image is damaged, or has several frames.
     """
-    image = _open(data)
-    with _pillow_errors(data, "list of frames"):
+    image = _open_with_pillow(data)
+    with _explain_pillow_errors(data, "list of frames"):
         num_frames = int(getattr(image, "n_frames", 1))
     if num_frames > 1:
         raise ImageError("unsupported", f"a {image.format} mask of {num_frames} frames: export it as one frame")
     return [0]
 
 
-def _probe_page(data: bytes, page: int) -> tuple[npt.NDArray[np.bool_], int]:
-    """Decodes one page of a mask, and counts its different pixel values above 0, see `probe_mask`.
+def _decode_mask_page(data: bytes, page: int) -> tuple[npt.NDArray[np.bool_], int]:
+    """Decodes one page of a mask, and counts its different pixel values above 0, see `decode_mask_and_count_values`.
 
     Args: page: number of the page, from 0.
 
     Raises: ImageError: see `decode_image`.
     """
-    image, orientation, _ = _load(data, None, page)
-    with _conversion_errors(image):
-        deep = _is_deep(image) or image.mode == "F"
-        values = np.asarray(image if deep else _to_grey_or_rgb(image))
+    image, orientation, _ = _load_pixels(data, None, page)
+    with _explain_conversion_errors(image):
+        deep = _has_wide_integers(image) or image.mode == "F"
+        values = np.asarray(image if deep else _convert_to_grey_or_rgb(image))
         if values.ndim == 3:
             values = values.max(axis=2)
         mask: npt.NDArray[np.bool_] = values > 0
         num_values = len(np.unique(values[mask]))
-    upright = _turn_upright(Image.fromarray(mask.astype(np.uint8)), orientation)
+    upright = _rotate_upright(Image.fromarray(mask.astype(np.uint8)), orientation)
     return np.asarray(upright) > 0, num_values
 
 
-def encode_opened(image: Image.Image) -> bytes:
+def encode_pillow_image(image: Image.Image) -> bytes:
     """Encodes an opened or created Pillow image as a lossless PNG and returns the bytes of the file.
 
     The PNG has the pixels that `decode_image` would return for the file of the image: the rules at the top of this module hold
@@ -258,17 +258,17 @@ def encode_opened(image: Image.Image) -> bytes:
     Raises: ImageError: the pixels are damaged or of an unsupported kind, or the image is a TIFF of a kind that Pillow misreads.
     """
     tags = getattr(image, "tag_v2", {})  # of a TIFF
-    deep = _is_deep(image) and (tags.get(262) == 0 or max(tags.get(258, (16,))) == 12)
+    deep = _has_wide_integers(image) and (tags.get(262) == 0 or max(tags.get(258, (16,))) == 12)
     turned = tags.get(274, 1) != 1  # Pillow 12 does not rotate an uncompressed TIFF that was opened by its file name
     if deep or turned or 338 in tags or tags.get(284, 1) != 1 or set(tags.get(339, (1,))) != {1}:
         raise ImageError("unsupported", "Pillow misreads this kind of TIFF: give the path or the bytes of the file")
-    with _conversion_errors(image):
+    with _explain_conversion_errors(image):
         image.load()
-        plain = _to_grey_or_rgb(image)
-    return encode_png(np.asarray(_turn_upright(plain, _orientation(image))))
+        plain = _convert_to_grey_or_rgb(image)
+    return encode_png(np.asarray(_rotate_upright(plain, _read_exif_orientation(image))))
 
 
-def refuse_drawing(data: bytes) -> None:
+def refuse_generated_picture(data: bytes) -> None:
     """Checks that a file is not a picture that focus_ray drew, because only photographs may be used for training and inspection.
 
     Raises: ImageError: the file is such a picture.
@@ -278,7 +278,7 @@ def refuse_drawing(data: bytes) -> None:
 
 
 def decode_batch(
-    images: Sequence[bytes], size: int | Frame, num_threads: int = 1, names: Sequence[str] | None = None
+    images: Sequence[bytes], size: int | InputFrame, num_threads: int = 1, names: Sequence[str] | None = None
 ) -> npt.NDArray[np.uint8]:
     """Decodes a batch of photographs in threads, to arrays of one size.
 
@@ -286,7 +286,7 @@ def decode_batch(
 
     Args:
         images: bytes of B files.
-        size: `Frame` into which each image is placed, or the side, in pixels, of a square to which each image is stretched.
+        size: `InputFrame` into which each image is placed, or the side, in pixels, of a square to which each image is stretched.
         num_threads: number of threads; at most one thread per image is used.
         names: name of each image for error messages; None: messages give the position of the image.
 
@@ -295,10 +295,10 @@ def decode_batch(
     Raises: ImageError: an image cannot be decoded (see `decode_image`), or is a picture that focus_ray drew. The message names
         the first such image.
     """
-    return read_batch(images, size, num_threads, names=names)[1]
+    return decode_batch_with_info(images, size, num_threads, names=names)[1]
 
 
-def content_hash(pixels: npt.NDArray[np.uint8]) -> str:
+def hash_pixels(pixels: npt.NDArray[np.uint8]) -> str:
     """Returns the SHA-256 hex of the size and the pixels of an RGB image (H, W, 3). Images with equal pixels have equal hashes.
 
     It does not depend on the name and the lossless compression of the file.
@@ -308,48 +308,48 @@ def content_hash(pixels: npt.NDArray[np.uint8]) -> str:
     return digest.hexdigest()
 
 
-def read_batch(
+def decode_batch_with_info(
     images: Sequence[bytes],
-    size: int | Frame,
+    size: int | InputFrame,
     num_threads: int = 1,
-    hashed: bool = False,
+    with_hash: bool = False,
     names: Sequence[str] | None = None,
 ) -> tuple[list[ImageInfo], npt.NDArray[np.uint8]]:
     """Decodes a batch of photographs. Returns the `ImageInfo` (size, transparency, hash) of each file, and the pixels.
 
     Args:
         images, size, num_threads, names: see `decode_batch`.
-        hashed: also computes the content hash of each image, see `read_image`.
+        with_hash: also computes the content hash of each image, see `decode_image_with_info`.
 
     Returns: one `ImageInfo` per image; pixels (B, H, W, 3 or 4), uint8.
 
     Raises: ImageError: see `decode_batch`.
     """
-    frame = _frame(size)
+    frame = _make_frame(size)
     assert frame is not None
     batch = np.empty((len(images), *frame.shape), dtype=np.uint8)
 
-    def decode_into(position: int) -> ImageInfo:
+    def decode_to_position(position: int) -> ImageInfo:
         """Decodes the image at a position of the batch and writes its pixels to the same position of the array."""
         try:
-            refuse_drawing(images[position])
-            info, batch[position] = read_image(images[position], frame, hashed)
+            refuse_generated_picture(images[position])
+            info, batch[position] = decode_image_with_info(images[position], frame, with_hash)
             return info
         except ImageError as error:
             name = f"image {position} of {len(images)}" if names is None else names[position]
             raise ImageError(error.reason, f"{name}: {error}") from error
 
     with ThreadPoolExecutor(num_threads) as pool:
-        return list(pool.map(decode_into, range(len(images)))), batch
+        return list(pool.map(decode_to_position, range(len(images)))), batch
 
 
-def _frame(size: int | Frame | None) -> Frame | None:
-    """Returns the `Frame` for a size: a number becomes a square frame of this side; a frame or None is returned unchanged."""
-    return Frame(size, size) if isinstance(size, int) else size
+def _make_frame(size: int | InputFrame | None) -> InputFrame | None:
+    """Returns the `InputFrame` for a size: a number becomes a square frame of this side; a frame or None is returned unchanged."""
+    return InputFrame(size, size) if isinstance(size, int) else size
 
 
 @contextmanager
-def _conversion_errors(image: Image.Image) -> Iterator[None]:
+def _explain_conversion_errors(image: Image.Image) -> Iterator[None]:
     """Context manager: turns errors of the conversion to RGB, or of the placement in the frame, into ImageError."""
     try:
         yield
@@ -362,7 +362,7 @@ def _conversion_errors(image: Image.Image) -> Iterator[None]:
 
 
 @contextmanager
-def _pillow_errors(data: bytes, part: str) -> Iterator[None]:
+def _explain_pillow_errors(data: bytes, part: str) -> Iterator[None]:
     """Context manager: turns errors of Pillow into ImageError.
 
     Args:
@@ -374,13 +374,13 @@ def _pillow_errors(data: bytes, part: str) -> Iterator[None]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("too_large", f"{error}; at most {MAX_PIXELS} pixels are read: cut it into tiles") from error
     except UnidentifiedImageError as error:
-        raise _unidentified(data) from error
+        raise _make_unidentified_error(data) from error
     except _DECODE_ERRORS as error:
         message = f"the {part} of the image is truncated or damaged ({error}): copy it again"
         raise ImageError("truncated", message) from error
 
 
-def _load(data: bytes, size_px: int | None, page: int = 0) -> tuple[Image.Image, int, tuple[int, int]]:
+def _load_pixels(data: bytes, size_px: int | None, page: int = 0) -> tuple[Image.Image, int, tuple[int, int]]:
     """Opens an image file and decodes its pixels, without EXIF rotation and without conversion to RGB.
 
     Args:
@@ -393,41 +393,41 @@ def _load(data: bytes, size_px: int | None, page: int = 0) -> tuple[Image.Image,
 
     Raises: ImageError: see `decode_image`.
     """
-    tags = _tiff_tags(data, page)
+    tags = _read_tiff_tags(data, page)
     image: Image.Image
-    if tags is not None and tiff.choose_reader(tags) == "tifffile":
-        pixels, fully_transparent = tiff.read_pixels(data, tags, page)
+    if tags is not None and tiff.choose_decoding_library(tags) == "tifffile":
+        pixels, fully_transparent = tiff.decode_page(data, tags, page)
         image, orientation = Image.fromarray(pixels), tags.orientation
         image.info["fully_transparent"] = fully_transparent
         size = image.size
     else:
-        image = _open(data)
-        with _pillow_errors(data, "pixel data"):
+        image = _open_with_pillow(data)
+        with _explain_pillow_errors(data, "pixel data"):
             image.seek(page)
             size = image.size  # read before `draft`, which reduces the size of a JPEG
             if size_px is not None and image.format in ("JPEG", "MPO"):
                 image.draft("", (2 * size_px, 2 * size_px))
             image.load()
-        orientation = _orientation(image)
-        if tags is not None and tags.bits in (12, 16) and _is_deep(image):
-            image = _at_full_range(image, tags)
+        orientation = _read_exif_orientation(image)
+        if tags is not None and tags.bits in (12, 16) and _has_wide_integers(image):
+            image = _stretch_to_16_bits(image, tags)
     return image, orientation, size[::-1] if orientation in _QUARTER_TURNS else size
 
 
-def _tiff_tags(data: bytes, page: int = 0) -> tiff.Tags | None:
+def _read_tiff_tags(data: bytes, page: int = 0) -> tiff.TiffTags | None:
     """Returns the tags of a page of a TIFF; None for other formats, and for a TIFF whose tags are too damaged to be read.
 
-    Raises: ImageError: see `tiff.read_tags`. Also if the page has more than ``MAX_PIXELS`` pixels.
+    Raises: ImageError: see `tiff.read_page_tags`. Also if the page has more than ``MAX_PIXELS`` pixels.
     """
     if not data.startswith(tiff.TIFF_SIGNATURES):
         return None
-    tags = tiff.read_tags(data, page)
+    tags = tiff.read_page_tags(data, page)
     if tags is not None:
-        _check_size(tags.width, tags.height)
+        _check_num_pixels(tags.width, tags.height)
     return tags
 
 
-def _turn_upright(image: Image.Image, orientation: int) -> Image.Image:
+def _rotate_upright(image: Image.Image, orientation: int) -> Image.Image:
     """Applies the EXIF orientation to an image, so that it is upright.
 
     Args: orientation: 1 to 8; 1 returns the image unchanged.
@@ -435,43 +435,43 @@ def _turn_upright(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
 
-def _at_full_range(image: Image.Image, tags: tiff.Tags) -> Image.Image:
+def _stretch_to_16_bits(image: Image.Image, tags: tiff.TiffTags) -> Image.Image:
     """Scales 12-bit or 16-bit grey pixels to the full 16-bit range, and inverts them if the tags say that 0 is white."""
     full = 2**tags.bits - 1
 
-    def stretch(block: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def stretch_block(block: npt.NDArray[Any]) -> npt.NDArray[Any]:
         values = block.astype(np.int64)
         return ((full - values if tags.photometric == 0 else values) * 65535 // full).clip(0, 65535)
 
     values = np.asarray(image)
-    return Image.fromarray(tiff.convert_rows(values, stretch, values.shape, np.uint16))
+    return Image.fromarray(tiff.convert_row_blocks(values, stretch_block, values.shape, np.uint16))
 
 
-def _is_see_through(image: Image.Image) -> bool:
+def _is_fully_transparent(image: Image.Image) -> bool:
     """Returns whether an image is fully transparent: its alpha channel is zero everywhere."""
     if image.mode in ("RGBA", "LA", "PA"):
         return not np.asarray(image.getchannel("A")).any()
     return bool(image.info.get("fully_transparent", False))
 
 
-def _open(data: bytes) -> ImageFile.ImageFile:
+def _open_with_pillow(data: bytes) -> ImageFile.ImageFile:
     """Opens a file with Pillow and reads its header. The pixels are not checked and may still be damaged.
 
     Raises: ImageError: the data is empty, no image, of an unsupported kind, too large, or its header is damaged.
     """
     if not data:
         raise ImageError("empty", "the image is empty (0 bytes): copy it again from its source")
-    _check_structure(data)
-    with _pillow_errors(data, "header"):
+    _check_file_structure(data)
+    with _explain_pillow_errors(data, "header"):
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     # Pillow also opens TIFFs with other first bytes, whose tags `tiff` does not check
     if image.format == "TIFF" and not data.startswith(tiff.TIFF_SIGNATURES):
-        raise _unidentified(data)
-    _check_size(*image.size)
+        raise _make_unidentified_error(data)
+    _check_num_pixels(*image.size)
     return image
 
 
-def _check_structure(data: bytes) -> None:
+def _check_file_structure(data: bytes) -> None:
     """Checks that a JPEG has not too many scans or segments, or a PNG too many chunks, which would take long to decode.
 
     Damaged files pass, because the decoder detects the damage. Other formats pass too.
@@ -479,7 +479,7 @@ def _check_structure(data: bytes) -> None:
     Raises: ImageError: a limit is exceeded, or a JPEG has much data without a scan.
     """
     if data.startswith(b"\xff\xd8"):
-        _limit_jpeg_structure(data)
+        _check_jpeg_structure(data)
     elif data.startswith(b"\x89PNG"):
         offset = 8
         for _ in range(_MAX_PNG_CHUNKS):
@@ -489,10 +489,10 @@ def _check_structure(data: bytes) -> None:
         raise ImageError("too_large", f"a PNG of more than {_MAX_PNG_CHUNKS} chunks: save it again")
 
 
-def _limit_jpeg_structure(data: bytes) -> None:
+def _check_jpeg_structure(data: bytes) -> None:
     """Checks that a JPEG has not too many scans or segments, too many bytes between segments, or much data without a scan.
 
-    The check jumps from marker to marker, so that marker bytes inside a segment do not count; see `_check_structure`.
+    The check jumps from marker to marker, so that marker bytes inside a segment do not count; see `_check_file_structure`.
 
     Raises: ImageError: a limit is exceeded.
     """
@@ -516,7 +516,7 @@ def _limit_jpeg_structure(data: bytes) -> None:
         raise ImageError("truncated", "a JPEG without pixels in it: copy it again")
 
 
-def _check_size(width: int, height: int) -> None:
+def _check_num_pixels(width: int, height: int) -> None:
     """Checks that an image has at most ``MAX_PIXELS`` pixels. Raises: ImageError: it has more."""
     pixels = width * height
     if pixels > MAX_PIXELS:
@@ -524,7 +524,7 @@ def _check_size(width: int, height: int) -> None:
         raise ImageError("too_large", f"{size}; at most {MAX_PIXELS} are read: cut it into tiles")
 
 
-def _orientation(image: Image.Image) -> int:
+def _read_exif_orientation(image: Image.Image) -> int:
     """Returns the EXIF orientation (1 to 8) that must still be applied to a loaded image; 1 if it is missing or damaged."""
     # Pillow rotates a TIFF while it loads the pixels, and then removes the tag.
     try:
@@ -563,13 +563,13 @@ def read_capture_time(data: bytes | Path) -> datetime | None:
     return None
 
 
-def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
+def _convert_to_grey_or_rgb(image: Image.Image) -> Image.Image:
     """Converts a loaded image to 8-bit grey (mode L) or RGB by the rules at the top of this module.
 
     Raises: ImageError: the pixels are floats, or integers that do not fit into 16 bits.
     """
-    if _is_deep(image):
-        image = _deep_to_grey(image)
+    if _has_wide_integers(image):
+        image = _scale_to_8_bit_grey(image)
     elif image.mode == "F":
         raise ImageError("unsupported", "a floating-point image has no set range: save it as 8-bit or 16-bit")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -580,25 +580,25 @@ def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode in ("L", "RGB") else image.convert("RGB")
 
 
-def _is_deep(image: Image.Image) -> bool:
+def _has_wide_integers(image: Image.Image) -> bool:
     """Returns whether Pillow gives the pixels as 16-bit or 32-bit integers."""
     return image.mode == "I" or image.mode.startswith("I;16")
 
 
-def _deep_to_grey(image: Image.Image) -> Image.Image:
+def _scale_to_8_bit_grey(image: Image.Image) -> Image.Image:
     """Scales grey pixels from 16 bits to 8 bits. Raises: ImageError: a value does not fit into 16 bits."""
     # Mode "I" contains 32-bit integers: Pillow uses it for all 32-bit files and for some 16-bit files.
     values = np.asarray(image)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
         raise ImageError("unsupported", f"32-bit values from {low} to {high}: save the image as 8-bit or 16-bit")
-    grey = tiff.convert_rows(
+    grey = tiff.convert_row_blocks(
         values, lambda block: (block.astype(np.int64) * 255 + 32767) // 65535, values.shape, np.uint8
     )
     return Image.fromarray(grey)
 
 
-def _verify_chunks(data: bytes) -> None:
+def _verify_png(data: bytes) -> None:
     """Checks that a PNG is complete and that its checksums are right. Other formats pass.
 
     Pillow decodes a PNG that ends after its last pixel, or that has a wrong checksum, without an error.
@@ -607,14 +607,14 @@ def _verify_chunks(data: bytes) -> None:
     """
     if not data.startswith(b"\x89PNG"):
         return
-    _check_structure(data)
+    _check_file_structure(data)
     if b"IEND\xaeB`\x82" not in data:
         raise ImageError("truncated", "the PNG image is truncated (it has no whole end mark): copy it again")
-    with _pillow_errors(data, "content"):
+    with _explain_pillow_errors(data, "content"):
         Image.open(io.BytesIO(data), formats=("PNG",)).verify()
 
 
-def _unidentified(data: bytes) -> ImageError:
+def _make_unidentified_error(data: bytes) -> ImageError:
     """Returns the error for a file that Pillow does not recognise: unsupported format, truncated header, or no image."""
     format_names = ", ".join(FORMATS)
     for magic, name in _UNSUPPORTED_MAGIC.items():

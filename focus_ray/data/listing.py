@@ -31,7 +31,7 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or is_system_folder(name)
 
 
-def scan_images(
+def scan_image_files(
     folder: Path,
     on_error: Callable[[Path, OSError], None],
     *,
@@ -52,14 +52,14 @@ def scan_images(
     """
     top = os.fspath(folder)
 
-    def report(error: OSError) -> None:
+    def handle_error(error: OSError) -> None:
         """Raises the error of the top folder, and passes errors of other folders to `on_error`."""
         if error.filename == top:
             raise error
         if not isinstance(error, FileNotFoundError):  # it was removed during the listing
             on_error(Path(error.filename), error)
 
-    for root, folders, files in os.walk(top, onerror=report):
+    for root, folders, files in os.walk(top, onerror=handle_error):
         images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
         for name in filter(is_hidden, [*folders, *images]):
             on_hidden(Path(root, name))
@@ -83,16 +83,18 @@ def find_image_files(folder: Path, log: Callable[[str], None] = lambda message: 
     """
     hidden: list[Path] = []
 
-    def refuse(path: Path, error: OSError) -> None:
+    def raise_listing_error(path: Path, error: OSError) -> None:
         raise DataError(f"{path}: cannot be listed: {error.strerror or error}") from error
 
     paths: list[Path] = []
     try:
-        for path in (folder / image for image in scan_images(folder, refuse, on_hidden=hidden.append)):
+        for path in (
+            folder / image for image in scan_image_files(folder, raise_listing_error, on_hidden=hidden.append)
+        ):
             if path.is_file() or path.is_symlink():
                 paths.append(path)
     except OSError as error:
-        refuse(folder, error)
+        raise_listing_error(folder, error)
     drawings = {path for path in paths if is_drawing_file(path)}
     images = sorted(path for path in paths if path not in drawings)
     counts = {"hidden files or folders": len(hidden), "pictures that focus_ray drew": len(drawings)}

@@ -13,7 +13,7 @@ MAX_WAITING_ITEMS = 2
 T = TypeVar("T")
 
 
-def prefetch(items: Iterator[T], max_waiting: int = MAX_WAITING_ITEMS) -> Iterator[T]:
+def prefetch_items(items: Iterator[T], max_waiting: int = MAX_WAITING_ITEMS) -> Iterator[T]:
     """Generator: yields the items of an iterator in the same order, while a thread already computes the next items.
 
     The thread ends with the last item, or when this generator is closed or garbage-collected.

@@ -13,18 +13,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from focus_ray.data.commits import Commit, PartEntry
-from focus_ray.data.framing import Frame
+from focus_ray.data.commits import Commit, PartFileEntry
+from focus_ray.data.framing import InputFrame
 from focus_ray.data.images import decode_batch
-from focus_ray.data.prefetch import prefetch
+from focus_ray.data.prefetch import prefetch_items
 from focus_ray.data.schema import INDEX_COLUMNS, SCHEMA, SPLITS, Row
-from focus_ray.data.store import Store, open_part, open_store, read_columns
+from focus_ray.data.store import DataSetStore, open_data_set, open_part_file, read_part_columns
 from focus_ray.errors import DataError
 
 
 def list_categories(uri: str | Path) -> list[str]:
     """Returns the sorted names of the categories of a data set. Raises: DataError: there is no data set at this location."""
-    return open_store(uri).require_categories()
+    return open_data_set(uri).require_categories()
 
 
 _VERSION_KEY = b"focus_ray.version"  # in the schema metadata of the tables of `read_index`
@@ -35,7 +35,7 @@ def data_version(uri: str | Path, category: str) -> str:
 
     Raises: DataError: the data set or category does not exist.
     """
-    return open_store(uri).require_commit(category)["run_id"]
+    return open_data_set(uri).require_commit(category)["run_id"]
 
 
 def index_version(table: pa.Table) -> str:
@@ -67,9 +67,9 @@ def read_index(uri: str | Path, category: str, split: str | None = None, version
     """
     if split is not None and split not in SPLITS:
         raise DataError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
-    store = open_store(uri)
+    store = open_data_set(uri)
     commit = store.require_commit(category, version)
-    table = load_commit_index(store, category, commit)
+    table = load_version_index(store, category, commit)
     table = table.replace_schema_metadata({_VERSION_KEY: commit["run_id"]})
     table = table.append_column("row", pa.array(np.arange(table.num_rows, dtype=np.int64)))
     if split is not None:
@@ -80,23 +80,23 @@ def read_index(uri: str | Path, category: str, split: str | None = None, version
 NUM_PART_READERS = 16  # part files read at once: the time of such small reads is mostly the latency of the storage
 
 
-def load_commit_index(store: Store, category: str, commit: Commit) -> pa.Table:
+def load_version_index(store: DataSetStore, category: str, commit: Commit) -> pa.Table:
     """Returns ``INDEX_COLUMNS`` of all rows of a version, from its index file or, without an index file, from its part files.
 
     Args: commit: the list of the version's files.
 
     Raises: DataError: a file is missing or damaged.
     """
-    table = store.read_index(category, commit)
+    table = store.read_index_file(category, commit)
     if table is not None:
         return table
 
-    def read(entry: PartEntry) -> pa.Table:
-        with open_part(store, category, entry) as part:
-            return read_columns(part, INDEX_COLUMNS)
+    def read_part_index(entry: PartFileEntry) -> pa.Table:
+        with open_part_file(store, category, entry) as part:
+            return read_part_columns(part, INDEX_COLUMNS)
 
     with ThreadPoolExecutor(NUM_PART_READERS) as pool:
-        return pa.concat_tables(list(pool.map(read, commit["files"])))
+        return pa.concat_tables(list(pool.map(read_part_index, commit["files"])))
 
 
 def read_rows(
@@ -127,7 +127,7 @@ def read_rows(
     unknown = [name for name in columns if name not in SCHEMA.names]
     if unknown:
         raise DataError(f"no column {', '.join(unknown)}; available columns: {', '.join(SCHEMA.names)}")
-    store = open_store(uri)
+    store = open_data_set(uri)
     commit = store.require_commit(category, version)
     numbers = np.asarray(row_numbers, dtype=np.int64)
     if numbers.ndim != 1 or (np.diff(numbers) <= 0).any():
@@ -139,7 +139,7 @@ def read_rows(
 
 
 def _iterate_rows(
-    store: Store, category: str, commit: Commit, numbers: np.ndarray[Any, Any], columns: list[str]
+    store: DataSetStore, category: str, commit: Commit, numbers: np.ndarray[Any, Any], columns: list[str]
 ) -> Iterator[Row]:
     """Generator: yields the rows of a version that have these numbers, see `read_rows`."""
     start = 0
@@ -151,12 +151,12 @@ def _iterate_rows(
         cuts = np.searchsorted(numbers, bounds)
         if cuts[0] == cuts[-1]:
             continue
-        with open_part(store, category, entry) as part:
+        with open_part_file(store, category, entry) as part:
             for group in range(len(bounds) - 1):
                 numbers_in_group = numbers[cuts[group] : cuts[group + 1]] - bounds[group]
                 if not numbers_in_group.size:
                     continue
-                table = read_columns(part, columns, group)
+                table = read_part_columns(part, columns, group)
                 for number in numbers_in_group.tolist():
                     yield {name: table.column(name)[number].as_py() for name in columns}
 
@@ -169,10 +169,10 @@ def data_fingerprint(uri: str | Path, category: str) -> str:
 
     Raises: DataError: the data set or category does not exist, or a file is missing or damaged.
     """
-    return index_fingerprint(read_index(uri, category))
+    return compute_index_fingerprint(read_index(uri, category))
 
 
-def index_fingerprint(table: pa.Table) -> str:
+def compute_index_fingerprint(table: pa.Table) -> str:
     """Returns the `data_fingerprint` of a category, computed from its index table.
 
     Args: table: from `read_index`, with both splits.
@@ -189,21 +189,21 @@ def decode_rows(
     uri: str,
     category: str,
     rows: Sequence[int] | np.ndarray[Any, Any],
-    size: int | Frame,
+    size: int | InputFrame,
     batch_size: int = NUM_ROWS_PER_READ,
     num_threads: int = 1,
     version: str | None = None,
 ) -> Iterator[np.ndarray[Any, Any]]:
     """Returns an iterator over batches of decoded images, uint8 (B, H, W, 3), in the order of the rows.
 
-    If the frame marks scored pixels, a fourth channel contains the mark (see `Frame.shape`). The batches are prefetched: up to
+    If the frame marks scored pixels, a fourth channel contains the mark (see `InputFrame.shape`). The batches are prefetched: up to
     four batches are in memory.
 
     Args:
         uri: root of the data set.
         category: name of the category.
         rows: strictly ascending row numbers.
-        size: the `Frame` of the images, or the side of a square in pixels, see `decode_batch`.
+        size: the `InputFrame` of the images, or the side of a square in pixels, see `decode_batch`.
         batch_size: images per batch; the last batch may be smaller.
         num_threads: threads that decode.
         version: the version in which the row numbers are valid; None takes the current version.
@@ -212,18 +212,18 @@ def decode_rows(
     """
     records = read_rows(uri, category, rows, columns=("id", "image"), version=version)
 
-    def batches() -> Iterator[np.ndarray[Any, Any]]:
+    def decode_batches() -> Iterator[np.ndarray[Any, Any]]:
         while batch := list(itertools.islice(records, batch_size)):
             images, names = ([record[column] for record in batch] for column in ("image", "id"))
             yield decode_batch(images, size, num_threads, names)
 
-    return prefetch(batches())
+    return prefetch_items(decode_batches())
 
 
 TEST_COLUMNS = ("id", "image", "mask", "label", "defect_type", "width", "height", "content_hash")
 
 
-def iter_test_records(uri: str, category: str) -> Iterable[Row]:
+def read_test_rows(uri: str, category: str) -> Iterable[Row]:
     """Returns an iterator over the labelled test images of a category, as rows with the columns ``TEST_COLUMNS``.
 
     Raises: DataError: the data set or category does not exist, or a file is missing or damaged.

@@ -33,7 +33,7 @@ INDEX_COLUMNS = ("id", "split", "label", "defect_type", "width", "height", "site
 INDEX_SCHEMA = pa.schema([SCHEMA.field(name) for name in INDEX_COLUMNS], metadata=SCHEMA.metadata)
 
 
-def fill_group_column(table: pa.Table) -> pa.Table:
+def add_missing_group_column(table: pa.Table) -> pa.Table:
     """Returns the table with a `group` column. In tables of older data sets, which lack it, an empty column is added."""
     if "group" in table.column_names:
         return table
@@ -70,7 +70,7 @@ RejectReason = Literal[
 
 
 @dataclass(frozen=True)
-class Reject:
+class RejectedFile:
     """A source file that was not ingested: its path relative to the source, category, reason code and explanation."""
 
     path: str

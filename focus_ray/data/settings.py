@@ -15,7 +15,7 @@ from focus_ray.settings.sections import Section
 Polygon = tuple[tuple[float, float], ...]
 
 
-def _is_polygon(region: Any) -> bool:
+def _is_single_polygon(region: Any) -> bool:
     """Returns whether a region is a single polygon (a list of points), and not a list of polygons."""
     try:
         numbers = [number for point in region for number in point]
@@ -55,15 +55,15 @@ class DataConfig(Section):
 
     @field_validator("regions", mode="before")
     @classmethod
-    def _polygons(cls, value: Any) -> Any:
+    def _wrap_single_polygon(cls, value: Any) -> Any:
         """Turns the value of a region that is a single polygon into a list with this polygon."""
         if not isinstance(value, dict):
             return value
-        return {name: [region] if _is_polygon(region) else region for name, region in value.items()}
+        return {name: [region] if _is_single_polygon(region) else region for name, region in value.items()}
 
     @field_validator("regions")
     @classmethod
-    def _drawable(cls, value: dict[str, str | tuple[Polygon, ...]]) -> dict[str, str | tuple[Polygon, ...]]:
+    def _check_polygons(cls, value: dict[str, str | tuple[Polygon, ...]]) -> dict[str, str | tuple[Polygon, ...]]:
         """Checks that each region of interest is not empty and that its polygons have at least 3 points inside the image.
 
         Raises: ValueError: a region breaks one of these rules.
@@ -84,13 +84,13 @@ class DataConfig(Section):
 
     @field_validator("categories", mode="before")
     @classmethod
-    def _one_name(cls, value: Any) -> Any:
+    def _wrap_single_name(cls, value: Any) -> Any:
         """Turns a single category name into a tuple."""
         return (value,) if isinstance(value, str) else value
 
     @field_validator("categories")
     @classmethod
-    def _unique(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    def _check_unique_names(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         """Checks that no category occurs twice. Raises: ValueError: a category occurs twice."""
         if value is not None and len(set(value)) != len(value):
             raise ValueError(f"categories lists a name twice: {list(value)}")

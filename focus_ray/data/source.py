@@ -9,20 +9,20 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from focus_ray.errors import DataError
-from focus_ray.storage.files import ListedObject, ObjectReader, is_s3, list_objects
+from focus_ray.storage.files import ListedObject, S3ObjectReader, is_s3_uri, list_objects
 
 
-class S3Tree:
-    """The files and folders below an s3:// prefix, kept in memory after one listing. A pickled tree loses its listing."""
+class S3Listing:
+    """The files and folders below an s3:// prefix, kept in memory after one listing. A pickled listing loses its listing."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
         self.files: dict[str, tuple[int, str]] = {}  # path below the prefix -> (bytes, ETag)
         self.folders: dict[str, list[str]] = {}  # path below the prefix -> names of its entries
-        self.reader = ObjectReader(self.uri)
+        self.reader = S3ObjectReader(self.uri)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return S3Tree, (self.uri,)
+        return S3Listing, (self.uri,)
 
     def add_objects(self, objects: Iterable[ListedObject]) -> None:
         """Adds listed objects, and the folders that contain them. Call it once.
@@ -51,24 +51,24 @@ class S3Tree:
 class S3Path:
     """A file or folder below an s3:// prefix, with the parts of the interface of `pathlib.Path` that importers need."""
 
-    __slots__ = ("path", "tree")
+    __slots__ = ("listing", "path")
 
-    def __init__(self, tree: S3Tree, path: str = "") -> None:
-        """Makes the path of a file or folder below the prefix of a tree.
+    def __init__(self, listing: S3Listing, path: str = "") -> None:
+        """Makes the path of a file or folder below the prefix of a listing.
 
         Args:
-            tree: the listing that contains the file or folder.
-            path: path relative to the prefix of the tree; empty for the prefix itself.
+            listing: the listing that contains the file or folder.
+            path: path relative to the prefix of the listing; empty for the prefix itself.
         """
-        self.tree, self.path = tree, path
+        self.listing, self.path = listing, path
 
     def __str__(self) -> str:
-        return f"{self.tree.uri}/{self.path}" if self.path else self.tree.uri
+        return f"{self.listing.uri}/{self.path}" if self.path else self.listing.uri
 
     __repr__ = __str__
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, S3Path) and (self.path, self.tree.uri) == (other.path, other.tree.uri)
+        return isinstance(other, S3Path) and (self.path, self.listing.uri) == (other.path, other.listing.uri)
 
     def __hash__(self) -> int:
         return hash(self.path)
@@ -96,15 +96,15 @@ class S3Path:
 
     @property
     def parent(self) -> S3Path:
-        return S3Path(self.tree, self.path.rpartition("/")[0])
+        return S3Path(self.listing, self.path.rpartition("/")[0])
 
     def __truediv__(self, name: Any) -> S3Path:
         below = name if isinstance(name, str) and "/" not in name else str(PurePosixPath(name))
-        return S3Path(self.tree, f"{self.path}/{below}" if self.path else below)
+        return S3Path(self.listing, f"{self.path}/{below}" if self.path else below)
 
     def iterdir(self) -> Iterator[S3Path]:
         """Returns an iterator over the files and folders directly in this folder."""
-        return (self / name for name in self.tree.folders[self.path])
+        return (self / name for name in self.listing.folders[self.path])
 
     def glob(self, pattern: str) -> Iterator[S3Path]:
         """Generator: yields the files and folders whose path below this folder matches a pattern. ``**`` is not supported."""
@@ -114,10 +114,10 @@ class S3Path:
                 yield from item.glob(remainder) if remainder else [item]
 
     def is_dir(self) -> bool:
-        return self.path in self.tree.folders
+        return self.path in self.listing.folders
 
     def is_file(self) -> bool:
-        return self.path in self.tree.files
+        return self.path in self.listing.files
 
     def exists(self) -> bool:
         return self.is_file() or self.is_dir()
@@ -133,7 +133,7 @@ class S3Path:
             FileNotFoundError: the object was deleted after the listing.
             DataError: the object cannot be read.
         """
-        data = self.tree.reader.read(str(self))
+        data = self.listing.reader.read_object(str(self))
         if data is None:
             raise FileNotFoundError(errno.ENOENT, "no such object", str(self))
         return data
@@ -143,29 +143,29 @@ SourcePath = Path | S3Path
 """A file or folder of a source. Importers use the part of the interface of `Path` that `S3Path` has."""
 
 
-def relative_name(path: SourcePath, root: SourcePath) -> str:
+def get_relative_path(path: SourcePath, root: SourcePath) -> str:
     """Returns a path relative to a root folder, with slashes; the complete path if it is not below the root."""
     if isinstance(path, Path):
         return path.relative_to(str(root)).as_posix() if path.is_relative_to(str(root)) else str(path)
     return str(path).removeprefix(f"{root}/")
 
 
-def open_source(source: str | Path) -> SourcePath:
+def open_source_folder(source: str | Path) -> SourcePath:
     """Opens the source of an ingestion: returns the path of a local folder, or lists an s3:// prefix and returns its path.
 
     Raises: DataError: the folder does not exist, the path is no folder, or the prefix cannot be listed or contains no object.
     """
-    if is_s3(source):
-        tree = S3Tree(str(source))
-        tree.add_objects(list_objects(tree.uri))
-        return S3Path(tree)
+    if is_s3_uri(source):
+        listing = S3Listing(str(source))
+        listing.add_objects(list_objects(listing.uri))
+        return S3Path(listing)
     root = Path(source).expanduser()
     if not root.is_dir():
         raise DataError(f"{source}: expected a local folder of images, or an s3:// prefix")
     return root
 
 
-def read_source_stamp(path: SourcePath) -> tuple[int, str]:
+def read_source_stat(path: SourcePath) -> tuple[int, str]:
     """Returns size and change mark of a file (its "stamp"), to recognise an unchanged file without reading it.
 
     Returns:
@@ -173,7 +173,7 @@ def read_source_stamp(path: SourcePath) -> tuple[int, str]:
         cannot be looked up.
     """
     if isinstance(path, S3Path):
-        return path.tree.files.get(path.path, (-1, ""))
+        return path.listing.files.get(path.path, (-1, ""))
     try:
         status = path.stat()
     except OSError:

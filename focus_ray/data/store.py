@@ -29,13 +29,13 @@ from focus_ray.data.commits import (
     CLAIMS_FOLDER,
     STALE_AFTER,
     VERSIONS_FOLDER,
-    ChecksummedEntry,
+    ChecksummedFileEntry,
     Commit,
-    PartEntry,
+    PartFileEntry,
     find_stale_files,
     list_dropped_files,
+    list_referenced_files,
     parse_commit,
-    referenced_files,
 )
 from focus_ray.data.schema import (
     COMMIT_NAME,
@@ -43,21 +43,21 @@ from focus_ray.data.schema import (
     INDEX_SCHEMA,
     SCHEMA,
     SCHEMA_VERSION,
-    Reject,
+    RejectedFile,
     Row,
-    fill_group_column,
+    add_missing_group_column,
 )
 from focus_ray.errors import DataError, StorageError
 from focus_ray.storage.files import (
-    check_access,
-    create_bytes,
-    join,
+    check_folder_access,
+    explain_storage_errors,
+    join_path,
+    open_file_for_reading,
     open_filesystem,
-    open_input,
     read_file,
-    read_stamps,
-    storage_errors,
-    sync_file,
+    read_file_stats_in_folders,
+    sync_file_to_disk,
+    write_bytes_if_absent,
     write_file,
 )
 
@@ -86,15 +86,15 @@ class CommitDraft:
         rejects: the rejected files to store beside the data; None keeps the stored rejects.
     """
 
-    files: list[PartEntry]
+    files: list[PartFileEntry]
     index: pa.Table
     sources: pa.Table | None
     source_fingerprint: str
     counts: dict[str, int]
-    rejects: Sequence[Reject] | None = None
+    rejects: Sequence[RejectedFile] | None = None
 
 
-class Store:
+class DataSetStore:
     """Reads and writes the files of a data set, on a disk or on S3: its commits (lists of a version's files), rows and rejects.
 
     Attributes:
@@ -107,23 +107,25 @@ class Store:
         self.uri, self.filesystem, self.path = uri, filesystem, path
         self._writable = False
 
-    def category_folder(self, category: str) -> str:
+    def get_category_folder(self, category: str) -> str:
         """Returns the path of the folder of a category, inside the filesystem of the store."""
         return f"{self.path}/category={category}"
 
-    def storage_errors(self, action: str, path: str) -> Any:
+    def explain_storage_errors(self, action: str, path: str) -> Any:
         """Returns a context manager that turns an OSError into a StorageError with the location of this data set.
 
-        Args: action, path: see `storage.files.storage_errors`.
+        Args: action, path: see `storage.files.explain_storage_errors`.
         """
-        return storage_errors(action, self.uri, path)
+        return explain_storage_errors(action, self.uri, path)
 
-    def committed_categories(self) -> list[str]:
+    def list_committed_categories(self) -> list[str]:
         """Returns the sorted names of all categories that have a published version; an empty list if there is no data set.
 
         Raises: DataError: the root cannot be listed.
         """
-        folders = read_stamps(self.uri, COMMIT_NAME)  # one listing on S3, whatever the number of categories
+        folders = read_file_stats_in_folders(
+            self.uri, COMMIT_NAME
+        )  # one listing on S3, whatever the number of categories
         return sorted(folder[len("category=") :] for folder in folders if folder.startswith("category="))
 
     def require_categories(self) -> list[str]:
@@ -131,7 +133,7 @@ class Store:
 
         Raises: DataError: there is no data set, or its root cannot be listed.
         """
-        names = self.committed_categories()
+        names = self.list_committed_categories()
         if not names:
             expected = f"expected folders category=<name> with a {COMMIT_NAME}"
             raise DataError(f"{self.uri}: no data set here: {expected}; ingest one first")
@@ -147,13 +149,13 @@ class Store:
         Raises: DataError: the commit file is damaged or of another schema version, the version does not exist any more or has an
             invalid name, or the storage fails.
         """
-        path = f"{self.category_folder(category)}/{COMMIT_NAME}"
+        path = f"{self.get_category_folder(category)}/{COMMIT_NAME}"
         if version is None:
-            return self._load_commit(category, path)
-        commit = self._load_commit(category, self._version_path(category, version))
+            return self._read_commit_file(category, path)
+        commit = self._read_commit_file(category, self._get_version_path(category, version))
         if commit is not None:
             return commit
-        current = self._load_commit(category, path)
+        current = self._read_commit_file(category, path)
         if current is not None and current["run_id"] == version:  # published by an old program that stored no versions
             return current
         state = f"it is now {current['run_id']}" if current else "the category does not exist any more"
@@ -162,21 +164,21 @@ class Store:
             f"{STALE_AFTER.total_seconds() / 3600:g} hours: read the index again and start over"
         )
 
-    def _version_path(self, category: str, version: str) -> str:
+    def _get_version_path(self, category: str, version: str) -> str:
         """Returns the path of the commit file of a version.
 
         Raises: DataError: `version` is not a valid name of a version.
         """
         if not version.isalnum():
             raise DataError(f"{self.uri}: version {version!r}: expected a name from `data_version`")
-        return f"{self.category_folder(category)}/{VERSIONS_FOLDER}/{version}.json"
+        return f"{self.get_category_folder(category)}/{VERSIONS_FOLDER}/{version}.json"
 
-    def _load_commit(self, category: str, path: str) -> Commit | None:
+    def _read_commit_file(self, category: str, path: str) -> Commit | None:
         """Reads a commit file. Returns None if the file does not exist.
 
         Raises: DataError: the file is damaged or of another schema version, or the storage fails.
         """
-        with self.storage_errors("read the commit file", path):
+        with self.explain_storage_errors("read the commit file", path):
             data = read_file(self.filesystem, path)
         return None if data is None else parse_commit(data, self.uri, category, path)
 
@@ -193,31 +195,31 @@ class Store:
             raise DataError(f"{self.uri}: no category {category!r}; available categories: {names}")
         return commit
 
-    def is_complete(self, category: str, commit: Commit) -> bool:
+    def has_all_files(self, category: str, commit: Commit) -> bool:
         """Returns whether all part files of a version exist with the right size, and the index file has the right checksum.
 
         Args: commit: the description of the version.
 
         Raises: DataError: the storage fails.
         """
-        sizes = {path: info.size for path, info in self.list_files(category).items()}
+        sizes = {path: info.size for path, info in self.list_category_files(category).items()}
         if any(sizes.get(entry["name"]) != entry["num_bytes"] for entry in commit["files"]):
             return False
-        return commit["index"] is None or self._read_checked(category, commit["index"]) is not None
+        return commit["index"] is None or self._read_checksummed_file(category, commit["index"]) is not None
 
-    def list_files(self, category: str) -> dict[str, fs.FileInfo]:
+    def list_category_files(self, category: str) -> dict[str, fs.FileInfo]:
         """Returns all files in the folder of a category and its subfolders: path relative to the folder -> file information.
 
         On S3 this takes one request per thousand files.
 
         Raises: DataError: the folder cannot be listed.
         """
-        folder = self.category_folder(category)
-        with self.storage_errors("list the category's files", folder):
+        folder = self.get_category_folder(category)
+        with self.explain_storage_errors("list the category's files", folder):
             entries = self.filesystem.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
         return {info.path[len(folder) + 1 :]: info for info in entries if info.is_file}
 
-    def read_index(self, category: str, commit: Commit) -> pa.Table | None:
+    def read_index_file(self, category: str, commit: Commit) -> pa.Table | None:
         """Reads the index file of a version: the table of all rows without images and masks.
 
         Args: commit: the description of the version.
@@ -229,15 +231,15 @@ class Store:
         entry = commit["index"]
         if entry is None:
             return None
-        data = self._read_checked(category, entry)
+        data = self._read_checksummed_file(category, entry)
         if data is None:
             # The part files contain the same columns. But a storage that lost or changed a file needs a repair, and reading the
             # part files of a large data set takes many minutes, which no user expects here.
-            path = f"{self.category_folder(category)}/{entry['name']}"
+            path = f"{self.get_category_folder(category)}/{entry['name']}"
             raise DataError(f"{self.uri}: index {path} is missing or damaged. {_CHANGED_MEANWHILE}")
-        return fill_group_column(pq.read_table(pa.BufferReader(data)))
+        return add_missing_group_column(pq.read_table(pa.BufferReader(data)))
 
-    def read_sources(self, category: str, commit: Commit) -> pa.Table | None:
+    def read_source_manifest(self, category: str, commit: Commit) -> pa.Table | None:
         """Reads the source manifest of a version: the table of its source files, of `SOURCE_SCHEMA`.
 
         Returns: None if the version has no manifest, or the manifest is missing or damaged.
@@ -245,16 +247,16 @@ class Store:
         Raises: DataError: the storage fails.
         """
         entry = commit["sources"]
-        data = self._read_checked(category, entry) if entry else None
+        data = self._read_checksummed_file(category, entry) if entry else None
         return None if data is None else pq.read_table(pa.BufferReader(data))
 
-    def _read_checked(self, category: str, entry: ChecksummedEntry) -> bytes | None:
+    def _read_checksummed_file(self, category: str, entry: ChecksummedFileEntry) -> bytes | None:
         """Returns the bytes of an index file or source manifest; None if the file is missing or has a wrong checksum.
 
         Raises: DataError: the storage fails.
         """
-        path = f"{self.category_folder(category)}/{entry['name']}"
-        with self.storage_errors("read the index", path):
+        path = f"{self.get_category_folder(category)}/{entry['name']}"
+        with self.explain_storage_errors("read the index", path):
             data = read_file(self.filesystem, path)
         return data if data is not None and hashlib.sha256(data).hexdigest() == entry["sha256"] else None
 
@@ -266,10 +268,10 @@ class Store:
         Raises: DataError: the test file cannot be written and deleted.
         """
         if not self._writable:
-            check_access(self.uri, ("write", "delete"), is_quick=False)
+            check_folder_access(self.uri, ("write", "delete"), is_quick=False)
             self._writable = True
 
-    def write_parts(self, category: str, rows: Iterable[Row]) -> tuple[list[PartEntry], pa.Table]:
+    def write_part_files(self, category: str, rows: Iterable[Row]) -> tuple[list[PartFileEntry], pa.Table]:
         """Writes rows to new part files. The rows become visible when a published version names the files.
 
         Args:
@@ -282,36 +284,36 @@ class Store:
         Raises:
             DataError: the storage fails. The files that were already written are removed.
         """
-        folder, token = self.category_folder(category), uuid.uuid4().hex[:12]
+        folder, token = self.get_category_folder(category), uuid.uuid4().hex[:12]
         if isinstance(self.filesystem, fs.LocalFileSystem):
-            with self.storage_errors("make the folder", folder):
+            with self.explain_storage_errors("make the folder", folder):
                 self.filesystem.create_dir(folder, recursive=True)
-        files: list[PartEntry] = []
+        files: list[PartFileEntry] = []
         index_tables: list[pa.Table] = []
 
-        def row_groups_with_index() -> Iterator[pa.Table]:
+        def collect_index_tables() -> Iterator[pa.Table]:
             """Generator: yields the row groups, and adds their index columns to `index_tables`."""
-            for group in _row_groups(rows):
+            for group in _collect_row_groups(rows):
                 index_tables.append(group.select(INDEX_COLUMNS))
                 yield group
 
         try:
-            groups = row_groups_with_index()
+            groups = collect_index_tables()
             for group in groups:
                 name = f"part-{token}-{len(files):05d}.parquet"
                 files.append({"name": name, "row_group_rows": [], "num_bytes": 0})
-                with self.storage_errors("write a part file", f"{folder}/{name}"):
-                    self._write_part(f"{folder}/{name}", itertools.chain([group], groups), files[-1])
+                with self.explain_storage_errors("write a part file", f"{folder}/{name}"):
+                    self._write_part_file(f"{folder}/{name}", itertools.chain([group], groups), files[-1])
         except BaseException:
-            self.discard(category, [entry["name"] for entry in files])
+            self.delete_unreferenced_files(category, [entry["name"] for entry in files])
             raise
         return files, pa.concat_tables(index_tables) if index_tables else INDEX_SCHEMA.empty_table()
 
-    def publish(
+    def publish_version(
         self,
         category: str,
         build_draft: Callable[[Commit | None], CommitDraft | None],
-        new_parts: Sequence[PartEntry] = (),
+        new_parts: Sequence[PartFileEntry] = (),
     ) -> bool:
         """Publishes a new version of a category, and deletes stale files of old versions.
 
@@ -337,32 +339,34 @@ class Store:
                 previous = self.read_commit(category)
                 draft = build_draft(previous)
                 if draft is None:
-                    self.discard(category, new_files)
+                    self.delete_unreferenced_files(category, new_files)
                     return False
                 existing_names = {*new_files, *(entry["name"] for entry in (previous["files"] if previous else []))}
                 new_files += [entry["name"] for entry in draft.files if entry["name"] not in existing_names]
-                commit, existing_files = self._prepare(category, draft, previous, new_files)
-                if previous is None or self._claim(category, previous["run_id"], commit["run_id"]):
+                commit, existing_files = self._write_version_files(category, draft, previous, new_files)
+                if previous is None or self._claim_next_version(category, previous["run_id"], commit["run_id"]):
                     break
                 # Another publisher was first: remove the files of this draft, but keep the part files of the caller.
-                self.discard(category, new_files[len(new_parts) :])
+                self.delete_unreferenced_files(category, new_files[len(new_parts) :])
                 del new_files[len(new_parts) :]
-                self._make_last_current(category, previous)
+                self._publish_last_claimed_version(category, previous)
             else:
                 problem = f"other runs published first in {MAX_PUBLISH_ATTEMPTS} attempts"
                 raise DataError(f"{self.uri}: category {category!r}: {problem}: run it again when they have finished")
         except BaseException:
-            self.discard(category, new_files)
+            self.delete_unreferenced_files(category, new_files)
             raise
         # From here on no file of the version is removed after an error: if only the response of the server was lost, the commit
         # exists and names these files.
-        self._make_current(commit)
-        self._make_last_current(category, commit)
-        unused = {entry["name"] for entry in new_parts} - referenced_files(commit)
-        self.discard(category, [*unused, *find_stale_files(existing_files, commit, datetime.now(timezone.utc))])
+        self._set_current_version(commit)
+        self._publish_last_claimed_version(category, commit)
+        unused = {entry["name"] for entry in new_parts} - list_referenced_files(commit)
+        self.delete_unreferenced_files(
+            category, [*unused, *find_stale_files(existing_files, commit, datetime.now(timezone.utc))]
+        )
         return True
 
-    def _prepare(
+    def _write_version_files(
         self, category: str, draft: CommitDraft, previous: Commit | None, new_files: list[str]
     ) -> tuple[Commit, dict[str, fs.FileInfo]]:
         """Writes all files of a version, without making it the current version.
@@ -381,18 +385,18 @@ class Store:
         Raises:
             DataError: the storage fails, or a part file of the draft is missing.
         """
-        folder, run_id = self.category_folder(category), uuid.uuid4().hex[:12]
+        folder, run_id = self.get_category_folder(category), uuid.uuid4().hex[:12]
         # The file names contain the run id. If they depended on the content alone, another run could use the same name and
         # remove the file.
-        objects: dict[str, ChecksummedEntry | None] = {"index": None, "sources": None}
+        objects: dict[str, ChecksummedFileEntry | None] = {"index": None, "sources": None}
         for kind, table in (("index", draft.index), ("sources", draft.sources)):
             if table is not None:
                 name = f"_{kind}-{run_id}.parquet"
                 new_files.append(name)
-                with self.storage_errors(f"write the {kind}", f"{folder}/{name}"):
-                    objects[kind] = {"name": name, "sha256": self._write_table(f"{folder}/{name}", table)}
+                with self.explain_storage_errors(f"write the {kind}", f"{folder}/{name}"):
+                    objects[kind] = {"name": name, "sha256": self._write_parquet_table(f"{folder}/{name}", table)}
         if draft.rejects is not None:
-            self.write_rejects(category, draft.rejects)
+            self.write_reject_list(category, draft.rejects)
         now = datetime.now(timezone.utc)
         commit: Commit = {
             "schema_version": SCHEMA_VERSION,
@@ -407,7 +411,7 @@ class Store:
             "source_fingerprint": draft.source_fingerprint,
             "counts": draft.counts,
         }
-        existing_files = self.list_files(category)
+        existing_files = self.list_category_files(category)
         missing = sorted({entry["name"] for entry in draft.files} - set(existing_files))
         if missing:
             raise DataError(
@@ -419,21 +423,21 @@ class Store:
             commit["dropped"] = list_dropped_files(previous, commit, now)
             # an old program that stored no versions may have published the previous commit
             if f"{VERSIONS_FOLDER}/{previous['run_id']}.json" not in existing_files:
-                self._write_commit(self._version_path(category, previous["run_id"]), previous)
+                self._write_commit_file(self._get_version_path(category, previous["run_id"]), previous)
         new_files.append(f"{VERSIONS_FOLDER}/{run_id}.json")
-        self._write_commit(self._version_path(category, run_id), commit)
+        self._write_commit_file(self._get_version_path(category, run_id), commit)
         return commit, existing_files
 
-    def _write_commit(self, path: str, commit: Commit) -> None:
+    def _write_commit_file(self, path: str, commit: Commit) -> None:
         """Writes a commit (the description of a version) to a file. Raises: DataError: the storage fails."""
-        with self.storage_errors("write the commit file", path):
+        with self.explain_storage_errors("write the commit file", path):
             write_file(self.filesystem, path, json.dumps(commit, indent=1).encode())
 
-    def _make_current(self, commit: Commit) -> None:
+    def _set_current_version(self, commit: Commit) -> None:
         """Publishes a version: writes its commit to `_commit.json`. Raises: DataError: the storage fails."""
-        self._write_commit(f"{self.category_folder(commit['category'])}/{COMMIT_NAME}", commit)
+        self._write_commit_file(f"{self.get_category_folder(commit['category'])}/{COMMIT_NAME}", commit)
 
-    def _claim(self, category: str, previous_id: str, run_id: str) -> bool:
+    def _claim_next_version(self, category: str, previous_id: str, run_id: str) -> bool:
         """Tries to reserve the right to publish the next version, which only one process gets. Returns whether it succeeded.
 
         On a file system without hard links every process succeeds.
@@ -445,15 +449,15 @@ class Store:
 
         Raises: DataError: the storage fails.
         """
-        uri = join(self.uri, f"category={category}", CLAIMS_FOLDER, f"after-{previous_id}")
+        uri = join_path(self.uri, f"category={category}", CLAIMS_FOLDER, f"after-{previous_id}")
         try:
-            return create_bytes(uri, run_id.encode())
+            return write_bytes_if_absent(uri, run_id.encode())
         except StorageError as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_HARD_LINKS:
                 return True  # without hard links there are no claims: the last writer wins
             raise
 
-    def _make_last_current(self, category: str, commit: Commit) -> None:
+    def _publish_last_claimed_version(self, category: str, commit: Commit) -> None:
         """Follows the claims from a version to its last successor, and makes that successor the current version.
 
         The publisher of the successor may have died after its claim, before it made the version current. Without a successor
@@ -462,15 +466,15 @@ class Store:
         Raises: DataError: the storage fails, or the commit of a successor is missing.
         """
         while True:
-            path = f"{self.category_folder(category)}/{CLAIMS_FOLDER}/after-{commit['run_id']}"
-            with self.storage_errors("read the next version", path):
+            path = f"{self.get_category_folder(category)}/{CLAIMS_FOLDER}/after-{commit['run_id']}"
+            with self.explain_storage_errors("read the next version", path):
                 successor_id = read_file(self.filesystem, path)
             if successor_id is None:
                 return
             commit = self.require_commit(category, successor_id.decode())
-            self._make_current(commit)
+            self._set_current_version(commit)
 
-    def _write_part(self, path: str, groups: Iterator[pa.Table], entry: PartEntry) -> None:
+    def _write_part_file(self, path: str, groups: Iterator[pa.Table], entry: PartFileEntry) -> None:
         """Writes row groups (blocks of rows) to one part file until the file has at least `FILE_BYTES`.
 
         Args:
@@ -495,10 +499,10 @@ class Store:
                 num_bytes += group.nbytes
                 if num_bytes >= FILE_BYTES:
                     break
-        sync_file(self.filesystem, path)
+        sync_file_to_disk(self.filesystem, path)
         entry["num_bytes"] = self.filesystem.get_file_info(path).size
 
-    def _write_table(self, path: str, table: pa.Table) -> str:
+    def _write_parquet_table(self, path: str, table: pa.Table) -> str:
         """Writes a table to a Parquet file, and returns the SHA-256 hex of the bytes of the file."""
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
@@ -506,43 +510,43 @@ class Store:
         write_file(self.filesystem, path, data)
         return hashlib.sha256(data).hexdigest()
 
-    def discard(self, category: str, names: Iterable[str]) -> None:
+    def delete_unreferenced_files(self, category: str, names: Iterable[str]) -> None:
         """Deletes files of a category that no commit names. A file that cannot be deleted stays.
 
         Args: names: paths relative to the folder of the category.
         """
         for name in names:
             with suppress(OSError):  # a file that no commit names does no harm, and a later run tries again
-                self.filesystem.delete_file(f"{self.category_folder(category)}/{name}")
+                self.filesystem.delete_file(f"{self.get_category_folder(category)}/{name}")
 
-    def write_rejects(self, category: str, rejects: Sequence[Reject]) -> None:
+    def write_reject_list(self, category: str, rejects: Sequence[RejectedFile]) -> None:
         """Replaces the stored list of rejected files of a category. An empty list deletes the stored list.
 
         Raises: DataError: the storage fails.
         """
-        path = self._rejects_path(category)
-        with self.storage_errors("write the rejects", path):
+        path = self._get_reject_list_path(category)
+        with self.explain_storage_errors("write the rejects", path):
             if rejects:
-                self._write_table(path, pa.Table.from_pylist([asdict(reject) for reject in rejects]))
+                self._write_parquet_table(path, pa.Table.from_pylist([asdict(reject) for reject in rejects]))
             elif self.filesystem.get_file_info(path).type == fs.FileType.File:
                 self.filesystem.delete_file(path)
 
-    def read_rejects(self, category: str) -> list[Reject]:
+    def read_reject_list(self, category: str) -> list[RejectedFile]:
         """Returns the stored list of rejected files of a category; an empty list if there is none.
 
         Raises: DataError: the storage fails.
         """
-        path = self._rejects_path(category)
-        with self.storage_errors("read the rejects", path):
+        path = self._get_reject_list_path(category)
+        with self.explain_storage_errors("read the rejects", path):
             data = read_file(self.filesystem, path)
-        return [Reject(**row) for row in pq.read_table(pa.BufferReader(data)).to_pylist()] if data else []
+        return [RejectedFile(**row) for row in pq.read_table(pa.BufferReader(data)).to_pylist()] if data else []
 
-    def _rejects_path(self, category: str) -> str:
+    def _get_reject_list_path(self, category: str) -> str:
         """Returns the path of the file that contains the rejected files of a category."""
         return f"{self.path}/_rejects/category={category}.parquet"
 
 
-def _row_groups(rows: Iterable[Row]) -> Iterator[pa.Table]:
+def _collect_row_groups(rows: Iterable[Row]) -> Iterator[pa.Table]:
     """Generator: collects rows to tables, each of the size of one row group (a block of rows that is read at once)."""
     pending: list[Row] = []
     num_bytes = 0
@@ -557,7 +561,7 @@ def _row_groups(rows: Iterable[Row]) -> Iterator[pa.Table]:
         yield pa.Table.from_pylist(pending, schema=SCHEMA)
 
 
-def open_store(uri: str | Path) -> Store:
+def open_data_set(uri: str | Path) -> DataSetStore:
     """Returns the store of a data set, which need not exist yet.
 
     Args: uri: a local path or an s3:// URI.
@@ -565,10 +569,10 @@ def open_store(uri: str | Path) -> Store:
     Raises: DataError: the location is not valid, see `storage.files.open_filesystem`.
     """
     filesystem, path = open_filesystem(uri)
-    return Store(str(uri), filesystem, path)
+    return DataSetStore(str(uri), filesystem, path)
 
 
-def read_columns(part: pq.ParquetFile, columns: Sequence[str], group: int | None = None) -> pa.Table:
+def read_part_columns(part: pq.ParquetFile, columns: Sequence[str], group: int | None = None) -> pa.Table:
     """Reads columns of a part file. If the file is older and lacks the column `group`, that column is added and empty.
 
     Args:
@@ -579,11 +583,11 @@ def read_columns(part: pq.ParquetFile, columns: Sequence[str], group: int | None
     # a table without columns has no rows that could be filled
     available = [name for name in columns if name in part.schema_arrow.names] or ["label"]
     table = part.read(columns=available) if group is None else part.read_row_group(group, columns=available)
-    return fill_group_column(table).select(columns)
+    return add_missing_group_column(table).select(columns)
 
 
 @contextmanager
-def open_part(store: Store, category: str, entry: PartEntry) -> Iterator[pq.ParquetFile]:
+def open_part_file(store: DataSetStore, category: str, entry: PartFileEntry) -> Iterator[pq.ParquetFile]:
     """Context manager: opens a part file, and checks that its row count is as the commit says.
 
     Args:
@@ -594,11 +598,11 @@ def open_part(store: Store, category: str, entry: PartEntry) -> Iterator[pq.Parq
     Raises: DataError: the file is missing or damaged. Errors of pyarrow and of the storage inside the `with` block become
         DataError too.
     """
-    path = f"{store.category_folder(category)}/{entry['name']}"
+    path = f"{store.get_category_folder(category)}/{entry['name']}"
     try:
         with (
-            storage_errors("read a part file", store.uri, path),
-            open_input(store.filesystem, path) as stream,
+            explain_storage_errors("read a part file", store.uri, path),
+            open_file_for_reading(store.filesystem, path) as stream,
             pq.ParquetFile(stream) as part,
         ):
             version = (part.schema_arrow.metadata or {}).get(b"focus_ray.schema_version")

@@ -3,7 +3,7 @@
 Pillow decodes common TIFFs correctly, but decodes some kinds wrongly without an error. So the tags of a file decide: Pillow
 decodes the file, tifffile decodes it, or it is refused with a message that names its kind.
 
-Files may be made by an attacker. Therefore, `_check_directory` limits tags, strips and tiles before a library parses them. And
+Files may be made by an attacker. Therefore, `_check_page_directory` limits tags, strips and tiles before a library parses them. And
 strips are decompressed here, because tifffile (2026.3) does not limit the size of a decompressed strip.
 
 A TIFF has one directory for each page: the list of the page's tags. A sample is one channel value of a pixel. Strips and tiles
@@ -65,7 +65,7 @@ _CUT_OFF = "the TIFF is cut off within its pixels: copy it again"
 
 
 @dataclass(frozen=True)
-class Tags:
+class TiffTags:
     """The tags (header fields) of one page of a TIFF that describe how its pixels are stored.
 
     Attributes:
@@ -103,15 +103,15 @@ class Tags:
         )
 
 
-def list_pages(data: bytes) -> list[int]:
+def list_full_size_pages(data: bytes) -> list[int]:
     """Returns the numbers of the pages of a TIFF, from 0, without pages that are reduced copies of other pages.
 
-    Raises: ImageError: the pages are damaged or too many, a page is refused by `_check_directory`, or the file has images or
+    Raises: ImageError: the pages are damaged or too many, a page is refused by `_check_page_directory`, or the file has images or
         samples that are not stored as pages.
     """
     offsets, is_whole = _find_page_directories(data)
     for offset in offsets:
-        _check_directory(data, offset)
+        _check_page_directory(data, offset)
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         try:
             pages = list(file.pages)
@@ -131,7 +131,7 @@ def list_pages(data: bytes) -> list[int]:
     return full or [0]
 
 
-def _byte_order(data: bytes) -> Literal["little", "big"]:
+def _read_byte_order(data: bytes) -> Literal["little", "big"]:
     """Returns the byte order of the numbers in a TIFF."""
     return "big" if data.startswith(b"MM") else "little"
 
@@ -148,7 +148,7 @@ def _find_page_directories(data: bytes) -> tuple[list[int], bool]:
 
     Raises: ImageError: the file has more than `_MAX_PAGES` pages.
     """
-    order = _byte_order(data)
+    order = _read_byte_order(data)
     offset = int.from_bytes(data[4:8], order)
     offsets: dict[int, None] = {}
     while offset:
@@ -165,7 +165,7 @@ def _find_page_directories(data: bytes) -> tuple[list[int], bool]:
     return list(offsets), True
 
 
-def _check_directory(data: bytes, offset: int) -> None:
+def _check_page_directory(data: bytes, offset: int) -> None:
     """Checks a page's directory (its list of tags), so that decoding the page cannot take much time or memory.
 
     Only the directory is read. A directory with other damage passes, because the libraries report such damage.
@@ -177,7 +177,7 @@ def _check_directory(data: bytes, offset: int) -> None:
     Raises: ImageError: the page has too many or too large tags, more strips or tiles than its size needs, or tiles that are much
         larger than the image; a tag is given twice or has a wrong type; the page is a stack, or has too many JPEG scans.
     """
-    order = ">" if _byte_order(data) == "big" else "<"
+    order = ">" if _read_byte_order(data) == "big" else "<"
     (count,) = struct.unpack_from(order + "H", data, offset)
     if count > _MAX_TAGS:
         raise ImageError("too_large", f"a TIFF page of {count} tags: save it with at most {_MAX_TAGS}")
@@ -207,11 +207,11 @@ def _check_directory(data: bytes, offset: int) -> None:
         layout[code] = max(struct.unpack_from(f"{order}{length}{_INTEGERS[kind]}", data, values))
     if tag_bytes > len(data):
         raise ImageError("truncated", "the tags of the TIFF are larger than the file: copy it again")
-    _check_layout(data, layout, num_segments)
+    _check_segment_layout(data, layout, num_segments)
 
 
-def _check_layout(data: bytes, layout: dict[int, int], num_segments: int) -> None:
-    """Checks that the strips or tiles of a page (parts of its pixels) fit the size of the image, see `_check_directory`.
+def _check_segment_layout(data: bytes, layout: dict[int, int], num_segments: int) -> None:
+    """Checks that the strips or tiles of a page (parts of its pixels) fit the size of the image, see `_check_page_directory`.
 
     Args:
         data: bytes of the file.
@@ -249,18 +249,18 @@ def _check_layout(data: bytes, layout: dict[int, int], num_segments: int) -> Non
         raise ImageError("too_large", message)
 
 
-def read_tags(data: bytes, number: int = 0) -> Tags | None:
+def read_page_tags(data: bytes, number: int = 0) -> TiffTags | None:
     """Reads the tags of a page of a TIFF. Returns None if the file is so damaged that its tags cannot be read.
 
     Args:
         data: bytes of the file.
         number: number of the page, from 0.
 
-    Raises: ImageError: the samples of a pixel differ in bits or number type, or the page is refused by `_check_directory`.
+    Raises: ImageError: the samples of a pixel differ in bits or number type, or the page is refused by `_check_page_directory`.
     """
     offsets, _ = _find_page_directories(data)
     for offset in {*offsets[:1], *offsets[number : number + 1]}:  # tifffile always parses the first directory
-        _check_directory(data, offset)
+        _check_page_directory(data, offset)
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             page = file.pages[number]
@@ -271,7 +271,7 @@ def read_tags(data: bytes, number: int = 0) -> Tags | None:
             if len(bits) != 1 or len(kinds) != 1:
                 message = f"a TIFF whose samples differ in bits ({bits}): save it with 8 or 16 bits a sample"
                 raise ImageError("unsupported", message)
-            return Tags(
+            return TiffTags(
                 int(page.imagewidth),
                 int(page.imagelength),
                 int(bits[0]),
@@ -290,7 +290,7 @@ def read_tags(data: bytes, number: int = 0) -> Tags | None:
         return None
 
 
-def choose_reader(tags: Tags) -> Literal["Pillow", "tifffile"]:
+def choose_decoding_library(tags: TiffTags) -> Literal["Pillow", "tifffile"]:
     """Returns the name of the library that decodes a TIFF with these tags correctly.
 
     Raises: ImageError: no library decodes this kind of TIFF correctly. The message names the kind and the remedy.
@@ -321,12 +321,12 @@ def choose_reader(tags: Tags) -> Literal["Pillow", "tifffile"]:
     raise ImageError("unsupported", message)
 
 
-def read_pixels(data: bytes, tags: Tags, page: int = 0) -> tuple[npt.NDArray[np.uint8], bool]:
+def decode_page(data: bytes, tags: TiffTags, page: int = 0) -> tuple[npt.NDArray[np.uint8], bool]:
     """Decodes a page of a TIFF with the library tifffile.
 
     Args:
         data: bytes of the file.
-        tags: tags of the page, from `read_tags`.
+        tags: tags of the page, from `read_page_tags`.
         page: number of the page, from 0.
 
     Returns: pixels (H, W) grey or (H, W, 3) RGB, uint8, before rotation, with transparent pixels composed over black; and
@@ -336,7 +336,7 @@ def read_pixels(data: bytes, tags: Tags, page: int = 0) -> tuple[npt.NDArray[np.
     """
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
-            samples = _read_samples(data, file.pages[page])
+            samples = _decompress_samples(data, file.pages[page])
     except ImageError:
         raise
     except Exception as error:  # tifffile raises many types of errors for damaged bytes
@@ -352,7 +352,7 @@ def read_pixels(data: bytes, tags: Tags, page: int = 0) -> tuple[npt.NDArray[np.
     alphas = [number for number, kind in enumerate(tags.extras) if kind in (_MULTIPLIED_ALPHA, _ALPHA)]
     alpha = samples[:, :, colours + alphas[0]] if alphas else None
 
-    def to_8_bits(block: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def convert_to_8_bits(block: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Converts samples (h, W, samples) to colours (h, W, 1 or 3) from 0 to 255; the number type stays uint32."""
         values: npt.NDArray[Any] = block[:, :, :colours].astype(np.uint32)  # large enough for 65535 * 65535
         if tags.photometric == 0:
@@ -363,11 +363,11 @@ def read_pixels(data: bytes, tags: Tags, page: int = 0) -> tuple[npt.NDArray[np.
             values = (values * 255 + 32767) // 65535 if colours == 1 else values >> 8
         return values
 
-    pixels = convert_rows(samples, to_8_bits, (tags.height, tags.width, colours), np.uint8)
+    pixels = convert_row_blocks(samples, convert_to_8_bits, (tags.height, tags.width, colours), np.uint8)
     return (pixels[:, :, 0] if colours == 1 else pixels), alpha is not None and not alpha.any()
 
 
-def convert_rows(
+def convert_row_blocks(
     values: npt.NDArray[Any],
     convert: Callable[[npt.NDArray[Any]], npt.NDArray[Any]],
     shape: tuple[int, ...],
@@ -387,7 +387,7 @@ def convert_rows(
     return converted
 
 
-def _read_samples(data: bytes, page: Any) -> npt.NDArray[Any]:
+def _decompress_samples(data: bytes, page: Any) -> npt.NDArray[Any]:
     """Decompresses the samples (channel values) of a page that has 8 or 16 bits per sample.
 
     Args:
@@ -426,7 +426,7 @@ def _read_samples(data: bytes, page: Any) -> npt.NDArray[Any]:
             raise ImageError("truncated", _CUT_OFF)
         if is_reversed:
             encoded = encoded.translate(_REVERSED_BITS)
-        segment, (plane, _, top, left, _), _ = page.decode(_inflate(compression, encoded, max_bytes), number)
+        segment, (plane, _, top, left, _), _ = page.decode(_decompress_segment(compression, encoded, max_bytes), number)
         if segment.shape == samples.shape:  # one segment is the whole image: do not copy it
             return np.asarray(segment)
         target = samples[plane, top : top + rows, left : left + columns]
@@ -437,7 +437,7 @@ def _read_samples(data: bytes, page: Any) -> npt.NDArray[Any]:
 _REVERSED_BITS = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 
 
-def _inflate(compression: int, data: bytes, limit: int) -> bytes:
+def _decompress_segment(compression: int, data: bytes, limit: int) -> bytes:
     """Decompresses a strip or tile of a TIFF, up to a limit.
 
     Args:
@@ -456,7 +456,7 @@ def _inflate(compression: int, data: bytes, limit: int) -> bytes:
     elif compression == 34925:
         inflated = lzma.LZMADecompressor(memlimit=_MAX_LZMA_BYTES).decompress(data, limit + 1)
     elif compression == 32773:
-        inflated = _inflate_packbits(data, limit)
+        inflated = _decompress_packbits(data, limit)
     else:
         raise ValueError(f"compression {compression!s} is not read")
     if len(inflated) > limit:
@@ -465,7 +465,7 @@ def _inflate(compression: int, data: bytes, limit: int) -> bytes:
     return inflated
 
 
-def _inflate_packbits(data: bytes, limit: int) -> bytes:
+def _decompress_packbits(data: bytes, limit: int) -> bytes:
     """Decompresses PackBits, a run-length code. Stops when the result has more than `limit` bytes."""
     inflated, offset = bytearray(), 0
     while offset + 1 < len(data) and len(inflated) <= limit:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from focus_ray.cluster.address import ray_folder
 from focus_ray.doctor.diagnosis import CheckContext, CheckResult, failed, ok, warning
-from focus_ray.storage.files import is_s3, open_filesystem
+from focus_ray.storage.files import is_s3_uri, open_filesystem
 
 GIB, MIB = 2**30, 2**20
 LOW_MEMORY_BYTES = 2 * GIB
@@ -99,7 +99,7 @@ def _read_system_file(path: str) -> str:
 
 def check_disk(context: CheckContext) -> CheckResult | None:
     """Checks the free disk space at a local storage. Does not apply to S3."""
-    if is_s3(context.config.storage):
+    if is_s3_uri(context.config.storage):
         return None
     folder = nearest_existing_folder(context.config.storage)
     free = shutil.disk_usage(folder).free

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from focus_ray.data.images import decode_batch
 from focus_ray.data.read import list_categories, read_rows
-from focus_ray.data.store import open_store
+from focus_ray.data.store import open_data_set
 from focus_ray.doctor.diagnosis import CheckContext, CheckResult, failed, ok
 from focus_ray.doctor.machine import nearest_existing_folder
 from focus_ray.errors import DataError
 from focus_ray.features.settings import ModelConfig
 from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config
-from focus_ray.storage.files import check_access, is_s3, open_filesystem
+from focus_ray.storage.files import check_folder_access, is_s3_uri, open_filesystem
 from focus_ray.tracking.registry import TRACKERS
 
 TIMEOUT_S = 5.0
@@ -29,10 +29,10 @@ def check_storage(context: CheckContext) -> CheckResult:
     """
     uri = context.config.storage
     # If the storage does not exist yet, this is its nearest existing parent: the check must not create folders.
-    place = uri if is_s3(uri) else str(nearest_existing_folder(uri))
-    if not is_s3(uri) and not Path(place).is_dir():
+    place = uri if is_s3_uri(uri) else str(nearest_existing_folder(uri))
+    if not is_s3_uri(uri) and not Path(place).is_dir():
         return failed(f"{uri}: {place} is a file", "set storage to a folder")
-    check_access(place)
+    check_folder_access(place)
     if place not in (uri, open_filesystem(uri)[1]):
         return ok(f"{uri} can be created in {place}")
     return ok(f"{uri}: files can be written, read, listed and deleted")
@@ -72,11 +72,11 @@ def _check_category(config: Config, category: str) -> str:
     Raises:
         DataError: The category does not exist, its files are damaged, or it has no training image.
     """
-    store = open_store(config.data.uri)
+    store = open_data_set(config.data.uri)
     commit = store.require_commit(category)
     counts = commit["counts"]
     problem = "" if counts["num_train"] else "it has no normal training image"
-    if not store.is_complete(category, commit):
+    if not store.has_all_files(category, commit):
         problem = "data files are missing or damaged"
     if problem:
         raise DataError(f"{config.data.uri}: {category}: {problem}: ingest this category again")

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.data.prefetch import prefetch
+from focus_ray.data.prefetch import prefetch_items
 from focus_ray.data.read import index_version, list_categories, read_index, read_rows
 from focus_ray.data.schema import Row
 from focus_ray.errors import DataError
@@ -30,7 +30,15 @@ from focus_ray.evaluation.work_items import (
     load_inspector,
     open_worker_pool,
 )
-from focus_ray.storage.files import join, list_names, make_absolute, read_bytes, remove_file, remove_folder, write_bytes
+from focus_ray.storage.files import (
+    join_path,
+    list_folder_entries,
+    make_absolute_path,
+    read_bytes,
+    remove_file,
+    remove_folder,
+    write_bytes,
+)
 
 UNFINISHED = (
     "_unfinished"  # marker file in a folder with incomplete results; Parquet readers ignore names that begin with _
@@ -70,7 +78,7 @@ class BatchInspectionJob(ScoringJob):
     @property
     def marker_path(self) -> str:
         """Path of a marker file, which exists in the result folder until the results of the category are complete."""
-        return join(self.folder, UNFINISHED)
+        return join_path(self.folder, UNFINISHED)
 
     def encode_marker(self) -> bytes:
         """Returns the content of the marker file: the attributes that `IDENTITY` names, as a line of JSON."""
@@ -133,7 +141,9 @@ def inspect_work_item(item: BatchInspectionItem) -> Counter[str]:
     inspector = load_inspector(job.bundle, job.version)
     ((first, rows),) = item.parts.items()
     columns = (*_COPIED_COLUMNS, "image")
-    records = prefetch(read_rows(job.data, job.category, rows, columns=columns, version=job.commit), job.batch_size)
+    records = prefetch_items(
+        read_rows(job.data, job.category, rows, columns=columns, version=job.commit), job.batch_size
+    )
     tables = []
     while batch := list(islice(records, job.batch_size)):
         tables.append(inspect_records(inspector, batch))
@@ -182,7 +192,7 @@ class BatchInspection(ScoringRun[BatchInspectionJob]):
             data=self.uri,
             commit=index_version(index),
             part_images=self.part_images,
-            folder=join(self.output, f"category={category}"),
+            folder=join_path(self.output, f"category={category}"),
             split=self.split,
             batch_size=self.batch_size,
         )
@@ -201,7 +211,7 @@ class BatchInspection(ScoringRun[BatchInspectionJob]):
 
         Raises: DataError: the output cannot be read or written.
         """
-        existing_names = list_names(job.folder)
+        existing_names = list_folder_entries(job.folder)
         if UNFINISHED in existing_names and read_bytes(job.marker_path) == job.encode_marker():
             remaining_parts = {}
             for first, rows in parts.items():
@@ -270,15 +280,15 @@ def inspect_dataset(
             results of the other categories are complete.
         TrainingError: Ray cannot be used, or the cluster has no room for a worker.
     """
-    bundles = {category: make_absolute(place) for category, place in bundles.items()}
-    uri, output = make_absolute(uri), make_absolute(output)
+    bundles = {category: make_absolute_path(place) for category, place in bundles.items()}
+    uri, output = make_absolute_path(uri), make_absolute_path(output)
     available = list_categories(uri)
     unknown = sorted(set(bundles) - set(available))
     if unknown:
         raise DataError(f"{uri} has no category {', '.join(unknown)}; it has {', '.join(available)}")
     for category in bundles:
-        place = join(output, f"category={category}")
-        names = list_names(place)
+        place = join_path(output, f"category={category}")
+        names = list_folder_entries(place)
         if names and UNFINISHED not in names:
             raise DataError(f"{place} holds results already: give another output folder, or remove this folder")
     batch = BatchInspection(bundles, uri, output, split, batch_size, part_images, log)

@@ -35,7 +35,7 @@ from focus_ray.metrics.evaluate import (
 from focus_ray.metrics.pixels import PixelBins
 from focus_ray.reporting.evaluation import EvaluationSection, build_section
 from focus_ray.reporting.gallery import make_cards
-from focus_ray.storage.files import exists, join, read_bytes, remove_file, remove_folder, write_bytes
+from focus_ray.storage.files import file_exists, join_path, read_bytes, remove_file, remove_folder, write_bytes
 
 IMAGES, CATEGORIES = "images", "categories"  # folders of a report: results of images, results of categories
 IMAGE_SCHEMA = pa.schema(
@@ -91,12 +91,12 @@ class EvaluationJob(ScoringJob):
     @property
     def result_path(self) -> str:
         """Path of the JSON file with the results of the category; `SavedEvaluation` is its content."""
-        return join(self.output, CATEGORIES, f"{self.category}.json")
+        return join_path(self.output, CATEGORIES, f"{self.category}.json")
 
     @property
     def progress_path(self) -> str:
         """Path of the progress file, which has the pixel bins and the list of scored parts of an unfinished category."""
-        return join(self.output, CATEGORIES, f"{self.category}.bins.parquet")
+        return join_path(self.output, CATEGORIES, f"{self.category}.bins.parquet")
 
     def read_test_records(self, numbers: Sequence[int]) -> Iterable[Row]:
         """Reads ids, images and masks of some test images. numbers: their positions among all test images, ascending.
@@ -167,7 +167,7 @@ def plan_evaluation(category: str, bundle: str, settings: EvaluationSettings) ->
         data=uri,
         commit=index_version(index),
         part_images=settings.part_images,
-        folder=join(settings.output, IMAGES, f"category={category}"),
+        folder=join_path(settings.output, IMAGES, f"category={category}"),
         num_images=index.num_rows,
         exact=int(np.dot(areas, counts)) <= settings.exact_pixels,
         max_side_px=settings.max_side_px,
@@ -323,7 +323,7 @@ def load_progress(job: EvaluationJob) -> EvaluationProgress | None:
 
     Raises: DataError: the progress file is damaged, or the result file of a part is damaged or missing.
     """
-    if not exists(job.progress_path):
+    if not file_exists(job.progress_path):
         return None
     try:
         table = pq.read_table(pa.BufferReader(read_bytes(job.progress_path)))
@@ -358,7 +358,7 @@ def read_earlier_result(job: EvaluationJob) -> SavedEvaluation | None:
 
     Raises: DataError: the storage cannot be read.
     """
-    if not exists(job.result_path):
+    if not file_exists(job.result_path):
         return None
     try:
         record = SavedEvaluation.model_validate_json(read_bytes(job.result_path))

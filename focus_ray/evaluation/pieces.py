@@ -24,7 +24,7 @@ from focus_ray.cluster.connect import connect, uses_gpu
 from focus_ray.cluster.pool import Failed, WorkerPool, options_per_worker
 from focus_ray.cluster.preflight import count_concurrent_runs, probe_nodes
 from focus_ray.cluster.settings import ClusterConfig
-from focus_ray.data.store import open_store
+from focus_ray.data.store import open_data_set
 from focus_ray.errors import DataError, FocusRayError
 from focus_ray.names import Log
 from focus_ray.progress import Progress
@@ -93,7 +93,7 @@ class ScoringJob:
 
         Raises: DataError: the data set, the category or its version `commit` does not exist.
         """
-        files = open_store(self.data).require_commit(self.category, self.commit)["files"]
+        files = open_data_set(self.data).require_commit(self.category, self.commit)["files"]
         ends = np.cumsum([count for entry in files for count in entry["row_group_rows"]])
         group_ends = np.searchsorted(rows, ends)  # as indices into `rows`
         equal_cuts = np.arange(self.part_images, len(rows), self.part_images)
@@ -239,13 +239,13 @@ class ScoringRun(Generic[Job]):
         if pool is None:
             while (item := self.take_next_item()) is not None:
                 try:
-                    outcome = function(item, on_image=self.progress.add)
+                    outcome = function(item, on_image=self.progress.add_finished)
                 except FocusRayError as error:
                     outcome = Failed(str(error))
                 self.store_outcome(item, outcome)
             return
         for item, outcome in pool.run(function, self.take_next_item):
-            self.progress.add(item.num_images)
+            self.progress.add_finished(item.num_images)
             self.store_outcome(item, outcome)
 
 

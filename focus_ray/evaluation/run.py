@@ -30,7 +30,14 @@ from focus_ray.evaluation.recording import open_evaluation_recorder, record_in_t
 from focus_ray.evaluation.work_items import PART_IMAGES, ScoringRun, open_worker_pool
 from focus_ray.reporting.evaluation import EvaluationSection, evaluation_page, summarize_result
 from focus_ray.reporting.tables import evaluation_table, mean_metrics
-from focus_ray.storage.files import check_access, join, make_absolute, read_bytes, remove_file, write_bytes
+from focus_ray.storage.files import (
+    check_folder_access,
+    join_path,
+    make_absolute_path,
+    read_bytes,
+    remove_file,
+    write_bytes,
+)
 
 MAX_CATEGORIES_ON_PAGE = 20  # with more categories, each category has its own page with pictures
 _SAVE_INTERVAL_S = 30.0  # between two saves of the results of parts
@@ -153,8 +160,8 @@ class EvaluationRun(ScoringRun[EvaluationJob]):
         results = self.sort_results()
         content = json.dumps({"categories": results, "mean": mean_metrics(results)}, indent=1, ensure_ascii=False)
         table = evaluation_table(results)
-        write_bytes(join(self.settings.output, "report.json"), f"{content}\n".encode())
-        write_bytes(join(self.settings.output, "report.md"), table.encode())
+        write_bytes(join_path(self.settings.output, "report.json"), f"{content}\n".encode())
+        write_bytes(join_path(self.settings.output, "report.md"), table.encode())
         self._written_at = time.monotonic()
         return table
 
@@ -172,10 +179,10 @@ class EvaluationRun(ScoringRun[EvaluationJob]):
             if len(results) > MAX_CATEGORIES_ON_PAGE:
                 pages[category] = f"{CATEGORIES}/{category}.html"
                 page = evaluation_page({category: results[category]}, {category: section})
-                write_bytes(join(self.settings.output, pages[category]), page)
+                write_bytes(join_path(self.settings.output, pages[category]), page)
                 section = replace(section, plots=[], gallery=[])
             sections[category] = section
-        write_bytes(join(self.settings.output, "report.html"), evaluation_page(results, sections, pages))
+        write_bytes(join_path(self.settings.output, "report.html"), evaluation_page(results, sections, pages))
         return {category: section.caveats for category, section in sections.items()}
 
     def read_report_section(self, category: str) -> EvaluationSection:
@@ -238,19 +245,19 @@ def evaluate_bundles(
         ConfigError: a tracker setting is invalid, or with `trackers` a tracker cannot be used.
         MissingPackageError: with `trackers`: the package extra of a tracker is not installed.
     """
-    bundles = {category: make_absolute(uri) for category, uri in bundles.items()}
+    bundles = {category: make_absolute_path(uri) for category, uri in bundles.items()}
     settings = EvaluationSettings(
-        make_absolute(output), data and make_absolute(data), max_side_px, exact_pixels, part_images, resume
+        make_absolute_path(output), data and make_absolute_path(data), max_side_px, exact_pixels, part_images, resume
     )
     recorder = open_evaluation_recorder(bundles, settings.output, trackers, log)
     evaluation = EvaluationRun(bundles, settings, log)
     try:
         if runs_here(ClusterConfig(num_workers=num_workers or 1)):
-            check_access(settings.output)
+            check_folder_access(settings.output)
             pool = None
         else:
             first_bundle = next(iter(bundles.values()))  # all bundles are in the same storage
-            pool = open_worker_pool(num_workers, [join(first_bundle, MANIFEST)], settings.output, log)
+            pool = open_worker_pool(num_workers, [join_path(first_bundle, MANIFEST)], settings.output, log)
         evaluation.run(process_work_item, pool)
     finally:  # also after an interruption or a failure of the storage
         evaluation.save_progress()

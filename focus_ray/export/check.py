@@ -13,7 +13,7 @@ from PIL import Image
 
 from focus_ray.bundle.bundle import Bundle
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.data.images import content_hash, decode_image
+from focus_ray.data.images import decode_image, hash_pixels
 from focus_ray.detect.calibration import Calibration
 from focus_ray.errors import DataError, ExportError
 from focus_ray.export.examples import ExportExample
@@ -95,7 +95,7 @@ def score_reference(bundle: Bundle, examples: Sequence[ExportExample]) -> Refere
     """
     decoded = [(example, decode_example(example)) for example in examples]
     new = [
-        (example, pixels) for example, pixels in decoded if shorten_hash(content_hash(pixels)) not in bundle.fit_hashes
+        (example, pixels) for example, pixels in decoded if shorten_hash(hash_pixels(pixels)) not in bundle.fit_hashes
     ]
     if len(new) < MIN_EXAMPLES:
         raise ExportError(
@@ -107,7 +107,7 @@ def score_reference(bundle: Bundle, examples: Sequence[ExportExample]) -> Refere
     for example, pixels in new:
         start = time.perf_counter()
         try:
-            framed = bundle.frame.place_image(Image.fromarray(pixels), pixels.shape[1], pixels.shape[0])
+            framed = bundle.frame.resize_image(Image.fromarray(pixels), pixels.shape[1], pixels.shape[0])
         except DataError as error:
             raise DataError(f"{example.name}: {error}") from error
         score, anomaly_map = inspector.score(framed[None])

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from focus_ray.bundle.bundle import Bundle
-from focus_ray.data.images import ImageError, refuse_drawing
-from focus_ray.data.importers.vocabulary import is_bad_name, is_good_name
+from focus_ray.data.images import ImageError, refuse_generated_picture
+from focus_ray.data.importers.vocabulary import means_defective_parts, means_good_parts
 from focus_ray.data.listing import find_image_files, is_hidden
 from focus_ray.data.read import index_version, list_categories, read_index, read_rows
 from focus_ray.density.base import choose_evenly_spaced
 from focus_ray.errors import DataError, ExportError
-from focus_ray.storage.files import is_s3
+from focus_ray.storage.files import is_s3_uri
 
 MAX_INT8_EXAMPLES = 32  # number of images that set the value ranges of int8
 
@@ -69,7 +69,7 @@ def _read_source(source: str, category: str, max_images: int) -> list[ExportExam
 
     Raises: DataError: the source does not exist, cannot be read, or has no image or no such category.
     """
-    if is_s3(source) or any(Path(source).glob("category=*")):
+    if is_s3_uri(source) or any(Path(source).glob("category=*")):
         return _read_data_set(source, category, max_images)
     path = Path(source).expanduser()
     if path.is_file():
@@ -78,7 +78,7 @@ def _read_source(source: str, category: str, max_images: int) -> list[ExportExam
         raise DataError(f"{source}: no such file or folder: --examples takes image files, folders or a data set")
     files: dict[int, list[Path]] = {}
     for folder in sorted(path.iterdir()):
-        for label, matches_label in enumerate((is_good_name, is_bad_name)):
+        for label, matches_label in enumerate((means_good_parts, means_defective_parts)):
             if folder.is_dir() and not is_hidden(folder.name) and matches_label(folder.name):
                 files.setdefault(label, []).extend(find_image_files(folder))
     if not files:
@@ -99,7 +99,7 @@ def _read_file_examples(paths: Sequence[Path], label: int | None, max_images: in
             path = paths[number]
             try:
                 content = path.read_bytes()
-                refuse_drawing(content)
+                refuse_generated_picture(content)
             except OSError as error:
                 raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
             except ImageError as error:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from focus_ray.data.framing import SCORED, Frame
+from focus_ray.data.framing import SCORED, InputFrame
 
 _WEIGHT_BITS = 22  # number of bits of Pillow's weights
 # products with weight // _LOW_BASE and with weight % _LOW_BASE are summed separately, to keep each sum below 2^24
@@ -42,7 +42,7 @@ class ResizeToFrame(nn.Module):
     It returns the resized pixels, a mask of the scored pixels, and the box of the images in the frame.
     """
 
-    def __init__(self, frame: Frame) -> None:
+    def __init__(self, frame: InputFrame) -> None:
         super().__init__()
         self.height, self.width, self.has_padding = frame.height, frame.width, frame.resize == "pad"
         self.region: Tensor | None

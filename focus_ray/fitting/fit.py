@@ -65,7 +65,7 @@ from focus_ray.fitting.shared_metric import read_shared_scatter
 from focus_ray.fitting.split import MAX_CALIBRATION_IMAGES, NUM_CALIBRATION_FOLDS
 from focus_ray.fitting.state import BestNetwork, EpochCallback, FitNotes, TrainState
 from focus_ray.precision import choose_compute_dtype
-from focus_ray.progress import track
+from focus_ray.progress import track_progress
 from focus_ray.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ class DetectorFitter:
 
     def _track_progress(self, stage: str, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """Generator: yields the batches unchanged, and logs from time to time how many images are finished."""
-        return track(batches, stage, self.num_images // world_size(), self.log, count=len)
+        return track_progress(batches, stage, self.num_images // world_size(), self.log, count=len)
 
     @contextmanager
     def _measure_stage_time(self, stage: str) -> Iterator[None]:

@@ -36,7 +36,7 @@ from focus_ray.distributed import worker_range
 from focus_ray.fitting.passes import merge_calibration_builders, select_scored_pixels
 from focus_ray.fitting.projection import NUM_FOLDS, DiscriminantProjection
 from focus_ray.fitting.settings import Config
-from focus_ray.progress import track
+from focus_ray.progress import track_progress
 
 LeaveOneOutResult = tuple[Tensor, ScoredImages, Tensor | None]
 """Numbers (B,) of images in the bank; their scores; and the pixels (B, H, W), bool, that are scored, or None for all pixels."""
@@ -79,7 +79,7 @@ def collect_leave_one_out_scores(
         scorer = build_leave_one_out_scorer(config.density, statistics, detector.density)
         results = _score_with_one_projection(detector, scorer, statistics, images)
     count = len(statistics.bank if images is None else images)
-    for numbers, scored, shown in track(results, "calibration", len(_get_own_share(count)), log):
+    for numbers, scored, shown in track_progress(results, "calibration", len(_get_own_share(count)), log):
         groups = None if statistics.relations is None else statistics.relations.groups[numbers].numpy()
         builder.add(scored.score.cpu().numpy(), select_scored_pixels(scored, shown), groups)
     return merge_calibration_builders(builder)

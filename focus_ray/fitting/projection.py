@@ -40,7 +40,7 @@ from focus_ray.distributed import gather_rows, worker_range, world_size
 from focus_ray.features.alignment.theta import warp
 from focus_ray.features.network import FocusNet, to_images
 from focus_ray.fitting.duplicates import ImageGroupsAndOrder, find_related_images
-from focus_ray.progress import track
+from focus_ray.progress import track_progress
 from focus_ray.seeds import derive_seed
 
 MAX_NEIGHBOURS = 64  # images (or tiles, if images have tiles) among which nearest neighbours are searched
@@ -192,7 +192,7 @@ def learn_projection(
     defects_per_image = max(3, min(8, -(-NUM_DEFECTS // len(queries))))
     pictures = [] if shared is not None else segment_images(images[queries, ..., :3].numpy())
     groups = [own_queries[start : start + _IMAGES_AT_ONCE] for start in range(0, len(own_queries), _IMAGES_AT_ONCE)]
-    for group in track(groups, "metric: images with defects", len(own_queries), log, count=len):
+    for group in track_progress(groups, "metric: images with defects", len(own_queries), log, count=len):
         group_images = torch.tensor([queries[number] for number in group])
         scatter.add_residuals(0, scatter.bank[group_images].float(), group_images, scored[group_images].to(device))
         if shared is not None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from focus_ray.data.framing import Frame, MapCells
+from focus_ray.data.framing import AnomalyMapCells, InputFrame
 from focus_ray.data.images import ImageError, decode_image
 from focus_ray.data.settings import Polygon
 from focus_ray.errors import DataError
@@ -22,7 +22,7 @@ from focus_ray.storage.files import read_bytes
 _OVERSAMPLING = 4
 
 
-def load_frame(config: Config, category: str) -> Frame:
+def load_frame(config: Config, category: str) -> InputFrame:
     """Returns the frame of a category, with the region of interest from data.regions.
 
     Raises: DataError: the region cannot be used, see `read_region`.
@@ -30,21 +30,21 @@ def load_frame(config: Config, category: str) -> Frame:
     return make_frame(config, read_region(config, category))
 
 
-def make_frame(config: Config, region: NDArray[np.bool_] | None) -> Frame:
+def make_frame(config: Config, region: NDArray[np.bool_] | None) -> InputFrame:
     """Returns the frame with a given region of interest.
 
     Args: region: (height, width) bool, the pixels that are scored, from `read_region`; None scores all pixels.
     """
-    return Frame(*config.model.frame_px, config.model.resize, region, compute_map_cells(config))
+    return InputFrame(*config.model.frame_px, config.model.resize, region, compute_map_cells(config))
 
 
-def compute_map_cells(config: Config) -> MapCells:
+def compute_map_cells(config: Config) -> AnomalyMapCells:
     """Returns the squares of the frame, in pixels, that the locations of the feature map describe."""
     model, side_px = config.model, config.model.location_side_px(config.density.map_layer)
     starts_in_tile = np.arange(0, model.image_size_px, side_px)
     tile_step = model.image_size_px - model.overlap_px
     tops, lefts = ((np.arange(num_tiles)[:, None] * tile_step + starts_in_tile).ravel() for num_tiles in model.grid)
-    return MapCells(tops, lefts, side_px)
+    return AnomalyMapCells(tops, lefts, side_px)
 
 
 def read_region(config: Config, category: str) -> NDArray[np.bool_] | None:
@@ -64,7 +64,7 @@ def read_region(config: Config, category: str) -> NDArray[np.bool_] | None:
     pixels = (
         _read_mask_image(region, height, width) if isinstance(region, str) else draw_polygon_mask(region, height, width)
     )
-    if not compute_map_cells(config).covers_any(pixels):
+    if not compute_map_cells(config).has_scored_cell(pixels):
         area = f"the white area of the mask {region}" if isinstance(region, str) else "the area of the polygons"
         raise DataError(
             f"data.regions.{category}: {area} covers {pixels.sum()} of the {height} x {width} pixels of a resized image, too few "

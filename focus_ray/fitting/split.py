@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from focus_ray.data.read import index_fingerprint, index_version, read_index
+from focus_ray.data.read import compute_index_fingerprint, index_version, read_index
 from focus_ray.errors import DataError
 from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config
@@ -321,7 +321,7 @@ def _compute_rule_and_images(config: Config, category: str) -> tuple[SplitRule, 
     split = SplitRule(
         category,
         config.train.seed,
-        index_fingerprint(table),
+        compute_index_fingerprint(table),
         index_version(table),
         num_fit=count - num_below[1],
         num_validation=num_below[1] - num_below[0],
@@ -346,7 +346,7 @@ def _check_image_sizes(config: Config, category: str, table: pa.Table) -> None:
     reasons = {}
     for size in sorted(set(sizes)):
         try:
-            frame.check_size(*size)
+            frame.check_image_size(*size)
         except DataError as error:
             reasons[size] = str(error)
     if reasons:

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from focus_ray.data.commits import Commit
 from focus_ray.data.importers.base import ImportPlan, Sample
-from focus_ray.data.read import load_commit_index
-from focus_ray.data.schema import INDEX_SCHEMA, Reject
-from focus_ray.data.source import SourcePath, read_source_stamp
-from focus_ray.data.store import CommitDraft, open_store
+from focus_ray.data.read import load_version_index
+from focus_ray.data.schema import INDEX_SCHEMA, RejectedFile
+from focus_ray.data.source import SourcePath, read_source_stat
+from focus_ray.data.store import CommitDraft, open_data_set
 from focus_ray.ingestion.check import CheckedSample, FileDigest
 from focus_ray.ingestion.chunks import (
     ChunkResult,
@@ -67,7 +67,7 @@ def ingest_categories(plans: Sequence[ImportPlan], options: IngestOptions, progr
         categories = list(pool.map(lambda plan: CategoryIngestion(plan, options), plans))
     changed = [item for item in categories if item.report is None]
     if changed:
-        open_store(options.uri).check_writable()
+        open_data_set(options.uri).check_writable()
     chunks = [(item, chunk) for item in changed for chunk in item.chunks]
     bar = tqdm(total=sum(len(chunk.samples) for _, chunk in chunks), unit="image", disable=not progress)
     with bar, ThreadPoolExecutor(_NUM_FINISHERS) as pool:
@@ -117,18 +117,18 @@ class CategoryIngestion:
 
         Raises: DataError: the storage fails, or a file of the current version is damaged.
         """
-        self.plan, self.options, self.store, self.category = plan, options, open_store(options.uri), plan.category
+        self.plan, self.options, self.store, self.category = plan, options, open_data_set(options.uri), plan.category
         self.results: dict[int, ChunkResult] = {}
         self.report: CategoryReport | None = None
-        self.rejects: list[Reject] = []
+        self.rejects: list[RejectedFile] = []
         self.notes: list[str] = []
         self._num_existing = self._num_regrouped = 0  # images that need not be read, see `Comparison`
-        self._stamps = {path: read_source_stamp(path) for path in list_source_files(plan.samples)}
+        self._stamps = {path: read_source_stat(path) for path in list_source_files(plan.samples)}
         previous = self.store.read_commit(self.category)
         self._base = self._load_base(previous)
         samples: Sequence[Sample] = plan.samples
         if previous is not None:
-            sources = self._base.sources if options.append else self.store.read_sources(self.category, previous)
+            sources = self._base.sources if options.append else self.store.read_source_manifest(self.category, previous)
             manifest = find_manifest_rows(sources, self._stamps)
             digests = find_digests(manifest, self._stamps, options.trusts_stamps, options.num_threads)
             if options.append:
@@ -137,9 +137,9 @@ class CategoryIngestion:
             elif (
                 len(digests) == len(self._stamps)
                 and previous["source_fingerprint"] == self._compute_fingerprint(digests)
-                and self.store.is_complete(self.category, previous)
+                and self.store.has_all_files(self.category, previous)
             ):
-                self.rejects = self.store.read_rejects(self.category)
+                self.rejects = self.store.read_reject_list(self.category)
                 self._report_unchanged(previous)
                 samples = []
         self.chunks = make_chunks(self.category, samples, self._stamps, self._base.index, options)
@@ -157,8 +157,8 @@ class CategoryIngestion:
         """
         if previous is None or not self.options.append:
             return _BaseVersion(None, INDEX_SCHEMA.empty_table(), None)
-        index = load_commit_index(self.store, self.category, previous)
-        return _BaseVersion(previous, index, self.store.read_sources(self.category, previous))
+        index = load_version_index(self.store, self.category, previous)
+        return _BaseVersion(previous, index, self.store.read_source_manifest(self.category, previous))
 
     def _adopt_group_splits(self) -> None:
         """Moves new normal images to the split (train or test) of existing rows of their group, to keep groups together.
@@ -211,7 +211,7 @@ class CategoryIngestion:
         Raises: DataError: the storage fails, or other processes published first too often.
         """
         new = merge_results([result for _, result in sorted(self.results.items())])
-        self.store.publish(self.category, partial(self._build_draft, new), new.parts)
+        self.store.publish_version(self.category, partial(self._build_draft, new), new.parts)
         for data in (self.chunks, self.results, self._stamps):  # gigabytes for a million images
             data.clear()
         self._base = self._load_base(None)
@@ -237,7 +237,7 @@ class CategoryIngestion:
         items, duplicates = remove_duplicates(comparison.new_items, category, settings)
         rejects = [*self.plan.rejects, *new.rejects, *comparison.rejects, *duplicates]
         self.rejects = sorted(rejects, key=_REJECT_ORDER)
-        self.notes = [f"{settings.relative(item.sample.path)}: {item.note}" for item in items if item.note]
+        self.notes = [f"{settings.format_relative_path(item.sample.path)}: {item.note}" for item in items if item.note]
         num_existing = self._num_existing + comparison.num_existing
         num_regrouped = self._num_regrouped + comparison.num_regrouped
         if num_regrouped:
@@ -247,7 +247,7 @@ class CategoryIngestion:
             )
         if not items:
             if base.commit is None:
-                self.store.write_rejects(category, self.rejects)
+                self.store.write_reject_list(category, self.rejects)
             elif num_existing:
                 self._report_unchanged(base.commit, num_existing)
             return None
@@ -282,10 +282,10 @@ class CategoryIngestion:
         files = [*base_files, *new_files]
         return CommitDraft(files, index, sources, fingerprint, counts, self._merge_rejects())
 
-    def _merge_rejects(self) -> list[Reject]:
+    def _merge_rejects(self) -> list[RejectedFile]:
         """Returns the rejected files and, for an append, the stored rejected files that are not in the plan."""
-        stored = self.store.read_rejects(self.category) if self._base.commit else []
-        new_paths = {self.options.settings.relative(path) for path in self._stamps}
+        stored = self.store.read_reject_list(self.category) if self._base.commit else []
+        new_paths = {self.options.settings.format_relative_path(path) for path in self._stamps}
         new_paths.update(item.path for item in self.rejects)
         return sorted([*(item for item in stored if item.path not in new_paths), *self.rejects], key=_REJECT_ORDER)
 
@@ -298,7 +298,7 @@ class CategoryIngestion:
         """
         index = INDEX_SCHEMA.empty_table()
         if self.options.settings.grouping is not None:  # without a group rule there are no groups to count
-            index = load_commit_index(self.store, self.category, commit)
+            index = load_version_index(self.store, self.category, commit)
         self._make_report("unchanged", commit["counts"], index, [], num_existing)
 
     def _make_report(

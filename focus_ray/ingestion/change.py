@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from focus_ray.data import store as stores
-from focus_ray.data.commits import Commit, PartEntry, find_stale_files
-from focus_ray.data.read import list_categories, load_commit_index
-from focus_ray.data.store import CommitDraft, Store, open_store
+from focus_ray.data.commits import Commit, PartFileEntry, find_stale_files
+from focus_ray.data.read import list_categories, load_version_index
+from focus_ray.data.store import CommitDraft, DataSetStore, open_data_set
 from focus_ray.errors import DataError
 from focus_ray.ingestion.chunks import map_in_process, read_part_rows, rewrite_parts
 from focus_ray.ingestion.report import count_rows
@@ -72,7 +72,7 @@ def remove_rows(
     """
     if not ids and not content_hashes and site is None:
         raise DataError("no rows to remove: give ids, content hashes or a site")
-    store = open_store(uri)
+    store = open_data_set(uri)
     store.require_commit(category)
     reports: list[RemoveReport] = []
 
@@ -80,14 +80,14 @@ def remove_rows(
         """Returns the content of the version without the rows, and adds a report. Raises: DataError: see `remove_rows`."""
         if previous is None:
             raise DataError(f"{uri}: category {category!r} was deleted meanwhile")
-        index = load_commit_index(store, category, previous)
+        index = load_version_index(store, category, previous)
         is_removed = np.zeros(index.num_rows, dtype=bool)
         for column, values in (("id", ids), ("content_hash", content_hashes), ("site", [] if site is None else [site])):
             is_removed |= _find_matches(index, column, values, f"{uri}: category {category!r}")
         if is_removed.all():
             raise DataError(
                 f"{uri}: category {category!r}: all of its {len(is_removed)} images would be removed: to delete the category, "
-                f"delete its folder, {store.category_folder(category)}"
+                f"delete its folder, {store.get_category_folder(category)}"
             )
         changes = dict.fromkeys(np.flatnonzero(is_removed).tolist())
         files, num_masks = rewrite_parts(store, category, previous["files"], changes, map_in_process)
@@ -97,9 +97,9 @@ def remove_rows(
         num_rewritten = sum(entry["name"] not in names for entry in previous["files"])
         reports.append(RemoveReport(category, len(changes), remaining.num_rows, num_rewritten, len(previous["files"])))
         fingerprint = change_fingerprint(previous, "remove", index["id"].filter(pa.array(is_removed)).to_pylist())
-        return CommitDraft(files, remaining, store.read_sources(category, previous), fingerprint, counts)
+        return CommitDraft(files, remaining, store.read_source_manifest(category, previous), fingerprint, counts)
 
-    store.publish(category, build_draft)
+    store.publish_version(category, build_draft)
     return reports[-1]
 
 
@@ -157,7 +157,7 @@ def compact(uri: str | Path, categories: Sequence[str] | None = None) -> list[Co
 
     Raises: DataError: a category does not exist, the storage fails, or other processes published first too often.
     """
-    store = open_store(uri)
+    store = open_data_set(uri)
     names = list_categories(uri) if categories is None else list(dict.fromkeys(categories))
     for name in names:
         store.require_commit(name)
@@ -165,7 +165,7 @@ def compact(uri: str | Path, categories: Sequence[str] | None = None) -> list[Co
         return list(pool.map(lambda name: _compact(store, name), names))
 
 
-def _compact(store: Store, category: str) -> CompactReport:
+def _compact(store: DataSetStore, category: str) -> CompactReport:
     """Merges the small part files of one category, and deletes its stale files, see `compact`."""
     num_parts = [0, 0]
 
@@ -173,36 +173,36 @@ def _compact(store: Store, category: str) -> CompactReport:
         """Returns the content of the version with merged part files; None if no file is merged."""
         if previous is None:
             raise DataError(f"{store.uri}: category {category!r} was deleted meanwhile")
-        files: list[PartEntry] = []
+        files: list[PartFileEntry] = []
         for group in group_small_parts(previous["files"]):
             is_joined = len(group) > 1
-            files += store.write_parts(category, read_part_rows(store, category, group))[0] if is_joined else group
+            files += store.write_part_files(category, read_part_rows(store, category, group))[0] if is_joined else group
         num_parts[:] = [len(previous["files"]), len(files)]
         if files == previous["files"]:
             return None
         return CommitDraft(
             files,
-            load_commit_index(store, category, previous),
-            store.read_sources(category, previous),
+            load_version_index(store, category, previous),
+            store.read_source_manifest(category, previous),
             previous["source_fingerprint"],
             previous["counts"],
         )
 
-    store.publish(category, build_draft)
+    store.publish_version(category, build_draft)
     commit = store.require_commit(category)
-    stale_files = find_stale_files(store.list_files(category), commit, datetime.now(timezone.utc))
-    store.discard(category, stale_files)
+    stale_files = find_stale_files(store.list_category_files(category), commit, datetime.now(timezone.utc))
+    store.delete_unreferenced_files(category, stale_files)
     return CompactReport(category, num_parts[0], num_parts[1], len(stale_files))
 
 
-def group_small_parts(files: Sequence[PartEntry]) -> list[list[PartEntry]]:
+def group_small_parts(files: Sequence[PartFileEntry]) -> list[list[PartFileEntry]]:
     """Groups part files to be merged: consecutive files of less than half the full size come into one list.
 
     Args: files: entries of the part files, in row order.
 
     Returns: lists of entries, in the same order. A file that is not merged is alone in its list.
     """
-    runs: list[list[PartEntry]] = []
+    runs: list[list[PartFileEntry]] = []
     for entry in files:
         if runs and max(entry["num_bytes"], runs[-1][-1]["num_bytes"]) < stores.FILE_BYTES // 2:
             runs[-1].append(entry)

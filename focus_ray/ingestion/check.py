@@ -8,9 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from focus_ray.data.images import ImageError, content_hash, probe_mask, read_image, refuse_drawing
+from focus_ray.data.images import (
+    ImageError,
+    decode_image_with_info,
+    decode_mask_and_count_values,
+    hash_pixels,
+    refuse_generated_picture,
+)
 from focus_ray.data.importers.base import ImportSettings, Sample, describe_broken_link, is_broken_link
-from focus_ray.data.schema import Reject, RejectReason
+from focus_ray.data.schema import RejectedFile, RejectReason
 from focus_ray.data.source import SourcePath
 from focus_ray.drawing.png import encode_png
 
@@ -53,8 +59,8 @@ def compute_digest(content: bytes | OSError) -> FileDigest:
 
 def check_sample(
     sample: Sample, contents: Sequence[bytes | OSError], category: str, settings: ImportSettings
-) -> CheckedSample | Reject:
-    """Checks an image and its masks. Returns the checked sample, or a `Reject` with the reason why the image cannot be used.
+) -> CheckedSample | RejectedFile:
+    """Checks an image and its masks. Returns the checked sample, or a `RejectedFile` with the reason why the image cannot be used.
 
     Args:
         sample: the image.
@@ -63,31 +69,31 @@ def check_sample(
         settings: the settings of the ingestion.
     """
 
-    def reject(reason: RejectReason, detail: str) -> Reject:
-        return Reject(settings.relative(sample.path), category, reason, detail)
+    def reject(reason: RejectReason, detail: str) -> RejectedFile:
+        return RejectedFile(settings.format_relative_path(sample.path), category, reason, detail)
 
     data = contents[0]
     if isinstance(data, OSError):
         return reject("unreadable", data.strerror or str(data))
     try:
-        refuse_drawing(data)
-        info, pixels = read_image(data)
+        refuse_generated_picture(data)
+        info, pixels = decode_image_with_info(data)
     except ImageError as error:
         return reject(error.reason, str(error))
-    content = content_hash(pixels)
+    content = hash_pixels(pixels)
     num_levels = int(np.count_nonzero(np.bincount(pixels.reshape(-1), minlength=256)))
     del pixels
 
     marked = np.zeros((info.height, info.width), dtype=bool)  # the union of all masks of the image
     num_mask_values = 0
     for path, mask_content in zip(sample.masks, contents[1:], strict=True):
-        name = f"its mask {settings.relative(path)}"
+        name = f"its mask {settings.format_relative_path(path)}"
         if is_broken_link(path):
             return reject("mask_unreadable", f"{name} is {describe_broken_link(path)}")
         try:
             if isinstance(mask_content, OSError):
                 raise mask_content
-            mask, num_values = probe_mask(mask_content)
+            mask, num_values = decode_mask_and_count_values(mask_content)
         except (ImageError, OSError) as error:
             return reject("mask_unreadable", f"{name} cannot be read: {error}")
         if mask.shape != marked.shape:
@@ -103,7 +109,7 @@ def check_sample(
         hint = ", nearly all of the image: is the mask inverted? Values above 0 mean defective"
         return reject(
             "mask_on_good",
-            f"a normal image whose mask {settings.relative(sample.masks[0])} marks {int(marked.sum())} pixels"
+            f"a normal image whose mask {settings.format_relative_path(sample.masks[0])} marks {int(marked.sum())} pixels"
             f"{hint if mask_share > 0.9 else ''}: move the image to the folder of a defect, or correct or remove the mask",
         )
     note = None

@@ -17,11 +17,11 @@ from typing import Any
 import pyarrow as pa
 
 from focus_ray.data import store as stores
-from focus_ray.data.commits import PartEntry
+from focus_ray.data.commits import PartFileEntry
 from focus_ray.data.importers.base import ImportSettings, Sample
-from focus_ray.data.schema import INDEX_SCHEMA, Reject, Row, fill_group_column
+from focus_ray.data.schema import INDEX_SCHEMA, RejectedFile, Row, add_missing_group_column
 from focus_ray.data.source import SourcePath
-from focus_ray.data.store import Store, open_part, open_store
+from focus_ray.data.store import DataSetStore, open_data_set, open_part_file
 from focus_ray.ingestion.check import CheckedSample, FileDigest, check_sample, compute_digest, read_content
 from focus_ray.ingestion.deduplicate import find_existing_ids, id_with_hash, make_row_ids
 
@@ -89,10 +89,10 @@ class ChunkResult:
         digests: digest (size and SHA-256) of each file that was read.
     """
 
-    parts: list[PartEntry]
+    parts: list[PartFileEntry]
     index: pa.Table
     items: list[CheckedSample]
-    rejects: list[Reject]
+    rejects: list[RejectedFile]
     digests: dict[SourcePath, FileDigest]
 
 
@@ -144,10 +144,12 @@ def write_chunk(chunk: Chunk) -> ChunkResult:
     Raises: DataError: the storage fails.
     """
     items: list[CheckedSample] = []
-    rejects: list[Reject] = []
+    rejects: list[RejectedFile] = []
     digests: dict[SourcePath, FileDigest] = {}
 
-    def read_and_check(sample: Sample) -> tuple[bytes | OSError, dict[SourcePath, FileDigest], CheckedSample | Reject]:
+    def read_and_check(
+        sample: Sample,
+    ) -> tuple[bytes | OSError, dict[SourcePath, FileDigest], CheckedSample | RejectedFile]:
         """Returns the bytes of an image, the digests of its files, and the checked sample or the rejection."""
         paths = (sample.path, *sample.masks)
         contents = [read_content(path) for path in paths]
@@ -159,7 +161,7 @@ def write_chunk(chunk: Chunk) -> ChunkResult:
         results = pool.map(read_and_check, [sample for _, sample in chunk.samples])
         for (row_id, sample), (data, sample_digests, outcome) in zip(chunk.samples, results, strict=True):
             digests.update(sample_digests)
-            if isinstance(outcome, Reject):
+            if isinstance(outcome, RejectedFile):
                 rejects.append(outcome)
                 continue
             items.append(outcome if outcome.mask is None else replace(outcome, mask=b""))
@@ -179,7 +181,7 @@ def write_chunk(chunk: Chunk) -> ChunkResult:
             }
 
     with ThreadPoolExecutor(chunk.options.num_threads) as pool:
-        parts, index = open_store(chunk.options.uri).write_parts(chunk.category, rows())
+        parts, index = open_data_set(chunk.options.uri).write_part_files(chunk.category, rows())
     return ChunkResult(parts, index, items, rejects, digests)
 
 
@@ -193,11 +195,11 @@ class PartRewrite:
 
     uri: str
     category: str
-    entry: PartEntry
+    entry: PartFileEntry
     changes: RowChanges
 
 
-def rewrite_part(rewrite: PartRewrite) -> tuple[list[PartEntry], int]:
+def rewrite_part(rewrite: PartRewrite) -> tuple[list[PartFileEntry], int]:
     """Writes the remaining rows of a part file to new part files. The old file stays.
 
     Returns:
@@ -205,7 +207,7 @@ def rewrite_part(rewrite: PartRewrite) -> tuple[list[PartEntry], int]:
 
     Raises: DataError: the storage fails, or the part file is missing or damaged.
     """
-    store = open_store(rewrite.uri)
+    store = open_data_set(rewrite.uri)
     num_removed_masks = 0
 
     def rows() -> Iterator[Row]:
@@ -218,23 +220,23 @@ def rewrite_part(rewrite: PartRewrite) -> tuple[list[PartEntry], int]:
             else:
                 num_removed_masks += row["mask"] is not None
 
-    return store.write_parts(rewrite.category, rows())[0], num_removed_masks
+    return store.write_part_files(rewrite.category, rows())[0], num_removed_masks
 
 
-def read_part_rows(store: Store, category: str, entries: Sequence[PartEntry]) -> Iterator[Row]:
+def read_part_rows(store: DataSetStore, category: str, entries: Sequence[PartFileEntry]) -> Iterator[Row]:
     """Generator: yields all rows of part files in order. One row group (block of rows) is in memory at a time.
 
     Raises: DataError: a part file is missing or damaged.
     """
     for entry in entries:
-        with open_part(store, category, entry) as part:
+        with open_part_file(store, category, entry) as part:
             for group in range(part.num_row_groups):
-                yield from fill_group_column(part.read_row_group(group)).to_pylist()
+                yield from add_missing_group_column(part.read_row_group(group)).to_pylist()
 
 
 def rewrite_parts(
-    store: Store, category: str, entries: Sequence[PartEntry], changes: RowChanges, run: Mapper
-) -> tuple[list[PartEntry], int]:
+    store: DataSetStore, category: str, entries: Sequence[PartFileEntry], changes: RowChanges, run: Mapper
+) -> tuple[list[PartFileEntry], int]:
     """Removes and renames rows of part files. Part files without such a row are not written again. The old files stay.
 
     Args:

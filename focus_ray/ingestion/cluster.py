@@ -14,7 +14,7 @@ from focus_ray.cluster.preflight import probe_nodes
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.ingestion.report import IngestReport
-from focus_ray.storage.files import is_s3
+from focus_ray.storage.files import is_s3_uri
 
 MAX_RETRIES = 5  # of a piece after the loss of its worker or node
 
@@ -85,7 +85,7 @@ def ingest_on_cluster(
     if num_workers != "auto" and (not isinstance(num_workers, int) or num_workers < 1):
         raise DataError(f"num_workers={num_workers!r}: expected a number of tasks, 1 or more, or auto")
     connect()
-    files = () if is_s3(source) else (path for path in Path(source).absolute().rglob("*") if path.is_file())
+    files = () if is_s3_uri(source) else (path for path in Path(source).absolute().rglob("*") if path.is_file())
     probe_nodes([str(path) for path in islice(files, 1)], [str(destination)])
     count = max(1, int(ray.cluster_resources().get("CPU", 1))) if num_workers == "auto" else int(num_workers)
     return ingest(source, destination, run=partial(map_in_tasks, num_workers=count), **options)

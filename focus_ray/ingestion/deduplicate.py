@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from focus_ray.data.importers.base import ImportSettings, Sample
-from focus_ray.data.schema import Reject, RejectReason
+from focus_ray.data.schema import RejectedFile, RejectReason
 from focus_ray.ingestion.check import CheckedSample
 
 
 def remove_duplicates(
     checked: Sequence[CheckedSample], category: str, settings: ImportSettings
-) -> tuple[list[CheckedSample], list[Reject]]:
+) -> tuple[list[CheckedSample], list[RejectedFile]]:
     """Finds new images of one category that have equal pixels, and keeps only the images that are allowed to stay.
 
     Training images that are also test images are removed, and a repeated training image is kept once. Repeated test images are
@@ -31,27 +31,27 @@ def remove_duplicates(
         The images to keep, and the rejected images with their reasons.
     """
     by_content: dict[str, list[CheckedSample]] = defaultdict(list)
-    for item in sorted(checked, key=lambda item: settings.relative(item.sample.path)):
+    for item in sorted(checked, key=lambda item: settings.format_relative_path(item.sample.path)):
         by_content[item.content_hash].append(item)
     kept_items: list[CheckedSample] = []
-    rejects: list[Reject] = []
+    rejects: list[RejectedFile] = []
 
     def reject(item: CheckedSample, reason: RejectReason, detail: str) -> None:
-        rejects.append(Reject(settings.relative(item.sample.path), category, reason, detail))
+        rejects.append(RejectedFile(settings.format_relative_path(item.sample.path), category, reason, detail))
 
     for same_pixels in by_content.values():
         if len({item.sample.label for item in same_pixels}) > 1:
             for item in same_pixels:
                 twin = next(other for other in same_pixels if other.sample.label != item.sample.label)
                 word = "anomalous" if twin.sample.label else "normal"
-                other_path = settings.relative(twin.sample.path)
+                other_path = settings.format_relative_path(twin.sample.path)
                 reject(item, "contradictory_label", f"the same pixels are {word} in {other_path}: remove the wrong one")
             continue
         train = [item for item in same_pixels if item.sample.split == "train"]
         test = [item for item in same_pixels if item.sample.split == "test"]
         kept_items += test or train[:1]
         for item in train if test else train[1:]:
-            other_path = settings.relative((test or train)[0].sample.path)
+            other_path = settings.format_relative_path((test or train)[0].sample.path)
             if test:
                 reject(item, "duplicate_across_splits", f"the same pixels are test data in {other_path}, which is kept")
             else:
@@ -130,7 +130,7 @@ class Comparison(NamedTuple):
     """
 
     new_items: list[CheckedSample]
-    rejects: list[Reject]
+    rejects: list[RejectedFile]
     displaced_rows: dict[str, list[int]]
     num_existing: int
     num_regrouped: int
@@ -151,23 +151,23 @@ def compare_with_rows(
     for row in find_rows(index, "content_hash", [item.content_hash for item in items]).to_pylist():
         rows_by_hash[row["content_hash"]].append(row)
     new_items: list[CheckedSample] = []
-    rejects: list[Reject] = []
+    rejects: list[RejectedFile] = []
     displaced_rows: dict[str, list[int]] = {}
     num_existing = num_regrouped = 0
     for item in items:
         rows, sample = rows_by_hash.get(item.content_hash, []), item.sample
-        path = settings.relative(sample.path)
+        path = settings.format_relative_path(sample.path)
         contradiction = next((row for row in rows if row["label"] != sample.label), None)
         if contradiction is not None:
             word = "anomalous" if contradiction["label"] else "normal"
             detail = f"the same pixels are {word} in the row {contradiction['id']}, which is kept: remove the wrong one"
-            rejects.append(Reject(path, category, "contradictory_label", detail))
+            rejects.append(RejectedFile(path, category, "contradictory_label", detail))
         elif any(row["split"] == sample.split for row in rows) or (rows and sample.has_drawn_split):
             num_existing += 1
             num_regrouped += settings.grouping is not None and all(row["group"] != sample.group for row in rows)
         elif rows and sample.split == "train":
             detail = f"the same pixels are test data in the row {rows[0]['id']}, which is kept"
-            rejects.append(Reject(path, category, "duplicate_across_splits", detail))
+            rejects.append(RejectedFile(path, category, "duplicate_across_splits", detail))
         else:
             new_items.append(item)
             if rows:

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from focus_ray.data.importers.base import ImportSettings
-from focus_ray.data.importers.choose import make_plans
+from focus_ray.data.importers.choose import make_import_plans
 from focus_ray.data.importers.groups import GroupRule, parse_group_rule
 from focus_ray.data.importers.registry import IMPORTERS
-from focus_ray.data.schema import Reject
-from focus_ray.data.source import open_source
+from focus_ray.data.schema import RejectedFile
+from focus_ray.data.source import open_source_folder
 from focus_ray.errors import DataError
 from focus_ray.ingestion.category import ingest_categories
 from focus_ray.ingestion.chunks import IngestOptions, Mapper, map_in_process
 from focus_ray.ingestion.report import CategoryReport, IngestReport
-from focus_ray.storage.files import is_s3
+from focus_ray.storage.files import is_s3_uri
 
 _NUM_S3_THREADS = 16  # threads that read and decode: the time of small files is mostly the latency of S3
 
@@ -72,16 +72,16 @@ def ingest(
         raise DataError(f"test_share={test_share}: expected a share in [0, 1)")
     if not site or site != site.strip() or not site.isprintable():
         raise DataError(f"site={site!r}: expected a name without spaces around it or control characters")
-    root = open_source(source)
+    root = open_source_folder(source)
     rule = parse_group_rule(group_by, root) if isinstance(group_by, str) else group_by
     settings = ImportSettings(root, test_share, seed, rule)
-    chosen, plans, notes = make_plans(root, format, categories, settings)
+    chosen, plans, notes = make_import_plans(root, format, categories, settings)
 
-    threads = num_threads or (_NUM_S3_THREADS if is_s3(source) else min(8, os.cpu_count() or 1))
-    trusts_stamps = is_s3(source) or run is not None
+    threads = num_threads or (_NUM_S3_THREADS if is_s3_uri(source) else min(8, os.cpu_count() or 1))
+    trusts_stamps = is_s3_uri(source) or run is not None
     options = IngestOptions(str(destination), settings, site, threads, append, trusts_stamps, run or map_in_process)
     reports: list[CategoryReport] = []
-    rejects: list[Reject] = []
+    rejects: list[RejectedFile] = []
     unusable: list[str] = []
     for category in ingest_categories(plans, options, progress):
         rejects += category.rejects

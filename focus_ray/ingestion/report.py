@@ -10,7 +10,7 @@ from typing import Literal
 import pyarrow as pa
 
 from focus_ray.data.importers.base import ImportSettings
-from focus_ray.data.schema import Reject
+from focus_ray.data.schema import RejectedFile
 from focus_ray.ingestion.check import CheckedSample
 
 MAX_MASK_VALUES = 16  # masks that distinguish types of defects use fewer values
@@ -65,7 +65,7 @@ class IngestReport:
 
     format: str
     categories: tuple[CategoryReport, ...]
-    rejects: tuple[Reject, ...]
+    rejects: tuple[RejectedFile, ...]
     notes: tuple[str, ...]
 
     @property
@@ -175,6 +175,6 @@ def find_implausible_data(
     )
     for affected, problem in mask_problems:
         if affected:
-            first = settings.relative(affected[0].sample.masks[0])
+            first = settings.format_relative_path(affected[0].sample.masks[0])
             notes.append(f"{category}: {len(affected)} {problem} (the first: {first})")
     return notes

@@ -23,7 +23,7 @@ from focus_ray.ingestion.check import CheckedSample, FileDigest, compute_digest,
 from focus_ray.names import is_utf8
 
 SourceStamp = tuple[int, str]
-"""Stamp of a file, see `data.source.read_source_stamp`."""
+"""Stamp of a file, see `data.source.read_source_stat`."""
 
 ManifestRows = Mapping[str, Mapping[str, Any]]
 """Rows of a source manifest: path -> values of `SOURCE_SCHEMA`."""
@@ -48,11 +48,11 @@ def compute_source_fingerprint(
         site: name of the site, stored in each row.
         digests: digest (size and SHA-256) of each image and mask of the plan.
     """
-    samples = sorted(plan.samples, key=lambda item: settings.relative(item.path))
+    samples = sorted(plan.samples, key=lambda item: settings.format_relative_path(item.path))
     sample_facts = [
         [
             *(item.folder, item.split, item.label, item.defect_type),
-            *([settings.relative(path), *digests[path]] for path in (item.path, *item.masks)),
+            *([settings.format_relative_path(path), *digests[path]] for path in (item.path, *item.masks)),
         ]
         for item in samples
     ]

@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 
 from focus_ray.bundle.registry import Version
 from focus_ray.errors import FocusRayError
-from focus_ray.retries import retry_pause_s
+from focus_ray.retries import compute_retry_pause_s
 from focus_ray.serving.api import create_api
 from focus_ray.serving.logs import configure_logging, log
 from focus_ray.serving.measures import Measures
@@ -31,7 +31,7 @@ from focus_ray.serving.scorer import Answer, ImageScorer, ScoringRequest
 from focus_ray.serving.serve_private import check_serve_parts, forget_model
 from focus_ray.serving.service import ScoringBackend, Service
 from focus_ray.serving.settings import Pool, Scaling, ServiceSettings, parse_settings
-from focus_ray.serving.source import open_source, version_key
+from focus_ray.serving.source import open_source_folder, version_key
 
 COMMON_POOL = "scorer"  # name of the pool for all categories without their own pool
 _MAX_ATTEMPTS = 4  # of a call whose replica dies; a lost node ends several replicas at the same time
@@ -189,7 +189,7 @@ class RemoteScoringBackend:
             except (RayActorError, DeploymentUnavailableError) as error:
                 log("replica lost", level=logging.WARNING, error=str(error)[:500], attempt=attempt)
                 self._measures.record("retries")
-                await asyncio.sleep(retry_pause_s(attempt))  # scoring has no side effects, so a retry is safe
+                await asyncio.sleep(compute_retry_pause_s(attempt))  # scoring has no side effects, so a retry is safe
             except RayError as error:
                 cause = getattr(error, "cause", None)
                 if isinstance(cause, FocusRayError):
@@ -247,7 +247,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     """
     check_serve_parts()
     settings = parse_settings(arguments, "args of the application")
-    source = open_source(settings.registry, settings.bundles, settings.team, settings.refresh_s)
+    source = open_source_folder(settings.registry, settings.bundles, settings.team, settings.refresh_s)
     refs = {(route.team, route.category): route.ref for route in settings.routes}
     pinned_pools = {}
     for pin in settings.pins:

@@ -25,15 +25,15 @@ from numpy.typing import NDArray
 from pebble import ProcessExpired, ProcessPool
 from PIL import Image
 
-from focus_ray.data.framing import Frame
+from focus_ray.data.framing import InputFrame
 from focus_ray.data.images import (
     MAX_PIXELS,
     ImageError,
     ImageInfo,
     decode_image,
-    read_header,
-    read_image,
-    refuse_drawing,
+    decode_image_with_info,
+    read_image_header,
+    refuse_generated_picture,
 )
 
 DECODE_TIMEOUT_S = 10.0  # for one image; the slowest honest image, of 89 million pixels, takes about half as long
@@ -103,7 +103,7 @@ class Decoders:
         finalize(self, _stop_pools, self._idle_pools)
 
     async def decode(
-        self, team: str, images: Sequence[bytes], frame: Frame, max_pixels: int
+        self, team: str, images: Sequence[bytes], frame: InputFrame, max_pixels: int
     ) -> list[Decoded | ImageError]:
         """Decodes images in the decoder processes, resizes them to the input size of the network, and returns them in order.
 
@@ -116,7 +116,7 @@ class Decoders:
             max_pixels: images with more pixels are not decoded.
         """
         # a frame without cached values, which would be copied to the process
-        plain_frame = Frame(frame.height, frame.width, frame.resize, frame.region, frame.cells)
+        plain_frame = InputFrame(frame.height, frame.width, frame.resize, frame.region, frame.cells)
         decodings = (self._run(team, decode_to_frame, image, plain_frame, max_pixels) for image in images)
         return await asyncio.gather(*decodings)
 
@@ -243,7 +243,7 @@ def _do_nothing() -> None:
     pass
 
 
-def decode_to_frame(image: bytes, frame: Frame, max_pixels: int = MAX_PIXELS) -> Decoded:
+def decode_to_frame(image: bytes, frame: InputFrame, max_pixels: int = MAX_PIXELS) -> Decoded:
     """Decodes an image and resizes it to the frame, the input size of the network.
 
     Returns: its `ImageInfo` and its pixels (H, W, 3 or 4) uint8; a fourth channel marks the scored pixels.
@@ -251,13 +251,13 @@ def decode_to_frame(image: bytes, frame: Frame, max_pixels: int = MAX_PIXELS) ->
     Raises: ImageError: the image cannot be decoded, its header announces more than `max_pixels`, it has no scored pixel, or it
         is a picture that focus_ray drew.
     """
-    refuse_drawing(image)
+    refuse_generated_picture(image)
     if max_pixels < MAX_PIXELS:
-        info = read_header(image)
+        info = read_image_header(image)
         if info.width * info.height > max_pixels:
             size = f"{info.width} x {info.height} is {info.width * info.height} pixels"
             raise ImageError("too_large", f"{size}; the service accepts at most {max_pixels}: cut the image into tiles")
-    return read_image(image, frame)
+    return decode_image_with_info(image, frame)
 
 
 def decode_picture(image: bytes, width: int, height: int) -> NDArray[np.uint8]:

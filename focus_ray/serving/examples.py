@@ -11,7 +11,7 @@ from PIL import Image
 from focus_ray.data.images import decode_image
 from focus_ray.data.read import index_version, read_index, read_rows
 from focus_ray.errors import ConfigError, DataError, RegistryError
-from focus_ray.storage.files import is_below, is_s3, join, leads_out, open_filesystem
+from focus_ray.storage.files import is_below, is_s3_uri, join_path, leads_outside_root, open_filesystem
 
 MAX_EXAMPLES = 24
 _EXAMPLE_SIDE_PX = 512
@@ -76,7 +76,7 @@ class ExampleStore:
         except DataError as error:
             raise RegistryError(f"examples of team {team!r}: {error}") from None
         root = next((root for root in self._allowed_roots.get(team, ()) if is_below(location, root)), None)
-        if root is None or leads_out(join(location, f"category={category}"), root):
+        if root is None or leads_outside_root(join_path(location, f"category={category}"), root):
             raise RegistryError(
                 f"examples of team {team!r}: {uri!r} is not below an allowed location: add it to the setting `examples`"
             )
@@ -91,7 +91,7 @@ def normalise_location(uri: object) -> str:
     try:
         if not isinstance(uri, str):
             raise DataError(f"{uri!r}: expected a path or an s3:// URI")
-        if not is_s3(uri):
+        if not is_s3_uri(uri):
             return os.path.realpath(open_filesystem(uri)[1])
     except (RuntimeError, ValueError) as error:  # `~` with an unknown user, or a zero byte in the path
         raise DataError(f"{uri!r} is not a path: {error}") from None

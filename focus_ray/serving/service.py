@@ -34,7 +34,7 @@ from focus_ray.serving.problems import (
 from focus_ray.serving.scorer import Answer, ScoringRequest
 from focus_ray.serving.settings import Route, ServiceSettings
 from focus_ray.serving.sink import FLUSH_EVERY_S, ImageSink
-from focus_ray.serving.source import Lookups, ModelSource, VersionDirectory, open_source, version_labels
+from focus_ray.serving.source import Lookups, ModelSource, VersionDirectory, open_source_folder, version_labels
 from focus_ray.serving.stream_shift import StreamShifts
 from focus_ray.serving.tokens import Caller, Scope, TokenStore
 
@@ -87,7 +87,9 @@ class Service:
             BundleError: a bundle in the folder is damaged.
         """
         self.settings, self.backend, self.measures = settings, backend, measures or Measures()
-        self.source = source or open_source(settings.registry, settings.bundles, settings.team, settings.refresh_s)
+        self.source = source or open_source_folder(
+            settings.registry, settings.bundles, settings.team, settings.refresh_s
+        )
         self.lookups = Lookups()
         self.directory = VersionDirectory(self.source, settings.refresh_s, backend.warm, log, self.lookups)
         self.examples = ExampleStore(settings.examples)

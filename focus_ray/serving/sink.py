@@ -29,7 +29,7 @@ from focus_ray.detect.inspection import Inspection
 from focus_ray.errors import DataError
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.settings import Sink
-from focus_ray.storage.files import join, list_names, remove_folder, write_bytes
+from focus_ray.storage.files import join_path, list_folder_entries, remove_folder, write_bytes
 
 SCHEMA = pa.schema(
     [
@@ -191,8 +191,10 @@ class ImageSink:
         size = sum(len(row["image"]) for row in rows)
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), sink, compression="none")
-        folder = join(self.settings.uri, f"team={team}", f"date={rows[-1]['time'].date().isoformat()}")
-        return _File(join(folder, f"part-{uuid.uuid4().hex}.parquet"), sink.getvalue().to_pybytes(), len(rows), size)
+        folder = join_path(self.settings.uri, f"team={team}", f"date={rows[-1]['time'].date().isoformat()}")
+        return _File(
+            join_path(folder, f"part-{uuid.uuid4().hex}.parquet"), sink.getvalue().to_pybytes(), len(rows), size
+        )
 
 
 def delete_old_images(uri: str, limit: datetime, log: Any = lambda message, **facts: None) -> list[str]:
@@ -210,11 +212,11 @@ def delete_old_images(uri: str, limit: datetime, log: Any = lambda message, **fa
     Raises: DataError: `uri`, the folder of a team or the folder of a category cannot be listed. The folders after it stay.
     """
     deleted = []
-    for team in (join(uri, name) for name in list_names(uri) if name.startswith("team=")):
-        days = [join(team, name) for name in list_names(team)]
+    for team in (join_path(uri, name) for name in list_folder_entries(uri) if name.startswith("team=")):
+        days = [join_path(team, name) for name in list_folder_entries(team)]
         # old releases had a folder for each category
         for category in [folder for folder in days if "/category=" in folder.removeprefix(team)]:
-            days += [join(category, name) for name in list_names(category)]
+            days += [join_path(category, name) for name in list_folder_entries(category)]
         for day in days:
             match = _DATE.fullmatch(day.rpartition("/")[2])
             if match is None:

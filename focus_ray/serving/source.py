@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 from focus_ray.bundle.bundle import find_bundles, read_bundle_stamps, read_manifest
 from focus_ray.bundle.registry import LATEST, Registry, Version
 from focus_ray.errors import BundleError, DataError, RegistryError
-from focus_ray.storage.files import FileStamp
+from focus_ray.storage.files import FileStat
 
 T = TypeVar("T")
 MAX_LOOKUP_AGE_S = 600.0  # older look-ups are repeated even if marks did not change: old releases publish without marks
@@ -109,7 +109,7 @@ class FolderSource:
                 self._listed_at = now
             return self._versions
 
-    def _read_changed_manifest(self, uri: str, stamp: FileStamp) -> _ManifestEntry:
+    def _read_changed_manifest(self, uri: str, stamp: FileStat) -> _ManifestEntry:
         """Returns the version of a bundle; reads the manifest unless the stamp (time and size) shows that it has not changed.
 
         Args: stamp: current stamp of the manifest file.
@@ -135,7 +135,7 @@ class _ManifestEntry(NamedTuple):
         is_settled: whether the file was old enough when it was read that every later change gives another stamp.
     """
 
-    stamp: FileStamp
+    stamp: FileStat
     is_settled: bool
     version: Version
 
@@ -144,7 +144,7 @@ ModelSource = Registry | FolderSource
 """Published models. Methods block. They raise RegistryError if a version is missing, and DataError if the storage fails."""
 
 
-def open_source(registry: str | None, bundles: str | None, team: str, refresh_s: float) -> ModelSource:
+def open_source_folder(registry: str | None, bundles: str | None, team: str, refresh_s: float) -> ModelSource:
     """Opens a registry; without one, opens the folder `bundles` as a source of models of one team.
 
     Args:

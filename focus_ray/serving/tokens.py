@@ -25,7 +25,7 @@ from focus_ray.errors import ConfigError, DataError
 from focus_ray.serving.settings import Name
 from focus_ray.settings.sections import Section, parse_model
 from focus_ray.settings.yaml_text import load_yaml
-from focus_ray.storage.files import create_bytes, read_bytes, remove_file, write_bytes
+from focus_ray.storage.files import read_bytes, remove_file, write_bytes, write_bytes_if_absent
 
 Scope = Literal["inspect", "read", "admin"]
 SCOPES: tuple[Scope, ...] = ("inspect", "read", "admin")
@@ -156,7 +156,7 @@ def _lock_file(uri: str, timeout_s: float = 20.0) -> Iterator[None]:
     """
     lock = f"{uri}.lock"
     deadline = time.monotonic() + timeout_s
-    while not create_bytes(lock, secrets.token_hex(16).encode()):
+    while not write_bytes_if_absent(lock, secrets.token_hex(16).encode()):
         if time.monotonic() > deadline:
             raise ConfigError(f"{lock}: another process changes the tokens; if there is none, remove this file")
         time.sleep(0.1)

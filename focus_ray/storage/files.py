@@ -28,7 +28,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from focus_ray.errors import DataError, StorageError, require_extra
-from focus_ray.retries import retry_pause_s
+from focus_ray.retries import compute_retry_pause_s
 from focus_ray.storage.s3_settings import S3Settings, load_s3_settings
 
 T = TypeVar("T")
@@ -40,14 +40,14 @@ QUICK_ATTEMPTS, QUICK_TIMEOUT_S = 2, 10.0  # for callers that retry by themselve
 _BUSY_SIGNS = ("Failed to flush response stream", "INTERNAL_FAILURE", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "status 503")
 
 
-class FileStamp(NamedTuple):
+class FileStat(NamedTuple):
     """The time of the last change of a file, in ns since 1970 (S3 rounds to seconds), and its size in bytes."""
 
     mtime_ns: int
     num_bytes: int
 
 
-def is_s3(uri: str | Path) -> bool:
+def is_s3_uri(uri: str | Path) -> bool:
     """Returns whether a location is on S3, i.e. begins with s3://."""
     return str(uri).startswith("s3://")
 
@@ -78,7 +78,9 @@ def open_filesystem(uri: str | Path, is_quick: bool = False) -> tuple[fs.FileSys
             expected = "expected s3://bucket/prefix without a query or an empty folder name"
             raise DataError(f"{text}: {expected}; set the server with AWS_ENDPOINT_URL")
         require_extra("s3", text)
-        return _make_s3(_find_region(path.partition("/")[0]), load_s3_settings().endpoint, is_quick), path
+        return _make_s3_filesystem(
+            _find_bucket_region(path.partition("/")[0]), load_s3_settings().endpoint, is_quick
+        ), path
     if scheme == "file":
         parsed = urllib.parse.urlparse(text)
         if parsed.netloc not in ("", "localhost"):
@@ -94,18 +96,18 @@ def write_file(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
 
     On a disk, missing parent folders are created.
 
-    Raises: OSError: the write fails. Call the function inside ``storage_errors``.
+    Raises: OSError: the write fails. Call the function inside ``explain_storage_errors``.
     """
     if not isinstance(filesystem, fs.LocalFileSystem):
         with filesystem.open_output_stream(path) as stream:  # S3 shows an object only when it is complete
             stream.write(data)
         return
-    with _temporary_file(Path(path), data) as temporary:
+    with _write_temporary_file(Path(path), data) as temporary:
         os.replace(temporary, path)
 
 
 @contextmanager
-def _temporary_file(target: Path, data: bytes) -> Iterator[Path]:
+def _write_temporary_file(target: Path, data: bytes) -> Iterator[Path]:
     """Context manager: writes data to a temporary file in the folder of a target file, which the caller can then rename or link.
 
     The data is synced to disk before the `with` block runs. Missing parent folders are created. The temporary file is removed
@@ -116,13 +118,13 @@ def _temporary_file(target: Path, data: bytes) -> Iterator[Path]:
     temporary = target.parent / f".tmp-{uuid.uuid4().hex}"
     try:
         temporary.write_bytes(data)
-        sync_file(fs.LocalFileSystem(), str(temporary))
+        sync_file_to_disk(fs.LocalFileSystem(), str(temporary))
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def sync_file(filesystem: fs.FileSystem, path: str) -> None:
+def sync_file_to_disk(filesystem: fs.FileSystem, path: str) -> None:
     """Waits until a local file is on disk. On S3 a written object is already stored, so the function does nothing."""
     if isinstance(filesystem, fs.LocalFileSystem):
         descriptor = os.open(path, os.O_RDONLY)
@@ -136,7 +138,7 @@ def read_file(filesystem: fs.FileSystem, path: str, max_bytes: int | None = None
     """Reads a small file. Returns None if the file does not exist or is a folder.
 
     Raises:
-        OSError: the read fails. Call the function inside ``storage_errors``.
+        OSError: the read fails. Call the function inside ``explain_storage_errors``.
         DataError: the file has more than `max_bytes`. It is not read.
     """
     try:
@@ -149,21 +151,21 @@ def read_file(filesystem: fs.FileSystem, path: str, max_bytes: int | None = None
         raise
     if max_bytes is not None and file.size() > max_bytes:
         raise DataError(f"{path}: the file has {file.size()} bytes, expected at most {max_bytes}: it is not read")
-    with _add_retries(filesystem, file) as stream:
+    with _wrap_with_retries(filesystem, file) as stream:
         return bytes(stream.read() if max_bytes is None else stream.read(max_bytes))
 
 
-def open_input(filesystem: fs.FileSystem, path: str) -> pa.NativeFile:
+def open_file_for_reading(filesystem: fs.FileSystem, path: str) -> pa.NativeFile:
     """Opens a file for reading at any position. Reads from S3 are retried while the server is busy.
 
-    Raises: OSError: the file cannot be opened or does not exist. Call the function inside ``storage_errors``.
+    Raises: OSError: the file cannot be opened or does not exist. Call the function inside ``explain_storage_errors``.
     """
-    return _add_retries(filesystem, filesystem.open_input_file(path))
+    return _wrap_with_retries(filesystem, filesystem.open_input_file(path))
 
 
-def _add_retries(filesystem: fs.FileSystem, file: pa.NativeFile) -> pa.NativeFile:
+def _wrap_with_retries(filesystem: fs.FileSystem, file: pa.NativeFile) -> pa.NativeFile:
     """Returns a file whose reads are retried while an S3 server is busy; a local file is returned unchanged."""
-    return file if isinstance(filesystem, fs.LocalFileSystem) else pa.PythonFile(_RetryingFile(file), mode="r")
+    return file if isinstance(filesystem, fs.LocalFileSystem) else pa.PythonFile(_RetryingS3File(file), mode="r")
 
 
 def retry_while_busy(action: Callable[[], T]) -> T:
@@ -174,13 +176,15 @@ def retry_while_busy(action: Callable[[], T]) -> T:
 
     Args: action: the function; it may be called several times.
 
-    Raises: the error of the last attempt, after ``max_attempts`` attempts; any other error of `action` at once.
+    Raises: the error of the last attempt, after ``read_max_attempts`` attempts; any other error of `action` at once.
     """
-    return _retry(action, lambda error: isinstance(error, OSError) and any(sign in str(error) for sign in _BUSY_SIGNS))
+    return _call_with_retries(
+        action, lambda error: isinstance(error, OSError) and any(sign in str(error) for sign in _BUSY_SIGNS)
+    )
 
 
-def _retry(action: Callable[[], T], is_temporary: Callable[[Exception], bool]) -> T:
-    """Calls a function up to `max_attempts` times while its errors are temporary. Returns the result of the function.
+def _call_with_retries(action: Callable[[], T], is_temporary: Callable[[Exception], bool]) -> T:
+    """Calls a function up to `read_max_attempts` times while its errors are temporary. Returns the result of the function.
 
     Args: is_temporary: returns whether an error may disappear.
 
@@ -191,13 +195,13 @@ def _retry(action: Callable[[], T], is_temporary: Callable[[Exception], bool]) -
         try:
             return action()
         except Exception as error:
-            if attempt == max_attempts() or not is_temporary(error):
+            if attempt == read_max_attempts() or not is_temporary(error):
                 raise
-        time.sleep(retry_pause_s(attempt))
+        time.sleep(compute_retry_pause_s(attempt))
         attempt += 1
 
 
-class _RetryingFile(io.RawIOBase):
+class _RetryingS3File(io.RawIOBase):
     """A readable file on S3, as a Python file object, that retries its reads while the server is busy."""
 
     def __init__(self, file: pa.NativeFile) -> None:
@@ -231,7 +235,7 @@ class _RetryingFile(io.RawIOBase):
 
 
 @contextmanager
-def storage_errors(action: str, uri: str | Path, path: str | None = None) -> Iterator[None]:
+def explain_storage_errors(action: str, uri: str | Path, path: str | None = None) -> Iterator[None]:
     """Context manager: turns an OSError into a StorageError that names the action, the location and the remedy.
 
     Args:
@@ -244,19 +248,19 @@ def storage_errors(action: str, uri: str | Path, path: str | None = None) -> Ite
     try:
         yield
     except OSError as error:
-        raise StorageError(_explain(error, action, str(uri), path)) from error
+        raise StorageError(_explain_os_error(error, action, str(uri), path)) from error
 
 
 @contextmanager
-def _open_for(action: str, uri: str | Path, is_quick: bool = False) -> Iterator[tuple[fs.FileSystem, str]]:
+def _open_location(action: str, uri: str | Path, is_quick: bool = False) -> Iterator[tuple[fs.FileSystem, str]]:
     """Context manager: opens the filesystem of a location, and turns an OSError of the `with` block into a StorageError.
 
-    Args: action: the action, for the message, see `storage_errors`.
+    Args: action: the action, for the message, see `explain_storage_errors`.
 
-    Raises: as `open_filesystem` and `storage_errors`.
+    Raises: as `open_filesystem` and `explain_storage_errors`.
     """
     filesystem, path = open_filesystem(uri, is_quick)
-    with storage_errors(action, uri, path):
+    with explain_storage_errors(action, uri, path):
         yield filesystem, path
 
 
@@ -275,7 +279,7 @@ def is_storage_full(error: BaseException) -> bool:
     return cause is not None and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class _RetryingS3(fs.S3FileSystem):
+class _RetryingS3FileSystem(fs.S3FileSystem):
     """The S3 filesystem of pyarrow, except that a pickled copy keeps the retry settings; pyarrow 26.0 loses them.
 
     The pickle contains no credentials: the receiving process reads its own.
@@ -283,26 +287,26 @@ class _RetryingS3(fs.S3FileSystem):
 
     def __reduce__(self) -> tuple[Any, ...]:
         _, (options,) = super().__reduce__()
-        return _make_s3, (options["region"], options["endpoint_override"] or None)
+        return _make_s3_filesystem, (options["region"], options["endpoint_override"] or None)
 
 
-def _make_s3(region: str | None, endpoint: str | None, is_quick: bool = False) -> fs.S3FileSystem:
+def _make_s3_filesystem(region: str | None, endpoint: str | None, is_quick: bool = False) -> fs.S3FileSystem:
     """Returns an S3 filesystem with the timeouts, retries and AWS settings of this process.
 
     Raises: DataError: an AWS setting is invalid.
     """
-    return _RetryingS3(
+    return _RetryingS3FileSystem(
         region=region,
         endpoint_override=endpoint,
-        **load_s3_settings().for_pyarrow(),
+        **load_s3_settings().build_pyarrow_arguments(),
         connect_timeout=CONNECT_TIMEOUT_S,
         request_timeout=QUICK_TIMEOUT_S if is_quick else REQUEST_TIMEOUT_S,
         allow_delayed_open=True,  # a small file is one PUT, not the three requests of a multipart upload
-        retry_strategy=fs.AwsDefaultS3RetryStrategy(max_attempts=QUICK_ATTEMPTS if is_quick else max_attempts()),
+        retry_strategy=fs.AwsDefaultS3RetryStrategy(max_attempts=QUICK_ATTEMPTS if is_quick else read_max_attempts()),
     )
 
 
-def max_attempts() -> int:
+def read_max_attempts() -> int:
     """Returns how many times a request to S3 is sent before it counts as failed.
 
     Raises: DataError: AWS_MAX_ATTEMPTS is not a whole number of at least 1.
@@ -313,7 +317,7 @@ def max_attempts() -> int:
     return int(text)
 
 
-def _find_region(bucket: str) -> str:
+def _find_bucket_region(bucket: str) -> str:
     """Returns the region of a bucket: from the settings, a default for servers other than Amazon's, or Amazon's answer.
 
     Raises: DataError: the settings are invalid, or the region cannot be found.
@@ -321,12 +325,12 @@ def _find_region(bucket: str) -> str:
     settings = load_s3_settings()
     if settings.region or settings.endpoint:
         return settings.region or "us-east-1"  # servers other than Amazon's accept this region
-    with storage_errors("find the region of the bucket (or set AWS_REGION)", f"s3://{bucket}", bucket):
+    with explain_storage_errors("find the region of the bucket (or set AWS_REGION)", f"s3://{bucket}", bucket):
         return str(fs.resolve_s3_region(bucket))
 
 
 @lru_cache(maxsize=4)
-def _boto_client(region: str, settings: S3Settings, attempts: int, identity: tuple[str | None, ...]) -> Any:
+def _make_boto_client(region: str, settings: S3Settings, attempts: int, identity: tuple[str | None, ...]) -> Any:
     """Returns a cached boto3 client for S3. It sends requests that pyarrow does not offer, such as a conditional PUT.
 
     Args:
@@ -353,49 +357,49 @@ def _boto_client(region: str, settings: S3Settings, attempts: int, identity: tup
     )
 
 
-def _open_client(bucket: str, attempts: int | None = None) -> Any:
+def _open_boto_client(bucket: str, attempts: int | None = None) -> Any:
     """Returns the boto3 client for a bucket, with the current settings and credentials.
 
-    Args: attempts: how often a request is sent; None: `max_attempts`.
+    Args: attempts: how often a request is sent; None: `read_max_attempts`.
 
     Raises: DataError: an AWS setting is invalid, or the region of the bucket cannot be found.
     """
     names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
     identity = tuple(os.environ.get(name) for name in names)
-    return _boto_client(_find_region(bucket), load_s3_settings(), attempts or max_attempts(), identity)
+    return _make_boto_client(_find_bucket_region(bucket), load_s3_settings(), attempts or read_max_attempts(), identity)
 
 
-def _server_reason(bucket: str) -> str:
+def _ask_refusal_reason(bucket: str) -> str:
     """Asks an S3 server why it refuses requests to a bucket. Returns its explanation; an empty text if it accepts a listing.
 
     pyarrow sends a HEAD request, and the response has no body. This function sends a GET request to get the explanation.
     """
     try:
-        _open_client(bucket, attempts=1).list_objects_v2(Bucket=bucket, MaxKeys=1)
+        _open_boto_client(bucket, attempts=1).list_objects_v2(Bucket=bucket, MaxKeys=1)
     except DataError:
         return ""
-    except _client_errors() as error:
+    except _get_client_error_types() as error:
         response = getattr(error, "response", {})
         message = response.get("Error", {}).get("Message", "")
-        return f"{_error_code(error)}: {message} {response.get('Region', '')}".strip(": ")
+        return f"{_get_error_code(error)}: {message} {response.get('Region', '')}".strip(": ")
     return ""
 
 
-def _explain(error: OSError, action: str, uri: str, path: str | None) -> str:
+def _explain_os_error(error: OSError, action: str, uri: str, path: str | None) -> str:
     """Returns the error message for a failed action: the location, the action, the reason and the remedy.
 
     For S3 it may ask the server for the reason.
     """
-    if not is_s3(uri):
+    if not is_s3_uri(uri):
         return f"{path or uri}: cannot {action}: {error.strerror or error}"
     bucket, _, key = (path or uri[len("s3://") :]).partition("/")
     text = str(error)
     endpoint = load_s3_settings().endpoint
     server = endpoint.rpartition("@")[2] if endpoint else "Amazon S3 (AWS_ENDPOINT_URL is not set)"
-    hint = _hint(text)
-    if hint in (_DENIED, _FAILED) and (reason := _server_reason(bucket)):
+    hint = _find_remedy(text)
+    if hint in (_DENIED, _FAILED) and (reason := _ask_refusal_reason(bucket)):
         text = f"{text}; the server says: {reason}"
-        hint = _hint(reason) if _hint(reason) != _FAILED else hint
+        hint = _find_remedy(reason) if _find_remedy(reason) != _FAILED else hint
     return f"S3 bucket {bucket!r}, key {key!r} at {server}: cannot {action}: {hint} [{text}]"
 
 
@@ -425,13 +429,13 @@ _HINTS = {
 }
 
 
-def _hint(text: str) -> str:
+def _find_remedy(text: str) -> str:
     """Returns the reason and the remedy for an error text of pyarrow or boto3; `_FAILED` for an unknown text."""
     text = text.upper().replace("_", "")  # pyarrow writes ACCESS_DENIED, boto3 AccessDenied
     return next((hint for signs, hint in _HINTS.items() if any(sign in text for sign in signs)), _FAILED)
 
 
-def leads_out(location: str, root: str) -> bool:
+def leads_outside_root(location: str, root: str) -> bool:
     """Returns whether a folder contains or is a link to a place outside `root`, or contains something that is no file or folder.
 
     Args:
@@ -440,7 +444,7 @@ def leads_out(location: str, root: str) -> bool:
 
     Raises: DataError: a location is not valid.
     """
-    if is_s3(location):
+    if is_s3_uri(location):
         return False
     limit, top = (os.path.realpath(open_filesystem(uri)[1]) for uri in (root, location))
     if not is_below(top, limit):
@@ -458,12 +462,12 @@ def is_below(location: str, root: str) -> bool:
     return f"{location}/".startswith(f"{root.rstrip('/')}/")
 
 
-def join(root: str | Path, *names: str) -> str:
+def join_path(root: str | Path, *names: str) -> str:
     """Joins a local path or a URI and names with slashes."""
     return "/".join([str(root).rstrip("/"), *names])
 
 
-def make_absolute(location: str) -> str:
+def make_absolute_path(location: str) -> str:
     """Returns a local path as an absolute path, because workers run in other folders. A URI is returned unchanged."""
     return location if "://" in location else str(Path(location).expanduser().absolute())
 
@@ -480,7 +484,7 @@ def read_bytes(uri: str | Path, is_quick: bool = False, max_bytes: int | None = 
         FileNotFoundError: the file does not exist.
         DataError: the file cannot be read, or has more than `max_bytes`.
     """
-    with _open_for("read", uri, is_quick) as (filesystem, path):
+    with _open_location("read", uri, is_quick) as (filesystem, path):
         data = read_file(filesystem, path, max_bytes)
     if data is None:
         raise FileNotFoundError(f"{uri}: no such file")
@@ -492,11 +496,11 @@ def write_bytes(uri: str | Path, data: bytes) -> None:
 
     Raises: DataError: the file cannot be written.
     """
-    with _open_for("write", uri) as (filesystem, path):
+    with _open_location("write", uri) as (filesystem, path):
         write_file(filesystem, path, data)
 
 
-def check_access(
+def check_folder_access(
     uri: str | Path, actions: Sequence[str] = ("write", "read", "list", "delete"), is_quick: bool = True
 ) -> None:
     """Checks with a small test file that this process may write, read, list and delete files in a folder.
@@ -514,21 +518,21 @@ def check_access(
     content = uuid.uuid4().hex.encode()
     probe = f"{path}/_probe-{content.decode()}"
     if "write" in actions:
-        with storage_errors("write", uri, probe):
+        with explain_storage_errors("write", uri, probe):
             write_file(filesystem, probe, content)
         if "read" in actions:
-            with storage_errors("read", uri, probe):
+            with explain_storage_errors("read", uri, probe):
                 if read_file(filesystem, probe) != content:
                     raise OSError("the content that was read differs from the content that was written")
     if "list" in actions:
-        with storage_errors("list", uri, path):
+        with explain_storage_errors("list", uri, path):
             filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
     if "write" in actions and "delete" in actions:
-        with storage_errors("delete", uri, probe):
+        with explain_storage_errors("delete", uri, probe):
             filesystem.delete_file(probe)
 
 
-def create_bytes(uri: str | Path, data: bytes) -> bool:
+def write_bytes_if_absent(uri: str | Path, data: bytes) -> bool:
     """Writes a file completely, but only if the file does not exist. Of several concurrent writers exactly one succeeds.
 
     Args:
@@ -542,45 +546,45 @@ def create_bytes(uri: str | Path, data: bytes) -> bool:
     Raises:
         DataError: the file cannot be written.
     """
-    with _open_for("create", uri) as (filesystem, path):
+    with _open_location("create", uri) as (filesystem, path):
         if not isinstance(filesystem, fs.LocalFileSystem):
             bucket, _, key = path.partition("/")
-            return _put_if_absent(bucket, key, data) or read_file(filesystem, path) == data
+            return _put_object_if_absent(bucket, key, data) or read_file(filesystem, path) == data
         try:
-            with _temporary_file(Path(path), data) as temporary:
+            with _write_temporary_file(Path(path), data) as temporary:
                 os.link(temporary, path)  # unlike a rename, a link never replaces an existing file
         except FileExistsError:
             return False
         return True
 
 
-def _put_if_absent(bucket: str, key: str, data: bytes) -> bool:
+def _put_object_if_absent(bucket: str, key: str, data: bytes) -> bool:
     """Creates an S3 object, but only if it does not exist. Returns whether it was created.
 
     Raises: OSError: the request failed. DataError: an AWS setting is invalid.
     """
-    client = _open_client(bucket)
+    client = _open_boto_client(bucket)
     try:
         # Amazon reports two concurrent writers as a conflict
-        _retry(
+        _call_with_retries(
             lambda: client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"),
-            lambda error: _error_code(error) == "ConditionalRequestConflict",
+            lambda error: _get_error_code(error) == "ConditionalRequestConflict",
         )
-    except _client_errors() as error:
-        if _error_code(error) in ("PreconditionFailed", "412"):
+    except _get_client_error_types() as error:
+        if _get_error_code(error) in ("PreconditionFailed", "412"):
             return False
         raise OSError(str(error)) from error
     return True
 
 
-def _client_errors() -> tuple[type[Exception], ...]:
+def _get_client_error_types() -> tuple[type[Exception], ...]:
     """Returns the base classes of all errors of boto3, for an `except` clause. It imports botocore only when it is called."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     return BotoCoreError, ClientError
 
 
-def _error_code(error: Exception) -> str:
+def _get_error_code(error: Exception) -> str:
     """Returns the error code of S3 in an error of boto3, such as NoSuchKey; "" for an error without a response."""
     return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
 
@@ -598,19 +602,21 @@ def list_objects(uri: str) -> Iterator[ListedObject]:
 
     Raises: DataError: the prefix cannot be listed.
     """
-    with _open_for("list", uri) as (_, path):
+    with _open_location("list", uri) as (_, path):
         bucket, _, key = path.partition("/")
         prefix = f"{key}/" if key else ""
         try:
-            for page in _open_client(bucket).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+            for page in (
+                _open_boto_client(bucket).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+            ):
                 for item in page.get("Contents", ()):
                     if item["Key"] != prefix:
                         yield ListedObject(item["Key"][len(prefix) :], item["Size"], item["ETag"].strip('"'))
-        except _client_errors() as error:
+        except _get_client_error_types() as error:
             raise OSError(str(error)) from error
 
 
-class ObjectReader:
+class S3ObjectReader:
     """Reads complete objects of one S3 bucket with one request per object; pyarrow needs three. Threads may share a reader."""
 
     def __init__(self, uri: str) -> None:
@@ -618,7 +624,7 @@ class ObjectReader:
         self._cached_client: Any = None
         self._lock = threading.Lock()
 
-    def read(self, uri: str) -> bytes | None:
+    def read_object(self, uri: str) -> bytes | None:
         """Returns the bytes of an S3 object, or None if it does not exist.
 
         Args: uri: s3:// URI of an object in the bucket of the reader.
@@ -627,28 +633,28 @@ class ObjectReader:
         """
         bucket, _, key = uri[len("s3://") :].partition("/")
         with self._lock:  # boto3 clients must not be created in several threads at once
-            client = self._cached_client = self._cached_client or _open_client(bucket)
-        with storage_errors("read", self.uri, f"{bucket}/{key}"):
+            client = self._cached_client = self._cached_client or _open_boto_client(bucket)
+        with explain_storage_errors("read", self.uri, f"{bucket}/{key}"):
             try:
                 # without a code, the body was interrupted, and boto3 does not retry that
-                return _retry(
+                return _call_with_retries(
                     lambda: bytes(client.get_object(Bucket=bucket, Key=key)["Body"].read()),
-                    lambda error: isinstance(error, _client_errors()) and not _error_code(error),
+                    lambda error: isinstance(error, _get_client_error_types()) and not _get_error_code(error),
                 )
-            except _client_errors() as error:
-                if _error_code(error) in ("NoSuchKey", "404"):
+            except _get_client_error_types() as error:
+                if _get_error_code(error) in ("NoSuchKey", "404"):
                     return None
                 raise OSError(str(error)) from error
 
 
-def list_names(uri: str | Path) -> list[str]:
+def list_folder_entries(uri: str | Path) -> list[str]:
     """Returns the sorted names of the files and folders directly in a folder.
 
     Returns: an empty list if the folder does not exist or is a file.
 
     Raises: DataError: the folder cannot be listed.
     """
-    with _open_for("list", uri) as (filesystem, path):
+    with _open_location("list", uri) as (filesystem, path):
         selector = fs.FileSelector(path, allow_not_found=True)
         try:
             entries = filesystem.get_file_info(selector)
@@ -659,17 +665,17 @@ def list_names(uri: str | Path) -> list[str]:
     return sorted(entry.base_name for entry in entries)
 
 
-def read_stamp(uri: str | Path) -> FileStamp | None:
+def read_file_stat(uri: str | Path) -> FileStat | None:
     """Returns time of change and size of a file (its stamp); None if there is no file at this location.
 
     Raises: DataError: the lookup fails.
     """
-    with _open_for("look up", uri) as (filesystem, path):
+    with _open_location("look up", uri) as (filesystem, path):
         info = filesystem.get_file_info(path)
-    return FileStamp(info.mtime_ns or 0, info.size) if info.type == fs.FileType.File else None
+    return FileStat(info.mtime_ns or 0, info.size) if info.type == fs.FileType.File else None
 
 
-def read_stamps(uri: str | Path, name: str) -> dict[str, FileStamp]:
+def read_file_stats_in_folders(uri: str | Path, name: str) -> dict[str, FileStat]:
     """Looks up a file of the same name in each folder directly below a location, and returns time of change and size of each.
 
     On S3 one listing of everything below the location is enough. On a disk each file is looked up.
@@ -684,19 +690,19 @@ def read_stamps(uri: str | Path, name: str) -> dict[str, FileStamp]:
     Raises:
         DataError: the location cannot be listed.
     """
-    with _open_for("list", uri) as (filesystem, path):
+    with _open_location("list", uri) as (filesystem, path):
         if isinstance(filesystem, fs.LocalFileSystem):
-            entries = filesystem.get_file_info([f"{path}/{folder}/{name}" for folder in list_names(path)])
+            entries = filesystem.get_file_info([f"{path}/{folder}/{name}" for folder in list_folder_entries(path)])
         else:
             entries = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
     files = ((entry.path.removeprefix(f"{path}/").split("/"), entry) for entry in entries if entry.is_file)
-    stamps = {names[0]: FileStamp(file.mtime_ns or 0, file.size) for names, file in files if names[1:] == [name]}
+    stamps = {names[0]: FileStat(file.mtime_ns or 0, file.size) for names, file in files if names[1:] == [name]}
     return dict(sorted(stamps.items()))
 
 
-def exists(uri: str | Path) -> bool:
+def file_exists(uri: str | Path) -> bool:
     """Returns whether a file exists. For a folder the result is False. Raises: DataError: the lookup fails."""
-    return read_stamp(uri) is not None
+    return read_file_stat(uri) is not None
 
 
 def remove_file(uri: str | Path) -> None:
@@ -704,7 +710,7 @@ def remove_file(uri: str | Path) -> None:
 
     Raises: DataError: the file cannot be deleted.
     """
-    with _open_for("delete", uri) as (filesystem, path):
+    with _open_location("delete", uri) as (filesystem, path):
         if filesystem.get_file_info(path).type == fs.FileType.File:
             filesystem.delete_file(path)
 
@@ -714,7 +720,7 @@ def remove_folder(uri: str | Path) -> None:
 
     Raises: DataError: the deletion fails.
     """
-    with _open_for("delete", uri) as (filesystem, path):
+    with _open_location("delete", uri) as (filesystem, path):
         filesystem.delete_dir_contents(path, missing_dir_ok=True)
         if isinstance(filesystem, fs.LocalFileSystem) and Path(path).is_dir():
             filesystem.delete_dir(path)

@@ -46,7 +46,7 @@ class S3Settings:
     virtual: bool
     keys: tuple[str, str, str | None] | None = field(default=None, repr=False)
 
-    def for_pyarrow(self) -> dict[str, Any]:
+    def build_pyarrow_arguments(self) -> dict[str, Any]:
         """Returns the settings as keyword arguments for pyarrow's S3FileSystem, without endpoint and region."""
         arguments: dict[str, Any] = {"force_virtual_addressing": self.virtual}
         if self.ca_file:
@@ -72,13 +72,13 @@ def load_s3_settings() -> S3Settings:
         for name, value in os.environ.items()
         if name.startswith("AWS_") or name in _OTHER_VARIABLES or name.lower().endswith("_proxy")
     }
-    settings = _resolve_settings(frozenset(variables), mtimes_ns)
+    settings = _resolve_s3_settings(frozenset(variables), mtimes_ns)
     # credentials that pyarrow cannot renew are temporary: resolve them each time, without the cache
-    return settings if settings.keys is None else _resolve_settings.__wrapped__(frozenset(), ())
+    return settings if settings.keys is None else _resolve_s3_settings.__wrapped__(frozenset(), ())
 
 
 @lru_cache(maxsize=8)
-def _resolve_settings(variables: frozenset[tuple[str, str]], mtimes_ns: tuple[int, ...]) -> S3Settings:
+def _resolve_s3_settings(variables: frozenset[tuple[str, str]], mtimes_ns: tuple[int, ...]) -> S3Settings:
     """Reads the S3 settings from the environment and the AWS files with boto3.
 
     Args: variables, mtimes_ns: only the cache key: the variables, and the times of change of the files, that the result depends
@@ -117,10 +117,10 @@ def _resolve_settings(variables: frozenset[tuple[str, str]], mtimes_ns: tuple[in
     section = profile.get("s3")
     if style == "auto" and isinstance(section, dict):
         style = section.get("addressing_style", "auto")
-    return S3Settings(endpoint, region, ca_file, _find_proxy(endpoint), style == "virtual", keys)
+    return S3Settings(endpoint, region, ca_file, _find_proxy_url(endpoint), style == "virtual", keys)
 
 
-def _find_proxy(endpoint: str | None) -> str | None:
+def _find_proxy_url(endpoint: str | None) -> str | None:
     """Returns the URL of the proxy that the environment sets for a server; None for a direct connection.
 
     Args: endpoint: URL of the server; None: Amazon S3.

@@ -23,7 +23,7 @@ from packaging.version import Version
 from focus_ray.cluster.ray_private import cluster_metadata
 from focus_ray.errors import SubmissionError
 from focus_ray.names import Log
-from focus_ray.retries import retry_pause_s
+from focus_ray.retries import compute_retry_pause_s
 from focus_ray.submission.job_request import JobRequest
 
 MIN_RAY_VERSION = "2.60"  # the same as in pyproject.toml
@@ -178,7 +178,7 @@ def follow_log(client: Any, job_id: str, write: Callable[[str], object]) -> int:
             num_failures += 1
             if num_failures >= _MAX_FAILURES:
                 raise
-            time.sleep(retry_pause_s(num_failures))
+            time.sleep(compute_retry_pause_s(num_failures))
             continue
         num_failures = 0
         write(log[num_written:])

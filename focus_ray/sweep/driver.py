@@ -40,7 +40,7 @@ from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import BatchSchedule, fits_in_memory
 from focus_ray.fitting.split import SplitRule
 from focus_ray.names import Log, unique_name
-from focus_ray.storage.files import join, read_bytes, remove_folder
+from focus_ray.storage.files import join_path, read_bytes, remove_folder
 from focus_ray.sweep import records
 from focus_ray.sweep.proposer import Proposer
 from focus_ray.sweep.race import Judge
@@ -104,7 +104,7 @@ def run_sweep(config: SweepConfig, log: Log = lambda message: None) -> SweepOutc
     if config.name is None:
         config = config.model_copy(update={"name": unique_name(base.cluster.team, base.name)})
     config = config.model_copy(update={"base": base.model_dump(mode="json")})
-    root = join(base.storage, str(config.name))
+    root = join_path(base.storage, str(config.name))
     records.check_no_sweep(root)
     splits = _read_splits(config, base)
     _check_points(config, base, splits)
@@ -230,11 +230,11 @@ def _run_and_report(
             limit=config.max_concurrent_trials,
             prefix="base.",
         )
-        probe_nodes([join(base.data.uri, f"category={c}", COMMIT_NAME) for c in splits], [root])
+        probe_nodes([join_path(base.data.uri, f"category={c}", COMMIT_NAME) for c in splits], [root])
         claim()
         sweep_recorder = SweepRecorder(
             recorder,
-            read_bytes(join(root, records.SWEEP)),
+            read_bytes(join_path(root, records.SWEEP)),
             str(config.name),
             base.storage,
             base.cluster.team,
@@ -248,7 +248,7 @@ def _run_and_report(
     outcome = SweepOutcome(root, trial_records, state == "stopped")
     if outcome.best:
         write_report(root, config, trial_records)
-        log(f"report: {join(root, 'report.html')}")
+        log(f"report: {join_path(root, 'report.html')}")
     elif trial_records and not outcome.stopped:
         reasons = "; ".join(f"trial {record.name}: {record.reason}" for record in outcome.failed[:3])
         raise SweepError(f"{root}: none of {len(trial_records)} trials has a score; {reasons}")
@@ -343,7 +343,7 @@ class _SweepDriver:
         Tune leaves one folder per trial in the session folder of every node, also after the job (Ray 2.60).
         """
         shutil.rmtree(self.scratch, ignore_errors=True)
-        remove_folder(join(self.root, "scratch"))
+        remove_folder(join_path(self.root, "scratch"))
         tasks = []
         for node in ray.nodes():
             if node["Alive"]:

@@ -22,7 +22,14 @@ from focus_ray.cluster.ownership import FINGERPRINTS, read_state, write_fingerpr
 from focus_ray.errors import SweepError
 from focus_ray.settings.sections import config_to_yaml
 from focus_ray.settings.yaml_text import load_yaml
-from focus_ray.storage.files import create_bytes, exists, join, list_names, read_bytes, write_bytes
+from focus_ray.storage.files import (
+    file_exists,
+    join_path,
+    list_folder_entries,
+    read_bytes,
+    write_bytes,
+    write_bytes_if_absent,
+)
 from focus_ray.sweep.settings import Point, SweepConfig, parse_sweep
 
 SWEEP, TRIALS = "sweep.yaml", "trials"
@@ -85,7 +92,7 @@ def write_record(root: str, record: TrialRecord) -> None:
     Raises: DataError: the file cannot be written.
     """
     text = json.dumps(dataclasses.asdict(record), allow_nan=False, indent=1)
-    write_bytes(join(root, TRIALS, f"{record.name}.json"), (text + "\n").encode())
+    write_bytes(join_path(root, TRIALS, f"{record.name}.json"), (text + "\n").encode())
 
 
 def read_records(root: str) -> list[TrialRecord]:
@@ -98,10 +105,10 @@ def read_records(root: str) -> list[TrialRecord]:
         DataError: The folder cannot be read.
     """
     records = []
-    for name in list_names(join(root, TRIALS)):
+    for name in list_folder_entries(join_path(root, TRIALS)):
         if not name.endswith(".json") or name.startswith("."):
             continue
-        file = join(root, TRIALS, name)
+        file = join_path(root, TRIALS, name)
         try:
             records.append(_RECORD.validate_json(read_bytes(file)))
         except ValidationError as error:
@@ -167,7 +174,7 @@ def check_no_sweep(root: str) -> None:
         SweepError: The folder contains a sweep.
         DataError: The storage fails.
     """
-    if exists(join(root, SWEEP)):
+    if file_exists(join_path(root, SWEEP)):
         raise SweepError(f"{root} already contains a sweep: give another name, or `focus-ray sweep resume {root}`")
 
 
@@ -186,7 +193,7 @@ def claim_folder(root: str, sweep: SweepConfig, fingerprints: Mapping[str, str])
     # The file is only created if it does not exist, and its first line is unique. So one process wins, and everything
     # else in the folder is written by the winner alone.
     text = f"# begun by {socket.gethostname()}, {uuid.uuid4().hex}\n{config_to_yaml(sweep)}"
-    if not create_bytes(join(root, SWEEP), text.encode()):
+    if not write_bytes_if_absent(join_path(root, SWEEP), text.encode()):
         check_no_sweep(root)
     write_fingerprints(root, fingerprints)
 
@@ -200,10 +207,10 @@ def read_sweep(root: str) -> SweepConfig:
         DataError: The storage fails.
     """
     try:
-        text = read_bytes(join(root, SWEEP))
+        text = read_bytes(join_path(root, SWEEP))
     except FileNotFoundError:
         raise SweepError(f"{root}: contains no sweep: give the folder that `focus-ray sweep` printed") from None
-    return parse_sweep(load_yaml(text), source=join(root, SWEEP))
+    return parse_sweep(load_yaml(text), source=join_path(root, SWEEP))
 
 
 def sweep_progress(root: str, sweep: SweepConfig, records: Sequence[TrialRecord]) -> dict[str, Any]:
@@ -221,7 +228,7 @@ def sweep_progress(root: str, sweep: SweepConfig, records: Sequence[TrialRecord]
     """
     num_stages = 1
     if sweep.scope == "per_category":
-        num_stages = len(json.loads(read_bytes(join(root, FINGERPRINTS))))
+        num_stages = len(json.loads(read_bytes(join_path(root, FINGERPRINTS))))
     return {
         **{key: value for key, value in read_state(root).items() if key in ("state", "host", "pid")},
         "storage": sweep.config_at().storage,

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from focus_ray.drawing.sweep_plots import importance_plot
 from focus_ray.reporting.page import png_uri, render
-from focus_ray.storage.files import join, write_bytes
+from focus_ray.storage.files import join_path, write_bytes
 from focus_ray.sweep import records, summary
 from focus_ray.sweep.plots import learning_curves, parallel_coordinates
 from focus_ray.sweep.proposer import Proposer
@@ -100,7 +100,7 @@ def write_report(root: str, sweep: SweepConfig, trials: Sequence[TrialRecord]) -
         settings=json.dumps(sweep.model_dump(mode="json", exclude={"base"}), indent=1, ensure_ascii=False),
     )
     for name, data in files.items():
-        write_bytes(join(root, name), data)
+        write_bytes(join_path(root, name), data)
     return list(files)
 
 

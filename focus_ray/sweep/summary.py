@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from focus_ray.storage.files import join
+from focus_ray.storage.files import join_path
 from focus_ray.sweep import records
 from focus_ray.sweep.records import DECIMALS, TrialRecord
 from focus_ray.sweep.settings import SweepConfig
@@ -100,7 +100,7 @@ def train_commands(root: str, trials: Sequence[TrialRecord]) -> list[str]:
         root: Folder of the sweep.
         trials: Results of the trials.
     """
-    files = (join(root, records.best_file_name(stage)) for stage in records.best_records(trials))
+    files = (join_path(root, records.best_file_name(stage)) for stage in records.best_records(trials))
     return [f"focus-ray train {shlex.quote(file)}" for file in files]
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from focus_ray.data.images import decode_batch, decode_mask
-from focus_ray.data.read import decode_rows, iter_test_records, read_index
+from focus_ray.data.read import decode_rows, read_index, read_test_rows
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.detect.detector import split_for_inference
 from focus_ray.distributed import world_size
@@ -256,7 +256,7 @@ def _test_images(uri: str, category: str, size_px: int) -> JudgingImages:
     Raises:
         DataError: The category has no test images, or an image or mask cannot be read.
     """
-    records = list(iter_test_records(uri, category))
+    records = list(read_test_rows(uri, category))
     if not records:
         raise DataError(f"category {category!r} of {uri} has no test images: set objective=validation")
     empty = np.zeros((size_px, size_px), dtype=bool)

@@ -21,7 +21,7 @@ from focus_ray.cluster.failures import reason_of
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import Shard, StreamShard, build_shard, fits_in_memory
 from focus_ray.fitting.split import NO_ROWS, SplitPlan, SplitRule
-from focus_ray.storage.files import join
+from focus_ray.storage.files import join_path
 from focus_ray.sweep import records
 from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import Objective, SweepConfig
@@ -155,7 +155,7 @@ def _fit_and_score_category(job: TrialJob) -> CategoryResult:
     if job.config.cluster.num_workers == 1 and not streams:
         return _judge_on_worker(job, torch.device("cuda" if job.use_gpu else "cpu"))
     name = f"{job.number:05d}-{job.category}-{uuid.uuid4().hex[:6]}"
-    result: CategoryResult = run_trainer(_judge_on_train_worker, job, join(job.stage.root, "scratch"), name)
+    result: CategoryResult = run_trainer(_judge_on_train_worker, job, join_path(job.stage.root, "scratch"), name)
     return result
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from focus_ray.errors import ConfigError, DataError
-from focus_ray.storage.files import check_access, join
+from focus_ray.storage.files import check_folder_access, join_path
 from focus_ray.tracking.settings import TrackerConfig
 
 ParameterValue = str | int | float | bool
@@ -116,11 +116,11 @@ def local_folder(kind: str, settings: TrackerConfig, storage: str) -> str:
     Raises:
         ConfigError: The folder is not on this machine, or cannot be written.
     """
-    folder = settings.uri or join(storage, "trackers", kind)
+    folder = settings.uri or join_path(storage, "trackers", kind)
     try:
         if "://" in folder:
             raise DataError("it is not on this machine")
-        check_access(folder)
+        check_folder_access(folder)
     except (DataError, OSError) as error:
         raise ConfigError(
             f"trackers.{kind}: cannot write to the folder {folder} ({error}): set trackers.{kind}.uri to another folder, or "

@@ -23,7 +23,7 @@ from PIL import Image
 from focus_ray.drawing.mark import MARK
 from focus_ray.errors import FocusRayError
 from focus_ray.metrics.registry import METRICS
-from focus_ray.storage.files import exists, join, read_bytes
+from focus_ray.storage.files import file_exists, join_path, read_bytes
 from focus_ray.tracking.base import Picture, RunDescription, TrackerRun, flatten_parameters
 from focus_ray.tracking.recorder import Recorder, describe_error
 from focus_ray.version import __version__
@@ -105,7 +105,7 @@ class TrainingRecorder:
         self._recorded_epochs: set[tuple[str, int]] = set()
         if not recorder:
             return
-        training = TrainingDescription(read_bytes(join(root, CLAIM)), settings, len(fingerprints) > 1)
+        training = TrainingDescription(read_bytes(join_path(root, CLAIM)), settings, len(fingerprints) > 1)
         if training.has_group:
             self.group = training.group_run()
             recorder.record(self.group)
@@ -138,7 +138,7 @@ class TrainingRecorder:
         if not self.recorder:
             return
         try:
-            manifest = json.loads(read_bytes(join(bundle, "manifest.json")))
+            manifest = json.loads(read_bytes(join_path(bundle, "manifest.json")))
         except (FocusRayError, OSError) as error:
             self.recorder.log(
                 f"WARNING: {category}: the metrics of the bundle were not recorded: {describe_error(error)}"
@@ -265,8 +265,8 @@ def _read_claim(bundle: str, manifest: Mapping[str, Any]) -> bytes:
     Raises:
         DataError: The file cannot be read.
     """
-    claim_file = join(bundle.rstrip("/").rpartition("/bundles/")[0] or bundle, CLAIM)
-    return read_bytes(claim_file) if exists(claim_file) else str(manifest["sha256"]).encode()
+    claim_file = join_path(bundle.rstrip("/").rpartition("/bundles/")[0] or bundle, CLAIM)
+    return read_bytes(claim_file) if file_exists(claim_file) else str(manifest["sha256"]).encode()
 
 
 def evaluation_metrics(result: Mapping[str, Any]) -> dict[str, float]:

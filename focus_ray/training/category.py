@@ -22,7 +22,7 @@ from focus_ray.fitting.shards import BatchStream, build_local_stream, build_shar
 from focus_ray.fitting.split import SplitRule
 from focus_ray.fitting.state import Metrics, TrainState
 from focus_ray.names import Log
-from focus_ray.storage.files import exists, join, list_names, read_bytes, remove_file, write_bytes
+from focus_ray.storage.files import file_exists, join_path, list_folder_entries, read_bytes, remove_file, write_bytes
 
 STATE_FILE = "state.pt"
 _MAX_DECODE_THREADS = 8  # unless the caller says otherwise
@@ -36,12 +36,12 @@ def set_reproducible() -> None:
 
 def bundle_uri(root: str, category: str) -> str:
     """Returns the URI of a category's bundle in the folder `root` of a run."""
-    return join(root, "bundles", category)
+    return join_path(root, "bundles", category)
 
 
 def checkpoint_folder(root: str, category: str) -> str:
     """Returns the folder of a category's checkpoints in the folder `root` of a run."""
-    return join(root, "train", category)
+    return join_path(root, "train", category)
 
 
 def fit_category(
@@ -148,10 +148,10 @@ def _write_checkpoint(folder: str, epoch: int, state: TrainState) -> None:
     content = io.BytesIO()
     torch.save(state.to_dict(), content)
     name = f"checkpoint_{epoch:06}"
-    write_bytes(join(folder, name, STATE_FILE), content.getvalue())
-    for old_name in list_names(folder):
+    write_bytes(join_path(folder, name, STATE_FILE), content.getvalue())
+    for old_name in list_folder_entries(folder):
         if old_name.startswith("checkpoint_") and old_name != name:
-            remove_file(join(folder, old_name, STATE_FILE))
+            remove_file(join_path(folder, old_name, STATE_FILE))
 
 
 def _load_latest_state(folder: str) -> TrainState | None:
@@ -159,9 +159,9 @@ def _load_latest_state(folder: str) -> TrainState | None:
 
     Raises: DataError: the storage cannot be read.
     """
-    for name in sorted((name for name in list_names(folder) if name.startswith("checkpoint_")), reverse=True):
-        file = join(folder, name, STATE_FILE)
-        if exists(file):
+    for name in sorted((name for name in list_folder_entries(folder) if name.startswith("checkpoint_")), reverse=True):
+        file = join_path(folder, name, STATE_FILE)
+        if file_exists(file):
             state_dict = torch.load(io.BytesIO(read_bytes(file)), map_location="cpu", weights_only=True)
             return TrainState.from_dict(state_dict)
     return None

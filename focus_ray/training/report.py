@@ -12,7 +12,7 @@ from focus_ray.bundle.bundle import read_manifest
 from focus_ray.detect.calibration import Calibration
 from focus_ray.drawing import plots
 from focus_ray.reporting.page import render
-from focus_ray.storage.files import join, write_bytes
+from focus_ray.storage.files import join_path, write_bytes
 
 REPORT = "report.html"
 _NO_CURVE = ("epoch", "seconds", "steps")  # figures of an epoch that get no plot
@@ -57,7 +57,7 @@ def write_training_report(bundles: Mapping[str, str], place: str) -> str:
         DataError: the calibration in a manifest is invalid, or the file cannot be written.
     """
     trained = {category: build_training_section(uri, read_manifest(uri)) for category, uri in bundles.items()}
-    target = join(place, REPORT)
+    target = join_path(place, REPORT)
     write_bytes(target, training_page(trained, place))
     return target
 

@@ -11,7 +11,7 @@ import numpy as np
 from focus_ray.data.images import decode_batch
 from focus_ray.data.read import NUM_ROWS_PER_READ
 from focus_ray.data.schema import SCHEMA, SPLITS
-from focus_ray.data.store import open_store
+from focus_ray.data.store import open_data_set
 from focus_ray.errors import DataError
 from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config
@@ -46,10 +46,10 @@ def ray_dataset(
 
     if split is not None and split not in SPLITS:
         raise DataError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
-    store = open_store(uri)
+    store = open_data_set(uri)
     commit = store.require_commit(category, version)
     ray.data.DataContext.get_current().use_datasource_v2 = False
-    paths = [f"{store.category_folder(category)}/{entry['name']}" for entry in commit["files"]]
+    paths = [f"{store.get_category_folder(category)}/{entry['name']}" for entry in commit["files"]]
     # the schema adds the column `group` to part files that lack it
     dataset = ray.data.read_parquet(paths, filesystem=store.filesystem, partitioning=None, schema=SCHEMA)
     if split is not None:

@@ -13,7 +13,7 @@ from focus_ray.cluster.connect import resources_per_worker
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import fits_in_memory
 from focus_ray.fitting.split import SplitRule
-from focus_ray.storage.files import is_s3, join, open_filesystem, remove_folder
+from focus_ray.storage.files import is_s3_uri, join_path, open_filesystem, remove_folder
 from focus_ray.training.category import set_reproducible
 from focus_ray.training.streams import stream_training_images
 
@@ -79,7 +79,7 @@ def run_trainer(worker: Callable[[J, torch.device], Any], job: J, scratch: str, 
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=path,
-            storage_filesystem=filesystem if is_s3(scratch) else None,
+            storage_filesystem=filesystem if is_s3_uri(scratch) else None,
             failure_config=ray.train.FailureConfig(
                 max_failures=cluster.max_failures, controller_failure_limit=cluster.max_failures
             ),
@@ -90,7 +90,7 @@ def run_trainer(worker: Callable[[J, torch.device], Any], job: J, scratch: str, 
     try:
         return trainer.fit().return_value
     finally:
-        remove_folder(join(scratch, name))
+        remove_folder(join_path(scratch, name))
 
 
 def _run_worker(loop_config: dict[str, Any]) -> Any:

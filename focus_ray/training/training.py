@@ -29,14 +29,14 @@ from focus_ray.fitting.split import SplitRule, compute_split_rule
 from focus_ray.names import Log, unique_name
 from focus_ray.settings.sections import config_to_yaml, mapping_of
 from focus_ray.storage.files import (
-    check_access,
-    create_bytes,
-    exists,
-    join,
-    list_names,
-    make_absolute,
+    check_folder_access,
+    file_exists,
+    join_path,
+    list_folder_entries,
+    make_absolute_path,
     read_bytes,
     write_bytes,
+    write_bytes_if_absent,
 )
 from focus_ray.tracking.base import flatten_dict
 from focus_ray.tracking.recorder import Recorder
@@ -103,7 +103,7 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
     if unknown:
         raise DataError(f"{config.data.uri} has no category {', '.join(unknown)}; it has {', '.join(available)}")
     check_regions(config, available)
-    root = join(config.storage, config.name)
+    root = join_path(config.storage, config.name)
     splits = {category: compute_split_rule(config, category) for category in categories}
     for category, split in splits.items():
         try:
@@ -116,7 +116,9 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
     _check_claim(config, root, resume, fingerprints)
     bundles = {category: bundle_uri(root, category) for category in categories}
     remaining = [
-        category for category in categories if not (resume and exists(join(bundles[category], "manifest.json")))
+        category
+        for category in categories
+        if not (resume and file_exists(join_path(bundles[category], "manifest.json")))
     ]
     for category in sorted(set(categories) - set(remaining)):
         log(f"{category}: already trained, {bundles[category]}")
@@ -129,7 +131,7 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
                 + ". Fix the cause and run again with --resume"
             )
     if len(bundles) > 1 and learns_shareable_projection(config):
-        shared = join(root, SHARED_METRIC)
+        shared = join_path(root, SHARED_METRIC)
         average_projections(list(bundles.values()), shared)
         log(f"metric of all {len(bundles)} categories, for a new one's density.metric: {shared}")
     log(f"report: {write_training_report(bundles, root)}")
@@ -158,7 +160,7 @@ def _join_cluster(config: Config, root: str, splits: Mapping[str, SplitRule], lo
         limit=config.cluster.max_concurrent_categories,
         growing=fits_without_trainer(config),
     )
-    probe_nodes([join(config.data.uri, f"category={category}", COMMIT_NAME) for category in splits], [root])
+    probe_nodes([join_path(config.data.uri, f"category={category}", COMMIT_NAME) for category in splits], [root])
     return limit
 
 
@@ -195,12 +197,12 @@ def _train_categories(
     splits = {category: all_splits[category] for category in categories}
     is_local, limit = runs_here(config.cluster), 1
     if is_local:
-        check_access(root)
+        check_folder_access(root)
     else:
         limit = _join_cluster(config, root, splits, log)
     fingerprints = {category: split.fingerprint for category, split in all_splits.items()}
     _claim_run_folder(root, resume, fingerprints)
-    write_bytes(join(root, RUN_CONFIG), config_to_yaml(config).encode())
+    write_bytes(join_path(root, RUN_CONFIG), config_to_yaml(config).encode())
     training_recorder = TrainingRecorder(recorder, config.model_dump(mode="json"), root, fingerprints)
 
     def show(message: Message) -> None:
@@ -298,7 +300,7 @@ def _train_category(job: CategoryJob) -> float:
     """Trains one category, in this process or with a trainer of Ray Train, and returns the duration in seconds."""
     start = time.monotonic()
     if job.needs_trainer:
-        run_trainer(_fit, job, join(job.root, "scratch"), job.category)
+        run_trainer(_fit, job, join_path(job.root, "scratch"), job.category)
     else:
         _fit(job, torch.device("cuda" if job.use_gpu else "cpu"))
     return time.monotonic() - start
@@ -330,7 +332,7 @@ def resolve_paths(config: Config) -> Config:
         locations.append((tree["model"], "weights"))
     for section, key in locations:
         if section[key] is not None:
-            section[key] = make_absolute(section[key])
+            section[key] = make_absolute_path(section[key])
     return parse_config(tree)
 
 
@@ -348,7 +350,7 @@ def _claim_run_folder(root: str, resume: bool, fingerprints: Mapping[str, str]) 
         DataError: a file cannot be written.
     """
     claim = json.dumps({"token": uuid.uuid4().hex, "host": socket.gethostname()}).encode()
-    if create_bytes(join(root, CLAIM), claim):
+    if write_bytes_if_absent(join_path(root, CLAIM), claim):
         write_fingerprints(root, fingerprints)
     elif not resume:
         raise TrainingError(
@@ -372,8 +374,8 @@ def _check_claim(config: Config, root: str, resume: bool, fingerprints: Mapping[
         DataError: the images of a category with results have changed since the run began.
         ConfigError: the stored configuration cannot be used by this version of focus_ray.
     """
-    path = join(root, RUN_CONFIG)
-    if not exists(path):
+    path = join_path(root, RUN_CONFIG)
+    if not file_exists(path):
         return
     if not resume:
         raise TrainingError(
@@ -393,9 +395,9 @@ def _check_claim(config: Config, root: str, resume: bool, fingerprints: Mapping[
 
 def _started_categories(root: str) -> set[str]:
     """Returns the categories that have a bundle folder, even if the bundle is incomplete, or a checkpoint."""
-    started = {*list_names(join(root, "bundles"))}
-    for category in list_names(join(root, "train")):
-        if any(name.startswith("checkpoint_") for name in list_names(checkpoint_folder(root, category))):
+    started = {*list_folder_entries(join_path(root, "bundles"))}
+    for category in list_folder_entries(join_path(root, "train")):
+        if any(name.startswith("checkpoint_") for name in list_folder_entries(checkpoint_folder(root, category))):
             started.add(category)
     return started
 

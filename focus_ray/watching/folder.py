@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from focus_ray.data.listing import scan_images
+from focus_ray.data.listing import scan_image_files
 
 
 class ListedFile(NamedTuple):
@@ -59,7 +59,7 @@ def list_images(folder: Path, leave_out: Path, log: Callable[[str], None]) -> li
         log(f"{path}: cannot be listed: {error.strerror or error}")
 
     files = []
-    for image in scan_images(folder, log_error, skipped_folder=os.path.realpath(leave_out)):
+    for image in scan_image_files(folder, log_error, skipped_folder=os.path.realpath(leave_out)):
         try:
             status = os.stat(folder / image)
             if stat.S_ISREG(status.st_mode):

@@ -10,7 +10,7 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.published import find_bundle_of_each_category
 from focus_ray.bundle.registry import LATEST
 from focus_ray.errors import DataError, FocusRayError
-from focus_ray.storage.files import FileStamp, join, read_stamp
+from focus_ray.storage.files import FileStat, join_path, read_file_stat
 
 CHECK_INTERVAL_S = 5.0  # least number of seconds between two checks for a new model
 
@@ -79,7 +79,7 @@ class WatchedModel:
         for caveat in bundle.calibration.caveats():
             self.log(f"note: {caveat}")
 
-    def _find_bundle(self, log: Callable[[str], None]) -> tuple[str, FileStamp | None]:
+    def _find_bundle(self, log: Callable[[str], None]) -> tuple[str, FileStat | None]:
         """Returns the URI of the current bundle and the stamp (time and size) of its manifest, which changes with the manifest.
 
         The stamp is None if the manifest was just deleted. `log` gets a message for each category without a usable version.
@@ -88,7 +88,7 @@ class WatchedModel:
             DataError: There is no model of this category, or `category` is None and there are several models.
             FocusRayError: The folder or registry cannot be read.
         """
-        if (manifest_stamp := read_stamp(join(self.uri, MANIFEST))) is not None:
+        if (manifest_stamp := read_file_stat(join_path(self.uri, MANIFEST))) is not None:
             return self.uri, manifest_stamp
         bundles = find_bundle_of_each_category(self.uri, self.version, log)
         if self.category is None and len(bundles) > 1:
@@ -96,4 +96,4 @@ class WatchedModel:
         name = self.category or next(iter(bundles))
         if name not in bundles:
             raise DataError(f"{self.uri}: has no model of {name!r}, only of {', '.join(sorted(bundles))}")
-        return bundles[name], read_stamp(join(bundles[name], MANIFEST))
+        return bundles[name], read_file_stat(join_path(bundles[name], MANIFEST))

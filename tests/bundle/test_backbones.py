@@ -13,7 +13,7 @@ from small_set import fit_alone, make_bundle, small_config
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import decode_batch
-from focus_ray.data.read import iter_test_records
+from focus_ray.data.read import read_test_rows
 from focus_ray.detect.detector import score_together
 from focus_ray.features.batch_norm import prepare_for_inference
 from focus_ray.fitting.settings import Config
@@ -28,7 +28,7 @@ def config_of(name: str, uri: str, folder: Path, **sections: dict[str, Any]) -> 
 
 
 def photographs(data: str, name: str, category: str = "gear") -> NDArray[np.uint8]:
-    return decode_batch([record["image"] for record in iter_test_records(data, category)], SIZES[name])
+    return decode_batch([record["image"] for record in read_test_rows(data, category)], SIZES[name])
 
 
 def check_the_whole_way(config: Config, images: NDArray[np.uint8]) -> None:
@@ -93,7 +93,7 @@ def test_tiles_and_regions_work_with_patches_of_14_pixels(parts: str, tmp_path: 
     inspector = Inspector.load(make_bundle(config), "cpu")
     assert (inspector.bundle.detector.density.height, inspector.bundle.detector.density.width) == (6, 6)
     height, width = config.model.frame_px
-    images = [record["image"] for record in iter_test_records(parts, "gear")]
+    images = [record["image"] for record in read_test_rows(parts, "gear")]
     _, maps = inspector.score(decode_batch(images, inspector.frame))
     assert maps.shape == (len(images), height, width)
     assert maps[:, :, : width // 4].max() > 0
@@ -106,7 +106,7 @@ def test_tiles_and_regions_work_with_patches_of_14_pixels(parts: str, tmp_path: 
 def test_an_engine_computes_the_backbone(name: str, engine: str, parts: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     place = make_bundle(config_of(name, parts, tmp_path))
-    examples = [record["image"] for record in iter_test_records(parts, "gear") if record["label"] == 0]
+    examples = [record["image"] for record in read_test_rows(parts, "gear") if record["label"] == 0]
     compiled = Inspector.load(place, "cpu", engine=engine, examples=examples)
     assert compiled.bundle.detector.net.compiled is not None
     expected, _ = Inspector.load(place, "cpu").score(photographs(parts, name))

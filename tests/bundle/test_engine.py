@@ -15,8 +15,8 @@ from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.engine import TOLERANCE
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.cli.main import main
-from focus_ray.data.images import content_hash, decode_image
-from focus_ray.data.read import iter_test_records
+from focus_ray.data.images import decode_image, hash_pixels
+from focus_ray.data.read import read_test_rows
 from focus_ray.drawing.png import encode_png
 from focus_ray.errors import ConfigError, MissingPackageError
 from focus_ray.fitting.split import shorten_hash
@@ -38,7 +38,7 @@ def examples() -> list[bytes]:
 
 @pytest.mark.parametrize("engine", sorted(TOLERANCE))
 def test_an_engine_scores_as_torch_does(engine: str, bundle: str, parts: str, examples: list[bytes]) -> None:
-    records = list(iter_test_records(parts, "gear"))
+    records = list(read_test_rows(parts, "gear"))
     plain, compiled = Inspector.load(bundle, "cpu"), Inspector.load(bundle, "cpu", engine=engine, examples=examples)
     assert compiled.bundle.detector.net.compiled is not None
     expected, actual = (inspector.score_labelled_images(records).measured for inspector in (plain, compiled))
@@ -77,7 +77,7 @@ def test_an_unusable_engine_is_refused_with_the_reason(
 
 
 def test_training_images_cannot_check_an_engine(bundle: str, examples: list[bytes]) -> None:
-    fit_hashes = frozenset(shorten_hash(content_hash(decode_image(image, None))) for image in examples[:3])
+    fit_hashes = frozenset(shorten_hash(hash_pixels(decode_image(image, None))) for image in examples[:3])
     with pytest.raises(ConfigError, match=r"3 of 6 examples.* 4 "):
         Inspector(read_bundle(bundle)._replace(fit_hashes=fit_hashes), "cpu", engine="onnxruntime", examples=examples)
 

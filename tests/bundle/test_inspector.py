@@ -16,7 +16,7 @@ from small_set import make_bundle, small_config
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import decode_batch, decode_mask
-from focus_ray.data.read import iter_test_records, read_index, read_rows
+from focus_ray.data.read import read_index, read_rows, read_test_rows
 from focus_ray.detect.inspection import find_regions, resize_map
 from focus_ray.detect.pictures import overlay
 from focus_ray.drawing.png import encode_png
@@ -38,7 +38,7 @@ def inspector(parts: str, tmp_path_factory: pytest.TempPathFactory) -> Inspector
 @pytest.fixture(scope="module")
 def records(parts: str) -> Records:
     """The labelled test images: 4 good, 4 with a defect and its mask."""
-    return list(iter_test_records(parts, "gear"))
+    return list(read_test_rows(parts, "gear"))
 
 
 # Scores

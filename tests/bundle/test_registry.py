@@ -21,7 +21,7 @@ from focus_ray.bundle.published import find_bundle_of_each_category
 from focus_ray.bundle.registry import CLAIM_LASTS, Registry, check_name
 from focus_ray.cli.main import main
 from focus_ray.errors import BundleError, DataError, RegistryError
-from focus_ray.storage.files import create_bytes, join, list_names, read_bytes, write_bytes
+from focus_ray.storage.files import join_path, list_folder_entries, read_bytes, write_bytes, write_bytes_if_absent
 
 NO_AGE = timedelta(0)
 GEAR = "press", "gear"
@@ -64,8 +64,8 @@ def test_a_registry_resolves_to_the_bundles_of_a_version_or_alias(
     registry.publish(gear, "press", "gear", aliases=["production"])
     registry.publish(gear, "press", "gear")
     registry.publish(board, "press", "board")
-    team, first = join(registry.root, "press"), join(registry.root, "press/gear/v0001")
-    expected = {"gear": join(team, "gear/v0002"), "board": join(team, "board/v0001")}
+    team, first = join_path(registry.root, "press"), join_path(registry.root, "press/gear/v0001")
+    expected = {"gear": join_path(team, "gear/v0002"), "board": join_path(team, "board/v0001")}
     assert find_bundle_of_each_category(team) == find_bundle_of_each_category(registry.root) == expected
     messages: list[str] = []
     assert find_bundle_of_each_category(team, "production", messages.append) == {"gear": first}
@@ -88,7 +88,9 @@ def test_a_published_bundle_equals_the_trained_bundle(registry: Registry, bundle
     assert (version.team, version.category, version.name) == (*GEAR, "v0001")
     assert read_manifest(version.uri) == read_manifest(bundle)
     assert read_bundle(version.uri).version == version.sha256
-    assert version.num_bytes == sum(len(read_bytes(join(version.uri, name))) for name in list_names(version.uri))
+    assert version.num_bytes == sum(
+        len(read_bytes(join_path(version.uri, name))) for name in list_folder_entries(version.uri)
+    )
     assert [registry.resolve(*GEAR, ref) for ref in ("latest", "candidate", "v0001")] == [version] * 3
     assert (registry.list_teams(), registry.list_categories("press")) == (["press"], ["gear"])
     assert registry.list_aliases(*GEAR) == {"latest": "v0001", "candidate": "v0001"}
@@ -132,9 +134,9 @@ def test_a_bundle_of_another_category_or_no_bundle_is_not_published(tmp_path: Pa
 
 def test_a_version_is_visible_only_when_it_is_complete(registry: Registry, bundle: str) -> None:
     registry.publish(bundle, "press")
-    place = join(registry.root, *GEAR)
-    assert create_bytes(join(place, "_claims", "v0002.json"), b'{"at": "2000-01-01T00:00:00+00:00"}')
-    write_bytes(join(place, "v0002", MANIFEST), read_bytes(join(bundle, MANIFEST)))
+    place = join_path(registry.root, *GEAR)
+    assert write_bytes_if_absent(join_path(place, "_claims", "v0002.json"), b'{"at": "2000-01-01T00:00:00+00:00"}')
+    write_bytes(join_path(place, "v0002", MANIFEST), read_bytes(join_path(bundle, MANIFEST)))
     assert names(registry) == ["v0001"]
     with pytest.raises(RegistryError, match=r"has no 'v0002'; there are v0001, latest"):
         registry.resolve(*GEAR, "v0002")
@@ -198,7 +200,7 @@ def test_an_alias_is_a_stack_of_its_earlier_versions(
     registry = Registry(tmp_path_factory.getbasetemp() / "stack")
     while len(registry.list_versions(*GEAR)) < 3:
         registry.publish(bundle, "press")
-    alias = f"a{len(list_names(join(registry.root, 'press/gear/_aliases')))}"
+    alias = f"a{len(list_folder_entries(join_path(registry.root, 'press/gear/_aliases')))}"
     stack: list[str] = []
     for move in moves:
         if move != "back":
@@ -267,7 +269,7 @@ def test_every_change_of_a_name_changes_the_mark_of_the_category(registry: Regis
         change()
         marks.append(registry.read_change_marks("press")["gear"])
         assert registry.read_change_marks("press") == {"gear": marks[-1]}
-        assert len(list_names(join(registry.root, "press", "_changes"))) == 1
+        assert len(list_folder_entries(join_path(registry.root, "press", "_changes"))) == 1
     assert len(set(marks)) == len(marks)
     assert (names(registry), registry.list_categories("press")) == (["v0002", "v0003"], ["gear"])
 
@@ -283,7 +285,7 @@ def test_old_versions_are_deleted_unless_an_alias_names_or_rolls_back_to_them(re
     assert registry.collect_garbage(*GEAR, 1) == []  # all are younger than an hour
     assert registry.collect_garbage(*GEAR, 1, min_age=NO_AGE) == ["v0001", "v0004"]
     assert names(registry) == ["v0002", "v0003", "v0005", "v0006"]
-    assert list_names(join(registry.root, "press/gear/v0004")) == []
+    assert list_folder_entries(join_path(registry.root, "press/gear/v0004")) == []
     for name in names(registry):
         read_bundle(registry.resolve(*GEAR, name).uri)
     assert roll_back(registry) == "v0002"

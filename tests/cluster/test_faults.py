@@ -19,7 +19,7 @@ from waiting import wait_for
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.data.read import read_index
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.storage.files import list_names, open_filesystem
+from focus_ray.storage.files import list_folder_entries, open_filesystem
 
 EPOCHS = 5
 RUN = """
@@ -67,7 +67,9 @@ def test_a_server_that_is_killed_and_throttles_loses_and_repeats_no_row(
             checkpoints = f"{root}/runs/small/train/gear"
 
             def has_checkpoint() -> bool:
-                return run.poll() is not None or any(n.startswith("checkpoint_") for n in list_names(checkpoints))
+                return run.poll() is not None or any(
+                    n.startswith("checkpoint_") for n in list_folder_entries(checkpoints)
+                )
 
             wait_for(has_checkpoint, 200, "a checkpoint")
             assert run.poll() is None, (tmp_path / "log").read_text()[-3000:]

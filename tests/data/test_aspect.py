@@ -17,9 +17,9 @@ from PIL import Image
 from small_set import fit_alone, make_bundle, small_config
 
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.data.framing import Frame
-from focus_ray.data.images import MAX_PIXELS, decode_image, encode_png, read_batch
-from focus_ray.data.read import iter_test_records
+from focus_ray.data.framing import InputFrame
+from focus_ray.data.images import MAX_PIXELS, decode_batch_with_info, decode_image, encode_png
+from focus_ray.data.read import read_test_rows
 from focus_ray.detect.inspection import Inspection
 from focus_ray.detect.pictures import overlay
 from focus_ray.fitting.regions import load_frame
@@ -70,7 +70,7 @@ def padded_config(data: str, folder: Path, model: dict[str, Any] | None = None, 
 
 @given(st.integers(1, 4000), st.integers(1, 4000))
 def test_a_padded_image_keeps_its_aspect_ratio_touches_two_sides_and_is_centred(width: int, height: int) -> None:
-    box = Frame(64, 96, "pad").image_box(width, height)
+    box = InputFrame(64, 96, "pad").compute_image_rectangle(width, height)
     assert box.height == 64 or box.width == 96
     assert abs(box.width - box.height * width / height) <= 1 + width / height
     assert abs(box.top - (64 - box.top - box.height)) <= 1
@@ -79,7 +79,7 @@ def test_a_padded_image_keeps_its_aspect_ratio_touches_two_sides_and_is_centred(
 
 def test_a_padded_image_is_surrounded_by_mirrored_padding_that_is_marked_as_not_scored() -> None:
     pixels = photograph(np.random.default_rng(1))[0]
-    framed = decode_image(encode_png(pixels), Frame(64, 64, "pad"))
+    framed = decode_image(encode_png(pixels), InputFrame(64, 64, "pad"))
     assert framed.shape == (64, 64, 4)
     resized = np.asarray(Image.fromarray(pixels).resize((64, 32), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(framed[16:48, :, :3], resized)
@@ -93,16 +93,16 @@ def test_a_padded_image_is_surrounded_by_mirrored_padding_that_is_marked_as_not_
 def test_a_photograph_is_rotated_by_its_exif_tag_before_it_is_padded() -> None:
     image, exif = Image.fromarray(photograph(np.random.default_rng(1))[0]), Image.Exif()
     exif[0x0112] = 6
-    framed = decode_image(encode(image, "JPEG", exif=exif), Frame(64, 64, "pad"))
+    framed = decode_image(encode(image, "JPEG", exif=exif), InputFrame(64, 64, "pad"))
     assert (framed[:, 16:48, 3] == 255).all()
     assert not framed[:, :16, 3].any()
 
 
 def test_stretched_images_have_three_channels() -> None:
     data = encode_png(photograph(np.random.default_rng(1))[0])
-    np.testing.assert_array_equal(decode_image(data, Frame(64, 64)), decode_image(data, 64))
-    assert decode_image(data, Frame(32, 64)).shape == (32, 64, 3)
-    assert read_batch([], Frame(32, 64, "pad"))[1].shape == (0, 32, 64, 4)
+    np.testing.assert_array_equal(decode_image(data, InputFrame(64, 64)), decode_image(data, 64))
+    assert decode_image(data, InputFrame(32, 64)).shape == (32, 64, 3)
+    assert decode_batch_with_info([], InputFrame(32, 64, "pad"))[1].shape == (0, 32, 64, 4)
 
 
 # Scoring
@@ -145,7 +145,7 @@ def test_the_service_gives_the_results_of_the_inspector(inspector: Inspector) ->
 
 
 def test_masks_of_padded_images_match_the_defects(inspector: Inspector, data: str) -> None:
-    metrics = inspector.evaluate(iter_test_records(data, "belt"))
+    metrics = inspector.evaluate(read_test_rows(data, "belt"))
     assert (metrics["num_normal"], metrics["num_anomalous"], metrics["num_masks"]) == (4, 4, 4)
     assert metrics["image_auroc"] == 1.0
     assert metrics["pixel_auroc"] > 0.9

@@ -89,17 +89,17 @@ from focus_ray.ingestion import ingest
 source, out, moment = sys.argv[1:]
 def die(*args):
     os._exit(9)
-store.Store.check_writable = lambda self: None
-write, row_groups = store.write_file, store._row_groups
+store.DataSetStore.check_writable = lambda self: None
+write, row_groups = store.write_file, store._collect_row_groups
 def write_until(filesystem, path, data):
     die() if f"/_{moment}" in path else write(filesystem, path, data)
 def one_then_die(rows):
     yield next(row_groups(rows))
     die()
 if moment == "rejects":
-    store.Store.write_rejects = die
+    store.DataSetStore.write_reject_list = die
 elif moment == "part":
-    store._row_groups = one_then_die
+    store._collect_row_groups = one_then_die
 else:
     store.write_file = write_until
 ingest.ingest(source, out, progress=False)
@@ -279,9 +279,9 @@ def test_a_plan_reads_the_commit_and_the_index_once_and_no_part_file(
 ) -> None:
     config = small_config(str(small_groups), tmp_path)
     split, opened = compute_split_rule(config, "bolt"), []
-    read, open_input = store.read_file, store.open_input
+    read, open_file_for_reading = store.read_file, store.open_file_for_reading
     monkeypatch.setattr(store, "read_file", lambda *at: opened.append(at[1]) or read(*at))
-    monkeypatch.setattr(store, "open_input", lambda *at: opened.append(at[1]) or open_input(*at))
+    monkeypatch.setattr(store, "open_file_for_reading", lambda *at: opened.append(at[1]) or open_file_for_reading(*at))
     plan = compute_split_plan(config, "bolt")
     assert [name[:6] for name in map(os.path.basename, opened)] == ["_commi", "_index"]
     assert plan.fingerprint == split.fingerprint == data_fingerprint(small_groups, "bolt")
@@ -337,7 +337,7 @@ def test_an_index_that_cannot_be_written_leaves_the_old_data_and_no_files(
             raise OSError("no space left")
 
     monkeypatch.setattr(store, "write_file", full)
-    monkeypatch.setattr(store.Store, "check_writable", lambda self: None)
+    monkeypatch.setattr(store.DataSetStore, "check_writable", lambda self: None)
     with pytest.raises(DataError, match=r"_index-.*no space left"):
         ingest_quietly(source, out)
     assert sorted(out.rglob("*")) == before

@@ -17,7 +17,7 @@ from small_set import small_config
 from focus_ray.data.images import encode_png
 from focus_ray.data.read import data_fingerprint, read_index, read_rows
 from focus_ray.data.schema import INDEX_COLUMNS
-from focus_ray.data.store import CommitDraft, open_store
+from focus_ray.data.store import CommitDraft, open_data_set
 from focus_ray.errors import DataError
 from focus_ray.fitting.split import SplitPlan, compute_split_key, compute_split_plan, compute_split_rule
 from focus_ray.ingestion.change import compact, remove_rows
@@ -72,7 +72,7 @@ def test_images_are_appended_to_and_removed_from_an_older_data_set(old_root: Pat
     after = rows_of(old_root)
     assert compact(old_root)[0].num_after == 1
     assert rows_of(old_root) == after
-    (entry,) = open_store(old_root).require_commit("bolt")["files"]
+    (entry,) = open_data_set(old_root).require_commit("bolt")["files"]
     assert "group" in pq.ParquetFile(old_root / "category=bolt" / entry["name"]).schema_arrow.names
 
 
@@ -91,7 +91,7 @@ def test_an_older_data_set_has_the_same_split_as_a_new_one(old_root: Path, sourc
 
 def write_set(root: Path, groups: list[str], names: list[str] | None = None) -> str:
     """Writes a category `bolt` with one normal training image per group name. Returns its root."""
-    store = open_store(root)
+    store = open_data_set(root)
     common = {"category": "bolt", "split": "train", "label": 0, "defect_type": "good", "image": encode_png(pixels(0))}
     common |= {"mask": None, "width": 16, "height": 12, "site": "default"}
     names = names or [f"{number:04}" for number in range(len(groups))]
@@ -100,9 +100,9 @@ def write_set(root: Path, groups: list[str], names: list[str] | None = None) -> 
     rows = [
         {**common, "id": f"bolt/good/{n}", "content_hash": content, "group": group} for n, content, group in columns
     ]
-    files, index = store.write_parts("bolt", rows)
+    files, index = store.write_part_files("bolt", rows)
     counts = {"num_train": len(rows), "num_test_normal": 0, "num_test_anomalous": 0, "num_masks": 0}
-    store.publish("bolt", lambda previous: CommitDraft(files, index, None, "made", counts))
+    store.publish_version("bolt", lambda previous: CommitDraft(files, index, None, "made", counts))
     return str(root)
 
 

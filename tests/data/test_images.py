@@ -22,20 +22,25 @@ from focus_ray.data.images import (
     MAX_PIXELS,
     ImageError,
     decode_batch,
+    decode_batch_with_info,
     decode_image,
+    decode_image_with_info,
     decode_mask,
+    decode_mask_and_count_values,
     encode_png,
-    probe_mask,
-    read_batch,
-    read_header,
-    read_image,
+    read_image_header,
     resize_mask,
 )
 from focus_ray.errors import DataError
 
 ORIENTATION = 0x0112
 FORMATS = ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM"]
-READERS = [read_image, lambda data: decode_image(data, 16), lambda data: decode_batch([data], 16), probe_mask]
+READERS = [
+    decode_image_with_info,
+    lambda data: decode_image(data, 16),
+    lambda data: decode_batch([data], 16),
+    decode_mask_and_count_values,
+]
 
 
 def pattern(height: int = 40, width: int = 60) -> np.ndarray:
@@ -121,7 +126,7 @@ UPRIGHT = {
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
 def test_exif_orientation_is_applied(format: str, orientation: int) -> None:
     upright = UPRIGHT[orientation](pattern())
-    info, pixels = read_image(rotated(orientation, format))
+    info, pixels = decode_image_with_info(rotated(orientation, format))
     assert np.array_equal(pixels, upright)
     assert (info.height, info.width) == upright.shape[:2]
 
@@ -130,7 +135,7 @@ def test_exif_orientation_is_applied(format: str, orientation: int) -> None:
 def test_a_batch_has_the_sizes_of_the_files_after_rotation(orientation: int | None) -> None:
     data = rotated(orientation, "JPEG", 120, 160)  # reduced while it is decoded
     height, width = decode_image(data, None).shape[:2]
-    (info,), batch = read_batch([data], 16)
+    (info,), batch = decode_batch_with_info([data], 16)
     assert (info.width, info.height, batch.shape) == (width, height, (1, 16, 16, 3))
 
 
@@ -192,7 +197,7 @@ def test_truncated_files_are_detected(format: str, cut: float) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     data = encode(Image.fromarray(noise), format)
     with pytest.raises(ImageError) as caught:
-        read_image(data[: -int(cut * len(data) if cut < 1 else cut)])
+        decode_image_with_info(data[: -int(cut * len(data) if cut < 1 else cut)])
     assert caught.value.reason == "truncated"
 
 
@@ -298,7 +303,7 @@ COSTLY = {
 @pytest.mark.parametrize("name", COSTLY)
 def test_a_small_file_takes_little_time(name: str) -> None:
     started = time.process_time()
-    for read in (read_header, read_image, probe_mask):
+    for read in (read_image_header, decode_image_with_info, decode_mask_and_count_values):
         with contextlib.suppress(ImageError):
             read(COSTLY[name])
     assert time.process_time() - started < 1.0  # CPU time; without the checks many seconds
@@ -306,7 +311,7 @@ def test_a_small_file_takes_little_time(name: str) -> None:
 
 def test_a_jpeg_of_more_than_100_scans_is_refused() -> None:
     assert decode_image(jpeg_of(MAX_JPEG_SCANS), None).shape == (40, 60, 3)
-    for read in (read_header, read_image, probe_mask):
+    for read in (read_image_header, decode_image_with_info, decode_mask_and_count_values):
         with pytest.raises(ImageError, match="100 scans") as caught:
             read(jpeg_of(MAX_JPEG_SCANS + 1))
         assert caught.value.reason == "too_large"

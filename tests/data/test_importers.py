@@ -13,7 +13,7 @@ from made_sources import SIZE, ingest_quietly, make_folder, make_mvtec, pixels, 
 from places import SHARED
 
 from focus_ray.data.images import decode_mask
-from focus_ray.data.importers.vocabulary import is_bad_name, is_good_name, is_unclear_name
+from focus_ray.data.importers.vocabulary import is_ambiguous_name, means_defective_parts, means_good_parts
 from focus_ray.data.read import list_categories, read_index
 from focus_ray.errors import DataError
 
@@ -182,13 +182,13 @@ NOT_GOOD = ["crack", "not_good", "notok", "nok", "NG", "bad", "goodyear_logo", "
 
 @pytest.mark.parametrize("name", [*GOOD, *NOT_GOOD])
 def test_common_words_for_good_parts_are_recognised(name: str) -> None:
-    assert is_good_name(name) == (name in GOOD)
-    assert not (is_good_name(name) and is_bad_name(name))
+    assert means_good_parts(name) == (name in GOOD)
+    assert not (means_good_parts(name) and means_defective_parts(name))
 
 
 def test_ambiguous_names_are_unclear() -> None:
-    assert all(map(is_unclear_name, ["0", "negative", "other", "Unknown"]))
-    assert not any(map(is_unclear_name, ["good", "crack"]))
+    assert all(map(is_ambiguous_name, ["0", "negative", "other", "Unknown"]))
+    assert not any(map(is_ambiguous_name, ["good", "crack"]))
 
 
 @pytest.mark.parametrize(("train", "test"), [("good", "Good"), ("OK", "ok"), ("normal", "iO"), ("Gutteile", "GOOD")])

@@ -13,7 +13,7 @@ from made_sources import encode, ingest_quietly, rows_by_id, save_all
 from numpy.typing import NDArray
 from PIL import Image
 
-from focus_ray.data.images import ImageError, decode_image, decode_mask, encode_png, probe_mask
+from focus_ray.data.images import ImageError, decode_image, decode_mask, decode_mask_and_count_values, encode_png
 
 SIDE = 120
 REGIONS = [np.zeros((SIDE, SIDE + 8), np.uint8) for _ in range(3)]  # three masks, which do not overlap
@@ -67,7 +67,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pages_of_a_mask_are_combined(kind: str) -> None:
     expected = np.any(REGIONS, axis=0)
-    mask, num_values = probe_mask(KINDS[kind])
+    mask, num_values = decode_mask_and_count_values(KINDS[kind])
     np.testing.assert_array_equal(mask, expected)
     assert num_values == 1
     np.testing.assert_array_equal(decode_mask(KINDS[kind], *expected.shape), expected)
@@ -103,7 +103,7 @@ def cut_off() -> bytes:
 )
 def test_a_mask_whose_regions_cannot_be_combined_is_refused_with_the_reason(data: bytes, reason: str) -> None:
     with pytest.raises(ImageError, match=reason):
-        probe_mask(data)
+        decode_mask_and_count_values(data)
 
 
 def test_ingest_combines_the_pages_of_a_mask_and_of_an_image_takes_the_first(tmp_path: Path) -> None:

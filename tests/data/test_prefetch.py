@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from focus_ray.data.prefetch import prefetch
+from focus_ray.data.prefetch import prefetch_items
 
 
 def num_prefetch_threads() -> int:
@@ -19,7 +19,7 @@ def num_prefetch_threads() -> int:
 
 @given(st.lists(st.integers(), max_size=20), st.integers(1, 4))
 def test_items_keep_their_order(items: list[int], max_waiting: int) -> None:
-    assert list(prefetch(iter(items), max_waiting)) == items
+    assert list(prefetch_items(iter(items), max_waiting)) == items
     assert num_prefetch_threads() == 0
 
 
@@ -28,7 +28,7 @@ def test_an_error_is_raised_in_place_of_its_item() -> None:
         yield 1
         raise OSError("the disk is gone")
 
-    prefetched = prefetch(items())
+    prefetched = prefetch_items(items())
     assert next(prefetched) == 1
     with pytest.raises(OSError, match="the disk is gone"):
         next(prefetched)
@@ -37,7 +37,7 @@ def test_an_error_is_raised_in_place_of_its_item() -> None:
 
 def test_items_are_computed_while_the_reader_works_but_only_as_many_as_may_wait() -> None:
     computed: list[int] = []
-    prefetched = prefetch((computed.append(number) or number for number in range(100)), max_waiting=2)
+    prefetched = prefetch_items((computed.append(number) or number for number in range(100)), max_waiting=2)
     assert next(prefetched) == 0
     deadline = time.monotonic() + 10
     while len(computed) < 4 and time.monotonic() < deadline:

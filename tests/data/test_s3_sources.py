@@ -16,8 +16,8 @@ from s3_server import S3Server
 from focus_ray.cli.main import main
 from focus_ray.data import store
 from focus_ray.data.read import data_fingerprint, read_index
-from focus_ray.data.source import S3Path, S3Tree, open_source, relative_name
-from focus_ray.data.store import open_store
+from focus_ray.data.source import S3Listing, S3Path, get_relative_path, open_source_folder
+from focus_ray.data.store import open_data_set
 from focus_ray.errors import DataError
 from focus_ray.storage.files import ListedObject, write_bytes
 
@@ -75,7 +75,7 @@ def test_a_source_on_s3_gives_the_data_set_of_the_same_source_on_a_disk(
     for category in (item.name for item in local.categories):
         assert sorted(rows_of(out, category), key=lambda row: row["id"]) == rows_of(local_out, category)
         assert data_fingerprint(out, category) == data_fingerprint(local_out, category)
-        commits = [open_store(root).require_commit(category) for root in (local_out, out)]
+        commits = [open_data_set(root).require_commit(category) for root in (local_out, out)]
         assert commits[0]["source_fingerprint"] == commits[1]["source_fingerprint"]
 
 
@@ -116,7 +116,7 @@ def test_the_cost_of_an_append_does_not_depend_on_the_number_of_part_files(
         source, out = f"s3://focus-ray-tests/append-{file_bytes}", f"s3://focus-ray-tests/appended-{file_bytes}"
         monkeypatch.setattr(store, "FILE_BYTES", file_bytes)
         ingest_quietly(tmp_path / "bolt", out)
-        num_parts.append(len(open_store(out).require_commit("bolt")["files"]))
+        num_parts.append(len(open_data_set(out).require_commit("bolt")["files"]))
         upload(save_all(tmp_path / "more", {"train/good/new.png": 700}), f"{source}/bolt")
         proxy.requests.clear()
         (report,) = ingest_quietly(f"{source}/bolt", out, append=True).categories
@@ -144,12 +144,12 @@ def test_errors_and_reports_name_the_uri(s3: S3Server, tmp_path: Path, capsys: p
 
 def test_an_object_in_a_folder_with_an_empty_name_is_refused() -> None:
     with pytest.raises(DataError, match=r"s3://b/parts/train//x.png: "):
-        S3Tree("s3://b/parts").add_objects([ListedObject("train//x.png", 1, "e")])
+        S3Listing("s3://b/parts").add_objects([ListedObject("train//x.png", 1, "e")])
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.b.PNG", ".hidden", ".a.png", "a.", "a", "a..png", "größe 1.tif"])
 def test_the_parts_of_a_path_are_those_of_pathlib(name: str) -> None:
-    root = S3Path(S3Tree("s3://b/parts"))
+    root = S3Path(S3Listing("s3://b/parts"))
     path, file = root / "train" / name, Path("/b/parts/train") / name
     assert (path.name, path.stem, path.suffix) == (file.name, file.stem, file.suffix)
     assert (path.parent.name, path.parts) == ("train", file.parts[1:])
@@ -169,7 +169,7 @@ def test_a_throttled_source_loses_no_image(s3: S3Server, tmp_path: Path, monkeyp
 
 def test_a_pickled_path_contains_no_listing_and_no_secret(s3: S3Server, tmp_path: Path) -> None:
     uri = upload(make_mvtec(tmp_path / "bolt"), f"{s3.new_uri()}/bolt")
-    root = open_source(uri)
+    root = open_source_folder(uri)
     path = root / "train" / "good" / "000.png"
     path.read_bytes()
     sent = pickle.dumps([path, root])
@@ -178,4 +178,4 @@ def test_a_pickled_path_contains_no_listing_and_no_secret(s3: S3Server, tmp_path
     assert isinstance(again, S3Path)
     assert (again, str(again)) == (path, f"{uri}/train/good/000.png")
     assert again.read_bytes() == (tmp_path / "bolt/train/good/000.png").read_bytes()
-    assert relative_name(again, base) == "train/good/000.png"
+    assert get_relative_path(again, base) == "train/good/000.png"

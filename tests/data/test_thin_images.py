@@ -63,14 +63,14 @@ def test_the_frame_refuses_exactly_the_sizes_without_an_inspected_cell(
     num_refused = 0
     for longer in (8, 16, 24, 32, 48, 64, 128):
         for width, height in ((longer * 8, 8), (8, longer * 8), (longer * 8, 17)):
-            scored = torch.from_numpy(frame.scored_channel(frame.image_box(width, height)))[None] > 0
+            scored = torch.from_numpy(frame.make_scored_channel(frame.compute_image_rectangle(width, height)))[None] > 0
             is_inspected = shown_locations(scored, None, tiles, (side * tiles.rows, side * tiles.columns)).any()
             if is_inspected:
-                frame.check_size(width, height)
+                frame.check_image_size(width, height)
             else:
                 num_refused += 1
                 with pytest.raises(DataError, match=f"{width} x {height} pixels"):
-                    frame.check_size(width, height)
+                    frame.check_image_size(width, height)
     assert num_refused
 
 

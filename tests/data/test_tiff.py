@@ -18,7 +18,13 @@ from made_sources import encode as write_with_pillow
 from PIL import Image
 from places import SHARED
 
-from focus_ray.data.images import ImageError, decode_image, probe_mask, read_header, read_image
+from focus_ray.data.images import (
+    ImageError,
+    decode_image,
+    decode_image_with_info,
+    decode_mask_and_count_values,
+    read_image_header,
+)
 
 GREY8 = np.add.outer(np.arange(24), np.arange(36)).astype(np.uint8) * 3
 RGB8 = np.stack([GREY8, 255 - GREY8, GREY8 // 2], axis=2)
@@ -79,10 +85,10 @@ def test_supported_kinds_are_read_correctly(name: str) -> None:
     if "extrasamples" in options:
         options = {**options, "planarconfig": "contig"}
     data = encode(values, **options)
-    info, pixels = read_image(data)
+    info, pixels = decode_image_with_info(data)
     assert np.abs(pixels.astype(int) - shown(expected)).max() <= 1
     assert (info.width, info.height) == (36, 24)
-    header = read_header(data)
+    header = read_image_header(data)
     assert (header.width, header.height) == (36, 24)
 
 
@@ -103,7 +109,7 @@ REFUSED = {
 def test_unsupported_kinds_are_refused_with_their_kind(name: str, byteorder: str) -> None:
     values, message = REFUSED[name]
     data = encode(values, photometric="minisblack", byteorder=byteorder)
-    for read in (read_header, lambda data: decode_image(data, 16)):
+    for read in (read_image_header, lambda data: decode_image(data, 16)):
         with pytest.raises(ImageError, match=message) as caught:
             read(data)
         assert caught.value.reason == "unsupported"
@@ -111,7 +117,7 @@ def test_unsupported_kinds_are_refused_with_their_kind(name: str, byteorder: str
 
 def test_a_file_in_separate_planes_is_rotated_upright() -> None:
     data = encode(planes(RGB16), **RGB, **PLANES, extratags=[(274, "H", 1, 6, True)])
-    info, pixels = read_image(data)
+    info, pixels = decode_image_with_info(data)
     assert (info.width, info.height) == (24, 36)
     assert np.array_equal(pixels, np.rot90(RGB8, -1))
 
@@ -126,8 +132,8 @@ def test_a_truncated_file_has_the_reason_truncated() -> None:
 def test_a_fully_transparent_image_is_marked() -> None:
     clear = np.dstack([RGB8, np.zeros_like(GREY8)])
     for values in (clear, clear.astype(np.uint16)):
-        assert read_image(encode(values, **RGB, **ALPHA))[0].fully_transparent
-    assert not read_image(encode(RGB8, **RGB))[0].fully_transparent
+        assert decode_image_with_info(encode(values, **RGB, **ALPHA))[0].fully_transparent
+    assert not decode_image_with_info(encode(RGB8, **RGB))[0].fully_transparent
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="../shared/cases is not there")
@@ -145,14 +151,14 @@ linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="m
 PROBE = """
 import json, sys, time
 from pathlib import Path
-from focus_ray.data.images import ImageError, decode_image, read_header
+from focus_ray.data.images import ImageError, decode_image, read_image_header
 def resident(field):
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
     return int(line.split()[1]) / 1024
 results = {}
 for path in sys.argv[1:]:
     data = Path(path).read_bytes()
-    for read in (read_header, lambda data: decode_image(data, None)):
+    for read in (read_image_header, lambda data: decode_image(data, None)):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before, start, reason = resident("VmRSS"), time.process_time(), None
         try:
@@ -186,9 +192,9 @@ def test_a_small_hostile_file_is_refused_with_little_memory_and_time(tmp_path: P
 
 
 def test_a_mask_of_very_many_pages_is_refused() -> None:
-    assert not probe_mask(many_pages(3))[0].any()
+    assert not decode_mask_and_count_values(many_pages(3))[0].any()
     with pytest.raises(ImageError, match="more than 1000 pages") as caught:
-        probe_mask(many_pages(1001))[0]
+        decode_mask_and_count_values(many_pages(1001))[0]
     assert caught.value.reason == "too_large"
 
 

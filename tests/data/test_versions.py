@@ -13,8 +13,8 @@ import pytest
 from made_sources import ingest_quietly, make_mvtec, pixels, save
 
 from focus_ray.data import store
-from focus_ray.data.commits import referenced_files
-from focus_ray.data.read import data_version, decode_rows, index_version, iter_test_records, read_index, read_rows
+from focus_ray.data.commits import list_referenced_files
+from focus_ray.data.read import data_version, decode_rows, index_version, read_index, read_rows, read_test_rows
 from focus_ray.errors import DataError
 
 
@@ -79,7 +79,7 @@ def test_a_reader_continues_while_new_versions_are_published(
     publish(source, out)
     index = read_index(out, "bolt")
     rows = read_rows(out, "bolt", index["row"].to_numpy(), ["id"])
-    records = iter(iter_test_records(str(out), "bolt"))
+    records = iter(read_test_rows(str(out), "bolt"))
     read_ids = [next(rows)["id"]]
     first_record = next(records)["id"]
     for number in range(3):
@@ -103,9 +103,9 @@ def test_a_replaced_version_is_deleted_a_day_after_its_replacement(source: Path,
         with pytest.raises(DataError, match=rf"no version '{first}': .*{fourth}.*24 hours"):
             read()
     assert [read_index(out, "bolt", version=name).num_rows for name in (second, third, fourth)] == [13, 14, 15]
-    commits = [store.open_store(out).require_commit("bolt", version) for version in (second, third, fourth)]
+    commits = [store.open_data_set(out).require_commit("bolt", version) for version in (second, third, fourth)]
     names = {path.name for path in (out / "category=bolt").iterdir() if path.is_file()}
-    assert names == set().union(*map(referenced_files, commits)) | {"_commit.json"}
+    assert names == set().union(*map(list_referenced_files, commits)) | {"_commit.json"}
 
 
 def test_an_old_data_set_without_versions_is_readable_and_its_last_version_is_kept(source: Path, out: Path) -> None:

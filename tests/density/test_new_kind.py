@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.data.read import iter_test_records
+from focus_ray.data.read import read_test_rows
 from focus_ray.density.kinds.base import DensityKind
 from focus_ray.density.kinds.shared import SharedDensitySettings
 from focus_ray.density.registry import DENSITIES
@@ -67,7 +67,7 @@ def inspect_and_export(config: Config, folder: Path) -> None:
     """Checks that a new bundle and its ONNX export give useful scores; `export_bundle` compares the two."""
     place = make_bundle(config)
     uri = config.data.uri
-    measured = Inspector(read_bundle(place)).score_labelled_images(iter_test_records(uri, "gear")).measured
+    measured = Inspector(read_bundle(place)).score_labelled_images(read_test_rows(uri, "gear")).measured
     assert np.isfinite(measured.scores).all()
     assert len(set(measured.scores)) == len(measured.scores) == 8
     assert (export_bundle(place, "onnx", folder / "export").folder / "model.onnx").is_file()

@@ -27,7 +27,7 @@ from focus_ray.evaluation.batch_inspection import (
     inspect_work_item,
 )
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.storage.files import list_names, open_filesystem
+from focus_ray.storage.files import list_folder_entries, open_filesystem
 
 DAMAGED = 5  # a row
 
@@ -185,10 +185,10 @@ def test_data_checkpoints_bundle_and_results_can_all_lie_on_s3(s3: S3Server, tmp
     assert (counts["gear"]["num_images"], counts["gear"]["num_errors"]) == (NUM_TEST, 0)
     bundle = read_bundle(f"{root}/runs/small/bundles/gear")
     assert len(bundle.manifest["metrics"]["history"]) == 1
-    assert any(name.startswith("checkpoint_") for name in list_names(f"{root}/runs/small/train/gear"))
+    assert any(name.startswith("checkpoint_") for name in list_folder_entries(f"{root}/runs/small/train/gear"))
     filesystem, path = open_filesystem(f"{root}/results/category=gear")
     rows = pq.read_table(path, filesystem=filesystem, partitioning=None).to_pylist()
     assert {row["bundle"] for row in rows} == {bundle.version}
     assert measured["gear"]["pixel_auroc"] is not None
-    assert len(list_names(f"{root}/results-report/images/category=gear")) == 3
-    assert {"images", "categories", "report.html"} <= set(list_names(f"{root}/results-report"))
+    assert len(list_folder_entries(f"{root}/results-report/images/category=gear")) == 3
+    assert {"images", "categories", "report.html"} <= set(list_folder_entries(f"{root}/results-report"))

@@ -18,7 +18,7 @@ from shared_bundles import PLAIN
 from small_set import NUM_TEST, NUM_TRAIN, make_bundle, small_config
 
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.data.read import iter_test_records, read_index
+from focus_ray.data.read import read_index, read_test_rows
 from focus_ray.evaluation import run as module
 from focus_ray.evaluation.measuring import (
     EvaluationProgress,
@@ -63,7 +63,7 @@ def test_parts_give_the_metrics_of_the_whole(
 ) -> None:
     report = evaluate(part_bundles, tmp_path, exact_pixels)
     for category, bundle in part_bundles.items():
-        records = iter_test_records(parts, category)
+        records = read_test_rows(parts, category)
         expected = Inspector.load(bundle, "cpu").evaluate(records, SIDE, exact_pixels=exact_pixels)
         assert_same(report.results[category], expected)
         assert bool(report.results[category]["bounds"]) is report.results[category]["binned"] is (exact_pixels == 0)
@@ -77,7 +77,7 @@ def test_every_image_has_its_row(part_bundles: dict[str, str], parts: str, tmp_p
     evaluate({"gear": part_bundles["gear"]}, tmp_path)
     rows = pq.read_table(tmp_path / "images/category=gear", partitioning=None).to_pylist()
     inspector = Inspector.load(part_bundles["gear"], "cpu")
-    for row, record in zip(rows, iter_test_records(parts, "gear"), strict=True):
+    for row, record in zip(rows, read_test_rows(parts, "gear"), strict=True):
         (alone,) = inspector.inspect([record["image"]])
         assert row["score"] == pytest.approx(alone.score, rel=1e-4)
         assert row["p_value"] == pytest.approx(alone.p_value, rel=1e-2)
@@ -211,7 +211,7 @@ def test_a_killed_worker_changes_no_result_and_an_item_that_always_kills_fails(
     assert any(line.startswith("retry 1 of 3: ActorDiedError") for line in messages)
     assert mark.exists()
     assert re.search(r"ActorDiedError: .* \(4 attempts\)", evaluation.results["board"]["error"])
-    expected = Inspector.load(part_bundles["gear"], "cpu").evaluate(iter_test_records(parts, "gear"), SIDE, 0)
+    expected = Inspector.load(part_bundles["gear"], "cpu").evaluate(read_test_rows(parts, "gear"), SIDE, 0)
     assert_same(evaluation.results["gear"], expected)
 
 
@@ -262,7 +262,7 @@ def test_training_images_among_test_images_are_left_out_and_reported_first(
     report = evaluate({"gear": bundle}, output, exact_pixels)
     result = report.results["gear"]
     ids = {row["id"] for row in trained_on}
-    new = [dict(record) for record in iter_test_records(data, "gear") if record["id"] not in ids]
+    new = [dict(record) for record in read_test_rows(data, "gear") if record["id"] not in ids]
     alone = Inspector.load(bundle, "cpu").evaluate(new, SIDE, exact_pixels=exact_pixels)
     assert_same({**result, "trained_on": None}, {**alone, "trained_on": None})
     assert (next(iter(result)), result["trained_on"]["num_images"]) == ("trained_on", 11)

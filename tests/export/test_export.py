@@ -24,7 +24,7 @@ from small_set import ingest_parts, make_bundle, small_config
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.cli.main import main
-from focus_ray.data.framing import Frame
+from focus_ray.data.framing import InputFrame
 from focus_ray.detect.calibration import CalibrationBuilder
 from focus_ray.errors import ConfigError, DataError, ExportError, MissingPackageError
 from focus_ray.export.export import export_bundle
@@ -126,23 +126,23 @@ def test_images_are_resized_to_the_frame_as_pillow_does(resize: Any, with_region
     rng = np.random.default_rng(0)
     region = np.zeros((64, 48), bool)
     region[5:60, 3:30] = True
-    frame = Frame(64, 48, resize, region if with_region else None)
+    frame = InputFrame(64, 48, resize, region if with_region else None)
     to_frame = ResizeToFrame(frame)
     for height, width in ((48, 64), (64, 48), (300, 40), (40, 300), (97, 201), (33, 50), (500, 500), (2, 3), (63, 190)):
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        expected = frame.place_image(Image.fromarray(pixels), width, height)
+        expected = frame.resize_image(Image.fromarray(pixels), width, height)
         framed, scored, box = to_frame(torch.from_numpy(pixels)[None])
         np.testing.assert_array_equal((framed[0] * 255).round().byte().permute(1, 2, 0).numpy(), expected[..., :3])
         if scored is not None:
             np.testing.assert_array_equal(scored.numpy(), expected[..., 3] > 0)
         if box is not None:
-            assert tuple(box.tolist()) == tuple(frame.image_box(width, height))
+            assert tuple(box.tolist()) == tuple(frame.compute_image_rectangle(width, height))
 
 
 class FramePixels(torch.nn.Module):
     """Returns only the pixels of `ResizeToFrame`."""
 
-    def __init__(self, frame: Frame) -> None:
+    def __init__(self, frame: InputFrame) -> None:
         super().__init__()
         self.to_frame = ResizeToFrame(frame)
 
@@ -156,7 +156,7 @@ class FramePixels(torch.nn.Module):
 def test_openvino_resizes_images_to_the_frame_as_pillow_does(resize: Any, tmp_path: Path) -> None:
     """OpenVINO sums and divides integers as float32, which once changed pixels by two grey levels."""
     pytest.importorskip("openvino")
-    frame, dim = Frame(112, 128, resize), torch.export.Dim
+    frame, dim = InputFrame(112, 128, resize), torch.export.Dim
     sizes = {1: dim("height", min=2, max=4000), 2: dim("width", min=2, max=4000)}
     example = torch.zeros(1, 120, 135, 3, dtype=torch.uint8)
     program = torch.export.export(FramePixels(frame), (example,), dynamic_shapes=(sizes,))
@@ -167,7 +167,7 @@ def test_openvino_resizes_images_to_the_frame_as_pillow_does(resize: Any, tmp_pa
     for height, width in ((64, 64), (97, 201), (300, 500)):
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         (framed,) = to_frame(pixels[None]).values()
-        expected = frame.place_image(Image.fromarray(pixels), width, height)
+        expected = frame.resize_image(Image.fromarray(pixels), width, height)
         framed = (framed[0].transpose(1, 2, 0) * 255).round().astype(np.uint8)
         np.testing.assert_array_equal(framed, expected[..., :3])
 

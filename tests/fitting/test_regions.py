@@ -15,9 +15,9 @@ from small_set import fit_alone, ingest_parts, make_bundle, small_config
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.update import update_bundle
-from focus_ray.data.framing import Frame
+from focus_ray.data.framing import InputFrame
 from focus_ray.data.images import ImageError, decode_batch, decode_image, decode_mask, encode_png
-from focus_ray.data.read import iter_test_records
+from focus_ray.data.read import read_test_rows
 from focus_ray.errors import ConfigError, DataError
 from focus_ray.fitting.fit import DetectorFitter, FitResult
 from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
@@ -151,7 +151,7 @@ def test_a_sweep_refuses_settings_that_it_does_not_support(model: Any, regions: 
 
 
 def test_pixels_outside_the_region_are_not_scored(inspector: Inspector, data: str) -> None:
-    image = next(iter(iter_test_records(data, "gear")))["image"]
+    image = next(iter(read_test_rows(data, "gear")))["image"]
     pixels = decode_image(image, 64)
     changed = pixels.copy()
     changed[20:44, 50:60] = (255, 0, 255)
@@ -189,7 +189,7 @@ def test_the_region_moves_with_the_image_when_images_are_aligned(data: str, tmp_
     assert not (
         result.statistics.shown == result.statistics.shown[0]
     ).all()  # each part is rotated by a different angle
-    records = iter_test_records(data, "gear")
+    records = read_test_rows(data, "gear")
     batch = decode_batch([record["image"] for record in records], load_frame(config, "gear"))
     maps = result.detector(torch.from_numpy(batch)).anomaly_map
     assert (maps[:, :, 32:] == 0).all()
@@ -222,7 +222,7 @@ def test_leave_one_out_scores_count_only_pixels_of_the_region(data: str, tmp_pat
 
 
 def test_only_pixels_of_the_region_are_measured(inspector: Inspector, data: str) -> None:
-    records = list(iter_test_records(data, "gear"))
+    records = list(read_test_rows(data, "gear"))
     results = inspector.evaluate(records)
     maps = np.stack(
         [inspection.anomaly_map for inspection in inspector.inspect([record["image"] for record in records])]
@@ -269,15 +269,15 @@ def test_an_image_that_covers_no_pixel_of_the_region_is_refused() -> None:
         ImageError,
         match=r"4 x 4000 pixels becomes 1 x 64 px .*data\.regions",
     ):
-        decode_image(thin_image, Frame(64, 64, "pad", region))
+        decode_image(thin_image, InputFrame(64, 64, "pad", region))
 
 
 def test_recalibration_counts_only_pixels_of_the_region(inspector: Inspector) -> None:
     anomaly_map = np.zeros((64, 64), np.float32)
     anomaly_map[:, :32] = 1.0
-    assert inspector.frame.scored_values(anomaly_map).shape == (1, 64 * 32)
-    assert inspector.frame.scored_values(anomaly_map).min() == 1.0
-    assert Frame(64, 64).scored_values(anomaly_map) is anomaly_map
+    assert inspector.frame.select_scored_values(anomaly_map).shape == (1, 64 * 32)
+    assert inspector.frame.select_scored_values(anomaly_map).min() == 1.0
+    assert InputFrame(64, 64).select_scored_values(anomaly_map) is anomaly_map
 
 
 @pytest.mark.parametrize("key", ["model.tiling.grid", "model.resize"])

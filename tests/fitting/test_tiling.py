@@ -18,7 +18,7 @@ from focus_ray.bundle.bundle import read_bundle, read_statistics
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.update import update_bundle
 from focus_ray.data.images import decode_mask, encode_png
-from focus_ray.data.read import iter_test_records, read_index
+from focus_ray.data.read import read_index, read_test_rows
 from focus_ray.density.bank import convert_to_bank_rows
 from focus_ray.density.base import NormalStatistics, build_density
 from focus_ray.density.moments import Moments
@@ -142,7 +142,7 @@ def test_one_tile_that_covers_the_image_equals_no_tiling(data: str, density: str
 
 def test_a_map_shows_a_defect_at_its_position_in_the_photograph(fitted: tuple[FitResult, str], data: str) -> None:
     inspector = Inspector.load(fitted[1], "cpu")
-    record = next(record for record in iter_test_records(data, "gear") if not record["label"])
+    record = next(record for record in read_test_rows(data, "gear") if not record["label"])
     wide = Image.open(io.BytesIO(record["image"])).convert("RGB").resize((160, 112))
     pixels = np.asarray(wide).copy()
     pixels[70:82, 100:112] = (255, 0, 255)
@@ -217,7 +217,7 @@ def test_a_bundle_scores_like_the_fit_that_made_it_and_together_with_another_mod
 
 
 def test_evaluation_of_a_tiled_category_equals_scikit_learn(fitted: tuple[FitResult, str], data: str) -> None:
-    inspector, records = Inspector.load(fitted[1], "cpu", batch_size=3), list(iter_test_records(data, "gear"))
+    inspector, records = Inspector.load(fitted[1], "cpu", batch_size=3), list(read_test_rows(data, "gear"))
     figures = inspector.evaluate(records)
     assert (figures["num_normal"], figures["num_anomalous"], figures["num_masks"]) == (4, 4, 4)
     inspections = inspector.inspect([record["image"] for record in records])

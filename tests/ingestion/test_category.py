@@ -20,9 +20,9 @@ from ingested import append_quietly, commit_of, ids_of, ingest_quietly, part_nam
 from made_sources import make_folder, make_mvtec, pixels, save, spot
 
 from focus_ray.data import store
-from focus_ray.data.commits import referenced_files
+from focus_ray.data.commits import list_referenced_files
 from focus_ray.data.read import data_fingerprint, data_version, read_index
-from focus_ray.data.store import Store, open_store
+from focus_ray.data.store import DataSetStore, open_data_set
 from focus_ray.errors import DataError
 from focus_ray.ingestion import chunks
 from focus_ray.ingestion.chunks import map_in_process
@@ -100,7 +100,7 @@ def test_rows_ids_and_rejects_do_not_depend_on_the_chunks(files: list[File], fil
         for run in (None, map_in_process):
             assert ingest_quietly(root, chunked, run=run).categories[0].status == "unchanged"
         assert [row["id"] for row in rows_of(chunked)] == read_index(chunked, "bolt")["id"].to_pylist()
-        assert open_store(chunked).is_complete("bolt", commit_of(chunked))
+        assert open_data_set(chunked).has_all_files("bolt", commit_of(chunked))
 
 
 def test_only_part_files_with_a_duplicate_are_written_again(
@@ -210,7 +210,7 @@ def test_images_that_contradict_existing_rows_or_leak_into_them_are_rejected(
     assert "row bolt/test/good/000" in rejects["train/good/leak.png"].detail
     assert rows_of(out)[: len(before)] == before
     assert report.exit_status == 3
-    assert open_store(out).read_rejects("bolt") == list(report.rejects)
+    assert open_data_set(out).read_reject_list("bolt") == list(report.rejects)
 
 
 def test_a_drawn_split_does_not_change_when_the_folder_grows(tmp_path: Path) -> None:
@@ -255,15 +255,19 @@ def test_ingesting_the_source_again_removes_appended_images(tmp_path: Path, root
 
 def run_concurrently(monkeypatch: pytest.MonkeyPatch, *actions: Callable[[], object]) -> None:
     """Runs each action in a thread. The first publication in each thread waits until all have read the same version."""
-    barrier, state, original = threading.Barrier(len(actions), timeout=60), threading.local(), Store._prepare
+    barrier, state, original = (
+        threading.Barrier(len(actions), timeout=60),
+        threading.local(),
+        DataSetStore._write_version_files,
+    )
 
-    def prepare(self: Store, *arguments: Any) -> Any:
+    def prepare(self: DataSetStore, *arguments: Any) -> Any:
         if not getattr(state, "has_waited", False):
             state.has_waited = True
             barrier.wait()
         return original(self, *arguments)
 
-    monkeypatch.setattr(Store, "_prepare", prepare)
+    monkeypatch.setattr(DataSetStore, "_write_version_files", prepare)
     with ThreadPoolExecutor(len(actions)) as pool:
         for future in [pool.submit(action) for action in actions]:
             future.result()
@@ -273,7 +277,7 @@ def test_concurrent_appends_are_all_published(tmp_path: Path, out: Path, monkeyp
     sources = [make_more(tmp_path, number) for number in (1, 2, 3)]
     run_concurrently(monkeypatch, *(partial(append_quietly, source, out) for source in sources))
     assert len(rows_of(out)) == len(set(ids_of(out))) == 30
-    names = referenced_files(commit_of(out)) | {entry["name"] for entry in commit_of(out)["dropped"]}
+    names = list_referenced_files(commit_of(out)) | {entry["name"] for entry in commit_of(out)["dropped"]}
     assert {path.name for path in (out / "category=bolt").iterdir() if path.is_file()} == {"_commit.json", *names}
     versions = [path.stem for path in (out / "category=bolt/_commits").iterdir()]
     assert sorted(len(rows_of(out, version=name)) for name in versions) == [12, 18, 24, 30]
@@ -290,11 +294,11 @@ def test_a_concurrent_replacement_and_append_give_the_result_of_one_order(
 def test_a_claimed_version_of_a_dead_publisher_is_made_current(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(self: Store, commit: object) -> None:
+    def die(self: DataSetStore, commit: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "_make_current", die)
+        patch.setattr(DataSetStore, "_set_current_version", die)
         with pytest.raises(KeyboardInterrupt):
             append_quietly(make_more(tmp_path), out)
     assert len(rows_of(out)) == 12
@@ -324,7 +328,7 @@ def test_a_run_that_dies_between_chunks_leaves_the_old_data_and_can_be_repeated(
     with pytest.raises(KeyboardInterrupt):
         ingest_quietly(root, out, run=die_after_three)
     assert rows_of(out) == old
-    leftovers = {path.name for path in folder.glob("part-*")} - referenced_files(commit_of(out))
+    leftovers = {path.name for path in folder.glob("part-*")} - list_referenced_files(commit_of(out))
     assert len(leftovers) == 3
     for path in folder.iterdir():
         os.utime(path, (1, 1))

@@ -18,7 +18,7 @@ from s3_faults import faulty
 from s3_server import S3Server
 
 from focus_ray.cli.main import main
-from focus_ray.data.commits import referenced_files
+from focus_ray.data.commits import list_referenced_files
 from focus_ray.data.read import read_index
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.ingestion import chunks, cluster
@@ -72,7 +72,7 @@ def test_a_cluster_gives_the_data_of_one_process_even_if_each_worker_dies_once_a
         assert commit["source_fingerprint"] == commit_of(alone, category)["source_fingerprint"]
         assert len(commit["files"]) >= 3
         parts = {path.name for path in (out / f"category={category}").glob("part-*")}
-        leftovers |= parts - referenced_files(commit)
+        leftovers |= parts - list_referenced_files(commit)
     assert leftovers  # of the attempts that died: they go after a day
     (again, _) = ingest_on_cluster(source, out, 3, group_by=GROUPS, progress=False).categories
     assert again.status == "unchanged"

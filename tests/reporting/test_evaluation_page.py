@@ -15,7 +15,7 @@ from sklearn.metrics import auc
 from small_set import make_bundle, small_config
 
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.data.read import iter_test_records
+from focus_ray.data.read import read_test_rows
 from focus_ray.data.schema import Row
 from focus_ray.metrics.evaluate import UnseenTestImages
 from focus_ray.metrics.metrics import ScoredTestImages
@@ -33,12 +33,12 @@ def inspector(parts: str, tmp_path_factory: pytest.TempPathFactory) -> Inspector
 
 @pytest.fixture(scope="module")
 def select_unseen_images(inspector: Inspector, parts: str) -> UnseenTestImages:
-    return inspector.score_labelled_images(iter_test_records(parts, "gear"), 64)
+    return inspector.score_labelled_images(read_test_rows(parts, "gear"), 64)
 
 
 @pytest.fixture(scope="module")
 def cards(inspector: Inspector, labelled: UnseenTestImages, parts: str) -> dict[Kind, list[Card]]:
-    records = list(iter_test_records(parts, "gear"))
+    records = list(read_test_rows(parts, "gear"))
 
     def read_records(numbers: Sequence[int]) -> Iterable[Row]:
         return [records[number] for number in numbers]
@@ -115,7 +115,7 @@ def test_the_gallery_has_worst_misses_worst_false_alarms_and_typical_finds(
 def test_cards_describe_the_chosen_images(
     labelled: UnseenTestImages, cards: dict[Kind, list[Card]], parts: str
 ) -> None:
-    ids = [record["id"] for record in iter_test_records(parts, "gear")]
+    ids = [record["id"] for record in read_test_rows(parts, "gear")]
     for kind, numbers in choose_images(labelled.measured).items():
         for card, number in zip(cards[kind], numbers, strict=True):
             assert (card.name, card.defect_type) == (ids[number], labelled.types[number])

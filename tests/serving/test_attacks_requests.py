@@ -42,7 +42,7 @@ from focus_ray.serving.limits import MAX_DOCUMENT_BYTES
 from focus_ray.serving.settings import MIB, parse_settings
 from focus_ray.serving.source import LOOKUP_TIMEOUT_S, LOOKUPS_PER_TEAM
 from focus_ray.serving.tokens import create_token, revoke_token
-from focus_ray.storage.files import join, write_bytes
+from focus_ray.storage.files import join_path, write_bytes
 
 LOOPBACK = "http://127.0.0.1"
 ADMIN_PATHS = [("PUT", "/v1/press/gear/aliases/production"), ("POST", "/v1/press/gear/versions/v0001/thresholds")]
@@ -533,7 +533,7 @@ def test_an_alias_that_names_the_folder_of_another_team_is_refused(plant: Plant,
     (root / PRESS / "mill" / "_published").mkdir()
     version = "../../mill/gear/v0001"
     entry = {"version": version, "before": [version], "action": "promoted"}
-    write_bytes(join(root, PRESS, "gear", "_aliases", "evil", "00000001.json"), json.dumps(entry).encode())
+    write_bytes(join_path(root, PRESS, "gear", "_aliases", "evil", "00000001.json"), json.dumps(entry).encode())
     with client_of(settings_of(own_plant)) as client:
         for method, path in (("GET", "/v1/press/gear?version=evil"), ("POST", "/v1/press/gear/aliases/evil/rollback")):
             assert client.request(method, path, headers=bearer(plant.press_admin)).status_code == 404

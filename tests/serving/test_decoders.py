@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from focus_ray.data.framing import Frame
-from focus_ray.data.images import ImageError, encode_png, read_image
+from focus_ray.data.framing import InputFrame
+from focus_ray.data.images import ImageError, decode_image_with_info, encode_png
 from focus_ray.serving import decoders as decoders_module
 from focus_ray.serving.decoders import Decoders, TeamSlots
 from focus_ray.serving.limits import Gate
@@ -34,9 +34,9 @@ def reason_of(result: Any) -> str:
 
 
 def test_a_decoder_process_gives_the_same_pixels_or_the_error(decoders: Decoders) -> None:
-    frame, image = Frame(32, 40, "pad"), encode_png(PIXELS)
+    frame, image = InputFrame(32, 40, "pad"), encode_png(PIXELS)
     good, bad = asyncio.run(decoders.decode("press", [image, b"no image"], frame, 64 * 48))
-    info, pixels = read_image(image, frame)
+    info, pixels = decode_image_with_info(image, frame)
     assert isinstance(good, tuple)
     assert good[0] == info
     assert np.array_equal(good[1], pixels)

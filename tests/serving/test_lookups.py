@@ -24,7 +24,7 @@ from focus_ray.bundle.registry import CLAIM_LASTS, Registry, Version
 from focus_ray.errors import BundleError, DataError, RegistryError
 from focus_ray.serving import source as source_module
 from focus_ray.serving.source import MAX_LOOKUP_AGE_S, FolderSource, ModelSource, VersionDirectory
-from focus_ray.storage.files import create_bytes, join, list_names, write_bytes
+from focus_ray.storage.files import join_path, list_folder_entries, write_bytes, write_bytes_if_absent
 
 TEAM, REFRESH_S = "press", 2.0
 MANY = pytest.mark.parametrize("num_categories", [10, 300])
@@ -38,7 +38,7 @@ def add_version(registry: Registry, of: int, name: str) -> None:
     """Publishes a version as `publish` does, but without a bundle."""
     now = datetime.now(timezone.utc).isoformat()
     record = {"sha256": f"{of:03}{name}".encode().hex().ljust(64, "0"), "published_at": now, "num_bytes": 1}
-    place = join(registry.root, TEAM, category(of), "_published", f"{name}.json")
+    place = join_path(registry.root, TEAM, category(of), "_published", f"{name}.json")
     write_bytes(place, json.dumps(record).encode())
     registry._promote(TEAM, category(of), "latest", name, only_forward=True)
 
@@ -58,7 +58,7 @@ def write_manifest(bundles: str | Path, of: int, note: int = 0) -> None:
     manifest.update({name: {} for name in ("config", "data", "calibration", "metrics")})
     manifest["moments"] = {"count": 2, "height": 8, "width": 8, "channels": 32}
     manifest["sha256"] = compute_manifest_hash(manifest)
-    write_bytes(join(bundles, category(of), MANIFEST), json.dumps(manifest).encode())
+    write_bytes(join_path(bundles, category(of), MANIFEST), json.dumps(manifest).encode())
 
 
 def make_folder(root: Path, num_categories: int, age_s: float = 3600.0) -> Path:
@@ -96,7 +96,7 @@ def storage_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(module, name, counting)
 
-    count(registry_module, "list_names", "listings")
+    count(registry_module, "list_folder_entries", "listings")
     count(registry_module, "read_bytes", "files")
     count(source_module, "read_bundle_stamps", "listings")
     count(source_module, "read_manifest", "files")
@@ -222,7 +222,7 @@ def test_a_category_is_looked_up_again_while_its_alias_moves_and_after_the_mover
 
     def die(uri: str, data: bytes) -> bool:
         assert sorted(registry.read_change_marks(TEAM)) == [category(1)]
-        assert create_bytes(uri, data)
+        assert write_bytes_if_absent(uri, data)
         for _ in range(2):  # marks were read before the alias moved, and are read again just after it
             clock.now += REFRESH_S
             line.ask(0, 1)
@@ -235,7 +235,7 @@ def test_a_category_is_looked_up_again_while_its_alias_moves_and_after_the_mover
             write_bytes(uri, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(registry_module, "create_bytes", die)
+        patch.setattr(registry_module, "write_bytes_if_absent", die)
         patch.setattr(registry_module, "write_bytes", write_unless_dead)  # a process that dies marks no end either
         patch.setattr(registry_module, "remove_file", lambda uri: None)
         with pytest.raises(KeyboardInterrupt):
@@ -248,7 +248,7 @@ def test_a_category_is_looked_up_again_while_its_alias_moves_and_after_the_mover
     begun.rename(begun.with_name(f"{category(0)}@begun-{long_ago}-x.json"))
     add_version(registry, 0, "v0004")
     assert sorted(registry.read_change_marks(TEAM)) == [category(0), category(1)]
-    assert len(list_names(join(registry.root, TEAM, "_changes"))) == 2
+    assert len(list_folder_entries(join_path(registry.root, TEAM, "_changes"))) == 2
 
 
 def test_an_unchanged_mark_means_an_unchanged_version_under_concurrent_moves(tmp_path: Path) -> None:
@@ -449,12 +449,12 @@ def test_a_folder_on_s3_is_listed_once(
 ) -> None:
     place = s3.new_uri()
     for of in range(3):
-        write_manifest(join(place, "bundles"), of)
-        write_bytes(join(place, "bundles", category(of), "network-0.safetensors"), b"x")
+        write_manifest(join_path(place, "bundles"), of)
+        write_bytes(join_path(place, "bundles", category(of), "network-0.safetensors"), b"x")
     source = FolderSource(place, TEAM, REFRESH_S)
     assert source.list_categories(TEAM) == [category(of) for of in range(3)]
     previous = source.resolve(TEAM, category(1))
-    write_manifest(join(place, "bundles"), 1, note=1)  # in the same second, of the same size
+    write_manifest(join_path(place, "bundles"), 1, note=1)  # in the same second, of the same size
     clock.now += REFRESH_S
     storage_calls.clear()
     assert source.resolve(TEAM, category(1)).name != previous.name

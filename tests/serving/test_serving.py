@@ -30,7 +30,7 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.registry import Registry, Version
 from focus_ray.cli.main import main
 from focus_ray.client import FoundRegion
-from focus_ray.data.images import read_image
+from focus_ray.data.images import decode_image_with_info
 from focus_ray.detect.detector import can_share_backbone_pass
 from focus_ray.detect.inspection import Inspection, Region, resize_map
 from focus_ray.errors import BundleError, ConfigError, RegistryError
@@ -158,7 +158,7 @@ def test_examples_are_shown_only_if_the_setting_allows_them(http: TestClient, pl
     assert http.get(f"{path}/0", headers=headers).status_code == 404
     with client_of(settings_of(plant, examples={PRESS: [plant.data]})) as client:
         shown = client.get(f"{path}/0", headers=headers)
-        assert (shown.headers["content-type"], read_image(shown.content)[0].width) == ("image/jpeg", 64)
+        assert (shown.headers["content-type"], decode_image_with_info(shown.content)[0].width) == ("image/jpeg", 64)
         assert client.get(f"{path}/99", headers=headers).status_code == 404
 
 

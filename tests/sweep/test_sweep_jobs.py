@@ -13,7 +13,7 @@ from job_nodes import REPOSITORY, Nodes, run_nodes
 from s3_server import S3Server
 from waiting import wait_for_records
 
-from focus_ray.storage.files import list_names, read_bytes
+from focus_ray.storage.files import list_folder_entries, read_bytes
 from focus_ray.sweep import records
 from focus_ray.sweep.records import read_records
 
@@ -92,14 +92,14 @@ def test_simultaneous_sweeps_of_two_teams_finish_separately(nodes: Nodes, resnet
     with ThreadPoolExecutor(2) as pool:
         processes = list(pool.map(send, ("north", "south")))
     assert [run.returncode for run in processes] == [0, 0], processes[0].stdout[-2000:] + processes[1].stdout[-2000:]
-    names = list_names(f"{nodes.root}/sweeps")
+    names = list_folder_entries(f"{nodes.root}/sweeps")
     assert sorted(name.split("-")[0] for name in names) == ["north", "south"]
     scores = []
     for name in names:
         root = f"{nodes.root}/sweeps/{name}"
         assert records.read_sweep(root).config_at().cluster.team == name.split("-")[0]
         scores.append(scores_of(root))
-        assert "scratch" not in list_names(root)
+        assert "scratch" not in list_folder_entries(root)
         assert f"{root}/best.yaml" in next(run.stdout for run in processes if name in run.stdout)
     assert len(scores[0]) == 6
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)

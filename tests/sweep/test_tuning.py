@@ -29,7 +29,7 @@ from focus_ray.cluster.ownership import FINGERPRINTS, check_fingerprints
 from focus_ray.errors import ConfigError, DataError, FocusRayError, SweepError, TrainingError
 from focus_ray.fitting.settings import load_config
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.storage.files import list_names
+from focus_ray.storage.files import list_folder_entries
 from focus_ray.sweep import records
 from focus_ray.sweep.driver import SweepOutcome, run_sweep
 from focus_ray.sweep.proposer import Proposer
@@ -251,7 +251,7 @@ def test_a_sweep_that_cannot_run_is_refused_and_creates_no_folder(
 ) -> None:
     with pytest.raises(error, match=message):
         run_sweep(make_sweep(data, tmp_path, base, space=space))
-    assert list_names(f"{tmp_path}/search") == []
+    assert list_folder_entries(f"{tmp_path}/search") == []
 
 
 # The folder

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Protocol
 
 from focus_ray.data.importers.groups import GroupRule, ImageLocation
-from focus_ray.data.importers.vocabulary import is_good_name, is_unclear_name
+from focus_ray.data.importers.vocabulary import is_ambiguous_name, means_good_parts
 from focus_ray.data.listing import IMAGE_SUFFIXES as IMAGE_SUFFIXES  # importers share the suffixes
 from focus_ray.data.listing import is_hidden
-from focus_ray.data.schema import Reject, RejectReason
-from focus_ray.data.source import SourcePath, relative_name
+from focus_ray.data.schema import RejectedFile, RejectReason
+from focus_ray.data.source import SourcePath, get_relative_path
 from focus_ray.errors import DataError
 from focus_ray.names import NAME_WORDS, is_name, is_utf8, readable_name
 
@@ -67,7 +67,7 @@ class ImportPlan:
 
     category: str
     samples: list[Sample] = field(default_factory=list)
-    rejects: list[Reject] = field(default_factory=list)
+    rejects: list[RejectedFile] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
 
@@ -101,9 +101,9 @@ class ImportSettings:
         """
         return [""] * len(locations) if self.grouping is None else self.grouping.name_groups(locations)
 
-    def relative(self, path: SourcePath) -> str:
+    def format_relative_path(self, path: SourcePath) -> str:
         """Returns a path relative to the source, as text for reports. Bytes that are not valid UTF-8 are shown as \\xff."""
-        return readable_name(relative_name(path, self.source))
+        return readable_name(get_relative_path(path, self.source))
 
 
 class Importer(Protocol):
@@ -118,10 +118,12 @@ class Importer(Protocol):
     expected: str
     has_table: bool
 
-    def fits(self, folder: SourcePath) -> bool:
+    def matches_folder(self, folder: SourcePath) -> bool:
         """Returns whether a folder has this layout: it is a category or, for importers with a table, a folder of categories."""
 
-    def plan(self, folder: SourcePath, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
+    def plan_import(
+        self, folder: SourcePath, categories: Sequence[str] | None, settings: ImportSettings
+    ) -> list[ImportPlan]:
         """Returns one plan per category: the list of images to ingest. No file is opened except a table.
 
         Args:
@@ -139,27 +141,29 @@ class FolderImporter:
 
     Attributes:
         expected: the expected content of a folder, for error messages.
-        fits: function that returns whether a folder is a category in this layout.
+        matches_folder: function that returns whether a folder is a category in this layout.
         plan_category: function that makes the plan of a category from its folder, its name and the settings.
     """
 
     expected: str
-    fits: Callable[[SourcePath], bool]
+    matches_folder: Callable[[SourcePath], bool]
     plan_category: Callable[[SourcePath, str, ImportSettings], ImportPlan]
     has_table = False
 
-    def plan(self, folder: SourcePath, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
-        """Returns a list with the plan of the category, see `Importer.plan`. The category has the name of the folder.
+    def plan_import(
+        self, folder: SourcePath, categories: Sequence[str] | None, settings: ImportSettings
+    ) -> list[ImportPlan]:
+        """Returns a list with the plan of the category, see `Importer.plan_import`. The category has the name of the folder.
 
         Raises: DataError: the folder has unexpected content, or its name is not a valid name of a category.
         """
-        name = folder_name(folder)
+        name = get_folder_name(folder)
         if categories is not None and name not in categories:
             return [ImportPlan(name)]
         return [self.plan_category(folder, check_category_name(name, folder), settings)]
 
 
-def draw_test_images(names: Sequence[str], settings: ImportSettings, groups: Sequence[str]) -> list[bool]:
+def select_test_images(names: Sequence[str], settings: ImportSettings, groups: Sequence[str]) -> list[bool]:
     """Draws the normal images that become test data. Returns for each image whether it was drawn.
 
     A group (images of the same part) is drawn with all of its images. The rank of a group in the draw depends only on its name
@@ -171,7 +175,7 @@ def draw_test_images(names: Sequence[str], settings: ImportSettings, groups: Seq
         groups: group name of each image; an empty name makes an image its own group.
     """
 
-    def draw_key(unit: tuple[str, str]) -> str:
+    def compute_draw_key(unit: tuple[str, str]) -> str:
         group, name = unit
         text = f"{settings.seed}:group:{group}" if group else f"{settings.seed}:{name}"
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
@@ -181,11 +185,11 @@ def draw_test_images(names: Sequence[str], settings: ImportSettings, groups: Seq
     count = round(settings.test_share * num_units)
     if settings.test_share > 0 and num_units > 1:
         count = min(max(count, 1), num_units - 1)
-    drawn = set(sorted(set(units), key=draw_key)[:count])
+    drawn = set(sorted(set(units), key=compute_draw_key)[:count])
     return [unit in drawn for unit in units]
 
 
-def add_folder(
+def add_folder_images(
     plan: ImportPlan,
     folder: SourcePath,
     origin: str,
@@ -214,20 +218,20 @@ def add_folder(
     for below, level in _walk_image_folders(folder, settings):
         if not is_utf8(below):
             detail = "its name is not valid UTF-8: rename the folder"
-            plan.rejects.append(Reject(settings.relative(level), plan.category, "file_name", detail))
+            plan.rejects.append(RejectedFile(settings.format_relative_path(level), plan.category, "file_name", detail))
             continue
         masks_folder = truth / below if truth and below else truth
         stems: set[str] = set()
         files, skipped_here = _list_files(level)
         num_skipped.update(skipped_here)
         for path in files:
-            problem = _find_problem(path)
+            problem = _find_file_problem(path)
             if problem is not None:
                 reason, detail = problem
-                plan.rejects.append(Reject(settings.relative(path), plan.category, reason, detail))
+                plan.rejects.append(RejectedFile(settings.format_relative_path(path), plan.category, reason, detail))
                 continue
             stems.add(path.stem)
-            masks = tuple(find_masks(masks_folder, path.stem)) if masks_folder else ()
+            masks = tuple(find_mask_files(masks_folder, path.stem)) if masks_folder else ()
             name = defect if label else "good"
             plan.samples.append(Sample(path, origin, split, label, name, masks, subfolders=below))
         num_images += len(stems)
@@ -236,20 +240,24 @@ def add_folder(
             reject_unmatched_masks(plan, masks_folder, stems, settings, names)
     if not settings.takes_subfolders:
         for nested in list_subfolders(folder):
-            plan.notes.append(f"{settings.relative(nested)}: skipped, images are expected directly in {folder.name}/")
+            plan.notes.append(
+                f"{settings.format_relative_path(nested)}: skipped, images are expected directly in {folder.name}/"
+            )
     if num_skipped:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(num_skipped.items()))
-        plan.notes.append(f"{settings.relative(folder)}: skipped {counts}")
+        plan.notes.append(f"{settings.format_relative_path(folder)}: skipped {counts}")
     if folder.is_dir():
         use = "the test" if split == "test" else "training"
         meaning = f"anomalous, {defect!r}, for the test" if label else f"normal, for {use}"
-        plan.folders.append(f"{settings.relative(folder)}: {num_images} images, {meaning}")
-        if label and is_unclear_name(defect):
+        plan.folders.append(f"{settings.format_relative_path(folder)}: {num_images} images, {meaning}")
+        if label and is_ambiguous_name(defect):
             remedy = "if its parts are good, rename it to good"
-            plan.notes.append(f"{settings.relative(folder)}: interpreted as a defect named {defect!r}; {remedy}")
+            plan.notes.append(
+                f"{settings.format_relative_path(folder)}: interpreted as a defect named {defect!r}; {remedy}"
+            )
 
 
-def _find_problem(path: SourcePath) -> tuple[RejectReason, str] | None:
+def _find_file_problem(path: SourcePath) -> tuple[RejectReason, str] | None:
     """Returns why a file in an image folder is rejected: reason code and explanation; None for an image that can be opened."""
     if is_broken_link(path):
         return "unreadable", describe_broken_link(path)
@@ -276,7 +284,7 @@ def _walk_image_folders(folder: SourcePath, settings: ImportSettings) -> Iterato
             pending += [(f"{below}/{item.name}" if below else item.name, item) for item in list_subfolders(level)]
 
 
-def find_masks(truth: SourcePath, stem: str) -> list[SourcePath]:
+def find_mask_files(truth: SourcePath, stem: str) -> list[SourcePath]:
     """Returns the mask files of an image, found by the name of the image.
 
     These are <stem> and <stem>_mask with any image suffix, and every image in the folder <stem>/. MVTec LOCO stores several
@@ -313,7 +321,9 @@ def reject_unmatched_masks(
             unmatched += list_image_files(nested)
     for path in unmatched:
         detail = "no image has this mask's name: rename one or remove the mask"
-        plan.rejects.append(Reject(settings.relative(path), plan.category, "mask_without_image", detail))
+        plan.rejects.append(
+            RejectedFile(settings.format_relative_path(path), plan.category, "mask_without_image", detail)
+        )
 
 
 def refuse_unexpected_folders(root: SourcePath, allowed_names: set[str], expected: str) -> None:
@@ -343,13 +353,15 @@ def describe_skipped_folders(root: SourcePath, used_names: set[str], settings: I
         settings: the settings of the ingestion.
     """
     notes = [
-        f"{settings.relative(item)}: skipped, its name has no meaning in this layout"
+        f"{settings.format_relative_path(item)}: skipped, its name has no meaning in this layout"
         for item in list_subfolders(root)
         if item.name not in used_names
     ]
     if num_loose := len(list_image_files(root)):
         remedy = "move them into a folder"
-        notes.append(f"{settings.relative(root)}: {num_loose} images beside the folders are skipped: {remedy}")
+        notes.append(
+            f"{settings.format_relative_path(root)}: {num_loose} images beside the folders are skipped: {remedy}"
+        )
     return notes
 
 
@@ -360,9 +372,9 @@ def list_subfolders(folder: SourcePath) -> list[SourcePath]:
     return sorted(item for item in folder.iterdir() if item.is_dir() and not is_hidden(item.name))
 
 
-def list_good_folders(folder: SourcePath) -> list[SourcePath]:
+def list_good_part_folders(folder: SourcePath) -> list[SourcePath]:
     """Returns the visible subfolders whose names mean good (normal) parts, such as good/ or ok/."""
-    return [item for item in list_subfolders(folder) if is_good_name(item.name)]
+    return [item for item in list_subfolders(folder) if means_good_parts(item.name)]
 
 
 def is_broken_link(path: SourcePath) -> bool:
@@ -400,7 +412,7 @@ def list_image_files(folder: SourcePath) -> list[SourcePath]:
     return [path for path in _list_files(folder)[0] if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
-def folder_name(path: SourcePath) -> str:
+def get_folder_name(path: SourcePath) -> str:
     """Returns the name of a folder, also for ".". A link is not followed."""
     return Path(os.path.abspath(path)).name if isinstance(path, Path) else path.name
 

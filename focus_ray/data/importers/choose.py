@@ -22,7 +22,7 @@ def _suggest_good_folder(source: SourcePath) -> str:
     return ""
 
 
-def make_plans(
+def make_import_plans(
     source: SourcePath, format: str, categories: Sequence[str] | None, settings: ImportSettings
 ) -> tuple[str, list[ImportPlan], list[str]]:
     """Chooses the importer of a source, and returns the images to ingest of each category (the import plans).
@@ -43,12 +43,12 @@ def make_plans(
     names = list(IMPORTERS) if format == "auto" else [format]
     table_names = [name for name in names if IMPORTERS[name].has_table]
     # importer -> folders that fit it; importers with a table come first
-    roots = {name: [source] for name in table_names if IMPORTERS[name].fits(source)}
+    roots = {name: [source] for name in table_names if IMPORTERS[name].matches_folder(source)}
     for candidates in ([source], list_subfolders(source)):
         if roots:
             break  # the source is one category: its train/, which contains good/, must not count as a further category
         for name in (name for name in names if name not in table_names):
-            folders = [path for path in candidates if IMPORTERS[name].fits(path)]
+            folders = [path for path in candidates if IMPORTERS[name].matches_folder(path)]
             roots |= {name: folders} if folders else {}
     if not roots:
         expected = "; ".join(f"{name}: {IMPORTERS[name].expected}" for name in names)
@@ -64,7 +64,7 @@ def make_plans(
     if folders != [source]:
         other_names = [path.name for path in list_subfolders(source) if path not in folders]
         notes += [f"{name}: skipped, not a category of the {chosen} layout" for name in other_names]
-    plans = [plan for path in folders for plan in IMPORTERS[chosen].plan(path, categories, settings)]
+    plans = [plan for path in folders for plan in IMPORTERS[chosen].plan_import(path, categories, settings)]
     available = [plan.category for plan in plans]
     if len(set(available)) != len(available):
         raise DataError(f"{source}: two categories have the same name: {', '.join(sorted(available))}")
@@ -88,7 +88,7 @@ def assign_groups(plans: Sequence[ImportPlan], settings: ImportSettings) -> None
     samples = [sample for plan in plans for sample in plan.samples]
     if rule is None or not samples:
         return
-    rule.check_sources(sample.path for sample in samples)
+    rule.check_source_images(sample.path for sample in samples)
     for plan in plans:
         groups: dict[SourcePath, str] = {}
         for split in SPLITS:
@@ -100,7 +100,7 @@ def assign_groups(plans: Sequence[ImportPlan], settings: ImportSettings) -> None
         if ungrouped:
             plan.notes.append(
                 f"{plan.category}: {len(ungrouped)} of {len(plan.samples)} images get no group from {rule.text!r}, and each "
-                f"counts as a separate part (the first: {settings.relative(ungrouped[0].path)})"
+                f"counts as a separate part (the first: {settings.format_relative_path(ungrouped[0].path)})"
             )
     if not any(sample.group for plan in plans for sample in plan.samples):
         raise DataError(f"group_by={rule.text!r} gives none of {len(samples)} images a group: {rule.hint}")

@@ -21,7 +21,7 @@ from typing import Any
 
 from focus_ray.csv_tables import csv_text
 from focus_ray.data.images import read_capture_time
-from focus_ray.data.source import SourcePath, relative_name
+from focus_ray.data.source import SourcePath, get_relative_path
 from focus_ray.errors import DataError
 from focus_ray.storage.files import read_bytes
 
@@ -55,7 +55,7 @@ class GroupRule(ABC):
         Args: locations: the images of one category and split.
         """
 
-    def check_sources(self, paths: Iterable[SourcePath]) -> None:  # noqa: B027
+    def check_source_images(self, paths: Iterable[SourcePath]) -> None:  # noqa: B027
         """Checks that the rule fits all images of the source. Raises: DataError: the rule does not fit."""
 
 
@@ -71,13 +71,13 @@ def parse_group_rule(text: str, source: SourcePath) -> GroupRule:
     form, _, value = text.partition(":")
     try:
         if form == "name" and value:
-            return NameRule(text, value)
+            return GroupByFileName(text, value)
         if form == "folder" and value:
-            return FolderRule(text, int(value))
+            return GroupByFolder(text, int(value))
         if form == "time" and value:
-            return TimeRule(text, float(value))
+            return GroupByTime(text, float(value))
         if form == "table" and value:
-            return TableRule(text, _read_table(value), source)
+            return GroupByTable(text, _read_group_table(value), source)
         raise ValueError("unknown form, or no value")
     except DataError:  # the storage of the table fails
         raise
@@ -85,7 +85,7 @@ def parse_group_rule(text: str, source: SourcePath) -> GroupRule:
         raise DataError(f"group_by={text!r}: {error}: expected {RULE_FORMS}") from None
 
 
-class NameRule(GroupRule):
+class GroupByFileName(GroupRule):
     """The rule that takes the group name from the file name, by a regular expression: first capturing group or whole match."""
 
     hint = "it matches no file name"
@@ -105,7 +105,7 @@ class NameRule(GroupRule):
         return [(match.group(number) or "") if match else "" for match in matches]
 
 
-class FolderRule(GroupRule):
+class GroupByFolder(GroupRule):
     """The rule that takes the group name from a folder below the class folder (good/, scratch/).
 
     Level 1 is the folder that contains the file, level 2 is the parent of that folder, and so on. The group name includes the
@@ -131,7 +131,7 @@ class FolderRule(GroupRule):
         return ["/".join(names[: max(0, len(names) - self._level + 1)]) for names in folders]
 
 
-class TableRule(GroupRule):
+class GroupByTable(GroupRule):
     """The rule that takes the group names from a table, which lists paths relative to the source, or file names."""
 
     hint = "the table names none of the image files: expected paths relative to the source, or file names"
@@ -149,17 +149,17 @@ class TableRule(GroupRule):
 
     def name_groups(self, locations: Sequence[ImageLocation]) -> list[str]:
         """Returns the group of each image in the table; empty if the table does not name the image."""
-        names = ((relative_name(path, self._source), path.name) for path, _ in locations)
+        names = ((get_relative_path(path, self._source), path.name) for path, _ in locations)
         return [self._groups.get(relative, self._groups.get(name, "")) for relative, name in names]
 
-    def check_sources(self, paths: Iterable[SourcePath]) -> None:
+    def check_source_images(self, paths: Iterable[SourcePath]) -> None:
         """Checks that each file name without folder in the table belongs to only one image of the source.
 
         Raises: DataError: a name is ambiguous.
         """
         by_name: dict[str, list[str]] = defaultdict(list)
         for path in paths:
-            relative = relative_name(path, self._source)
+            relative = get_relative_path(path, self._source)
             if relative not in self._groups or relative == path.name:
                 by_name[path.name].append(relative)
         for name, relatives in by_name.items():
@@ -168,7 +168,7 @@ class TableRule(GroupRule):
                 raise DataError(f"group_by={self.text!r}: {name!r} could be {places}: write the path into the table")
 
 
-class TimeRule(GroupRule):
+class GroupByTime(GroupRule):
     """The rule that groups photographs into bursts: their EXIF times have gaps of at most `max_gap_s` seconds."""
 
     hint = "no image has an EXIF time"
@@ -189,7 +189,7 @@ class TimeRule(GroupRule):
         paths = [path for path, _ in locations]
         unread = [path for path in paths if str(path) not in self._times]
         with ThreadPoolExecutor(_NUM_READERS) as pool:
-            self._times.update(zip(map(str, unread), pool.map(_read_time, unread), strict=True))
+            self._times.update(zip(map(str, unread), pool.map(_read_file_time, unread), strict=True))
         names = [""] * len(paths)
         first = last = datetime.min  # times of the first image of the current burst, and of the previous image
         timed = ((self._times[str(path)], str(path), number) for number, path in enumerate(paths))
@@ -201,7 +201,7 @@ class TimeRule(GroupRule):
         return names
 
 
-def _read_time(path: SourcePath) -> datetime | None:
+def _read_file_time(path: SourcePath) -> datetime | None:
     """Returns the EXIF time of an image; None if the image has no time or cannot be read."""
     try:
         return read_capture_time(path if isinstance(path, Path) else path.read_bytes())
@@ -209,7 +209,7 @@ def _read_time(path: SourcePath) -> datetime | None:
         return None
 
 
-def _read_table(value: str) -> dict[str, str]:
+def _read_group_table(value: str) -> dict[str, str]:
     """Reads a table of groups, and returns path or file name -> group name.
 
     Args: value: FILE:COLUMN, or FILE for a JSON object of file -> group. FILE is a path or an s3:// URI.
@@ -228,13 +228,13 @@ def _read_table(value: str) -> dict[str, str]:
         is_list = isinstance(table, list) and all(isinstance(row, dict) for row in table)
         if not is_list and not (isinstance(table, dict) and not column):
             raise ValueError(f"{file} is neither a list of objects with a column, nor an object of file -> group")
-        pairs = _pairs_of_rows(table, file, column) if is_list else list(table.items())
+        pairs = _extract_file_groups(table, file, column) if is_list else list(table.items())
     elif file.lower().endswith(".csv"):
         delimiter = max(",;\t", key=content.partition("\n")[0].count)
         reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
         # names may come from a table of `focus-ray inspect`
         rows = [{key: csv_text(cell) if isinstance(cell, str) else cell for key, cell in row.items()} for row in reader]
-        pairs = _pairs_of_rows(rows or [dict.fromkeys(reader.fieldnames or ())], file, column)
+        pairs = _extract_file_groups(rows or [dict.fromkeys(reader.fieldnames or ())], file, column)
     else:
         raise ValueError(f"the name of the table {file} does not end in .csv or .json")
     groups: dict[str, str] = {}
@@ -247,7 +247,7 @@ def _read_table(value: str) -> dict[str, str]:
     return groups
 
 
-def _pairs_of_rows(rows: Sequence[Mapping[str, Any]], file: str, column: str) -> list[tuple[str, Any]]:
+def _extract_file_groups(rows: Sequence[Mapping[str, Any]], file: str, column: str) -> list[tuple[str, Any]]:
     """Returns (file, group) of each table row that names a file.
 
     Args:

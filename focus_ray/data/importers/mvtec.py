@@ -6,21 +6,21 @@ from focus_ray.data.importers.base import (
     FolderImporter,
     ImportPlan,
     ImportSettings,
-    add_folder,
+    add_folder_images,
     describe_skipped_folders,
-    list_good_folders,
+    list_good_part_folders,
     list_subfolders,
     refuse_unexpected_folders,
     reject_unmatched_masks,
 )
-from focus_ray.data.importers.btad import is_btad
-from focus_ray.data.importers.vocabulary import is_good_name
+from focus_ray.data.importers.btad import is_btad_folder
+from focus_ray.data.importers.vocabulary import means_good_parts
 from focus_ray.data.source import SourcePath
 from focus_ray.errors import DataError
 from focus_ray.names import is_utf8
 
 
-def plan_mvtec(root: SourcePath, category: str, settings: ImportSettings) -> ImportPlan:
+def plan_mvtec_import(root: SourcePath, category: str, settings: ImportSettings) -> ImportPlan:
     """Makes the import plan of a category of MVTec AD, AD 2 or LOCO: reads all folders that occur in any of these data sets.
 
     Raises: DataError: train/ or validation/ contains a folder whose name does not mean good parts, or a folder name is not valid
@@ -28,31 +28,33 @@ def plan_mvtec(root: SourcePath, category: str, settings: ImportSettings) -> Imp
     """
     plan = ImportPlan(category)
     for folder in ("train", "validation"):
-        good = list_good_folders(root / folder)
+        good = list_good_part_folders(root / folder)
         refuse_unexpected_folders(root / folder, {item.name for item in good}, "normal images only, in good/")
         for item in good:
-            add_folder(plan, item, folder, "train", 0, "good", None, settings)
+            add_folder_images(plan, item, folder, "train", 0, "good", None, settings)
     for folder, truth in (("test", root / "ground_truth"), ("test_public", root / "test_public" / "ground_truth")):
         for defect in list_subfolders(root / folder):
             if defect.name == "ground_truth":
                 continue
             if not is_utf8(defect.name):
-                raise DataError(f"{settings.relative(defect)}: its name is not valid UTF-8: rename the folder")
-            label = int(not is_good_name(defect.name))
-            add_folder(plan, defect, folder, "test", label, defect.name, truth / defect.name, settings)
+                raise DataError(
+                    f"{settings.format_relative_path(defect)}: its name is not valid UTF-8: rename the folder"
+                )
+            label = int(not means_good_parts(defect.name))
+            add_folder_images(plan, defect, folder, "test", label, defect.name, truth / defect.name, settings)
         for masks in list_subfolders(truth):
             if not (root / folder / masks.name).is_dir():
                 reject_unmatched_masks(plan, masks, set(), settings)
     private = sorted(item for item in root.glob("test_private*"))
-    plan.notes += [f"{settings.relative(item)}: skipped, its labels are not public" for item in private]
+    plan.notes += [f"{settings.format_relative_path(item)}: skipped, its labels are not public" for item in private]
     used_names = {"train", "validation", "test", "test_public", "ground_truth", *(item.name for item in private)}
     plan.notes += describe_skipped_folders(root, used_names, settings)
     return plan
 
 
-def _is_mvtec(folder: SourcePath) -> bool:
+def _is_mvtec_folder(folder: SourcePath) -> bool:
     """Returns whether a folder has the layout of MVTec: train/ contains a folder of good parts, and the layout is not BTAD."""
-    return bool(list_good_folders(folder / "train")) and not is_btad(folder)
+    return bool(list_good_part_folders(folder / "train")) and not is_btad_folder(folder)
 
 
-MVTEC = FolderImporter("train/good with test/ or test_public/", _is_mvtec, plan_mvtec)
+MVTEC = FolderImporter("train/good with test/ or test_public/", _is_mvtec_folder, plan_mvtec_import)

@@ -15,11 +15,11 @@ from focus_ray.data.importers.base import (
     ImportSettings,
     Sample,
     check_category_name,
-    draw_test_images,
-    folder_name,
+    get_folder_name,
+    select_test_images,
 )
-from focus_ray.data.importers.vocabulary import is_good_name
-from focus_ray.data.schema import SPLITS, Reject
+from focus_ray.data.importers.vocabulary import means_good_parts
+from focus_ray.data.schema import SPLITS, RejectedFile
 from focus_ray.data.source import SourcePath
 from focus_ray.errors import DataError
 
@@ -28,7 +28,7 @@ _NO = ("0", "0.0", "false", "no", "f", "n")
 _YES = ("1", "1.0", "true", "yes", "t", "y")
 
 
-def plan_visa(
+def plan_visa_import(
     table: SourcePath, root: SourcePath, categories: Sequence[str] | None, settings: ImportSettings
 ) -> list[ImportPlan]:
     """Makes the import plans of the categories in a table with the columns object,split,label,image,mask.
@@ -59,7 +59,7 @@ def plan_visa(
     unsplit: dict[str, list[str]] = defaultdict(list)
     parsed = []
     for number, row in enumerate(rows, start=2):
-        category = check_category_name(row.get("object") or folder_name(table.parent), table)
+        category = check_category_name(row.get("object") or get_folder_name(table.parent), table)
         label_text, image_text = (row["label"] or "").strip(), (row["image"] or "").strip()
         split = (row.get("split") or "").strip().lower()
         if split not in ("", *SPLITS) or not label_text or not image_text:
@@ -67,7 +67,7 @@ def plan_visa(
             raise DataError(
                 f"{table}: line {number}: expected split train or test, a label and an image, got {row_text}"
             )
-        label = int(not (is_good_name(label_text) or label_text.casefold() in _NO))
+        label = int(not (means_good_parts(label_text) or label_text.casefold() in _NO))
         if label and split == "train":
             raise DataError(f"{table}: line {number}: an anomalous image ({label_text!r}) in train; move it to test")
         if not label and not split:
@@ -75,8 +75,8 @@ def plan_visa(
         parsed.append((category, split, label, label_text, image_text, (row.get("mask") or "").strip()))
     test_images: dict[str, set[str]] = {}
     for category, names in unsplit.items():
-        groups = settings.name_groups([(_table_path(name, root, table), "") for name in names])
-        test_images[category] = set(compress(names, draw_test_images(names, settings, groups)))
+        groups = settings.name_groups([(_resolve_table_path(name, root, table), "") for name in names])
+        test_images[category] = set(compress(names, select_test_images(names, settings, groups)))
     for category, split, label, label_text, image_text, mask_text in parsed:
         plan = plans.setdefault(category, ImportPlan(category))
         if categories is not None and category not in categories:
@@ -84,11 +84,11 @@ def plan_visa(
         has_drawn_split = not split
         if has_drawn_split:
             split = "test" if label or image_text in test_images[category] else "train"
-        image, mask = (_table_path(text, root, table) for text in (image_text, mask_text or image_text))
+        image, mask = (_resolve_table_path(text, root, table) for text in (image_text, mask_text or image_text))
         missing_files = [text for text, path in ((image_text, image), (mask_text, mask)) if text and not path.is_file()]
         if missing_files:
-            detail = f"{settings.relative(table)} names {missing_files[0]}, which does not exist"
-            plan.rejects.append(Reject(settings.relative(image), category, "missing_file", detail))
+            detail = f"{settings.format_relative_path(table)} names {missing_files[0]}, which does not exist"
+            plan.rejects.append(RejectedFile(settings.format_relative_path(image), category, "missing_file", detail))
             continue
         label_name = "anomaly" if label_text.casefold() in _YES else label_text
         defect = re.sub(r"[^A-Za-z0-9._-]+", "_", label_name) if label else "good"
@@ -96,7 +96,7 @@ def plan_visa(
     return [plans[name] for name in sorted(plans)]
 
 
-def _table_path(text: str, root: SourcePath, table: SourcePath) -> SourcePath:
+def _resolve_table_path(text: str, root: SourcePath, table: SourcePath) -> SourcePath:
     """Returns the file that an entry of a table names, relative to the root or, if missing there, to the folder of the table.
 
     Raises: DataError: the entry leads out of the root.
@@ -122,13 +122,17 @@ class _VisaImporter:
     expected = "split_csv/1cls.csv or image_anno.csv"
     has_table = True
 
-    def fits(self, folder: SourcePath) -> bool:
+    def matches_folder(self, folder: SourcePath) -> bool:
         """Returns whether a folder contains such a table."""
         return bool(find_visa_tables(folder))
 
-    def plan(self, folder: SourcePath, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
-        """Returns the import plans of all categories in the tables of a folder. Raises: DataError: see `plan_visa`."""
-        return [plan for table in find_visa_tables(folder) for plan in plan_visa(table, folder, categories, settings)]
+    def plan_import(
+        self, folder: SourcePath, categories: Sequence[str] | None, settings: ImportSettings
+    ) -> list[ImportPlan]:
+        """Returns the import plans of all categories in the tables of a folder. Raises: DataError: see `plan_visa_import`."""
+        return [
+            plan for table in find_visa_tables(folder) for plan in plan_visa_import(table, folder, categories, settings)
+        ]
 
 
 VISA = _VisaImporter()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-# by language; normalised by `_letters_and_digits`
+# by language; normalised by `_normalize_name`
 GOOD_WORDS = {
     "English": "good ok okay normal nominal pass passed accept accepted acceptable fine clean healthy intact perfect flawless "
     "undamaged undefective nondefective faultless conforming conform golden regular correct nodefect noanomaly "
@@ -48,47 +48,47 @@ _UNCLEAR = """
 """
 
 
-def _words(*texts: str) -> frozenset[str]:
+def _split_words(*texts: str) -> frozenset[str]:
     """Returns all words of the texts, without repeats."""
     return frozenset(word for text in texts for word in text.split())
 
 
-_good_words, _bad_words, _unclear_words = _words(*GOOD_WORDS.values()), _words(_BAD), _words(_UNCLEAR)
-_object_words = _words(_OBJECT_WORDS_TEXT)
+_good_words, _bad_words, _unclear_words = _split_words(*GOOD_WORDS.values()), _split_words(_BAD), _split_words(_UNCLEAR)
+_object_words = _split_words(_OBJECT_WORDS_TEXT)
 
 
-def is_good_name(name: str) -> bool:
+def means_good_parts(name: str) -> bool:
     """Returns whether the name of a folder or label means good (normal) parts."""
-    return _is_word(_letters_and_digits(name), _good_words)
+    return _matches_word_list(_normalize_name(name), _good_words)
 
 
-def is_bad_name(name: str) -> bool:
+def means_defective_parts(name: str) -> bool:
     """Returns whether a folder name means defective parts. Used for layouts where unknown names are refused."""
-    normalized = _letters_and_digits(name)
-    return normalized.startswith("bad") or _is_word(normalized, _bad_words)
+    normalized = _normalize_name(name)
+    return normalized.startswith("bad") or _matches_word_list(normalized, _bad_words)
 
 
-def _is_word(normalized: str, words: frozenset[str]) -> bool:
+def _matches_word_list(normalized: str, words: frozenset[str]) -> bool:
     """Returns whether a name is in a list of words, also with a plural "s" or with a word for the object, as in "goodparts".
 
-    Args: normalized: the name, from `_letters_and_digits`.
+    Args: normalized: the name, from `_normalize_name`.
     """
-    candidates = (normalized, *_without_object_word(normalized))
+    candidates = (normalized, *_strip_object_word(normalized))
     return any(word in words or (word.endswith("s") and word[:-1] in words) for word in candidates)
 
 
-def is_unclear_name(name: str) -> bool:
+def is_ambiguous_name(name: str) -> bool:
     """Returns whether a folder name may mean good or defective parts, such as "1" or "other"."""
-    return _letters_and_digits(name) in _unclear_words
+    return _normalize_name(name) in _unclear_words
 
 
-def _letters_and_digits(name: str) -> str:
+def _normalize_name(name: str) -> str:
     """Returns the letters and digits of a name, in lower case and without accents."""
     decomposed = unicodedata.normalize("NFKD", name.casefold())
     return "".join(c for c in decomposed if not unicodedata.combining(c) and re.match(r"\w", c) and c != "_")
 
 
-def _without_object_word(normalized: str) -> list[str]:
+def _strip_object_word(normalized: str) -> list[str]:
     """Returns the name without a word for the object ("part", "image") at its start or end: one text for each matching word."""
     shortened = [normalized.removeprefix(word) for word in sorted(_object_words) if normalized.startswith(word)]
     return shortened + [normalized.removesuffix(word) for word in sorted(_object_words) if normalized.endswith(word)]
