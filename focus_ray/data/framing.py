@@ -143,7 +143,7 @@ class InputFrame:
 
         Returns: the rectangle that the image covers in the frame, the array at the network's input size.
 
-        Raises: DataError: nothing of the image can be scored, see `InputFrame.cells`. The message gives the reason and the remedy.
+        Raises: DataError: nothing of the image can be scored, see `InputFrame.cells`. The message gives the remedy.
         """
         box = self.compute_image_rectangle(width, height)
         if not self.has_scored_channel or self._has_scored_cell(self.make_scored_channel(box) > 0):

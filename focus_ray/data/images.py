@@ -9,7 +9,7 @@ Training, batch inspection and serving treat unusual files in the same way:
   exposure stays equal. A 12-bit camera that does not shift its values up gives dark images: shift the values first.
 - 16-bit colour keeps its high byte, because Pillow reads no more. 32-bit integer, signed and float images are refused.
 - The tags of a TIFF decide how it is read, or that it is refused (`tiff`). WhiteIsZero pixels are inverted, so that white is 255.
-- Pictures that focus_ray drew itself are decoded like other images. Callers that expect photographs call `refuse_generated_picture`.
+- Pictures that focus_ray drew itself are decoded like other images. Callers can refuse them with `refuse_generated_picture`.
 - Only the first frame or page of an image is used. The pages of a mask's TIFF are combined, because some programs write one page
   for each region. Masks of other formats with several frames are refused.
 """
@@ -108,11 +108,11 @@ def decode_image(data: bytes, size: int | InputFrame | None) -> npt.NDArray[np.u
 
     Args:
         data: bytes of a file in one of the formats ``FORMATS``.
-        size: `InputFrame` (target size and padding) into which the image is placed; or the side, in pixels, of a square to which the
-            image is stretched. None keeps the size of the image.
+        size: `InputFrame` (target size and padding) into which the image is placed; or the side, in pixels, of a square to which
+            the image is stretched. None keeps the size of the image.
 
-    Returns: uint8, RGB, writable: (H, W, 3), or the shape of the `InputFrame`, which may have a fourth channel that marks the scored
-        pixels.
+    Returns: uint8, RGB, writable: (H, W, 3), or the shape of the `InputFrame`, which may have a fourth channel that marks the
+        scored pixels.
 
     Raises: ImageError: the data is empty, truncated, no image, of an unsupported kind, has more than ``MAX_PIXELS`` pixels, or
         no pixel of the image can be scored.
@@ -344,7 +344,7 @@ def decode_batch_with_info(
 
 
 def _make_frame(size: int | InputFrame | None) -> InputFrame | None:
-    """Returns the `InputFrame` for a size: a number becomes a square frame of this side; a frame or None is returned unchanged."""
+    """Returns the `InputFrame` for a size: a number becomes a square frame of this side; other values stay."""
     return InputFrame(size, size) if isinstance(size, int) else size
 
 

@@ -196,8 +196,8 @@ def decode_rows(
 ) -> Iterator[np.ndarray[Any, Any]]:
     """Returns an iterator over batches of decoded images, uint8 (B, H, W, 3), in the order of the rows.
 
-    If the frame marks scored pixels, a fourth channel contains the mark (see `InputFrame.shape`). The batches are prefetched: up to
-    four batches are in memory.
+    If the frame marks scored pixels, a fourth channel contains the mark (see `InputFrame.shape`). The batches are prefetched:
+    up to four batches are in memory.
 
     Args:
         uri: root of the data set.

@@ -13,7 +13,7 @@ from focus_ray.storage.files import ListedObject, S3ObjectReader, is_s3_uri, lis
 
 
 class S3Listing:
-    """The files and folders below an s3:// prefix, kept in memory after one listing. A pickled listing loses its listing."""
+    """The files and folders below an s3:// prefix, kept in memory after one request. A pickled copy has no entries."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
@@ -54,11 +54,11 @@ class S3Path:
     __slots__ = ("listing", "path")
 
     def __init__(self, listing: S3Listing, path: str = "") -> None:
-        """Makes the path of a file or folder below the prefix of a listing.
+        """Makes the path of a file or folder below the listed prefix.
 
         Args:
             listing: the listing that contains the file or folder.
-            path: path relative to the prefix of the listing; empty for the prefix itself.
+            path: path relative to the listed prefix; empty for the prefix itself.
         """
         self.listing, self.path = listing, path
 

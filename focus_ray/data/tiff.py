@@ -3,8 +3,8 @@
 Pillow decodes common TIFFs correctly, but decodes some kinds wrongly without an error. So the tags of a file decide: Pillow
 decodes the file, tifffile decodes it, or it is refused with a message that names its kind.
 
-Files may be made by an attacker. Therefore, `_check_page_directory` limits tags, strips and tiles before a library parses them. And
-strips are decompressed here, because tifffile (2026.3) does not limit the size of a decompressed strip.
+Files may be made by an attacker. Therefore, `_check_page_directory` limits tags, strips and tiles before a library parses them.
+And strips are decompressed here, because tifffile (2026.3) does not limit the size of a decompressed strip.
 
 A TIFF has one directory for each page: the list of the page's tags. A sample is one channel value of a pixel. Strips and tiles
 ("segments") are parts of the pixels that are compressed separately.

@@ -60,7 +60,7 @@ def compute_digest(content: bytes | OSError) -> FileDigest:
 def check_sample(
     sample: Sample, contents: Sequence[bytes | OSError], category: str, settings: ImportSettings
 ) -> CheckedSample | RejectedFile:
-    """Checks an image and its masks. Returns the checked sample, or a `RejectedFile` with the reason why the image cannot be used.
+    """Checks an image and its masks. Returns the checked sample, or a `RejectedFile` with the reason of the refusal.
 
     Args:
         sample: the image.

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from focus_ray.evaluation.work_items import open_worker_pool
 from PIL import Image
 from shared_bundles import PLAIN
 from small_set import NUM_TEST, NUM_TRAIN, make_bundle, small_config
@@ -28,6 +27,7 @@ from focus_ray.evaluation.measuring import (
     process_work_item,
 )
 from focus_ray.evaluation.run import EvaluationReport, EvaluationRun, evaluate_bundles
+from focus_ray.evaluation.work_items import open_worker_pool
 from focus_ray.fitting.split import shorten_hash
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.metrics.pixels import PixelBins

@@ -27,8 +27,8 @@ from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.data.store import open_data_set
 from focus_ray.errors import DataError, FocusRayError
 from focus_ray.names import Log
-from focus_ray.progress import Progress
-from focus_ray.storage.files import join, write_bytes
+from focus_ray.progress import ProgressPrinter
+from focus_ray.storage.files import join_path, write_bytes
 
 PART_IMAGES = 512  # approximate number of images in a part
 MAX_LOADED_BUNDLES = 2  # per process; the previous bundle is still needed for the pictures of its category
@@ -73,7 +73,7 @@ class ScoringJob:
             first: position of the part's first image among the images of the job.
             count: number of images in the part.
         """
-        return join(self.folder, f"part-{first:09d}-{first + count:09d}.parquet")
+        return join_path(self.folder, f"part-{first:09d}-{first + count:09d}.parquet")
 
     def write_part(self, first: int, table: pa.Table) -> None:
         """Writes the results of a part (a range of images) to its Parquet file. first: position of the part's first image.
@@ -170,10 +170,10 @@ class ScoringRun(Generic[Job]):
         self.failed: dict[str, str] = {}
         self.num_open: dict[str, int] = {}
         self.urgent: deque[WorkItem[Job]] = deque()
-        self.progress = Progress("scoring", 0, log)
+        self.progress = ProgressPrinter("scoring", 0, log)
         self._planned = self._plan_categories()
 
-    def plan_category(self, category: str) -> list[WorkItem[Job]]:
+    def compute_split_plan(self, category: str) -> list[WorkItem[Job]]:
         """Returns the work items of a category; a subclass implements it.
 
         Raises: FocusRayError: the category cannot be scored.
@@ -196,7 +196,7 @@ class ScoringRun(Generic[Job]):
         """
         for category in self.bundles:
             try:
-                items = self.plan_category(category)
+                items = self.compute_split_plan(category)
                 self.num_open[category] = len(items)
                 self.progress.total += sum(item.num_images for item in items)
                 for item in items:
