@@ -14,7 +14,7 @@ from benchmarks.harness import add_arguments, base_tree, merged, open_data, prin
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import read_test_rows
 from focus_ray.fitting.settings import load_config, parse_config
-from focus_ray.reporting.tables import mean_metrics
+from focus_ray.reporting.tables import compute_mean_metrics
 from focus_ray.training.training import train
 
 
@@ -54,7 +54,7 @@ def main(name: str, description: str, published: Mapping[str, Mapping[str, tuple
     header = ["category", "ours image", "ours pixel", "ours AUPRO 0.3"]
     header += [f"{method} {part}" for method in published for part in ("image", "pixel")]
     rows = []
-    for category, result in {**results, f"mean of {len(results)}": mean_metrics(results)}.items():
+    for category, result in {**results, f"mean of {len(results)}": compute_mean_metrics(results)}.items():
         row = [category, *(_percent(result[key]) for key in ("image_auroc", "pixel_auroc", "aupro_0.3"))]
         for figures in published.values():
             row += [_percent(value, 1.0) for value in figures.get(category.split()[0], (None, None))]

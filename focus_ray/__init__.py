@@ -30,10 +30,10 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         from importlib import import_module
 
-        from focus_ray.errors import explain_missing_module
+        from focus_ray.errors import find_missing_package_error
 
         try:
             return getattr(import_module(f"focus_ray.{_MODULES[name]}"), name)
         except ModuleNotFoundError as error:
-            raise explain_missing_module(error) or error from None
+            raise find_missing_package_error(error) or error from None
     raise AttributeError(f"module 'focus_ray' has no attribute {name!r}")

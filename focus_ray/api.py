@@ -29,7 +29,7 @@ from focus_ray.data.read import list_categories, read_test_rows
 from focus_ray.data.schema import Row
 from focus_ray.detect.inspection import Inspection
 from focus_ray.drawing.png import encode_png
-from focus_ray.errors import ConfigError, DataError, require_extra
+from focus_ray.errors import ConfigError, DataError, check_extra_is_installed
 from focus_ray.fitting.fit import check_fit_prerequisites
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.split import compute_split_rule
@@ -72,7 +72,7 @@ class Model:
 
     def inspect(self, image: Image) -> Inspection:
         """Inspects one image. Raises: DataError: the image cannot be read, or has none of the types of `Image`."""
-        return self.inspector.inspect([image if isinstance(image, (str, Path)) else _encode(image)])[0]
+        return self.inspector.inspect([image if isinstance(image, (str, Path)) else _encode_image_file(image)])[0]
 
     def inspect_all(self, images: str | Path | Sequence[Image] | NDArray[Any]) -> list[Inspection]:
         """Inspects images and returns one `Inspection` for each, in order.
@@ -85,8 +85,8 @@ class Model:
             return self.inspector.inspect(find_image_files(Path(images).expanduser()))
         return self.inspector.inspect(
             [
-                image if isinstance(image, (str, Path)) else _encode(image, f"image {number}")
-                for number, image in enumerate(_as_list(images))
+                image if isinstance(image, (str, Path)) else _encode_image_file(image, f"image {number}")
+                for number, image in enumerate(_convert_to_image_list(images))
             ]
         )
 
@@ -109,10 +109,10 @@ class Model:
         if labels is not None:
             if images is None:
                 raise DataError("evaluate got labels without images: give the images that the labels belong to")
-            image_list = [images] if isinstance(images, (str, Path)) else _as_list(images)
+            image_list = [images] if isinstance(images, (str, Path)) else _convert_to_image_list(images)
             if len(image_list) != len(labels):
                 raise DataError(f"{len(image_list)} images, but {len(labels)} labels: give one label for each image")
-            return self.inspector.evaluate(_records(image_list, _checked_labels(labels)))
+            return self.inspector.evaluate(_iterate_test_records(image_list, _parse_labels(labels)))
         if images is None:
             data = str(self.inspector.bundle.config.data.uri)
             if not Path(data).expanduser().exists() and "://" not in data:
@@ -123,7 +123,7 @@ class Model:
         if not isinstance(images, (str, Path)):
             raise DataError("evaluate needs labels for a list of images: 0 for a good part, 1 for a bad part")
         with tempfile.TemporaryDirectory() as folder:
-            data, category = _ingest_or_use(Path(images).expanduser(), Path(folder))
+            data, category = _ensure_ingested(Path(images).expanduser(), Path(folder))
             return self.inspector.evaluate(read_test_rows(data, category))
 
     def save(self, place: str | Path) -> str:
@@ -177,19 +177,19 @@ def fit(
         WeightsError: the weights of the backbone are not available.
         MissingPackageError: the extra `train` is not installed.
     """
-    require_extra("train", "focus_ray.fit")
+    check_extra_is_installed("train", "focus_ray.fit")
     scratch = tempfile.TemporaryDirectory(prefix="focus-ray-")
     root = Path(scratch.name)
-    tree = _merge_settings(settings)
+    tree = _override_standard_settings(settings)
     tree.setdefault("data", {})
-    config = _parse_tree(tree, str(root / "data"))
+    config = _parse_settings(tree, str(root / "data"))
     if config.trackers:
         raise ConfigError(
             "trackers: focus_ray.fit supports no trackers: leave them out, or use `focus-ray fit` or `focus-ray train`"
         )
     check_fit_prerequisites(config)
-    data, category = _ingest_or_use(images, root, groups, group_by)
-    config = _parse_tree(tree, data)
+    data, category = _ensure_ingested(images, root, groups, group_by)
+    config = _parse_settings(tree, data)
     split = compute_split_rule(config, category)
     fit_category(config, split, str(root), log or (lambda message: None))
     place = bundle_uri(str(root), category)
@@ -212,12 +212,12 @@ def load(place: str | Path) -> Model:
     return Model(Inspector.load(uri), uri)
 
 
-def _parse_tree(tree: Mapping[str, Any], data: str) -> Config:
+def _parse_settings(tree: Mapping[str, Any], data: str) -> Config:
     """Parses a tree of settings with the data set `data`."""
     return parse_config({**tree, "data": {**tree["data"], "uri": data}}, "settings")
 
 
-def _merge_settings(changes: Mapping[str, Any]) -> dict[str, Any]:
+def _override_standard_settings(changes: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the standard configuration with changed settings. Raises: ConfigError: a name matches no key, or several keys."""
     tree = read_mapping(find_config("default", "run"))
     for section in ("data", "cluster"):
@@ -243,7 +243,7 @@ def _merge_settings(changes: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _ingest_or_use(
+def _ensure_ingested(
     images: Any, root: Path, groups: Sequence[str | int | None] | None = None, group_by: str | None = None
 ) -> tuple[str, str]:
     """Ingests images into a data set below `root`. An ingested data set is used directly.
@@ -261,21 +261,21 @@ def _ingest_or_use(
         uri = str(images)
         if group_by is not None:
             raise DataError(f"group_by={group_by!r}: {uri} is already ingested: give --group-by to `focus-ray ingest`")
-        return uri, _only_category(list_categories(uri), uri)
+        return uri, _require_single_category(list_categories(uri), uri)
     rule: str | GroupRule | None = group_by
     if source is None:
-        source = _write_images(images, root / _DEFAULT_CATEGORY)
+        source = _write_image_files(images, root / _DEFAULT_CATEGORY)
         rule = _make_group_rule(groups, source)
     elif not source.is_dir():
         raise DataError(f"{source}: no such folder: give a folder of good images")
     else:
-        source = link_into_good_folder(source, root)
+        source = link_images_into_good_folder(source, root)
     report = ingest(source, root / "data", progress=False, group_by=rule)
-    name = _only_category([category.name for category in report.categories], str(source))
+    name = _require_single_category([category.name for category in report.categories], str(source))
     return str(root / "data"), name
 
 
-def _only_category(categories: Sequence[str], place: str) -> str:
+def _require_single_category(categories: Sequence[str], place: str) -> str:
     """Returns the only category. Raises: DataError: there is none, or there are several."""
     if len(categories) != 1:
         raise DataError(
@@ -285,7 +285,7 @@ def _only_category(categories: Sequence[str], place: str) -> str:
     return categories[0]
 
 
-def link_into_good_folder(source: Path, root: Path) -> Path:
+def link_images_into_good_folder(source: Path, root: Path) -> Path:
     """Returns a folder with the images of a flat folder in good/, made below `root` with links or copies.
 
     A source folder with subfolders, or without images, is returned unchanged.
@@ -303,22 +303,22 @@ def link_into_good_folder(source: Path, root: Path) -> Path:
     return folder.parent
 
 
-def _write_images(images: Any, folder: Path) -> Path:
+def _write_image_files(images: Any, folder: Path) -> Path:
     """Writes images as files into folder/good/ and returns the folder."""
     (folder / "good").mkdir(parents=True)
-    for number, image in enumerate(_as_list(images)):
+    for number, image in enumerate(_convert_to_image_list(images)):
         name = f"{number:06}"
         if isinstance(image, (str, Path)):
             path = Path(image).expanduser()
             suffix = path.suffix if path.suffix.lower() in IMAGE_SUFFIXES else ".png"
-            (folder / "good" / f"{name}{suffix}").write_bytes(_encode(path))
+            (folder / "good" / f"{name}{suffix}").write_bytes(_encode_image_file(path))
         else:
-            (folder / "good" / f"{name}.png").write_bytes(_encode(image, f"image {number}"))
+            (folder / "good" / f"{name}.png").write_bytes(_encode_image_file(image, f"image {number}"))
     return folder
 
 
 def _make_group_rule(groups: Sequence[str | int | None] | None, folder: Path) -> GroupRule | None:
-    """Returns the rule that gives each file of `_write_images` its group. Raises: DataError: the groups do not fit the images."""
+    """Returns the rule that gives each file of `_write_image_files` its group. Raises: DataError: the groups do not fit the images."""
     if groups is None:
         return None
     files = list_image_files(folder / "good")
@@ -335,7 +335,7 @@ def _make_group_rule(groups: Sequence[str | int | None] | None, folder: Path) ->
 _MAX_CHANNELS = 4
 
 
-def _as_list(images: Any) -> list[Any]:
+def _convert_to_image_list(images: Any) -> list[Any]:
     """Returns the images of a list or an array of any library as a list. A single image becomes a list with one item."""
     if isinstance(images, (bytes, bytearray, Pillow.Image)):
         return [images]
@@ -363,7 +363,7 @@ def _is_single_image(image: NDArray[Any]) -> bool:
     return image.ndim == 3 and image.shape[2] in (1, 3)
 
 
-def _encode(image: Any, name: str = "") -> bytes:
+def _encode_image_file(image: Any, name: str = "") -> bytes:
     """Returns the bytes of an image file for an image of any type. Raises: DataError: the type is none of `Image`.
 
     Args: name: name of the image for error messages.
@@ -390,7 +390,7 @@ def _encode(image: Any, name: str = "") -> bytes:
     return encode_png(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
 
 
-def _checked_labels(labels: Sequence[Any]) -> list[int]:
+def _parse_labels(labels: Sequence[Any]) -> list[int]:
     """Returns the labels as 0 and 1. Raises: DataError: a label equals neither, such as a score of 0.6."""
     checked = []
     for number, label in enumerate(labels):
@@ -404,11 +404,11 @@ def _checked_labels(labels: Sequence[Any]) -> list[int]:
     return checked
 
 
-def _records(images: Sequence[Image], labels: Sequence[int]) -> Iterator[Row]:
+def _iterate_test_records(images: Sequence[Image], labels: Sequence[int]) -> Iterator[Row]:
     """Yields images with labels as test records without masks. Raises: DataError: an image cannot be read."""
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         name = str(image) if isinstance(image, (str, Path)) else f"image {number}"
-        data = _encode(image, name)
+        data = _encode_image_file(image, name)
         try:
             info, pixels = decode_image_with_info(data)
         except ImageError as error:

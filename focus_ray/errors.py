@@ -73,7 +73,7 @@ EXTRA_MODULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def require_extra(extra: str, feature: str) -> None:
+def check_extra_is_installed(extra: str, feature: str) -> None:
     """Checks that the packages of an extra are installed, without importing them.
 
     Args:
@@ -82,25 +82,29 @@ def require_extra(extra: str, feature: str) -> None:
 
     Raises: MissingPackageError: a package is not installed.
     """
-    absent = [name for name in EXTRA_MODULES[extra] if not _is_installed(name)]
+    absent = [name for name in EXTRA_MODULES[extra] if not _is_module_installed(name)]
     if absent:
-        raise MissingPackageError(f"{feature} needs {', '.join(absent)}, not installed here: {_install_command(extra)}")
+        raise MissingPackageError(
+            f"{feature} needs {', '.join(absent)}, not installed here: {_format_install_command(extra)}"
+        )
 
 
-def _is_installed(module: str) -> bool:
+def _is_module_installed(module: str) -> bool:
     """Returns whether a module can be imported. A plain folder of that name, such as `wandb/` with runs, does not count."""
     spec = find_spec(module)
     return spec is not None and spec.origin is not None
 
 
-def explain_missing_module(error: ModuleNotFoundError) -> MissingPackageError | None:
+def find_missing_package_error(error: ModuleNotFoundError) -> MissingPackageError | None:
     """Returns the error with the missing extra for a failed import, or None if the module belongs to no extra."""
     name = (error.name or "").partition(".")[0]
     for extra, modules in EXTRA_MODULES.items():
         if name in modules:
-            return MissingPackageError(f"this needs {name}, which is not installed here: {_install_command(extra)}")
+            return MissingPackageError(
+                f"this needs {name}, which is not installed here: {_format_install_command(extra)}"
+            )
     return None
 
 
-def _install_command(extra: str) -> str:
+def _format_install_command(extra: str) -> str:
     return f"pip install 'focus-ray[{extra}]'"

@@ -9,22 +9,31 @@ import sys
 import pytest
 from places import REPOSITORY
 
-from focus_ray.cli.config_reference import COMMAND, ROOTS, Setting, explain, markdown, parts_of, unit_of
+from focus_ray.cli.config_reference import (
+    COMMAND,
+    CONFIG_KINDS,
+    SettingDescription,
+    explain_key,
+    find_unit,
+    iterate_sections,
+    render_markdown,
+)
 from focus_ray.errors import ConfigError
 from focus_ray.features.backbones.registry import BACKBONES
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.settings.sections import setting_keys
 from focus_ray.tracking.settings import TrackerConfig
 
-SETTINGS: dict[str, dict[str, Setting]] = {
-    root.title: {setting.key: setting for part in parts_of(root.model) for setting in part.settings} for root in ROOTS
+SETTINGS: dict[str, dict[str, SettingDescription]] = {
+    kind.title: {setting.key: setting for section in iterate_sections(kind.model) for setting in section.settings}
+    for kind in CONFIG_KINDS
 }
 RUN, SWEEP, SERVICE = SETTINGS.values()
 
 
 def test_the_page_is_up_to_date() -> None:
     page = (REPOSITORY / "docs/reference/configuration.md").read_text(encoding="utf-8")
-    assert page == markdown(), f"docs/reference/configuration.md is out of date with the models: run `{COMMAND}`"
+    assert page == render_markdown(), f"docs/reference/configuration.md is out of date with the models: run `{COMMAND}`"
 
 
 @pytest.mark.parametrize("title", SETTINGS)
@@ -76,7 +85,7 @@ def test_sections_in_lists_and_mappings_have_their_keys() -> None:
 
 
 def test_the_unit_comes_from_the_name_of_a_field() -> None:
-    assert [unit_of(name) for name in ("timeout_s", "memory_gib_per_worker", "max_age_days", "epochs")] == [
+    assert [find_unit(name) for name in ("timeout_s", "memory_gib_per_worker", "max_age_days", "epochs")] == [
         "seconds",
         "GiB",
         "days",
@@ -88,7 +97,7 @@ def test_the_unit_comes_from_the_name_of_a_field() -> None:
 
 
 def test_a_key_is_explained_with_its_values_default_and_meaning() -> None:
-    explanation = explain("train.epochs")
+    explanation = explain_key("train.epochs")
     assert "train.epochs (of a run)" in explanation
     assert all(
         words in explanation for words in ("integer from 0 to 10000", "default: 0", "Passes over the training images")
@@ -96,19 +105,19 @@ def test_a_key_is_explained_with_its_values_default_and_meaning() -> None:
 
 
 def test_a_key_of_a_run_is_explained_in_the_form_of_a_sweep() -> None:
-    assert explain("base.train.epochs") == explain("train.epochs")
+    assert explain_key("base.train.epochs") == explain_key("train.epochs")
 
 
 def test_a_key_that_must_be_set_says_so() -> None:
-    assert "default: none: it must be set" in explain("data.uri")
+    assert "default: none: it must be set" in explain_key("data.uri")
 
 
 def test_a_key_of_several_configurations_is_explained_for_each() -> None:
-    assert re.findall(r"^name \((.*)\)", explain("name"), re.MULTILINE) == ["of a run", "of a sweep"]
+    assert re.findall(r"^name \((.*)\)", explain_key("name"), re.MULTILINE) == ["of a run", "of a sweep"]
 
 
 def test_a_section_lists_the_keys_in_it_and_in_its_sections() -> None:
-    explanation = explain("model")
+    explanation = explain_key("model")
     assert "model.backbone " in explanation
     assert "model.image_alignment.group " in explanation
     assert "train." not in explanation
@@ -125,10 +134,10 @@ def test_a_section_lists_the_keys_in_it_and_in_its_sections() -> None:
 )
 def test_a_misspelt_key_is_refused_with_the_nearest(key: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        explain(key)
+        explain_key(key)
 
 
 def test_neither_torch_nor_ray_is_imported() -> None:
-    code = "import sys, focus_ray.cli.config_reference as c; c.markdown(); print({'torch', 'ray'} & set(sys.modules))"
+    code = "import sys, focus_ray.cli.config_reference as c; c.render_markdown(); print({'torch', 'ray'} & set(sys.modules))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert ended.stdout.strip() == "set()"

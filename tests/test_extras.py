@@ -20,8 +20,8 @@ else:
 
 from small_set import draw_parts, make_bundle, small_config
 
-from focus_ray.cli.main import NEEDS, command_names
-from focus_ray.errors import EXTRA_MODULES, MissingPackageError, explain_missing_module, require_extra
+from focus_ray.cli.main import REQUIRED_EXTRAS, list_command_names
+from focus_ray.errors import EXTRA_MODULES, MissingPackageError, check_extra_is_installed, find_missing_package_error
 from focus_ray.ingestion.ingest import ingest
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -77,13 +77,13 @@ def test_every_imported_package_is_a_requirement_of_the_right_extra() -> None:
 def test_an_incomplete_extra_gives_an_error_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    require_extra("train", "focus-ray train")
+    check_extra_is_installed("train", "focus-ray train")
     monkeypatch.setitem(EXTRA_MODULES, "train", ("numpy", "no_such_module"))
     with pytest.raises(
         MissingPackageError,
         match=r"focus-ray train needs no_such_module, not installed here: pip install 'focus-ray\[train\]'",
     ):
-        require_extra("train", "focus-ray train")
+        check_extra_is_installed("train", "focus-ray train")
 
 
 def test_a_folder_with_the_name_of_a_package_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,16 +91,16 @@ def test_a_folder_with_the_name_of_a_package_is_no_package(tmp_path: Path, monke
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(EXTRA_MODULES, "wandb", ("no_such_module",))
     with pytest.raises(MissingPackageError, match="needs no_such_module, not installed here"):
-        require_extra("wandb", "trackers.wandb")
+        check_extra_is_installed("wandb", "trackers.wandb")
 
 
 def test_an_import_error_without_an_extra_is_unchanged() -> None:
-    assert explain_missing_module(ModuleNotFoundError("", name="no_such_module")) is None
-    assert "pip install 'focus-ray[ray]'" in str(explain_missing_module(ModuleNotFoundError("", name="ray.train")))
+    assert find_missing_package_error(ModuleNotFoundError("", name="no_such_module")) is None
+    assert "pip install 'focus-ray[ray]'" in str(find_missing_package_error(ModuleNotFoundError("", name="ray.train")))
 
 
 def test_commands_that_need_an_extra_are_commands() -> None:
-    assert set(NEEDS) <= set(command_names())
+    assert set(REQUIRED_EXTRAS) <= set(list_command_names())
 
 
 WITHOUT = """

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from focus_ray.errors import ConfigError, require_extra
+from focus_ray.errors import ConfigError, check_extra_is_installed
 from focus_ray.features.network import FocusNet
 
 TORCH = "torch"
@@ -71,7 +71,7 @@ def check_engine_support(engine: str, net: FocusNet, device: torch.device | str,
             f"engine={engine} needs at least {MIN_EXAMPLES} example images of good parts of the category, for a check of its "
             f"scores and for the scales of int8, got {num_examples}: give examples, as paths or bytes of image files"
         )
-    require_extra("onnx", f"engine={engine}")
+    check_extra_is_installed("onnx", f"engine={engine}")
 
 
 def compile_feature_extractor(net: FocusNet, engine: str, examples: Tensor) -> FeatureFunction:

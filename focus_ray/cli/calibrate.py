@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from focus_ray.cli.output import image_paths, readable_name, require, say
+from focus_ray.cli.output import check_paths_exist, list_image_paths, print_message, readable_name
 
 
 def add_calibrate_parser(commands: Any) -> None:
@@ -48,14 +48,14 @@ def add_calibrate_parser(commands: Any) -> None:
         "--trade-off", metavar="FILE", help="with --bad: write the curve of false alarms and misses to this CSV file"
     )
     calibrate.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    calibrate.set_defaults(run=_calibrate)
+    calibrate.set_defaults(run=_run_calibrate_command)
 
 
-def _calibrate(arguments: argparse.Namespace) -> int:
+def _run_calibrate_command(arguments: argparse.Namespace) -> int:
     """Runs `calibrate`: writes a bundle with new thresholds and prints them. Returns the exit status."""
     from focus_ray.errors import DataError
 
-    require(arguments.bundle, *(arguments.good or []), *arguments.bad, arguments.site)
+    check_paths_exist(arguments.bundle, *(arguments.good or []), *arguments.bad, arguments.site)
     by_hand = arguments.image_threshold is not None or arguments.pixel_threshold is not None
     if by_hand + bool(arguments.good) + (arguments.site is not None) != 1:
         raise DataError(
@@ -68,9 +68,9 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         )
     if arguments.trade_off and not arguments.bad:
         raise DataError("--trade-off needs --bad: a curve of false alarms against misses needs images of defects")
-    good, bad = image_paths(arguments.good or []), image_paths(arguments.bad)
+    good, bad = list_image_paths(arguments.good or []), list_image_paths(arguments.bad)
     how = f"with {len(good)} good and {len(bad)} bad images" if good else f"for the site of {arguments.site}"
-    say(f"calibrate: {arguments.bundle} {'by hand' if by_hand else how}")
+    print_message(f"calibrate: {arguments.bundle} {'by hand' if by_hand else how}")
     from focus_ray.bundle.recalibrate import calibrate_bundle, calibrate_for_site, set_thresholds
     from focus_ray.detect.calibration import Calibration
     from focus_ray.detect.shift import describe_new_calibration
@@ -95,7 +95,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         )
         manifest, calibration = outcome.manifest, outcome.calibration
         if outcome.is_metric_biased:
-            say(
+            print_message(
                 "note: the metric was learnt from these few images, so their scores are slightly low, and the false "
                 "alarm rate may be above the target: calibrate with new good images (--good)"
             )
@@ -110,21 +110,23 @@ def _calibrate(arguments: argparse.Namespace) -> int:
             device=arguments.device,
         )
         manifest, calibration = outcome.manifest, outcome.calibration
-        for line in _describe_copies(outcome.copies):
-            say(f"note: {line}")
+        for line in _describe_copied_images(outcome.copies):
+            print_message(f"note: {line}")
         if outcome.num_trained_on:
-            say(f"{outcome.num_trained_on} of the good images are among those that the model was trained on: left out")
+            print_message(
+                f"{outcome.num_trained_on} of the good images are among those that the model was trained on: left out"
+            )
         if outcome.shift is not None and (notice := describe_new_calibration(outcome.shift)):
-            say(f"note: {notice}")
+            print_message(f"note: {notice}")
         if outcome.curve is not None:
-            _print_trade_off(outcome.curve, calibration.image_threshold, arguments)
+            _print_threshold_trade_off(outcome.curve, calibration.image_threshold, arguments)
             if arguments.trade_off:
                 write_bytes(arguments.trade_off, outcome.curve.to_csv())
-                say(f"trade-off: {arguments.trade_off}")
+                print_message(f"trade-off: {arguments.trade_off}")
     for caveat in calibration.caveats():
-        say(f"note: {caveat}")
+        print_message(f"note: {caveat}")
     previous = manifest["data"]["calibrations"][-1]
-    say(
+    print_message(
         f"image threshold {previous['image_threshold']:.4g} -> {calibration.image_threshold:.4g}, "
         f"pixel threshold {previous['pixel_threshold']:.4g} -> {calibration.pixel_threshold:.4g}"
     )
@@ -132,7 +134,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _describe_copies(copies: Mapping[Path, Path]) -> list[str]:
+def _describe_copied_images(copies: Mapping[Path, Path]) -> list[str]:
     """Returns a line for each image that has copies, with the names of the copies.
 
     Args:
@@ -147,7 +149,7 @@ def _describe_copies(copies: Mapping[Path, Path]) -> list[str]:
     ]
 
 
-def _print_trade_off(curve: Any, threshold: float, arguments: argparse.Namespace) -> None:
+def _print_threshold_trade_off(curve: Any, threshold: float, arguments: argparse.Namespace) -> None:
     """Prints a table on standard output and an explanation on standard error.
 
     The table has a row for each false alarm rate, for the threshold in use, and for the cheapest threshold.
@@ -156,29 +158,29 @@ def _print_trade_off(curve: Any, threshold: float, arguments: argparse.Namespace
     cheapest = float(curve.thresholds[int(cost.argmin())])
     print(f"{'':24}{'threshold':>10} {'good called bad':>16} {'defects missed':>15} {'cost per part':>14}")
     rows = [
-        (f"at most {rate:.0%} false alarms", _lowest_threshold(curve, rate))
+        (f"at most {rate:.0%} false alarms", _find_lowest_threshold(curve, rate))
         for rate in (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
     ]
     for name, value in [*rows, ("as set", threshold), ("cheapest", cheapest)]:
         alarms, misses = curve.get_rates_at(value)
         price = float(
             curve.compute_cost(arguments.cost_false_alarm, arguments.cost_miss, arguments.defect_rate)[
-                _index_of_threshold(curve, value)
+                _find_threshold_index(curve, value)
             ]
         )
         print(f"{name:24}{value:10.4g} {alarms:16.1%} {misses:15.1%} {price:14.4g}")
-    say(
+    print_message(
         f"of {curve.num_good} good and {curve.num_bad} bad images; a false alarm costs {arguments.cost_false_alarm:g}, a miss "
         f"{arguments.cost_miss:g}, and {arguments.defect_rate:g} of parts are defective. A threshold picked from this table fits "
         "these defects: set it with --image-threshold, and test it on other images."
     )
 
 
-def _lowest_threshold(curve: Any, rate: float) -> float:
+def _find_lowest_threshold(curve: Any, rate: float) -> float:
     """Returns the lowest threshold whose false alarm rate is at most `rate`."""
     return float(curve.thresholds[int((curve.false_alarms <= rate + 1e-12).argmax())])
 
 
-def _index_of_threshold(curve: Any, threshold: float) -> int:
+def _find_threshold_index(curve: Any, threshold: float) -> int:
     """Returns the index of the last point of the curve whose threshold is not above `threshold`; at least 0."""
     return max(0, int(curve.thresholds.searchsorted(threshold, side="right")) - 1)

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 SHELLS = ("bash", "zsh", "fish")
-_ASKING = "_ARGCOMPLETE"  # the variable that a shell sets when it completes a word
-_CONFIGS = {"train": "run", "sweep": "sweep"}  # command -> kind of its standard configurations
-_ROOTS = {
+_REQUEST_VARIABLE = "_ARGCOMPLETE"  # the variable that a shell sets when it completes a word
+_STANDARD_KINDS = {"train": "run", "sweep": "sweep"}  # command -> kind of its standard configurations
+_CONFIG_TITLES = {
     "sweep": "a sweep",
     "serve": "the service",
 }  # command -> configuration of its keys; other commands take keys of a run
-_DESCRIBED = {
+_TYPE_WORDS = {
     "integer",
     "number",
     "text",
@@ -35,29 +35,29 @@ def add_completion_parser(commands: Any) -> None:
         "after compinit. For fish: focus-ray completion fish > ~/.config/fish/completions/focus-ray.fish",
     )
     completion.add_argument("shell", choices=SHELLS, help="the shell that reads the script")
-    completion.set_defaults(run=_print_script)
+    completion.set_defaults(run=_run_completion_command)
 
 
-def answer_shell(parser: argparse.ArgumentParser) -> None:
+def answer_completion_request(parser: argparse.ArgumentParser) -> None:
     """Answers a shell's request for completion: prints the matching words and ends the process.
 
     Does nothing if no shell asks (the variable `_ARGCOMPLETE` is not set).
     """
-    if _ASKING not in os.environ:
+    if _REQUEST_VARIABLE not in os.environ:
         return
     import argcomplete
 
-    for command, action in _iterate_arguments(parser):
+    for command, action in _iterate_parser_arguments(parser):
         if action.dest in ("config", "named", "what"):
-            action.completer = _ConfigCompleter(_CONFIGS.get(command))  # type: ignore[attr-defined]
+            action.completer = _ConfigNameCompleter(_STANDARD_KINDS.get(command))  # type: ignore[attr-defined]
         elif action.dest in ("override", "rest"):
-            action.completer = _KeyCompleter(_ROOTS.get(command, "a run"))  # type: ignore[attr-defined]
+            action.completer = _SettingKeyCompleter(_CONFIG_TITLES.get(command, "a run"))  # type: ignore[attr-defined]
         elif action.dest == "key":
-            action.completer = _KeyCompleter(None)  # type: ignore[attr-defined]
+            action.completer = _SettingKeyCompleter(None)  # type: ignore[attr-defined]
     argcomplete.autocomplete(parser, always_complete_options=False)
 
 
-def _print_script(arguments: argparse.Namespace) -> int:
+def _run_completion_command(arguments: argparse.Namespace) -> int:
     """Runs `completion`: prints the completion script for a shell. Returns the exit status."""
     import argcomplete
 
@@ -65,16 +65,18 @@ def _print_script(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _iterate_arguments(parser: argparse.ArgumentParser, command: str = "") -> Iterator[tuple[str, argparse.Action]]:
+def _iterate_parser_arguments(
+    parser: argparse.ArgumentParser, command: str = ""
+) -> Iterator[tuple[str, argparse.Action]]:
     """Yields (last word of the command, argument) for every argument of every command, such as ("remove", ...)."""
     for action in parser._actions:
         yield command, action
         if isinstance(action, argparse._SubParsersAction):
             for name, inner in action.choices.items():
-                yield from _iterate_arguments(inner, name)
+                yield from _iterate_parser_arguments(inner, name)
 
 
-class _ConfigCompleter:
+class _ConfigNameCompleter:
     """Completes names of standard configurations, and files."""
 
     def __init__(self, kind: str | None) -> None:
@@ -89,39 +91,41 @@ class _ConfigCompleter:
         return [*names, *FilesCompleter(("yaml", "yml"))(prefix, **request)]
 
 
-class _KeyCompleter:
+class _SettingKeyCompleter:
     """Completes dotted keys of a configuration. After "key=", completes the values if the key takes a value from a list."""
 
-    def __init__(self, of: str | None) -> None:
-        self.of = of  # title of a configuration; None: keys of all, without values
+    def __init__(self, config_title: str | None) -> None:
+        self.config_title = config_title  # title of a configuration; None: keys of all, without values
 
     def __call__(self, prefix: str, **request: Any) -> list[str]:
-        from focus_ray.cli.config_reference import ROOTS, parts_of
+        from focus_ray.cli.config_reference import CONFIG_KINDS, iterate_sections
 
         values_by_key = {
             setting.key: setting.values
-            for root in ROOTS
-            if self.of in (None, root.title)
-            for part in parts_of(root.model)
-            for setting in part.settings
+            for kind in CONFIG_KINDS
+            if self.config_title in (None, kind.title)
+            for section in iterate_sections(kind.model)
+            for setting in section.settings
         }
-        if self.of == "a sweep":
-            (run,) = (root for root in ROOTS if root.title == "a run")
+        if self.config_title == "a sweep":
+            (run,) = (kind for kind in CONFIG_KINDS if kind.title == "a run")
             values_by_key |= {
-                f"base.{setting.key}": setting.values for part in parts_of(run.model) for setting in part.settings
+                f"base.{setting.key}": setting.values
+                for section in iterate_sections(run.model)
+                for setting in section.settings
             }
-        if self.of is None:
+        if self.config_title is None:
             return [name for name in values_by_key if name.startswith(prefix)]
         key, sign, _ = prefix.partition("=")
         if sign:
-            return [f"{key}={value}" for value in _parse_values(values_by_key.get(key, ""))]
+            return [f"{key}={value}" for value in _parse_allowed_values(values_by_key.get(key, ""))]
         return [f"{name}=" for name in values_by_key if name.startswith(prefix)]
 
 
-def _parse_values(values: str) -> list[str]:
+def _parse_allowed_values(values: str) -> list[str]:
     """Returns the values in the reference's description of a setting, without types and null.
 
     Returns ["cosine", "constant"] for "cosine, constant, or null"; an empty list for settings that take any number or text.
     """
     words = re.split(r", or |, | or ", values.partition(";")[0])
-    return [word for word in words if re.fullmatch(r"[\w-]+", word) and word not in _DESCRIBED]
+    return [word for word in words if re.fullmatch(r"[\w-]+", word) and word not in _TYPE_WORDS]

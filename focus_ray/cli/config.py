@@ -13,18 +13,18 @@ def add_config_parser(commands: Any) -> None:
     show = actions.add_parser("show", help="print a configuration as YAML, with every default")
     show.add_argument("config", help="a YAML file, or a name of `focus-ray config list`")
     show.add_argument("override", nargs="*", help="key=value, for instance train.epochs=10")
-    show.set_defaults(run=_show_config)
+    show.set_defaults(run=_run_config_show_command)
     explain = actions.add_parser(
         "explain", help="print the meaning, values and default of a key; or the keys of a section"
     )
     explain.add_argument("key", help="dotted key, for instance train.epochs")
-    explain.set_defaults(run=_explain_key)
+    explain.set_defaults(run=_run_config_explain_command)
     actions.add_parser("list", help="list the standard configurations, one in each line").set_defaults(
-        run=_list_configs
+        run=_run_config_list_command
     )
 
 
-def _show_config(arguments: argparse.Namespace) -> int:
+def _run_config_show_command(arguments: argparse.Namespace) -> int:
     """Runs `config show`: prints a complete configuration as YAML. Returns the exit status."""
     from focus_ray.fitting.settings import parse_config
     from focus_ray.settings.sections import config_to_yaml, override_tree, read_mapping
@@ -41,15 +41,15 @@ def _show_config(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _explain_key(arguments: argparse.Namespace) -> int:
+def _run_config_explain_command(arguments: argparse.Namespace) -> int:
     """Runs `config explain`: prints the description of a key or a section. Returns the exit status."""
-    from focus_ray.cli.config_reference import explain
+    from focus_ray.cli.config_reference import explain_key
 
-    print(explain(arguments.key))
+    print(explain_key(arguments.key))
     return 0
 
 
-def _list_configs(arguments: argparse.Namespace) -> int:
+def _run_config_list_command(arguments: argparse.Namespace) -> int:
     """Runs `config list`: prints name, command and summary of each standard configuration. Returns the exit status."""
     from focus_ray.settings.standard import COMMANDS, config_kind, standard_names, standard_summary
 

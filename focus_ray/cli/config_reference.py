@@ -29,7 +29,7 @@ COMMAND = "python -m focus_ray.cli.config_reference docs/reference/configuration
 
 
 @dataclass(frozen=True)
-class Root:
+class ConfigKind:
     """A kind of configuration. title: for people.  usage: the command that takes it, in Markdown."""
 
     title: str
@@ -37,19 +37,19 @@ class Root:
     usage: str
 
 
-ROOTS = (
-    Root(
+CONFIG_KINDS = (
+    ConfigKind(
         "a run",
         Config,
         "`focus-ray train CONFIG key=value ...` takes these settings; `focus-ray config list` lists the standard configurations.",
     ),
-    Root(
+    ConfigKind(
         "a sweep",
         SweepConfig,
         "`focus-ray sweep CONFIG key=value ...` takes these settings ([sweeps](../use/sweeps.md)). Settings of the base "
         "configuration come after `base.`, as in `base.train.epochs=5`.",
     ),
-    Root(
+    ConfigKind(
         "the service",
         ServiceSettings,
         "`focus-ray serve PLACE key=value ...` takes these settings ([serving](../use/serving.md)).",
@@ -58,7 +58,7 @@ ROOTS = (
 
 
 @dataclass(frozen=True)
-class Setting:
+class SettingDescription:
     """One setting. key: dotted; `[]` means each item of a list, KEY each key of a mapping.  default: YAML, or None if the
     setting is required."""
 
@@ -69,17 +69,17 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Part:
+class SettingsSection:
     """A section with its own settings, without inner sections. key: empty at the top of a configuration."""
 
     key: str
     description: str
-    settings: tuple[Setting, ...]
+    settings: tuple[SettingDescription, ...]
 
 
-def parts_of(
+def iterate_sections(
     model: type[BaseModel], key: str = "", value: BaseModel | None = None, field_description: str | None = None
-) -> Iterator[Part]:
+) -> Iterator[SettingsSection]:
     """Yields the section of a model, then its inner sections in the order of the fields.
 
     Args:
@@ -90,41 +90,46 @@ def parts_of(
     settings, inner = [], []
     for name, field in model.model_fields.items():
         default = getattr(value, name) if value is not None else field.get_default(call_default_factory=True)
-        below, suffix = _model_in(field.annotation)
-        description = field.description or _first_words(below)
+        below, suffix = _find_section_model(field.annotation)
+        description = field.description or _read_first_paragraph(below)
         if below is not None:
             inner_value = default if isinstance(default, BaseModel) else None
             inner.append((below, f"{prefix}{name}{suffix}", inner_value, field.description))
-        if below is None or suffix or _takes_null(field.annotation):
+        if below is None or suffix or _allows_null(field.annotation):
             required = field.is_required()
             settings.append(
-                Setting(prefix + name, _values(name, field), None if required else _yaml(default), description)
+                SettingDescription(
+                    prefix + name,
+                    _describe_values(name, field),
+                    None if required else _format_yaml(default),
+                    description,
+                )
             )
-    yield Part(key, field_description or _first_words(model), tuple(settings))
+    yield SettingsSection(key, field_description or _read_first_paragraph(model), tuple(settings))
     for below, inner_key, inner_value, inner_description in inner:
-        yield from parts_of(below, inner_key, inner_value, inner_description)
+        yield from iterate_sections(below, inner_key, inner_value, inner_description)
 
 
-def _first_words(model: type[BaseModel] | None) -> str:
+def _read_first_paragraph(model: type[BaseModel] | None) -> str:
     """Returns the first paragraph of a section's docstring."""
     docstring = "" if model is None else inspect.getdoc(model) or ""
     return " ".join(docstring.split("\n\n")[0].split())
 
 
-def _model_in(annotation: Any) -> tuple[type[BaseModel] | None, str]:
+def _find_section_model(annotation: Any) -> tuple[type[BaseModel] | None, str]:
     """Returns the section in a field's type and the suffix of its key: "" alone, "[]" in a list, ".KEY" in a mapping."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, ""
     origin: Any = get_origin(annotation)
     end = "[]" if origin is tuple else ".KEY" if origin is dict else ""
     for argument in get_args(annotation):
-        section, inner = _model_in(argument)
+        section, inner = _find_section_model(argument)
         if section is not None:
             return section, end + inner
     return None, ""
 
 
-def _takes_null(annotation: Any) -> bool:
+def _allows_null(annotation: Any) -> bool:
     return type(None) in get_args(annotation)
 
 
@@ -134,39 +139,39 @@ _PLAIN = {bool: "true, false", int: "integer", float: "number", str: "text", typ
 _UNITS = {"px": "pixels", "s": "seconds", "mb": "MiB", "gib": "GiB", "deg": "degrees", "days": "days"}
 
 
-def unit_of(name: str) -> str | None:
+def find_unit(name: str) -> str | None:
     """Returns the unit in a field's name, as in timeout_s and memory_gib_per_worker, or None."""
     words = name.split("_")[1:]
     return next((_UNITS[word] for word in words if word in _UNITS), None)
 
 
-def _values(name: str, field: FieldInfo) -> str:
-    text = _words(field.annotation, field.metadata)
-    unit = unit_of(name)
+def _describe_values(name: str, field: FieldInfo) -> str:
+    text = _describe_type(field.annotation, field.metadata)
+    unit = find_unit(name)
     return f"{text}; {unit}" if unit else text
 
 
-def _words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+def _describe_type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     """Returns the values that a type and its constraints allow, in words. In a union, the constraints do not apply to null."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         inner = [item for extra in annotation.__metadata__ for item in getattr(extra, "metadata", [extra])]
-        return _words(arguments[0], [*inner, *metadata])
+        return _describe_type(arguments[0], [*inner, *metadata])
     if origin in (Union, types.UnionType):
-        choices = [_words(item, metadata if item is not type(None) else ()) for item in arguments]
+        choices = [_describe_type(item, metadata if item is not type(None) else ()) for item in arguments]
         return (", or " if "," in "".join(choices) else " or ").join(choices)
     if origin is Literal:
-        return ", ".join(_yaml(value) for value in arguments)
-    limits = "".join(_limits(metadata))
+        return ", ".join(_format_yaml(value) for value in arguments)
+    limits = "".join(_describe_limits(metadata))
     if origin is tuple:
         if arguments[-1] is Ellipsis:
-            return f"list of {_plural(_words(arguments[0]))}{limits}"
-        return f"[{', '.join(_words(item) for item in arguments)}]"
+            return f"list of {_pluralize(_describe_type(arguments[0]))}{limits}"
+        return f"[{', '.join(_describe_type(item) for item in arguments)}]"
     if origin is dict:
-        return f"mapping of {' to '.join(_plural(_words(item)) for item in arguments)}{limits}"
+        return f"mapping of {' to '.join(_pluralize(_describe_type(item)) for item in arguments)}{limits}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
-    kinds = next((table for table in map(_kinds_in, metadata) if table), None)
+    kinds = next((table for table in map(_find_kinds, metadata) if table), None)
     if kinds is not None:
         return ", ".join(kinds)
     if any(getattr(item, "pattern", None) == NAME_PATTERN for item in metadata):
@@ -174,35 +179,35 @@ def _words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     return _PLAIN[annotation] + limits
 
 
-def _plural(words: str) -> str:
+def _pluralize(words: str) -> str:
     return {"section": "sections", "name": "names"}.get(words, f"({words})" if "," in words else words)
 
 
-def _kinds_in(constraint: Any) -> Kinds[Any] | None:
+def _find_kinds(constraint: Any) -> Kinds[Any] | None:
     """Returns the table of kinds whose names a validator allows, or None."""
     owner = getattr(getattr(constraint, "func", None), "__self__", None)
     return owner if isinstance(owner, Kinds) else None
 
 
-def _limits(metadata: Sequence[Any]) -> Iterator[str]:
+def _describe_limits(metadata: Sequence[Any]) -> Iterator[str]:
     """Yields the limits of a type in words, as in " from 0 to 1"."""
 
-    def limit_of(constraint: str) -> Any:
+    def find_limit(constraint: str) -> Any:
         return next((value for item in metadata if (value := getattr(item, constraint, None)) is not None), None)
 
-    limits = {name: value for name in ("ge", "gt", "le", "lt") if (value := limit_of(name)) is not None}
+    limits = {name: value for name in ("ge", "gt", "le", "lt") if (value := find_limit(name)) is not None}
     words = {"ge": " from ", "gt": " above ", "le": " to ", "lt": " below "}
     if len(limits) == 2 and list(limits) != ["ge", "le"]:
         words.update(le=", up to ", lt=", below ")
     for name, value in limits.items():
         yield f"{words[name]}{int(value) if value == int(value) else value}"
-    if (length := limit_of("min_length")) is not None:
+    if (length := find_limit("min_length")) is not None:
         yield ", not empty" if length == 1 else f", {length} at least"
-    if (pattern := limit_of("pattern")) is not None:
+    if (pattern := find_limit("pattern")) is not None:
         yield f" of the form {pattern}"
 
 
-def _yaml(value: Any) -> str:
+def _format_yaml(value: Any) -> str:
     plain = list(value) if isinstance(value, tuple) else value
     return str(yaml.safe_dump(plain, default_flow_style=True, width=1000)).removesuffix("...\n").strip()
 
@@ -210,7 +215,7 @@ def _yaml(value: Any) -> str:
 # the page
 
 
-def markdown() -> str:
+def render_markdown() -> str:
     """Returns the text of docs/reference/configuration.md."""
     lines = [
         "# Settings",
@@ -232,18 +237,18 @@ def markdown() -> str:
         f"A name is {NAME_WORDS}. A limit after *from*, *to* or *up to* is allowed; a limit after *above* or *below* is not. "
         "[paper] is arXiv 2110.04538, [kin] its published relatives, [ours] a choice of this project.",
     ]
-    for root in ROOTS:
-        lines += ["", f"## Of {root.title}", "", root.usage]
-        for part in parts_of(root.model):
-            if part.key:
-                lines += ["", f"### `{part.key}`", "", part.description]
-            if part.settings:
+    for kind in CONFIG_KINDS:
+        lines += ["", f"## Of {kind.title}", "", kind.usage]
+        for section in iterate_sections(kind.model):
+            if section.key:
+                lines += ["", f"### `{section.key}`", "", section.description]
+            if section.settings:
                 lines += ["", "| key | value | default | meaning |", "|---|---|---|---|"]
-                lines += [_row(setting) for setting in part.settings]
+                lines += [_format_table_row(setting) for setting in section.settings]
     return "\n".join(lines) + "\n"
 
 
-def _row(setting: Setting) -> str:
+def _format_table_row(setting: SettingDescription) -> str:
     default = "to be set" if setting.default is None else f"`{setting.default}`"
     cells = (f"`{setting.key}`", setting.values, default, setting.description)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -252,7 +257,7 @@ def _row(setting: Setting) -> str:
 # one key
 
 
-def explain(key: str) -> str:
+def explain_key(key: str) -> str:
     """Explains a key or a section, for every configuration that has it. Returns plain text.
 
     Args:
@@ -263,28 +268,28 @@ def explain(key: str) -> str:
     full_key = key.strip().strip(".")
     if full_key.startswith("base."):
         full_key = full_key.removeprefix("base.")
-    explanations = [text for root in ROOTS for text in _explained(root, full_key)]
+    explanations = [text for kind in CONFIG_KINDS for text in _iterate_explanations(kind, full_key)]
     if not explanations:
-        near = _nearest(full_key)
+        near = _find_similar_keys(full_key)
         hint = f"did you mean {', '.join(near)}?" if near else "docs/reference/configuration.md has all there are"
         raise ConfigError(f"{key}: no such key; {hint}")
     return "\n\n".join(explanations)
 
 
-def _explained(root: Root, key: str) -> Iterator[str]:
-    parts = list(parts_of(root.model))
-    settings = [setting for part in parts for setting in part.settings]
-    yield from (_explain_setting(root, setting) for setting in settings if setting.key == key)
-    for part in parts:
-        if part.key in (key, f"{key}[]", f"{key}.KEY"):
-            inside = [item for item in settings if item.key.startswith(f"{part.key}.")]
-            yield _explain_part(root, part, inside)
+def _iterate_explanations(kind: ConfigKind, key: str) -> Iterator[str]:
+    sections = list(iterate_sections(kind.model))
+    settings = [setting for section in sections for setting in section.settings]
+    yield from (_explain_setting(kind, setting) for setting in settings if setting.key == key)
+    for section in sections:
+        if section.key in (key, f"{key}[]", f"{key}.KEY"):
+            inside = [item for item in settings if item.key.startswith(f"{section.key}.")]
+            yield _explain_section(kind, section, inside)
 
 
-def _explain_setting(root: Root, setting: Setting) -> str:
+def _explain_setting(kind: ConfigKind, setting: SettingDescription) -> str:
     default = "none: it must be set" if setting.default is None else setting.default
     lines = [
-        f"{setting.key} (of {root.title})",
+        f"{setting.key} (of {kind.title})",
         f"  value:   {setting.values}",
         f"  default: {default}",
         f"  {setting.description}",
@@ -292,16 +297,18 @@ def _explain_setting(root: Root, setting: Setting) -> str:
     return "\n".join(lines)
 
 
-def _explain_part(root: Root, part: Part, settings: Sequence[Setting]) -> str:
+def _explain_section(kind: ConfigKind, section: SettingsSection, settings: Sequence[SettingDescription]) -> str:
     width = max(len(setting.key) for setting in settings)
-    lines = [f"{part.key} (a section of {root.title}): {part.description}"]
+    lines = [f"{section.key} (a section of {kind.title}): {section.description}"]
     lines += [f"  {item.key:{width}}  {'to be set' if item.default is None else item.default}" for item in settings]
     return "\n".join(lines)
 
 
-def _nearest(key: str) -> list[str]:
+def _find_similar_keys(key: str) -> list[str]:
     """Returns up to four similar keys."""
-    keys = dict.fromkeys(name for root in ROOTS for part in parts_of(root.model) for name in _keys(part))
+    keys = dict.fromkeys(
+        name for kind in CONFIG_KINDS for section in iterate_sections(kind.model) for name in _iterate_keys(section)
+    )
     last = key.rpartition(".")[2]
     same_end = [name for name in keys if name.rpartition(".")[2] == last]
     ends = dict.fromkeys(name.rpartition(".")[2] for name in keys)
@@ -311,11 +318,11 @@ def _nearest(key: str) -> list[str]:
     return list(dict.fromkeys([*same_end, *similar, *close]))[:4]
 
 
-def _keys(part: Part) -> Iterator[str]:
-    if part.key:
-        yield part.key
-    yield from (setting.key for setting in part.settings)
+def _iterate_keys(section: SettingsSection) -> Iterator[str]:
+    if section.key:
+        yield section.key
+    yield from (setting.key for setting in section.settings)
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(markdown(), encoding="utf-8")
+    Path(sys.argv[1]).write_text(render_markdown(), encoding="utf-8")

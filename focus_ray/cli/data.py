@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from focus_ray.cli.output import say
+from focus_ray.cli.output import print_message
 
 
 def add_data_parser(commands: Any) -> None:
@@ -26,11 +26,11 @@ def add_data_parser(commands: Any) -> None:
     ingest.add_argument(
         "--workers",
         metavar="N|auto",
-        type=_parse_workers,
+        type=_parse_num_tasks,
         help="number of parallel tasks on the Ray cluster of RAY_ADDRESS, or on this machine; auto: one for each CPU "
         "(default: no tasks, in this process)",
     )
-    ingest.set_defaults(run=_ingest)
+    ingest.set_defaults(run=_run_ingest_command)
 
     data = commands.add_parser("data", help="change a Parquet data set: remove images, join small files")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -47,13 +47,13 @@ def add_data_parser(commands: Any) -> None:
         help="remove the images with this pixel hash (may be repeated)",
     )
     which.add_argument("--site", help="remove all images of this site")
-    remove.set_defaults(run=_remove)
+    remove.set_defaults(run=_run_data_remove_command)
     compact = actions.add_parser(
         "compact", help="join small part files, and delete files that no reader can use any more"
     )
     compact.add_argument("data", help="root of the Parquet data set: a path or s3:// URI")
     compact.add_argument("--category", action="append", help="only this category (may be repeated)")
-    compact.set_defaults(run=_compact)
+    compact.set_defaults(run=_run_data_compact_command)
 
 
 def add_group_by_option(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +67,7 @@ def add_group_by_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _parse_workers(text: str) -> int | str:
+def _parse_num_tasks(text: str) -> int | str:
     """Parses the value of --workers: a positive integer, or "auto".
 
     Raises:
@@ -80,9 +80,9 @@ def _parse_workers(text: str) -> int | str:
     return int(text)
 
 
-def _ingest(arguments: argparse.Namespace) -> int:
+def _run_ingest_command(arguments: argparse.Namespace) -> int:
     """Runs `ingest`: reads images into a Parquet data set and prints the report. Returns the exit status."""
-    say(f"ingest: {arguments.source} -> {arguments.destination}")
+    print_message(f"ingest: {arguments.source} -> {arguments.destination}")
     options = {
         "format": arguments.format,
         "categories": arguments.category,
@@ -102,17 +102,17 @@ def _ingest(arguments: argparse.Namespace) -> int:
     return report.exit_status
 
 
-def _remove(arguments: argparse.Namespace) -> int:
+def _run_data_remove_command(arguments: argparse.Namespace) -> int:
     """Runs `data remove`: removes images from a category and prints the report. Returns the exit status."""
     from focus_ray.ingestion.change import remove_rows
 
-    ids = _read_ids(arguments.ids) if arguments.ids is not None else arguments.id or ()
+    ids = _read_image_ids(arguments.ids) if arguments.ids is not None else arguments.id or ()
     hashes = arguments.content_hash or ()
     print(remove_rows(arguments.data, arguments.category, ids=ids, content_hashes=hashes, site=arguments.site))
     return 0
 
 
-def _read_ids(name: str) -> list[str]:
+def _read_image_ids(name: str) -> list[str]:
     """Reads image ids from a text file with one id per line. Ignores empty lines.
 
     Raises:
@@ -130,7 +130,7 @@ def _read_ids(name: str) -> list[str]:
     return ids
 
 
-def _compact(arguments: argparse.Namespace) -> int:
+def _run_data_compact_command(arguments: argparse.Namespace) -> int:
     """Runs `data compact`: joins small part files and prints a report per category. Returns the exit status."""
     from focus_ray.ingestion.change import compact
 
@@ -146,19 +146,19 @@ def add_samples_parser(commands: Any) -> None:
     )
     samples.add_argument("folder", help="a new folder")
     samples.add_argument("--seed", type=int, default=0, help="seed of the drawing (default: 0)")
-    samples.set_defaults(run=_samples)
+    samples.set_defaults(run=_run_samples_command)
 
 
-def _samples(arguments: argparse.Namespace) -> int:
+def _run_samples_command(arguments: argparse.Namespace) -> int:
     """Runs `samples`: draws the sample data set into a new folder. Returns the exit status."""
     from focus_ray.errors import DataError
 
     folder = Path(arguments.folder)
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder}: not empty: give a new folder")
-    say(f"samples: drawing parts into {folder}; this takes a minute or two")
+    print_message(f"samples: drawing parts into {folder}; this takes a minute or two")
     from focus_ray.samples.write import write_samples
 
     write_samples(folder, seed=arguments.seed)
-    say(f"samples: {folder}")
+    print_message(f"samples: {folder}")
     return 0

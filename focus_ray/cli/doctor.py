@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from focus_ray.cli.output import EXIT_ERROR, say
+from focus_ray.cli.output import EXIT_ERROR, print_message
 from focus_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,16 +24,16 @@ def add_doctor_parser(commands: Any) -> None:
     doctor.add_argument("config", nargs="?", help="a YAML file, or a name of `focus-ray config list`")
     doctor.add_argument("override", nargs="*", help="key=value, for instance data.uri=s3://plant/parts")
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
-    doctor.set_defaults(run=_doctor)
+    doctor.set_defaults(run=_run_doctor_command)
 
 
-def _doctor(arguments: argparse.Namespace) -> int:
+def _run_doctor_command(arguments: argparse.Namespace) -> int:
     """Runs `doctor`: prints a diagnosis per check, as text or as JSON. Returns the exit status."""
     config, overrides = arguments.config, arguments.override
     if config is not None and "=" in config:
         config, overrides = None, [config, *overrides]
     diagnoses = []
-    for diagnosis in diagnose(config, overrides):
+    for diagnosis in diagnose_machine(config, overrides):
         diagnoses.append(diagnosis)
         if not arguments.json:
             print(diagnosis, flush=True)
@@ -41,11 +41,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if arguments.json:
         findings = [dataclasses.asdict(diagnosis) for diagnosis in diagnoses]
         print(json.dumps({"healthy": not counts["FAILED"], "findings": findings}, indent=1, ensure_ascii=False))
-    say(f"doctor: {', '.join(f'{counts[status]} {status}' for status in ('ok', 'warning', 'FAILED'))}")
+    print_message(f"doctor: {', '.join(f'{counts[status]} {status}' for status in ('ok', 'warning', 'FAILED'))}")
     return EXIT_ERROR if counts["FAILED"] else 0
 
 
-def diagnose(config: str | None, overrides: Sequence[str]) -> Iterator[Diagnosis]:
+def diagnose_machine(config: str | None, overrides: Sequence[str]) -> Iterator[Diagnosis]:
     """Runs all checks for a configuration and yields their diagnoses.
 
     If the user named a configuration, the first diagnosis says whether it is valid. If the configuration or an override is
@@ -59,17 +59,17 @@ def diagnose(config: str | None, overrides: Sequence[str]) -> Iterator[Diagnosis
     from focus_ray.doctor.diagnosis import Diagnosis, run_checks
 
     try:
-        context = read_context(config, overrides)
+        context = read_check_context(config, overrides)
     except ConfigError as error:
         yield Diagnosis("configuration", "FAILED", str(error))
-        context = read_context(None, ())
+        context = read_check_context(None, ())
     else:
         if config is not None:
             yield Diagnosis("configuration", "ok", f"{config} is valid")
     yield from run_checks(CHECKS, context)
 
 
-def read_context(config: str | None, overrides: Sequence[str]) -> CheckContext:
+def read_check_context(config: str | None, overrides: Sequence[str]) -> CheckContext:
     """Reads the configuration that the checks use: of a run, or the base configuration of a sweep.
 
     Raises:

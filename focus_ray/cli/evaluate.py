@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from focus_ray.cli.options import add_version_option
-from focus_ray.cli.output import EXIT_ERROR, EXIT_PARTLY, require, say
+from focus_ray.cli.options import add_model_version_option
+from focus_ray.cli.output import EXIT_ERROR, EXIT_PARTLY, check_paths_exist, print_message
 
 
 def add_evaluate_parser(commands: Any) -> None:
@@ -43,14 +43,14 @@ def add_evaluate_parser(commands: Any) -> None:
         help="parallel workers on Ray (default: none, in this process; on a cluster, as many as fit)",
     )
     evaluate.add_argument("--resume", action="store_true", help="continue the evaluation in the folder --output")
-    add_version_option(evaluate)
-    evaluate.set_defaults(run=_evaluate)
+    add_model_version_option(evaluate)
+    evaluate.set_defaults(run=_run_evaluate_command)
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
-    """Runs `evaluate` by `evaluate_run`. Returns the exit status."""
-    require(arguments.bundles, arguments.data)
-    return evaluate_run(
+def _run_evaluate_command(arguments: argparse.Namespace) -> int:
+    """Runs `evaluate` by `evaluate_bundles_of_place`. Returns the exit status."""
+    check_paths_exist(arguments.bundles, arguments.data)
+    return evaluate_bundles_of_place(
         arguments.bundles,
         arguments.data,
         arguments.output,
@@ -63,7 +63,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     )
 
 
-def evaluate_run(
+def evaluate_bundles_of_place(
     place: str,
     data: str | None = None,
     output: str | None = None,
@@ -76,14 +76,14 @@ def evaluate_run(
     trackers: Sequence[str] = (),
 ) -> int:
     """Measures all bundles of a place, prints the metrics and writes the reports. Returns the exit status."""
-    say(f"evaluate: {place}")
+    print_message(f"evaluate: {place}")
     from focus_ray.bundle.published import find_bundle_of_each_category
     from focus_ray.evaluation.run import evaluate_bundles
     from focus_ray.storage.files import join_path
 
     output = output or join_path(place, "report")
     report = evaluate_bundles(
-        find_bundle_of_each_category(place, version, say),
+        find_bundle_of_each_category(place, version, print_message),
         output,
         data=data,
         max_side_px=max_side_px,
@@ -91,12 +91,12 @@ def evaluate_run(
         num_workers=num_workers,
         resume=resume,
         trackers=trackers,
-        log=say,
+        log=print_message,
     )
     print(report.table)
-    for caveat, categories in _categories_by_sentence(report.caveats).items():
-        say(f"note: {caveat} ({', '.join(categories)})" if len(report.results) > 1 else f"note: {caveat}")
-    say(
+    for caveat, categories in _group_categories_by_caveat(report.caveats).items():
+        print_message(f"note: {caveat} ({', '.join(categories)})" if len(report.results) > 1 else f"note: {caveat}")
+    print_message(
         f"report: {join_path(output, 'report.html')}, report.md and report.json beside it; images/ has a row for each image"
     )
     failed = [category for category, result in report.results.items() if "error" in result]
@@ -105,7 +105,7 @@ def evaluate_run(
     return EXIT_PARTLY if failed else 0
 
 
-def _categories_by_sentence(caveats: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+def _group_categories_by_caveat(caveats: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """Inverts category -> sentences to sentence -> categories."""
     categories: dict[str, list[str]] = {}
     for category, sentences in caveats.items():

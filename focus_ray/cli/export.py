@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from focus_ray.cli.output import require, say
+from focus_ray.cli.output import check_paths_exist, print_message
 
 
 def add_export_parser(commands: Any) -> None:
@@ -33,12 +33,12 @@ def add_export_parser(commands: Any) -> None:
         "set of the bundle's training)",
     )
     export.add_argument("--accept-cost", action="store_true", help="accept fp16 or int8 even if it exceeds the limits")
-    export.set_defaults(run=_export)
+    export.set_defaults(run=_run_export_command)
 
 
-def _export(arguments: argparse.Namespace) -> int:
+def _run_export_command(arguments: argparse.Namespace) -> int:
     """Runs `export`: writes a bundle in another format and prints the folder. Returns the exit status."""
-    require(arguments.bundle, *arguments.examples)
+    check_paths_exist(arguments.bundle, *arguments.examples)
     from focus_ray.export.export import export_bundle
 
     exported = export_bundle(
@@ -48,18 +48,18 @@ def _export(arguments: argparse.Namespace) -> int:
         arguments.precision,
         arguments.examples,
         arguments.accept_cost,
-        log=say,
+        log=print_message,
     )
     check = exported.sidecar["check"]
-    say(
+    print_message(
         f"of {check['num_images']} examples scores differ by up to {check['score_difference']:.2g} of their spread, maps by "
         f"up to {check['map_difference']:.2g}; {check['verdict_changes']} verdicts changed"
     )
     if check["auroc_torch"] is not None:
-        say(f"image AUROC: PyTorch {check['auroc_torch']:.4f}, the export {check['auroc_export']:.4f}")
+        print_message(f"image AUROC: PyTorch {check['auroc_torch']:.4f}, the export {check['auroc_export']:.4f}")
     for failure in check["accepted_beyond_tolerance"]:
-        say(f"WARNING: accepted: {failure}")
+        print_message(f"WARNING: accepted: {failure}")
     for caveat in exported.sidecar["calibration"]["caveats"]:
-        say(f"note: {caveat}")
+        print_message(f"note: {caveat}")
     print(exported.folder)
     return 0

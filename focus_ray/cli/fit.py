@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from focus_ray.cli.data import add_group_by_option
-from focus_ray.cli.output import require, say
+from focus_ray.cli.output import check_paths_exist, print_message
 
 
 def add_fit_parser(commands: Any) -> None:
@@ -25,15 +25,15 @@ def add_fit_parser(commands: Any) -> None:
     fit.add_argument("output", help="new folder for bundles/, report.html, report/ and data/")
     fit.add_argument("override", nargs="*", help="key=value for any setting, for instance model.weights=resnet18.pth")
     add_group_by_option(fit)
-    fit.set_defaults(run=_fit)
+    fit.set_defaults(run=_run_fit_command)
 
 
-def _fit(arguments: argparse.Namespace) -> int:
+def _run_fit_command(arguments: argparse.Namespace) -> int:
     """Runs `fit`: ingests images, trains, evaluates on test images if there are any, and prints the report's path.
 
     Returns the exit status.
     """
-    require(arguments.source)
+    check_paths_exist(arguments.source)
     from focus_ray.errors import DataError
     from focus_ray.fitting.settings import load_config
     from focus_ray.names import NAME_WORDS, is_name
@@ -49,28 +49,28 @@ def _fit(arguments: argparse.Namespace) -> int:
     # in quotes, because YAML reads a folder such as 007 as a number
     words = [*arguments.override, *(f"{key}={json.dumps(text, ensure_ascii=False)}" for key, text in places.items())]
     config = load_config(find_config("default", "run"), words)
-    say(f"fit: {arguments.source} -> {output}")
-    from focus_ray.api import link_into_good_folder
-    from focus_ray.cli.evaluate import evaluate_run
+    print_message(f"fit: {arguments.source} -> {output}")
+    from focus_ray.api import link_images_into_good_folder
+    from focus_ray.cli.evaluate import evaluate_bundles_of_place
     from focus_ray.cli.train import print_threshold_caveats
     from focus_ray.ingestion.ingest import ingest
     from focus_ray.training.training import train
 
     with tempfile.TemporaryDirectory() as scratch:
         ingested = ingest(
-            link_into_good_folder(Path(arguments.source), Path(scratch)), data, group_by=arguments.group_by
+            link_images_into_good_folder(Path(arguments.source), Path(scratch)), data, group_by=arguments.group_by
         )
-    say(str(ingested))
-    bundles = train(config, log=say)
+    print_message(str(ingested))
+    bundles = train(config, log=print_message)
     tested = any(category.num_test_normal + category.num_test_anomalous for category in ingested.categories)
     status = 0
     if tested:
-        status = evaluate_run(str(output))
+        status = evaluate_bundles_of_place(str(output))
     else:
-        say("there are no labelled test images, so the share of defects that the model finds is not known")
+        print_message("there are no labelled test images, so the share of defects that the model finds is not known")
         print_threshold_caveats(bundles)
     place = next(iter(bundles.values()))
     print(f"{output / ('report/report.html' if tested else 'report.html')}")
-    say(f"next: focus-ray inspect {place} IMAGES --overlays heat")
-    say(f"      focus-ray serve {output}   # a page on http://127.0.0.1:8000")
+    print_message(f"next: focus-ray inspect {place} IMAGES --overlays heat")
+    print_message(f"      focus-ray serve {output}   # a page on http://127.0.0.1:8000")
     return max(status, ingested.exit_status)

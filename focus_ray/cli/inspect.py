@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from focus_ray.cli.options import add_engine_options, add_version_option
-from focus_ray.cli.output import EXIT_ERROR, image_paths, readable_name, require, say
+from focus_ray.cli.options import add_engine_options, add_model_version_option
+from focus_ray.cli.output import EXIT_ERROR, check_paths_exist, list_image_paths, print_message, readable_name
 from focus_ray.errors import DataError
 from focus_ray.progress import track_progress
 
@@ -29,13 +29,13 @@ def add_inspect_parser(commands: Any) -> None:
         "--csv", metavar="FILE", help="also write a table: one row for each image, after the last image"
     )
     add_engine_options(inspect)
-    inspect.set_defaults(run=_inspect)
+    inspect.set_defaults(run=_run_inspect_command)
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
+def _run_inspect_command(arguments: argparse.Namespace) -> int:
     """Runs `inspect`: prints one JSON line per image, and can write overlays and a CSV table. Returns the exit status."""
-    require(arguments.bundle)
-    paths = image_paths(arguments.images)
+    check_paths_exist(arguments.bundle)
+    paths = list_image_paths(arguments.images)
     if arguments.overlays and "://" in arguments.overlays:
         raise DataError(f"--overlays {arguments.overlays}: expected a folder of this machine")
     if arguments.overlays:
@@ -45,30 +45,30 @@ def _inspect(arguments: argparse.Namespace) -> int:
             raise DataError(f"{arguments.overlays}: cannot make a folder for overlays: {error.strerror}") from error
     if arguments.csv and Path(arguments.csv).is_dir():
         raise DataError(f"{arguments.csv}: a folder: give a file for --csv")
-    names = _overlay_names(paths)
+    names = _choose_overlay_names(paths)
     if arguments.overlays:
-        _check_overlays(Path(arguments.overlays), names)
-    say(f"inspect: {len(paths)} images with {arguments.bundle}")
+        _check_replaced_files(Path(arguments.overlays), names)
+    print_message(f"inspect: {len(paths)} images with {arguments.bundle}")
     from focus_ray.bundle.inspector import Inspector  # takes seconds to import, so check the paths first
     from focus_ray.csv_tables import table_row, table_text
     from focus_ray.detect.pictures import overlay_with_strip
     from focus_ray.storage.files import write_bytes
 
-    examples = image_paths(arguments.examples) if arguments.examples else []
+    examples = list_image_paths(arguments.examples) if arguments.examples else []
     if arguments.engine != "torch":
-        say(f"inspect: compiling for {arguments.engine}, checked by {len(examples)} examples")
+        print_message(f"inspect: compiling for {arguments.engine}, checked by {len(examples)} examples")
     inspector = Inspector.load(arguments.bundle, arguments.device, engine=arguments.engine, examples=examples)
     category = inspector.bundle.category
     status = 0
     for caveat in inspector.bundle.calibration.caveats():
-        say(f"note: {caveat}")
+        print_message(f"note: {caveat}")
     rows: list[dict[str, Any]] = []
     missing_overlays: list[str] = []
     counts: Counter[str] = Counter()
     size = inspector.batch_size
     batches = [paths[start : start + size] for start in range(0, len(paths), size)]
-    for batch in track_progress(batches, "inspecting", len(paths), say, count=len):
-        for path, data, inspection_or_error in _inspect_files(inspector, batch):
+    for batch in track_progress(batches, "inspecting", len(paths), print_message, count=len):
+        for path, data, inspection_or_error in _inspect_image_files(inspector, batch):
             if isinstance(inspection_or_error, str):
                 error_line = {"image": readable_name(path), "error": inspection_or_error}
                 rows.append(table_row({**error_line, "category": category}))
@@ -92,23 +92,23 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.csv:
         write_bytes(arguments.csv, table_text(rows).encode())
     if counts["trained on"]:
-        say(
+        print_message(
             f"WARNING: {counts['trained on']} of {len(paths)} images are among those that the model was trained on: their scores "
             "are near zero and say nothing about new parts"
         )
     num_unreadable = len(paths) - counts["anomalous"] - counts["normal"]
     written = [f"{place}" for place in (arguments.overlays, arguments.csv) if place]
-    say(
+    print_message(
         f"{len(paths)} images: {counts['anomalous']} anomalous, {counts['normal']} normal"
         + (f", {num_unreadable} could not be read" if num_unreadable else "")
         + (f"; written: {', '.join(written)}" if written else "")
     )
     if missing_overlays:
-        say(f"WARNING: {len(missing_overlays)} overlays are missing, the first: {missing_overlays[0]}")
+        print_message(f"WARNING: {len(missing_overlays)} overlays are missing, the first: {missing_overlays[0]}")
     return status
 
 
-def _inspect_files(inspector: Any, paths: Sequence[Path]) -> list[tuple[Path, bytes, Any]]:
+def _inspect_image_files(inspector: Any, paths: Sequence[Path]) -> list[tuple[Path, bytes, Any]]:
     """Returns path, bytes and inspection of each file, in order. If a file cannot be used, the reason replaces the inspection."""
     results: list[tuple[Path, bytes, Any]] = []
     for path in paths:
@@ -123,13 +123,13 @@ def _inspect_files(inspector: Any, paths: Sequence[Path]) -> list[tuple[Path, by
     return results
 
 
-def _check_overlays(folder: Path, names: Mapping[Path, str]) -> None:
+def _check_replaced_files(folder: Path, names: Mapping[Path, str]) -> None:
     """Checks that no overlay replaces an inspected image, or another file that is not an overlay.
 
     Raises:
         DataError: An overlay would replace such a file.
     """
-    from focus_ray.drawing.mark import is_drawing_file
+    from focus_ray.drawing.mark import is_file_drawn_by_focus_ray
 
     images = {os.path.realpath(path): path for path in names}
     for path, name in names.items():
@@ -139,14 +139,14 @@ def _check_overlays(folder: Path, names: Mapping[Path, str]) -> None:
                 "give another folder"
             )
         target = folder / name
-        if os.path.isfile(target) and os.path.getsize(target) and not is_drawing_file(target):
+        if os.path.isfile(target) and os.path.getsize(target) and not is_file_drawn_by_focus_ray(target):
             raise DataError(
                 f"--overlays {folder}: the overlay of {readable_name(path)} would replace {readable_name(target)}, which is not "
                 "an overlay: give another folder"
             )
 
 
-def _overlay_names(paths: Sequence[Path]) -> dict[Path, str]:
+def _choose_overlay_names(paths: Sequence[Path]) -> dict[Path, str]:
     """Returns a unique file name for the overlay of each image.
 
     The name is <stem>.png. If images share a stem, the names of their folders come before the stem; if the names are still equal,
@@ -174,24 +174,24 @@ def add_inspect_batch_parser(commands: Any) -> None:
     batch.add_argument("output", help="folder of the results: a path or s3:// URI")
     batch.add_argument("--split", choices=("train", "test"), help="only these images")
     batch.add_argument("--workers", "--actors", type=int, default=1, metavar="N", help="parallel workers (default: 1)")
-    add_version_option(batch)
-    batch.set_defaults(run=_inspect_batch)
+    add_model_version_option(batch)
+    batch.set_defaults(run=_run_inspect_batch_command)
 
 
-def _inspect_batch(arguments: argparse.Namespace) -> int:
+def _run_inspect_batch_command(arguments: argparse.Namespace) -> int:
     """Runs `inspect-batch`: inspects a data set on Ray and prints the counts as JSON. Returns the exit status."""
-    require(arguments.bundles, arguments.data)
-    say(f"inspect-batch: {arguments.data} with {arguments.bundles} -> {arguments.output}")
+    check_paths_exist(arguments.bundles, arguments.data)
+    print_message(f"inspect-batch: {arguments.data} with {arguments.bundles} -> {arguments.output}")
     from focus_ray.bundle.published import find_bundle_of_each_category
     from focus_ray.evaluation.batch_inspection import inspect_dataset
 
     counts = inspect_dataset(
-        find_bundle_of_each_category(arguments.bundles, arguments.version_of, say),
+        find_bundle_of_each_category(arguments.bundles, arguments.version_of, print_message),
         arguments.data,
         arguments.output,
         split=arguments.split,
         num_actors=arguments.workers,
-        log=say,
+        log=print_message,
     )
     print(json.dumps(counts, indent=1, ensure_ascii=False))
     return EXIT_ERROR if any(count["num_errors"] for count in counts.values()) else 0

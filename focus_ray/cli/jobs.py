@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from focus_ray.cli.output import say
+from focus_ray.cli.output import print_message
 
 
 def add_jobs_parser(commands: Any) -> None:
@@ -43,7 +43,7 @@ def add_jobs_parser(commands: Any) -> None:
         metavar="COMMAND ...",
         help="command of the job, with its arguments; write all options of submit before the command",
     )
-    submit.set_defaults(run=_submit, known=commands.choices)  # filled before a command runs
+    submit.set_defaults(run=_run_submit_command, known=commands.choices)  # filled before a command runs
 
     jobs = commands.add_parser("jobs", help="list, follow and stop the jobs of a Ray cluster")
     actions = jobs.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -59,10 +59,10 @@ def add_jobs_parser(commands: Any) -> None:
             action.add_argument("--team", help="only jobs of this team")
         else:
             action.add_argument("job", help="the id that `submit` printed")
-        action.set_defaults(run=_run_jobs)
+        action.set_defaults(run=_run_jobs_command)
 
 
-def _submit(arguments: argparse.Namespace) -> int:
+def _run_submit_command(arguments: argparse.Namespace) -> int:
     """Runs `submit`: sends a command as a job and follows its log, unless --no-follow is given. Returns the exit status."""
     from focus_ray.errors import SubmissionError
     from focus_ray.submission import client as submission
@@ -88,21 +88,21 @@ def _submit(arguments: argparse.Namespace) -> int:
         memory_gib=arguments.memory_gib,
         labels=labels,
     )
-    say(
+    print_message(
         f"{job.submission_id}: {job.entrypoint}\n  sends {job.package}; environment: {', '.join(job.environment) or '-'}"
     )
     if arguments.dry_run:
         print("\n".join(job.package.names))
         return 0
     client = submission.connect(arguments.address)
-    name = submission.submit_job(client, job, say)
+    name = submission.submit_job(client, job, print_message)
     if arguments.no_follow:
         print(name)
         return 0
-    return _follow(client, name)
+    return _follow_job(client, name)
 
 
-def _follow(client: Any, job: str) -> int:
+def _follow_job(client: Any, job: str) -> int:
     """Prints the log of a job until the job ends or the user interrupts.
 
     Returns the exit status of the job; 130 after an interrupt.
@@ -112,21 +112,21 @@ def _follow(client: Any, job: str) -> int:
     try:
         status = submission.follow_log(client, job, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
-        say(
+        print_message(
             f"\nfocus-ray: no longer following; the job goes on. focus-ray jobs follow {job} | focus-ray jobs stop {job}"
         )
         return 130
-    say(f"{job}: {submission.describe_job(client, job)['status']}, exit status {status}")
+    print_message(f"{job}: {submission.describe_job(client, job)['status']}, exit status {status}")
     return status
 
 
-def _run_jobs(arguments: argparse.Namespace) -> int:
+def _run_jobs_command(arguments: argparse.Namespace) -> int:
     """Runs `jobs list`, `jobs status`, `jobs follow` or `jobs stop`. Returns the exit status."""
     from focus_ray.submission import client as submission
 
     client = submission.connect(arguments.address)
     if arguments.action == "follow":
-        return _follow(client, arguments.job)
+        return _follow_job(client, arguments.job)
     if arguments.action == "stop":
         print(f"{arguments.job}\t{submission.stop_job(client, arguments.job)}")
     elif arguments.action == "status":

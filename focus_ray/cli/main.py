@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from focus_ray.cli.calibrate import add_calibrate_parser
-from focus_ray.cli.completion import add_completion_parser, answer_shell
+from focus_ray.cli.completion import add_completion_parser, answer_completion_request
 from focus_ray.cli.config import add_config_parser
 from focus_ray.cli.data import add_data_parser, add_samples_parser
 from focus_ray.cli.doctor import add_doctor_parser
@@ -18,7 +18,7 @@ from focus_ray.cli.export import add_export_parser
 from focus_ray.cli.fit import add_fit_parser
 from focus_ray.cli.inspect import add_inspect_batch_parser, add_inspect_parser
 from focus_ray.cli.jobs import add_jobs_parser
-from focus_ray.cli.output import EXIT_ERROR, EXIT_INTERRUPTED, accept_all_characters
+from focus_ray.cli.output import EXIT_ERROR, EXIT_INTERRUPTED, make_stdout_accept_all_characters
 from focus_ray.cli.registry import add_registry_parser
 from focus_ray.cli.serve import add_serving_parser
 from focus_ray.cli.sweep import add_sweep_parser
@@ -26,11 +26,11 @@ from focus_ray.cli.train import add_train_parser
 from focus_ray.cli.update import add_metric_parser, add_update_parser
 from focus_ray.cli.watch import add_watch_parser
 from focus_ray.cluster.messages import VERBOSE
-from focus_ray.errors import FocusRayError, explain_missing_module, require_extra
+from focus_ray.errors import FocusRayError, check_extra_is_installed, find_missing_package_error
 from focus_ray.version import __version__
 
 # Command -> the extra that it always needs. Other commands name a missing package when they need it.
-NEEDS = {
+REQUIRED_EXTRAS = {
     "fit": "train",
     "train": "train",
     "evaluate": "train",
@@ -49,25 +49,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     The status is 0 after success, 1 after an error (printed on standard error), 3 after a partial failure, 130 after an
     interrupt. `submit` and `jobs follow` return the status of their job.
     """
-    accept_all_characters()
+    make_stdout_accept_all_characters()
     words = sys.argv[1:] if argv is None else argv
     parser = build_parser()
-    answer_shell(parser)
+    answer_completion_request(parser)
     if not words:
         parser.print_help()
         return 0
-    arguments = parse_words(parser, words)
+    arguments = parse_command_line(parser, words)
     if arguments.verbose:
         os.environ[VERBOSE] = "1"
     try:
-        if arguments.command in NEEDS:
-            require_extra(NEEDS[arguments.command], f"focus-ray {arguments.command}")
+        if arguments.command in REQUIRED_EXTRAS:
+            check_extra_is_installed(REQUIRED_EXTRAS[arguments.command], f"focus-ray {arguments.command}")
         return int(arguments.run(arguments))
     except FocusRayError as error:
         print(f"focus-ray: {error}", file=sys.stderr)
         return EXIT_ERROR
     except ModuleNotFoundError as error:
-        message = explain_missing_module(error)
+        message = find_missing_package_error(error)
         if message is None:
             raise
         print(f"focus-ray: {message}", file=sys.stderr)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+def parse_command_line(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
     """Parses a command line. Settings (key=value) may also follow options, which argparse (3.11) does not allow."""
     arguments, remaining_words = parser.parse_known_args(words)
     if remaining_words and hasattr(arguments, "override") and not any(word.startswith("-") for word in remaining_words):
@@ -86,14 +86,14 @@ def parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> argpar
         parser.error(f"unrecognized arguments: {' '.join(remaining_words)}")
     for name, value in vars(arguments).items():
         if name != "words":  # words of `submit` are for another machine with another home folder
-            setattr(arguments, name, _expand_home(value))
+            setattr(arguments, name, _expand_home_folder(value))
     return arguments
 
 
-def _expand_home(value: Any) -> Any:
+def _expand_home_folder(value: Any) -> Any:
     """Replaces a leading ~ by the home folder, because a shell does not do so in --output=~/x."""
     if isinstance(value, list):
-        return [_expand_home(item) for item in value]
+        return [_expand_home_folder(item) for item in value]
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
@@ -129,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def command_names() -> list[str]:
+def list_command_names() -> list[str]:
     """Returns the names of the subcommands."""
     (subparsers,) = (item for item in build_parser()._actions if isinstance(item, argparse._SubParsersAction))
     return list(subparsers.choices)

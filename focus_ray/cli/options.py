@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 
-def add_version_option(parser: argparse.ArgumentParser) -> None:
+def add_model_version_option(parser: argparse.ArgumentParser) -> None:
     """Adds --version to a command that reads models from a registry."""
     parser.add_argument(
         "--version",

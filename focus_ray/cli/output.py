@@ -17,7 +17,7 @@ EXIT_INTERRUPTED = 130
 EXIT_PARTLY = 3  # a part of the work failed, and a message says so
 
 
-def require(*places: str | None) -> None:
+def check_paths_exist(*places: str | None) -> None:
     """Checks that local paths exist. Commands call it before heavy imports. Ignores None and URIs.
 
     Raises:
@@ -28,7 +28,7 @@ def require(*places: str | None) -> None:
             raise DataError(f"{place}: no such file or folder")
 
 
-def image_paths(names: Sequence[str]) -> list[Path]:
+def list_image_paths(names: Sequence[str]) -> list[Path]:
     """Returns the image files for names of files and folders, in the order of the names.
 
     A folder stands for the image files in it and in all folders below it. If there are several names, skips system
@@ -43,9 +43,9 @@ def image_paths(names: Sequence[str]) -> list[Path]:
     for name in names:
         path = Path(name)
         if path.is_dir() and len(names) > 1 and is_system_folder(path.name):
-            say(f"note: {readable_name(path)}: a system folder, skipped")
+            print_message(f"note: {readable_name(path)}: a system folder, skipped")
         elif path.is_dir():
-            paths += find_image_files(path, say)
+            paths += find_image_files(path, print_message)
         elif path.is_file():
             paths.append(path)
         else:
@@ -53,20 +53,20 @@ def image_paths(names: Sequence[str]) -> list[Path]:
     return paths
 
 
-def _escape(error: UnicodeError) -> tuple[str, int]:
+def _escape_unencodable_characters(error: UnicodeError) -> tuple[str, int]:
     """Encodes characters as JSON does in ASCII (\\u00e9), so that JSON lines stay valid."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
-def accept_all_characters() -> None:
+def make_stdout_accept_all_characters() -> None:
     """Makes standard output accept any text: writes \\u escapes for characters that its encoding lacks."""
-    codecs.register_error("focus_ray_escape", _escape)
+    codecs.register_error("focus_ray_escape", _escape_unencodable_characters)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="focus_ray_escape")
 
 
-def say(message: str) -> None:
+def print_message(message: str) -> None:
     """Prints a message on standard error."""
     print(message, file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from focus_ray.cli.main import build_parser
 
 COMMAND = "python -m focus_ray.cli.reference docs/reference/cli.md"
-_HEAD = f"""# Commands
+_INTRODUCTION = f"""# Commands
 
 This page lists every command of `focus-ray` with its arguments. `focus-ray COMMAND --help` shows the same in the terminal.
 `{COMMAND}` writes this page from the commands, and a test fails if the page is out of date.
@@ -37,7 +37,7 @@ may also be an `s3://bucket/prefix`, unless the text says otherwise.
 """
 
 
-def commands_of(parser: argparse.ArgumentParser) -> dict[str, tuple[str, argparse.ArgumentParser]]:
+def list_subcommands(parser: argparse.ArgumentParser) -> dict[str, tuple[str, argparse.ArgumentParser]]:
     """Returns name -> (one-line help, parser) of each subcommand, in order."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -46,16 +46,16 @@ def commands_of(parser: argparse.ArgumentParser) -> dict[str, tuple[str, argpars
     return {}
 
 
-def markdown() -> str:
+def render_markdown() -> str:
     """Returns the text of docs/reference/cli.md."""
     parser = build_parser()
-    lines = [_HEAD, "## For every command", "", *_argument_table(parser)]
-    for name, (help_line, below) in commands_of(parser).items():
-        lines += ["", *_command_lines(f"focus-ray {name}", help_line, below, "##")]
+    lines = [_INTRODUCTION, "## For every command", "", *_iterate_argument_table_lines(parser)]
+    for name, (help_line, below) in list_subcommands(parser).items():
+        lines += ["", *_iterate_command_lines(f"focus-ray {name}", help_line, below, "##")]
     return "\n".join(lines) + "\n"
 
 
-def _command_lines(name: str, help_line: str, parser: argparse.ArgumentParser, heading: str) -> Iterator[str]:
+def _iterate_command_lines(name: str, help_line: str, parser: argparse.ArgumentParser, heading: str) -> Iterator[str]:
     """Yields the Markdown lines of a command and of its subcommands.
 
     Args:
@@ -66,71 +66,71 @@ def _command_lines(name: str, help_line: str, parser: argparse.ArgumentParser, h
     """
     yield f"{heading} `{name}`"
     yield ""
-    yield _to_sentence(help_line)
+    yield _complete_sentence(help_line)
     if parser.description:
-        yield f"\n{_to_sentence(parser.description)}"
-    inner = commands_of(parser)
+        yield f"\n{_complete_sentence(parser.description)}"
+    inner = list_subcommands(parser)
     if not inner:
-        yield f"\n```text\n{' '.join([name, *_usage_words(parser)])}\n```\n"
-        yield from _argument_table(parser)
+        yield f"\n```text\n{' '.join([name, *_iterate_usage_words(parser)])}\n```\n"
+        yield from _iterate_argument_table_lines(parser)
     if parser.epilog:
-        yield f"\n{_to_sentence(parser.epilog)}"
+        yield f"\n{_complete_sentence(parser.epilog)}"
     for action, (words, below) in inner.items():
         yield ""
-        yield from _command_lines(f"{name} {action}", words, below, "###")
+        yield from _iterate_command_lines(f"{name} {action}", words, below, "###")
 
 
-def _to_sentence(text: str) -> str:
+def _complete_sentence(text: str) -> str:
     """Returns the text with a capital first letter, unless it starts with `focus-ray`, and with a full stop."""
     start = text if text.startswith("focus-ray") else text[:1].upper() + text[1:]
     return start + ("" if text.endswith(".") else ".")
 
 
-def _visible_arguments(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+def _list_visible_arguments(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """Returns the arguments of a parser, without --help, --version and subcommands."""
     hidden = (argparse._HelpAction, argparse._SubParsersAction, argparse._VersionAction)
     return [action for action in parser._actions if not isinstance(action, hidden)]
 
 
-def _usage_words(parser: argparse.ArgumentParser) -> Iterator[str]:
+def _iterate_usage_words(parser: argparse.ArgumentParser) -> Iterator[str]:
     """Yields the words of the usage line: positional arguments, required options, and [options] for all other options."""
-    options = [action for action in _visible_arguments(parser) if action.option_strings]
-    for action in _visible_arguments(parser):
+    options = [action for action in _list_visible_arguments(parser) if action.option_strings]
+    for action in _list_visible_arguments(parser):
         if not action.option_strings:
-            yield _positional_text(action)
-    yield from (f"{action.option_strings[0]} {_value_text(action)}" for action in options if action.required)
+            yield _format_positional_argument(action)
+    yield from (f"{action.option_strings[0]} {_format_value_name(action)}" for action in options if action.required)
     if any(not action.required for action in options):
         yield "[options]"
 
 
-def _positional_text(action: argparse.Action) -> str:
+def _format_positional_argument(action: argparse.Action) -> str:
     """Returns a positional argument as the usage line shows it: brackets mark an optional argument."""
-    name = _value_text(action)
+    name = _format_value_name(action)
     forms = {"?": f"[{name}]", "*": f"[{name} ...]", "+": f"{name} [{name} ...]", argparse.REMAINDER: name}
     return forms.get(str(action.nargs), name)
 
 
-def _value_text(action: argparse.Action) -> str:
+def _format_value_name(action: argparse.Action) -> str:
     """Returns the name of an argument's value: its choices, its metavar, or its name in capitals."""
     if action.choices is not None:
         return "|".join(str(choice) for choice in action.choices)
     return str(action.metavar or action.dest.upper())
 
 
-def _argument_table(parser: argparse.ArgumentParser) -> Iterator[str]:
+def _iterate_argument_table_lines(parser: argparse.ArgumentParser) -> Iterator[str]:
     """Yields the lines of a Markdown table with one row per argument; nothing if there are no arguments."""
-    actions = _visible_arguments(parser)
+    actions = _list_visible_arguments(parser)
     if not actions:
         return
     yield "| argument | meaning |"
     yield "|---|---|"
     for action in actions:
-        name = _value_text(action) if not action.option_strings else ", ".join(action.option_strings)
+        name = _format_value_name(action) if not action.option_strings else ", ".join(action.option_strings)
         if action.option_strings and action.nargs != 0:
-            name += f" {_value_text(action)}" + (" ..." if action.nargs in ("+", "*") else "")
+            name += f" {_format_value_name(action)}" + (" ..." if action.nargs in ("+", "*") else "")
         cells = (f"`{name}`", action.help or "")
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(markdown(), encoding="utf-8")
+    Path(sys.argv[1]).write_text(render_markdown(), encoding="utf-8")

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from focus_ray.cli.output import say
+from focus_ray.cli.output import print_message
 
-_WORDS = {
+_ARGUMENT_HELP = {
     "bundles": "a bundle, or a run's folder",
     "team": "the team that owns the category",
     "category": "the category",
@@ -22,16 +22,16 @@ def add_registry_parser(commands: Any) -> None:
     registry = commands.add_parser("registry", help="publish bundles, move aliases, list, delete old versions")
     actions = registry.add_subparsers(dest="action", required=True, metavar="ACTION")
 
-    def action(name: str, help: str, *names: str) -> argparse.ArgumentParser:
-        """Adds the parser of one action with the argument `registry` and other positional arguments of `_WORDS`."""
+    def add_action_parser(name: str, help: str, *names: str) -> argparse.ArgumentParser:
+        """Adds the parser of one action with the argument `registry` and other positional arguments of `_ARGUMENT_HELP`."""
         parser: argparse.ArgumentParser = actions.add_parser(name, help=help)
         parser.add_argument("registry", help="root of the registry: a path or s3:// URI")
         for positional in names:
-            parser.add_argument(positional, help=_WORDS[positional])
-        parser.set_defaults(run=_run_registry)
+            parser.add_argument(positional, help=_ARGUMENT_HELP[positional])
+        parser.set_defaults(run=_run_registry_command)
         return parser
 
-    publish = action(
+    publish = add_action_parser(
         "publish", "copy a bundle, or every bundle of a run, into the registry as the next version", "bundles"
     )
     publish.add_argument("--team", required=True, help="the team that owns the models")
@@ -39,18 +39,18 @@ def add_registry_parser(commands: Any) -> None:
     publish.add_argument(
         "--alias", action="append", default=[], help="also point this alias at the version (may be repeated)"
     )
-    promote = action("promote", "point an alias at a version", "team", "category", "version", "alias")
+    promote = add_action_parser("promote", "point an alias at a version", "team", "category", "version", "alias")
     promote.epilog = "VERSION may be an alias: promote ROOT press bolt candidate production"
-    action("rollback", "point an alias at its previous version", "team", "category", "alias")
-    listing = action("list", "list versions with their aliases, one in each line")
+    add_action_parser("rollback", "point an alias at its previous version", "team", "category", "alias")
+    listing = add_action_parser("list", "list versions with their aliases, one in each line")
     listing.add_argument("team", nargs="?", help="only versions of this team")
     listing.add_argument("category", nargs="?", help="only versions of this category")
-    collect = action("gc", "delete old versions that no alias names", "team", "category")
+    collect = add_action_parser("gc", "delete old versions that no alias names", "team", "category")
     collect.add_argument("--keep", type=int, default=5, help="number of newest versions to keep (default: 5)")
     collect.add_argument("--min-age-hours", type=float, default=1.0, help="also keep younger versions (default: 1)")
 
 
-def _run_registry(arguments: argparse.Namespace) -> int:
+def _run_registry_command(arguments: argparse.Namespace) -> int:
     """Runs an action of `registry` and prints a line per affected version. Returns the exit status."""
     from datetime import timedelta
 
@@ -60,7 +60,7 @@ def _run_registry(arguments: argparse.Namespace) -> int:
     registry = Registry(arguments.registry)
     action = arguments.action
 
-    def show(version: Version, aliases: Sequence[str] = ()) -> None:
+    def print_version(version: Version, aliases: Sequence[str] = ()) -> None:
         """Prints a version and its aliases, separated by tabs."""
         fields = (version.team, version.category, version.name, f"{version.published_at:%Y-%m-%d %H:%M:%S}")
         print(*fields, version.num_bytes, version.sha256[:16], ",".join(aliases) or "-", version.uri, sep="\t")
@@ -76,15 +76,17 @@ def _run_registry(arguments: argparse.Namespace) -> int:
         for category, bundle in bundles.items():
             if arguments.category in (None, category):
                 version = registry.publish(bundle, arguments.team, category, aliases=arguments.alias)
-                show(version, ["latest", *arguments.alias])
+                print_version(version, ["latest", *arguments.alias])
     elif action == "promote":
         version = registry.promote(arguments.team, arguments.category, arguments.version, arguments.alias)
-        show(version, [arguments.alias])
+        print_version(version, [arguments.alias])
     elif action == "rollback":
-        show(registry.roll_back(arguments.team, arguments.category, arguments.alias), [arguments.alias])
+        print_version(registry.roll_back(arguments.team, arguments.category, arguments.alias), [arguments.alias])
     elif action == "gc":
         age = timedelta(hours=arguments.min_age_hours)
-        for name in registry.collect_garbage(arguments.team, arguments.category, arguments.keep, min_age=age, log=say):
+        for name in registry.collect_garbage(
+            arguments.team, arguments.category, arguments.keep, min_age=age, log=print_message
+        ):
             print(name)
     else:
         print("team", "category", "version", "published at", "bytes", "sha256", "aliases", "place", sep="\t")
@@ -92,5 +94,5 @@ def _run_registry(arguments: argparse.Namespace) -> int:
             for category in registry.list_categories(team) if arguments.category is None else [arguments.category]:
                 aliases = registry.list_aliases(team, category)
                 for version in registry.list_versions(team, category):
-                    show(version, sorted(alias for alias, name in aliases.items() if name == version.name))
+                    print_version(version, sorted(alias for alias, name in aliases.items() if name == version.name))
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from focus_ray.cli.output import require, say
+from focus_ray.cli.output import check_paths_exist, print_message
 
 
 def add_serving_parser(commands: Any) -> None:
@@ -17,7 +17,7 @@ def add_serving_parser(commands: Any) -> None:
     serve.add_argument("override", nargs="*", help="key=value for any setting, for instance tokens=tokens.yaml")
     serve.add_argument("--host", default="127.0.0.1", help="address to bind (default: 127.0.0.1)")
     serve.add_argument("--port", type=int, default=8000, help="port (default: 8000)")
-    serve.set_defaults(run=_serve)
+    serve.set_defaults(run=_run_serve_command)
 
     token = commands.add_parser("token", help="create, list and revoke the tokens that clients of the service send")
     actions = token.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -37,13 +37,13 @@ def add_serving_parser(commands: Any) -> None:
     revoke = actions.add_parser("revoke", help="remove a token from a file")
     revoke.add_argument("file", help="token file: a path or s3:// URI")
     revoke.add_argument("id", help="the token's id, as `list` shows it")
-    token.set_defaults(run=_token)
+    token.set_defaults(run=_run_token_command)
 
 
-def _serve(arguments: argparse.Namespace) -> int:
+def _run_serve_command(arguments: argparse.Namespace) -> int:
     """Runs `serve`: serves models until the user interrupts. Returns the exit status."""
-    require(arguments.place)
-    say(f"serve: {arguments.place} on http://{arguments.host}:{arguments.port}, as soon as it has started")
+    check_paths_exist(arguments.place)
+    print_message(f"serve: {arguments.place} on http://{arguments.host}:{arguments.port}, as soon as it has started")
     from focus_ray.serving.launch import check_host, check_port, serve_until_interrupted
     from focus_ray.serving.settings import parse_settings
     from focus_ray.settings.sections import override_tree, read_tree
@@ -52,18 +52,18 @@ def _serve(arguments: argparse.Namespace) -> int:
         tree = read_tree(arguments.place, arguments.override)
     else:
         tree = override_tree({"ingress_num_cpus": 0}, arguments.override)
-        kind = _find_kind(arguments.place)
+        kind = _detect_place_kind(arguments.place)
         tree[kind] = arguments.place
         tree.setdefault("examples", kind == "bundles")
     tree.setdefault("open_to_all", "tokens" not in tree)
     settings = parse_settings(tree, arguments.place)
     check_host(arguments.host, settings)
     check_port(arguments.host, arguments.port)
-    serve_until_interrupted(settings, arguments.host, arguments.port, say)
+    serve_until_interrupted(settings, arguments.host, arguments.port, print_message)
     return 0
 
 
-def _find_kind(place: str) -> str:
+def _detect_place_kind(place: str) -> str:
     """Returns the kind of a place, which is also the name of its setting: "bundles" or "registry".
 
     Raises:
@@ -90,7 +90,7 @@ def _find_kind(place: str) -> str:
     return "bundles"
 
 
-def _token(arguments: argparse.Namespace) -> int:
+def _run_token_command(arguments: argparse.Namespace) -> int:
     """Runs `token create`, `token list` or `token revoke`. Returns the exit status."""
     from datetime import timedelta
 
@@ -100,11 +100,11 @@ def _token(arguments: argparse.Namespace) -> int:
         expires_in = None if arguments.days is None else timedelta(days=arguments.days)
         scopes = arguments.scope or ["inspect", "read"]
         token, record = create_token(arguments.file, arguments.team, scopes, expires_in, arguments.note)
-        say(f"token {record.id} of team {record.team}: {', '.join(record.scopes)}; it cannot be shown again:")
+        print_message(f"token {record.id} of team {record.team}: {', '.join(record.scopes)}; it cannot be shown again:")
         print(token)
     elif arguments.action == "revoke":
         record = revoke_token(arguments.file, arguments.id)
-        say(f"token {record.id} of team {record.team} is revoked")
+        print_message(f"token {record.id} of team {record.team} is revoked")
     else:
         for record in read_tokens(arguments.file).tokens:
             expires = "never" if record.expires is None else f"{record.expires:%Y-%m-%d %H:%M}"

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from focus_ray.cli.output import EXIT_ERROR, say
+from focus_ray.cli.output import EXIT_ERROR, print_message
 from focus_ray.errors import ConfigError
 
 
@@ -24,10 +24,10 @@ def add_sweep_parser(commands: Any) -> None:
     sweep.add_argument(
         "rest", nargs="*", metavar="key=value|PLACE", help="a setting such as num_trials=20, or the folder of a sweep"
     )
-    sweep.set_defaults(run=_sweep)
+    sweep.set_defaults(run=_run_sweep_command)
 
 
-def _sweep(arguments: argparse.Namespace) -> int:
+def _run_sweep_command(arguments: argparse.Namespace) -> int:
     """Runs `sweep`: starts a sweep, or uses an existing sweep (`status`, `resume`, `report`). Returns the exit status."""
     if arguments.what in ("status", "report", "resume"):
         if len(arguments.rest) != 1:
@@ -37,10 +37,10 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from focus_ray.sweep.settings import load_sweep
 
     config = load_sweep(find_config(arguments.what, "sweep"), arguments.rest)
-    say(f"sweep: {arguments.what}")
+    print_message(f"sweep: {arguments.what}")
     from focus_ray.sweep.driver import run_sweep
 
-    return _print_outcome(run_sweep(config, log=say))
+    return _print_sweep_outcome(run_sweep(config, log=print_message))
 
 
 def _use_existing_sweep(action: str, place: str) -> int:
@@ -55,13 +55,13 @@ def _use_existing_sweep(action: str, place: str) -> int:
     if action == "resume":
         from focus_ray.sweep.driver import resume_sweep
 
-        return _print_outcome(resume_sweep(place, log=say))
+        return _print_sweep_outcome(resume_sweep(place, log=print_message))
     config, trials = records.read_sweep(place), records.read_records(place)
     if action == "report":
         from focus_ray.sweep.report import write_report
 
         for name in write_report(place, config, trials):
-            say(f"report: {place}/{name}")
+            print_message(f"report: {place}/{name}")
     else:
         print(json.dumps(records.sweep_progress(place, config, trials), indent=1, ensure_ascii=False))
     print(summary.format_markdown(config, trials))
@@ -70,17 +70,17 @@ def _use_existing_sweep(action: str, place: str) -> int:
     return 0
 
 
-def _print_outcome(outcome: Any) -> int:
+def _print_sweep_outcome(outcome: Any) -> int:
     """Prints the table, the summary and the commands that train the best settings. Returns the exit status."""
     from focus_ray.sweep import records, summary
 
     config = records.read_sweep(outcome.root)
     print(summary.format_markdown(config, outcome.records), flush=True)
     for record in outcome.failed:
-        say(f"focus-ray: trial {record.name} failed: {record.reason}")
+        print_message(f"focus-ray: trial {record.name} failed: {record.reason}")
     for command in summary.train_commands(outcome.root, outcome.records):
         print(command, flush=True)
     if outcome.stopped:
-        say(f"focus-ray: stopped; go on with: focus-ray sweep resume {outcome.root}")
+        print_message(f"focus-ray: stopped; go on with: focus-ray sweep resume {outcome.root}")
         return 130
     return EXIT_ERROR if outcome.failed else 0

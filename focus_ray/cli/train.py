@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from focus_ray.cli.output import EXIT_INTERRUPTED, say
+from focus_ray.cli.output import EXIT_INTERRUPTED, print_message
 from focus_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,10 +26,10 @@ def add_train_parser(commands: Any) -> None:
     )
     train.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help="also show Ray's own messages")
     train.add_argument("--resume", action="store_true", help="continue the run of this name")
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_run_train_command)
 
 
-def read_config(place: str, overrides: list[str]) -> Config:
+def read_run_config(place: str, overrides: list[str]) -> Config:
     """Reads a configuration from a file, by the name of a standard configuration, or from a URI, and applies overrides.
 
     Raises:
@@ -50,11 +50,11 @@ def read_config(place: str, overrides: list[str]) -> Config:
     return parse_config(override_tree(mapping_of(text, place), overrides), source=place)
 
 
-def _train(arguments: argparse.Namespace) -> int:
+def _run_train_command(arguments: argparse.Namespace) -> int:
     """Runs `train`: trains a model per category, and prints the bundles and the next commands. Returns the exit status."""
-    name_or_path, overrides = _split_config(arguments)
-    config = read_config(name_or_path, overrides)
-    say(f"train: {config.data.uri} -> {config.storage}/{config.name}")
+    name_or_path, overrides = _split_config_and_overrides(arguments)
+    config = read_run_config(name_or_path, overrides)
+    print_message(f"train: {config.data.uri} -> {config.storage}/{config.name}")
     from focus_ray.training.training import train  # takes seconds to import, so check the keys first
 
     names: list[str] = []
@@ -62,14 +62,14 @@ def _train(arguments: argparse.Namespace) -> int:
     def log(message: str) -> None:
         """Prints a message. Remembers the run's name from the message "name: ..."."""
         names.extend([message.partition(": ")[2]] if message.startswith("name: ") else [])
-        say(message)
+        print_message(message)
 
     try:
         bundles = train(config, resume=arguments.resume, log=log)
     except KeyboardInterrupt:
         name = names[0] if names else config.name
         words = " ".join([*(word for word in overrides if not word.startswith("name=")), f"name={name}"])
-        say(
+        print_message(
             f"focus-ray: interrupted; `focus-ray train {name_or_path} {words} --resume` goes on from the last checkpoints"
         )
         return EXIT_INTERRUPTED
@@ -77,8 +77,10 @@ def _train(arguments: argparse.Namespace) -> int:
         print(f"{category}\t{bundle}")
     print_threshold_caveats(bundles)
     for place in list(bundles.values())[:1]:
-        say(f"next: focus-ray evaluate {place.rpartition('/bundles/')[0] or place}   # on labelled test images")
-        say(f"      focus-ray inspect {place} IMAGES --overlays heat")
+        print_message(
+            f"next: focus-ray evaluate {place.rpartition('/bundles/')[0] or place}   # on labelled test images"
+        )
+        print_message(f"      focus-ray inspect {place} IMAGES --overlays heat")
     return 0
 
 
@@ -90,10 +92,10 @@ def print_threshold_caveats(bundles: Mapping[str, str]) -> None:
     if len(bundles) <= _SHOWN_CATEGORIES:
         for category, place in bundles.items():
             for caveat in Calibration.from_dict(read_manifest(place)["calibration"]).caveats():
-                say(f"note: {category}: {caveat}")
+                print_message(f"note: {category}: {caveat}")
 
 
-def _split_config(arguments: argparse.Namespace) -> tuple[str, list[str]]:
+def _split_config_and_overrides(arguments: argparse.Namespace) -> tuple[str, list[str]]:
     """Returns (configuration, overrides). The configuration is the value of --config, or else the first word.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from focus_ray.cli.output import require, say
+from focus_ray.cli.output import check_paths_exist, print_message
 from focus_ray.errors import DataError
 
 
@@ -18,12 +18,12 @@ def add_metric_parser(commands: Any) -> None:
     metric.add_argument(
         "--output", required=True, metavar="FILE", help="file to write, for density.metric: a path or s3:// URI"
     )
-    metric.set_defaults(run=_metric)
+    metric.set_defaults(run=_run_metric_command)
 
 
-def _metric(arguments: argparse.Namespace) -> int:
+def _run_metric_command(arguments: argparse.Namespace) -> int:
     """Runs `metric`: joins discriminant projections and writes the joined projection to a file. Returns the exit status."""
-    require(*arguments.bundles)
+    check_paths_exist(*arguments.bundles)
     from focus_ray.bundle.metric import average_projections
 
     categories = average_projections(arguments.bundles, arguments.output)
@@ -55,18 +55,22 @@ def add_update_parser(commands: Any) -> None:
     update.add_argument(
         "--calibrate", metavar="DATA", help="set the thresholds from the normal images of this data set"
     )
-    update.set_defaults(run=_update)
+    update.set_defaults(run=_run_update_command)
 
 
-def _update(arguments: argparse.Namespace) -> int:
+def _run_update_command(arguments: argparse.Namespace) -> int:
     """Runs `update`: changes the images of a bundle and prints the new number of images. Returns the exit status."""
-    require(arguments.bundle, arguments.add, arguments.remove, *arguments.join, arguments.only, arguments.calibrate)
+    check_paths_exist(
+        arguments.bundle, arguments.add, arguments.remove, *arguments.join, arguments.only, arguments.calibrate
+    )
     changes = {key: getattr(arguments, key) for key in ("add", "remove", "join", "only")}
     if not any(changes.values()):
         raise DataError("nothing to change: give --add, --remove, --join or --only")
-    say(f"update: {arguments.bundle} -> {arguments.output}")
+    print_message(f"update: {arguments.bundle} -> {arguments.output}")
     from focus_ray.bundle.update import update_bundle
 
-    manifest = update_bundle(arguments.bundle, arguments.output, **changes, calibrate=arguments.calibrate, log=say)
+    manifest = update_bundle(
+        arguments.bundle, arguments.output, **changes, calibrate=arguments.calibrate, log=print_message
+    )
     print(f"{arguments.output}\t{manifest['data']['num_fit']} images\t{manifest['sha256']}")
     return 0

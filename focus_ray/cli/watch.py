@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from focus_ray.cli.options import add_engine_options, add_version_option
-from focus_ray.cli.output import EXIT_PARTLY, image_paths, require, say
+from focus_ray.cli.options import add_engine_options, add_model_version_option
+from focus_ray.cli.output import EXIT_PARTLY, check_paths_exist, list_image_paths, print_message
 from focus_ray.errors import DataError
 
 
@@ -75,14 +75,14 @@ def add_watch_parser(commands: Any) -> None:
     )
     watch.add_argument("--batch", type=int, default=8, metavar="N", help="images inspected at once (default: 8)")
     watch.add_argument("--category", metavar="NAME", help="category, if the place has models of several categories")
-    add_version_option(watch)
+    add_model_version_option(watch)
     add_engine_options(watch)
-    watch.set_defaults(run=_watch)
+    watch.set_defaults(run=_run_watch_command)
 
 
-def _watch(arguments: argparse.Namespace) -> int:
+def _run_watch_command(arguments: argparse.Namespace) -> int:
     """Runs `watch`: checks the arguments, then watches until a signal stops it. Returns the exit status."""
-    require(arguments.bundle, arguments.folder)
+    check_paths_exist(arguments.bundle, arguments.folder)
     for name in ("poll_s", "settle_s", "give_up_s"):
         if not getattr(arguments, name) >= 0:
             raise DataError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected seconds, 0 or more")
@@ -96,7 +96,7 @@ def _watch(arguments: argparse.Namespace) -> int:
         raise DataError(
             f"--output {arguments.output}: the watched folder itself: pictures in it would be inspected; give another"
         )
-    examples = image_paths(arguments.examples) if arguments.examples else []
+    examples = list_image_paths(arguments.examples) if arguments.examples else []
     try:
         command = tuple(shlex.split(arguments.on_anomalous or ""))
     except ValueError as error:
@@ -105,11 +105,11 @@ def _watch(arguments: argparse.Namespace) -> int:
         raise DataError(
             f"--on-anomalous {arguments.on_anomalous}: {command[0]} is no program on the PATH, nor a file that runs"
         )
-    with _catch_signals() as stop:
-        return _run_watch(arguments, examples, command, stop)
+    with _catch_stop_signals() as stop:
+        return _watch_folder(arguments, examples, command, stop)
 
 
-def _run_watch(
+def _watch_folder(
     arguments: argparse.Namespace, examples: list[Path], command: tuple[str, ...], stop: threading.Event
 ) -> int:
     """Watches the folder until `stop` is set. Returns the exit status.
@@ -122,8 +122,10 @@ def _run_watch(
     """
     from focus_ray.watching.journal import Journal
 
-    with Journal(arguments.output, arguments.csv, say) as journal:
-        say(f"watch: {arguments.folder} -> {arguments.output}, where {journal.num_lines_at_start} images have a line")
+    with Journal(arguments.output, arguments.csv, print_message) as journal:
+        print_message(
+            f"watch: {arguments.folder} -> {arguments.output}, where {journal.num_lines_at_start} images have a line"
+        )
         from focus_ray.bundle.inspector import Inspector  # takes seconds to import, so check the folder first
         from focus_ray.watching.model import WatchedModel
         from focus_ray.watching.watch import Watch, WatchSettings, summarize_counts
@@ -131,7 +133,7 @@ def _run_watch(
         model = WatchedModel(
             arguments.bundle,
             lambda uri: Inspector.load(uri, arguments.device, engine=arguments.engine, examples=examples),
-            say,
+            print_message,
             version=arguments.version_of,
             category=arguments.category,
         )
@@ -149,17 +151,17 @@ def _run_watch(
             model,
             journal,
             settings,
-            say,
+            print_message,
             _LinePrinter() if arguments.show else lambda line: None,
         )
         watch.run(stop)
         remaining_text = f", {len(watch.pending)} left for the next start" if watch.pending else ""
-        say(f"watch: ended: {summarize_counts(watch.counts)}{remaining_text}")
+        print_message(f"watch: ended: {summarize_counts(watch.counts)}{remaining_text}")
     return EXIT_PARTLY if arguments.once and (watch.counts["error"] or watch.pending) else 0
 
 
 @contextmanager
-def _catch_signals() -> Iterator[threading.Event]:
+def _catch_stop_signals() -> Iterator[threading.Event]:
     """Context manager: yields an event that SIGINT or SIGTERM sets.
 
     A second signal has its usual effect and ends the process.
@@ -195,4 +197,4 @@ class _LinePrinter:
             os.dup2(
                 os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
             )  # otherwise Python reports a broken pipe at exit
-            say("watch: nobody reads standard output any more; the verdicts are written on")
+            print_message("watch: nobody reads standard output any more; the verdicts are written on")

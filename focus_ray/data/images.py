@@ -36,7 +36,7 @@ from PIL.ExifTags import IFD, Base
 from focus_ray.data import tiff
 from focus_ray.data.framing import InputFrame
 from focus_ray.data.image_errors import ImageError as ImageError
-from focus_ray.drawing.mark import is_drawing
+from focus_ray.drawing.mark import is_drawn_by_focus_ray
 from focus_ray.drawing.png import encode_png
 from focus_ray.errors import DataError
 
@@ -273,7 +273,7 @@ def refuse_generated_picture(data: bytes) -> None:
 
     Raises: ImageError: the file is such a picture.
     """
-    if is_drawing(data):
+    if is_drawn_by_focus_ray(data):
         raise ImageError("unsupported", "a heat map or plot that focus_ray drew, not a photograph: give the photograph")
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from focus_ray.drawing.mark import is_drawing_file
+from focus_ray.drawing.mark import is_file_drawn_by_focus_ray
 from focus_ray.errors import DataError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm", ".pnm")
@@ -95,7 +95,7 @@ def find_image_files(folder: Path, log: Callable[[str], None] = lambda message: 
                 paths.append(path)
     except OSError as error:
         raise_listing_error(folder, error)
-    drawings = {path for path in paths if is_drawing_file(path)}
+    drawings = {path for path in paths if is_file_drawn_by_focus_ray(path)}
     images = sorted(path for path in paths if path not in drawings)
     counts = {"hidden files or folders": len(hidden), "pictures that focus_ray drew": len(drawings)}
     note = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)

@@ -13,9 +13,9 @@ from PIL import Image
 
 from focus_ray.data.images import decode_image
 from focus_ray.detect.inspection import Inspection, resize_map
-from focus_ray.drawing.overlay import draw_overlay, heat_map
+from focus_ray.drawing.overlay import draw_heat_map, draw_heat_map_overlay
 from focus_ray.drawing.png import encode_png
-from focus_ray.drawing.strip import add_strip, enlarge_narrow
+from focus_ray.drawing.strip import add_text_strip, enlarge_narrow_image
 from focus_ray.metrics.evaluate import compute_evaluation_size
 
 Output = Literal["json", "heatmap", "overlay", "mask"]
@@ -42,7 +42,7 @@ def overlay(image: NDArray[np.uint8], inspection: Inspection, scale: float = 1.0
         for r in inspection.regions
     ]
     full_map = resize_map(inspection.anomaly_map, *image.shape[:2])
-    return draw_overlay(image, full_map, inspection.pixel_threshold, boxes)
+    return draw_heat_map_overlay(image, full_map, inspection.pixel_threshold, boxes)
 
 
 def overlay_with_strip(data: bytes, inspection: Inspection) -> bytes:
@@ -55,13 +55,13 @@ def overlay_with_strip(data: bytes, inspection: Inspection) -> bytes:
     Raises: DataError: the image cannot be decoded.
     """
     image = decode_image(data, None)
-    enlarged = enlarge_narrow(image)
+    enlarged = enlarge_narrow_image(image)
     text = (
         f"score {inspection.score:.4g}, threshold {inspection.threshold:.4g} "
         f"({inspection.score_to_threshold:.3g} times), p-value {inspection.p_value:.3g}"
     )
     picture = overlay(enlarged, inspection, len(enlarged) / len(image))
-    return encode_png(add_strip(picture, inspection.verdict, text, inspection.pixel_threshold), drawn=True)
+    return encode_png(add_text_strip(picture, inspection.verdict, text, inspection.pixel_threshold), drawn=True)
 
 
 def draw(output: Output, inspection: Inspection, data: bytes | NDArray[np.uint8]) -> bytes:
@@ -81,7 +81,7 @@ def draw(output: Output, inspection: Inspection, data: bytes | NDArray[np.uint8]
     if output == "mask":
         return encode_png(resize_map(anomaly_map, inspection.height, inspection.width) > threshold, drawn=True)
     if output == "heatmap":
-        return encode_png(heat_map(resize_map(anomaly_map, height, width), 0.0, 2 * threshold), drawn=True)
+        return encode_png(draw_heat_map(resize_map(anomaly_map, height, width), 0.0, 2 * threshold), drawn=True)
     pixels = decode_image(data, None) if isinstance(data, bytes) else data
     image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
     return encode_png(overlay(np.asarray(image), inspection, width / inspection.width), drawn=True)

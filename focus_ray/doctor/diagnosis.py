@@ -51,17 +51,17 @@ CheckResult = tuple[Status, str, str]  # status, message, advice
 Check = Callable[[CheckContext], CheckResult | None]  # None: the check does not apply, and nothing is printed
 
 
-def ok(message: str) -> CheckResult:
+def report_ok(message: str) -> CheckResult:
     """Returns the result of a check that passed."""
     return "ok", message, ""
 
 
-def warning(message: str, advice: str) -> CheckResult:
+def report_warning(message: str, advice: str) -> CheckResult:
     """Returns the result of a check that found a problem that does not stop a run."""
     return "warning", message, advice
 
 
-def failed(message: str, advice: str = "") -> CheckResult:
+def report_failure(message: str, advice: str = "") -> CheckResult:
     """Returns the result of a check that found a problem that stops a run."""
     return "FAILED", message, advice
 
@@ -75,9 +75,9 @@ def run_checks(checks: Mapping[str, Check], context: CheckContext) -> Iterator[D
         try:
             result = check(context)
         except FocusRayError as error:  # its message says what to do
-            result = failed(str(error))
+            result = report_failure(str(error))
         except Exception as error:  # a broken installation can raise any type; the other checks must still run
-            result = failed(f"the check itself failed: {type(error).__name__}: {error}")
+            result = report_failure(f"the check itself failed: {type(error).__name__}: {error}")
         if result is not None:
             status, *texts = result
             yield Diagnosis(name, status, *(" ".join(text.split()) for text in texts))  # each text in one line

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 from focus_ray.cluster.address import ray_folder
-from focus_ray.doctor.diagnosis import CheckContext, CheckResult, failed, ok, warning
+from focus_ray.doctor.diagnosis import CheckContext, CheckResult, report_failure, report_ok, report_warning
 from focus_ray.storage.files import is_s3_uri, open_filesystem
 
 GIB, MIB = 2**30, 2**20
@@ -23,25 +23,25 @@ PORTS = {
 }
 
 
-def runs_elsewhere() -> bool:
+def is_run_on_other_cluster() -> bool:
     """Returns True if runs join a cluster that this process did not start (RAY_ADDRESS is set)."""
     return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
 
 
 def check_cpus(context: CheckContext) -> CheckResult:
     """Checks that this machine has enough CPUs for all workers, unless another cluster runs them."""
-    count, cluster = cpu_count(), context.config.cluster
+    count, cluster = count_cpus(), context.config.cluster
     num_required = cluster.num_workers * cluster.cpus_per_worker
-    if num_required > count and not runs_elsewhere():
-        return failed(
+    if num_required > count and not is_run_on_other_cluster():
+        return report_failure(
             f"{count:g}, but cluster.num_workers={cluster.num_workers} with cluster.cpus_per_worker={cluster.cpus_per_worker:g} "
             f"need {num_required:g}",
             "lower one of these settings, or set RAY_ADDRESS to a larger cluster",
         )
-    return ok(f"{count:g}")
+    return report_ok(f"{count:g}")
 
 
-def cpu_count() -> float:
+def count_cpus() -> float:
     """Returns the number of CPUs of this machine or of its container, counted as Ray counts them."""
     count = float(os.cpu_count() or 1)
     quota = _read_system_file("/sys/fs/cgroup/cpu.max").split()  # microseconds of each period, or "max"
@@ -50,25 +50,27 @@ def cpu_count() -> float:
     return count
 
 
-def check_memory(context: CheckContext) -> CheckResult:
+def check_free_memory(context: CheckContext) -> CheckResult:
     """Warns if the free memory is below LOW_MEMORY_BYTES or below the workers' total budget for decoded images.
 
     Checks the budget only if the user named a configuration and its workers run on this machine.
     """
-    total, free = memory_bytes()
+    total, free = read_memory_bytes()
     workers, budget = context.config.cluster.num_workers, context.config.data.memory_budget_mb * MIB
     text = f"{free / GIB:.1f} of {total / GIB:.1f} GiB are free"
     if free < LOW_MEMORY_BYTES:
-        return warning(text, f"training needs about {LOW_MEMORY_BYTES / GIB:.0f} GiB per worker: stop other programs")
-    if context.has_config and workers * budget > free and not runs_elsewhere():
-        return warning(
+        return report_warning(
+            text, f"training needs about {LOW_MEMORY_BYTES / GIB:.0f} GiB per worker: stop other programs"
+        )
+    if context.has_config and workers * budget > free and not is_run_on_other_cluster():
+        return report_warning(
             f"{text}; {workers} worker(s) may each keep {budget / GIB:.1f} GiB of decoded images",
             "lower data.memory_budget_mb so that images are streamed, unless the data set is small",
         )
-    return ok(text)
+    return report_ok(text)
 
 
-def memory_bytes() -> tuple[int, int]:
+def read_memory_bytes() -> tuple[int, int]:
     """Returns (total bytes, free bytes) of the memory of this machine or of its container.
 
     Outside Linux, free memory is unknown: then all memory counts as free.
@@ -97,37 +99,37 @@ def _read_system_file(path: str) -> str:
         return ""
 
 
-def check_disk(context: CheckContext) -> CheckResult | None:
+def check_storage_disk_space(context: CheckContext) -> CheckResult | None:
     """Checks the free disk space at a local storage. Does not apply to S3."""
     if is_s3_uri(context.config.storage):
         return None
-    folder = nearest_existing_folder(context.config.storage)
+    folder = find_nearest_existing_folder(context.config.storage)
     free = shutil.disk_usage(folder).free
     text = f"{free / GIB:.1f} GiB free at storage={context.config.storage} (on the disk of {folder})"
     advice = "free some space on this disk, or set storage to a folder on another disk"
     if free < FULL_DISK_BYTES:
-        return failed(text, advice)
-    return warning(text, advice) if free < LOW_DISK_BYTES else ok(text)
+        return report_failure(text, advice)
+    return report_warning(text, advice) if free < LOW_DISK_BYTES else report_ok(text)
 
 
-def nearest_existing_folder(uri: str) -> Path:
+def find_nearest_existing_folder(uri: str) -> Path:
     """Returns the local path if it exists, otherwise the nearest parent folder that exists."""
     path = Path(open_filesystem(uri)[1])
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-def check_ray_disk(context: CheckContext) -> CheckResult:
+def check_ray_disk_space(context: CheckContext) -> CheckResult:
     """Warns if the disk of Ray's session folder is so full that Ray writes no objects to it."""
-    folder = nearest_existing_folder(str(ray_folder()))
+    folder = find_nearest_existing_folder(str(ray_folder()))
     usage = shutil.disk_usage(folder)
     full = 1 - usage.free / usage.total
     text = f"{usage.free / GIB:.1f} GiB free for Ray's files at {ray_folder()}, the disk is {full:.0%} full"
     if full > RAY_DISK_SHARE:
-        return warning(
+        return report_warning(
             f"{text}; Ray writes no objects to a disk that is more than {RAY_DISK_SHARE:.0%} full",
             "free some space, or set RAY_TMPDIR to a folder with a short path on another disk",
         )
-    return ok(text)
+    return report_ok(text)
 
 
 def check_shared_memory(context: CheckContext) -> CheckResult | None:
@@ -135,14 +137,14 @@ def check_shared_memory(context: CheckContext) -> CheckResult | None:
     if not Path("/dev/shm").is_dir():
         return None
     usage = shutil.disk_usage("/dev/shm")
-    store_bytes = RAY_STORE_SHARE * memory_bytes()[1]
+    store_bytes = RAY_STORE_SHARE * read_memory_bytes()[1]
     text = f"{usage.free / GIB:.2f} of {usage.total / GIB:.2f} GiB free"
     if usage.free < store_bytes:
-        return warning(
+        return report_warning(
             f"{text}; Ray's object store needs {store_bytes / GIB:.1f} GiB, so Ray puts it on a disk, which is slow",
             f"docker run --shm-size={store_bytes * 1.1 / GIB:.1f}g, in Kubernetes an emptyDir of medium Memory at /dev/shm",
         )
-    return ok(text)
+    return report_ok(text)
 
 
 def check_gpu(context: CheckContext) -> CheckResult:
@@ -157,28 +159,30 @@ def check_gpu(context: CheckContext) -> CheckResult:
     if available:
         torch.ones(2, device="cuda").sum().item()  # raises if this build of torch has no code for this GPU
         names = ", ".join(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
-        return ok(f"{names}; torch for CUDA {torch.version.cuda}; driver: {driver or 'unknown'}")
+        return report_ok(f"{names}; torch for CUDA {torch.version.cuda}; driver: {driver or 'unknown'}")
     build = "CPUs" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
     problems = [f"torch finds no GPU; this torch is built for {build}", *(str(item.message) for item in torch_warnings)]
     reason = "; ".join(problems)
-    if context.config.cluster.use_gpu is True and not runs_elsewhere():
-        return failed(
+    if context.config.cluster.use_gpu is True and not is_run_on_other_cluster():
+        return report_failure(
             f"{reason}, but cluster.use_gpu is true", "set cluster.use_gpu=auto, or RAY_ADDRESS to a cluster with GPUs"
         )
     if has_driver:
-        return warning(
+        return report_warning(
             f"{reason}, but this machine has an NVIDIA driver ({driver or 'nvidia-smi'})",
             "install the builds of torch and torchvision for the CUDA version that nvidia-smi shows",
         )
-    return ok(f"{reason}: everything runs on CPUs")
+    return report_ok(f"{reason}: everything runs on CPUs")
 
 
 def check_ports(context: CheckContext) -> CheckResult:
     """Warns if another program uses one of the ports in PORTS of 127.0.0.1."""
     busy = {port: advice for port, advice in PORTS.items() if not _is_port_free(port)}
     if busy:
-        return warning(f"another program uses {' and '.join(map(str, busy))} of 127.0.0.1", "; ".join(busy.values()))
-    return ok(f"{' and '.join(map(str, PORTS))} of 127.0.0.1 are free")
+        return report_warning(
+            f"another program uses {' and '.join(map(str, busy))} of 127.0.0.1", "; ".join(busy.values())
+        )
+    return report_ok(f"{' and '.join(map(str, PORTS))} of 127.0.0.1 are free")
 
 
 def _is_port_free(port: int) -> bool:

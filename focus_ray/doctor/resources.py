@@ -9,8 +9,8 @@ from pathlib import Path
 from focus_ray.data.images import decode_batch
 from focus_ray.data.read import list_categories, read_rows
 from focus_ray.data.store import open_data_set
-from focus_ray.doctor.diagnosis import CheckContext, CheckResult, failed, ok
-from focus_ray.doctor.machine import nearest_existing_folder
+from focus_ray.doctor.diagnosis import CheckContext, CheckResult, report_failure, report_ok
+from focus_ray.doctor.machine import find_nearest_existing_folder
 from focus_ray.errors import DataError
 from focus_ray.features.settings import ModelConfig
 from focus_ray.fitting.regions import load_frame
@@ -21,7 +21,7 @@ from focus_ray.tracking.registry import TRACKERS
 TIMEOUT_S = 5.0
 
 
-def check_storage(context: CheckContext) -> CheckResult:
+def check_storage_access(context: CheckContext) -> CheckResult:
     """Checks the storage: writes, reads, lists and deletes a small file.
 
     Raises:
@@ -29,16 +29,16 @@ def check_storage(context: CheckContext) -> CheckResult:
     """
     uri = context.config.storage
     # If the storage does not exist yet, this is its nearest existing parent: the check must not create folders.
-    place = uri if is_s3_uri(uri) else str(nearest_existing_folder(uri))
+    place = uri if is_s3_uri(uri) else str(find_nearest_existing_folder(uri))
     if not is_s3_uri(uri) and not Path(place).is_dir():
-        return failed(f"{uri}: {place} is a file", "set storage to a folder")
+        return report_failure(f"{uri}: {place} is a file", "set storage to a folder")
     check_folder_access(place)
     if place not in (uri, open_filesystem(uri)[1]):
-        return ok(f"{uri} can be created in {place}")
-    return ok(f"{uri}: files can be written, read, listed and deleted")
+        return report_ok(f"{uri} can be created in {place}")
+    return report_ok(f"{uri}: files can be written, read, listed and deleted")
 
 
-def check_data(context: CheckContext) -> CheckResult | None:
+def check_data_set(context: CheckContext) -> CheckResult | None:
     """Checks every category of the run: its files exist, it has training images, and its first image can be decoded.
 
     Does not apply if the user named no data set.
@@ -51,7 +51,7 @@ def check_data(context: CheckContext) -> CheckResult | None:
     settings = context.config.data
     categories = settings.categories or tuple(list_categories(settings.uri))
     counts = "; ".join(_check_category(context.config, category) for category in categories)
-    return ok(f"{settings.uri}: {len(categories)} categories: {counts}")
+    return report_ok(f"{settings.uri}: {len(categories)} categories: {counts}")
 
 
 def check_trackers(context: CheckContext) -> CheckResult:
@@ -62,8 +62,10 @@ def check_trackers(context: CheckContext) -> CheckResult:
     """
     trackers, storage = context.config.trackers, context.config.storage
     if not trackers:
-        return ok("the configuration names none")
-    return ok("; ".join(f"{kind}: {TRACKERS[kind].check(settings, storage)}" for kind, settings in trackers.items()))
+        return report_ok("the configuration names none")
+    return report_ok(
+        "; ".join(f"{kind}: {TRACKERS[kind].check(settings, storage)}" for kind, settings in trackers.items())
+    )
 
 
 def _check_category(config: Config, category: str) -> str:
@@ -88,7 +90,7 @@ def _check_category(config: Config, category: str) -> str:
     )
 
 
-def check_weights(context: CheckContext) -> CheckResult:
+def check_backbone_weights(context: CheckContext) -> CheckResult:
     """Loads the weights of the backbone. If they are not on this machine, checks that their URL answers.
 
     Raises:
@@ -99,12 +101,12 @@ def check_weights(context: CheckContext) -> CheckResult:
     model = context.config.model
     settings = f"model.backbone={model.backbone}, model.weights={model.weights}"
     if model.weights == "random":
-        return ok(f"{settings}: nothing to load")
-    url, file = _download_location(model)
+        return report_ok(f"{settings}: nothing to load")
+    url, file = _find_download_location(model)
     if url and file is not None and not file.is_file():
-        reason = _url_problem(url)
+        reason = _find_url_problem(url)
         if not reason:
-            return ok(f"{settings}: not on this machine yet, but {url} answers: the first run downloads them")
+            return report_ok(f"{settings}: not on this machine yet, but {url} answers: the first run downloads them")
         return (
             "FAILED" if context.has_config else "warning",
             f"{settings}: not on this machine ({file}), and {url} cannot be reached ({reason})",
@@ -112,10 +114,10 @@ def check_weights(context: CheckContext) -> CheckResult:
             "whose weights come with a package",
         )
     build_backbone(model.backbone, model.weights, model.weights_sha256)
-    return ok(f"{settings}: they load and fit")
+    return report_ok(f"{settings}: they load and fit")
 
 
-def _download_location(model: ModelConfig) -> tuple[str | None, Path | None]:
+def _find_download_location(model: ModelConfig) -> tuple[str | None, Path | None]:
     """Returns (URL, local file) of weights that are downloaded; (None, None) for weights that are not downloaded."""
     from focus_ray.features.backbones.weights import download_path, find_hub_weights, hub_cache_path
 
@@ -128,7 +130,7 @@ def _download_location(model: ModelConfig) -> tuple[str | None, Path | None]:
     return url, hub_cache_path(Path(url).name)
 
 
-def _url_problem(url: str) -> str:
+def _find_url_problem(url: str) -> str:
     """Returns the reason why a URL cannot be read, through the proxies of the environment; empty if it can be read."""
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_S).close()

@@ -13,18 +13,18 @@ Box = tuple[int, int, int, int]
 """x, y, width and height in pixels."""
 
 # dark blue, violet, red, orange, pale yellow: the luminance rises steadily, so the map is readable without colour too
-_HEAT = np.array([[8, 6, 60], [96, 20, 120], [196, 50, 70], [250, 150, 30], [255, 250, 190]], dtype=np.float64)
+_HEAT_COLOURS = np.array([[8, 6, 60], [96, 20, 120], [196, 50, 70], [250, 150, 30], [255, 250, 190]], dtype=np.float64)
 
 
-def heat_map(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.uint8]:
+def draw_heat_map(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.uint8]:
     """Colours values (H, W) as RGB (H, W, 3) uint8, from dark at `low` and below to light at `high` and above."""
-    position = np.clip((values - low) / max(high - low, 1e-12), 0, 1) * (len(_HEAT) - 1)
-    index = np.minimum(position.astype(int), len(_HEAT) - 2)
+    position = np.clip((values - low) / max(high - low, 1e-12), 0, 1) * (len(_HEAT_COLOURS) - 1)
+    index = np.minimum(position.astype(int), len(_HEAT_COLOURS) - 2)
     fraction = (position - index)[..., None]
-    return (_HEAT[index] * (1 - fraction) + _HEAT[index + 1] * fraction).astype(np.uint8)
+    return (_HEAT_COLOURS[index] * (1 - fraction) + _HEAT_COLOURS[index + 1] * fraction).astype(np.uint8)
 
 
-def draw_overlay(
+def draw_heat_map_overlay(
     image: NDArray[np.uint8], anomaly_map: NDArray[np.float32], threshold: float, boxes: Iterable[Box]
 ) -> NDArray[np.uint8]:
     """Draws the heat map over an image (H, W, 3) and outlines boxes. Returns (H, W, 3) uint8.
@@ -33,7 +33,7 @@ def draw_overlay(
         anomaly_map: (H, W).
         threshold: pixel threshold, which has the colour in the middle of the scale.
     """
-    colours = heat_map(anomaly_map, 0.0, 2 * threshold)
+    colours = draw_heat_map(anomaly_map, 0.0, 2 * threshold)
     weight = np.clip(anomaly_map / (2 * threshold), 0.05, 0.6)[..., None]
     picture = Image.fromarray((image * (1 - weight) + colours * weight).astype(np.uint8))
     draw = ImageDraw.Draw(picture)
@@ -43,7 +43,7 @@ def draw_overlay(
     return np.asarray(picture)
 
 
-def draw_outline(picture: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+def draw_mask_outline(picture: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """Returns a copy of a picture (H, W, 3) with the outline of a mask (H, W).
 
     The outline is black inside the mask and white outside, so that it is visible on every colour.

@@ -1,4 +1,4 @@
-"""Draws plots as transparent SVG with the colours of the page (`page.svg_uri`), for light and dark screens and for paper."""
+"""Draws plots as transparent SVG with the colours of the page (`page.encode_svg_uri`), for light and dark screens and for paper."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# Plots are drawn in these placeholder colours, which `_svg` then replaces by variables of the style sheet.
+# Plots are drawn in these placeholder colours, which `_render_svg` then replaces by variables of the style sheet.
 _INK, _LINE, _GOOD, _BAD, _CALIBRATION, _THRESHOLD = (f"#0102{number:02x}" for number in range(6))
 _VARIABLES = {
     _INK: "var(--ink)",
@@ -33,7 +33,7 @@ class Plot:
     Attributes:
         title: alternative text for readers who cannot see the picture.
         caption: text below the plot.
-        svg: an SVG element, for `page.svg_uri`.
+        svg: an SVG element, for `page.encode_svg_uri`.
     """
 
     title: str
@@ -41,7 +41,7 @@ class Plot:
     svg: str
 
 
-def curve(
+def plot_curve(
     title: str,
     caption: str,
     xy: tuple[ArrayLike, ArrayLike],
@@ -60,7 +60,7 @@ def curve(
         steps: draw steps: y is constant from its x to the next x.
         x_limit: right end of the x axis.
     """
-    figure, (axes,) = _figure(2.8, 1)
+    figure, (axes,) = _create_figure(2.8, 1)
     axes.plot(*xy, color=_GOOD, linewidth=1.8, drawstyle="steps-post" if steps else "default")
     if point is not None:
         axes.plot([point[0]], [point[1]], "o", color=_BAD, markersize=7, clip_on=False, zorder=3)
@@ -69,10 +69,10 @@ def curve(
     axes.set_xlabel(axes_names[0])
     axes.set_ylabel(axes_names[1])
     axes.set_title(title, fontsize=10, color=_INK)
-    return Plot(title, caption, _svg(figure))
+    return Plot(title, caption, _render_svg(figure))
 
 
-def score_histograms(groups: Mapping[str, Sequence[float]], threshold: float, title: str, caption: str) -> Plot:
+def plot_score_histograms(groups: Mapping[str, Sequence[float]], threshold: float, title: str, caption: str) -> Plot:
     """Draws a histogram for each group of scores, below each other on a common axis, with the threshold.
 
     Args:
@@ -80,8 +80,8 @@ def score_histograms(groups: Mapping[str, Sequence[float]], threshold: float, ti
     """
     shown = {name: np.asarray(scores, dtype=np.float64) for name, scores in groups.items() if len(scores)}
     all_values = np.concatenate([*shown.values(), [threshold]])
-    edges, is_log = _bin_edges(all_values, threshold)
-    figure, rows = _figure(0.7 + 0.8 * len(shown), len(shown))
+    edges, is_log = _compute_bin_edges(all_values, threshold)
+    figure, rows = _create_figure(0.7 + 0.8 * len(shown), len(shown))
     for axes, (name, scores) in zip(rows, shown.items(), strict=True):
         colour = _BAD if name.startswith("bad") else _CALIBRATION if name.startswith("calibration") else _GOOD
         axes.hist(scores, bins=edges, color=colour)
@@ -91,16 +91,18 @@ def score_histograms(groups: Mapping[str, Sequence[float]], threshold: float, ti
         if is_log:
             axes.set_xscale("log")
     rows[-1].set_xlabel("score" + (", logarithmic" if is_log else "") + "; dashed: threshold")
-    return Plot(title, caption, _svg(figure))
+    return Plot(title, caption, _render_svg(figure))
 
 
-def plot_by_epoch(title: str, caption: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Plot:
+def plot_values_by_epoch(
+    title: str, caption: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+) -> Plot:
     """Draws values by epoch. Lines differ in dashes and colour, so that colour is not needed.
 
     Args:
         lines: name -> (epochs, values).
     """
-    figure, (axes,) = _figure(2.5, 1)
+    figure, (axes,) = _create_figure(2.5, 1)
     styles = [(_GOOD, "-"), (_BAD, "--"), (_CALIBRATION, ":"), (_INK, "-.")]
     for number, (name, (epochs, values)) in enumerate(lines.items()):
         colour, dashes = styles[number % len(styles)]
@@ -112,17 +114,17 @@ def plot_by_epoch(title: str, caption: str, lines: Mapping[str, tuple[Sequence[f
             marker="o",
             markersize=3,
             linewidth=1.6,
-            label=escape_text(name),
+            label=escape_matplotlib_text(name),
         )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("epochs trained")
-    axes.set_title(escape_text(title), fontsize=10, color=_INK)
+    axes.set_title(escape_matplotlib_text(title), fontsize=10, color=_INK)
     if len(lines) > 1:
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, labelcolor=_INK)
-    return Plot(title, caption, _svg(figure))
+    return Plot(title, caption, _render_svg(figure))
 
 
-def escape_text(text: str) -> str:
+def escape_matplotlib_text(text: str) -> str:
     """Escapes untrusted text so that matplotlib draws it literally.
 
     matplotlib parses text between two dollar signs as a formula, which may fail. It also fails at half of a surrogate pair.
@@ -130,7 +132,7 @@ def escape_text(text: str) -> str:
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text).replace("$", r"\$")
 
 
-def _bin_edges(values: NDArray[np.float64], threshold: float) -> tuple[NDArray[np.float64], bool]:
+def _compute_bin_edges(values: NDArray[np.float64], threshold: float) -> tuple[NDArray[np.float64], bool]:
     """Returns the edges of histogram bins, and whether they are logarithmic."""
     low, high = float(values.min()), float(values.max())
     if low > 0 and high > _LOG_FROM * threshold:
@@ -140,7 +142,7 @@ def _bin_edges(values: NDArray[np.float64], threshold: float) -> tuple[NDArray[n
     return np.linspace(low, high, _NUM_BINS + 1), False
 
 
-def _figure(height_in: float, num_rows: int) -> tuple[Any, list[Any]]:
+def _create_figure(height_in: float, num_rows: int) -> tuple[Any, list[Any]]:
     """Creates a figure with `num_rows` axes below each other, in the placeholder colours."""
     from matplotlib.figure import Figure  # not pyplot, which stores figures and may look for a display
 
@@ -160,8 +162,8 @@ def _figure(height_in: float, num_rows: int) -> tuple[Any, list[Any]]:
     return figure, list(rows)
 
 
-def _svg(figure: Any) -> str:
-    """Returns a figure as a small SVG element, without XML header, namespaces (`page.svg_uri` adds them) and size.
+def _render_svg(figure: Any) -> str:
+    """Returns a figure as a small SVG element, without XML header, namespaces (`page.encode_svg_uri` adds them) and size.
 
     Ids are hashes of the content that they name, so an id that occurs in two plots of a page means the same content.
     """

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from focus_ray.drawing.mark import MARK
-from focus_ray.drawing.plots import escape_text
+from focus_ray.drawing.plots import escape_matplotlib_text
 
 MIN_SPAN = 0.02  # least length of a score axis: twice the noise of a score (`summary.NOISE`)
 _BEST, _FINISHED, _CUT, _GRID = "#c0392b", "#2c6fad", "#9aa5b1", "#e3e7eb"
@@ -20,7 +20,7 @@ _CURVE_STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-class Axis(NamedTuple):
+class VerticalAxis(NamedTuple):
     """A vertical axis. heights: of each line, in 0..1.  ticks: (height, text)."""
 
     name: str
@@ -36,7 +36,7 @@ class LearningCurve(NamedTuple):
     kind: str
 
 
-def score_axis(values: Sequence[float]) -> tuple[float, float]:
+def compute_score_axis_limits(values: Sequence[float]) -> tuple[float, float]:
     """Returns both ends of a score axis: the range of the scores. Widens a small range, which would only show noise.
 
     The length is at least `MIN_SPAN` for scores in [0, 1], where the axis stays inside [0, 1], and at least 2 % of the
@@ -53,14 +53,14 @@ def score_axis(values: Sequence[float]) -> tuple[float, float]:
     return start, start + span
 
 
-def describe_range(values: Sequence[float]) -> str:
+def describe_score_range(values: Sequence[float]) -> str:
     """Returns the range of scores as text: "scores 0.9100 to 0.9500"; "score 0.9100" if both ends print the same."""
     low, high = (f"{value:.4f}" for value in (min(values), max(values)))
     return f"score {low}" if low == high else f"scores {low} to {high}"
 
 
-def parallel_coordinates(
-    settings: Sequence[Axis], scores: Mapping[str, Sequence[float]], best: str, objective: str
+def plot_parallel_coordinates(
+    settings: Sequence[VerticalAxis], scores: Mapping[str, Sequence[float]], best: str, objective: str
 ) -> bytes:
     """Returns a PNG with one line per trial through its settings and its scores. The last trial is the best.
 
@@ -70,10 +70,10 @@ def parallel_coordinates(
         best: name of the best trial.
         objective: what the scores measure.
     """
-    columns = [*settings, *(_place_on_score_axis(name, values) for name, values in scores.items())]
-    figure, axes = _make_figure(1.6 * len(columns) + 1.6, 4.4)
+    columns = [*settings, *(_make_score_axis(name, values) for name, values in scores.items())]
+    figure, axes = _create_figure(1.6 * len(columns) + 1.6, 4.4)
     ranking = list(scores.values())[-1]
-    low, high = score_axis(ranking)
+    low, high = compute_score_axis_limits(ranking)
     # Jitter, so that lines with equal settings do not cover each other.
     jitter = np.random.default_rng(0).uniform(-0.012, 0.012, (len(ranking), len(columns)))
     jitter[:, len(settings) :] = 0
@@ -82,26 +82,31 @@ def parallel_coordinates(
         if number == len(ranking) - 1:
             style = {"color": _BEST, "linewidth": 2.6, "zorder": 3, "label": f"best: {best}"}
         else:
-            style = {"color": _score_colour((score - low) / (high - low)), "linewidth": 1.3, "alpha": 0.85, "zorder": 2}
+            style = {
+                "color": _choose_score_colour((score - low) / (high - low)),
+                "linewidth": 1.3,
+                "alpha": 0.85,
+                "zorder": 2,
+            }
         axes.plot(range(len(columns)), heights, **style)
     for index, column in enumerate(columns):
         axes.axvline(index, color="#5f6b76", linewidth=1.0, zorder=1)
         for height, text in column.ticks:
             axes.text(
-                index + 0.05, height, escape_text(text), fontsize=8, va="center", zorder=4,
+                index + 0.05, height, escape_matplotlib_text(text), fontsize=8, va="center", zorder=4,
                 bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8},
             )  # fmt: skip
-    axes.set_xticks(range(len(columns)), [escape_text(column.name) for column in columns], fontsize=9)
+    axes.set_xticks(range(len(columns)), [escape_matplotlib_text(column.name) for column in columns], fontsize=9)
     axes.set_yticks([])
     axes.set_xlim(-0.2, len(columns) - 1 + 0.55)
     axes.set_ylim(-0.08, 1.12)
     axes.legend(loc="upper left", fontsize=8, frameon=False, ncols=2)
-    title = f"{len(ranking)} finished trials, {describe_range(ranking)}; darker is better"
+    title = f"{len(ranking)} finished trials, {describe_score_range(ranking)}; darker is better"
     axes.set_title(f"{title}\n{objective}; axes of scores span {MIN_SPAN:g} at least", fontsize=10)
-    return _encode_png(figure)
+    return _render_png(figure)
 
 
-def learning_curves(panels: Mapping[str, Sequence[LearningCurve]], objective: str) -> bytes:
+def plot_learning_curves(panels: Mapping[str, Sequence[LearningCurve]], objective: str) -> bytes:
     """Returns a PNG of the score by epoch with one panel per category. The curve of a pruned trial is grey and short.
 
     Args:
@@ -119,21 +124,21 @@ def learning_curves(panels: Mapping[str, Sequence[LearningCurve]], objective: st
             last = [len(scores) - 1] if len(scores) > 1 else None
             axes.plot(epochs, scores, markersize=4, markevery=last, **_CURVE_STYLES[kind])
         panel_scores = [score for curve in curves for score in curve.scores]
-        low, high = score_axis(panel_scores)
+        low, high = compute_score_axis_limits(panel_scores)
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-        axes.set_title(f"{escape_text(category)}\n{describe_range(panel_scores)}", fontsize=10)
+        axes.set_title(f"{escape_matplotlib_text(category)}\n{describe_score_range(panel_scores)}", fontsize=10)
         axes.set_xlabel("epochs")
         axes.xaxis.get_major_locator().set_params(integer=True)
     all_axes[0].set_ylabel(objective, fontsize=9)
     handles = [Line2D([], [], markersize=4, label=kind, **style) for kind, style in _CURVE_STYLES.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    return _encode_png(figure)
+    return _render_png(figure)
 
 
-def importance_plot(importance: Mapping[str, float], num_trials: int) -> bytes:
+def plot_parameter_importance(importance: Mapping[str, float], num_trials: int) -> bytes:
     """Returns a PNG of the parameter importance: setting -> share of the score's variance."""
     keys = list(importance)[::-1]
-    figure, axes = _make_figure(6.4, 1.1 + 0.42 * len(keys))
+    figure, axes = _create_figure(6.4, 1.1 + 0.42 * len(keys))
     axes.barh(keys, [importance[key] for key in keys], color=_FINISHED, height=0.6)
     for number, key in enumerate(keys):
         axes.text(importance[key] + 0.012, number, f"{importance[key]:.2f}", va="center", fontsize=9)
@@ -141,22 +146,24 @@ def importance_plot(importance: Mapping[str, float], num_trials: int) -> bytes:
     axes.set_xlabel("share of the score's variance (fANOVA)")
     axes.set_title(f"from {num_trials} finished trials", fontsize=10)
     axes.grid(axis="x", color=_GRID)
-    return _encode_png(figure)
+    return _render_png(figure)
 
 
-def _place_on_score_axis(name: str, values: Sequence[float]) -> Axis:
+def _make_score_axis(name: str, values: Sequence[float]) -> VerticalAxis:
     """Returns the axis of scores."""
-    low, high = score_axis(values)
-    return Axis(name, [(value - low) / (high - low) for value in values], [(0.0, f"{low:.4f}"), (1.0, f"{high:.4f}")])
+    low, high = compute_score_axis_limits(values)
+    return VerticalAxis(
+        name, [(value - low) / (high - low) for value in values], [(0.0, f"{low:.4f}"), (1.0, f"{high:.4f}")]
+    )
 
 
-def _score_colour(relative_score: float) -> str:
+def _choose_score_colour(relative_score: float) -> str:
     """Returns a colour from pale blue (0) to dark blue (1). Brightness alone shows the score, so a grey print is readable."""
     start, end = np.array([190, 212, 232]), np.array([16, 58, 110])
     return "#" + "".join(f"{int(v):02x}" for v in start + relative_score * (end - start))
 
 
-def _make_figure(width: float, height: float) -> tuple[Any, Any]:
+def _create_figure(width: float, height: float) -> tuple[Any, Any]:
     """Returns a Matplotlib figure with one styled pair of axes."""
     from matplotlib.figure import Figure  # not pyplot, which keeps figures in memory and may need a display
 
@@ -175,7 +182,7 @@ def _style_axes(axes: Any) -> None:
     axes.tick_params(labelsize=9)
 
 
-def _encode_png(figure: Any) -> bytes:
+def _render_png(figure: Any) -> bytes:
     """Returns a figure as PNG bytes.
 
     The metadata contains `drawings.MARK`, so that no command mistakes the plot for a photograph.

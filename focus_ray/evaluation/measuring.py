@@ -33,8 +33,8 @@ from focus_ray.metrics.evaluate import (
     compute_evaluation_size,
 )
 from focus_ray.metrics.pixels import PixelBins
-from focus_ray.reporting.evaluation import EvaluationSection, build_section
-from focus_ray.reporting.gallery import make_cards
+from focus_ray.reporting.evaluation import EvaluationSection, build_evaluation_section
+from focus_ray.reporting.gallery import make_gallery_cards
 from focus_ray.storage.files import file_exists, join_path, read_bytes, remove_file, remove_folder, write_bytes
 
 IMAGES, CATEGORIES = "images", "categories"  # folders of a report: results of images, results of categories
@@ -241,9 +241,9 @@ def _write_metrics(inspector: Inspector, job: EvaluationJob, labelled: UnseenTes
         "version": job.version,
         "data": job.data,
     }
-    cards = make_cards(inspector, labelled, job.read_test_records)
+    cards = make_gallery_cards(inspector, labelled, job.read_test_records)
     warnings = inspector.bundle.manifest.get("metrics", {}).get("warnings", [])
-    section = build_section(labelled.measured, inspector.bundle.calibration, warnings, result, cards)
+    section = build_evaluation_section(labelled.measured, inspector.bundle.calibration, warnings, result, cards)
     content = {"identity": job.get_identity(), "result": result, "section": asdict(section)}
     write_bytes(job.result_path, (json.dumps(content, ensure_ascii=False) + "\n").encode())
     return result

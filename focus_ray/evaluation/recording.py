@@ -12,8 +12,8 @@ from focus_ray.errors import BundleError, ConfigError, FocusRayError
 from focus_ray.fitting.settings import parse_config
 from focus_ray.names import Log
 from focus_ray.reporting.evaluation import EvaluationSection
-from focus_ray.reporting.gallery import Card
-from focus_ray.reporting.tables import mean_metrics
+from focus_ray.reporting.gallery import GalleryCard
+from focus_ray.reporting.tables import compute_mean_metrics
 from focus_ray.settings.sections import override_tree
 from focus_ray.tracking.recorder import Recorder
 from focus_ray.tracking.runs import EvaluatedCategory, record_evaluation
@@ -80,7 +80,7 @@ def record_in_trackers(
     if not recorder:
         return
 
-    def read_cards(category: str) -> list[list[Card]]:
+    def read_cards(category: str) -> list[list[GalleryCard]]:
         return [group.cards for group in section_of(category).gallery]
 
     with closing(recorder):
@@ -93,6 +93,6 @@ def record_in_trackers(
                 measured[category] = EvaluatedCategory(
                     bundle, manifest, config.model_dump(mode="json"), results[category], cards
                 )
-            record_evaluation(recorder, measured, mean_metrics(results))
+            record_evaluation(recorder, measured, compute_mean_metrics(results))
         except FocusRayError as error:
             log(f"WARNING: not everything was recorded: {error}")

@@ -28,8 +28,8 @@ from focus_ray.evaluation.measuring import (
 )
 from focus_ray.evaluation.recording import open_evaluation_recorder, record_in_trackers
 from focus_ray.evaluation.work_items import PART_IMAGES, ScoringRun, open_worker_pool
-from focus_ray.reporting.evaluation import EvaluationSection, evaluation_page, summarize_result
-from focus_ray.reporting.tables import evaluation_table, mean_metrics
+from focus_ray.reporting.evaluation import EvaluationSection, render_evaluation_page, summarize_metrics
+from focus_ray.reporting.tables import compute_mean_metrics, format_evaluation_tables
 from focus_ray.storage.files import (
     check_folder_access,
     join_path,
@@ -143,7 +143,7 @@ class EvaluationRun(ScoringRun[EvaluationJob]):
         """Stores and logs the result of a category. Writes the tables if they are older than `_WRITE_INTERVAL_S`."""
         self.results[category] = result
         self._measured.pop(category, None)
-        summary = f"not measured: {result['error']}" if "error" in result else summarize_result(result)
+        summary = f"not measured: {result['error']}" if "error" in result else summarize_metrics(result)
         self.log(f"{category}: {summary} ({len(self.results)} of {len(self.bundles)})")
         if time.monotonic() - self._written_at >= _WRITE_INTERVAL_S:
             self.write_tables()
@@ -158,8 +158,10 @@ class EvaluationRun(ScoringRun[EvaluationJob]):
         Raises: DataError: a file cannot be written.
         """
         results = self.sort_results()
-        content = json.dumps({"categories": results, "mean": mean_metrics(results)}, indent=1, ensure_ascii=False)
-        table = evaluation_table(results)
+        content = json.dumps(
+            {"categories": results, "mean": compute_mean_metrics(results)}, indent=1, ensure_ascii=False
+        )
+        table = format_evaluation_tables(results)
         write_bytes(join_path(self.settings.output, "report.json"), f"{content}\n".encode())
         write_bytes(join_path(self.settings.output, "report.md"), table.encode())
         self._written_at = time.monotonic()
@@ -178,11 +180,11 @@ class EvaluationRun(ScoringRun[EvaluationJob]):
             section = self.read_report_section(category)
             if len(results) > MAX_CATEGORIES_ON_PAGE:
                 pages[category] = f"{CATEGORIES}/{category}.html"
-                page = evaluation_page({category: results[category]}, {category: section})
+                page = render_evaluation_page({category: results[category]}, {category: section})
                 write_bytes(join_path(self.settings.output, pages[category]), page)
                 section = replace(section, plots=[], gallery=[])
             sections[category] = section
-        write_bytes(join_path(self.settings.output, "report.html"), evaluation_page(results, sections, pages))
+        write_bytes(join_path(self.settings.output, "report.html"), render_evaluation_page(results, sections, pages))
         return {category: section.caveats for category, section in sections.items()}
 
     def read_report_section(self, category: str) -> EvaluationSection:

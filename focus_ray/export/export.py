@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from focus_ray.bundle.bundle import Bundle, read_bundle, read_library_versions
-from focus_ray.errors import DataError, ExportError, require_extra
+from focus_ray.errors import DataError, ExportError, check_extra_is_installed
 from focus_ray.export.check import TOLERANCE, check_export, decode_example, find_failures, score_reference
 from focus_ray.export.examples import gather_examples
 from focus_ray.export.formats import INPUT, MODEL_FILES, OPENVINO_SETTINGS, check_format, open_model, write_model
@@ -75,7 +75,7 @@ def export_bundle(
     export_examples = gather_examples(bundle, examples, MAX_EXAMPLES)
     to_check = [example for example in export_examples if not example.for_int8]
     if len({example.label for example in to_check} - {None}) == 2:
-        require_extra("train", "the image AUROC of good and bad examples")
+        check_extra_is_installed("train", "the image AUROC of good and bad examples")
     log(f"export: scoring {len(to_check)} examples with PyTorch in float32")
     reference = score_reference(bundle, to_check)
     int8_images = []

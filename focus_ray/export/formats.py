@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from focus_ray.bundle.engine import QUANTISED_OPERATORS, quantise_onnx_model, suppress_exporter_messages
-from focus_ray.errors import ConfigError, ExportError, require_extra
+from focus_ray.errors import ConfigError, ExportError, check_extra_is_installed
 from focus_ray.export.scorer import BOX, OUTPUTS, ExportableScorer, max_image_side_px
 from focus_ray.storage.files import find_os_error
 
@@ -44,7 +44,7 @@ def check_format(to: str, precision: str) -> None:
         hint = ": for int8, give --to onnx or openvino" if precision == "int8" else ""
         raise ConfigError(f"--to {to} --precision {precision}: expected one of {', '.join(PRECISIONS[to])}{hint}")
     for extra in _REQUIRED_EXTRAS[to]:
-        require_extra(extra, f"focus-ray export --to {to}")
+        check_extra_is_installed(extra, f"focus-ray export --to {to}")
 
 
 def write_model(

@@ -11,17 +11,17 @@ import numpy as np
 from focus_ray.metrics.metrics import ScoredTestImages
 from focus_ray.metrics.registry import METRICS
 from focus_ray.metrics.ties import exceeds_threshold
-from focus_ray.reporting.tables import format_bound
+from focus_ray.reporting.tables import format_error_bound
 
 FEW_IMAGES = 20  # below this number, a single image changes a rate by 5 % or more
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Share:
+class ImageShare:
     """A share of images, `count` of `total`, with an exact 95 % confidence interval (Clopper-Pearson).
 
-    `share` and `bounds` are defined only if `total` is above 0.
+    `share` and `confidence_interval` are defined only if `total` is above 0.
     """
 
     count: int
@@ -33,7 +33,7 @@ class Share:
         return self.count / self.total
 
     @property
-    def bounds(self) -> tuple[float, float]:
+    def confidence_interval(self) -> tuple[float, float]:
         """Lower and upper bound of the confidence interval, in 0..1."""
         from scipy.stats import binomtest  # this import takes a second, so only pages with shares do it
 
@@ -43,18 +43,18 @@ class Share:
     def __str__(self) -> str:
         if not self.total:
             return "-"
-        low, high = self.bounds
+        low, high = self.confidence_interval
         return f"{self.count} of {self.total} ({100 * self.share:.0f} %; {100 * low:.0f} to {100 * high:.0f} %)"
 
 
-def count_called_bad(measured: ScoredTestImages, label: int) -> Share:
+def compute_share_called_bad(measured: ScoredTestImages, label: int) -> ImageShare:
     """Returns the share of images with a score above the threshold, among the images with a label (0 good, 1 bad)."""
     scores = measured.scores[measured.labels == label]
-    return Share(int(np.sum(exceeds_threshold(scores, measured.threshold))), len(scores))
+    return ImageShare(int(np.sum(exceeds_threshold(scores, measured.threshold))), len(scores))
 
 
-def evaluation_caveats(
-    calibration: Sequence[str], warnings: Sequence[str], result: Mapping[str, Any], good: Share, bad: Share
+def list_evaluation_caveats(
+    calibration: Sequence[str], warnings: Sequence[str], result: Mapping[str, Any], good: ImageShare, bad: ImageShare
 ) -> list[str]:
     """Returns the caveats of the evaluation of a category, one sentence each.
 
@@ -70,12 +70,12 @@ def evaluation_caveats(
         if not share.total:
             caveats.append(f"There is no {kind} test image: nothing is known of the {rate}.")
         elif share.total < FEW_IMAGES:
-            low, high = share.bounds
+            low, high = share.confidence_interval
             caveats.append(
                 f"Only {share.total} {kind} test images: the {rate} may be anywhere from {100 * low:.0f} to {100 * high:.0f} %."
             )
     target = float(result["target_fpr"])
-    if good.total and good.bounds[0] > target:
+    if good.total and good.confidence_interval[0] > target:
         caveats.append(
             f"{100 * good.share:.0f} % of the good test images are called bad, more than chance makes of the target of "
             f"{100 * target:.3g} %. Calibrate with more images like them."
@@ -97,15 +97,15 @@ def evaluation_caveats(
     if result.get("bounds"):
         caveats.append(
             f"There are too many pixels to sort them all: they were counted in bins, which moves no pixel metric by more than "
-            f"{format_bound(max(result['bounds'].values())).removeprefix('±')}."
+            f"{format_error_bound(max(result['bounds'].values())).removeprefix('±')}."
         )
     return [
         *caveats,
-        *(f"{_metric_title(key)} is missing: {reason}" for key, reason in result.get("reasons", {}).items()),
+        *(f"{_format_metric_title(key)} is missing: {reason}" for key, reason in result.get("reasons", {}).items()),
     ]
 
 
-def _metric_title(metric: str) -> str:
+def _format_metric_title(metric: str) -> str:
     """Returns the title of a metric for people, such as 'AUPRO 0.3 of crack' for the key 'crack: aupro_0.3'."""
     defect_type, _, key = metric.rpartition(": ")
     title = METRICS[key].title if key in METRICS.import_paths else key

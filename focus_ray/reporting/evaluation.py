@@ -14,10 +14,10 @@ from focus_ray.detect.calibration import Calibration
 from focus_ray.drawing import plots
 from focus_ray.metrics.metrics import ScoredTestImages
 from focus_ray.metrics.registry import METRICS
-from focus_ray.reporting.caveats import Share, count_called_bad, evaluation_caveats
-from focus_ray.reporting.gallery import PER_KIND, Card, Kind
-from focus_ray.reporting.page import render
-from focus_ray.reporting.tables import mean_metrics
+from focus_ray.reporting.caveats import ImageShare, compute_share_called_bad, list_evaluation_caveats
+from focus_ray.reporting.gallery import PER_KIND, CardKind, GalleryCard
+from focus_ray.reporting.page import render_page
+from focus_ray.reporting.tables import compute_mean_metrics
 
 PRO_LIMIT = 0.3  # largest false positive rate of the PRO curve and of AUPRO 0.3
 _PRO_POINTS = 400  # points of the drawn curve; the exact curve has a corner for each pixel
@@ -29,7 +29,7 @@ class GalleryGroup:
 
     title: str
     note: str
-    cards: list[Card]
+    cards: list[GalleryCard]
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class EvaluationSection:
         target_fpr: target false positive rate of the calibration.
         num_calibration: number of calibration images.
         method: method of the calibration.
-        caveats: sentences of `evaluation_caveats`.
+        caveats: sentences of `list_evaluation_caveats`.
         plots: drawn plots of the scores and metrics.
         gallery: groups of test images with their heat maps.
     """
 
-    good: Share
-    bad: Share
+    good: ImageShare
+    bad: ImageShare
     target_fpr: float
     num_calibration: int
     method: str
@@ -56,12 +56,12 @@ class EvaluationSection:
     gallery: list[GalleryGroup]
 
 
-def build_section(
+def build_evaluation_section(
     measured: ScoredTestImages,
     calibration: Calibration,
     warnings: Sequence[str],
     result: Mapping[str, Any],
-    cards: Mapping[Kind, list[Card]],
+    cards: Mapping[CardKind, list[GalleryCard]],
 ) -> EvaluationSection:
     """Builds the section of one category for the page of an evaluation.
 
@@ -70,22 +70,22 @@ def build_section(
         calibration: calibration of the model.
         warnings: warnings of the training, as sentences.
         result: metrics and notices of `Inspector.evaluate` for `measured`.
-        cards: images of the gallery, from `gallery.make_cards`.
+        cards: images of the gallery, from `gallery.make_gallery_cards`.
     """
-    good, bad = count_called_bad(measured, 0), count_called_bad(measured, 1)
+    good, bad = compute_share_called_bad(measured, 0), compute_share_called_bad(measured, 1)
     return EvaluationSection(
         good=good,
         bad=bad,
         target_fpr=calibration.target_fpr,
         num_calibration=calibration.num_images,
         method=calibration.method,
-        caveats=evaluation_caveats(calibration.caveats(), warnings, result, good, bad),
-        plots=_plots(measured, calibration.image_scores, result, good, bad),
-        gallery=_gallery(cards, good, bad),
+        caveats=list_evaluation_caveats(calibration.caveats(), warnings, result, good, bad),
+        plots=_draw_metric_plots(measured, calibration.image_scores, result, good, bad),
+        gallery=_group_gallery_cards(cards, good, bad),
     )
 
 
-def summarize_result(result: Mapping[str, Any]) -> str:
+def summarize_metrics(result: Mapping[str, Any]) -> str:
     """Returns one line of text with the most important metrics of a category, such as 'Image AUROC 0.9876, Recall 0.9500'."""
     shown = [(METRICS[key].title, result.get(key)) for key in ("image_auroc", "pixel_auroc", "aupro_0.3", "recall")]
     num_left_out = (result.get("trained_on") or {}).get("num_images", 0)
@@ -94,7 +94,7 @@ def summarize_result(result: Mapping[str, Any]) -> str:
     return prefix + (figures or "no metric can be computed")
 
 
-def evaluation_page(
+def render_evaluation_page(
     results: Mapping[str, Mapping[str, Any]],
     sections: Mapping[str, EvaluationSection],
     pages: Mapping[str, str] | None = None,
@@ -113,11 +113,11 @@ def evaluation_page(
         category: [f"Not measured: {errors[category]}"] if category in errors else sections[category].caveats
         for category in results
     }
-    return render(
+    return render_page(
         "evaluation.html",
         title="Evaluation: " + ", ".join(list(results)[:3]) + (" ..." if len(results) > 3 else ""),
-        good=_total(section.good for section in sections.values()),
-        bad=_total(section.bad for section in sections.values()),
+        good=_sum_shares(section.good for section in sections.values()),
+        bad=_sum_shares(section.bad for section in sections.values()),
         targets=sorted({section.target_fpr for section in sections.values()}),
         results=results,
         sections=sections,
@@ -126,11 +126,13 @@ def evaluation_page(
         pages={category: quote(page, errors="replace") for category, page in (pages or {}).items()},
         metrics={key: METRICS[key].title for key in METRICS},
         per_defect={key: METRICS[key].title for key in METRICS if METRICS[key].per_defect},
-        means=mean_metrics(results),
+        means=compute_mean_metrics(results),
     )
 
 
-def per_region_overlap_curve(measured: ScoredTestImages) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
+def compute_per_region_overlap_curve(
+    measured: ScoredTestImages,
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
     """Returns the per-region overlap (PRO) curve at 400 points, or None if no mask has a defective pixel.
 
     Returns: two arrays (400,). The first has false positive rates of pixels from 0 to `PRO_LIMIT`. The second has, for each
@@ -143,13 +145,17 @@ def per_region_overlap_curve(measured: ScoredTestImages) -> tuple[np.ndarray[Any
     return rates, np.interp(rates, exact_rates, overlap)
 
 
-def _total(shares: Iterable[Share]) -> Share:
+def _sum_shares(shares: Iterable[ImageShare]) -> ImageShare:
     """Adds the counts and totals of the categories' shares, and returns the share of all categories together."""
-    return reduce(lambda a, b: Share(a.count + b.count, a.total + b.total), shares, Share(0, 0))
+    return reduce(lambda a, b: ImageShare(a.count + b.count, a.total + b.total), shares, ImageShare(0, 0))
 
 
-def _plots(
-    measured: ScoredTestImages, calibration_scores: Sequence[float], result: Mapping[str, Any], good: Share, bad: Share
+def _draw_metric_plots(
+    measured: ScoredTestImages,
+    calibration_scores: Sequence[float],
+    result: Mapping[str, Any],
+    good: ImageShare,
+    bad: ImageShare,
 ) -> list[plots.Plot]:
     """Draws score histograms; with good and bad images also ROC and precision-recall curves; with masks also a PRO curve.
 
@@ -158,7 +164,7 @@ def _plots(
         good, bad: share of the good and of the bad test images whose score is above the threshold.
     """
     drawn = [
-        plots.score_histograms(
+        plots.plot_score_histograms(
             {
                 "good test images": measured.scores[measured.labels == 0].tolist(),
                 "bad test images": measured.scores[measured.labels == 1].tolist(),
@@ -175,7 +181,7 @@ def _plots(
 
         false_positive_rate, true_positive_rate, _ = roc_curve(measured.labels, measured.scores)
         drawn.append(
-            plots.curve(
+            plots.plot_curve(
                 "ROC",
                 f"Area {result['image_auroc']:.4f}. The dot is the calibrated threshold.",
                 (false_positive_rate, true_positive_rate),
@@ -186,7 +192,7 @@ def _plots(
         precision, recall, _ = precision_recall_curve(measured.labels, measured.scores)
         num_called_bad = good.count + bad.count
         drawn.append(
-            plots.curve(
+            plots.plot_curve(
                 "Precision and recall",
                 f"Average precision {result['image_average_precision']:.4f}. The dot is the calibrated threshold. Precision "
                 f"hangs on how many are bad: here {bad.total} of {good.total + bad.total}.",
@@ -196,10 +202,10 @@ def _plots(
                 steps=True,
             )
         )
-    overlap = per_region_overlap_curve(measured) if result.get("aupro_0.3") is not None else None
+    overlap = compute_per_region_overlap_curve(measured) if result.get("aupro_0.3") is not None else None
     if overlap is not None:
         drawn.append(
-            plots.curve(
+            plots.plot_curve(
                 "Per-region overlap (PRO)",
                 f"How much of a defect's area is marked, where at most so many good pixels are. AUPRO 0.3 is "
                 f"{result['aupro_0.3']:.4f}.",
@@ -211,14 +217,16 @@ def _plots(
     return drawn
 
 
-def _gallery(cards: Mapping[Kind, list[Card]], good: Share, bad: Share) -> list[GalleryGroup]:
+def _group_gallery_cards(
+    cards: Mapping[CardKind, list[GalleryCard]], good: ImageShare, bad: ImageShare
+) -> list[GalleryGroup]:
     """Makes a gallery group with a title and a note for each kind of cards, and leaves out kinds without cards."""
     num_missed = bad.total - bad.count
     misses = "Worst misses" if num_missed else "Bad images that came closest to being missed"
     alarms = "Worst false alarms" if good.count else "Good images that came closest to a false alarm"
     notes = (
-        _describe_count(num_missed, "bad", "called good") if num_missed else "Every bad test image is found.",
-        _describe_count(good.count, "good", "called bad") if good.count else "No good test image is called bad.",
+        _describe_image_count(num_missed, "bad", "called good") if num_missed else "Every bad test image is found.",
+        _describe_image_count(good.count, "good", "called bad") if good.count else "No good test image is called bad.",
         "Bad images called bad, with scores about the median.",
     )
     groups = [
@@ -229,7 +237,7 @@ def _gallery(cards: Mapping[Kind, list[Card]], good: Share, bad: Share) -> list[
     return [group for group in groups if group.cards]
 
 
-def _describe_count(count: int, kind: str, verdict: str) -> str:
+def _describe_image_count(count: int, kind: str, verdict: str) -> str:
     """Returns a sentence such as '2 bad images were called good.'
 
     For more images than the gallery shows: '9 bad images were called good; the worst 4 are shown.'

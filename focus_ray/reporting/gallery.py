@@ -14,13 +14,13 @@ from focus_ray.data.images import decode_image, decode_mask
 from focus_ray.data.schema import Row
 from focus_ray.detect.inspection import Inspection
 from focus_ray.detect.pictures import overlay
-from focus_ray.drawing.overlay import draw_outline
+from focus_ray.drawing.overlay import draw_mask_outline
 from focus_ray.metrics.evaluate import UnseenTestImages
 from focus_ray.metrics.metrics import ScoredTestImages
 from focus_ray.metrics.ties import exceeds_threshold
-from focus_ray.reporting.page import jpeg_uri
+from focus_ray.reporting.page import encode_jpeg_uri
 
-Kind = Literal["misses", "false_alarms", "finds"]
+CardKind = Literal["misses", "false_alarms", "finds"]
 ReadRecords = Callable[[Sequence[int]], Iterable[Row]]
 """Reads the records (id, image and mask) of test images, from their ascending numbers among all test images."""
 PER_KIND = 4
@@ -36,7 +36,7 @@ class GalleryInspector(Protocol):
 
 
 @dataclass(frozen=True)
-class Card:
+class GalleryCard:
     """An image in the gallery, with its result and its pictures.
 
     Attributes:
@@ -58,7 +58,7 @@ class Card:
     views: dict[str, str]
 
 
-def choose_images(measured: ScoredTestImages, per_kind: int = PER_KIND) -> dict[Kind, list[int]]:
+def choose_gallery_images(measured: ScoredTestImages, per_kind: int = PER_KIND) -> dict[CardKind, list[int]]:
     """Chooses the images to show. Returns kind -> indices of images in `measured`, at most `per_kind` per kind, no image twice.
 
     misses: the bad images with the lowest scores, lowest first, even if they are above the threshold.
@@ -75,34 +75,34 @@ def choose_images(measured: ScoredTestImages, per_kind: int = PER_KIND) -> dict[
     return {"misses": misses.tolist(), "false_alarms": false_alarms.tolist(), "finds": finds.tolist()}
 
 
-def make_cards(
+def make_gallery_cards(
     inspector: GalleryInspector, labelled: UnseenTestImages, read_records: ReadRecords
-) -> dict[Kind, list[Card]]:
+) -> dict[CardKind, list[GalleryCard]]:
     """Chooses images for the gallery, reads and inspects them again one by one, and draws their pictures.
 
     Args:
         labelled: scored test images.
         read_records: reads the chosen images.
 
-    Returns: kind -> cards, in the order of `choose_images`.
+    Returns: kind -> cards, in the order of `choose_gallery_images`.
 
     Raises: DataError: an image cannot be read or inspected again.
     """
-    chosen = choose_images(labelled.measured)
+    chosen = choose_gallery_images(labelled.measured)
     indices = sorted({index for indices in chosen.values() for index in indices})
     records = read_records(labelled.numbers[indices].tolist())
     cards = {
-        index: _draw_card(inspector, record, labelled.types[index], bool(labelled.measured.labels[index]))
+        index: _make_gallery_card(inspector, record, labelled.types[index], bool(labelled.measured.labels[index]))
         for index, record in zip(indices, records, strict=True)
     }
     return {kind: [cards[index] for index in indices] for kind, indices in chosen.items()}
 
 
-def _draw_card(inspector: GalleryInspector, record: Row, defect_type: str, is_bad: bool) -> Card:
+def _make_gallery_card(inspector: GalleryInspector, record: Row, defect_type: str, is_bad: bool) -> GalleryCard:
     """Inspects an image again and makes its card, with pictures. Raises: DataError: the image cannot be inspected."""
     (inspection,) = inspector.inspect([record["image"]])
     mistake = "missed" if is_bad else "false alarm"
-    return Card(
+    return GalleryCard(
         name=record["id"],
         defect_type=defect_type,
         score=inspection.score,
@@ -111,11 +111,13 @@ def _draw_card(inspector: GalleryInspector, record: Row, defect_type: str, is_ba
         p_value=inspection.p_value,
         verdict=inspection.verdict,
         mistake=mistake if is_bad != inspection.anomalous else "",
-        views=_views(inspector, inspection, record["image"], record["mask"]),
+        views=_draw_views(inspector, inspection, record["image"], record["mask"]),
     )
 
 
-def _views(inspector: GalleryInspector, inspection: Inspection, image: bytes, mask: bytes | None) -> dict[str, str]:
+def _draw_views(
+    inspector: GalleryInspector, inspection: Inspection, image: bytes, mask: bytes | None
+) -> dict[str, str]:
     """Draws the image, its heat map with the outline of the mask, and the aligned image if the model aligns images.
 
     Returns: title of a picture -> JPEG as a data URI.
@@ -128,11 +130,11 @@ def _views(inspector: GalleryInspector, inspection: Inspection, image: bytes, ma
     picture = np.asarray(full_image.resize(size, Image.Resampling.BILINEAR))
     heat_map = overlay(picture, inspection, scale)
     if mask is not None:
-        heat_map = draw_outline(heat_map, decode_mask(mask, size[1], size[0]))
-    views = {"image": jpeg_uri(picture), "heat map": jpeg_uri(heat_map)}
+        heat_map = draw_mask_outline(heat_map, decode_mask(mask, size[1], size[0]))
+    views = {"image": encode_jpeg_uri(picture), "heat map": encode_jpeg_uri(heat_map)}
     aligned = inspector.align_image(image)
     if aligned is not None:
         thumbnail = Image.fromarray(aligned)
         thumbnail.thumbnail((PICTURE_PX, PICTURE_PX))
-        views["as aligned"] = jpeg_uri(np.asarray(thumbnail))
+        views["as aligned"] = encode_jpeg_uri(np.asarray(thumbnail))
     return views

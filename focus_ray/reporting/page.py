@@ -19,51 +19,51 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from focus_ray.reporting.tables import format_bound
+from focus_ray.reporting.tables import format_error_bound
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _JPEG_QUALITY = 82
 _PICTURE = re.compile(r"data:image/(jpeg|png|svg\+xml);base64,[A-Za-z0-9+/]*={0,2}")
 
 
-def render(template: str, **facts: Any) -> bytes:
+def render_page(template: str, **facts: Any) -> bytes:
     """Renders a template file of the folder `templates` to UTF-8 text.
 
     Args: facts: variables of the template. Their text is escaped.
     """
-    return _environment().get_template(template).render(**facts).encode(errors="replace")
+    return _create_template_environment().get_template(template).render(**facts).encode(errors="replace")
 
 
-def jpeg_uri(picture: NDArray[np.uint8]) -> str:
+def encode_jpeg_uri(picture: NDArray[np.uint8]) -> str:
     """Returns a picture (H, W, 3) as the data URI of a JPEG."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=_JPEG_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def png_uri(data: bytes) -> str:
+def encode_png_uri(data: bytes) -> str:
     """Returns an encoded PNG as a data URI."""
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
-def svg_uri(svg: str) -> str:
+def encode_svg_uri(svg: str) -> str:
     """Returns an untrusted SVG element as a data URI for `<img>`, in which a browser runs no script and loads nothing.
 
     The element gets the SVG namespace and the colours of the page, because a picture does not inherit them.
     """
     head, end, body = svg.partition(">")
     head = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"', 1)
-    content = f"{head}{end}<style>{_colours()} text {{ font-family: system-ui, sans-serif; }}</style>{body}"
+    content = f"{head}{end}<style>{_read_colours()} text {{ font-family: system-ui, sans-serif; }}</style>{body}"
     return f"data:image/svg+xml;base64,{base64.b64encode(content.encode(errors='replace')).decode()}"
 
 
 @cache
-def _colours() -> str:
+def _read_colours() -> str:
     """Returns the style sheet with the colours of pages and plots."""
     return (_TEMPLATES / "colours.css").read_text(encoding="utf-8")
 
 
-def _safe_picture_uri(uri: Any) -> str:
+def _replace_unsafe_picture_uri(uri: Any) -> str:
     """Returns `uri` if it is the data URI of a JPEG, PNG or SVG in base64, otherwise the empty data URI 'data:,'.
 
     So a picture of the page never makes a browser load anything from the network.
@@ -72,7 +72,7 @@ def _safe_picture_uri(uri: Any) -> str:
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def _create_template_environment() -> jinja2.Environment:
     """Returns the jinja2 environment of the templates, which escapes text and raises an error for undefined names."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -81,8 +81,10 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(figure=_format_metric, short=_format_short, percent=_percent, within=format_bound)
-    environment.filters.update(picture=_safe_picture_uri, svg_uri=svg_uri)
+    environment.filters.update(
+        figure=_format_metric, short=_format_number, percent=_format_percentage, within=format_error_bound
+    )
+    environment.filters.update(picture=_replace_unsafe_picture_uri, encode_svg_uri=encode_svg_uri)
     return environment
 
 
@@ -91,11 +93,11 @@ def _format_metric(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _format_short(value: Any) -> str:
+def _format_number(value: Any) -> str:
     """Returns a float with four significant digits, and any other value as text."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _percent(value: float) -> str:
+def _format_percentage(value: float) -> str:
     """Returns a share as a percentage, such as '1 %' for 0.01."""
     return f"{100 * value:.3g} %"

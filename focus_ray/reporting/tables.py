@@ -12,7 +12,7 @@ import numpy as np
 from focus_ray.metrics.registry import METRICS
 
 
-def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+def format_evaluation_tables(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns a Markdown text with a table of the metrics of each category and a table of the metrics of each defect type.
 
     A missing metric is shown as '-' and left out of the mean row, which exists for two or more categories. Notices about images
@@ -23,14 +23,14 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         entry 'error' with the reason.
     """
     rows = [
-        [category, result.get("num_normal", "-"), result.get("num_anomalous", "-"), *_figures(result, METRICS)]
+        [category, result.get("num_normal", "-"), result.get("num_anomalous", "-"), *_format_metrics(result, METRICS)]
         for category, result in results.items()
     ]
     if len(results) > 1:
-        rows.append(["**mean**", "", "", *_figures(mean_metrics(results), METRICS)])
+        rows.append(["**mean**", "", "", *_format_metrics(compute_mean_metrics(results), METRICS)])
     per_defect = [key for key in METRICS if METRICS[key].per_defect]
     type_rows = [
-        [category, defect_type, type_result["num_images"], *_figures(type_result, per_defect)]
+        [category, defect_type, type_result["num_images"], *_format_metrics(type_result, per_defect)]
         for category, result in results.items()
         for defect_type, type_result in result.get("defect_types", {}).items()
     ]
@@ -40,10 +40,10 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     for category, result in results.items():
         reasons += [f"{category}: {metric_key}: {reason}" for metric_key, reason in result.get("reasons", {}).items()]
     sections = [
-        _list(_collect_notices(results, "trained_on")),
-        _table(["category", "good", "bad"], METRICS, rows),
-        _table(["category", "defect type", "images"], per_defect, type_rows),
-        _list([*reasons, *_collect_notices(results, "shift", "repeats")]),
+        _format_list(_collect_notices(results, "trained_on")),
+        _format_table(["category", "good", "bad"], METRICS, rows),
+        _format_table(["category", "defect type", "images"], per_defect, type_rows),
+        _format_list([*reasons, *_collect_notices(results, "shift", "repeats")]),
     ]
     explanations = {
         "binned": "Pixels counted in bins ({}): the exact value lies within the ± next to each value.",
@@ -56,7 +56,7 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def mean_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+def compute_mean_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
     """Returns metric -> unweighted mean over the categories with this metric; None if no category has the metric."""
     means: dict[str, float | None] = {}
     for key in METRICS:
@@ -65,7 +65,7 @@ def mean_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float | 
     return means
 
 
-def format_bound(bound: float) -> str:
+def format_error_bound(bound: float) -> str:
     """Returns an error bound as text such as '±2e-05', rounded up to one digit."""
     if bound <= 0:
         return "±0"
@@ -84,7 +84,7 @@ def _collect_notices(results: Mapping[str, Mapping[str, Any]], *findings: str) -
     return [f"{category}: {notice}" for category, notice in notices if notice]
 
 
-def _figures(result: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+def _format_metrics(result: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
     """Returns some metrics of a category or defect type as texts, with their error bounds; '-' for a missing metric.
 
     Args: keys: names of the metrics, in the order of the texts.
@@ -92,18 +92,20 @@ def _figures(result: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
     figures = []
     for key in keys:
         value, bound = result.get(key), result.get("bounds", {}).get(key)
-        figures.append("-" if value is None else f"{value:.4f}" + ("" if bound is None else f" {format_bound(bound)}"))
+        figures.append(
+            "-" if value is None else f"{value:.4f}" + ("" if bound is None else f" {format_error_bound(bound)}")
+        )
     return figures
 
 
-def _table(head: list[str], metrics: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+def _format_table(head: list[str], metrics: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """Returns a Markdown table. Its first columns have the headings `head`; then follows a column for each metric."""
     titles = [*head, *(METRICS[key].title for key in metrics)]
     lines = [f"| {' | '.join(map(_escape_markdown, cells))} |" for cells in (titles, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(titles), *lines[1:]])
 
 
-def _list(items: Iterable[str]) -> str:
+def _format_list(items: Iterable[str]) -> str:
     """Returns texts as a Markdown list with one item per line; an empty text if there are no items."""
     return "\n".join(f"- {_escape_markdown(item)}" for item in items)
 

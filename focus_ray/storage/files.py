@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow as pa
 from pyarrow import fs
 
-from focus_ray.errors import DataError, StorageError, require_extra
+from focus_ray.errors import DataError, StorageError, check_extra_is_installed
 from focus_ray.retries import compute_retry_pause_s
 from focus_ray.storage.s3_settings import S3Settings, load_s3_settings
 
@@ -77,7 +77,7 @@ def open_filesystem(uri: str | Path, is_quick: bool = False) -> tuple[fs.FileSys
         if not path or "?" in path or "//" in path:
             expected = "expected s3://bucket/prefix without a query or an empty folder name"
             raise DataError(f"{text}: {expected}; set the server with AWS_ENDPOINT_URL")
-        require_extra("s3", text)
+        check_extra_is_installed("s3", text)
         return _make_s3_filesystem(
             _find_bucket_region(path.partition("/")[0]), load_s3_settings().endpoint, is_quick
         ), path

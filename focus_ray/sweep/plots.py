@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from focus_ray.drawing import sweep_plots
-from focus_ray.drawing.sweep_plots import Axis, LearningCurve
+from focus_ray.drawing.sweep_plots import LearningCurve, VerticalAxis
 from focus_ray.sweep import records
 from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import SweepConfig
@@ -32,7 +32,7 @@ def parallel_coordinates(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> b
     scores = {name: [record.categories[name]["score"] for record in scored] for name in categories}
     scores["mean score" if categories else "score"] = [record.score or 0.0 for record in scored]
     best = f"trial {scored[-1].number}"
-    return sweep_plots.parallel_coordinates(settings, scores, best, records.describe_objective(sweep))
+    return sweep_plots.plot_parallel_coordinates(settings, scores, best, records.describe_objective(sweep))
 
 
 def learning_curves(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes | None:
@@ -54,10 +54,10 @@ def learning_curves(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes 
             if curve:
                 epochs, scores = zip(*curve, strict=True)
                 panels[category].append(LearningCurve(epochs, scores, kind))
-    return sweep_plots.learning_curves(panels, records.describe_objective(sweep))
+    return sweep_plots.plot_learning_curves(panels, records.describe_objective(sweep))
 
 
-def _setting_axis(sweep: SweepConfig, key: str, values: Sequence[Any]) -> Axis:
+def _setting_axis(sweep: SweepConfig, key: str, values: Sequence[Any]) -> VerticalAxis:
     """Returns the plot axis of a setting: listed values at equal distances, or numbers between the ends of their range.
 
     Args:
@@ -70,7 +70,7 @@ def _setting_axis(sweep: SweepConfig, key: str, values: Sequence[Any]) -> Axis:
         texts = [json.dumps(value) for value in domain.choice]
         heights = np.linspace(0, 1, len(texts)).tolist() if len(texts) > 1 else [0.5]
         labels = [records.format_value(value) for value in domain.choice]
-        return Axis(
+        return VerticalAxis(
             name, [heights[texts.index(json.dumps(v))] for v in values], list(zip(heights, labels, strict=True))
         )
     low, high = (np.log(domain.ends) if domain.is_log else np.asarray(domain.ends)).tolist()
@@ -78,4 +78,6 @@ def _setting_axis(sweep: SweepConfig, key: str, values: Sequence[Any]) -> Axis:
     tick_heights = np.linspace(0, 1, 3)
     ticks = low + tick_heights * (high - low)
     labels = [records.format_value(float(np.exp(tick) if domain.is_log else tick)) for tick in ticks]
-    return Axis(name, ((numbers - low) / (high - low)).tolist(), list(zip(tick_heights.tolist(), labels, strict=True)))
+    return VerticalAxis(
+        name, ((numbers - low) / (high - low)).tolist(), list(zip(tick_heights.tolist(), labels, strict=True))
+    )

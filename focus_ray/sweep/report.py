@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from focus_ray.drawing.sweep_plots import importance_plot
-from focus_ray.reporting.page import png_uri, render
+from focus_ray.drawing.sweep_plots import plot_parameter_importance
+from focus_ray.reporting.page import encode_png_uri, render_page
 from focus_ray.storage.files import join_path, write_bytes
 from focus_ray.sweep import records, summary
 from focus_ray.sweep.plots import learning_curves, parallel_coordinates
@@ -52,13 +52,15 @@ def write_report(root: str, sweep: SweepConfig, trials: Sequence[TrialRecord]) -
         plots = {
             ("parallel", "Settings and scores"): parallel_coordinates(sweep, stage_trials),
             ("curves", "Learning curves"): learning_curves(sweep, stage_trials),
-            ("importance", "Parameter importance"): importance_plot(importance, num_finished) if importance else None,
+            ("importance", "Parameter importance"): plot_parameter_importance(importance, num_finished)
+            if importance
+            else None,
         }
         pictures = {}
         for (name, title), picture in plots.items():
             if picture is not None:
                 files[f"{name}-{stage.stage}.png" if stage.stage else f"{name}.png"] = picture
-                pictures[title] = png_uri(picture)
+                pictures[title] = encode_png_uri(picture)
         if stage.best is not None:
             best_yaml = records.best_config_yaml(sweep, stage.best, root)
             files[records.best_file_name(stage.stage)] = best_yaml.encode()
@@ -84,7 +86,7 @@ def write_report(root: str, sweep: SweepConfig, trials: Sequence[TrialRecord]) -
         "epochs": sum(record.epochs for record in trials),
     }
     files["report.json"] = (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode()
-    files["report.html"] = render(
+    files["report.html"] = render_page(
         "sweep.html",
         title=f"Sweep {sweep.name}",
         place=root,

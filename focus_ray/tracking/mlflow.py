@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from focus_ray.errors import ConfigError, require_extra
+from focus_ray.errors import ConfigError, check_extra_is_installed
 from focus_ray.tracking.base import ParameterValue, Picture, RunDescription, Tracker, local_folder, without_secrets
 from focus_ray.tracking.settings import TrackerConfig
 
@@ -111,7 +111,7 @@ class MLflow(Tracker):
         """
         for key, value in _ENVIRONMENT.items():
             os.environ.setdefault(key, value)
-        require_extra("mlflow", "trackers.mlflow")
+        check_extra_is_installed("mlflow", "trackers.mlflow")
         uri, _ = _find_location(settings, storage)
         if uri.startswith(("http://", "https://")):
             _check_server(uri)

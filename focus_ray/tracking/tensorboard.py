@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from focus_ray.errors import require_extra
+from focus_ray.errors import check_extra_is_installed
 from focus_ray.tracking.base import Picture, RunDescription, Tracker, local_folder
 from focus_ray.tracking.settings import TrackerConfig
 
@@ -77,7 +77,7 @@ class TensorBoard(Tracker):
             MissingPackageError: The package extra `tensorboard` is not installed.
             ConfigError: The folder is not on this machine, or cannot be written.
         """
-        require_extra("tensorboard", "trackers.tensorboard")
+        check_extra_is_installed("tensorboard", "trackers.tensorboard")
         return local_folder("tensorboard", settings, storage)
 
     def __init__(self, settings: TrackerConfig, storage: str) -> None:

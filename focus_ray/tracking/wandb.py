@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from focus_ray.errors import ConfigError, require_extra
+from focus_ray.errors import ConfigError, check_extra_is_installed
 from focus_ray.tracking.base import Picture, RunDescription, Tracker, local_folder
 from focus_ray.tracking.settings import TrackerConfig
 
@@ -73,7 +73,7 @@ class WeightsAndBiases(Tracker):
             MissingPackageError: The package extra `wandb` is not installed.
             ConfigError: The folder cannot be written, or the mode is online without an API key.
         """
-        require_extra("wandb", "trackers.wandb")
+        check_extra_is_installed("wandb", "trackers.wandb")
         mode = _find_mode()
         return f"{local_folder('wandb', settings, storage)} ({mode})"
 

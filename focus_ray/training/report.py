@@ -11,7 +11,7 @@ import yaml
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.detect.calibration import Calibration
 from focus_ray.drawing import plots
-from focus_ray.reporting.page import render
+from focus_ray.reporting.page import render_page
 from focus_ray.storage.files import join_path, write_bytes
 
 REPORT = "report.html"
@@ -69,7 +69,7 @@ def training_page(trained: Mapping[str, TrainingSection], place: str) -> bytes:
         trained: category -> its section.
         place: folder of the run, shown in the title.
     """
-    return render(
+    return render_page(
         "training.html",
         title=f"Training: {str(place).rstrip('/').rpartition('/')[2]}",
         place=place,
@@ -120,7 +120,7 @@ def _plots(
         selection: validation results; entries without "epoch" are not drawn.
     """
     drawn = [
-        plots.score_histograms(
+        plots.plot_score_histograms(
             {"calibration: good images": calibration.image_scores},
             calibration.image_threshold,
             "Calibration scores",
@@ -139,7 +139,7 @@ def _plots(
     for panel, lines in curves.items():
         if len(lines) == 2 and len({tuple(values) for _, values in lines.values()}) == 1:
             lines = {panel: next(iter(lines.values()))}  # the loss has a single term, which equals the total
-        drawn.append(plots.plot_by_epoch(panel.replace("_", " "), "", lines))
+        drawn.append(plots.plot_values_by_epoch(panel.replace("_", " "), "", lines))
     validated = [entry for entry in selection if "epoch" in entry]
     if validated:
         numbers = [float(entry["epoch"]) for entry in validated]
@@ -149,7 +149,7 @@ def _plots(
             if all(key in entry for entry in validated)
         }
         caption = "Against synthetic defects in held-out good images; epoch 0 is untrained. No label is looked at."
-        drawn.append(plots.plot_by_epoch("validation score", caption, lines))
+        drawn.append(plots.plot_values_by_epoch("validation score", caption, lines))
     return drawn
 
 

@@ -19,7 +19,7 @@ from focus_ray.bundle.bundle import Bundle
 from focus_ray.detect.inspection import Inspection
 from focus_ray.detect.pictures import overlay_with_strip
 from focus_ray.detect.shift import RecentScores, compare_stream
-from focus_ray.drawing.mark import MARK_WITHIN_BYTES, is_drawing
+from focus_ray.drawing.mark import MARK_WITHIN_BYTES, is_drawn_by_focus_ray
 from focus_ray.errors import DataError
 from focus_ray.names import readable_name
 from focus_ray.storage.files import is_storage_full, write_bytes
@@ -276,7 +276,7 @@ class Watch:
         try:
             with (self.folder / file.image).open("rb") as stream:
                 encoded = stream.read(MARK_WITHIN_BYTES)
-                if is_drawing(encoded):
+                if is_drawn_by_focus_ray(encoded):
                     self._log_rarely(f"{self.folder}: images that focus_ray drew are skipped")
                     self._mark_processed(pending)
                     return None

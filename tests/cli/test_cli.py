@@ -20,7 +20,7 @@ from small_set import draw_parts, make_bundle, small_config
 
 from focus_ray import __version__
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.cli.main import build_parser, main, parse_words
+from focus_ray.cli.main import build_parser, main, parse_command_line
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.samples.write import draw_sample, write_samples
 
@@ -402,9 +402,9 @@ def test_every_path_of_a_command_line_may_begin_with_a_tilde(monkeypatch: pytest
         "metric ~/b --output=~/m",
         "samples ~/s",
     ):
-        arguments = vars(parse_words(build_parser(), line.split()))
+        arguments = vars(parse_command_line(build_parser(), line.split()))
         assert "~" not in str({key: value for key, value in arguments.items() if key != "run"}), line
-    assert parse_words(build_parser(), ["submit", "inspect", "~/b"]).words == ["inspect", "~/b"]
+    assert parse_command_line(build_parser(), ["submit", "inspect", "~/b"]).words == ["inspect", "~/b"]
 
 
 # samples

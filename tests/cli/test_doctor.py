@@ -24,7 +24,15 @@ from small_set import corrupt_image, ingest_parts, small_config
 from focus_ray.cli import doctor
 from focus_ray.cli.main import main
 from focus_ray.doctor import checks, cluster, machine, resources, software
-from focus_ray.doctor.diagnosis import Check, CheckContext, Diagnosis, failed, ok, run_checks, warning
+from focus_ray.doctor.diagnosis import (
+    Check,
+    CheckContext,
+    Diagnosis,
+    report_failure,
+    report_ok,
+    report_warning,
+    run_checks,
+)
 from focus_ray.errors import DataError
 from focus_ray.fitting.settings import Config, parse_config
 
@@ -65,7 +73,8 @@ def test_a_check_that_crashes_gives_a_failed_diagnosis_with_its_reason() -> None
         raise DataError("mend it")
 
     diagnoses = run_checks(
-        {"a": broken, "b": refused, "c": lambda context: ok("fine")}, CheckContext(parse_config({"data": {"uri": "x"}}))
+        {"a": broken, "b": refused, "c": lambda context: report_ok("fine")},
+        CheckContext(parse_config({"data": {"uri": "x"}})),
     )
     assert [(each.check, each.status, each.message.rpartition(": ")[2]) for each in diagnoses] == [
         ("a", "FAILED", "of lines"),
@@ -74,7 +83,9 @@ def test_a_check_that_crashes_gives_a_failed_diagnosis_with_its_reason() -> None
     ]
 
 
-@pytest.mark.parametrize(("result", "exit_status"), [(ok("x"), 0), (warning("x", "y"), 0), (failed("x", "y"), 1)])
+@pytest.mark.parametrize(
+    ("result", "exit_status"), [(report_ok("x"), 0), (report_warning("x", "y"), 0), (report_failure("x", "y"), 1)]
+)
 def test_the_exit_status_is_1_only_if_a_check_failed(
     result: tuple[str, str, str], exit_status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,8 +100,8 @@ def test_the_exit_status_is_1_only_if_a_check_failed(
 def test_an_invalid_configuration_is_the_first_diagnosis_and_the_machine_is_still_checked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(checks, "CHECKS", {"it": lambda context: ok("fine")})
-    invalid, other = doctor.diagnose("default", ["train.epoch=3"])
+    monkeypatch.setattr(checks, "CHECKS", {"it": lambda context: report_ok("fine")})
+    invalid, other = doctor.diagnose_machine("default", ["train.epoch=3"])
     assert (invalid.check, invalid.status, other.check) == ("configuration", "FAILED", "it")
     assert "'epochs'" in invalid.message
 
@@ -107,7 +118,7 @@ def test_an_invalid_configuration_is_the_first_diagnosis_and_the_machine_is_stil
 def test_overrides_alone_and_sweeps_count_as_configurations(
     config: str | None, overrides: list[str], storage: str, has_config: bool, has_data: bool
 ) -> None:
-    context = doctor.read_context(config, overrides)
+    context = doctor.read_check_context(config, overrides)
     assert (context.config.storage, context.has_config, context.has_data) == (storage, has_config, has_data)
 
 
@@ -133,8 +144,8 @@ SMALL = SimpleNamespace(free=GIB // 16, total=GIB // 16)
 NO_GPU = {"torch.cuda.is_available": False, "shutil.which": None, "machine._read_system_file": ""}
 DRIVER = {**NO_GPU, "machine._read_system_file": "NVRM version: 580.1\nGCC\n"}
 CPUS, MEMORY, BUDGET = (
-    {"machine.cpu_count": 2.0},
-    {"machine.memory_bytes": (8 * GIB, 3 * GIB)},
+    {"machine.count_cpus": 2.0},
+    {"machine.read_memory_bytes": (8 * GIB, 3 * GIB)},
     {"memory_budget_mb": 100},
 )
 OTHER_CLUSTER = {**CPUS, "RAY_ADDRESS": "10.0.0.9:6379"}
@@ -142,31 +153,43 @@ OTHER_CLUSTER = {**CPUS, "RAY_ADDRESS": "10.0.0.9:6379"}
 
 def needs(*lines: str) -> dict[str, Any]:
     """Returns the patch that makes focus_ray and every other package require these packages."""
-    return {"software.requirements_of": [Requirement(line) for line in lines]}
+    return {"software.read_requirements": [Requirement(line) for line in lines]}
 
 
 @pytest.mark.parametrize(
     ("check", "sections", "machine_state", "status", "text"),
     [
-        (software.check_packages, {}, needs(), "warning", "pip install -e ."),
-        (software.check_packages, {}, needs("pydantic>=2"), "ok", "pydantic"),
-        (software.check_packages, {}, needs("numpy>=9999"), "FAILED", "not >=9999: pip install 'numpy>=9999'"),
-        (software.check_packages, {}, needs("no-package>=1"), "FAILED", "missing: pip install 'no-package>=1'"),
-        (software.check_torch_pair, {}, needs("torch>=1.0"), "ok", "torchvision"),
-        (software.check_torch_pair, {}, needs("torch==1.0"), "FAILED", "--force-reinstall torch torchvision"),
-        (software.check_ray, {}, {}, "ok", "internal parts"),
-        (software.check_ray, {}, needs("ray[data]>=9999"), "FAILED", "pip install 'ray[data]>=9999'"),
+        (software.check_package_versions, {}, needs(), "warning", "pip install -e ."),
+        (software.check_package_versions, {}, needs("pydantic>=2"), "ok", "pydantic"),
+        (software.check_package_versions, {}, needs("numpy>=9999"), "FAILED", "not >=9999: pip install 'numpy>=9999'"),
+        (software.check_package_versions, {}, needs("no-package>=1"), "FAILED", "missing: pip install 'no-package>=1'"),
+        (software.check_torch_and_torchvision, {}, needs("torch>=1.0"), "ok", "torchvision"),
+        (
+            software.check_torch_and_torchvision,
+            {},
+            needs("torch==1.0"),
+            "FAILED",
+            "--force-reinstall torch torchvision",
+        ),
+        (software.check_ray_package, {}, {}, "ok", "internal parts"),
+        (software.check_ray_package, {}, needs("ray[data]>=9999"), "FAILED", "pip install 'ray[data]>=9999'"),
         (machine.check_cpus, {"num_workers": 2}, CPUS, "ok", "2"),
         (machine.check_cpus, {"num_workers": 3}, CPUS, "FAILED", "cluster.num_workers=3"),
         (machine.check_cpus, {"num_workers": 3}, OTHER_CLUSTER, "ok", "2"),
-        (machine.check_memory, BUDGET, MEMORY, "ok", "3.0 of 8.0 GiB"),
-        (machine.check_memory, {}, MEMORY, "warning", "data.memory_budget_mb"),
-        (machine.check_memory, BUDGET, {"machine.memory_bytes": (8 * GIB, GIB)}, "warning", "stop other programs"),
-        (machine.check_disk, {}, {"shutil.disk_usage": EMPTY}, "ok", "100.0 GiB"),
-        (machine.check_disk, {}, {"shutil.disk_usage": LOW}, "warning", "storage"),
-        (machine.check_disk, {}, {"shutil.disk_usage": FULL}, "FAILED", "storage"),
-        (machine.check_ray_disk, {}, {"shutil.disk_usage": EMPTY}, "ok", "50% full"),
-        (machine.check_ray_disk, {}, {"shutil.disk_usage": LOW}, "warning", "RAY_TMPDIR"),
+        (machine.check_free_memory, BUDGET, MEMORY, "ok", "3.0 of 8.0 GiB"),
+        (machine.check_free_memory, {}, MEMORY, "warning", "data.memory_budget_mb"),
+        (
+            machine.check_free_memory,
+            BUDGET,
+            {"machine.read_memory_bytes": (8 * GIB, GIB)},
+            "warning",
+            "stop other programs",
+        ),
+        (machine.check_storage_disk_space, {}, {"shutil.disk_usage": EMPTY}, "ok", "100.0 GiB"),
+        (machine.check_storage_disk_space, {}, {"shutil.disk_usage": LOW}, "warning", "storage"),
+        (machine.check_storage_disk_space, {}, {"shutil.disk_usage": FULL}, "FAILED", "storage"),
+        (machine.check_ray_disk_space, {}, {"shutil.disk_usage": EMPTY}, "ok", "50% full"),
+        (machine.check_ray_disk_space, {}, {"shutil.disk_usage": LOW}, "warning", "RAY_TMPDIR"),
         (machine.check_shared_memory, {}, {**MEMORY, "shutil.disk_usage": SMALL}, "warning", "--shm-size=1.0g"),
         (machine.check_gpu, {}, NO_GPU, "ok", "CPUs"),
         (machine.check_gpu, {"use_gpu": True}, NO_GPU, "FAILED", "cluster.use_gpu=auto"),
@@ -198,20 +221,20 @@ def test_the_state_of_the_machine_is_reported_with_advice(
 
 def test_a_missing_extra_is_named_and_fails_only_if_a_configuration_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     needs_of = {"": [Requirement("numpy>=1")], "train": [Requirement("no-such-package>=1")]}
-    monkeypatch.setattr(software, "requirements_of", lambda extra="": needs_of.get(extra, []))
-    diagnosis = run_check(software.check_packages, has_config=False)
+    monkeypatch.setattr(software, "read_requirements", lambda extra="": needs_of.get(extra, []))
+    diagnosis = run_check(software.check_package_versions, has_config=False)
     assert (diagnosis.status, "the extra train is not installed" in diagnosis.message) == ("ok", True)
-    assert run_check(software.check_packages).status == "FAILED"
+    assert run_check(software.check_package_versions).status == "FAILED"
 
 
 def test_requirements_of_an_extra_are_those_that_it_adds() -> None:
     base, s3, train, ray = (
-        {need.name for need in software.requirements_of(extra=extra)} for extra in ("", "s3", "train", "ray")
+        {need.name for need in software.read_requirements(extra=extra)} for extra in ("", "s3", "train", "ray")
     )
     assert {"torch", "numpy"} <= base
     assert {"boto3"} == s3 < train < ray
     assert base.isdisjoint(ray)
-    assert software.requirements_of("no-such-package") == []
+    assert software.read_requirements("no-such-package") == []
 
 
 def test_cpus_and_memory_are_read_from_the_container_limits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,9 +246,9 @@ def test_cpus_and_memory_are_read_from_the_container_limits(monkeypatch: pytest.
     }
     monkeypatch.setattr(machine, "_read_system_file", lambda path: files.get(path, ""))
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    assert (machine.cpu_count(), machine.memory_bytes()) == (1.0, (4 * GIB, 3 * GIB))
+    assert (machine.count_cpus(), machine.read_memory_bytes()) == (1.0, (4 * GIB, 3 * GIB))
     files["/sys/fs/cgroup/cpu.max"], files["/sys/fs/cgroup/memory.max"] = "max 100000\n", "max\n"
-    assert (machine.cpu_count(), machine.memory_bytes()) == (8.0, (8 * GIB, 7 * GIB))
+    assert (machine.count_cpus(), machine.read_memory_bytes()) == (8.0, (8 * GIB, 7 * GIB))
 
 
 @pytest.fixture
@@ -295,7 +318,7 @@ def test_the_address_of_a_cluster_must_answer_with_the_same_version(
 ) -> None:
     closed = f"127.0.0.1:{free_port()}"
     monkeypatch.setenv("RAY_ADDRESS", address.format(listener=listener, closed=closed, http=http_server))
-    diagnosis = run_check(cluster.check_address)
+    diagnosis = run_check(cluster.check_ray_address)
     assert diagnosis.status == status
     assert text in str(diagnosis)
 
@@ -306,24 +329,24 @@ def test_the_stale_address_file_of_a_killed_cluster_gives_a_warning(
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert run_check(cluster.check_stale_cluster_file).status == "ok"
-    assert run_check(cluster.check_address).status == "FAILED"
+    assert run_check(cluster.check_ray_address).status == "FAILED"
     (tmp_path / "ray").mkdir()
     address_file = tmp_path / "ray/ray_current_cluster"
     address_file.write_text(f"127.0.0.1:{free_port()}\n")
-    assert run_check(cluster.check_address).status == "FAILED"
+    assert run_check(cluster.check_ray_address).status == "FAILED"
     diagnosis = run_check(cluster.check_stale_cluster_file)
     assert (diagnosis.status, str(address_file) in diagnosis.message) == ("warning", True)
     address_file.write_text(listener)
-    assert run_check(cluster.check_stale_cluster_file).status == run_check(cluster.check_address).status == "ok"
+    assert run_check(cluster.check_stale_cluster_file).status == run_check(cluster.check_ray_address).status == "ok"
 
 
 # Storage, data, weights
 
 
 def test_storage_is_tried_and_no_file_remains(make_config: ConfigMaker, tmp_path: Path) -> None:
-    assert f"can be created in {tmp_path}" in run_check(resources.check_storage, make_config()).message
+    assert f"can be created in {tmp_path}" in run_check(resources.check_storage_access, make_config()).message
     (tmp_path / "runs").mkdir()
-    assert "written, read, listed and deleted" in run_check(resources.check_storage, make_config()).message
+    assert "written, read, listed and deleted" in run_check(resources.check_storage_access, make_config()).message
     assert list((tmp_path / "runs").iterdir()) == []
 
 
@@ -338,38 +361,38 @@ def test_storage_that_cannot_be_used_fails_with_the_reason(
         "s3://bucket/runs": "AWS_ENDPOINT_URL",
     }
     for storage, reason in reasons.items():
-        diagnosis = run_check(resources.check_storage, make_config(storage))
+        diagnosis = run_check(resources.check_storage_access, make_config(storage))
         assert (diagnosis.status, reason in diagnosis.message) == ("FAILED", True)
 
 
 @pytest.mark.s3
 def test_storage_on_s3_is_tried(make_config: ConfigMaker, s3: S3Server) -> None:
-    assert run_check(resources.check_storage, make_config(s3.new_uri())).status == "ok"
+    assert run_check(resources.check_storage_access, make_config(s3.new_uri())).status == "ok"
 
 
 def test_a_data_set_is_reported_with_its_counts_and_a_missing_one_with_advice(
     make_config: ConfigMaker, tmp_path: Path
 ) -> None:
-    diagnosis = run_check(resources.check_data, make_config())
+    diagnosis = run_check(resources.check_data_set, make_config())
     assert diagnosis.status == "ok"
     assert "1 categories: gear 24 train, 4 normal and 4 anomalous test images" in diagnosis.message
-    all_categories = run_check(resources.check_data, make_config(data={"categories": None}))
+    all_categories = run_check(resources.check_data_set, make_config(data={"categories": None}))
     assert "2 categories: board 24" in all_categories.message
     problems = {"ingest one first": {"uri": f"{tmp_path}/none", "categories": None}, "'nut'": {"categories": ["nut"]}}
     for problem, section in problems.items():
-        diagnosis = run_check(resources.check_data, make_config(data=section))
+        diagnosis = run_check(resources.check_data_set, make_config(data=section))
         assert (diagnosis.status, problem in diagnosis.message) == ("FAILED", True)
-    assert list(run_checks({"it": resources.check_data}, CheckContext(make_config()))) == []  # no data set is named
+    assert list(run_checks({"it": resources.check_data_set}, CheckContext(make_config()))) == []  # no data set is named
 
 
 def test_a_damaged_data_set_fails(make_config: ConfigMaker, tmp_path: Path) -> None:
     shutil.copytree(make_config().data.uri, tmp_path / "data")
     damaged = make_config(data={"uri": str(tmp_path / "data")})
     corrupt_image(str(tmp_path / "data"), "gear", 0)
-    assert run_check(resources.check_data, damaged).status == "FAILED"
+    assert run_check(resources.check_data_set, damaged).status == "FAILED"
     for part in (tmp_path / "data/category=gear").glob("part-*"):
         part.unlink()
-    diagnosis = run_check(resources.check_data, damaged)
+    diagnosis = run_check(resources.check_data_set, damaged)
     assert (diagnosis.status, "gear: data files are missing" in diagnosis.message) == ("FAILED", True)
 
 
@@ -377,7 +400,7 @@ def test_weights_are_loaded_or_the_problem_is_named(
     make_config: ConfigMaker, tmp_path: Path, http_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packaged = make_config(model={"backbone": "efficientnet_lite0", "weights": "default"})
-    assert run_check(resources.check_weights, packaged).status == "ok"
+    assert run_check(resources.check_backbone_weights, packaged).status == "ok"
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))  # nothing is downloaded yet
     (tmp_path / "text.pth").write_text("no weights")
     closed = f"http://127.0.0.1:{free_port()}/net.pth"
@@ -390,10 +413,10 @@ def test_weights_are_loaded_or_the_problem_is_named(
         closed: ("FAILED", "set model.weights to a file"),
     }
     for weights, (status, text) in cases.items():
-        diagnosis = run_check(resources.check_weights, make_config(model={"weights": weights}))
+        diagnosis = run_check(resources.check_backbone_weights, make_config(model={"weights": weights}))
         assert (diagnosis.status, text in str(diagnosis)) == (status, True), weights
-    unnamed = run_check(resources.check_weights, make_config(model={"weights": closed}), has_config=False)
+    unnamed = run_check(resources.check_backbone_weights, make_config(model={"weights": closed}), has_config=False)
     assert unnamed.status == "warning"
-    monkeypatch.setattr(resources, "_url_problem", lambda url: "no network")
-    default = run_check(resources.check_weights, make_config(model={"weights": "default"}))
+    monkeypatch.setattr(resources, "_find_url_problem", lambda url: "no network")
+    default = run_check(resources.check_backbone_weights, make_config(model={"weights": "default"}))
     assert (default.status, f"{tmp_path}/checkpoints/resnet18-" in default.message) == ("FAILED", True)

@@ -8,7 +8,7 @@ import pytest
 from made_sources import pixels, save
 from small_set import draw_parts
 
-from focus_ray.cli.main import build_parser, main, parse_words
+from focus_ray.cli.main import build_parser, main, parse_command_line
 from focus_ray.data.read import read_index
 
 QUICK = [
@@ -34,7 +34,7 @@ def test_ingest_applies_a_rule_and_prints_the_number_of_parts(
 
 def test_settings_may_follow_an_option() -> None:
     words = ["fit", "photographs", "model", "a=1", "--group-by", "time:2", "b=2", "c=3"]
-    arguments = parse_words(build_parser(), words)
+    arguments = parse_command_line(build_parser(), words)
     assert (arguments.override, arguments.group_by) == (["a=1", "b=2", "c=3"], "time:2")
 
 
@@ -43,7 +43,7 @@ def test_settings_may_follow_an_option() -> None:
 )
 def test_unknown_options_and_superfluous_words_are_refused(words: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        parse_words(build_parser(), words)
+        parse_command_line(build_parser(), words)
 
 
 def test_fit_applies_a_rule_to_a_folder_of_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,18 +6,18 @@ import re
 
 from places import REPOSITORY
 
-from focus_ray.cli.main import command_names
-from focus_ray.cli.reference import COMMAND, markdown
+from focus_ray.cli.main import list_command_names
+from focus_ray.cli.reference import COMMAND, render_markdown
 
 
 def test_the_page_is_up_to_date() -> None:
     page = (REPOSITORY / "docs/reference/cli.md").read_text(encoding="utf-8")
-    assert page == markdown(), f"docs/reference/cli.md is out of date with the commands: run `{COMMAND}`"
+    assert page == render_markdown(), f"docs/reference/cli.md is out of date with the commands: run `{COMMAND}`"
 
 
 def test_every_command_has_its_heading() -> None:
-    assert [name for name in command_names() if f"\n## `focus-ray {name}`\n" not in markdown()] == []
+    assert [name for name in list_command_names() if f"\n## `focus-ray {name}`\n" not in render_markdown()] == []
 
 
 def test_every_argument_has_a_description() -> None:
-    assert re.findall(r"^\| (`[^|]+`) \|\s*\|$", markdown(), re.MULTILINE) == []
+    assert re.findall(r"^\| (`[^|]+`) \|\s*\|$", render_markdown(), re.MULTILINE) == []

@@ -12,8 +12,8 @@ import pytest
 from made_sources import ingest_quietly, save_all
 from PIL import Image
 
-from focus_ray.api import link_into_good_folder
-from focus_ray.cli.output import image_paths
+from focus_ray.api import link_images_into_good_folder
+from focus_ray.cli.output import list_image_paths
 from focus_ray.data.images import ImageError, decode_batch, decode_mask, encode_png
 from focus_ray.data.listing import find_image_files
 from focus_ray.errors import DataError
@@ -43,7 +43,7 @@ def list_by_watch(folder: Path) -> list[Path]:
     return sorted(folder / file.image for file in list_images(folder, folder / "out", pytest.fail))
 
 
-@pytest.mark.parametrize("listing", [find_image_files, list_by_watch, lambda folder: image_paths([str(folder)])])
+@pytest.mark.parametrize("listing", [find_image_files, list_by_watch, lambda folder: list_image_paths([str(folder)])])
 def test_no_listing_contains_hidden_files_or_system_folders(
     folder: Path, listing: Callable[[Path], list[Path]]
 ) -> None:
@@ -60,12 +60,14 @@ def test_ingest_uses_the_same_files(folder: Path, tmp_path: Path) -> None:
 
 def test_a_folder_with_images_and_hidden_folders_counts_as_a_folder_of_images(folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(folder / "part")
-    assert [path.name for path in (link_into_good_folder(folder, tmp_path / "scratch") / "good").iterdir()] == ["a.png"]
+    assert [path.name for path in (link_images_into_good_folder(folder, tmp_path / "scratch") / "good").iterdir()] == [
+        "a.png"
+    ]
 
 
 def test_a_system_folder_among_several_names_is_skipped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [str(folder / name) for name in sorted(os.listdir(folder)) if not name.startswith(".")]
-    assert image_paths(names) == sorted(folder / name for name in VISIBLE)
+    assert list_image_paths(names) == sorted(folder / name for name in VISIBLE)
     assert "@eaDir: a system folder, skipped" in capsys.readouterr().err
 
 

@@ -109,12 +109,12 @@ TOY = Toy()
 CHECK = """
 from focus_ray.density.registry import DENSITIES
 DENSITIES.import_paths["toy"] = "toy:TOY"
-from focus_ray.cli.config_reference import explain
+from focus_ray.cli.config_reference import explain_key
 from focus_ray.fitting.settings import parse_config
 from focus_ray.settings.sections import config_to_yaml, mapping_of
 config = parse_config({"data": {"uri": "x"}, "density": {"kind": "toy", "power": 3}})
 assert parse_config(mapping_of(config_to_yaml(config), "yaml")).density.power == 3.0
-assert "toy: power" in explain("density.power")
+assert "toy: power" in explain_key("density.power")
 assert "power" in DENSITIES["nearest"].find_unused_settings(config.density)
 assert {"pooling", "window"} & set(DENSITIES["toy"].find_unused_settings(config.density)) == {"pooling"}
 """

@@ -24,18 +24,18 @@ class Block:
     text: str
 
 
-def blocks(*kinds: str) -> list[Block]:
+def find_code_blocks(*kinds: str) -> list[Block]:
     """Returns all blocks of the given kinds, or of every kind, in the order of the pages."""
-    return [block for page in PAGES for block in blocks_of(page) if not kinds or block.kind in kinds]
+    return [block for page in PAGES for block in parse_code_blocks(page) if not kinds or block.kind in kinds]
 
 
-def blocks_of(page: Path) -> Iterator[Block]:
+def parse_code_blocks(page: Path) -> Iterator[Block]:
     name = page.relative_to(REPOSITORY).as_posix()
     for kind, text in _FENCE.findall(page.read_text(encoding="utf-8")):
         yield Block(name, kind, text)
 
 
-def commands_of(block: Block) -> list[str]:
+def read_shell_commands(block: Block) -> list[str]:
     """Returns the commands of a shell block. Continued lines are joined; comments and the lines of loops are removed."""
     joined = re.sub(r"\\\n\s*", " ", block.text)
     commands = []
@@ -49,5 +49,5 @@ def commands_of(block: Block) -> list[str]:
     return commands
 
 
-def words_of(command: str) -> list[str]:
+def split_command_words(command: str) -> list[str]:
     return shlex.split(command, comments=True)

@@ -23,10 +23,10 @@ import pytest
 import uvicorn
 import workspace
 import yaml
-from documents import KINDS, Block, blocks, commands_of, words_of
+from documents import KINDS, Block, find_code_blocks, read_shell_commands, split_command_words
 from places import REPOSITORY
 
-from focus_ray.cli.main import build_parser, parse_words
+from focus_ray.cli.main import build_parser, parse_command_line
 from focus_ray.cli.main import main as focus_ray
 from focus_ray.fitting.settings import load_config, parse_config
 from focus_ray.serving.settings import parse_settings
@@ -90,13 +90,13 @@ CODES_RUN_ELSEWHERE = {
     "docs/use/export.md": "of an export; tests/export loads one so",
 }
 STATUSES = {"doctor": (0, 1)}  # 1: the doctor reports a problem of this machine
-SHELL = blocks("bash")
-COMMANDS = [(block.page, command) for block in SHELL for command in commands_of(block)]
+SHELL = find_code_blocks("bash")
+COMMANDS = [(block.page, command) for block in SHELL for command in read_shell_commands(block)]
 IDS = [f"{page}: {command[:60]}" for page, command in COMMANDS]
 
 
 def reason_not_to_run(command: str) -> str | None:
-    words = words_of(command)
+    words = split_command_words(command)
     if words[0] != "focus-ray":
         return PROGRAMS.get(words[0])
     arguments = " ".join(words[1:])
@@ -110,19 +110,23 @@ def reason_not_to_run(command: str) -> str | None:
 
 
 def test_every_block_has_a_known_kind() -> None:
-    assert [(block.page, block.kind, block.text[:40]) for block in blocks() if block.kind not in KINDS] == []
+    assert [(block.page, block.kind, block.text[:40]) for block in find_code_blocks() if block.kind not in KINDS] == []
 
 
 def test_every_program_has_a_check() -> None:
-    programs = {words_of(command)[0] for _, command in COMMANDS}
+    programs = {split_command_words(command)[0] for _, command in COMMANDS}
     assert programs <= {"focus-ray", "curl", *PROGRAMS}
 
 
 def test_every_exception_applies_to_a_command() -> None:
-    commands = [" ".join(words_of(command)[1:]) for _, command in COMMANDS if words_of(command)[0] == "focus-ray"]
+    commands = [
+        " ".join(split_command_words(command)[1:])
+        for _, command in COMMANDS
+        if split_command_words(command)[0] == "focus-ray"
+    ]
     assert [start for start in NOT_RUN if not any(f"{words} ".startswith(start) for words in commands)] == []
     assert [word for word in NOT_RUN_WORDS if not any(word in words.split() for words in commands)] == []
-    assert set(PROGRAMS) <= {words_of(command)[0] for _, command in COMMANDS}
+    assert set(PROGRAMS) <= {split_command_words(command)[0] for _, command in COMMANDS}
 
 
 # Checks without running
@@ -130,7 +134,7 @@ def test_every_exception_applies_to_a_command() -> None:
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=IDS)
 def test_a_command_is_valid_for_its_program(page: str, command: str) -> None:
-    check(words_of(command))
+    check(split_command_words(command))
 
 
 def check(words: list[str]) -> None:
@@ -176,7 +180,7 @@ def check_focus_ray(words: list[str]) -> None:
     parser.error = _refuse  # type: ignore[method-assign]
     if words == ["--version"]:
         return
-    arguments = parse_words(parser, words)
+    arguments = parse_command_line(parser, words)
     if arguments.command == "submit":
         inner = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
         check_focus_ray(inner)
@@ -202,9 +206,9 @@ def _refuse(message: str) -> None:
 def test_a_wrong_command_is_refused() -> None:
     for wrong in ("focus-ray trian default", "focus-ray train default data.uri=x model.wights=y", "make quickstrat"):
         with pytest.raises((AssertionError, ValueError, SystemExit)):
-            check(words_of(wrong))
+            check(split_command_words(wrong))
     with pytest.raises(AssertionError):
-        check(words_of("kubectl apply -f configs/cluster/nothing.yaml"))
+        check(split_command_words("kubectl apply -f configs/cluster/nothing.yaml"))
 
 
 # Commands that run
@@ -226,7 +230,7 @@ def copied(plant: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def run_words(command: str) -> list[str]:
     """Returns the words of a focus-ray command for the plant: with its paths, existing files, and settings for a tiny model."""
-    words = [workspace.place(word) for word in words_of(command)[1:]]
+    words = [workspace.place(word) for word in split_command_words(command)[1:]]
     words = [name for word in words for name in (sorted(glob.glob(word)) if "*" in word else [word])]
     if words[0] == "sweep":
         return [*words, *(f"base.{setting}" for setting in (*workspace.TINY, "model.weights=resnet18.pth"))]
@@ -336,7 +340,7 @@ def test_a_request_is_answered(command: str, service: str, plant: Path) -> None:
 
 # Code
 
-CODE = [block for block in blocks("python") if block.page not in CODES_RUN_ELSEWHERE]
+CODE = [block for block in find_code_blocks("python") if block.page not in CODES_RUN_ELSEWHERE]
 
 
 def small(text: str, service: str) -> str:
@@ -363,7 +367,7 @@ def test_the_code_of_a_page_runs(page: str, copied: Path, service: str) -> None:
             exec(compile(small(block.text, service), page, "exec"), namespace)
 
 
-@pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: f"{block.page}: {block.text[:30]!r}")
+@pytest.mark.parametrize("block", find_code_blocks("yaml"), ids=lambda block: f"{block.page}: {block.text[:30]!r}")
 def test_a_yaml_block_is_a_configuration(block: Block, tmp_path: Path) -> None:
     tree = yaml.safe_load(block.text)
     if "space" in tree:
@@ -377,6 +381,6 @@ def test_a_yaml_block_is_a_configuration(block: Block, tmp_path: Path) -> None:
         parse_config({"data": {"uri": "data"}, **tree}, block.page)
 
 
-@pytest.mark.parametrize("block", blocks("json"), ids=lambda block: block.page)
+@pytest.mark.parametrize("block", find_code_blocks("json"), ids=lambda block: block.page)
 def test_a_json_block_is_json(block: Block) -> None:
     assert json.loads(block.text)

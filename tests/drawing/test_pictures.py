@@ -12,8 +12,8 @@ from PIL import Image
 
 from focus_ray.detect.inspection import Inspection, find_regions
 from focus_ray.detect.pictures import overlay, overlay_with_strip
-from focus_ray.drawing.mark import is_drawing
-from focus_ray.drawing.overlay import draw_outline, heat_map
+from focus_ray.drawing.mark import is_drawn_by_focus_ray
+from focus_ray.drawing.overlay import draw_heat_map, draw_mask_outline
 from focus_ray.drawing.png import encode_png
 from focus_ray.drawing.strip import MIN_WIDTH_PX
 
@@ -29,7 +29,7 @@ def inspection_of(width: int, height: int, anomalous: bool = True) -> Inspection
 
 def picture_of(image: NDArray[np.uint8], anomalous: bool = True) -> NDArray[Any]:
     data = overlay_with_strip(encode_png(image), inspection_of(image.shape[1], image.shape[0], anomalous))
-    assert is_drawing(data)
+    assert is_drawn_by_focus_ray(data)
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
@@ -67,12 +67,12 @@ def test_the_verdict_has_its_colour(anomalous: bool) -> None:
 
 def test_the_scale_shows_the_heat_maps_colours_from_end_to_end() -> None:
     strip = picture_of(np.zeros((400, 400, 3), np.uint8))[400:].astype(int)
-    for colour in heat_map(np.array([[0.1, 0.3, 0.7, 0.9]], np.float32), 0.0, 1.0)[0].astype(int):
+    for colour in draw_heat_map(np.array([[0.1, 0.3, 0.7, 0.9]], np.float32), 0.0, 1.0)[0].astype(int):
         assert (np.abs(strip - colour).max(axis=2) <= 4).any()
 
 
 def test_an_outline_is_white_outside_and_black_inside_the_mask() -> None:
     mask = np.zeros((9, 9), bool)
     mask[3:6, 3:6] = True
-    outlined = draw_outline(np.full((9, 9, 3), 100, np.uint8), mask)[..., 0]
+    outlined = draw_mask_outline(np.full((9, 9, 3), 100, np.uint8), mask)[..., 0]
     assert outlined[4].tolist() == [100, 100, 255, 0, 100, 0, 255, 100, 100]

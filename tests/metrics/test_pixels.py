@@ -13,7 +13,7 @@ from focus_ray.metrics.evaluate import EvaluationCollector, compute_metrics
 from focus_ray.metrics.metrics import ScoredTestImages
 from focus_ray.metrics.pixels import PixelBins, compute_bin_numbers
 from focus_ray.metrics.registry import METRICS
-from focus_ray.reporting.tables import format_bound
+from focus_ray.reporting.tables import format_error_bound
 
 METRIC_KEYS_OF_PIXELS = ("pixel_auroc", "pixel_average_precision", "aupro_0.3", "aupro_0.05")
 SHAPE = (4, 6, 5)
@@ -131,6 +131,6 @@ def test_access_to_maps_of_a_binned_set_is_refused() -> None:
 
 @given(st.floats(1e-12, 1.0))
 def test_a_bound_is_shown_rounded_up_to_one_digit(bound: float) -> None:
-    shown = float(format_bound(bound).removeprefix("±"))
+    shown = float(format_error_bound(bound).removeprefix("±"))
     assert bound * (1 - 1e-6) <= shown <= 2.001 * bound
-    assert format_bound(0.0) == "±0"
+    assert format_error_bound(0.0) == "±0"

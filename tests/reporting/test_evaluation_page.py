@@ -20,9 +20,13 @@ from focus_ray.data.schema import Row
 from focus_ray.metrics.evaluate import UnseenTestImages
 from focus_ray.metrics.metrics import ScoredTestImages
 from focus_ray.metrics.registry import METRICS
-from focus_ray.reporting.caveats import Share, evaluation_caveats
-from focus_ray.reporting.evaluation import build_section, evaluation_page, per_region_overlap_curve
-from focus_ray.reporting.gallery import PICTURE_PX, Card, Kind, choose_images, make_cards
+from focus_ray.reporting.caveats import ImageShare, list_evaluation_caveats
+from focus_ray.reporting.evaluation import (
+    build_evaluation_section,
+    compute_per_region_overlap_curve,
+    render_evaluation_page,
+)
+from focus_ray.reporting.gallery import PICTURE_PX, CardKind, GalleryCard, choose_gallery_images, make_gallery_cards
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +41,20 @@ def select_unseen_images(inspector: Inspector, parts: str) -> UnseenTestImages:
 
 
 @pytest.fixture(scope="module")
-def cards(inspector: Inspector, labelled: UnseenTestImages, parts: str) -> dict[Kind, list[Card]]:
+def cards(inspector: Inspector, labelled: UnseenTestImages, parts: str) -> dict[CardKind, list[GalleryCard]]:
     records = list(read_test_rows(parts, "gear"))
 
     def read_records(numbers: Sequence[int]) -> Iterable[Row]:
         return [records[number] for number in numbers]
 
-    return make_cards(inspector, labelled, read_records)
+    return make_gallery_cards(inspector, labelled, read_records)
 
 
 @pytest.fixture(scope="module")
-def page(inspector: Inspector, labelled: UnseenTestImages, cards: dict[Kind, list[Card]], parts: str) -> str:
+def page(inspector: Inspector, labelled: UnseenTestImages, cards: dict[CardKind, list[GalleryCard]], parts: str) -> str:
     result = {**inspector.compute_evaluation_metrics(labelled), "bundle": "gear", "version": "0123", "data": parts}
-    section = build_section(labelled.measured, inspector.bundle.calibration, [], result, cards)
-    return evaluation_page({"gear": result, "board": {"error": "gone"}}, {"gear": section}).decode()
+    section = build_evaluation_section(labelled.measured, inspector.bundle.calibration, [], result, cards)
+    return render_evaluation_page({"gear": result, "board": {"error": "gone"}}, {"gear": section}).decode()
 
 
 def random_measured(has_masks: bool = True) -> ScoredTestImages:
@@ -87,11 +91,11 @@ def test_plots_use_the_colours_of_the_page(page: str) -> None:
 
 def test_the_area_below_the_pro_curve_is_aupro() -> None:
     measured = random_measured()
-    curve = per_region_overlap_curve(measured)
+    curve = compute_per_region_overlap_curve(measured)
     assert curve is not None
     assert curve[0][-1] == pytest.approx(0.3)
     assert auc(*curve) / 0.3 == pytest.approx(METRICS["aupro_0.3"].value(measured), abs=1e-4)
-    assert per_region_overlap_curve(random_measured(has_masks=False)) is None
+    assert compute_per_region_overlap_curve(random_measured(has_masks=False)) is None
 
 
 @pytest.mark.parametrize(
@@ -108,15 +112,15 @@ def test_the_gallery_has_worst_misses_worst_false_alarms_and_typical_finds(
     count = len(scores)
     labels = (np.arange(count) >= num_good).astype(np.int64)
     maps = [np.zeros((2, 2), np.float32)] * count
-    chosen = choose_images(ScoredTestImages(labels, np.array(scores), [None] * count, maps, 1.0), per_kind=2)
+    chosen = choose_gallery_images(ScoredTestImages(labels, np.array(scores), [None] * count, maps, 1.0), per_kind=2)
     assert tuple(chosen.values()) == expected
 
 
 def test_cards_describe_the_chosen_images(
-    labelled: UnseenTestImages, cards: dict[Kind, list[Card]], parts: str
+    labelled: UnseenTestImages, cards: dict[CardKind, list[GalleryCard]], parts: str
 ) -> None:
     ids = [record["id"] for record in read_test_rows(parts, "gear")]
-    for kind, numbers in choose_images(labelled.measured).items():
+    for kind, numbers in choose_gallery_images(labelled.measured).items():
         for card, number in zip(cards[kind], numbers, strict=True):
             assert (card.name, card.defect_type) == (ids[number], labelled.types[number])
             assert card.score == pytest.approx(labelled.measured.scores[number], rel=1e-4)
@@ -129,28 +133,34 @@ def test_cards_describe_the_chosen_images(
                 assert (picture.format, max(picture.size) <= PICTURE_PX) == ("JPEG", True)
 
 
-MANY = Share(30, 30)
+MANY = ImageShare(30, 30)
 
 
 @pytest.mark.parametrize(
     ("changes", "good", "facts"),
     [
-        ({}, Share(2, 37), []),
-        ({}, Share(0, 6), [["6 good test images", "from 0 to 46 %"]]),
-        ({}, Share(0, 0), [["no good test image", "false alarm rate"]]),
-        ({}, Share(9, 37), [["24 % of the good test images", "target of 5 %"]]),
-        ({"num_masks": 28}, Share(2, 37), [["2 of 30 bad test images have no mask"]]),
-        ({"reduced": True}, Share(2, 37), [["reduced size"]]),
-        ({"reasons": {"crack: aupro_0.3": "no pixel"}}, Share(2, 37), [["AUPRO 0.3 of crack is missing: no pixel"]]),
+        ({}, ImageShare(2, 37), []),
+        ({}, ImageShare(0, 6), [["6 good test images", "from 0 to 46 %"]]),
+        ({}, ImageShare(0, 0), [["no good test image", "false alarm rate"]]),
+        ({}, ImageShare(9, 37), [["24 % of the good test images", "target of 5 %"]]),
+        ({"num_masks": 28}, ImageShare(2, 37), [["2 of 30 bad test images have no mask"]]),
+        ({"reduced": True}, ImageShare(2, 37), [["reduced size"]]),
+        (
+            {"reasons": {"crack: aupro_0.3": "no pixel"}},
+            ImageShare(2, 37),
+            [["AUPRO 0.3 of crack is missing: no pixel"]],
+        ),
     ],
 )
-def test_caveats_name_what_weakens_the_figures(changes: dict[str, Any], good: Share, facts: list[list[str]]) -> None:
+def test_caveats_name_what_weakens_the_figures(
+    changes: dict[str, Any], good: ImageShare, facts: list[list[str]]
+) -> None:
     result = {"target_fpr": 0.05, "num_anomalous": 30, "num_masks": 30, "reduced": False, "reasons": {}, **changes}
-    caveats = evaluation_caveats(["of calibration"], ["of training"], result, good, MANY)
+    caveats = list_evaluation_caveats(["of calibration"], ["of training"], result, good, MANY)
     assert caveats[:2] == ["of calibration", "of training"]
     for caveat, texts in zip(caveats[2:], facts, strict=True):
         assert all(text in caveat for text in texts)
 
 
 def test_a_page_without_any_result_says_so() -> None:
-    assert b"No category could be measured." in evaluation_page({"gear": {"error": "gone"}}, {})
+    assert b"No category could be measured." in render_evaluation_page({"gear": {"error": "gone"}}, {})

@@ -15,9 +15,9 @@ from pydantic import TypeAdapter
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.drawing import plots
 from focus_ray.metrics.registry import METRICS
-from focus_ray.reporting.evaluation import EvaluationSection, evaluation_page
-from focus_ray.reporting.page import svg_uri
-from focus_ray.reporting.tables import evaluation_table
+from focus_ray.reporting.evaluation import EvaluationSection, render_evaluation_page
+from focus_ray.reporting.page import encode_svg_uri
+from focus_ray.reporting.tables import format_evaluation_tables
 from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.report import write_report
 from focus_ray.sweep.settings import parse_sweep
@@ -105,10 +105,12 @@ SCRIPTED_SVG = (
 )
 def test_an_evaluation_record_puts_no_markup_into_the_page(svg: str, view: str) -> None:
     results = {HALF_PAIR: RESULT, "board": {"error": HALF_PAIR}}
-    page = evaluation_page(results, {HALF_PAIR: stored_section(svg, view)}, {HALF_PAIR: f"categories/{HALF_PAIR}.html"})
+    page = render_evaluation_page(
+        results, {HALF_PAIR: stored_section(svg, view)}, {HALF_PAIR: f"categories/{HALF_PAIR}.html"}
+    )
     elements = assert_harmless(page)
     assert ("img", {"src": "data:,", "alt": f"{ATTACK}: {ATTACK}"}) in elements
-    assert svg_uri(svg) in {attributes.get("src") for _, attributes in elements}
+    assert encode_svg_uri(svg) in {attributes.get("src") for _, attributes in elements}
 
 
 def test_a_manifest_puts_no_markup_into_the_page_of_a_training(part_bundles: dict[str, str]) -> None:
@@ -138,8 +140,8 @@ def test_a_trial_puts_no_markup_into_the_page_of_a_sweep(tmp_path: Path) -> None
 
 
 def test_a_plot_is_a_self_contained_picture_with_the_colours_of_the_page() -> None:
-    plot = plots.plot_by_epoch(ATTACK, "", {name: ([1.0, 2.0], [0.5, 0.4]) for name in ATTACKS})
-    tree = ElementTree.fromstring(base64.b64decode(svg_uri(plot.svg).partition(",")[2]))
+    plot = plots.plot_values_by_epoch(ATTACK, "", {name: ([1.0, 2.0], [0.5, 0.4]) for name in ATTACKS})
+    tree = ElementTree.fromstring(base64.b64decode(encode_svg_uri(plot.svg).partition(",")[2]))
     assert tree.tag == "{http://www.w3.org/2000/svg}svg"
     style = next(element.text or "" for element in tree if element.tag.endswith("style"))
     assert [name for name in re.findall(r"var\((--[a-z]+)\)", plot.svg) if f"{name}:" not in style] == []
@@ -147,7 +149,7 @@ def test_a_plot_is_a_self_contained_picture_with_the_colours_of_the_page() -> No
 
 
 def test_names_become_no_markup_in_markdown_tables() -> None:
-    table = evaluation_table({"a|b <img src=x onerror=alert(1)>\n# c": RESULT, "d": {"error": "[x](http://y)"}})
+    table = format_evaluation_tables({"a|b <img src=x onerror=alert(1)>\n# c": RESULT, "d": {"error": "[x](http://y)"}})
     assert r"| a\|b \<img src=x onerror=alert(1)> # c |" in table
     assert not re.search(r"(?<!\\)<[a-z/]", table)
     assert r"\[x\](http://y)" in table

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from focus_ray.cli.main import main
-from focus_ray.cli.sweep import _print_outcome
-from focus_ray.cli.train import read_config
-from focus_ray.drawing.sweep_plots import MIN_SPAN, score_axis
+from focus_ray.cli.sweep import _print_sweep_outcome
+from focus_ray.cli.train import read_run_config
+from focus_ray.drawing.sweep_plots import MIN_SPAN, compute_score_axis_limits
 from focus_ray.errors import ConfigError
 from focus_ray.fitting.settings import load_config
 from focus_ray.sweep import records, summary
@@ -158,7 +158,7 @@ def test_the_last_lines_are_the_commands_that_train_the_best_settings(
     records.claim_folder(root, sweep, {})
     trials = [make_trial(number, 0.9 - number / 10, stage=stage) for stage in stages for number in range(2)]
     write_report(root, sweep, trials)
-    assert _print_outcome(SweepOutcome(root, trials, stopped=False)) == 0
+    assert _print_sweep_outcome(SweepOutcome(root, trials, stopped=False)) == 0
     lines = capsys.readouterr().out.splitlines()[-len(stages) :]
     for line, stage in zip(lines, stages, strict=True):
         program, command, file = shlex.split(line)
@@ -167,7 +167,7 @@ def test_the_last_lines_are_the_commands_that_train_the_best_settings(
         assert config.name == ("search-best" if stage is None else f"search-best-{stage}")
         assert config.data.categories == (None if stage is None else (stage,))
         assert not Path(config.storage, config.name).exists()
-    assert _print_outcome(SweepOutcome(root, trials, stopped=True)) == 130
+    assert _print_sweep_outcome(SweepOutcome(root, trials, stopped=True)) == 130
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"focus-ray sweep resume {root}")
 
 
@@ -181,12 +181,12 @@ def test_a_labelled_objective_is_marked_in_all_files(tmp_path: Path) -> None:
 def test_the_best_configuration_is_read_from_a_storage_and_its_name_is_not_too_long(tmp_path: Path) -> None:
     file = tmp_path / "best.yaml"
     file.write_text(records.best_config_yaml(make_sweep(name="n" * 100), make_trial(0, 0.9), "root"))
-    assert read_config(f"file://{file}", []).name == "n" * 95 + "-best"
-    assert read_config(f"file://{file}", ["name=other"]).name == "other"
+    assert read_run_config(f"file://{file}", []).name == "n" * 95 + "-best"
+    assert read_run_config(f"file://{file}", ["name=other"]).name == "other"
     for content in (None, "- 1\n"):
         file.unlink() if content is None else file.write_text(content)
         with pytest.raises(ConfigError, match=r"best\.yaml: "):
-            read_config(f"file://{file}", [])
+            read_run_config(f"file://{file}", [])
 
 
 # Plots
@@ -205,7 +205,7 @@ def test_the_best_configuration_is_read_from_a_storage_and_its_name_is_not_too_l
 def test_a_score_axis_is_long_enough_and_stays_in_the_range_of_scores(
     values: list[float], ends: tuple[float, float]
 ) -> None:
-    low, high = score_axis(values)
+    low, high = compute_score_axis_limits(values)
     assert (low, high) == pytest.approx(ends)
     assert high - low >= MIN_SPAN - 1e-12
 
