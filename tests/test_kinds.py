@@ -18,11 +18,11 @@ from focus_ray.features.backbones.registry import BACKBONES
 from focus_ray.fitting.settings import parse_config
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.metrics.registry import METRICS
-from focus_ray.settings.kinds import Kinds
+from focus_ray.settings.kinds import LazyRegistry
 from focus_ray.sweep.settings import SweepConfig
 from focus_ray.tracking.registry import TRACKERS
 
-TABLES: dict[str, Kinds] = {
+TABLES: dict[str, LazyRegistry] = {
     "density": DENSITIES,
     "backbone": BACKBONES,
     "format": IMPORTERS,
@@ -55,7 +55,7 @@ def test_every_entry_of_a_table_can_be_imported(component: str) -> None:
 def test_an_unknown_kind_is_refused_with_the_nearest_name(component: str) -> None:
     first = next(iter(TABLES[component]))
     with pytest.raises(ValueError, match=rf"{component} '{first}x' is not known: did you mean '{first}'"):
-        TABLES[component].check(f"{first}x")
+        TABLES[component].check_name(f"{first}x")
 
 
 def parts_in_the_example_layout(folder: Path) -> Path:

@@ -27,17 +27,17 @@ def add_config_parser(commands: Any) -> None:
 def _run_config_show_command(arguments: argparse.Namespace) -> int:
     """Runs `config show`: prints a complete configuration as YAML. Returns the exit status."""
     from focus_ray.fitting.settings import parse_config
-    from focus_ray.settings.sections import config_to_yaml, override_tree, read_mapping
-    from focus_ray.settings.standard import find_config
+    from focus_ray.settings.sections import apply_overrides, config_to_yaml, read_yaml_mapping
+    from focus_ray.settings.standard import find_config_file
 
-    path = find_config(arguments.config)
-    tree = read_mapping(path)
+    path = find_config_file(arguments.config)
+    tree = read_yaml_mapping(path)
     if "space" in tree:  # required in a sweep, unknown in a run
         from focus_ray.sweep.settings import load_sweep
 
         print(config_to_yaml(load_sweep(path, arguments.override)), end="")
     else:
-        print(config_to_yaml(parse_config(override_tree(tree, arguments.override), str(path))), end="")
+        print(config_to_yaml(parse_config(apply_overrides(tree, arguments.override), str(path))), end="")
     return 0
 
 
@@ -51,8 +51,8 @@ def _run_config_explain_command(arguments: argparse.Namespace) -> int:
 
 def _run_config_list_command(arguments: argparse.Namespace) -> int:
     """Runs `config list`: prints name, command and summary of each standard configuration. Returns the exit status."""
-    from focus_ray.settings.standard import COMMANDS, config_kind, standard_names, standard_summary
+    from focus_ray.settings.standard import COMMANDS, get_config_kind, list_standard_configs, read_config_summary
 
-    for name in standard_names():
-        print(name, COMMANDS[config_kind(name)], standard_summary(name), sep="\t")
+    for name in list_standard_configs():
+        print(name, COMMANDS[get_config_kind(name)], read_config_summary(name), sep="\t")
     return 0

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from focus_ray.features.alignment.theta import valid_mask
+from focus_ray.features.alignment.theta import compute_valid_mask
 from focus_ray.features.network import FocusNet
 from focus_ray.fyd.head import ProjectorPredictorHead
 from focus_ray.fyd.losses import compute_feature_std, compute_fine_feature_loss, compute_image_alignment_loss
@@ -50,7 +50,7 @@ class TrainingObjective(nn.Module):
         if self.uses_alignment_loss:
             theta, size = aligned.theta_image, aligned.image.shape[2:]
             parts["loss_ica"] = compute_image_alignment_loss(
-                aligned.image, pairs, None if theta is None else valid_mask(theta, *size)
+                aligned.image, pairs, None if theta is None else compute_valid_mask(theta, *size)
             )
             total = total + self.config.lambda_ica * parts["loss_ica"]
         if self.uses_fine_loss:
