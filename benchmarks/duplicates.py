@@ -24,10 +24,10 @@ from focus_ray.features.network import build_network, convert_to_float_images
 from focus_ray.fitting.duplicates import (
     SHIFTS_PX,
     ImageGroupsAndOrder,
-    compute_image_descriptors,
     compute_descriptor_distances,
-    group_near_duplicates,
+    compute_image_descriptors,
     find_related_images,
+    group_near_duplicates,
     measure_same_part_distance,
 )
 from focus_ray.fitting.settings import parse_config

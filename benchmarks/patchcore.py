@@ -117,7 +117,9 @@ def patchcore(
     backbone = backbone.to(memory_format=torch.channels_last)
     size = config.model.image_size_px
     start = time.perf_counter()
-    embeddings = torch.cat([patches(backbone, convert_to_float_images(batch, device)) for batch in shard.read_batches("fit")])
+    embeddings = torch.cat(
+        [patches(backbone, convert_to_float_images(batch, device)) for batch in shard.read_batches("fit")]
+    )
     features_s = time.perf_counter() - start
     rows = choose_farthest_points(embeddings.flatten(0, 1), share, seed)
     coreset = embeddings.flatten(0, 1)[rows]

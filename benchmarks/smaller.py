@@ -148,7 +148,9 @@ def measure(tree: dict[str, Any], category: str, device: str, shares: Sequence[i
             kept = kept.float() @ projection.cpu()
         sizes = places.height, places.width, places.window, places.bank.dtype
         memory = LocationMemory(kept, projection, *sizes, images)
-        detector.density = LocationAndCoresetMemory(memory, joint.coreset, measure_typical_distances(memory, joint.coreset, found))
+        detector.density = LocationAndCoresetMemory(
+            memory, joint.coreset, measure_typical_distances(memory, joint.coreset, found)
+        )
         detector.profile, _ = fit_profile(detector.density, found, detector.coverage_mask, detector.map_generator)
         measured = inspector.evaluate(read_test_rows(config.data.uri, category))
         figures[name] = {"kept": memory.bank.shape[1], **{key: measured[key] for key in FIGURES}}

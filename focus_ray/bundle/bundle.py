@@ -36,7 +36,13 @@ from focus_ray.bundle.contents import (
     read_header,
 )
 from focus_ray.data.framing import InputFrame
-from focus_ray.density.base import NormalStatistics, collect_density_tensors, restore_density, restore_bank, restore_moments
+from focus_ray.density.base import (
+    NormalStatistics,
+    collect_density_tensors,
+    restore_bank,
+    restore_density,
+    restore_moments,
+)
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.relations import ImageRelations
 from focus_ray.detect.calibration import Calibration
@@ -419,7 +425,9 @@ def _read_statistics_of_manifest(uri: str | Path, manifest: dict[str, Any]) -> N
     grid = parse_config(add_missing_settings(manifest), f"{uri}/{MANIFEST}", is_fitted=True).model.shared_tile_grid
     bank = restore_bank(moments, grid, tensors, density)
     scatter, shown = tensors.get("metric_scatter"), density.get("shown")
-    return NormalStatistics(moments, bank, density.get("thetas"), scatter, shown, grid, *_unpack_same_part_tensors(density))
+    return NormalStatistics(
+        moments, bank, density.get("thetas"), scatter, shown, grid, *_unpack_same_part_tensors(density)
+    )
 
 
 def _pack_same_part_tensors(statistics: NormalStatistics) -> dict[str, Tensor]:

@@ -355,7 +355,9 @@ class Inspector:
         bundle = self.bundle
         if bundle.descriptors is None or bundle.same_part_distance is None:
             return None
-        return RepeatedPartFinder(bundle.descriptors.to(bundle.detector.density.device).float(), bundle.same_part_distance)
+        return RepeatedPartFinder(
+            bundle.descriptors.to(bundle.detector.density.device).float(), bundle.same_part_distance
+        )
 
     @torch.inference_mode()
     def align_images(self, image: bytes) -> NDArray[np.uint8] | None:

@@ -28,7 +28,7 @@ from focus_ray.density.relations import ImageRelations
 from focus_ray.density.tiles import split_into_tile_maps
 from focus_ray.errors import BundleError, DataError
 from focus_ray.features.batch_norm import use_inference_backbone
-from focus_ray.fitting.duplicates import compute_bank_descriptors, add_duplicate_relations
+from focus_ray.fitting.duplicates import add_duplicate_relations, compute_bank_descriptors
 from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
 from focus_ray.fitting.passes import collect_calibration_scores, compute_statistics

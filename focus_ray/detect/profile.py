@@ -68,7 +68,10 @@ def average_highest_map_values(distance: Tensor, map_generator: AnomalyMapGenera
 
 @torch.no_grad()
 def fit_profile(
-    density: LeaveOneOutScorer, statistics: NormalStatistics, coverage_mask: Tensor | None, map_generator: AnomalyMapGenerator
+    density: LeaveOneOutScorer,
+    statistics: NormalStatistics,
+    coverage_mask: Tensor | None,
+    map_generator: AnomalyMapGenerator,
 ) -> tuple[ImageScoreProfile, Tensor | None]:
     """Fits the profile of good images to the leave-one-out distances of at most `MAX_IMAGES` images of the bank.
 

@@ -62,7 +62,7 @@ class EvaluationRun(ScoringRun[EvaluationJob]):
         self._saved_at: dict[str, float] = {}
         self._written_at = 0.0
 
-    def compute_split_plan(self, category: str) -> list[EvaluationItem]:
+    def plan_category(self, category: str) -> list[EvaluationItem]:
         """Plans the evaluation of a category and returns its work items; empty if an earlier run has its metrics.
 
         With the setting `resume`, the metrics of a finished category are reused, or the saved progress of a category whose

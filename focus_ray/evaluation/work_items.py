@@ -173,7 +173,7 @@ class ScoringRun(Generic[Job]):
         self.progress = ProgressPrinter("scoring", 0, log)
         self._planned = self._plan_categories()
 
-    def compute_split_plan(self, category: str) -> list[WorkItem[Job]]:
+    def plan_category(self, category: str) -> list[WorkItem[Job]]:
         """Returns the work items of a category; a subclass implements it.
 
         Raises: FocusRayError: the category cannot be scored.
@@ -196,7 +196,7 @@ class ScoringRun(Generic[Job]):
         """
         for category in self.bundles:
             try:
-                items = self.compute_split_plan(category)
+                items = self.plan_category(category)
                 self.num_open[category] = len(items)
                 self.progress.total += sum(item.num_images for item in items)
                 for item in items:

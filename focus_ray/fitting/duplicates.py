@@ -151,7 +151,9 @@ def find_related_images(descriptors: Tensor, groups_and_order: ImageGroupsAndOrd
     groups = groups_and_order.groups.cpu()
     if groups_and_order.same_part_distance is not None:
         groups = _merge_groupings(groups, group_near_duplicates(distances, groups_and_order.same_part_distance))
-    return _drop_uninformative_relations(relate_sequence_neighbours(distances, ImageRelations.from_groups(groups), groups_and_order.order.cpu()))
+    return _drop_uninformative_relations(
+        relate_sequence_neighbours(distances, ImageRelations.from_groups(groups), groups_and_order.order.cpu())
+    )
 
 
 def _drop_uninformative_relations(relations: ImageRelations) -> ImageRelations | None:
@@ -171,7 +173,9 @@ def add_duplicate_relations(statistics: NormalStatistics) -> None:
     distances = compute_descriptor_distances(descriptors, descriptors)
     relations = statistics.relations or ImageRelations.from_groups(torch.arange(len(descriptors)))
     groups = _merge_groupings(relations.groups, group_near_duplicates(distances, statistics.same_part_distance))
-    statistics.relations = _drop_uninformative_relations(ImageRelations(relations.related | (groups[:, None] == groups), groups))
+    statistics.relations = _drop_uninformative_relations(
+        ImageRelations(relations.related | (groups[:, None] == groups), groups)
+    )
 
 
 def group_near_duplicates(distances: Tensor, same_part_distance: float) -> Tensor:

@@ -63,7 +63,9 @@ def read_region(config: Config, category: str) -> NDArray[np.bool_] | None:
     if region is None:
         return None
     height, width = config.model.resized_image_px
-    pixels = _read_mask_image(region, height, width) if isinstance(region, str) else draw_polygon_mask(region, height, width)
+    pixels = (
+        _read_mask_image(region, height, width) if isinstance(region, str) else draw_polygon_mask(region, height, width)
+    )
     if not compute_map_cells(config).has_scored_cell(pixels):
         area = f"the white area of the mask {region}" if isinstance(region, str) else "the area of the polygons"
         raise DataError(

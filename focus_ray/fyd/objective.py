@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from focus_ray.features.alignment.theta import compute_valid_mask
 from focus_ray.features.network import FocusNet
 from focus_ray.fyd.head import ProjectorPredictorHead
-from focus_ray.fyd.losses import compute_image_alignment_loss, compute_feature_std, compute_fine_feature_loss
+from focus_ray.fyd.losses import compute_feature_std, compute_fine_feature_loss, compute_image_alignment_loss
 from focus_ray.fyd.settings import TrainConfig
 
 LAST_LEVEL = "last level"  # key of the features (B, C, H, W) whose effective rank is computed once an epoch

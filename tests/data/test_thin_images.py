@@ -125,7 +125,9 @@ def test_training_is_refused_with_the_names_of_thin_images(tmp_path: Path) -> No
     config = padded_config(str(tmp_path / "data"), tmp_path)
     with pytest.raises(DataError, match=r"2 of 8 normal training images .*: belt/\S*02, belt/\S*05\."):
         compute_split_rule(config, "belt")
-    assert compute_split_rule(small_config(str(tmp_path / "data"), tmp_path, model=NO_ALIGNMENT), "belt").num_images == 8
+    assert (
+        compute_split_rule(small_config(str(tmp_path / "data"), tmp_path, model=NO_ALIGNMENT), "belt").num_images == 8
+    )
 
 
 def test_an_image_without_a_cell_after_alignment_has_no_score(data: str, tmp_path: Path) -> None:

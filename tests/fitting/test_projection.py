@@ -191,7 +191,9 @@ def test_a_category_with_a_shared_metric_uses_its_directions_and_paints_no_defec
     result = fit_alone(with_metric(config, place), CATEGORIES[1])
     shared = read_statistics(bundles[0]).scatter
     assert shared is not None
-    directions = compute_discriminant_directions(shared[0].double(), shared[1].double(), config.density.num_channels // 2)
+    directions = compute_discriminant_directions(
+        shared[0].double(), shared[1].double(), config.density.num_channels // 2
+    )
     learnt = result.reduction.projection[: len(directions)]
     ratio = learnt.norm() / directions.norm()
     torch.testing.assert_close(learnt, directions * ratio, rtol=1e-3, atol=1e-3)
@@ -224,7 +226,9 @@ def test_statistics_from_cached_embeddings_equal_statistics_from_a_new_pass(data
     cache = run.projection.cache
     partial_cache = cache._replace(row={number: row for number, row in cache.row.items() if number % 3})
     uncached, partly_cached, cached = (
-        compute_statistics(run.net, run.reduction, run.shard.read_batches("fit"), CPU, range(run.num_images), 0, entries)
+        compute_statistics(
+            run.net, run.reduction, run.shard.read_batches("fit"), CPU, range(run.num_images), 0, entries
+        )
         for entries in (None, partial_cache, cache)
     )
     for statistics in (partly_cached, cached):
