@@ -120,17 +120,17 @@ def _watch_folder(
         command: Words of --on-anomalous; empty for no command.
         stop: Event that ends the watch.
     """
-    from focus_ray.watching.journal import Journal
+    from focus_ray.watching.journal import VerdictJournal
 
-    with Journal(arguments.output, arguments.csv, print_message) as journal:
+    with VerdictJournal(arguments.output, arguments.csv, print_message) as journal:
         print_message(
             f"watch: {arguments.folder} -> {arguments.output}, where {journal.num_lines_at_start} images have a line"
         )
         from focus_ray.bundle.inspector import Inspector  # takes seconds to import, so check the folder first
-        from focus_ray.watching.model import WatchedModel
-        from focus_ray.watching.watch import Watch, WatchSettings, summarize_counts
+        from focus_ray.watching.model import ReloadableModel
+        from focus_ray.watching.watch import FolderWatch, WatchSettings, format_verdict_counts
 
-        model = WatchedModel(
+        model = ReloadableModel(
             arguments.bundle,
             lambda uri: Inspector.load(uri, arguments.device, engine=arguments.engine, examples=examples),
             print_message,
@@ -146,7 +146,7 @@ def _watch_folder(
             on_anomalous=command,
             once=arguments.once,
         )
-        watch = Watch(
+        watch = FolderWatch(
             Path(arguments.folder),
             model,
             journal,
@@ -156,7 +156,7 @@ def _watch_folder(
         )
         watch.run(stop)
         remaining_text = f", {len(watch.pending)} left for the next start" if watch.pending else ""
-        print_message(f"watch: ended: {summarize_counts(watch.counts)}{remaining_text}")
+        print_message(f"watch: ended: {format_verdict_counts(watch.counts)}{remaining_text}")
     return EXIT_PARTLY if arguments.once and (watch.counts["error"] or watch.pending) else 0
 
 

@@ -26,7 +26,7 @@ from focus_ray.fitting.regions import check_regions
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.shards import BatchSchedule, fits_in_memory
 from focus_ray.fitting.split import SplitRule, compute_split_rule
-from focus_ray.names import Log, unique_name
+from focus_ray.names import Log, make_unique_name
 from focus_ray.settings.sections import config_to_yaml, parse_yaml_mapping
 from focus_ray.storage.files import (
     check_folder_access,
@@ -94,7 +94,7 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
     if config.name == "auto":
         if resume:
             raise TrainingError("--resume needs the name of the run to continue: name=...")
-        config = config.model_copy(update={"name": unique_name(config.cluster.team or "run")})
+        config = config.model_copy(update={"name": make_unique_name(config.cluster.team or "run")})
         log(f"name: {config.name}")
     check_fit_prerequisites(config)
     available = list_categories(config.data.uri)
@@ -107,9 +107,7 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
     splits = {category: compute_split_rule(config, category) for category in categories}
     for category, split in splits.items():
         try:
-            BatchSchedule.from_smallest_share(
-                split.num_fit, config.cluster.num_workers, config.train.batch_size_per_worker
-            )
+            BatchSchedule.from_smallest_share(split.num_fit, config.cluster.num_workers, config.train.batch_size_per_worker)
         except DataError as error:
             raise DataError(f"category {category!r}: {error}") from None
     fingerprints = {category: split.fingerprint for category, split in splits.items()}
