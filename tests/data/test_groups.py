@@ -19,7 +19,7 @@ from focus_ray.data.read import data_fingerprint, read_index, read_rows
 from focus_ray.data.schema import INDEX_COLUMNS
 from focus_ray.data.store import CommitDraft, open_data_set
 from focus_ray.errors import DataError
-from focus_ray.fitting.split import SplitPlan, compute_split_plan, compute_split_rule, compute_split_key
+from focus_ray.fitting.split import SplitPlan, compute_split_key, compute_split_plan, compute_split_rule
 from focus_ray.ingestion.change import compact_part_files, remove_rows
 
 PARTS = ("fit", "validation", "holdout")
@@ -178,7 +178,11 @@ def test_groups_change_the_fingerprint_but_empty_groups_do_not(tmp_path: Path) -
 
 def test_the_split_key_of_a_group_depends_on_seed_and_group_alone() -> None:
     assert compute_split_key(0, "a" * 64, "part") == hashlib.sha256(b"0:group:part").hexdigest()
-    assert compute_split_key(0, "a" * 64, "part") == compute_split_key(0, "b" * 64, "part") != compute_split_key(1, "a" * 64, "part")
+    assert (
+        compute_split_key(0, "a" * 64, "part")
+        == compute_split_key(0, "b" * 64, "part")
+        != compute_split_key(1, "a" * 64, "part")
+    )
 
 
 def test_groups_survive_a_removal_and_a_compaction(tmp_path: Path) -> None:
