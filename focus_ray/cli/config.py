@@ -33,9 +33,9 @@ def _run_config_show_command(arguments: argparse.Namespace) -> int:
     path = find_config_file(arguments.config)
     tree = read_yaml_mapping(path)
     if "space" in tree:  # required in a sweep, unknown in a run
-        from focus_ray.sweep.settings import load_sweep
+        from focus_ray.sweep.settings import load_sweep_config
 
-        print(config_to_yaml(load_sweep(path, arguments.override)), end="")
+        print(config_to_yaml(load_sweep_config(path, arguments.override)), end="")
     else:
         print(config_to_yaml(parse_config(apply_overrides(tree, arguments.override), str(path))), end="")
     return 0

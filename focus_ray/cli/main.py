@@ -25,7 +25,7 @@ from focus_ray.cli.sweep import add_sweep_parser
 from focus_ray.cli.train import add_train_parser
 from focus_ray.cli.update import add_metric_parser, add_update_parser
 from focus_ray.cli.watch import add_watch_parser
-from focus_ray.cluster.messages import VERBOSE
+from focus_ray.cluster.messages import VERBOSE_VARIABLE
 from focus_ray.errors import FocusRayError, check_extra_is_installed, find_missing_package_error
 from focus_ray.version import __version__
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     arguments = parse_command_line(parser, words)
     if arguments.verbose:
-        os.environ[VERBOSE] = "1"
+        os.environ[VERBOSE_VARIABLE] = "1"
     try:
         if arguments.command in REQUIRED_EXTRAS:
             check_extra_is_installed(REQUIRED_EXTRAS[arguments.command], f"focus-ray {arguments.command}")
