@@ -25,8 +25,8 @@ from torch import Tensor
 from focus_ray.density.base import (
     NormalStatistics,
     build_density,
-    choose_bank_images,
     build_leave_one_out_scorer,
+    choose_bank_images,
     choose_evenly_spaced,
     supports_leave_one_out,
 )
@@ -45,8 +45,8 @@ from focus_ray.features.network import FocusNet, build_network, convert_to_float
 from focus_ray.fitting.duplicates import (
     SHIFTS_PX,
     ImageGroupsAndOrder,
-    compute_image_descriptors,
     compute_bank_descriptors,
+    compute_image_descriptors,
     find_related_images,
     measure_same_part_distance,
 )
@@ -54,8 +54,8 @@ from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
 from focus_ray.fitting.passes import (
     collect_calibration_scores,
     compute_statistics,
-    validate_detector,
     fit_aligner,
+    validate_detector,
 )
 from focus_ray.fitting.projection import DiscriminantProjection, choose_projection_images, learn_projection
 from focus_ray.fitting.selection import MIN_GAIN, make_validation_images
@@ -63,7 +63,7 @@ from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import BatchSchedule, Shard
 from focus_ray.fitting.shared_metric import read_shared_scatter
 from focus_ray.fitting.split import MAX_CALIBRATION_IMAGES, NUM_CALIBRATION_FOLDS
-from focus_ray.fitting.state import BestNetwork, FitNotes, EpochCallback, TrainState
+from focus_ray.fitting.state import BestNetwork, EpochCallback, FitNotes, TrainState
 from focus_ray.precision import choose_compute_dtype
 from focus_ray.progress import track_progress
 from focus_ray.seeds import derive_seed
@@ -166,7 +166,9 @@ def check_fit_prerequisites(config: Config) -> None:
     read_shared_scatter(config)
 
 
-def build_detector(config: Config, net: FocusNet, reduction: ChannelReduction, statistics: NormalStatistics) -> Detector:
+def build_detector(
+    config: Config, net: FocusNet, reduction: ChannelReduction, statistics: NormalStatistics
+) -> Detector:
     """Builds a detector: fits its density and, if scoring.image_score is "profile", its profile of good images.
 
     Args: statistics: statistics of the normal images. Without a bank, the detector has no profile.
@@ -501,12 +503,17 @@ class DetectorFitter:
         assert bank_images is not None
         assert statistics.descriptors is not None
         bank = self._collect_groups_and_order(sorted(bank_images))
-        groups, order = _gather_from_workers(self.shard.holdout_groups()), _gather_from_workers(self.shard.holdout_order())
+        groups, order = (
+            _gather_from_workers(self.shard.holdout_groups()),
+            _gather_from_workers(self.shard.holdout_order()),
+        )
         groups_and_order = ImageGroupsAndOrder(
             torch.cat([bank.groups, groups]), torch.cat([bank.order, order]), bank.same_part_distance
         )
         holdout_descriptors = self._compute_descriptors(self.shard.read_batches("holdout"))
-        relations = _find_related_images(torch.cat([statistics.descriptors.float(), holdout_descriptors]), groups_and_order)
+        relations = _find_related_images(
+            torch.cat([statistics.descriptors.float(), holdout_descriptors]), groups_and_order
+        )
         is_related = torch.zeros(sum(counts), dtype=torch.bool)
         if relations is not None:
             is_related = relations.related[len(bank_images) :, : len(bank_images)].any(dim=1)
@@ -614,7 +621,9 @@ class DetectorFitter:
         fold_of, groups = self.shard.fit_folds(), self.shard.fit_groups()
         if self.num_images <= _MAX_COMPARED_IMAGES:
             groups_and_order = self._collect_groups_and_order(range(self.num_images))
-            relations = _find_related_images(self._compute_descriptors(self.shard.read_batches("fit")), groups_and_order)
+            relations = _find_related_images(
+                self._compute_descriptors(self.shard.read_batches("fit")), groups_and_order
+            )
             if relations is not None:
                 self._record_related_images(relations)
                 own_images = slice(self.offset, self.offset + self.num_own)

@@ -22,9 +22,9 @@ from focus_ray.density.bank import convert_to_bank_rows
 from focus_ray.density.base import (
     LeaveOneOutScorer,
     NormalStatistics,
-    compute_leave_one_out_distances_per_projection,
     build_leave_one_out_scorer,
     choose_evenly_spaced,
+    compute_leave_one_out_distances_per_projection,
 )
 from focus_ray.density.moments import Moments
 from focus_ray.density.settings import DensityConfig
@@ -33,7 +33,7 @@ from focus_ray.detect.calibration import CalibrationBuilder
 from focus_ray.detect.detector import Detector, ScoredImages, compute_scored_pixels
 from focus_ray.detect.profile import MAX_IMAGES, compute_leave_one_out_distances, compute_profile_from_distances
 from focus_ray.distributed import compute_worker_range
-from focus_ray.fitting.passes import select_scored_pixels, merge_calibration_builders
+from focus_ray.fitting.passes import merge_calibration_builders, select_scored_pixels
 from focus_ray.fitting.projection import NUM_FOLDS, DiscriminantProjection
 from focus_ray.fitting.settings import Config
 from focus_ray.progress import track_progress
@@ -140,7 +140,9 @@ def _score_with_fold_projections(
     def score(scorer: LeaveOneOutScorer, rows: Tensor) -> Tensor:
         return compute_leave_one_out_distances(scorer, statistics, rows, detector.coverage_mask, all_images, device)
 
-    for fold, distances in enumerate(compute_leave_one_out_distances_per_projection(config, detector.density, projected, score)):
+    for fold, distances in enumerate(
+        compute_leave_one_out_distances_per_projection(config, detector.density, projected, score)
+    ):
         for image in _get_own_share(len(bank)).split(1):
             number = int(image)
             if int(projection.fold_of[number]) == fold:

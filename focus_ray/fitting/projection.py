@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from focus_ray.defects import SegmentedImage, draw_defective_copies, segment_images, merge_defective_copies
+from focus_ray.defects import SegmentedImage, draw_defective_copies, merge_defective_copies, segment_images
 from focus_ray.density.base import choose_evenly_spaced
 from focus_ray.density.nearest import compute_whitening_matrix
 from focus_ray.density.reduction import ChannelReduction
@@ -209,7 +209,9 @@ def learn_projection(
     if not has_folds or shared is not None or num_used < num_images or num_images < 2 * NUM_FOLDS:
         return DiscriminantProjection(projection, scatters, cache=cache)
     fold_projections = scatter.compute_fold_projections(reduction.num_channels)
-    return DiscriminantProjection(projection, scatters, fold_projections, tiles.join_tile_maps(bank), cache, scatter.fold_of)
+    return DiscriminantProjection(
+        projection, scatters, fold_projections, tiles.join_tile_maps(bank), cache, scatter.fold_of
+    )
 
 
 def _paint_defects(
@@ -387,9 +389,14 @@ class ResidualScatter:
             direction_scatters: (2, C, C), normal and defective scatter from which the directions are learnt.
         """
         num_whitened = int(WHITENED_SHARE * num_channels)
-        learnt = compute_discriminant_directions(direction_scatters[0], direction_scatters[1], num_channels - num_whitened)
+        learnt = compute_discriminant_directions(
+            direction_scatters[0], direction_scatters[1], num_channels - num_whitened
+        )
         projection = torch.cat(
-            [_scale_to_unit_residuals(learnt, scale_scatters[0]), _scale_to_unit_residuals(self.search[:num_whitened], scale_scatters[0])]
+            [
+                _scale_to_unit_residuals(learnt, scale_scatters[0]),
+                _scale_to_unit_residuals(self.search[:num_whitened], scale_scatters[0]),
+            ]
         )
         if get_world_size() > 1:  # different machines may give an eigenvector the opposite sign
             dist.broadcast(projection, 0)

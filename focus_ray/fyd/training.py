@@ -18,7 +18,7 @@ from focus_ray.distributed import get_world_size
 from focus_ray.errors import DataError
 from focus_ray.features.network import FocusNet, convert_to_float_images
 from focus_ray.fyd.head import ProjectorPredictorHead
-from focus_ray.fyd.losses import draw_image_pairs, compute_effective_rank
+from focus_ray.fyd.losses import compute_effective_rank, draw_image_pairs
 from focus_ray.fyd.objective import LAST_LEVEL, TrainingObjective, iterate_all_parameters
 from focus_ray.fyd.settings import TrainConfig
 from focus_ray.seeds import derive_seed

@@ -29,7 +29,7 @@ from focus_ray.features.backbones.registry import BACKBONES
 from focus_ray.features.network import FocusNet
 from focus_ray.features.settings import ModelConfig
 from focus_ray.fitting.fit import DetectorFitter, build_detector
-from focus_ray.fitting.passes import EmbeddedBatch, concatenate_scores, compute_embedding_statistics
+from focus_ray.fitting.passes import EmbeddedBatch, compute_embedding_statistics, concatenate_scores
 from focus_ray.fitting.selection import compute_validation_metrics
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import Shard
@@ -184,7 +184,9 @@ def _train_and_score(
         batches = (
             own_images[start : start + SCORING_BATCH_SIZE] for start in range(0, len(own_images), SCORING_BATCH_SIZE)
         )
-        own_scores = concatenate_scores((detector(torch.from_numpy(batch)) for batch in batches), scored.masks.shape[1:])
+        own_scores = concatenate_scores(
+            (detector(torch.from_numpy(batch)) for batch in batches), scored.masks.shape[1:]
+        )
         scores, maps = (np.concatenate(parts) for parts in zip(*all_gather_objects(own_scores), strict=True))
         return _compute_trial_metrics(scored, scores, maps, objective)
 

@@ -28,7 +28,7 @@ from focus_ray.fitting.fit import DetectorFitter
 from focus_ray.fitting.selection import DEFECTS_PER_IMAGE, make_validation_images
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import MemoryShard
-from focus_ray.fitting.split import SplitRule, SplitPlan, compute_split_rule
+from focus_ray.fitting.split import SplitPlan, SplitRule, compute_split_rule
 from focus_ray.seeds import derive_seed
 from focus_ray.sweep.settings import Objective
 

@@ -20,7 +20,7 @@ import torch
 from focus_ray.cluster.failures import describe_root_cause
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import Shard, StreamShard, build_shard, fits_in_memory
-from focus_ray.fitting.split import NO_ROWS, SplitRule, SplitPlan
+from focus_ray.fitting.split import NO_ROWS, SplitPlan, SplitRule
 from focus_ray.storage.files import join_path
 from focus_ray.sweep import records
 from focus_ray.sweep.records import TrialRecord
@@ -80,7 +80,9 @@ class TrialJob(TrainerJob):
     stage: StageJob
 
 
-def load_images_task(config: Config, split: SplitRule, objective: Objective, size_px: int) -> tuple[CategoryImages, None]:
+def load_images_task(
+    config: Config, split: SplitRule, objective: Objective, size_px: int
+) -> tuple[CategoryImages, None]:
     """Ray task: decodes the images of a category. Returns the images, and None, which shows the end of the task.
 
     Raises: DataError: see `load_category_images`.

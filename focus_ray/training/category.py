@@ -18,7 +18,7 @@ from focus_ray.bundle.bundle import write_bundle
 from focus_ray.distributed import compute_on_rank0_and_broadcast, get_world_size
 from focus_ray.fitting.fit import fit
 from focus_ray.fitting.settings import Config
-from focus_ray.fitting.shards import BatchStream, build_shard, build_local_stream
+from focus_ray.fitting.shards import BatchStream, build_local_stream, build_shard
 from focus_ray.fitting.split import SplitRule
 from focus_ray.fitting.state import Metrics, TrainState
 from focus_ray.names import Log

@@ -107,7 +107,9 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
     splits = {category: compute_split_rule(config, category) for category in categories}
     for category, split in splits.items():
         try:
-            BatchSchedule.from_smallest_share(split.num_fit, config.cluster.num_workers, config.train.batch_size_per_worker)
+            BatchSchedule.from_smallest_share(
+                split.num_fit, config.cluster.num_workers, config.train.batch_size_per_worker
+            )
         except DataError as error:
             raise DataError(f"category {category!r}: {error}") from None
     fingerprints = {category: split.fingerprint for category, split in splits.items()}
