@@ -27,6 +27,7 @@ from focus_ray.export.formats import (
     MODEL_FILES,
     open_exported_model,
     quantise_onnx_model,
+    trace_scorer,
     write_onnx,
     write_openvino,
 )

@@ -320,7 +320,7 @@ def _write_image_files(images: Any, folder: Path) -> Path:
 
 
 def _make_group_rule(groups: Sequence[str | int | None] | None, folder: Path) -> GroupRule | None:
-    """Returns the rule that gives each file of `_write_image_files` its group. Raises: DataError: the groups do not fit the images."""
+    """Returns the rule that gives each written image file its group. Raises: DataError: the groups do not fit the images."""
     if groups is None:
         return None
     files = list_image_files(folder / "good")

@@ -1,4 +1,4 @@
-"""Draws plots as transparent SVG with the colours of the page (`page.encode_svg_uri`), for light and dark screens and for paper."""
+"""Draws plots as transparent SVG with the colours of the page (`encode_svg_uri`), for light and dark screens and for paper."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def test_the_box_of_a_defect_is_in_pixels_of_the_photograph(inspector: Inspector
     region = inspection.regions[0]
     assert region.x <= 85 < region.x + region.width
     assert region.y <= 45 < region.y + region.height
-    assert overlay(pixels, inspection).shape == pixels.shape
+    assert draw_inspection_overlay(pixels, inspection).shape == pixels.shape
 
 
 def test_the_service_gives_the_results_of_the_inspector_and_an_error_for_a_thin_image(inspector: Inspector) -> None:

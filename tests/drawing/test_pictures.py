@@ -49,9 +49,8 @@ def test_the_strip_covers_nothing_of_the_picture(width: int, height: int, factor
 def test_the_outline_of_a_region_is_on_its_outermost_pixels() -> None:
     inspection = inspection_of(160, 160)
     (region,) = inspection.regions
-    rows, columns = np.nonzero(
-        (draw_inspection_overlay(np.zeros((160, 160, 3), np.uint8), inspection) == [0, 255, 255]).all(axis=2)
-    )
+    picture = draw_inspection_overlay(np.zeros((160, 160, 3), np.uint8), inspection)
+    rows, columns = np.nonzero((picture == [0, 255, 255]).all(axis=2))
     assert (rows.min(), rows.max()) == (region.y, region.y + region.height - 1)
     assert (columns.min(), columns.max()) == (region.x, region.x + region.width - 1)
 

@@ -36,7 +36,7 @@ def inspector(parts: str, tmp_path_factory: pytest.TempPathFactory) -> Inspector
 
 
 @pytest.fixture(scope="module")
-def select_unseen_images(inspector: Inspector, parts: str) -> UnseenTestImages:
+def labelled(inspector: Inspector, parts: str) -> UnseenTestImages:
     return inspector.score_labelled_images(read_test_rows(parts, "gear"), 64)
 
 
