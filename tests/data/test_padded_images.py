@@ -35,7 +35,7 @@ from focus_ray.features.network import convert_to_float_images
 from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.split import compute_split_rule
-from focus_ray.serving.decoders import Decoders
+from focus_ray.serving.decoders import DecoderPool
 from focus_ray.serving.scorer import Scores, _judge
 
 WIDTH, HEIGHT = 120, 60  # size of the photographs in pixels
@@ -153,7 +153,7 @@ def test_the_box_of_a_defect_is_in_pixels_of_the_photograph(inspector: Inspector
 def test_the_service_gives_the_results_of_the_inspector_and_an_error_for_a_thin_image(inspector: Inspector) -> None:
     images = [encode_png(photograph(np.random.default_rng(n), (20, 20))[0]) for n in range(2)]
     images.insert(1, encode_png(strip(512, 8)))
-    decoded = asyncio.run(Decoders(1).decode("press", images, inspector.frame, MAX_PIXELS))
+    decoded = asyncio.run(DecoderPool(1).decode_images("press", images, inspector.frame, MAX_PIXELS))
     score, maps = inspector.score(np.stack([item[1] for item in decoded if isinstance(item, tuple)]))
     results, pictures, values = _judge(inspector, images, decoded, Scores(score, maps, 0.0, 0.0), "overlay", True)
     expected = inspector.inspect(images[::2])
