@@ -146,7 +146,7 @@ def test_a_setting_that_a_backbone_does_not_support_is_refused(
 def test_the_default_size_is_valid_for_every_backbone_and_gives_the_expected_map() -> None:
     for name in BACKBONES:
         model = parse_config({"data": {"uri": "x"}, "model": {"backbone": name}}).model
-        places = {stride: model.place_px(DensityConfig(map_stride_px=stride).map_layer) for stride in (4, 8)}
+        places = {stride: model.location_side_px(DensityConfig(map_stride_px=stride).map_layer) for stride in (4, 8)}
         assert places == ({4: 14, 8: 14} if name.startswith("dinov2") else {4: 4, 8: 8})
     small = {"backbone": "convnext_tiny", "image_size_px": 48, "padding": "zeros"}
     assert parse_config({"data": {"uri": "x"}, "model": small}).model.image_size_px == 48
