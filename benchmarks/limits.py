@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from focus_ray.density.gaussian_capped_memory import GaussianCappedMemory
 
 from benchmarks.harness import add_arguments, base_tree, fit_category, keep_json, open_data, print_table
 from focus_ray.data.read import read_test_rows
+from focus_ray.density.gaussian_capped_memory import GaussianCappedMemory
 from focus_ray.density.nearest import LocationAndCoresetMemory, LocationMemory
 from focus_ray.detect.detector import embed_images
 from focus_ray.features.network import convert_to_float_images
