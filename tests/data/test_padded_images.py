@@ -26,8 +26,9 @@ from focus_ray.data.framing import InputFrame
 from focus_ray.data.images import MAX_PIXELS, ImageError, decode_batch_with_info, decode_image, encode_png
 from focus_ray.data.read import read_test_rows
 from focus_ray.density.tiles import TileGrid
-from focus_ray.detect.detector import compute_scored_locations, embed
+from focus_ray.detect.detector import compute_scored_locations
 from focus_ray.detect.inspection import Inspection
+from focus_ray.detect.pictures import draw_inspection_overlay
 from focus_ray.errors import DataError
 from focus_ray.evaluation.batch_inspection import inspect_records
 from focus_ray.export.scorer import ExportableScorer
@@ -36,7 +37,7 @@ from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.split import compute_split_rule
 from focus_ray.serving.decoders import DecoderPool
-from focus_ray.serving.scorer import Scores, _judge
+from focus_ray.serving.scorer import RequestScores, _convert_scores_to_results
 
 WIDTH, HEIGHT = 120, 60  # size of the photographs in pixels
 
@@ -155,15 +156,17 @@ def test_the_service_gives_the_results_of_the_inspector_and_an_error_for_a_thin_
     images.insert(1, encode_png(strip(512, 8)))
     decoded = asyncio.run(DecoderPool(1).decode_images("press", images, inspector.frame, MAX_PIXELS))
     score, maps = inspector.score(np.stack([item[1] for item in decoded if isinstance(item, tuple)]))
-    results, pictures, values = _judge(inspector, images, decoded, Scores(score, maps, 0.0, 0.0), "overlay", True)
+    results, pictures, values = _convert_scores_to_results(
+        inspector, images, decoded, RequestScores(score, maps, 0.0, 0.0), "overlay", True
+    )
     expected = inspector.inspect(images[::2])
     assert [result.to_dict() for result in results[::2]] == [inspection.to_dict() for inspection in expected]
     assert isinstance(results[1], ImageError)
     assert decode_image(pictures[0], None).shape == (HEIGHT, WIDTH, 3)
     assert decode_image(values[0].png, None).shape == (32, 64, 3)
     assert pictures[1] is None
-    nan_scores = Scores(np.array([np.nan, 1.0], np.float32), np.zeros((2, 64, 64), np.float32), 0.0, 0.0)
-    results, _, _ = _judge(inspector, images[::2], decoded[::2], nan_scores, "json", False)
+    nan_scores = RequestScores(np.array([np.nan, 1.0], np.float32), np.zeros((2, 64, 64), np.float32), 0.0, 0.0)
+    results, _, _ = _convert_scores_to_results(inspector, images[::2], decoded[::2], nan_scores, "json", False)
     assert list(map(type, results)) == [ImageError, Inspection]
 
 
@@ -279,7 +282,7 @@ def test_an_image_without_a_cell_after_alignment_has_no_score(inspector: Inspect
     batch = torch.from_numpy(np.stack([pixels, decode_image(encode_png(strip(64, 64)), inspector.frame)]))
     theta = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]]).expand(2, 2, 3)
     detector = inspector.bundle.detector
-    embedding, _ = embed(detector.net, detector.reduction, convert_to_float_images(batch, "cpu"))
+    embedding, _ = embed_images(detector.net, detector.reduction, convert_to_float_images(batch, "cpu"))
     scored = detector.score_embeddings(embedding, theta, batch[..., 3] > 0)
     assert torch.isnan(scored.score).tolist() == [True, False]
     with pytest.raises(ImageError, match="no location of the anomaly map"):
