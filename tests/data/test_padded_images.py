@@ -26,7 +26,7 @@ from focus_ray.data.framing import InputFrame
 from focus_ray.data.images import MAX_PIXELS, ImageError, decode_batch_with_info, decode_image, encode_png
 from focus_ray.data.read import read_test_rows
 from focus_ray.density.tiles import TileGrid
-from focus_ray.detect.detector import compute_scored_locations
+from focus_ray.detect.detector import compute_scored_locations, embed_images
 from focus_ray.detect.inspection import Inspection
 from focus_ray.detect.pictures import draw_inspection_overlay
 from focus_ray.errors import DataError
