@@ -128,7 +128,7 @@ def fit(
         device: device of the network and the density.
         rank: number of this worker, from 0.
         state: saved state from which training resumes; None starts a new fit.
-        on_epoch: called by every worker after every epoch, with a function that returns the state to save; see `state.EpochCallback`.
+        on_epoch: called by every worker after every epoch, with a function that returns the state to save; see `EpochCallback`.
         log: called with each message.
 
     Returns: the detector, its statistics and its calibration.
