@@ -101,9 +101,11 @@ class Bundle(NamedTuple):
             (`Calibration.convert_to_precision`).
         frame: the size to which every image is brought before it is scored, the method (stretch or pad), and the region of
             interest.
-        fit_hashes: `shorten_hash` of every training image in the density; empty if the bundle does not store hashes.
-        descriptors, same_part_distance: vectors of the training images, and the distance up to which two vectors may show the
-            same part (see `NormalStatistics`); None if the bundle does not store them.
+        fit_hashes: hash of the pixels (`shorten_hash`) of every training image in the density; empty if the bundle does not
+            store hashes.
+        descriptors: coarse features of the stored training images (see `NormalStatistics`); None if they are not stored.
+        same_part_distance: distance between descriptors up to which two images may show the same physical part; None if it is
+            not stored.
     """
 
     manifest: dict[str, Any]
@@ -150,8 +152,7 @@ def write_bundle(
         metrics: the manifest's entry "metrics": losses, indicators of a collapsed network, seconds of each stage.
         fit_hashes: `shorten_hash` of every training image from which the density was fitted. With these hashes an inspection
             recognises training images, and joining two bundles counts a shared image once.
-        frame: its region of interest is stored; size and padding come from `config`. None: the region of interest comes from
-            `config` too.
+        frame: its region of interest is stored. None: the region of interest is read as `config` defines it.
 
     Raises:
         DataError: the region of interest cannot be read, or a file cannot be written. Also if the new bundle is complete, but
@@ -248,15 +249,15 @@ def read_manifest(uri: str | Path) -> dict[str, Any]:
 
 
 def find_bundles(place: str) -> dict[str, str]:
-    """Returns category -> URI of its bundle, for the bundles at an address.
+    """Returns category -> URI of its bundle, for a bundle, the folder of a run, or a folder of bundles.
 
     Args:
-        place: a bundle, the folder of a run, or a folder of bundles. If two bundles have the same category, the later name
-            counts.
+        place: address of the bundle or folder. If two bundles in a folder have the same category, the bundle whose folder name
+            is last in alphabetical order is returned.
 
     Raises:
         DataError: `place` contains no bundle, or cannot be listed.
-        BundleError: a manifest is damaged or has an unsupported format version.
+        BundleError: a manifest is unreadable or damaged, or has an unsupported format version.
     """
     if file_exists(join_path(place, MANIFEST)):
         return {str(read_manifest(place)["category"]): place}
@@ -275,10 +276,14 @@ def find_bundles(place: str) -> dict[str, str]:
 
 
 def read_bundle_stamps(place: str) -> dict[str, FileStat]:
-    """Returns bundle URI -> stamp of its manifest file, for the bundles that `find_bundles` finds; empty if there is none.
+    """Returns bundle URI -> stamp of its manifest file, for all bundles at an address; empty if there is none.
 
-    A stamp changes when the file changes. This function reads no manifest, so a caller can poll it, compare the stamps, and
-    read only the changed manifests.
+    A stamp is the file's time of change and size. This function reads no manifest, so a caller can poll it, compare the stamps,
+    and read only the changed manifests. Times on S3 count whole seconds, so a stamp does not show two changes in a second.
+
+    Args: place: see `find_bundles`.
+
+    Raises: DataError: the storage cannot be read.
     """
     if (stamp := read_file_stat(join_path(place, MANIFEST))) is not None:
         return {place: stamp}
@@ -290,7 +295,10 @@ def read_bundle_stamps(place: str) -> dict[str, FileStat]:
 
 
 def list_runs(place: str) -> list[str]:
-    """Returns the names of the runs in a folder: the names of all subfolders with a non-empty folder "bundles"."""
+    """Returns the names of the runs in a folder: the names of all subfolders with a non-empty folder "bundles".
+
+    Raises: DataError: a folder cannot be listed.
+    """
     return [name for name in list_folder_entries(place) if list_folder_entries(join_path(place, name, "bundles"))]
 
 
@@ -305,8 +313,8 @@ def read_bundle(
     Args:
         device: device for the detector.
         precision: auto, fp32 or bf16; overrides model.precision and density.precision. None: the bundle's settings.
-        max_bytes: largest number of bytes for the tensor files, for the tensors in memory, and for the temporary memory of a
-            step of the computation, each. A larger bundle is refused before its tensors are allocated. None: no limit.
+        max_bytes: limit in bytes that is applied separately to the tensor files, to the tensors in memory, and to the temporary
+            memory of each large step of scoring. A larger bundle is refused before its tensors are allocated. None: no limit.
 
     Raises: BundleError: the bundle is missing, damaged, changed, too large, or has an unsupported format version or setting.
     """
@@ -314,9 +322,12 @@ def read_bundle(
 
 
 def _read_with_retry(uri: str | Path, read: Callable[[dict[str, Any]], T]) -> T:
-    """Calls `read` with the bundle's manifest and returns its result. Calls it again if the bundle was replaced meanwhile.
+    """Reads the manifest of a bundle, calls `read` with this manifest, and returns the result of `read`.
 
-    Raises: BundleError: the manifest cannot be read, or `read` fails although the bundle was not replaced.
+    If the bundle was replaced meanwhile, calls `read` again with the new manifest.
+
+    Raises: BundleError: the manifest cannot be read, or `read` raises a BundleError although the bundle was not replaced. Any
+        other error of `read`.
     """
     manifest = read_manifest(uri)
     while True:
@@ -435,8 +446,8 @@ def _read_statistics_of_manifest(uri: str | Path, manifest: dict[str, Any]) -> N
 def _pack_same_part_tensors(statistics: NormalStatistics) -> dict[str, Tensor]:
     """Returns name -> tensor for the tensors that tell which images show the same physical part.
 
-    These are the relations between images, the descriptors, and `same_part_distance` (see `NormalStatistics`). Missing values are
-    left out.
+    These are the relations between images, the descriptors, and `same_part_distance` (see `NormalStatistics`). Relations that
+    are None are left out. Descriptors and `same_part_distance` are left out if one of the two is None.
     """
     tensors = {}
     if statistics.relations is not None:
@@ -511,7 +522,7 @@ def compute_manifest_hash(manifest: dict[str, Any]) -> str:
 
 
 def read_git_commit() -> str | None:
-    """Returns the git commit of the running source code, with '+changes' after local changes; None if it is unknown."""
+    """Returns the git commit of the running source code, followed by '+changes' if files were changed; None if it is unknown."""
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():  # an installed package: a repository in a parent folder is another project's
         return None

@@ -40,12 +40,12 @@ class _FeatureExtractor(nn.Module):
         self.net = net
 
     def forward(self, images: Tensor) -> FeatureLevels:
+        """Returns the features of three layers of the backbone, of images (B, 3, H, W) with values 0 to 1."""
         return self.net.compute_features(images)[0]
 
 
 def check_engine_support(engine: str, net: FocusNet, device: torch.device | str, num_examples: int) -> None:
-    """Checks that an engine can compute the features of a network on a device.
-
+    """Checks that an engine can compute the features of a network on a device. For the engine torch nothing is checked.
     Args:
         engine: a value of `ENGINES`.
         num_examples: number of example images that the caller has.
@@ -105,6 +105,7 @@ def compile_feature_extractor(net: FocusNet, engine: str, examples: Tensor) -> F
         session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
 
     def compute_features(images: Tensor) -> FeatureLevels:
+        """Returns the features of three layers of the backbone, of images (B, 3, S, S), computed by ONNX Runtime."""
         levels = session.run(None, {"images": images.contiguous().numpy()})
         return cast(FeatureLevels, tuple(torch.from_numpy(level) for level in levels))
 
@@ -145,10 +146,13 @@ def quantise_onnx_model(
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class ExampleReader(CalibrationDataReader):  # type: ignore[misc]
+        """Gives the example images to ONNX Runtime one after the other."""
+
         def __init__(self) -> None:
             self.remaining = iter(images)
 
         def get_next(self) -> dict[str, Any] | None:
+            """Returns the next image as {"images": (1, ...)}; None after the last image."""
             image = next(self.remaining, None)
             return None if image is None else {"images": image[None]}
 

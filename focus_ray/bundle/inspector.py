@@ -122,6 +122,7 @@ class Inspector:
         """
 
         def decode_batches() -> Iterator[tuple[list[str], list[ImageInfo], NDArray[np.uint8]]]:
+            """Generator: yields (names, infos, pixels uint8 (B, H, W, 3 or 4)) of each batch of images."""
             stream = iter(images)
             while batch := list(islice(stream, self.batch_size)):
                 names, encoded = [name for name, _ in batch], [data for _, data in batch]
@@ -297,11 +298,12 @@ class Inspector:
         Images that the model was trained on are counted and left out of the result.
 
         Args:
-            records: mappings with image and mask bytes (mask None: unknown, or a normal image), label, defect_type, width and
-                height; id and content_hash are optional. Without content_hash, a training image is not recognised.
-            max_side_px: longest side of maps and masks. Smaller images are compared at their own size.
-            exact_pixels: maps and masks stay in RAM if all maps have at most this many pixels together. Otherwise their pixels
-                are counted in bins (ranges of values).
+            records: mappings with the bytes of image and mask, label, defect_type, width and height. The mask is None for a
+                normal image, or if it is unknown. id and content_hash are optional; without content_hash, a training image is
+                not recognised.
+            max_side_px: longest side at which maps and masks are compared. Smaller images are compared at their own size.
+            exact_pixels: if all maps together have more pixels, the pixels are counted in bins (ranges of values). Otherwise
+                maps and masks stay in RAM.
 
         Raises: DataError: there is no record, the model was trained on all images, an image or mask cannot be decoded, no pixel
             of an image is scored, or a score is not finite.
@@ -327,6 +329,7 @@ class Inspector:
         unscored: deque[Row] = deque()  # records that were read but have no score yet, in the order of the images
 
         def name_images() -> Iterator[tuple[str, bytes]]:
+            """Generator: yields (name, encoded image) of each record, and adds the record without its image to `unscored`."""
             for number, record in enumerate(records):
                 unscored.append({key: value for key, value in record.items() if key != "image"})
                 yield str(record.get("id", f"image {number}")), record["image"]
@@ -375,8 +378,9 @@ class Inspector:
 
     @torch.inference_mode()
     def _compile_backbone(self, engine: str, examples: Sequence[bytes | str | Path]) -> None:
-        """Makes an engine compute the features of the network, if its scores of example images agree with torch's scores.
+        """Makes an engine compute the features of the network, if the engine's scores of example images agree with torch's scores.
 
+        The score of a training image is not compared.
         Raises:
             ConfigError: too few examples are new to the model, or the scores differ by more than `TOLERANCE`.
             DataError: an example cannot be read or decoded.

@@ -15,17 +15,18 @@ _NUM_PROBED = 3  # categories of a folder that are looked up to recognise the fo
 def find_bundle_of_each_category(
     place: str, version: str = LATEST, log: Callable[[str], None] = lambda message: None
 ) -> dict[str, str]:
-    """Returns category -> URI of its bundle, for the bundles at an address.
+    """Returns category -> URI of its bundle. `place` may also be a registry, which `find_bundles` does not accept.
 
     Args:
-        place: a bundle, a run, a folder of bundles, a registry, or the folder of a team in a registry.
-        version: name of a version (v0007) or of an alias, used only for a registry. A category without this version, or with
-            damaged registry data of this version, is left out.
+        place: a bundle, the folder of a run, a folder of bundles, a registry, or the folder of a team in a registry.
+        version: name of a version (v0007) or of an alias, used only for a registry. A category without this version, or with a
+            damaged record of this version, is left out.
         log: receives a message for each category that is left out.
 
     Raises:
-        DataError: the address has no bundle, or several teams of a registry have a category of the same name.
-        BundleError: the manifest of a bundle is damaged.
+        DataError: the address has no bundle, several teams of a registry have a category of the same name, or the storage fails.
+        BundleError: the manifest of a bundle outside a registry is unreadable or damaged, or has an unsupported format version.
+        RegistryError: there is no bundle, and `version` is not allowed as a name.
     """
     try:
         return find_bundles(place)
@@ -37,11 +38,11 @@ def find_bundle_of_each_category(
 
 
 def _find_published_bundles(place: str, version: str, log: Callable[[str], None]) -> dict[str, str]:
-    """Returns category -> URI of its bundle, for a registry or the folder of a team in it; empty for any other folder.
+    """Returns category -> URI of its bundle, for a registry or the folder of a team in a registry; empty for any other folder.
 
     Args: as `find_bundle_of_each_category`.
 
-    Raises: DataError: several teams of the registry have a category of the same name.
+    Raises: DataError: several teams of the registry have a category of the same name, or the storage fails.
     """
     registry = Registry(place)
     parent, _, name = registry.root.rpartition("/")
@@ -65,7 +66,10 @@ def _find_published_bundles(place: str, version: str, log: Callable[[str], None]
 
 
 def _find_team_bundles(registry: Registry, team: str, version: str, log: Callable[[str], None]) -> dict[str, str]:
-    """Returns category -> URI of the bundle of `version`, for a team. Logs and skips a category without this version."""
+    """Returns category -> URI of the bundle of `version`, for the categories of a team.
+
+    Logs and skips a category without this version, or with a damaged record of this version.
+    """
     bundles = {}
     for category in registry.list_categories(team):
         try:

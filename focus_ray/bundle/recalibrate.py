@@ -45,11 +45,11 @@ class RecalibrationResult:
         calibration: calibration of the new bundle.
         num_trained_on: number of good images that were left out because the density contains them.
         curve: false alarms and missed defects at each threshold; None without bad images.
-        is_metric_biased: whether the distance metric (the learnt projection of embeddings) was learnt from the calibration
-            images, and from so few images that it lowers their scores.
+        is_metric_biased: whether the scores are too low, because the projection of embeddings was learnt from these same, few
+            calibration images; always False after `calibrate_bundle`.
         shift: compares the scores of the good images with the previous calibration scores; None for too few good images, and
-            from `calibrate_for_site`.
-        copies: file that was left out -> file with the same pixels that counts instead.
+            after `calibrate_for_site`.
+        copies: duplicate file -> first file with the same pixels; only the first file was used.
     """
 
     manifest: dict[str, Any]
@@ -122,7 +122,12 @@ def calibrate_bundle(
 
 
 def _replace_target_rates(bundle: Bundle, target_fpr: float | None, target_pixel_fpr: float | None) -> Config:
-    """Returns a copy of a bundle's configuration with other target rates. None: the target of the bundle's calibration."""
+    """Returns a copy of a bundle's configuration with other target rates.
+
+    Args: target_fpr, target_pixel_fpr: new targets; None: the target of the bundle's calibration.
+
+    The new targets are not checked here.
+    """
     current = bundle.calibration
     targets = {
         "target_fpr": current.target_fpr if target_fpr is None else target_fpr,
@@ -134,10 +139,10 @@ def _replace_target_rates(bundle: Bundle, target_fpr: float | None, target_pixel
 def _inspect_distinct_images(
     inspector: Inspector, paths: Sequence[Path], copies: dict[Path, Path]
 ) -> dict[str, tuple[Path, Inspection]]:
-    """Inspects image files, and returns content hash -> (file, inspection). Of files with the same pixels the first counts.
+    """Inspects image files, and returns content hash -> (file, inspection). Of files with the same pixels, only the first is used.
 
     Args:
-        copies: changed in place: the other files are added, as file -> first file with the same pixels.
+        copies: changed in place: gets an entry for each unused file: file -> first file with the same pixels.
 
     Raises: DataError: as `Inspector.inspect`.
     """

@@ -155,7 +155,7 @@ class Registry:
 
     # ---- reading
     def list_teams(self) -> list[str]:
-        """Returns the names of all teams that have a folder in the registry."""
+        """Returns the names of all teams that have a folder in the registry. Folders whose name is not allowed are left out."""
         return _list_valid_names(self.root)
 
     def list_categories(self, team: str) -> list[str]:
@@ -291,6 +291,7 @@ class Registry:
         _check_alias_name(alias)
 
         def choose_earlier_versions(state: _AliasState) -> list[str]:
+            """Returns the earlier versions of the alias, latest first, from the first one that still exists."""
             if state.target is None:
                 raise RegistryError(self._describe_missing_version(team, category, alias))
             earlier = list(
@@ -391,7 +392,7 @@ class Registry:
         return _list_recorded_versions(join_path(self._get_category_folder(team, category), "_published"))
 
     def _find_version(self, team: str, category: str, name: str) -> Version | None:
-        """Returns a published version; None if it does not exist, or if its folder links to a place outside the team's folder.
+        """Returns a published version; None if it does not exist, or if its folder is a link to a place outside the team's folder.
 
         Args: name: name of the version; None is returned if it does not have the form v0007.
 
@@ -462,6 +463,7 @@ class Registry:
         """
 
         def choose_versions(state: _AliasState) -> list[str]:
+            """Returns `name`, followed by the earlier versions of the alias, latest first; an empty list: no move."""
             if state.target is None:
                 return [name]
             current, before = state.target.version, state.target.before
@@ -549,14 +551,17 @@ class Registry:
                         remove_file(join_path(folder, name))
 
     def _is_named_by_alias(self, team: str, category: str, version: str) -> bool:
-        """Returns whether an alias names the version now, names it after one step back, or has a damaged last record file."""
+        """Returns whether an alias names the version, named it before its last move, or has a damaged last record file."""
         return any(
             is_damaged or (target is not None and version in [target.version, *target.before[:1]])
             for _, target, is_damaged in self._read_alias_states(team, category).values()
         )
 
     def _describe_missing_version(self, team: str, category: str, ref: str) -> str:
-        """Returns an error message for an unknown version or alias `ref`, with the existing versions and aliases."""
+        """Returns an error message for an unknown version or alias `ref`.
+
+        It lists the aliases and the ten newest versions of the category, or says that nothing is published.
+        """
         names, aliases = self._list_version_names(team, category), self.list_aliases(team, category)
         if not names:
             return f"{self.root}: nothing is published for team {team!r}, category {category!r}"

@@ -53,7 +53,7 @@ class _NormalImages(NamedTuple):
         version: version of the category in the data set.
         hashes: row number of the image in the category -> `shorten_hash` of its pixels.
         groups: row number -> group name; images of one physical part have the same name. An empty name: the image is a group
-            of its own.
+            of its own. It may also have the rows of other images of the data set.
     """
 
     uri: str
@@ -62,7 +62,7 @@ class _NormalImages(NamedTuple):
     groups: dict[int, str]
 
     def select_by_hash(self, hashes: Collection[int], included: bool) -> _NormalImages:
-        """Returns the images whose hash is in `hashes`; with included=False, the images whose hash is not."""
+        """Returns the images whose hash is in `hashes`; with included=False, the images whose hash is not in `hashes`."""
         return self._replace(hashes={row: value for row, value in self.hashes.items() if (value in hashes) is included})
 
 
@@ -72,7 +72,7 @@ class _DensityUpdate:
 
     Attributes:
         statistics: statistics of the images in the density.
-        fit_hashes: `shorten_hash` of these images; empty if the bundle does not store hashes.
+        fit_hashes: `shorten_hash` of the images in the density; empty if the bundle does not store hashes.
         changes: provenance entries for the manifest, one for each change.
         log: receives a message about ignored images.
     """
@@ -83,12 +83,13 @@ class _DensityUpdate:
     log: Log = lambda message: None
 
     def add_change(self, action: str, source: str, num_images: int, num_ignored: int, **facts: Any) -> None:
-        """Adds an entry to `changes`, and logs how many images of the source were ignored.
+        """Adds an entry to `changes`. If images of the source were ignored, also logs their number.
 
         Args:
             action: add, remove or join.
             source: address of the data set or of the other bundle.
             num_images: number of added or removed images.
+            num_ignored: number of images of the source that were already in the bundle, or for remove not in the bundle.
             facts: further values for the entry.
         """
         change = {action: source, **facts, "num_images": num_images}
@@ -120,15 +121,15 @@ def update_bundle(
         uri: address of the bundle.
         output: address of the changed copy. If it equals `uri`, the bundle is replaced in one step.
         add: an ingested data set. Its normal training images of the category are added, unless the density has them already.
-        remove: an ingested data set. Its normal training images of the category are removed; images that the density does not
-            have are ignored.
+        remove: an ingested data set. Its normal training images of the category are removed; images that are not in the
+            density are ignored.
         join: other bundles with the same network. Their statistics are added; an image in both bundles counts once.
         only: an ingested data set. Its normal training images replace all images of the bundle. The result is a bundle of
-            another site with the same network. It cannot be combined with add, remove and join.
-        calibrate: an ingested data set. Its normal training images that are not in the density set the thresholds.
-            None: leave-one-out scores of the stored embeddings set the thresholds, if the density supports leave-one-out, and
-            the bundle was calibrated this way or images were joined or replaced. Otherwise the holdout images of the bundle's
-            data set do, if this data set has not changed.
+            another site with the same network. `only` cannot be combined with add, remove and join.
+        calibrate: an ingested data set. Its normal training images that are not in the density set the thresholds. None: the
+            thresholds come from leave-one-out scores of the stored embeddings if the density supports leave-one-out, and if
+            the bundle was calibrated this way or images were joined or replaced. In all other cases they come from the holdout
+            images of the bundle's own data set, which must not have changed.
         log: receives a message about ignored images.
 
     Raises:
@@ -191,7 +192,12 @@ def update_bundle(
 
 
 def _calibrates_by_leave_one_out(bundle: Bundle, statistics: NormalStatistics, has_new_sources: bool) -> bool:
-    """Returns whether leave-one-out scores set the thresholds. has_new_sources: whether images were joined or replaced."""
+    """Returns whether leave-one-out scores set the thresholds if `update_bundle` gets no data set for the calibration.
+
+    Args:
+        statistics: statistics of the changed density.
+        has_new_sources: whether images were joined or replaced.
+    """
     if statistics.bank is None or not supports_leave_one_out(
         bundle.config.density, bundle.config.model.shared_tile_grid
     ):
@@ -246,7 +252,7 @@ def _check_joinable(bundle: Bundle, other: Bundle, name: str) -> None:
 
     Args: name: address of `other`, for messages.
 
-    Raises: BundleError: the bundles differ in one of these.
+    Raises: BundleError: category, network, a setting or the region differs.
     """
     advice = f"start all sites from the same bundle, with `{ONLY}` and each site's own images"
     files = [entry.manifest["files"]["network"]["sha256"] for entry in (bundle, other)]
@@ -274,7 +280,7 @@ def _remove_shared_images(other: NormalStatistics, statistics: NormalStatistics,
         count: number of shared images, which the caller knows from their hashes.
         place: address of the other bundle, for messages.
 
-    Raises: BundleError: the statistics store no embeddings, or not exactly `count` shared images are found.
+    Raises: BundleError: `other` stores no embeddings, or not exactly `count` shared images are found.
     """
     shared: set[int] = set()
     if other.bank is not None and statistics.bank is not None:
@@ -341,7 +347,9 @@ def _hash_tensor(row: Tensor) -> bytes:
 def _add_images(update: _DensityUpdate, bundle: Bundle, source: str) -> None:
     """Adds to `update`, in place, the normal images of the data set `source` that are not in the density yet.
 
-    Without hashes in the bundle, all images are added. Raises: DataError: there is no image to add.
+    Without hashes in the bundle, all images are added.
+
+    Raises: DataError: the data set cannot be read, or there is no image to add.
     """
     images = _list_normal_images(source, bundle.category)
     new, num_images = images.select_by_hash(update.fit_hashes, included=False), len(images.hashes)
@@ -354,11 +362,12 @@ def _add_images(update: _DensityUpdate, bundle: Bundle, source: str) -> None:
 
 
 def _remove_images(update: _DensityUpdate, bundle: Bundle, source: str) -> None:
-    """Removes from `update`, in place, the normal images of the data set `source`.
+    """Removes from `update`, in place, the normal images of the data set `source` that are in the density.
 
-    Without hashes in the bundle, all images of `source` are subtracted.
+    Without hashes in the bundle, all normal images of `source` are subtracted.
 
-    Raises: DataError: the density has no image of `source`, `source` has no normal image, or fewer than 2 images would remain.
+    Raises: DataError: the data set cannot be read or has no normal image, none of its normal images is in the density, or fewer
+        than 2 images would remain.
     """
     images = _list_normal_images(source, bundle.category)
     included = images.select_by_hash(update.fit_hashes, included=True) if update.fit_hashes else images
@@ -379,9 +388,9 @@ def _remove_images(update: _DensityUpdate, bundle: Bundle, source: str) -> None:
 
 
 def _list_normal_images(uri: str, category: str) -> _NormalImages:
-    """Reads row numbers, hashes and groups of a category's normal training images, but no pixels.
+    """Reads row numbers and hashes of a category's normal training images, and the groups of all training images; no pixels.
 
-    Raises: DataError: the data set cannot be read, or it has no such image.
+    Raises: DataError: the data set cannot be read, or the category has no normal training image.
     """
     index = read_index(uri, category, split="train")
     columns = (index[name].to_pylist() for name in ("row", "label", "content_hash"))
@@ -393,14 +402,21 @@ def _list_normal_images(uri: str, category: str) -> _NormalImages:
 
 
 def _decode_images(bundle: Bundle, images: _NormalImages) -> Iterator[Tensor]:
-    """Generator: yields the images in batches, uint8 (B, H, W, 3 or 4), resized to the input size of the network."""
+    """Generator: yields the images in batches, uint8 (B, H, W, 3 or 4), resized to the bundle's frame.
+
+    Raises: DataError: an image cannot be read or decoded.
+    """
     rows = list(images.hashes)
     for batch in decode_rows(images.uri, bundle.category, rows, bundle.frame, version=images.version):
         yield torch.from_numpy(batch)
 
 
 def _compute_statistics(bundle: Bundle, images: _NormalImages) -> NormalStatistics:
-    """Computes the statistics of images with the bundle's network on its device, and returns them in RAM."""
+    """Computes the statistics of images with the bundle's network, on the device of the bundle, and returns them in RAM.
+
+    If the density needs stored embeddings, the statistics also have the embeddings of all images, descriptors, and relations
+    between images of one group.
+    """
     bank_images = range(len(images.hashes)) if DENSITIES[bundle.config.density.kind].keeps_bank else None
     net, reduction, device = bundle.detector.net, bundle.detector.reduction, bundle.detector.density.device
     with use_inference_backbone(net, choose_compute_dtype(bundle.config.model.precision, device)):
@@ -459,15 +475,18 @@ def _find_unmatched_embeddings(bank: Tensor, removed: Tensor, max_matches: int |
 def _choose_calibration_images(
     bundle: Bundle, calibrate: str | None, fit_hashes: frozenset[int], is_replaced: bool
 ) -> _NormalImages:
-    """Returns normal images that are not in the density, for the calibration.
+    """Returns the normal images that set the thresholds: images that are not in the density.
 
     Args:
-        calibrate: see `update_bundle`.
+        calibrate: address of the data set whose normal training images calibrate; None: the holdout images of the bundle's own
+            data set.
         fit_hashes: `shorten_hash` of the images in the density.
-        is_replaced: whether all images of the bundle were replaced, so that its data set cannot calibrate it.
+        is_replaced: whether all images of the bundle were replaced by images of another data set.
 
-    Raises: DataError: there is no such image, or without `calibrate` the bundle's holdout images are unknown: it has none, its
-        data set has changed or cannot be read, or `is_replaced`.
+    Raises:
+        DataError: with `calibrate`: the data set cannot be read, or all of its normal images are in the density.
+        DataError: without `calibrate`: `is_replaced` is True, the bundle was calibrated without holdout images, its data set
+            has changed or cannot be read, or all holdout images are in the density now.
     """
     if calibrate is not None:
         images = _list_normal_images(calibrate, bundle.category)

@@ -37,7 +37,7 @@ def _find_grpc_problem(host_and_port: str, is_token_known: bool) -> str:
 
     Args:
         host_and_port: address of the server.
-        is_token_known: whether Ray would send the token of RAY_AUTH_TOKEN. False skips the check of the token.
+        is_token_known: whether this process already has the token that Ray would send. False skips the check of the token.
     """
     if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
         return ""  # a check would need Ray's certificates
@@ -67,7 +67,7 @@ def read_last_cluster_address() -> str | None:
 
 
 def find_ray_session_folder() -> Path:
-    """Returns the folder in which Ray stores the files of its sessions on this machine, by the same rule as Ray."""
+    """Returns the folder in which Ray makes a subfolder for each of its sessions on this machine, by the same rule as Ray."""
     parent = os.environ.get("RAY_TMPDIR") or (os.environ.get("TMPDIR") if sys.platform == "linux" else None) or "/tmp"
     return Path(parent) / "ray"
 

@@ -20,10 +20,10 @@ from focus_ray.errors import TrainingError
 
 
 def runs_without_ray(config: ClusterConfig) -> bool:
-    """Returns whether the work runs in this process without Ray: cluster.local says so, or nothing requires a cluster.
+    """Returns whether the work runs in this process without Ray.
 
-    A cluster is required by RAY_ADDRESS, an existing connection to Ray, several workers, node labels, or several categories at
-    once.
+    With cluster.local=true or false, returns this value. With auto, returns whether nothing requires Ray. These things require
+    Ray: the variable RAY_ADDRESS, a connection to Ray, several workers, node labels, and several categories at the same time.
 
     Raises: TrainingError: cluster.local=true and cluster.num_workers above 1.
     """
@@ -41,12 +41,14 @@ def runs_without_ray(config: ClusterConfig) -> bool:
 
 
 def connect_to_ray(num_cpus: int | None = None, namespace: str | None = None) -> bool:
-    """Joins the Ray cluster of RAY_ADDRESS or of the current job, or starts a private cluster on this machine.
+    """Joins the Ray cluster of RAY_ADDRESS, or starts a private cluster on this machine if RAY_ADDRESS is unset or local.
 
-    If this process has already joined or started a cluster, that cluster stays and the result is False. A private cluster
-    requires a token (`require_private_cluster_token`). To join another cluster with a token, the user sets
-    RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH. The function sets environment variables of Ray that the user
-    has not set.
+    If this process has already joined or started a cluster, nothing is started and the result is False. Inside a Ray job,
+    RAY_ADDRESS names the cluster of the job. To join a cluster that requires a token, the user sets RAY_AUTH_MODE=token, and
+    RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
+
+    Sets these environment variables unless the user has set them: RAY_TRAIN_HEALTH_CHECK_INTERVAL_S; for a private cluster also
+    RAY_USAGE_STATS_ENABLED, RAY_TRAIN_ENABLE_PRINT_PATCH and the token variables (`require_private_cluster_token`).
 
     Args:
         num_cpus: number of CPUs of a new private cluster; None: all.
@@ -62,7 +64,7 @@ def connect_to_ray(num_cpus: int | None = None, namespace: str | None = None) ->
     check_private_attributes()
     if ray.is_initialized():
         return False
-    if address := os.environ.get("RAY_ADDRESS"):
+    if (address := os.environ.get("RAY_ADDRESS", "")) not in ("", "local"):
         failure = f"the Ray cluster at RAY_ADDRESS={address} does not answer"
         if reason := find_cluster_problem(address):
             raise TrainingError(
@@ -87,11 +89,11 @@ def connect_to_ray(num_cpus: int | None = None, namespace: str | None = None) ->
 
 
 def _init_ray(failure: str, **settings: Any) -> None:
-    """Calls `ray.init`.
+    """Calls `ray.init`. Ray shows its log and the output of workers only with `--verbose`.
 
     Args:
         failure: beginning of the error message.
-        settings: arguments of `ray.init`.
+        settings: further arguments of `ray.init`.
 
     Raises: TrainingError: Ray does not start.
     """
@@ -108,9 +110,9 @@ def _init_ray(failure: str, **settings: Any) -> None:
 
 
 def do_workers_use_gpu(config: ClusterConfig) -> bool:
-    """Returns whether workers use GPUs: the value of cluster.use_gpu, or for auto, whether the cluster has or can get a GPU.
+    """Returns whether workers use GPUs: the value of cluster.use_gpu. For auto: whether the cluster has or can get a GPU.
 
-    Requires a connection to the cluster if the value is auto.
+    For auto, this process must be connected to the cluster.
     """
     if config.use_gpu != "auto":
         return config.use_gpu
@@ -120,7 +122,7 @@ def do_workers_use_gpu(config: ClusterConfig) -> bool:
 
 
 def compute_worker_resources(config: ClusterConfig, use_gpu: bool) -> dict[str, float]:
-    """Returns the resources that Ray reserves for a worker: kind ("CPU", "GPU", "memory") -> amount; memory in bytes.
+    """Returns the resources that Ray reserves for one worker: kind ("CPU", "GPU", "memory") -> amount; memory in bytes.
 
     Args: use_gpu: whether the worker uses a GPU, the result of `do_workers_use_gpu`.
     """
@@ -133,11 +135,13 @@ def compute_worker_resources(config: ClusterConfig, use_gpu: bool) -> dict[str, 
 
 
 def find_cluster_growth_limits(config: ClusterConfig, total: Mapping[str, float]) -> dict[str, float]:
-    """Returns the resources that the cluster can grow to: kind -> amount; empty if no setting and no autoscaler limits it.
+    """Returns the resources that the cluster can grow to: kind of resource -> amount.
+
+    The result is empty if neither the settings max_cpus and max_gpus nor an autoscaler say how far the cluster can grow.
 
     Args:
-        config: may give the limits max_cpus and max_gpus.
-        total: kind -> amount that the cluster has now.
+        config: its max_cpus and max_gpus override the limits of the autoscaler.
+        total: kind -> amount that the cluster has now. A limit is never below this amount.
     """
     limits: dict[str, float] = {}
     autoscaler = read_autoscaler_limits()

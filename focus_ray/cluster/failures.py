@@ -10,10 +10,10 @@ _CAUSE_ATTRIBUTES = ("cause", "_base_exc", "controller_failure", "__cause__")  #
 
 
 def is_retryable(error: BaseException) -> bool:
-    """Returns whether another attempt may succeed.
+    """Returns whether another attempt may succeed, from an error and all errors that caused it.
 
-    True if a cause is a failure of the storage. Otherwise False if a cause is permanent, such as wrong settings or data.
-    Otherwise True.
+    The result is True if one of these errors is a failure of the storage. If none is, the result is False if one of these errors
+    is in `PERMANENT_ERRORS`, such as wrong settings or data. In all other cases the result is True.
     """
     causes = [error]
     for cause in causes:  # the list grows during the loop
@@ -26,7 +26,7 @@ def is_retryable(error: BaseException) -> bool:
 
 
 def describe_root_cause(error: BaseException) -> str:
-    """Returns the original error inside Ray's errors as one line of text: its type and the last line of its message."""
+    """Returns the original error inside Ray's errors as one line of text: the error's type and the last line of its message."""
     visited: set[int] = set()
     while id(error) not in visited:
         visited.add(id(error))

@@ -45,14 +45,14 @@ class MessageQueue:
         self._queue: Any = ray.remote(max_restarts=1, **make_actor_options_for_this_node())(_MessageQueueActor).remote()
 
     def put(self, message: Message) -> None:
-        """Sends a message to the driver. A worker calls it; it does not wait."""
+        """Sends a message from a worker to the driver, without waiting for an answer."""
         self._queue.put.remote(message)
 
     def take_all(self) -> list[Message]:
         """Returns the messages that have arrived since the last call, and removes them.
 
-        If the queue is lost or does not answer within 10 s, returns an empty list; then messages may be lost, but no training
-        fails.
+        If the queue is lost or does not answer within 10 s, returns an empty list. Messages may then be lost, but no training
+        fails for this reason.
         """
         import ray
 
@@ -63,9 +63,9 @@ class MessageQueue:
 
 
 def make_actor_options_for_this_node() -> dict[str, Any]:
-    """Returns options of `ray.remote` that start an actor on the node of this process. The actor reserves no CPU.
+    """Returns options of `ray.remote` that start an actor on the node of this process, without a reserved CPU.
 
-    So the actor survives the loss of other nodes.
+    An actor on this node survives the loss of other nodes.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

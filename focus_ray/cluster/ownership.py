@@ -22,11 +22,13 @@ HEARTBEAT_S = 3.0
 
 
 def write_image_fingerprints(root: str, fingerprints: Mapping[str, str]) -> None:
-    """Writes the fingerprints of the images behind the results to data.json in the folder.
+    """Writes the fingerprints of a run's images to data.json in the folder of the run. Replaces an existing file.
 
     Args:
         root: folder of the run or sweep.
         fingerprints: category -> `data_fingerprint` of its images.
+
+    Raises: DataError: the file cannot be written.
     """
     write_bytes(join_path(root, FINGERPRINTS_FILE), (json.dumps(dict(fingerprints), indent=1) + "\n").encode())
 
@@ -37,16 +39,15 @@ def check_run_resumable(
     error: type[FocusRayError],
     fixed_categories: Collection[str] | None = None,
 ) -> None:
-    """Checks that no other process uses the folder of a run, and that its images have not changed since it was created.
+    """Checks that no other process uses the folder of a run, and that the run's images have not changed since the run began.
 
-    It may wait some seconds for a heartbeat, and may write data.json, see `check_images_unchanged`.
+    May wait some seconds for a heartbeat, and may write data.json: see `check_images_unchanged`.
 
     Args:
         root: folder of the run or sweep.
         fingerprints: category -> `data_fingerprint` of its current images.
         error: exception type to raise if another process uses the folder.
-        fixed_categories: categories whose images must be the same. Others may be new, missing or changed. None: all
-            categories.
+        fixed_categories: see `check_images_unchanged`.
 
     Raises:
         error: another process uses the folder.
@@ -63,14 +64,17 @@ def check_run_resumable(
 def check_images_unchanged(
     root: str, fingerprints: Mapping[str, str], fixed_categories: Collection[str] | None = None
 ) -> None:
-    """Checks that the images of a run have not changed since its folder was created, by the fingerprints in data.json.
+    """Checks that the images of a run have not changed since the run began: compares `fingerprints` with data.json.
 
-    If the file does not exist, it is written. If `fixed_categories` is given, new fingerprints of others are written to it.
+    If data.json does not exist, it is written with `fingerprints`. Without `fixed_categories`, all categories of data.json and
+    of `fingerprints` are compared, so that a new or missing category is a change too. With `fixed_categories`, only categories
+    that are in this list, in data.json and in `fingerprints` are compared; all new or changed fingerprints are then added to
+    data.json.
 
     Args:
         root: folder of the run or sweep.
         fingerprints: category -> `data_fingerprint` of its current images.
-        fixed_categories: as in `check_run_resumable`.
+        fixed_categories: the categories that are compared; None: all.
 
     Raises: DataError: the images have changed, or the storage fails.
     """
@@ -120,7 +124,7 @@ class HeartbeatWriter:
         self._write_state(state)
 
     def _write_heartbeats(self) -> None:
-        """Writes heartbeats until `close` is called. It ignores failures of the storage."""
+        """Writes a heartbeat every `HEARTBEAT_S` seconds until `close` is called. Ignores failures of the storage."""
         while not self._end.wait(HEARTBEAT_S):
             try:
                 self._write_state("running")
@@ -135,16 +139,16 @@ class HeartbeatWriter:
 
 
 def read_run_state(root: str, wait: Callable[[float], None] = time.sleep) -> dict[str, Any]:
-    """Returns the content of state.json, and checks whether a process that should be running still sends heartbeats.
+    """Returns the content of state.json, with the state "lost" if the process that should be running sends no heartbeats.
 
-    If the state is "running", the call waits two and a half intervals between heartbeats. The state becomes "lost" if no
-    heartbeat follows. Without the file, the state is "lost".
+    If the state in the file is "running", waits two and a half intervals between heartbeats, and reads the file again. If no
+    heartbeat was written in this time, the returned state is "lost". Without the file, the result has only the state "lost".
 
     Args:
         root: folder of the run or sweep.
         wait: function that waits a number of seconds.
 
-    Raises: DataError: the file cannot be read.
+    Raises: DataError: the file cannot be read. FileNotFoundError: the file was deleted during the wait.
     """
     try:
         first: dict[str, Any] = json.loads(read_bytes(join_path(root, STATE_FILE)))

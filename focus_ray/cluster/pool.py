@@ -31,7 +31,7 @@ Piece = TypeVar("Piece")
 
 @dataclass(frozen=True)
 class FailedPiece:
-    """The result of a piece of work that failed on all attempts. reason: text for the log and the report."""
+    """The result of a piece of work that failed and is not repeated. reason: text for the log and the report."""
 
     reason: str
 
@@ -49,7 +49,13 @@ class _WorkerActor:
 
 @dataclass
 class _WorkerCall(Generic[Piece]):
-    """A running or failed call of a worker, with its piece of work. `piece` is None while the worker starts."""
+    """A running or failed call of a worker, with its piece of work.
+
+    Attributes:
+        worker: handle of the worker actor; None before a worker takes the piece.
+        piece: the piece of work; None while the worker starts.
+        num_failures: number of failed attempts.
+    """
 
     worker: Any
     piece: Piece | None = None
@@ -88,7 +94,8 @@ class WorkerPool(Generic[Piece]):
 
         Args:
             function: called with a piece. It must be idempotent: it may run more than once on a piece.
-            next_piece: returns the next piece; None if there is no piece at the moment. It is called again after each result.
+            next_piece: returns the next piece; None if there is no piece at the moment. After None, it is called again after
+                each result, and about once a second while a worker is idle and another worker still runs a piece.
 
         Raises: TrainingError: more than `max_retries` starts of workers failed.
         """
@@ -103,6 +110,7 @@ class WorkerPool(Generic[Piece]):
         num_failed_starts, noticed_at = 0, time.monotonic()
 
         def start_worker() -> None:
+            """Starts a worker, and adds its `ping` to `calls`, which returns when the worker runs."""
             worker = actor_class.remote()
             workers.append(worker)
             calls[worker.ping.remote()] = _WorkerCall(worker)

@@ -40,18 +40,17 @@ def count_concurrent_trainings(
     Args:
         config: workers of one training, and their resources.
         is_private: whether the cluster belongs to this process and cannot grow.
-        streams: whether images are streamed. The stream needs one more CPU. Without it, workers and stream wait for each other
-            for ever (seen with Ray 2.60).
+        streams: whether images are streamed. The stream needs one more CPU. Without this CPU, workers and stream wait for each
+            other for ever (seen with Ray 2.60).
         log: called with messages.
         share: share of the cluster that the run may use.
         limit: largest result; None: no limit.
         prefix: text before the names of settings in error messages.
-        count_growth: if at least one training fits now, also count resources that the autoscaler can add. For trainings that
-            can
-            start one by one as nodes arrive.
+        count_growth: if at least one training fits now, also count resources that the autoscaler can add. Use it for trainings
+            that can start one by one as nodes arrive.
 
-    Raises: TrainingError: not even the smallest allowed number of workers of one training fits, also after growth. The message
-        shows the calculation.
+    Raises: TrainingError: one training does not fit with its smallest allowed number of workers, not even after growth. The
+        message shows the calculation.
     """
     import ray
 
@@ -145,15 +144,17 @@ def labels_match_selector(labels: Mapping[str, str], selector: Mapping[str, str]
 
 
 def check_storage_on_nodes(reads: Sequence[str], writes: Sequence[str]) -> None:
-    """Checks that every node of the cluster, with its own credentials, can read and write the storage of a run.
+    """Checks that every node of the cluster can read and write the storage of a run, with the credentials of the node.
 
-    It writes small test files and deletes them. If the cluster is only this node, `reads` is not checked.
+    Writes small test files and deletes them. If the cluster is only this node, `reads` is not checked. A node that leaves the
+    cluster during the check is not checked.
 
     Args:
         reads: files that must be readable.
         writes: folders in which the run writes, reads, lists and deletes files. A local folder must be shared by all nodes.
 
-    Raises: DataError: a node lacks a permission, does not share a local folder, or does not answer in time.
+    Raises: DataError: a node lacks a permission, does not share a local folder, or does not answer in time; or this process
+        cannot use a folder in `writes`.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -193,11 +194,11 @@ def check_storage_on_nodes(reads: Sequence[str], writes: Sequence[str]) -> None:
 
 
 def _find_storage_problem(files: Mapping[str, bytes | None], folders: Sequence[str]) -> str | None:
-    """Checks on this node that files can be read and folders can be written. Returns the problem; None if there is none.
+    """Checks that this node can use the storage. Returns the first problem as text; None if there is none.
 
     Args:
-        files: path of a file -> expected content; None accepts any content.
-        folders: folders to write to.
+        files: files that must be readable: path -> content that the file must have; None accepts any content.
+        folders: folders in which this node must be able to write, read, list and delete files.
     """
     try:
         for folder in folders:  # first, because only the error of a refused write gives the reason

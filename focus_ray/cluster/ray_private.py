@@ -62,7 +62,7 @@ def read_autoscaler_limits() -> dict[str, float]:
 
 
 def find_local_cluster_address() -> str | None:
-    """Returns HOST:PORT of the cluster that RAY_ADDRESS=auto means; None if there is none. The cluster may have ended."""
+    """Returns HOST:PORT of the cluster that RAY_ADDRESS=auto names; None if there is none. The cluster may have ended."""
     from ray._private.services import canonicalize_bootstrap_address
 
     try:
@@ -89,6 +89,7 @@ def patch_ray_train_retries() -> None:
         """Ray's retry policy, except that permanent errors are never retried."""
 
         def make_decision(self, training_failed_error: Any) -> Any:
+            """See `DefaultFailurePolicy.make_decision`: returns Ray's decision, but `FailureDecision.RAISE` for permanent errors."""
             if not is_retryable(training_failed_error):
                 return FailureDecision.RAISE
             return super().make_decision(training_failed_error)
@@ -113,9 +114,9 @@ def fetch_cluster_metadata(client: Any) -> dict[str, Any]:
 def require_private_cluster_token() -> None:
     """Makes the next private cluster of this process refuse requests without a secret token.
 
-    The ports of a private cluster listen on all network interfaces. The function sets RAY_AUTH_MODE=token, unless the user set
-    another value; then it does nothing else. If the user set no token and no token file, it sets RAY_AUTH_TOKEN to a random
-    token, which only this process and its children know.
+    If the user set RAY_AUTH_MODE to another value than token, does nothing. Otherwise sets RAY_AUTH_MODE=token and, if there is
+    no token yet, RAY_AUTH_TOKEN to a random token, which only this process and its children know. Without a token, strangers
+    could use the cluster, because the ports of a private cluster listen on all network interfaces.
     """
     raylet: Any = importlib.import_module("ray._raylet")  # a compiled module without types
 
@@ -152,7 +153,7 @@ def is_token_refused(channel: Any, timeout_s: float) -> bool:
 
 
 def remove_tune_folders(experiment: str) -> None:
-    """Deletes on this node the working folders of all Ray Tune experiments whose names begin with `experiment`."""
+    """Deletes the working folders of all Ray Tune experiments of this session on this node whose names begin with `experiment`."""
     import ray
 
     session = Path(ray._private.worker._global_node.get_session_dir_path())

@@ -83,7 +83,7 @@ class ClusterConfig(ConfigSection):
 
     @property
     def min_workers_to_start(self) -> int:
-        """The smallest number of workers with which a training may start: min_workers, or num_workers if that is null."""
+        """The smallest number of workers with which a training may start: min_workers, or num_workers if min_workers is null."""
         return self.num_workers if self.min_workers is None else self.min_workers
 
     @model_validator(mode="after")

@@ -231,14 +231,19 @@ class BatchInspection(ScoringRun[BatchInspectionJob]):
         return parts
 
     def store_result(self, item: BatchInspectionItem, result: Counter[str]) -> None:
-        """Adds the counts of a work item. After the last item of a category, deletes the marker of an unfinished run and logs the
-        counts."""
+        """Adds the counts of a work item. After the last item of a category, deletes the marker file and logs the counts.
+
+        Raises: DataError: the marker file cannot be deleted.
+        """
         self.counts[item.job.category].update(result)
         if not self.num_open[item.job.category]:
             self._finish_category(item.job)
 
     def _finish_category(self, job: BatchInspectionJob) -> None:
-        """Marks the results of a category as complete: deletes the marker file, and logs the counts."""
+        """Marks the results of a category as complete: deletes the marker file, and logs the counts.
+
+        Raises: DataError: the marker file cannot be deleted.
+        """
         remove_file(job.marker_path)
         summary = ", ".join(f"{key} {value}" for key, value in self.counts[job.category].items())
         self.log(f"{job.category}: {summary}")
@@ -261,7 +266,8 @@ def inspect_dataset(
 ) -> dict[str, dict[str, int]]:
     """Inspects every image of the bundles' categories in a data set, and writes <output>/category=<name>/*.parquet.
 
-    A second call with the same arguments continues an interrupted inspection.
+    If the inspection of a category was interrupted, a second call with the same arguments continues it. The call is refused if
+    a category is complete; then pass only the bundles of the other categories.
 
     Args:
         bundles: category -> address of its bundle.
@@ -275,10 +281,10 @@ def inspect_dataset(
     Returns: category -> counts with the keys num_images, num_anomalous and num_errors.
 
     Raises:
-        DataError: the data set lacks a category, the output has complete results of a category already, a node cannot use the
-            storage, or categories failed. After failures the message names each failed category with its reason, and the
-            results of the other categories are complete.
-        TrainingError: Ray cannot be used, or the cluster has no room for a worker.
+        DataError: the data set lacks a category, the output has complete results of a category already, the storage cannot be
+            used, or categories failed. After failures the message names each failed category with its reason, and the results
+            of the other categories are complete.
+        TrainingError: Ray cannot be used, the cluster has no room for a worker, or the workers do not start.
     """
     bundles = {category: make_absolute_path(place) for category, place in bundles.items()}
     uri, output = make_absolute_path(uri), make_absolute_path(output)
@@ -290,13 +296,16 @@ def inspect_dataset(
         place = join_path(output, f"category={category}")
         names = list_folder_entries(place)
         if names and UNFINISHED not in names:
-            raise DataError(f"{place} holds results already: give another output folder, or remove this folder")
+            raise DataError(
+                f"{place} holds complete results already: inspect only the other categories, give another output folder, or "
+                "remove this folder"
+            )
     batch = BatchInspection(bundles, uri, output, split, batch_size, part_images, log)
     batch.run(inspect_work_item, open_worker_pool(num_actors, [], output, log))
     if batch.failed:
         raise DataError(
             f"{len(batch.failed)} of {len(bundles)} categories failed; "
             + "; ".join(f"{category}: {reason}" for category, reason in sorted(batch.failed.items()))
-            + ". Fix the cause and run again: finished results are kept"
+            + ". Fix the cause, and run again with the bundles of these categories only: finished results are kept"
         )
     return {category: dict(batch.counts[category]) for category in bundles}

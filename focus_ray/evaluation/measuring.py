@@ -77,7 +77,7 @@ class EvaluationJob(ScoringJob):
         num_images: number of test images.
         exact: True: pixel metrics are computed from every pixel; one worker scores the whole category and holds all maps in RAM.
             False: pixels are counted in bins (ranges of values), and several workers score one part each.
-        max_side_px: maps and masks are compared at the image size, reduced so that the longest side has at most this length.
+        max_side_px: longest side at which maps and masks are compared; smaller images are compared at their own size.
         output: folder of the report.
     """
 
@@ -124,8 +124,9 @@ class EvaluationSettings:
     Attributes:
         output: folder of the report.
         data: URI of the data set; None: the data set that each bundle was trained with.
-        max_side_px: see `EvaluationJob`.
-        exact_pixels: `EvaluationJob.exact` is True for a category whose maps have at most this many pixels together.
+        max_side_px: longest side at which maps and masks are compared.
+        exact_pixels: a category whose maps have more pixels together counts pixels in bins (ranges of values) instead of
+            computing exact pixel metrics.
         part_images: approximate number of images in a part (a range of consecutive images).
         resume: whether results of an earlier run are reused.
     """
@@ -177,16 +178,19 @@ def plan_evaluation(category: str, bundle: str, settings: EvaluationSettings) ->
 
 
 def process_work_item(item: EvaluationItem, on_image: Callable[[], None] = lambda: None) -> Any:
-    """Does a work item: scores the images of its parts and writes a result file for each part, or computes the metrics.
+    """Scores the images of a work item, computes the metrics of its job, or does both. There are three kinds of items:
 
-    A part is a range of consecutive images. The last item of a job computes the metrics, and writes them with the section of
-    the report page to the file `job.result_path`. A job with exact metrics has a single item, which scores all images and is
-    the last item too. Otherwise the last item is the item with `total`, which scores no image.
+    The only item of a job with exact metrics scores all images, and computes and writes the metrics.
+    An item of a job with pixel bins scores one part (a range of consecutive images).
+    The last item of a job with pixel bins has `total`; it scores no image, and computes and writes the metrics.
+
+    The results of the images of a part are written to a file for each part. The metrics are written, with the section of the
+    report page, to the file `job.result_path`.
 
     Args:
         on_image: is called after each scored image.
 
-    Returns: the metrics, for the last item of the job; otherwise the `WorkerScores` of the item.
+    Returns: the metrics; for an item that scores one part, the `WorkerScores` of the part.
 
     Raises:
         BundleError: the bundle is missing or damaged.
@@ -276,7 +280,7 @@ class EvaluationProgress:
 
     @property
     def num_images(self) -> int:
-        """Number of images that are scored so far."""
+        """Number of images in the scored parts."""
         return sum(len(part.labels) for part in self.scores.values())
 
     def merge_parts(self) -> WorkerScores:
@@ -319,7 +323,7 @@ _FACTS = b"focus_ray.measured"
 
 
 def load_progress(job: EvaluationJob) -> EvaluationProgress | None:
-    """Loads the progress that an earlier run of the same job saved; None without a progress file, or if another job wrote it.
+    """Loads the progress that an earlier run of the same job saved; None if there is no progress file, or another job wrote it.
 
     Raises: DataError: the progress file is damaged, or the result file of a part is damaged or missing.
     """
@@ -352,9 +356,9 @@ def load_progress(job: EvaluationJob) -> EvaluationProgress | None:
 
 
 def read_earlier_result(job: EvaluationJob) -> SavedEvaluation | None:
-    """Reads the results that an earlier run of the same job wrote to `job.result_path`; None if there are none.
+    """Reads the results that an earlier run wrote to `job.result_path`; None if there is no file, or another job wrote it.
 
-    For a damaged file it logs a warning and returns None, so that the category is evaluated again.
+    For a damaged file, logs a warning and returns None, so that the category is evaluated again.
 
     Raises: DataError: the storage cannot be read.
     """

@@ -72,7 +72,8 @@ def record_in_trackers(
 ) -> None:
     """Writes metrics and pictures of the evaluated categories to the experiment trackers, then closes the recorder.
 
-    A `FocusRayError` gives only a warning. Failed categories are left out.
+    A `FocusRayError` gives only a warning in the log. Failed categories are left out. Nothing happens if the recorder has no
+    tracker.
 
     Args:
         bundles: category -> URI of its bundle.
@@ -83,6 +84,7 @@ def record_in_trackers(
         return
 
     def read_cards(category: str) -> list[list[GalleryCard]]:
+        """Returns the gallery groups in a category's report section; each group is a list of cards (pictures)."""
         return [group.cards for group in section_of(category).gallery]
 
     with closing(recorder):

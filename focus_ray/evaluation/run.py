@@ -63,15 +63,15 @@ class EvaluationRun(ScoringRun[EvaluationJob]):
         self._written_at = 0.0
 
     def plan_category(self, category: str) -> list[EvaluationItem]:
-        """Plans the evaluation of a category and returns its work items; empty if an earlier run has its metrics.
+        """Plans the evaluation of a category and returns its work items; empty if the metrics of an earlier run are reused.
 
         With the setting `resume`, the metrics of a finished category are reused, or the saved progress of a category whose
         pixels are counted in bins. If there is nothing to reuse, all earlier result files of the category are deleted. If all
-        parts are scored, the only item computes the metrics.
+        parts were scored by an earlier run, the only item computes the metrics.
 
         Raises:
             BundleError: the bundle is missing or its manifest is damaged.
-            DataError: there is no test image, or result files are damaged or cannot be deleted.
+            DataError: the data set cannot be read or has no test image, or result files are damaged or cannot be deleted.
         """
         settings = self.settings
         job, parts = plan_evaluation(category, self.bundles[category], settings)
@@ -101,7 +101,10 @@ class EvaluationRun(ScoringRun[EvaluationJob]):
     def store_result(self, item: EvaluationItem, result: Any) -> None:
         """Stores the result of a work item: the metrics of a category, or the scores and pixel counts of a range of images.
 
-        After the last range of a category it adds a work item that computes the metrics.
+        After the last range of a category, adds a work item that computes the metrics. Saves the progress of the category then,
+        and otherwise at most once in `_SAVE_INTERVAL_S`.
+
+        Raises: DataError: a file of the report cannot be written or deleted.
         """
         job, category = item.job, item.job.category
         if job.exact or item.total is not None:
@@ -118,7 +121,10 @@ class EvaluationRun(ScoringRun[EvaluationJob]):
             self._save_category_progress(category)
 
     def mark_failed(self, category: str, reason: str) -> None:
-        """Marks a category as failed, and saves the results of its scored images for a later run with `resume`."""
+        """Marks a category as failed. If its pixels are counted in bins, saves its progress for a later run with `resume`.
+
+        Raises: DataError: a file of the report cannot be written.
+        """
         super().mark_failed(category, reason)
         self._save_category_progress(category)
         self._finish_category(category, {"error": reason, "bundle": self.bundles[category]})
@@ -134,13 +140,19 @@ class EvaluationRun(ScoringRun[EvaluationJob]):
             self._save_category_progress(category)
 
     def _save_category_progress(self, category: str) -> None:
-        """Writes the progress file of a category, if the category is unfinished and has a scored part."""
+        """Writes the progress file of a category, if its pixels are counted in bins, and it is unfinished and has a scored part.
+
+        Raises: DataError: the file cannot be written.
+        """
         if category in self._measured and self._measured[category].scores:
             self._measured[category].save()
             self._saved_at[category] = time.monotonic()
 
     def _finish_category(self, category: str, result: dict[str, Any]) -> None:
-        """Stores and logs the result of a category. Writes the tables if they are older than `_WRITE_INTERVAL_S`."""
+        """Stores and logs the result of a category. Writes report.json and report.md if they are older than `_WRITE_INTERVAL_S`.
+
+        Raises: DataError: a file cannot be written.
+        """
         self.results[category] = result
         self._measured.pop(category, None)
         summary = f"not measured: {result['error']}" if "error" in result else summarize_metrics(result)
@@ -170,7 +182,8 @@ class EvaluationRun(ScoringRun[EvaluationJob]):
     def write_pages(self) -> dict[str, list[str]]:
         """Writes report.html, and returns category -> caveats (sentences that limit what the metrics say).
 
-        With more than `MAX_CATEGORIES_ON_PAGE` categories, each category also gets its own page, which has its pictures.
+        With more than `MAX_CATEGORIES_ON_PAGE` results, each category also gets its own page, and only that page has its
+        pictures. A failed category gets neither its own page nor caveats.
 
         Raises: DataError: a file cannot be written or read.
         """
@@ -233,17 +246,17 @@ def evaluate_bundles(
         bundles: category -> address of its bundle.
         output: folder of the report.
         data: data set with test images; None: the data set that each bundle was trained on.
-        max_side_px: maps and masks are compared at the image size, reduced so that the longest side has at most this length.
-        exact_pixels: if the maps of a category have more pixels together, the pixels are counted in bins (ranges of values), and
-            pixel metrics have an error bound.
+        max_side_px: longest side at which maps and masks are compared; smaller images are compared at their own size.
+        exact_pixels: a category whose maps have more pixels together counts pixels in bins (ranges of values); its pixel metrics
+            have an error bound.
         part_images: approximate number of images of a part (a range of images, whose results are one file).
         num_workers: largest number of workers. None: this process, or on a cluster as many workers as fit.
-        resume: continue the evaluation in `output` and reuse results of the same bundles, images and settings.
+        resume: continue the evaluation in `output`, and reuse results of the same bundles, images and settings.
         trackers: settings such as trackers.mlflow.uri=PLACE, which override the trackers of the training.
 
     Raises:
         DataError: the output cannot be written, or a node of the cluster cannot use the storage.
-        TrainingError: Ray cannot be used, or the cluster has no room for a worker.
+        TrainingError: Ray cannot be used, the cluster has no room for a worker, or the workers do not start.
         ConfigError: a tracker setting is invalid, or with `trackers` a tracker cannot be used.
         MissingPackageError: with `trackers`: the package extra of a tracker is not installed.
     """

@@ -76,7 +76,11 @@ class ScoringJob:
         return join_path(self.folder, f"part-{first:09d}-{first + count:09d}.parquet")
 
     def write_part(self, first: int, table: pa.Table) -> None:
-        """Writes the results of a part (a range of images) to its Parquet file. first: position of the part's first image.
+        """Writes the results of a part (a range of consecutive images) to its Parquet file.
+
+        Args:
+            first: position of the part's first image.
+            table: one row for each image of the part.
 
         Raises: DataError: the file cannot be written.
         """
@@ -111,9 +115,10 @@ Job = TypeVar("Job", bound=ScoringJob)
 
 @dataclass(frozen=True)
 class WorkItem(Generic[Job]):
-    """A work item for one call of a worker: parts (ranges of images) to score, or the computation of the metrics.
+    """The work of one call of a worker: parts (ranges of consecutive images) to score, or the computation of the metrics.
 
     Attributes:
+        job: the job (category and bundle) that the item belongs to.
         parts: position of a part's first image -> row numbers of the part; empty if the item only computes metrics.
         total: joined results of all parts of the job, from which the metrics are computed; None for a work item with parts.
     """
@@ -174,14 +179,17 @@ class ScoringRun(Generic[Job]):
         self._planned = self._plan_categories()
 
     def plan_category(self, category: str) -> list[WorkItem[Job]]:
-        """Returns the work items of a category; a subclass implements it.
+        """Returns the work items of a category that are not done yet. Every subclass implements this method.
 
         Raises: FocusRayError: the category cannot be scored.
         """
         raise NotImplementedError
 
     def store_result(self, item: WorkItem[Job], result: Any) -> None:
-        """Stores the result of a work item; a subclass implements it. result: value that the worker function returned."""
+        """Stores the result of a work item. Every subclass implements this method.
+
+        Args: result: value that the worker function returned.
+        """
         raise NotImplementedError
 
     def mark_failed(self, category: str, reason: str) -> None:
@@ -207,11 +215,11 @@ class ScoringRun(Generic[Job]):
                 self.mark_failed(category, str(error))
 
     def take_next_item(self) -> WorkItem[Job] | None:
-        """Returns the next work item to start; None if there is none now. The result of a running item may add more."""
+        """Returns the next work item to start; None if there is none now. The result of a running item may add an item later."""
         return self.urgent.popleft() if self.urgent else next(self._planned, None)
 
     def store_outcome(self, item: WorkItem[Job], outcome: Any) -> None:
-        """Stores the result of a work item, or marks its category as failed. Ignores items of a failed category.
+        """Stores the result of a work item, or marks its category as failed. Ignores an item whose category has failed.
 
         Args: outcome: the result, or `FailedPiece`.
         """

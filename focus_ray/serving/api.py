@@ -50,7 +50,7 @@ async def authenticate_request(request: Request) -> Caller:
 
     Stores token id and team in `request.state.facts`, for the log.
 
-    Raises: Problem: 401, no valid token. 403, the request comes from the page of another site. 421, wrong host name. 422, a
+    Raises: HttpProblem: 401, no valid token. 403, the request comes from the page of another site. 421, wrong host name. 422, a
         query parameter is unknown or occurs twice.
     """
     service: InspectionService = request.app.state.service
@@ -113,7 +113,7 @@ class VersionList(_JsonAnswer):
 class AnomalyMapAnswer(_JsonAnswer):
     """The anomaly map as an 8-bit grey PNG in base64. A pixel value v means the anomaly value high * v / 255.
 
-    Stretch the map over the whole image: its size, and often its aspect ratio, differ from those of the image.
+    Stretch the map over the whole image, because size and aspect ratio of the map may differ from those of the image.
     """
 
     png: str
@@ -145,7 +145,7 @@ class ImageResultAnswer(_JsonAnswer):
 
 
 class InspectAnswer(_JsonAnswer):
-    """The results of the images of a request, in their order, and the version that scored them.
+    """The results of the images of a request, in the order of the images, and the version that scored the images.
 
     The role is canary if a new version answered on trial, otherwise answer.
     """
@@ -202,6 +202,7 @@ def create_api(service: InspectionService) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        """Context manager of the application: starts the service, and closes it when the application stops."""
         await service.start()
         yield
         await service.close()
@@ -235,10 +236,12 @@ def _add_read_routes(router: APIRouter, service: InspectionService) -> None:
 
     @router.get("", summary="The teams and scopes of the token")
     async def describe_token_access(caller: AuthenticatedCaller) -> TokenAccess:
+        """Returns the teams that the token opens, and the scopes of the token."""
         return TokenAccess(teams=await service.list_teams(caller), scopes=list(caller.scopes))
 
     @router.get("/{team}")
     async def list_categories(caller: AuthenticatedCaller, team: NamePath) -> CategoryList:
+        """Returns the categories of a team that have a model."""
         service.check_access(caller, team, "", "read")
         return CategoryList(team=team, categories=await service.list_categories(team))
 
@@ -246,11 +249,13 @@ def _add_read_routes(router: APIRouter, service: InspectionService) -> None:
     async def read_model_card(
         caller: AuthenticatedCaller, team: NamePath, category: NamePath, version: Ref = None
     ) -> dict[str, Any]:
+        """Returns a description of the training and calibration of a version."""
         service.check_access(caller, team, category, "read")
         return await service.describe_version(await service.resolve_version(team, category, version))
 
     @router.get("/{team}/{category}/versions")
     async def list_versions(caller: AuthenticatedCaller, team: NamePath, category: NamePath) -> VersionList:
+        """Returns the published versions of a category, and its aliases."""
         service.check_access(caller, team, category, "read")
         versions, aliases = await service.list_versions(team, category)
         answers = [_format_version(version) for version in versions]
@@ -269,6 +274,7 @@ def _add_read_routes(router: APIRouter, service: InspectionService) -> None:
         number: Annotated[int, Path(ge=0, le=10_000)],
         version: Ref = None,
     ) -> Response:
+        """Returns a normal training image of a version as a JPEG file."""
         service.check_access(caller, team, category, "read")
         resolved = await service.resolve_version(team, category, version)
         return Response(await service.read_example(resolved, number), media_type="image/jpeg")
@@ -313,6 +319,7 @@ def _add_inspect_route(router: APIRouter, service: InspectionService) -> None:
         ] = None,
         include: Annotated[Literal["map"] | None, Query(description="map: adds the values of the anomaly map.")] = None,
     ) -> Response:
+        """Scores the images of the request. Returns the results as JSON, or a picture of the result of one image as PNG."""
         service.check_access(caller, team, category, "inspect")
         chosen_output = output or _choose_output_format(request.headers.get("accept", ""))
         with service.gate.admit(team, read_content_length(request, max_bytes)):
@@ -354,6 +361,7 @@ def _add_admin_routes(router: APIRouter, service: InspectionService) -> None:
     async def promote_version(
         request: Request, caller: AuthenticatedCaller, team: NamePath, category: NamePath, alias: NamePath
     ) -> AliasAnswer:
+        """Moves an alias to a version; creates the alias if it does not exist."""
         service.check_access(caller, team, category, "admin")
         body = await read_json_body(request, PromotionRequest)
         version = await service.promote_version(team, category, body.version, alias)
@@ -368,6 +376,7 @@ def _add_admin_routes(router: APIRouter, service: InspectionService) -> None:
     async def set_thresholds(
         request: Request, caller: AuthenticatedCaller, team: NamePath, category: NamePath, version: NamePath
     ) -> VersionAnswer:
+        """Publishes a copy of a version with the thresholds of the request, and returns the new version."""
         service.check_access(caller, team, category, "admin")
         body = await read_json_body(request, ThresholdsRequest)
         resolved = await service.resolve_version(team, category, version)
@@ -378,6 +387,7 @@ def _add_admin_routes(router: APIRouter, service: InspectionService) -> None:
     async def roll_back_alias(
         caller: AuthenticatedCaller, team: NamePath, category: NamePath, alias: NamePath
     ) -> AliasAnswer:
+        """Moves an alias back to its previous version."""
         service.check_access(caller, team, category, "admin")
         return AliasAnswer(**get_version_labels(await service.roll_back_alias(team, category, alias)), alias=alias)
 
@@ -387,10 +397,12 @@ def _add_open_routes(api: FastAPI, service: InspectionService) -> None:
 
     @api.get("/healthz", summary="Whether this replica lives")
     async def report_liveness() -> HealthAnswer:
+        """Returns the status "ok" while this replica runs."""
         return HealthAnswer(status="ok")
 
     @api.get("/readyz", responses=_describe_problem_responses(503), summary="Whether there are models to serve")
     async def report_readiness() -> HealthAnswer:
+        """Returns the status "ok" when the service has found a model."""
         await service.wait_until_ready()
         return HealthAnswer(status="ok")
 
@@ -414,15 +426,18 @@ def _add_error_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(HttpProblem)
     async def answer_problem(request: Request, problem: HttpProblem) -> Response:
+        """Returns the problem document of an `HttpProblem`."""
         return problem.create_response(request.state.request_id)
 
     @api.exception_handler(RequestValidationError)
     async def answer_invalid_request(request: Request, error: RequestValidationError) -> Response:
+        """Returns a problem document with status 422 that lists the first five errors of a request."""
         detail = "; ".join(f"{'.'.join(str(key) for key in item['loc'])}: {item['msg']}" for item in error.errors()[:5])
         return await answer_problem(request, HttpProblem(422, "invalid-request", detail[:1000]))
 
     @api.exception_handler(HTTPException)
     async def answer_http_error(request: Request, error: HTTPException) -> Response:
+        """Returns a problem document for an HTTP error of the framework, such as 404 for an unknown path."""
         codes = {
             404: ("not-found", "there is nothing at this path; /openapi.json says what there is"),
             405: ("method-not-allowed", f"this path does not support {request.method}"),
@@ -434,7 +449,7 @@ def _add_error_handlers(api: FastAPI) -> None:
 
 
 def _choose_output_format(accept: str) -> Output:
-    """Returns "json" if an Accept header allows JSON, or "heatmap" if it allows only PNG. Raises: Problem: 406, neither."""
+    """Returns "json" if an Accept header allows JSON, or "heatmap" if it allows only PNG. Raises: HttpProblem: 406, neither."""
     media_types = [entry.partition(";")[0].strip().lower() for entry in accept.split(",") if entry.strip()]
     if not media_types or any(name in ("*/*", "application/*", "application/json") for name in media_types):
         return "json"

@@ -76,7 +76,7 @@ class ScorerReplica:
     async def check_health(self) -> None:
         """Loads the versions of `preload` (see the constructor) that are not loaded yet, one after the other.
 
-        Serve calls it before it sends the first request, and regularly afterwards.
+        Serve calls this method before it sends the first request to the replica, and regularly afterwards.
 
         Raises: BundleError: a version cannot be loaded. Serve then treats the replica as unhealthy.
         """
@@ -129,10 +129,7 @@ class ScorerReplica:
 
 
 class RemoteScoringBackend:
-    """Scores images in the pool of replicas of their category, and repeats a call if its replica was lost.
-
-    Raises Problem if all replicas are busy.
-    """
+    """Scores images in the pool of replicas of their category, and repeats a call if its replica was lost."""
 
     def __init__(
         self,
@@ -153,7 +150,7 @@ class RemoteScoringBackend:
         """Scores images in a replica of the pool of their category, as `ImageScorer.inspect_images`.
 
         Raises:
-            Problem: 503, all replicas are busy or were lost.
+            HttpProblem: 503, all replicas are busy or were lost.
             BundleError, ScoreError: as `ImageScorer.inspect_images`.
         """
         answer: ScoringAnswer = await self._call_replica("inspect_images", request.version, request)
@@ -163,7 +160,7 @@ class RemoteScoringBackend:
         """Loads a version in one replica of the pool of its category.
 
         Raises:
-            Problem: 503, all replicas are busy or were lost.
+            HttpProblem: 503, all replicas are busy or were lost.
             BundleError: the version cannot be loaded.
         """
         await self._call_replica("warm_up_model", version, version)
@@ -174,7 +171,7 @@ class RemoteScoringBackend:
         Args: argument: the argument of the method.
 
         Raises:
-            Problem: 503, all replicas are busy, or no replica could answer in _MAX_ATTEMPTS attempts.
+            HttpProblem: 503, all replicas are busy, or no replica could answer in _MAX_ATTEMPTS attempts.
             BundleError: the model cannot be loaded.
             ScoreError: the model gives no finite score.
             FocusRayError, RayError: any other error of the method in the replica.
@@ -236,7 +233,7 @@ class IngressReplica:
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
-    """Creates the Serve application. `serve deploy` and `serve run` call it with the `args` of a YAML file.
+    """Creates the Serve application. `serve deploy` and `serve run` call this function with the `args` of a YAML file.
 
     Args: arguments: fields of `ServiceSettings`.
 

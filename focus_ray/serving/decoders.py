@@ -85,11 +85,11 @@ class FairTeamSemaphore:
 
 
 class DecoderPool:
-    """A pool of decoder processes. Each decodes one image at a time, within `DECODE_TIMEOUT_S` and `DECODER_MEMORY_BYTES`.
+    """A pool of decoder processes. Each process decodes one image at a time, within a time limit and a memory limit.
 
-    A process that exceeds a limit is killed and restarted. If there are several processes, a single team can occupy all except
-    one. Each process is a `ProcessPool` of its own. In a shared pool, the next harmful image of a team could take the remaining
-    free process while the killed process restarts.
+    The limits are `DECODE_TIMEOUT_S` and, on Linux, `DECODER_MEMORY_BYTES`. A process that exceeds the time limit is killed and
+    restarted. If there are several processes, a single team can occupy all except one. Each process is a `ProcessPool` of its
+    own. In a shared pool, the next harmful image of a team could take the remaining free process while another restarts.
     """
 
     def __init__(self, count: int) -> None:
@@ -226,9 +226,9 @@ def _stop_decoders(pools: list[ProcessPool]) -> None:
 
 
 def _limit_decoder_process() -> None:
-    """Prepares a decoder process: SIGTERM ends it at once, even in native code.
+    """Prepares this decoder process: SIGTERM ends the process at once, even in native code.
 
-    On Linux, also limits its memory, and gives it the lowest CPU priority so that scoring comes first.
+    On Linux, also limits the memory of the process, and gives it the lowest CPU priority so that scoring comes first.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's own handler would wait for the native code
     if sys.platform == "linux":
@@ -243,7 +243,7 @@ def _limit_decoder_process() -> None:
 
 
 def _do_nothing() -> None:
-    """Does nothing in a decoder process; its end shows the caller that the process is ready."""
+    """Does nothing in a decoder process; when the call returns, the process is ready."""
     pass
 
 

@@ -30,13 +30,14 @@ _SECURITY_HEADERS = {
 class RequestMiddleware:
     """ASGI middleware around every HTTP request: adds headers, logs and measures the request, and hides unexpected errors.
 
-    It stores the request id in `scope["state"]["request_id"]`. Health checks are measured, but not logged.
+    The middleware stores the request id in `scope["state"]["request_id"]`. Health checks are measured, but not logged.
     """
 
     def __init__(self, app: ASGIApp, metrics: MetricsRecorder) -> None:
         self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles a request of ASGI; passes everything except HTTP requests to the application unchanged."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -46,6 +47,7 @@ class RequestMiddleware:
         started, status = time.perf_counter(), 0
 
         async def send_with_headers(message: Message) -> None:
+            """Sends a message of the application to the client; adds the headers to the start of the response."""
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]

@@ -20,7 +20,7 @@ _EXAMPLE_SIDE_PX = 512
 class ExampleImageReader:
     """Reads example images from the data sets that are named in the manifests of the models.
 
-    The author of a manifest may have fewer rights than the service. The store therefore reads only below allowed locations.
+    The author of a manifest may have fewer rights than the service. The reader therefore reads only below allowed locations.
     """
 
     def __init__(self, allowed: bool | Mapping[str, Sequence[str]]) -> None:
@@ -49,7 +49,7 @@ class ExampleImageReader:
 
         Raises:
             RegistryError: the team may not show this data set, or there is no example of this number.
-            DataError: the data set or the image cannot be read.
+            DataError: the data set or the image cannot be read, or the image cannot be decoded.
         """
         location = str(uri) if self._allows_all else self._resolve_allowed_location(team, category, uri)
         index = read_index(location, category, split="train")

@@ -69,7 +69,7 @@ class SharedBackbones:
 
 
 class ModelCache:
-    """A cache of loaded versions, whose size stays below `budget_bytes`. The version that was loaded last always stays."""
+    """A cache of loaded versions, whose size stays at most `budget_bytes`. The version that was loaded last always stays."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class ModelCache:
 
 
 def iterate_non_backbone_tensors(detector: Detector) -> Iterator[Tensor]:
-    """Yields the tensors of a detector without the tensors of its backbone."""
+    """Generator: yields the tensors of a detector without the tensors of its backbone."""
     net, shared = detector.net, {id(tensor) for tensor in _iterate_module_tensors(detector.net.backbone)}
     yield from (tensor for tensor in _iterate_module_tensors(net) if id(tensor) not in shared)
     yield from _iterate_module_tensors(detector.reduction)
@@ -167,7 +167,7 @@ def iterate_non_backbone_tensors(detector: Detector) -> Iterator[Tensor]:
 
 
 def _iterate_component_tensors(component: object) -> Iterator[Tensor]:
-    """Yields the tensors in the attributes of a density, and in attributes that are objects of `focus_ray.density`."""
+    """Generator: yields the tensors in the attributes of a density, and in attributes that are objects of `focus_ray.density`."""
     for value in vars(component).values():
         if isinstance(value, Tensor):
             yield value
@@ -188,6 +188,6 @@ def hash_module(module: nn.Module) -> str:
 
 
 def _iterate_module_tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Yields the parameters and buffers of a module."""
+    """Generator: yields the parameters and buffers of a module."""
     yield from module.parameters()
     yield from module.buffers()

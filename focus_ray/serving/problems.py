@@ -51,6 +51,7 @@ class HttpProblem(Exception):
             self.headers["retry-after"] = str(retry_after_s)
 
     def __str__(self) -> str:
+        """Returns status, code and detail as text."""
         return f"{self.status} {self.code}: {self.detail}"
 
     def create_response(self, request_id: str) -> JSONResponse:
@@ -73,7 +74,7 @@ def create_not_found_problem(detail: str) -> HttpProblem:
 def create_missing_category_problem(team: str, category: str) -> HttpProblem:
     """Returns a problem with status 404 for a category that does not exist or that the token may not use.
 
-    Both have the same answer, so that a caller cannot find out the categories of other teams.
+    Both cases have the same answer, so that a caller cannot find out the categories of other teams.
     """
     return create_not_found_problem(f"there is no category {category!r} of team {team!r} that this token opens")
 

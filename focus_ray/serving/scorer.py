@@ -100,7 +100,7 @@ class ImageScorer:
     """Scores images with any version of a registry, within the limits on memory and batch size of a pool."""
 
     def __init__(self, pool: ScoringPool, device: str = "auto", metrics: MetricsRecorder | None = None) -> None:
-        """Creates an empty cache of models, the threads and the batching. On a CPU, also limits the threads of torch.
+        """Creates an empty cache of models, the threads and the batching. On a CPU, also sets the number of torch threads.
 
         Args:
             pool: settings of the threads, the decoder processes and the limits.

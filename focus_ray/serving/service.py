@@ -52,13 +52,18 @@ class ScoringBackend(Protocol):
         """Scores the images of a request, as `ImageScorer.inspect_images`.
 
         Raises:
-            Problem: 503, no replica can score the images now.
+            HttpProblem: 503, no replica can score the images now.
             BundleError: the version cannot be loaded.
             ScoreError: the model gives no finite score for an image.
         """
 
     async def warm_up_model(self, version: Version) -> None:
-        """Loads a version, so that its first request does not wait. Raises: as `inspect_images`."""
+        """Loads a version, so that its first request does not wait.
+
+        Raises:
+            HttpProblem: 503, no replica can load the version now.
+            BundleError: the version cannot be loaded.
+        """
 
 
 class InspectionService:
@@ -137,7 +142,7 @@ class InspectionService:
 
         A service without tokens accepts everyone, as a caller without the scope `admin`.
 
-        Raises: Problem: 401, the header has no valid token.
+        Raises: HttpProblem: 401, the header has no valid token.
         """
         if self.tokens is None:
             return Caller(id="anonymous", team="*", scopes=("inspect", "read"))
@@ -155,7 +160,7 @@ class InspectionService:
             category: category of the request, for the message; "" for a request about the whole team.
             scope: inspect, read or admin.
 
-        Raises: Problem: 404, the token does not open the team. The answer is the same for a category that does not exist, so
+        Raises: HttpProblem: 404, the token does not open the team. The answer is the same for a category that does not exist, so
             that a caller cannot find out names. 403, the token does not have the scope.
         """
         if caller.team not in ("*", team):
@@ -171,11 +176,12 @@ class InspectionService:
 
     # ---- models and versions
     async def wait_until_ready(self) -> None:
-        """Waits until the service has found a model, at most _READY_TIMEOUT_S.
+        """Waits until the service has found a model, at most _READY_TIMEOUT_S seconds.
 
-        After the first success it always succeeds: a storage failure must not remove replicas from the load balancer.
+        After the first success, every later call succeeds at once: a storage failure must not remove replicas from the load
+        balancer.
 
-        Raises: Problem: 503, no model was found.
+        Raises: HttpProblem: 503, no model was found.
         """
         try:
             await asyncio.wait_for(self._ready.wait(), _READY_TIMEOUT_S)
@@ -187,6 +193,7 @@ class InspectionService:
         """Looks for a model every `refresh_s` seconds until there is one; logs the reason if there is none."""
 
         def has_models() -> bool:
+            """Returns whether a team has a category."""
             return any(self.source.list_categories(team) for team in self.source.list_teams())
 
         logged_reason = None
@@ -206,20 +213,20 @@ class InspectionService:
     async def list_teams(self, caller: Caller) -> list[str]:
         """Returns the team of the caller; all teams if the caller is not limited to a team.
 
-        Raises: Problem: 503, the storage fails.
+        Raises: HttpProblem: 503, the storage fails.
         """
         if caller.team != "*":
             return [caller.team]
         return await self._call_storage("", "", self.source.list_teams)
 
     async def list_categories(self, team: str) -> list[str]:
-        """Returns the categories of a team. Raises: Problem: 503, the storage fails."""
+        """Returns the categories of a team. Raises: HttpProblem: 503, the storage fails."""
         return await self._call_storage(team, "", self.source.list_categories, team)
 
     async def list_versions(self, team: str, category: str) -> tuple[list[Version], dict[str, str]]:
         """Returns the versions of a category, and a dictionary of its aliases: alias -> version name.
 
-        Raises: Problem: 404, there is no such category. 503, the storage fails.
+        Raises: HttpProblem: 404, there is no such category. 503, the storage fails.
         """
         versions = await self._call_storage(team, category, self.source.list_versions, team, category)
         if not versions:
@@ -227,11 +234,11 @@ class InspectionService:
         return versions, await self._call_storage(team, category, self.source.list_aliases, team, category)
 
     async def resolve_version(self, team: str, category: str, ref: str | None) -> Version:
-        """Returns the version of a category for a version name or an alias.
+        """Returns the version of a category that a version name or an alias stands for.
 
         Args: ref: version name or alias; None: `ref` in the settings of the category (its route), or `default_ref`.
 
-        Raises: Problem: 404, there is no such version. 503, the storage fails.
+        Raises: HttpProblem: 404, there is no such version. 503, the storage fails.
         """
         chosen_ref = ref or self._get_version_choice(team, category).ref
         version = await self._await_source_call(
@@ -241,7 +248,7 @@ class InspectionService:
         return version
 
     def _get_version_choice(self, team: str, category: str) -> VersionChoice:
-        """Returns the route of a category: the settings that choose its version. Without settings, `default_ref` answers."""
+        """Returns the settings that choose the version of a category (its route); without a route, settings with `default_ref`."""
         default = VersionChoice(team=team, category=category, ref=self.settings.default_ref)
         return self._routes.get((team, category), default)
 
@@ -250,7 +257,7 @@ class InspectionService:
 
         It contains no storage paths, because readers must not learn them.
 
-        Raises: Problem: 503, the storage fails, or the bundle is unreadable.
+        Raises: HttpProblem: 503, the storage fails, or the bundle is unreadable.
         """
         manifest = await self._await_source_call(
             self.version_cache.get_manifest(version), version.team, version.category
@@ -282,7 +289,8 @@ class InspectionService:
 
         Args: number: number of the example, from 0.
 
-        Raises: Problem: 404, there is no such example, or the settings do not allow this data set. 503, the storage fails.
+        Raises: HttpProblem: 404, there is no such example, or the settings do not allow this data set. 503, the storage fails, or
+            the manifest or the data set cannot be read.
         """
         if not self.settings.examples:
             raise create_not_found_problem("this service shows no training images")
@@ -300,8 +308,8 @@ class InspectionService:
 
         Args: ref: version name, or another alias of the version.
 
-        Raises: Problem: 404, there is no such version, or the alias cannot be moved. 409, the service has no registry. 503, the
-            storage fails.
+        Raises: HttpProblem: 404, there is no such version, or the registry refuses the move, for instance because of the name of
+            the alias. 409, the service has no registry. 503, the storage fails.
         """
         function = self._get_registry().promote
         version = await self._change_registry(team, category, ref, function, team, category, ref, alias)
@@ -311,7 +319,7 @@ class InspectionService:
     async def roll_back_alias(self, team: str, category: str, alias: str) -> Version:
         """Moves an alias back to its previous version, and returns this version.
 
-        Raises: Problem: 404, there is no such alias or no previous version. 409, the service has no registry. 503, the storage
+        Raises: HttpProblem: 404, there is no such alias or no previous version. 409, the service has no registry. 503, the storage
             fails.
         """
         function = self._get_registry().roll_back
@@ -330,7 +338,7 @@ class InspectionService:
             pixel: new pixel threshold; None: unchanged.
             caller: the token id of the caller is stored as the author.
 
-        Raises: Problem: 404, the registry refuses the new version. 409, the service has no registry. 503, the storage fails.
+        Raises: HttpProblem: 404, the registry refuses the new version. 409, the service has no registry. 503, the storage fails.
         """
         arguments = (version, image, pixel, f"token {caller.id}")
         function = self._get_registry().set_thresholds
@@ -339,7 +347,7 @@ class InspectionService:
         return new_version
 
     def _get_registry(self) -> Registry:
-        """Returns the registry of the service. Raises: Problem: 409, the service has a folder of bundles instead."""
+        """Returns the registry of the service. Raises: HttpProblem: 409, the service has a folder of bundles instead."""
         if self.settings.registry is None:
             detail = "a folder of bundles keeps no versions and aliases: serve a registry, or use `focus-ray calibrate`"
             raise HttpProblem(409, "not-a-registry", detail)
@@ -348,13 +356,16 @@ class InspectionService:
     async def _change_registry(
         self, team: str, category: str, ref: str, function: Callable[..., Version], *arguments: Any
     ) -> Version:
-        """Calls a function that moves an alias of a category, returns its version, and makes the next request check the aliases.
+        """Calls a registry function that moves an alias or publishes a version, and returns the version of the function.
+
+        Then the cached aliases of the category expire, also after an error, so that the next request checks them again.
 
         Args:
+            team, category: whose aliases expire.
             ref: version or alias that the client named, for the message.
             function: called with `arguments` in a thread.
 
-        Raises: Problem: 404, there is no such version or alias, or the alias cannot be moved. 503, the storage fails.
+        Raises: HttpProblem: 404, there is no such version or alias, or the alias cannot be moved. 503, the storage fails.
         """
         limit_s = self.settings.limits.timeout_s
         try:
@@ -386,8 +397,8 @@ class InspectionService:
 
         Returns: the version, its answer, and its role, "answer" or "canary".
 
-        Raises: Problem: 404, no such version. 500, the score is not finite. 503, the model cannot be read, or all replicas are
-            busy. 504, timeout.
+        Raises: HttpProblem: 404, there is no such version. 500, the score is not finite. 503, the storage fails, the model cannot
+            be read, or the replicas are busy or lost. 504, there is no answer within the time limit.
         """
         route = self._get_version_choice(team, category)
         version, role = await self._choose_version(route, ref)
@@ -437,7 +448,7 @@ class InspectionService:
 
         Args: ref: version name or alias from the request; None: the route decides, with the canary for a random share.
 
-        Raises: Problem: 404, there is no such version. 503, the storage fails.
+        Raises: HttpProblem: 404, there is no such version. 503, the storage fails.
         """
         team, category = route.team, route.category
         if ref is None and route.canary and random.random() < route.canary_share:
@@ -505,11 +516,11 @@ class InspectionService:
     async def _await_source_call(self, call: Awaitable[T], team: str, category: str, ref: str | None = None) -> T:
         """Awaits a call that reads or changes the models, returns its result, and turns its errors into problems.
 
-        The text of an error may contain storage paths. It goes to the log_event, and the client gets a general message.
+        The text of an error may contain storage paths. So the text goes to the log, and the client gets a general message.
 
         Args: ref: version or alias that the client named; None: the client named none.
 
-        Raises: Problem: 404, there is no such category or version. 503, the storage fails.
+        Raises: HttpProblem: 404, there is no such category or version. 503, the storage fails.
         """
         try:
             return await call
@@ -539,7 +550,7 @@ class InspectionService:
             ref: version or alias that the client named, for the message; None: the client named none.
             timeout_s: time limit; None: LOOKUP_TIMEOUT_S.
 
-        Raises: Problem: 404, there is no such category or version. 503, the storage fails or does not answer in time.
+        Raises: HttpProblem: 404, there is no such category or version. 503, the storage fails or does not answer in time.
         """
         call = self.storage_threads.call_function(team, function, *arguments, timeout_s=timeout_s)
         return await self._await_source_call(call, team, category, ref)

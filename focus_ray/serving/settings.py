@@ -130,8 +130,9 @@ class VersionChoice(ConfigSection):
 
 
 class RequestLimits(ConfigSection):
-    """Limits above which a request is refused before it costs much."""
+    """Limits above which a request is refused; all but timeout_s are checked before the images are decoded."""
 
+    # settings of earlier versions that always have these values now
     FIXED: ClassVar = {"body_timeout_s": 30.0, "retry_after_s": 1.0}
 
     max_body_mb: float = Field(
@@ -147,13 +148,18 @@ class RequestLimits(ConfigSection):
     max_in_flight: int = Field(
         default=256,
         ge=1,
-        description="Requests in flight in a replica that receives requests; above it the answer is 503.",
+        description="Requests in flight in one ingress replica (a process that receives HTTP requests); above it the answer "
+        "is 503.",
     )
     max_in_flight_mb: float = Field(
-        default=512.0, gt=0.0, description="MiB of the bodies of these requests together; above it the answer is 503."
+        default=512.0,
+        gt=0.0,
+        description="MiB of the bodies of the requests in flight in one ingress replica; above it the answer is 503.",
     )
     max_in_flight_per_team: int = Field(
-        default=128, ge=1, description="Requests of one team in flight; above it the answer is 429."
+        default=128,
+        ge=1,
+        description="Requests of one team in flight in one ingress replica; above it the answer is 429.",
     )
 
 

@@ -140,10 +140,10 @@ class ImageSink:
             self._count_images("failed", sum(file.num_images for file in self._unwritten_files))
 
     def _count_images(self, outcome: str, count: int) -> None:
-        """Adds images to the metric `sink_images`, which counts images by what happened to them (the outcome).
+        """Adds `count` images to the metric `sink_images`.
 
-        Outcomes: kept (waits for writing), dropped (above the memory limit), written, delayed (the first write failed), failed
-        (lost at the end).
+        Args: outcome: what happened to the images: kept (wait for writing), dropped (above the memory limit), written, delayed
+            (the first write failed) or failed (lost at the end).
         """
         self.metrics.record("sink_images", count, outcome=outcome)
 
@@ -156,7 +156,7 @@ class ImageSink:
                 self.log("a flush of the sink failed", error=f"{type(error).__name__}: {error}")
 
     def _write_files(self) -> None:
-        """Writes the files that failed before, and a file for each team with waiting rows; holds files that fail for later."""
+        """Writes the files that failed before, and a file for each team with waiting rows. A file that fails waits for a retry."""
         with self._lock:
             rows_by_team, self._rows_by_team = self._rows_by_team, defaultdict(list)
         delayed_files, self._unwritten_files = self._unwritten_files, []
@@ -200,18 +200,18 @@ class ImageSink:
 
 
 def delete_old_images(uri: str, limit: datetime, log: Any = lambda message, **facts: None) -> list[str]:
-    """Deletes the sink's folders of days (`date=2026-01-31`, in UTC) that ended before `limit`, for all teams.
+    """Deletes the sink's folders of days (`date=2026-01-31`, in UTC) that ended at or before `limit`, for all teams.
 
-    Other folders stay. If a folder cannot be deleted, this is logged, and the next folders are deleted.
+    Other folders stay. If a folder cannot be deleted or has an invalid date, logs this and continues with the next folder.
 
     Args:
         uri: location of the sink.
         limit: time with a time zone.
-        log: called with a message and facts for each folder that cannot be deleted.
+        log: called with a message and facts for each folder that cannot be deleted or has an invalid date.
 
     Returns: the deleted folders.
 
-    Raises: DataError: `uri`, the folder of a team or the folder of a category cannot be listed. The folders after it stay.
+    Raises: DataError: `uri`, the folder of a team or the folder of a category cannot be listed. All later folders stay.
     """
     deleted = []
     for team in (join_path(uri, name) for name in list_folder_entries(uri) if name.startswith("team=")):

@@ -32,11 +32,12 @@ _SETTLED_S = 60.0
 
 
 class FolderModelSource:
-    """A source of models in a bundle or in the folder of a run; it has the methods of a registry with one team.
+    """A source of models in a bundle or in the folder of a run; the class has the reading methods of a registry with one team.
 
     Each category has one version, named by the hash of its manifest, and the alias `latest`. One listing serves all categories
-    until it is `refresh_s` seconds old. A manifest is read again only if its file has changed. Methods that list the bundles
-    raise DataError if the storage fails or there is no bundle, and BundleError if a manifest is damaged.
+    until the listing is `refresh_s` seconds old. A manifest is read again only if its file has changed or was changed less than
+    `_SETTLED_S` seconds before the last read. Methods that list the bundles raise DataError if the storage fails or there is no
+    bundle, and BundleError if a manifest is damaged.
     """
 
     def __init__(self, place: str, team: str, refresh_s: float = 0.0) -> None:
@@ -110,7 +111,7 @@ class FolderModelSource:
             return self._versions
 
     def _read_changed_manifest(self, uri: str, stamp: FileStat) -> _CachedManifest:
-        """Returns the version of a bundle; reads the manifest unless the stamp (time and size) shows that it has not changed.
+        """Returns the version of a bundle; reads the manifest unless the stamp (time and size) shows that the file is unchanged.
 
         Args: stamp: current stamp of the manifest file.
 
@@ -201,10 +202,12 @@ class StorageThreads:
             slots = self._slots[team] = asyncio.Semaphore(LOOKUPS_PER_TEAM)
 
         def release_slot(_: Future[T]) -> None:
+            """Releases the slot of the team after the call has ended."""
             with suppress(RuntimeError):  # the event loop ended before the call
                 loop.call_soon_threadsafe(slots.release)
 
         async def call_in_slot() -> T:
+            """Waits for a slot of the team, and returns the result of the function."""
             await slots.acquire()
             future = self._threads.submit(function, *arguments)
             future.add_done_callback(release_slot)
@@ -253,11 +256,13 @@ class _TeamChangeMarks(NamedTuple):
 
 
 class VersionCache:
-    """A cache of manifests and of the version of each alias. It checks an alias again when its last check is `refresh_s` old.
+    """A cache of manifests, and of the version that each alias names.
 
-    A check runs behind the request. It fetches the marks of a team, once for all categories, and looks up the categories whose
-    marks have changed. A request waits only for the first look-up of an alias. While the storage fails, requests use the cached
-    versions. When an alias has moved, the new version is loaded before it answers, so that no request waits for a promotion.
+    A request for an alias whose last check is `refresh_s` seconds old starts a new check, and does not wait for the check. A
+    check fetches the marks of the team (texts that change with its models), once for all categories, and looks the alias up if
+    the mark of its category has changed. A request waits only for the first look-up of an alias. While the storage fails,
+    requests use the cached versions. When an alias has moved, the new version is loaded before it answers requests, so that no
+    request waits for a promotion.
     """
 
     def __init__(
@@ -273,9 +278,10 @@ class VersionCache:
         Args:
             source: lists and reads the models.
             refresh_s: seconds after which an entry is checked again.
-            warm: loads a version before it answers for an alias that has moved.
+            warm_up_model: loads the new version of an alias that has moved, before this version answers requests.
             log: called with a message and facts.
-            lookups: runs the look-ups that requests wait for; checks in the background have their own threads.
+            storage_threads: runs the look-ups that requests wait for; checks in the background have their own threads. None:
+                new threads.
         """
         self.source, self.refresh_s, self.warm_up_model, self.log = source, refresh_s, warm_up_model, log
         self.storage_threads = storage_threads or StorageThreads()
@@ -349,7 +355,10 @@ class VersionCache:
         return await asyncio.shield(task)
 
     async def _fetch_marks(self, team: str) -> _TeamChangeMarks:
-        """Reads the marks of a team (texts that change with its models) from the source, caches them, and returns them."""
+        """Reads the marks of a team (texts that change with its models) from the source, caches them, and returns them.
+
+        Raises: any error of `source.read_change_marks`.
+        """
         marks = _TeamChangeMarks(
             time.monotonic(), await self._call_in_refresh_thread(self.source.read_change_marks, team)
         )
@@ -357,7 +366,7 @@ class VersionCache:
         return marks
 
     def expire_category(self, team: str, category: str) -> None:
-        """Makes the next request for a category start a check; called after this process has moved an alias of the category."""
+        """Makes the next request for each cached alias of a category start a check; called after this process moved an alias."""
         for (entry_team, entry_category, _), entry in self._entries.items():
             if (entry_team, entry_category) == (team, category):
                 entry.checked_at, entry.mark = float("-inf"), None
@@ -368,6 +377,8 @@ class VersionCache:
         Raises:
             BundleError: the manifest is unreadable, or not the published one.
             DataError: the storage does not answer in time.
+
+        The newest 256 manifests are cached.
         """
         key = get_version_key(version)
         manifest = self._manifests.get(key)

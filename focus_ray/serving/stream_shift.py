@@ -45,7 +45,8 @@ class StreamShiftDetector:
     def add_scores(self, version: Version, results: Sequence[Inspection | ImageError]) -> None:
         """Adds the scores of a request to the scores of a version, and starts a test if enough scores are new.
 
-        Forgets the scores of the version that was idle for longest if there are more than MAX_VERSIONS versions.
+        Images that cannot be read have no score. No test starts while a test of the version runs. If there are more than
+        MAX_VERSIONS versions, forgets the scores of the version that was idle for longest.
         """
         key = get_version_key(version)
         recent_scores = self._recent_scores.setdefault(key, StreamShiftMonitor())
@@ -70,7 +71,7 @@ class StreamShiftDetector:
     async def _test_for_shift(self, version: Version, recent_scores: StreamShiftMonitor) -> None:
         """Compares the latest scores of a version with its calibration scores; records the result, and logs a new shift.
 
-        If the test fails, logs the reason.
+        If the test fails, logs the reason instead of raising the error.
         """
         facts = get_version_labels(version)
         try:

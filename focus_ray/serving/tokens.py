@@ -46,7 +46,7 @@ class TokenRecord(ConfigSection):
 
 
 class TokenFile(ConfigSection):
-    """The content of a token file: one entry for each valid or expired token."""
+    """The content of a token file: one entry for each token that was not revoked, also if it has expired."""
 
     tokens: tuple[TokenRecord, ...] = ()
 
@@ -207,7 +207,7 @@ class TokenStore:
             thread.shutdown(wait=False, cancel_futures=True)
 
     def refresh(self) -> None:
-        """Reads the token file again and replaces the tokens. Blocks, so call it in a thread. Logs errors, and raises none."""
+        """Reads the token file again and replaces the tokens. Blocks, so call it in a thread. Logs errors instead of raising them."""
         try:
             content = read_bytes(self.uri, is_quick=True)
             if content != self._content:
