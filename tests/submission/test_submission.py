@@ -187,7 +187,7 @@ def test_a_missing_address_and_a_missing_cluster_are_refused(monkeypatch: pytest
 
 def test_an_old_cluster_is_refused_and_a_newer_version_gives_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     head, versions = SimpleNamespace(get_address=lambda: "http://head:8265"), {}
-    monkeypatch.setattr(client, "cluster_metadata", lambda _: versions)
+    monkeypatch.setattr(client, "fetch_cluster_metadata", lambda _: versions)
     warnings: list[str] = []
     versions.update(rayVersion="2.9.3", pythonVersion="3.11.7")
     with pytest.raises(SubmissionError, match=r"http://head:8265: .* Ray 2\.9\.3"):
