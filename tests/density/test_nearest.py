@@ -219,7 +219,7 @@ def test_selecting_bank_images_selects_all_data_of_them() -> None:
     assert statistics.find_images_to_exclude(torch.tensor([0])).tolist() == [[0, 1]]
     statistics.select_bank_images([0, 2])
     assert statistics.relations is not None
-    assert statistics.relations.is_trivial
+    assert statistics.relations.has_no_related_images
     assert torch.equal(statistics.bank, bank[[0, 2]])  # type: ignore[arg-type]
     assert statistics.shown.tolist() == [[True, False, False], [False, False, True]]
 

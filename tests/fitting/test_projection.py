@@ -45,7 +45,7 @@ def make_fit(data: str, storage: Path | str = "unused", group: str = "none", **d
     density = {"reduction": "discriminant", **density}
     config = small_config(data, storage, model={"image_alignment": {"group": group}}, density=density)
     plan = compute_split_plan(config, "gear")
-    return DetectorFitter(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit_rows), CPU)
+    return DetectorFitter(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit.rows), CPU)
 
 
 def scatter(seed: int, channels: int = 6, samples: int = 200, scale: float = 1.0) -> Tensor:
