@@ -67,7 +67,7 @@ def fit_alone(config: Config, category: str = "gear") -> FitResult:
     """Trains a category in this process."""
     plan = compute_split_plan(config, category)
     shard = build_shard(config, category, plan, 0, 1)
-    return fit(config, shard, len(plan.fit_rows), torch.device("cpu"))
+    return fit(config, shard, len(plan.fit.rows), torch.device("cpu"))
 
 
 def make_bundle(

@@ -106,7 +106,7 @@ def fit_category(
     result = fit(
         config,
         shard,
-        len(plan.fit_rows),
+        len(plan.fit.rows),
         device,
         rank=rank,
         state=state,
@@ -126,7 +126,7 @@ def fit_category(
             "uri": config.data.uri,
             "fingerprint": plan.fingerprint,
             "num_fit": result.statistics.num_images,
-            "num_holdout": len(plan.holdout_rows),
+            "num_holdout": len(plan.holdout.rows),
         },
         metrics={
             **asdict(result.notes),

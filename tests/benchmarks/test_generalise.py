@@ -49,10 +49,10 @@ def make_sample(category: str, method: str, auroc: float, **changes: Any) -> dic
 
 
 def test_all_good_training_images_train_unless_a_share_is_held_out(uri: str) -> None:
-    assert len(plan_training(make_tree(uri), "gear", None).fit_rows) == NUM_TRAIN
+    assert len(plan_training(make_tree(uri), "gear", None).fit.rows) == NUM_TRAIN
     held = plan_training(make_tree(uri, 0.25), "gear", None)
-    assert (len(held.fit_rows), len(held.holdout_rows)) == (NUM_TRAIN * 3 // 4, NUM_TRAIN // 4)
-    assert len(plan_training(make_tree(uri), "gear", 5).fit_rows) == 5
+    assert (len(held.fit.rows), len(held.holdout.rows)) == (NUM_TRAIN * 3 // 4, NUM_TRAIN // 4)
+    assert len(plan_training(make_tree(uri), "gear", 5).fit.rows) == 5
 
 
 def test_every_method_trains_on_the_same_images_and_returns_the_scores_of_the_test_images(uri: str) -> None:

@@ -45,7 +45,7 @@ def make_fit(data: str, storage: Path | str = "unused", group: str = "none", **d
     density = {"reduction": "discriminant", **density}
     config = small_config(data, storage, model={"image_alignment": {"group": group}}, density=density)
     plan = compute_split_plan(config, "gear")
-    return DetectorFitter(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit_rows), CPU)
+    return DetectorFitter(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit.rows), CPU)
 
 
 def scatter(seed: int, channels: int = 6, samples: int = 200, scale: float = 1.0) -> Tensor:
@@ -176,7 +176,7 @@ def test_a_shared_metric_is_the_mean_of_the_scatter_matrices_of_the_categories(
     config, bundles = two_bundles
     place = str(tmp_path / "metric.safetensors")
     assert average_projections(bundles, place) == sorted(CATEGORIES)
-    scatters = [read_statistics(bundle).scatter for bundle in bundles]
+    scatters = [read_statistics(bundle).residual_scatter for bundle in bundles]
     expected = sum(scatter / scatter[0].diagonal().mean() for scatter in scatters) / 2  # type: ignore[index,union-attr]
     torch.testing.assert_close(read_shared_scatter(with_metric(config, place)), expected)
 
@@ -189,7 +189,7 @@ def test_a_category_with_a_shared_metric_uses_its_directions_and_paints_no_defec
     average_projections(bundles[:1], place)
     monkeypatch.setattr("focus_ray.fitting.projection.draw_defective_copies", None)
     result = fit_alone(with_metric(config, place), CATEGORIES[1])
-    shared = read_statistics(bundles[0]).scatter
+    shared = read_statistics(bundles[0]).residual_scatter
     assert shared is not None
     directions = compute_discriminant_directions(
         shared[0].double(), shared[1].double(), config.density.num_channels // 2

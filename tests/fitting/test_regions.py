@@ -215,10 +215,10 @@ def test_leave_one_out_scores_count_only_pixels_of_the_region(data: str, tmp_pat
     }
     config = config_with(data, tmp_path, LEFT, **sections)
     plan = compute_split_plan(config, "gear")
-    run = DetectorFitter(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit_rows), torch.device("cpu"))
-    result = run.finish()
+    run = DetectorFitter(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit.rows), torch.device("cpu"))
+    result = run.build_and_calibrate()
     builder = collect_leave_one_out_scores(result.detector, result.statistics, config, run.projection)
-    assert [image.num_pixels for image in builder._images] == [64 * 32] * len(plan.fit_rows)
+    assert [image.num_pixels for image in builder._images] == [64 * 32] * len(plan.fit.rows)
 
 
 def test_only_pixels_of_the_region_are_measured(inspector: Inspector, data: str) -> None:

@@ -44,23 +44,23 @@ def trained(data: str) -> tuple[Config, FitResult]:
 @pytest.mark.parametrize("method", ["split", "cross"])
 def test_validation_images_are_in_no_other_part(data: str, method: str) -> None:
     plan = compute_split_plan(selection_config(data, calibration={"method": method}), "gear")
-    together = [row for part in (plan.fit_rows, plan.validation_rows, plan.holdout_rows) for row in part]
+    together = [row for part in (plan.fit.rows, plan.validation.rows, plan.holdout.rows) for row in part]
     assert len(together) == len(set(together)) == NUM_TRAIN
-    assert len(plan.validation_rows) == round(0.2 * NUM_TRAIN)
-    assert len(plan.folds) == len(plan.fit_rows)
+    assert len(plan.validation.rows) == round(0.2 * NUM_TRAIN)
+    assert len(plan.folds) == len(plan.fit.rows)
 
 
 def test_without_selection_nothing_is_held_out_or_judged_and_the_calibration_images_are_the_same(data: str) -> None:
     config = small_config(data, "unused")
     plain, selecting = compute_split_plan(config, "gear"), compute_split_plan(selection_config(data), "gear")
-    assert len(plain.validation_rows) == 0
-    assert selecting.holdout_rows.tolist() == plain.holdout_rows.tolist()
+    assert len(plain.validation.rows) == 0
+    assert selecting.holdout.rows.tolist() == plain.holdout.rows.tolist()
     assert fit_alone(config).notes.selection == []
 
 
 def test_validation_takes_no_more_images_than_it_may(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("focus_ray.fitting.split.MAX_VALIDATION_IMAGES", 3)
-    assert len(compute_split_plan(selection_config(data), "gear").validation_rows) == 3
+    assert len(compute_split_plan(selection_config(data), "gear").validation.rows) == 3
 
 
 def test_a_set_too_small_to_validate_on_is_refused(data: str) -> None:
@@ -98,7 +98,7 @@ def test_the_untrained_network_is_kept_if_no_epoch_gains_enough(data: str, monke
 def test_validation_images_join_the_density(data: str, kind: str) -> None:
     config = selection_config(data, density={"kind": kind})
     plan, statistics = compute_split_plan(config, "gear"), fit_alone(config).statistics
-    expected = len(plan.fit_rows) + len(plan.validation_rows)
+    expected = len(plan.fit.rows) + len(plan.validation.rows)
     assert statistics.moments.count == expected
     assert statistics.bank is None or len(statistics.bank) == expected
 

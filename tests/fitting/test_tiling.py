@@ -190,10 +190,10 @@ def test_statistics_and_calibration_count_whole_images(fitted: tuple[FitResult, 
     result, place = fitted
     bundle, statistics = read_bundle(place), read_statistics(place)
     plan = compute_split_plan(bundle.config, "gear")
-    assert statistics.num_images == len(statistics.bank) == len(plan.fit_rows)
+    assert statistics.num_images == len(statistics.bank) == len(plan.fit.rows)
     assert statistics.bank.shape[1] == (2 * SIDE // 8) * (3 * SIDE // 8)
     assert bundle.calibration.image_scores == result.calibration.image_scores
-    assert bundle.calibration.num_images == len(plan.holdout_rows)
+    assert bundle.calibration.num_images == len(plan.holdout.rows)
     num_shared = 6 if bundle.config.model.tiling.density == "shared" else 1
     assert statistics.moments.count == num_shared * statistics.num_images
     assert statistics.moments.mean.shape[0] * num_shared == statistics.bank.shape[1]
@@ -248,7 +248,7 @@ def test_cross_calibration_selection_and_training_work_with_tiles(data: str, den
     )
     result, plan = fit_alone(config), compute_split_plan(config, "gear")
     # validation images calibrate too, after the last selection
-    assert result.calibration.num_images == len(plan.fit_rows) + len(plan.validation_rows)
+    assert result.calibration.num_images == len(plan.fit.rows) + len(plan.validation.rows)
     assert (len(result.notes.history), len(result.notes.selection)) == (1, 2)
 
 

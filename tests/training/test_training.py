@@ -79,16 +79,16 @@ def test_a_plan_assigns_every_normal_training_image_and_fills_its_folds_evenly(
     monkeypatch.setattr("focus_ray.fitting.split.MAX_CALIBRATION_IMAGES", max_images)
     plan = compute_split_plan(small_config(data, "unused", calibration={"method": method}), "gear")
     rows = read_index(data, "gear", split="train")["row"].to_pylist()
-    assert sorted([*plan.fit_rows, *plan.holdout_rows]) == rows
-    assert len(plan.holdout_rows) == num_holdout
-    assert all(np.diff(plan.fit_rows) > 0)
-    assert len(plan.folds) == len(plan.fit_rows)
+    assert sorted([*plan.fit.rows, *plan.holdout.rows]) == rows
+    assert len(plan.holdout.rows) == num_holdout
+    assert all(np.diff(plan.fit.rows) > 0)
+    assert len(plan.folds) == len(plan.fit.rows)
     assert np.ptp(np.bincount(plan.folds)) <= 1
 
 
 def test_another_seed_gives_another_plan(data: str) -> None:
     plans = [compute_split_plan(small_config(data, "unused", train={"seed": seed}), "gear") for seed in (0, 1)]
-    assert plans[0].holdout_rows.tolist() != plans[1].holdout_rows.tolist()
+    assert plans[0].holdout.rows.tolist() != plans[1].holdout.rows.tolist()
 
 
 @pytest.mark.parametrize("settings", [{}, {"selection": {"enabled": True, "fraction": 0.2}}])
@@ -97,7 +97,7 @@ def test_a_rule_gives_every_image_the_part_that_the_rows_say(data: str, settings
     split, plan = compute_split_rule(config, "gear"), compute_split_plan(config, "gear")
     index = read_index(data, "gear", split="train")
     hashes = dict(zip(index["row"].to_pylist(), index["content_hash"].to_pylist(), strict=True))
-    parts = {"fit": plan.fit_rows, "validation": plan.validation_rows, "holdout": plan.holdout_rows}
+    parts = {"fit": plan.fit.rows, "validation": plan.validation.rows, "holdout": plan.holdout.rows}
     assert {hashes[row]: part for part, rows in parts.items() for row in rows} == {
         content_hash: split.find_subset(content_hash) for content_hash in hashes.values()
     }
@@ -139,14 +139,14 @@ def test_a_plan_does_not_depend_on_the_order_of_the_rows(data: str, tmp_path: Pa
         plan = compute_split_plan(small_config(uri, "unused"), "gear")
         index = read_index(uri, "gear")
         hashes = dict(zip(index["row"].to_pylist(), index["content_hash"].to_pylist(), strict=True))
-        folds = {hashes[row]: fold for row, fold in zip(plan.fit_rows, plan.folds, strict=True)}
-        parts.append((folds, {hashes[row] for row in plan.holdout_rows}, plan.fingerprint))
+        folds = {hashes[row]: fold for row, fold in zip(plan.fit.rows, plan.folds, strict=True)}
+        parts.append((folds, {hashes[row] for row in plan.holdout.rows}, plan.fingerprint))
     assert parts[0] == parts[1]
 
 
 def test_cross_calibration_holds_nothing_out_and_fills_its_folds_evenly(data: str) -> None:
     plan = compute_split_plan(small_config(data, "unused", calibration={"method": "cross"}), "gear")
-    assert (len(plan.fit_rows), len(plan.holdout_rows)) == (NUM_TRAIN, 0)
+    assert (len(plan.fit.rows), len(plan.holdout.rows)) == (NUM_TRAIN, 0)
     assert sorted(np.bincount(plan.folds)) == [4, 5, 5, 5, 5]
 
 
@@ -233,7 +233,7 @@ def test_a_streamed_share_gives_the_images_of_one_in_memory(data: str, method: s
     assert not fits_in_memory(streamed, plan)
     in_memory, from_stream = (build_shard(item, "gear", plan, 1, 2) for item in (config, streamed))
     assert torch.equal(torch.cat(list(in_memory.read_batches("fit"))), torch.cat(list(from_stream.read_batches("fit"))))
-    in_fold = np.flatnonzero(in_memory.fit_folds() == 2).tolist()
+    in_fold = np.flatnonzero(in_memory.get_fit_folds() == 2).tolist()
     for passes in (lambda shard: shard.read_batches("fit", in_fold), lambda shard: shard.read_batches("holdout")):
         batches = [list(passes(shard)) for shard in (in_memory, from_stream)]
         assert [batch.tolist() for batch in batches[0]] == [batch.tolist() for batch in batches[1]]
@@ -327,10 +327,10 @@ def test_a_streamed_run_takes_the_agreed_steps_and_counts_every_image_once(
     ).model_copy(update={"name": "streamed"})
     place = train(config)["gear"]
     plan = compute_split_plan(config, "gear")
-    agreed = BatchSchedule.from_smallest_share(len(plan.fit_rows), 2, 4)
+    agreed = BatchSchedule.from_smallest_share(len(plan.fit.rows), 2, 4)
     assert [entry["steps"] for entry in read_manifest(place)["metrics"]["history"]] == [agreed.steps] * 2
     detector = read_bundle(place).detector
-    images = torch.cat([torch.from_numpy(b) for b in decode_rows(data, "gear", plan.fit_rows, 64)])
+    images = torch.cat([torch.from_numpy(b) for b in decode_rows(data, "gear", plan.fit.rows, 64)])
     again = compute_statistics(detector.net, detector.reduction, [images], torch.device("cpu")).moments
     moments = read_statistics(place).moments
     assert again.count == moments.count
@@ -414,7 +414,7 @@ def test_an_elastic_training_over_two_nodes_continues_with_the_remaining_node(da
     command = [sys.executable, "-c", SPOT, json.dumps(config.model_dump(mode="json"))]
     process = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert process.returncode == 0, process.stderr[-3000:]
-    num_images = len(compute_split_plan(config, "gear").fit_rows)
+    num_images = len(compute_split_plan(config, "gear").fit.rows)
     steps = sorted({BatchSchedule.from_smallest_share(num_images, num_workers, 2).steps for num_workers in (1, 2)})
     assert json.loads(process.stdout.splitlines()[-1]) == {"workers": 1, "epochs": 30, "steps": steps}
 
@@ -426,7 +426,7 @@ def test_a_failing_category_is_named_the_other_is_trained_and_a_resume_finishes(
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     config = small_config(str(copy), tmp_path, data={"uri": str(copy), "categories": None}, cluster={"local": True})
-    corrupt_image(str(copy), "gear", compute_split_plan(config, "gear").fit_rows[3])
+    corrupt_image(str(copy), "gear", compute_split_plan(config, "gear").fit.rows[3])
     lines: list[str] = []
     with pytest.raises(TrainingError, match=r"^1 of 2 categories failed; gear: .*image.*--resume$") as caught:
         train(config, log=lines.append)
