@@ -79,7 +79,7 @@ def of_count(count: int) -> dict[str, Any]:
         num_bytes = write_light(Path(folder), count)
         config = parse_config({"data": {"uri": folder}})
         split, split_s, split_mb = measured(lambda: compute_split_rule(config, "part"))
-        plan, plan_s, plan_mb = measured(lambda: split.plan(config))
+        plan, plan_s, plan_mb = measured(lambda: split.build_plan(config))
     return {
         "images": count,
         "index_mb": num_bytes / 2**20,

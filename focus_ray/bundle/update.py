@@ -420,7 +420,7 @@ def _relate_groups(names: Sequence[str]) -> ImageRelations | None:
     numbers: dict[str, int] = {}
     groups = [numbers.setdefault(name or f"/{index}", len(numbers)) for index, name in enumerate(names)]
     relations = ImageRelations.from_groups(torch.tensor(groups, dtype=torch.long))
-    return None if relations.is_trivial else relations
+    return None if relations.has_no_related_images else relations
 
 
 def _move_moments(statistics: NormalStatistics, device: torch.device | str) -> NormalStatistics:

@@ -142,7 +142,7 @@ class LocationMemory:
             agreement = torch.baddbmm(self.half_squares[part, None], near, self.bank[part].transpose(1, 2), beta=-1)
             if excluded_images is not None:
                 agreement_PWBM = agreement.view(len(agreement), -1, batch, agreement.shape[2])
-                self._exclude(agreement_PWBM, excluded_images.view(batch, -1), part)
+                self._mask_excluded_images(agreement_PWBM, excluded_images.view(batch, -1), part)
             best = agreement.amax(dim=2)
             if self.centre is not None:  # every location has another centre, so |q - centre|^2 differs between them
                 best = best.to(queries.dtype) - near.to(queries.dtype).square().sum(dim=2) / 2
@@ -158,7 +158,7 @@ class LocationMemory:
         """Returns a memory that `torch.export` can trace. Args: half: see `shrink_tensor_for_export`."""
         return ExportableLocationMemory(self, half)
 
-    def _exclude(self, agreement: Tensor, excluded_images: Tensor, part: slice) -> None:
+    def _mask_excluded_images(self, agreement: Tensor, excluded_images: Tensor, part: slice) -> None:
         """Sets the agreement (a similarity) with stored embeddings of excluded images to -inf, in place.
 
         Args:

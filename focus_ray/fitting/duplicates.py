@@ -160,7 +160,7 @@ def find_related_images(descriptors: Tensor, groups_and_order: ImageGroupsAndOrd
 
 def _drop_uninformative_relations(relations: ImageRelations) -> ImageRelations | None:
     """Returns the relations; None if no two images are related, or if at least one image is related to all others."""
-    return None if relations.is_trivial or bool(relations.related.all(dim=1).any()) else relations
+    return None if relations.has_no_related_images or bool(relations.related.all(dim=1).any()) else relations
 
 
 def add_duplicate_relations(statistics: NormalStatistics) -> None:

@@ -174,7 +174,7 @@ def build_local_stream(config: Config, category: str, plan: SplitPlan, num_threa
     """
     frame = load_frame(config, category)
 
-    def batches(batch_size: int, seed: int) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
+    def read_shuffled_batches(batch_size: int, seed: int) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
         rng = np.random.default_rng(seed)
         order = rng.permutation(plan.fit.rows)
         for start in range(0, len(order), _SHUFFLE_ROWS):
@@ -185,7 +185,7 @@ def build_local_stream(config: Config, category: str, plan: SplitPlan, num_threa
             for first in range(0, len(images), batch_size):
                 yield {"image": images[positions[first : first + batch_size]]}
 
-    return batches
+    return read_shuffled_batches
 
 
 class StreamShard(Shard):
@@ -276,7 +276,7 @@ def build_shard(
 
     Raises: DataError: the region of interest of the category cannot be used.
     """
-    share = plan.share(rank, num_workers)
+    share = plan.get_worker_share(rank, num_workers)
     if not fits_in_memory(config, plan):
         return StreamShard(config, category, share, stream, num_threads)
     frame = load_frame(config, category)

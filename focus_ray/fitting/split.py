@@ -76,7 +76,7 @@ class SplitRule:
         key = compute_split_key(self.seed, content_hash, group)
         return "holdout" if key < self.validation_from else "validation" if key < self.fit_from else "fit"
 
-    def plan(self, config: Config) -> SplitPlan:
+    def build_plan(self, config: Config) -> SplitPlan:
         """Applies the rule to the stored version of the category, and returns the images of each subset.
 
         Raises: DataError: this version does not exist any more.
@@ -162,7 +162,7 @@ class SplitPlan:
         """Returns a plan without held-out images."""
         return replace(self, holdout=self.holdout.take(NO_ROWS))
 
-    def share(self, rank: int, num_workers: int) -> SplitPlan:
+    def get_worker_share(self, rank: int, num_workers: int) -> SplitPlan:
         """Returns the share of one worker: a contiguous section of each subset. Every image is in exactly one share.
 
         The images of a group may be spread over several workers.

@@ -99,7 +99,7 @@ def fit_category(
 
     start = time.perf_counter()
     log_line(f"reading {split.num_images} images")
-    plan = split.plan(config)
+    plan = split.build_plan(config)
     stream = stream or build_local_stream(config, category, plan, num_threads)
     shard = build_shard(config, category, plan, rank, num_workers, stream, num_threads)
     load_s = time.perf_counter() - start

@@ -30,7 +30,7 @@ def columns_of(*parts: SplitRows) -> list[list[int]]:
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 9])
 def test_the_shares_of_all_workers_have_equal_sizes_and_together_are_the_plan(num_workers: int) -> None:
-    shares = [PLAN.share(rank, num_workers) for rank in range(num_workers)]
+    shares = [PLAN.get_worker_share(rank, num_workers) for rank in range(num_workers)]
     for part in PARTS:
         pieces = [getattr(share, part) for share in shares]
         assert columns_of(*pieces) == columns_of(getattr(PLAN, part))

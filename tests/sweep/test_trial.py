@@ -47,7 +47,7 @@ def make_config(data: str, **sections: Any) -> Config:
 def load_gear(config: Config, objective: Objective = "validation", size_px: int = 64) -> CategoryImages:
     """Loads the images of the category `gear`."""
     return load_category_images(
-        config, "gear", split_for_scoring(config, "gear", objective).plan(config), objective, size_px
+        config, "gear", split_for_scoring(config, "gear", objective).build_plan(config), objective, size_px
     )
 
 
@@ -164,7 +164,7 @@ def test_a_worker_decodes_only_its_own_share_if_images_are_not_shared(
     data: str, num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(data)
-    plan = split_for_scoring(config, "gear", "validation").plan(config)
+    plan = split_for_scoring(config, "gear", "validation").build_plan(config)
     all_images = load_category_images(config, "gear", plan, "validation", 64)
     decoded: list[int] = []
 

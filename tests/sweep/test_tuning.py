@@ -62,7 +62,7 @@ def score_in_process(config: SweepConfig) -> list[TrialRecord]:
     base, trials = config.make_trial_config(), []
     images = {}
     for category in CATEGORIES:
-        plan = split_for_scoring(base, category, config.objective).plan(base)
+        plan = split_for_scoring(base, category, config.objective).build_plan(base)
         images[category] = load_category_images(base, category, plan, config.objective, base.model.image_size_px)
     for number, point in enumerate(SettingsProposer(config).points):
         results = {

@@ -109,7 +109,7 @@ def test_a_rule_is_small_and_gives_the_rows_again_elsewhere(data: str) -> None:
     config = small_config(data, "unused")
     split, plan = pickle.loads(pickle.dumps(compute_split_rule(config, "gear"))), compute_split_plan(config, "gear")
     assert len(pickle.dumps(split)) < 1000
-    again = split.plan(config)
+    again = split.build_plan(config)
     for part in ("fit", "validation", "holdout"):
         for column, values in vars(getattr(again, part)).items():
             assert np.array_equal(values, getattr(getattr(plan, part), column)), (part, column)
