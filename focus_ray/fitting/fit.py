@@ -94,16 +94,6 @@ class FitResult:
     notes: FitNotes = field(default_factory=FitNotes)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def net(self) -> FocusNet:
-        """The network of the detector."""
-        return self.detector.net
-
-    @property
-    def reduction(self) -> ChannelReduction:
-        """The channel reduction of the detector."""
-        return self.detector.reduction
-
 
 def fit(
     config: Config,

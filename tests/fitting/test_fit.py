@@ -152,6 +152,6 @@ def test_a_left_out_image_scores_like_with_the_memory_of_the_other_images() -> N
         memory = LocationMemory(
             density.bank[:, other_images], density.whitening, density.height, density.width, density.window
         )
-        detector = Detector(whole.net, whole.reduction, memory, config.scoring)
+        detector = Detector(whole.detector.net, whole.detector.reduction, memory, config.scoring)
         expected.append(float(detector(images[number : number + 1]).score))
     np.testing.assert_allclose(whole.calibration.image_scores, sorted(expected), rtol=2e-3)  # the bank is in float16

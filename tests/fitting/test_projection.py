@@ -140,8 +140,8 @@ def test_a_learnt_projection_separates_synthetic_defects_better_than_a_random_pr
 def test_the_same_seed_learns_the_same_projection_and_a_bundle_stores_it(data: str, tmp_path: Path) -> None:
     config = make_fit(data, tmp_path).config.model_copy(update={"scoring": ScoringConfig(image_score="profile")})
     first, second = fit_alone(config), fit_alone(config)
-    assert torch.equal(first.reduction.projection, second.reduction.projection)
-    assert first.reduction.projection.shape == (32, 448)
+    assert torch.equal(first.detector.reduction.projection, second.detector.reduction.projection)
+    assert first.detector.reduction.projection.shape == (32, 448)
     images = torch.cat(list(make_fit(data).shard.read_batches("holdout")))
     expected, read = first.detector(images), read_bundle(make_bundle(config, result=second)).detector(images)
     torch.testing.assert_close(read.score, expected.score, rtol=1e-4, atol=1e-4)
@@ -194,7 +194,7 @@ def test_a_category_with_a_shared_metric_uses_its_directions_and_paints_no_defec
     directions = compute_discriminant_directions(
         shared[0].double(), shared[1].double(), config.density.num_channels // 2
     )
-    learnt = result.reduction.projection[: len(directions)]
+    learnt = result.detector.reduction.projection[: len(directions)]
     ratio = learnt.norm() / directions.norm()
     torch.testing.assert_close(learnt, directions * ratio, rtol=1e-3, atol=1e-3)
     assert result.statistics.residual_scatter is not None

@@ -78,8 +78,10 @@ def test_every_epoch_and_the_untrained_network_are_judged_and_the_best_is_kept(
     assert len(set(scores)) > 1
     shard = build_shard(config, "gear", compute_split_plan(config, "gear"), 0, 1)
     bank_images = range(config.density.max_images)
-    statistics = compute_statistics(result.net, result.reduction, shard.read_batches("fit"), CPU, bank_images)
-    detector = build_detector(config, result.net, result.reduction, statistics)
+    statistics = compute_statistics(
+        result.detector.net, result.detector.reduction, shard.read_batches("fit"), CPU, bank_images
+    )
+    detector = build_detector(config, result.detector.net, result.detector.reduction, statistics)
     normals = torch.cat(list(shard.read_batches("validation"))).numpy()
     images = make_validation_images(normals, derive_seed(config.train.seed, "synthetic defects", 0))
     assert validate_detector(detector, *images)["score"] == pytest.approx(max(scores), abs=1e-6)
@@ -90,7 +92,7 @@ def test_the_untrained_network_is_kept_if_no_epoch_gains_enough(data: str, monke
     monkeypatch.setattr("focus_ray.fitting.fit.MIN_GAIN", 1.0)
     config = make_selection_config(data, train={"epochs": 1, "learning_rate": 0.05})
     torch.manual_seed(config.train.seed)
-    untrained, selected = build_network(config.model).state_dict(), fit_alone(config).net.state_dict()
+    untrained, selected = build_network(config.model).state_dict(), fit_alone(config).detector.net.state_dict()
     assert all(torch.equal(selected[name], value) for name, value in untrained.items() if name in selected)
 
 
@@ -110,7 +112,7 @@ def test_aligning_is_judged_against_not_aligning(data: str) -> None:
     }
     assert set(scores) == {"rotation", "none"}
     assert result.notes.alignment.enabled == (scores["rotation"] > scores["none"])
-    assert bool(result.net.image_aligner.enabled) == result.notes.alignment.enabled
+    assert bool(result.detector.net.image_aligner.enabled) == result.notes.alignment.enabled
 
 
 def test_only_defective_copies_have_a_mask_and_they_depend_on_the_seed_only() -> None:

@@ -207,7 +207,7 @@ def test_a_bundle_scores_like_the_fit_that_made_it_and_together_with_another_mod
 ) -> None:
     result, place = fitted
     read, images = read_bundle(place).detector, make_textures(3, (56, 80))
-    read.net.backbone = result.net.backbone
+    read.net.backbone = result.detector.net.backbone
     assert can_share_backbone_pass(result.detector, read)
     expected = result.detector(images)
     together = score_with_shared_backbone([(result.detector, images), (read, images[:2])])
