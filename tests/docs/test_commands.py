@@ -29,7 +29,7 @@ from places import REPOSITORY
 from focus_ray.cli.main import build_parser, parse_command_line
 from focus_ray.cli.main import main as focus_ray
 from focus_ray.fitting.settings import load_config, parse_config
-from focus_ray.serving.settings import parse_settings
+from focus_ray.serving.settings import parse_service_settings
 from focus_ray.settings.sections import read_config_tree
 from focus_ray.settings.standard import find_config_file, find_standard_config_folder
 from focus_ray.sweep.settings import load_sweep_config
@@ -196,7 +196,7 @@ def check_focus_ray(words: list[str]) -> None:
     elif arguments.command == "serve":
         tree = read_config_tree(find_standard_config_folder() / "default.yaml", arguments.override)
         settings = {key: value for key, value in tree.items() if key not in ("name", "data", "model")}
-        parse_settings({"registry": "registry", "open_to_all": "tokens" not in settings, **settings})
+        parse_service_settings({"registry": "registry", "open_to_all": "tokens" not in settings, **settings})
     elif arguments.command == "config" and arguments.action == "explain":
         assert focus_ray(words) == 0
 
@@ -300,13 +300,13 @@ def service(plant: Path) -> Iterator[str]:
     """The address of a running service with the registry of the plant."""
     from focus_ray.serving.api import create_api
     from focus_ray.serving.scorer import ImageScorer
-    from focus_ray.serving.service import Service
+    from focus_ray.serving.service import InspectionService
 
-    settings = parse_settings({"registry": str(plant / "plant/registry"), "tokens": str(plant / "tokens.yaml")})
+    settings = parse_service_settings({"registry": str(plant / "plant/registry"), "tokens": str(plant / "tokens.yaml")})
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()  # so that a request before the start of the server waits
-        api = create_api(Service(settings, ImageScorer(settings.pool, "cpu")))
+        api = create_api(InspectionService(settings, ImageScorer(settings.pool, "cpu")))
         server = uvicorn.Server(uvicorn.Config(api, log_level="warning"))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
@@ -378,7 +378,7 @@ def test_a_yaml_block_is_a_configuration(block: Block, tmp_path: Path) -> None:
         (tmp_path / "sweep.yaml").write_text(block.text)
         load_sweep_config(tmp_path / "sweep.yaml")
     elif {"registry", "bundles"} & set(tree):
-        parse_settings(tree, block.page)
+        parse_service_settings(tree, block.page)
     else:  # a block may show a part of a configuration, without the address of the images
         parse_config({"data": {"uri": "data"}, **tree}, block.page)
 

@@ -55,11 +55,11 @@ def test_the_search_index_has_every_part_of_the_documentation(site: Path) -> Non
 def test_the_http_reference_lists_every_path_of_the_service() -> None:
     from focus_ray.serving.api import create_api
     from focus_ray.serving.scorer import ImageScorer
-    from focus_ray.serving.service import Service
-    from focus_ray.serving.settings import parse_settings
+    from focus_ray.serving.service import InspectionService
+    from focus_ray.serving.settings import parse_service_settings
 
-    settings = parse_settings({"registry": "registry", "open_to_all": True})
-    paths = create_api(Service(settings, ImageScorer(settings.pool, "cpu"))).openapi()["paths"]
+    settings = parse_service_settings({"registry": "registry", "open_to_all": True})
+    paths = create_api(InspectionService(settings, ImageScorer(settings.pool, "cpu"))).openapi()["paths"]
     page = (REPOSITORY / "docs/reference/http.md").read_text(encoding="utf-8")
     named = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
     assert named
