@@ -133,11 +133,7 @@ def measure_scale_to_zero(bundle: str, images: Sequence[bytes], arguments: argpa
         Registry(folder).publish(bundle, "press")
         colds, warms, downs = [], [], []
         with (
-<<<<<<< HEAD
-            run_service(settings_of(folder, scaling=scaling), port=arguments.port) as url,
-=======
             run_service(make_settings(folder, scaling=scaling), port=arguments.port) as url,
->>>>>>> main
             Client(url, timeout_s=150) as client,
         ):
             for _ in range(arguments.rounds):
@@ -185,17 +181,10 @@ def measure_scale_up(bundle: str, images: Sequence[bytes], arguments: argparse.N
 
     with tempfile.TemporaryDirectory() as folder:
         Registry(folder).publish(bundle, "press")
-<<<<<<< HEAD
-        with run_service(settings_of(folder, scaling=scaling), port=arguments.port) as url:
-            count(1, time.perf_counter())
-            up = asyncio.run(ask(url))
-            down = count(1, time.perf_counter())
-=======
         with run_service(make_settings(folder, scaling=scaling), port=arguments.port) as url:
             count_replicas(1, time.perf_counter())
             up = asyncio.run(send_requests(url))
             down = count_replicas(1, time.perf_counter())
->>>>>>> main
     return {"until_two_s": round(up, 1), "until_one_s": round(down, 1), "answers": len(answers), "failed": 0}
 
 
@@ -242,11 +231,7 @@ def measure_lost_node(bundle: str, images: Sequence[bytes], arguments: argparse.
                 return longest
 
             with run_service(settings, port=arguments.port) as url:
-<<<<<<< HEAD
-                longest = asyncio.run(ask(url))
-=======
                 longest = asyncio.run(send_requests(url))
->>>>>>> main
     finally:
         ray.shutdown()
         cluster.shutdown()

@@ -78,13 +78,8 @@ def measure_count(count: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         num_bytes = write_index_only(Path(folder), count)
         config = parse_config({"data": {"uri": folder}})
-<<<<<<< HEAD
-        split, split_s, split_mb = measured(lambda: compute_split_rule(config, "part"))
-        plan, plan_s, plan_mb = measured(lambda: split.build_plan(config))
-=======
         split, split_s, split_mb = measure_call(lambda: compute_split_rule(config, "part"))
         plan, plan_s, plan_mb = measure_call(lambda: split.build_plan(config))
->>>>>>> main
     return {
         "images": count,
         "index_mb": num_bytes / 2**20,

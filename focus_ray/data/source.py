@@ -159,11 +159,7 @@ def open_source_folder(source: str | Path) -> SourcePath:
 
 
 def read_size_and_change_mark(path: SourcePath) -> tuple[int, str]:
-<<<<<<< HEAD
-    """Returns size and change mark of a file (its "stamp"), to recognise an unchanged file without reading it.
-=======
     """Returns size and change mark of a file, to recognise an unchanged file without reading it.
->>>>>>> main
 
     Returns:
         The size in bytes, and the ETag (S3) or the time of the last change in ns (disk); (-1, "") if the file does not exist or

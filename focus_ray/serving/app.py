@@ -23,16 +23,6 @@ from focus_ray.bundle.registry import Version
 from focus_ray.errors import FocusRayError
 from focus_ray.retries import compute_retry_pause_s
 from focus_ray.serving.api import create_api
-<<<<<<< HEAD
-from focus_ray.serving.logs import configure_logging, log
-from focus_ray.serving.metrics import Measures, RayMeasures
-from focus_ray.serving.problems import RETRY_AFTER_S, unavailable
-from focus_ray.serving.scorer import Answer, ImageScorer, ScoringRequest
-from focus_ray.serving.serve_private import check_serve_parts, forget_model
-from focus_ray.serving.service import ScoringBackend, Service
-from focus_ray.serving.settings import Pool, Scaling, ServiceSettings, parse_settings
-from focus_ray.serving.source import open_source_folder, version_key
-=======
 from focus_ray.serving.logs import configure_logging, log_event
 from focus_ray.serving.metrics import MetricsRecorder, RayMetricsRecorder
 from focus_ray.serving.problems import RETRY_AFTER_S, create_unavailable_problem
@@ -41,7 +31,6 @@ from focus_ray.serving.serve_private import check_private_serve_api, unregister_
 from focus_ray.serving.service import InspectionService, ScoringBackend
 from focus_ray.serving.settings import ReplicaScaling, ScoringPool, ServiceSettings, parse_service_settings
 from focus_ray.serving.source import get_version_key, open_source_folder
->>>>>>> main
 
 COMMON_POOL = "scorer"  # name of the pool for all categories without their own pool
 _MAX_ATTEMPTS = 4  # of a call whose replica dies; a lost node ends several replicas at the same time

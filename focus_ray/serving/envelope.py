@@ -10,15 +10,9 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-<<<<<<< HEAD
-from focus_ray.serving.logs import log
-from focus_ray.serving.metrics import Measures
-from focus_ray.serving.problems import Problem
-=======
 from focus_ray.serving.logs import log_event
 from focus_ray.serving.metrics import MetricsRecorder
 from focus_ray.serving.problems import HttpProblem
->>>>>>> main
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _SECURITY_HEADERS = {

@@ -18,15 +18,9 @@ from python_multipart.multipart import parse_options_header
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-<<<<<<< HEAD
-from focus_ray.serving.metrics import Measures
-from focus_ray.serving.problems import RETRY_AFTER_S, Problem, unavailable
-from focus_ray.serving.settings import MIB, Limits
-=======
 from focus_ray.serving.metrics import MetricsRecorder
 from focus_ray.serving.problems import RETRY_AFTER_S, HttpProblem, create_unavailable_problem
 from focus_ray.serving.settings import MIB, RequestLimits
->>>>>>> main
 
 _MAX_FIELD_BYTES = 4096
 BODY_TIMEOUT_S = 30.0  # for the body of an inspection: 32 MiB at 9 Mbit/s

@@ -4,13 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-<<<<<<< HEAD
-from ray.util import metrics
-
-from focus_ray.serving.metrics import METRICS, Measures
-
-_REPORT_METHODS = {"Counter": "inc", "Gauge": "set", "Histogram": "observe"}
-=======
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _MILLISECONDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -20,7 +13,6 @@ _SCORE_RATIOS = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5
 _CATEGORY = ("team", "category")
 _VERSION = (*_CATEGORY, "version")
 _ROLE = (*_VERSION, "role")
->>>>>>> main
 
 
 class MetricDefinition(NamedTuple):

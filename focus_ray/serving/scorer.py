@@ -30,15 +30,9 @@ from focus_ray.detect.pictures import (
     draw_inspection_png,
     encode_anomaly_map,
 )
-<<<<<<< HEAD
-from focus_ray.serving.batching import Batcher
-from focus_ray.serving.decoders import Decoded, Decoders, TeamSlots
-from focus_ray.serving.metrics import Measures
-=======
 from focus_ray.serving.batching import DynamicBatcher
 from focus_ray.serving.decoders import Decoded, DecoderPool, FairTeamSemaphore
 from focus_ray.serving.metrics import MetricsRecorder
->>>>>>> main
 from focus_ray.serving.models import ModelCache
 from focus_ray.serving.settings import MIB, ScoringPool
 

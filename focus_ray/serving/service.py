@@ -19,17 +19,10 @@ from focus_ray.detect.calibration import Calibration
 from focus_ray.detect.pictures import Output
 from focus_ray.detect.shift import describe_stream_shift
 from focus_ray.errors import BundleError, DataError, RegistryError, ScoreError
-<<<<<<< HEAD
-from focus_ray.serving.examples import ExampleStore
-from focus_ray.serving.limits import Gate
-from focus_ray.serving.logs import log
-from focus_ray.serving.metrics import Measures
-=======
 from focus_ray.serving.examples import ExampleImageReader
 from focus_ray.serving.limits import RequestLimiter
 from focus_ray.serving.logs import log_event
 from focus_ray.serving.metrics import MetricsRecorder
->>>>>>> main
 from focus_ray.serving.problems import (
     RETRY_AFTER_S,
     STORAGE_RETRY_AFTER_S,

@@ -27,13 +27,8 @@ from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
 from focus_ray.detect.inspection import Inspection
 from focus_ray.errors import DataError
-<<<<<<< HEAD
-from focus_ray.serving.metrics import Measures
-from focus_ray.serving.settings import Sink
-=======
 from focus_ray.serving.metrics import MetricsRecorder
 from focus_ray.serving.settings import SinkSettings
->>>>>>> main
 from focus_ray.storage.files import join_path, list_folder_entries, remove_folder, write_bytes
 
 SCHEMA = pa.schema(

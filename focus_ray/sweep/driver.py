@@ -45,11 +45,7 @@ from focus_ray.sweep import records
 from focus_ray.sweep.proposer import SettingsProposer
 from focus_ray.sweep.race import TrialPruner
 from focus_ray.sweep.records import TrialRecord
-<<<<<<< HEAD
-from focus_ray.sweep.settings import Point, SweepConfig
-=======
 from focus_ray.sweep.settings import Point, SweepConfig, describe_point
->>>>>>> main
 from focus_ray.sweep.shared_work import SharedTrialInputs, compute_shared_inputs
 from focus_ray.sweep.trial_inputs import check_trial_settings, split_for_scoring
 from focus_ray.sweep.tune import SweepStopper, TuneSearcher, run_tune_trials

@@ -114,18 +114,6 @@ def write_sweep_report(root: str, sweep: SweepConfig, trials: Sequence[TrialReco
     return list(files)
 
 
-<<<<<<< HEAD
-def _make_html_rows(stage: summary.SweepStageSummary) -> list[tuple[str, list[str], str]]:
-    """Returns the rows of the HTML table of a stage: CSS class, cells, and status with the reason of each trial."""
-    rows = []
-    for record, cells in zip(stage.trials, stage.rows, strict=True):
-        status = f"{record.status}: {record.reason}" if record.reason else record.status
-        rows.append(("best" if record is stage.best else record.status, cells[:-1], status))
-    return rows
-
-
-=======
->>>>>>> main
 def estimate_parameter_importance(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> dict[str, float] | None:
     """Estimates how much each searched setting changes the score (fANOVA on a random forest, with Optuna).
 

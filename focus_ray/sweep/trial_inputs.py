@@ -130,22 +130,14 @@ def load_category_images(
         return np.concatenate([np.empty((0, decode_size_px, decode_size_px, 3), np.uint8), *batches])
 
     if objective == "validation":
-<<<<<<< HEAD
         normals = decode_at_size(plan.validation.rows, config.model.image_size_px)
-=======
-        normals = decode_at_size(plan.validation.rows, config.model.image_size_px)
->>>>>>> main
         images, masks = make_validation_images(normals, seed=derive_seed(config.train.seed, "synthetic defects", 0))
         labels = np.asarray(masks.any(axis=(1, 2)), dtype=np.int64)
         images, masks = _downscale_images_and_masks(images, masks, size_px)
         scored = ScoringImages(images, masks, labels, np.ones(len(images), dtype=bool))
     else:
         scored = _read_test_images(config.data.uri, category, size_px)
-<<<<<<< HEAD
     fit, validation = decode_at_size(plan.fit.rows, size_px), decode_at_size(plan.validation.rows, size_px)
-=======
-    fit, validation = decode_at_size(plan.fit.rows, size_px), decode_at_size(plan.validation.rows, size_px)
->>>>>>> main
     return CategoryImages(fit, validation, scored, plan.fit.groups, plan.fit.order)
 
 

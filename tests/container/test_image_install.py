@@ -80,14 +80,8 @@ def run_install_script(
     settings = {"VARIANT": variant, "PYPI_INDEX": pypi, "TORCH_INDEX": torch, **more}
     path = f"{Path(uv).parent}{os.pathsep}{os.environ['PATH']}"
     source = copy_build_files(venv.parent / "source")
-<<<<<<< HEAD
-    if lock is None:
-        root = next(text for text in (pypi, torch, more.get("UV_DEFAULT_INDEX", "")) if text).rpartition("/")[0]
-        lock = httpx.get(f"{root}/requirements.lock").text
-=======
     root = next(text for text in (pypi, torch, more.get("UV_DEFAULT_INDEX", "")) if text).rpartition("/")[0]
     lock = lock or read_made_up_lock(root)
->>>>>>> main
     (source / "requirements.lock").write_text(lock)
     return subprocess.run(
         [str(source / "container" / "install.sh"), str(venv), "dependencies", "--no-cache"],

@@ -14,19 +14,11 @@ import pytest
 from focus_ray.data.framing import InputFrame
 from focus_ray.data.images import ImageError, decode_image_with_info, encode_png
 from focus_ray.serving import decoders as decoders_module
-<<<<<<< HEAD
-from focus_ray.serving.decoders import Decoders, TeamSlots
-from focus_ray.serving.limits import Gate
-from focus_ray.serving.metrics import Measures
-from focus_ray.serving.problems import Problem
-from focus_ray.serving.settings import MIB, Limits
-=======
 from focus_ray.serving.decoders import DecoderPool, FairTeamSemaphore
 from focus_ray.serving.limits import RequestLimiter
 from focus_ray.serving.metrics import MetricsRecorder
 from focus_ray.serving.problems import HttpProblem
 from focus_ray.serving.settings import MIB, RequestLimits
->>>>>>> main
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 

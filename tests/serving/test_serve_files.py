@@ -13,11 +13,7 @@ from places import REPOSITORY
 
 from focus_ray.errors import ConfigError
 from focus_ray.serving.metrics import METRICS
-<<<<<<< HEAD
-from focus_ray.serving.settings import parse_settings
-=======
 from focus_ray.serving.settings import parse_service_settings
->>>>>>> main
 
 FOLDER = REPOSITORY / "serve"
 MANIFESTS = yaml.safe_load_all((REPOSITORY / "configs" / "cluster" / "rayservice.yaml").read_text())

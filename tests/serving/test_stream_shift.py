@@ -32,13 +32,8 @@ from focus_ray.detect.shift import MIN_STREAM, STREAM_ALPHA, WINDOW
 from focus_ray.errors import DataError
 from focus_ray.samples.write import write_samples
 from focus_ray.serving import stream_shift
-<<<<<<< HEAD
-from focus_ray.serving.metrics import Measures
-from focus_ray.serving.stream_shift import StreamShifts
-=======
 from focus_ray.serving.metrics import MetricsRecorder
 from focus_ray.serving.stream_shift import StreamShiftDetector
->>>>>>> main
 
 NUM_IMAGES = 64
 

@@ -46,14 +46,8 @@ def make_config(data: str, **sections: Any) -> Config:
 
 def load_gear(config: Config, objective: Objective = "validation", size_px: int = 64) -> CategoryImages:
     """Loads the images of the category `gear`."""
-<<<<<<< HEAD
-    return load_category_images(
-        config, "gear", split_for_scoring(config, "gear", objective).build_plan(config), objective, size_px
-    )
-=======
     plan = split_for_scoring(config, "gear", objective).build_plan(config)
     return load_category_images(config, "gear", plan, objective, size_px)
->>>>>>> main
 
 
 def score_gear(config: Config, objective: Objective = "validation", **options: Any) -> CategoryResult:

@@ -101,33 +101,15 @@ def test_a_small_pickled_rule_gives_the_rows_of_the_plan_and_the_part_of_every_i
     again = split.build_plan(config)
     index = read_index(data, "gear", split="train")
     hashes = dict(zip(index["row"].to_pylist(), index["content_hash"].to_pylist(), strict=True))
-<<<<<<< HEAD
-    parts = {"fit": plan.fit.rows, "validation": plan.validation.rows, "holdout": plan.holdout.rows}
-    assert {hashes[row]: part for part, rows in parts.items() for row in rows} == {
-=======
     parts = {part: getattr(plan, part) for part in ("fit", "validation", "holdout")}
     assert {hashes[row]: part for part, images in parts.items() for row in images.rows} == {
->>>>>>> main
         content_hash: split.find_subset(content_hash) for content_hash in hashes.values()
     }
     assert [len(images) for images in parts.values()] == [split.num_fit, split.num_validation, split.num_holdout]
     assert split.num_images == plan.num_images
-<<<<<<< HEAD
-
-
-def test_a_rule_is_small_and_gives_the_rows_again_elsewhere(data: str) -> None:
-    config = small_config(data, "unused")
-    split, plan = pickle.loads(pickle.dumps(compute_split_rule(config, "gear"))), compute_split_plan(config, "gear")
-    assert len(pickle.dumps(split)) < 1000
-    again = split.build_plan(config)
-    for part in ("fit", "validation", "holdout"):
-        for column, values in vars(getattr(again, part)).items():
-            assert np.array_equal(values, getattr(getattr(plan, part), column)), (part, column)
-=======
     for part, images in parts.items():
         for column, values in vars(images).items():
             assert np.array_equal(values, getattr(getattr(again, part), column)), (part, column)
->>>>>>> main
     assert np.array_equal(again.folds, plan.folds)
     assert np.array_equal(again.fit_hashes, plan.fit_hashes)
 
@@ -159,15 +141,6 @@ def test_a_plan_does_not_depend_on_the_order_of_the_rows(data: str, tmp_path: Pa
     assert parts[0] == parts[1]
 
 
-<<<<<<< HEAD
-def test_cross_calibration_holds_nothing_out_and_fills_its_folds_evenly(data: str) -> None:
-    plan = compute_split_plan(small_config(data, "unused", calibration={"method": "cross"}), "gear")
-    assert (len(plan.fit.rows), len(plan.holdout.rows)) == (NUM_TRAIN, 0)
-    assert sorted(np.bincount(plan.folds)) == [4, 5, 5, 5, 5]
-
-
-=======
->>>>>>> main
 @given(st.integers(2, 500), st.integers(1, 8), st.integers(2, 64))
 def test_the_agreed_steps_fit_every_worker(num_images: int, num_workers: int, batch_size: int) -> None:
     share = num_images // num_workers
