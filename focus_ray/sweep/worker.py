@@ -189,7 +189,9 @@ def _score_on_worker(job: TrialJob, device: torch.device) -> CategoryResult:
         features = _fetch_shared_input(stage.features.get(make_features_key(settings, job.category) or ""))
     shared = "features" if features is not None else "images" if images is not None else "nothing"
     if images is None:
-        shard, plan = split_images_for_worker(settings, job.category, job.split.build_plan(settings), get_rank(), num_workers)
+        shard, plan = split_images_for_worker(
+            settings, job.category, job.split.build_plan(settings), get_rank(), num_workers
+        )
         images = load_category_images(stage.sweep.largest_image_config, job.category, plan, objective, size_px)
 
     def on_score(epoch: int, score: float, final: bool) -> str | None:
