@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import base64
+import pathlib
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
-from importlib import resources
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
@@ -33,11 +32,7 @@ from focus_ray.serving.tokens import Caller
 from focus_ray.version import __version__
 
 PNG = "image/png"
-_PAGE_FILES = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
-    "/page.css": ("page.css", "text/css; charset=utf-8"),
-}
+_PAGE_FILES = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
 NamePath = Annotated[str, Path(pattern=NAME_PATTERN)]
 Ref = Annotated[
     str | None,
@@ -50,7 +45,7 @@ async def authenticate_request(request: Request) -> Caller:
 
     Stores token id and team in `request.state.facts`, for the log.
 
-    Raises: Problem: 401, no valid token. 403, the request comes from the page of another site. 421, wrong host name. 422, a
+    Raises: HttpProblem: 401, no valid token. 403, the request comes from the page of another site. 421, wrong host name. 422, a
         query parameter is unknown or occurs twice.
     """
     service: InspectionService = request.app.state.service
@@ -395,15 +390,13 @@ def _add_open_routes(api: FastAPI, service: InspectionService) -> None:
         return HealthAnswer(status="ok")
 
     if service.settings.page:
-        folder = resources.files("focus_ray.serving") / "page"
-        for path, (name, media_type) in _PAGE_FILES.items():
-            endpoint = partial(_answer_page_file, (folder / name).read_bytes(), media_type)
-            api.add_api_route(path, endpoint, include_in_schema=False)
+        for path in _PAGE_FILES:
+            api.add_api_route(path, _answer_page_file, include_in_schema=False)
 
 
-async def _answer_page_file(content: bytes, media_type: str) -> Response:
+async def _answer_page_file(request: Request) -> Response:
     """Answers a request for a file of the web page with its content."""
-    return Response(content, media_type=media_type)
+    return FileResponse(pathlib.Path(__file__).parent / "page" / _PAGE_FILES[request.scope["route"].path])
 
 
 def _add_error_handlers(api: FastAPI) -> None:
@@ -434,7 +427,7 @@ def _add_error_handlers(api: FastAPI) -> None:
 
 
 def _choose_output_format(accept: str) -> Output:
-    """Returns "json" if an Accept header allows JSON, or "heatmap" if it allows only PNG. Raises: Problem: 406, neither."""
+    """Returns "json" if an Accept header allows JSON, or "heatmap" if it allows only PNG. Raises: HttpProblem: 406, neither."""
     media_types = [entry.partition(";")[0].strip().lower() for entry in accept.split(",") if entry.strip()]
     if not media_types or any(name in ("*/*", "application/*", "application/json") for name in media_types):
         return "json"
