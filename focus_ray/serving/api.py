@@ -50,7 +50,7 @@ async def authenticate_request(request: Request) -> Caller:
     """
     service: InspectionService = request.app.state.service
     check_same_origin(request.headers, service.tokens is not None)
-    caller = service.authenticate(request.headers.get("authorization"))
+    caller = service.authenticate_caller(request.headers.get("authorization"))
     request.state.facts = {"token": caller.id, "team": caller.team}
     parameters = sorted(field.alias for field in request.scope["route"].dependant.query_params)
     for name, count in Counter(name for name, _ in request.query_params.multi_items()).items():
@@ -139,7 +139,7 @@ class ImageResultAnswer(_JsonAnswer):
     error: UnreadableImage | None = None
 
 
-class InspectAnswer(_JsonAnswer):
+class InspectionAnswer(_JsonAnswer):
     """The results of the images of a request, in their order, and the version that scored them.
 
     The role is canary if a new version answered on trial, otherwise answer.
@@ -288,7 +288,7 @@ def _add_inspect_route(router: APIRouter, service: InspectionService) -> None:
 
     @router.post(
         "/{team}/{category}/inspect",
-        response_model=InspectAnswer,
+        response_model=InspectionAnswer,
         responses={
             **_describe_problem_responses(400, 406, 408, 413, 415, 429, 504),
             200: {"description": "The results, or a picture of the result", "content": {PNG: binary}},

@@ -118,11 +118,11 @@ class ModelCache:
             return model
         task = self._loading.get(key)
         if task is None:
-            task = self._loading[key] = asyncio.create_task(self._load(key, version))
+            task = self._loading[key] = asyncio.create_task(self._load_model(key, version))
             task.add_done_callback(lambda _: self._loading.pop(key, None))
         return await asyncio.shield(task)  # a cancelled request must not cancel the load of other requests
 
-    async def _load(self, key: str, version: Version) -> LoadedModel:
+    async def _load_model(self, key: str, version: Version) -> LoadedModel:
         """Loads a model, and drops the least recently used models until all fit into the budget.
 
         Raises: BundleError: as `get_or_load`.

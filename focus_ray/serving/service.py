@@ -124,7 +124,7 @@ class InspectionService:
             await asyncio.to_thread(self.sink.close)
 
     # ---- authentication and access
-    def authenticate(self, authorization: str | None) -> Caller:
+    def authenticate_caller(self, authorization: str | None) -> Caller:
         """Returns the caller to whom the token in an Authorization header belongs.
 
         A service without tokens accepts everyone, as a caller without the scope `admin`.
@@ -133,7 +133,7 @@ class InspectionService:
         """
         if self.tokens is None:
             return Caller(id="anonymous", team="*", scopes=("inspect", "read"))
-        caller = self.tokens.authenticate(authorization)
+        caller = self.tokens.authenticate_caller(authorization)
         if caller is None:
             detail, headers = "send a valid token: Authorization: Bearer frs_...", {"www-authenticate": "Bearer"}
             raise HttpProblem(401, "unauthorised", detail, headers=headers)
@@ -310,19 +310,18 @@ class InspectionService:
         return version
 
     async def set_thresholds(
-        self, version: Version, image: float | None, pixel: float | None, caller: Caller
+        self, version: Version, image_threshold: float | None, pixel_threshold: float | None, caller: Caller
     ) -> Version:
         """Publishes the same model with other thresholds, and returns the new version. Only the alias `latest` moves to it.
 
         Args:
             version: version to copy.
-            image: new image threshold; None: unchanged.
-            pixel: new pixel threshold; None: unchanged.
+            image_threshold, pixel_threshold: new values; None: unchanged.
             caller: the token id of the caller is stored as the author.
 
         Raises: HttpProblem: 404, the registry refuses the new version. 409, the service has no registry. 503, the storage fails.
         """
-        change = (Registry.set_thresholds, version, image, pixel, f"token {caller.id}")
+        change = (Registry.set_thresholds, version, image_threshold, pixel_threshold, f"token {caller.id}")
         new_version = await self._change_registry(version.team, version.category, version.name, *change)
         log_event("thresholds set", of=version.name, by=caller.id, **get_version_labels(new_version))
         return new_version

@@ -120,7 +120,7 @@ def create_token(
     secret, token_id = secrets.token_urlsafe(32), secrets.token_hex(6)
     now = datetime.now(timezone.utc).replace(microsecond=0)
     expires = None if expires_in is None else now + expires_in
-    fields = {"id": token_id, "team": team, "scopes": list(dict.fromkeys(scopes)), "sha256": hash_secret(secret)}
+    fields = {"id": token_id, "team": team, "scopes": list(dict.fromkeys(scopes)), "sha256": hash_token_secret(secret)}
     record = validate_section(TokenRecord, {**fields, "created": now, "expires": expires, "note": note}, "token")
     with _lock_token_file(uri):
         try:
@@ -168,7 +168,7 @@ def _lock_token_file(uri: str, timeout_s: float = 20.0) -> Iterator[None]:
         remove_file(lock)
 
 
-def hash_secret(secret: str) -> str:
+def hash_token_secret(secret: str) -> str:
     """Returns the SHA-256 of the secret part of a token, as hex."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
@@ -221,13 +221,13 @@ class TokenStore:
                 error=str(error),
             )
 
-    def authenticate(self, authorization: str | None) -> Caller | None:
+    def authenticate_caller(self, authorization: str | None) -> Caller | None:
         """Returns the caller with the token of an Authorization header; None if the token is missing, invalid or expired."""
         scheme, _, value = (authorization or "").partition(" ")
         match = _TOKEN.fullmatch(value.strip()) if scheme.lower() == "bearer" else None
         record = self._by_id.get(match[1]) if match else None
         expected_hash = record.sha256 if record else _IMPOSSIBLE_HASH
-        is_secret_right = hmac.compare_digest(hash_secret(match[2] if match else ""), expected_hash)
+        is_secret_right = hmac.compare_digest(hash_token_secret(match[2] if match else ""), expected_hash)
         if record is None or not is_secret_right:
             return None
         if record.expires is not None and record.expires <= datetime.now(timezone.utc):

@@ -23,7 +23,7 @@ def file(tmp_path: Path) -> str:
 
 
 def find_team_of_token(store: TokenStore, token: str) -> str | None:
-    caller = store.authenticate(bearer_header(token)["authorization"])
+    caller = store.authenticate_caller(bearer_header(token)["authorization"])
     return None if caller is None else caller.team
 
 
