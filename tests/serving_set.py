@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import uvicorn
 from fastapi.testclient import TestClient
 from waiting import wait_for
@@ -20,6 +21,7 @@ from waiting import wait_for
 from focus_ray.bundle.bundle import MANIFEST, compute_manifest_hash
 from focus_ray.bundle.registry import Registry
 from focus_ray.data.read import read_rows
+from focus_ray.detect.inspection import Inspection
 from focus_ray.serving.api import create_api
 from focus_ray.serving.metrics import METRICS, MetricsRecorder
 from focus_ray.serving.scorer import ImageScorer
@@ -97,6 +99,11 @@ def create_settings(plant: TwoTeams, **changes: Any) -> ServiceSettings:
 
 def create_open_settings(plant: TwoTeams) -> ServiceSettings:
     return parse_service_settings({"registry": plant.registry, "open_to_all": True})
+
+
+def check_score(score: float, inspection: Inspection) -> None:
+    """Compares squares: the memory contains the training images, so their squared distances are rounding errors."""
+    assert score**2 == pytest.approx(inspection.score**2, rel=2e-4, abs=1e-4 * inspection.threshold**2)
 
 
 class RecordedMetrics(MetricsRecorder):

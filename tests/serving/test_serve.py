@@ -16,13 +16,12 @@ from typing import Any
 import pytest
 from places import free_port
 from service_load import RequestProbe, run_serve_command
-from serving_set import MILL, PRESS, TwoTeams, create_settings
+from serving_set import MILL, PRESS, TwoTeams, check_score, create_settings
 from waiting import wait_for
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.registry import Registry
 from focus_ray.client import AsyncClient, Client, InspectionResult, ServiceError
-from focus_ray.detect.inspection import Inspection
 from focus_ray.serving.settings import ScoringPool
 from focus_ray.serving.source import get_version_key
 
@@ -56,12 +55,6 @@ def service(ray_cluster: None, plant: TwoTeams, tmp_path_factory: pytest.TempPat
         yield LiveService(own_plant, url)
 
 
-def check_finding(answer: InspectionResult, expected: Inspection) -> None:
-    """Compares squares: the memory contains the training images, so their squared distances are rounding errors."""
-    tolerance = 1e-4 * expected.threshold**2
-    assert answer.findings[0].score ** 2 == pytest.approx(expected.score**2, rel=2e-4, abs=tolerance)
-
-
 def test_many_clients_get_correct_answers(service: LiveService) -> None:
     plant = service.plant
     expected = {name: Inspector.load(bundle, "cpu").inspect(plant.images) for name, bundle in plant.bundles.items()}
@@ -71,7 +64,7 @@ def test_many_clients_get_correct_answers(service: LiveService) -> None:
             category, image = ("gear", "board")[number % 2], number % len(plant.images)
             answer = await client.inspect(PRESS, category, [plant.images[image]])
             assert answer.version == "v0001"
-            check_finding(answer, expected[category][image])
+            check_score(answer.findings[0].score, expected[category][image])
 
         async with AsyncClient(service.url, plant.press) as client:
             await asyncio.gather(*(ask(number) for number in range(32)))
@@ -159,7 +152,7 @@ def test_a_replica_killed_under_load_loses_no_answer(service: LiveService, name:
         os.kill(find_replica_pids(name)[0], signal.SIGKILL)
         under_load.wait_for(60)
     for answer in under_load.answers:
-        check_finding(answer, expected)
+        check_score(answer.findings[0].score, expected)
 
 
 @pytest.mark.cluster

@@ -27,6 +27,7 @@ from serving_set import (
     RecordedMetrics,
     TwoTeams,
     bearer_header,
+    check_score,
     create_client,
     create_service,
     create_settings,
@@ -60,11 +61,6 @@ from focus_ray.storage.files import open_filesystem
 def expected(plant: TwoTeams) -> Inspection:
     """The inspector's result of the first image."""
     return Inspector.load(plant.bundles["gear"], "cpu").inspect(plant.images[:1])[0]
-
-
-def check_score(score: float, inspection: Inspection) -> None:
-    """Compares squares: the memory contains the training images, so their squared distances are rounding errors."""
-    assert score**2 == pytest.approx(inspection.score**2, rel=2e-4, abs=1e-4 * inspection.threshold**2)
 
 
 # ---- answers
