@@ -433,11 +433,12 @@ EXAMPLES = [
         (uri, "{folder}/press", 404, "not below")
         for uri in (
             *("{folder}/mill", "{folder}/mill/", "{folder}/press/../mill", "{folder}/press/link", "{folder}/press2"),
-            *("file://{folder}/mill", "s3://x/y", None, 7, "", {"a": 1}),
+            *("file://{folder}/mill", "s3://x/y"),
         )
     ),
     *((uri, "{folder}/press", 404, "not a path") for uri in ("~nobody-of-this-name/x", "a\0b")),
-    *((uri, "{folder}/press", 404, "") for uri in ("s3://", "ftp://x")),
+    *((uri, "{folder}/press", 404, "expected a path") for uri in (None, 7, {"a": 1})),
+    *((uri, "{folder}/press", 404, "") for uri in ("", "s3://", "ftp://x")),
     *(
         (f"s3://plant{key}", "s3://plant/press", 404, "")
         for key in ("/press/../mill", "/press2", "/press/./../mill", "")
