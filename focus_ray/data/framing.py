@@ -123,7 +123,7 @@ class InputFrame:
         Raises:
             DataError: no pixel of the image can be scored.
         """
-        box = self.check_image_size(width, height)
+        box = self.require_scored_pixels(width, height)
         # Resize one side after the other: the order changes some pixels by one grey level, and Pillow 13 chooses it itself.
         for size in ((box.width, image.height), (box.width, box.height)):
             if image.size != size:
@@ -136,7 +136,7 @@ class InputFrame:
             pixels = np.concatenate([pixels, self.make_scored_channel(box)[..., None]], axis=2)
         return pixels
 
-    def check_image_size(self, width: int, height: int) -> ImageRectangle:
+    def require_scored_pixels(self, width: int, height: int) -> ImageRectangle:
         """Checks that at least one pixel of an image of this size is scored.
 
         Args: width, height: size of the original image, in pixels.

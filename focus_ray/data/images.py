@@ -396,7 +396,7 @@ def _load_pixels(data: bytes, size_px: int | None, page: int = 0) -> tuple[Image
     tags = _read_tiff_tags(data, page)
     image: Image.Image
     if tags is not None and tiff.choose_decoding_library(tags) == "tifffile":
-        pixels, fully_transparent = tiff.decode_page(data, tags, page)
+        pixels, fully_transparent = tiff.decode_tiff_page(data, tags, page)
         image, orientation = Image.fromarray(pixels), tags.orientation
         image.info["fully_transparent"] = fully_transparent
         size = image.size

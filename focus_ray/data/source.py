@@ -165,7 +165,7 @@ def open_source_folder(source: str | Path) -> SourcePath:
     return root
 
 
-def read_source_stat(path: SourcePath) -> tuple[int, str]:
+def read_size_and_change_mark(path: SourcePath) -> tuple[int, str]:
     """Returns size and change mark of a file (its "stamp"), to recognise an unchanged file without reading it.
 
     Returns:

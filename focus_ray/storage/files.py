@@ -675,7 +675,7 @@ def read_file_stat(uri: str | Path) -> FileStat | None:
     return FileStat(info.mtime_ns or 0, info.size) if info.type == fs.FileType.File else None
 
 
-def read_file_stats_in_folders(uri: str | Path, name: str) -> dict[str, FileStat]:
+def read_stats_in_subfolders(uri: str | Path, name: str) -> dict[str, FileStat]:
     """Looks up a file of the same name in each folder directly below a location, and returns time of change and size of each.
 
     On S3 one listing of everything below the location is enough. On a disk each file is looked up.

@@ -68,11 +68,11 @@ def test_the_frame_refuses_exactly_the_sizes_without_an_inspected_cell(
                 scored, None, tiles, (side * tiles.rows, side * tiles.columns)
             ).any()
             if is_inspected:
-                frame.check_image_size(width, height)
+                frame.require_scored_pixels(width, height)
             else:
                 num_refused += 1
                 with pytest.raises(DataError, match=f"{width} x {height} pixels"):
-                    frame.check_image_size(width, height)
+                    frame.require_scored_pixels(width, height)
     assert num_refused
 
 

@@ -39,7 +39,7 @@ IGNORED_STEMS = ("license", "licence", "readme", "thumbs")
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class SourceImage:
     """A source image, with the properties that follow from its folder or from a table, such as label and masks."""
 
     path: SourcePath
@@ -66,7 +66,7 @@ class ImportPlan:
     """
 
     category: str
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[SourceImage] = field(default_factory=list)
     rejects: list[RejectedFile] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
@@ -101,7 +101,7 @@ class ImportSettings:
         """
         return [""] * len(locations) if self.grouping is None else self.grouping.name_groups(locations)
 
-    def format_relative_path(self, path: SourcePath) -> str:
+    def describe_path(self, path: SourcePath) -> str:
         """Returns a path relative to the source, as text for reports. Bytes that are not valid UTF-8 are shown as \\xff."""
         return escape_invalid_utf8(get_relative_path(path, self.source))
 
@@ -218,22 +218,22 @@ def add_folder_images(
     for below, level in _walk_image_folders(folder, settings):
         if not is_valid_utf8(below):
             detail = "its name is not valid UTF-8: rename the folder"
-            plan.rejects.append(RejectedFile(settings.format_relative_path(level), plan.category, "file_name", detail))
+            plan.rejects.append(RejectedFile(settings.describe_path(level), plan.category, "file_name", detail))
             continue
         masks_folder = truth / below if truth and below else truth
         stems: set[str] = set()
         files, skipped_here = _list_files(level)
         num_skipped.update(skipped_here)
         for path in files:
-            problem = _find_file_problem(path)
+            problem = _find_reject_reason(path)
             if problem is not None:
                 reason, detail = problem
-                plan.rejects.append(RejectedFile(settings.format_relative_path(path), plan.category, reason, detail))
+                plan.rejects.append(RejectedFile(settings.describe_path(path), plan.category, reason, detail))
                 continue
             stems.add(path.stem)
             masks = tuple(find_mask_files(masks_folder, path.stem)) if masks_folder else ()
             name = defect if label else "good"
-            plan.samples.append(Sample(path, origin, split, label, name, masks, subfolders=below))
+            plan.samples.append(SourceImage(path, origin, split, label, name, masks, subfolders=below))
         num_images += len(stems)
         if masks_folder:
             names = {item.name for item in list_subfolders(level)} if settings.takes_subfolders else set()
@@ -241,23 +241,21 @@ def add_folder_images(
     if not settings.takes_subfolders:
         for nested in list_subfolders(folder):
             plan.notes.append(
-                f"{settings.format_relative_path(nested)}: skipped, images are expected directly in {folder.name}/"
+                f"{settings.describe_path(nested)}: skipped, images are expected directly in {folder.name}/"
             )
     if num_skipped:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(num_skipped.items()))
-        plan.notes.append(f"{settings.format_relative_path(folder)}: skipped {counts}")
+        plan.notes.append(f"{settings.describe_path(folder)}: skipped {counts}")
     if folder.is_dir():
         use = "the test" if split == "test" else "training"
         meaning = f"anomalous, {defect!r}, for the test" if label else f"normal, for {use}"
-        plan.folders.append(f"{settings.format_relative_path(folder)}: {num_images} images, {meaning}")
+        plan.folders.append(f"{settings.describe_path(folder)}: {num_images} images, {meaning}")
         if label and is_ambiguous_name(defect):
             remedy = "if its parts are good, rename it to good"
-            plan.notes.append(
-                f"{settings.format_relative_path(folder)}: interpreted as a defect named {defect!r}; {remedy}"
-            )
+            plan.notes.append(f"{settings.describe_path(folder)}: interpreted as a defect named {defect!r}; {remedy}")
 
 
-def _find_file_problem(path: SourcePath) -> tuple[RejectReason, str] | None:
+def _find_reject_reason(path: SourcePath) -> tuple[RejectReason, str] | None:
     """Returns why a file in an image folder is rejected: reason code and explanation; None for an image that can be opened."""
     if is_broken_link(path):
         return "unreadable", describe_broken_link(path)
@@ -321,9 +319,7 @@ def reject_unmatched_masks(
             unmatched += list_image_files(nested)
     for path in unmatched:
         detail = "no image has this mask's name: rename one or remove the mask"
-        plan.rejects.append(
-            RejectedFile(settings.format_relative_path(path), plan.category, "mask_without_image", detail)
-        )
+        plan.rejects.append(RejectedFile(settings.describe_path(path), plan.category, "mask_without_image", detail))
 
 
 def refuse_unexpected_folders(root: SourcePath, allowed_names: set[str], expected: str) -> None:
@@ -353,15 +349,13 @@ def describe_skipped_folders(root: SourcePath, used_names: set[str], settings: I
         settings: the settings of the ingestion.
     """
     notes = [
-        f"{settings.format_relative_path(item)}: skipped, its name has no meaning in this layout"
+        f"{settings.describe_path(item)}: skipped, its name has no meaning in this layout"
         for item in list_subfolders(root)
         if item.name not in used_names
     ]
     if num_loose := len(list_image_files(root)):
         remedy = "move them into a folder"
-        notes.append(
-            f"{settings.format_relative_path(root)}: {num_loose} images beside the folders are skipped: {remedy}"
-        )
+        notes.append(f"{settings.describe_path(root)}: {num_loose} images beside the folders are skipped: {remedy}")
     return notes
 
 

@@ -37,16 +37,14 @@ def plan_mvtec_import(root: SourcePath, category: str, settings: ImportSettings)
             if defect.name == "ground_truth":
                 continue
             if not is_valid_utf8(defect.name):
-                raise DataError(
-                    f"{settings.format_relative_path(defect)}: its name is not valid UTF-8: rename the folder"
-                )
+                raise DataError(f"{settings.describe_path(defect)}: its name is not valid UTF-8: rename the folder")
             label = int(not means_good_parts(defect.name))
             add_folder_images(plan, defect, folder, "test", label, defect.name, truth / defect.name, settings)
         for masks in list_subfolders(truth):
             if not (root / folder / masks.name).is_dir():
                 reject_unmatched_masks(plan, masks, set(), settings)
     private = sorted(item for item in root.glob("test_private*"))
-    plan.notes += [f"{settings.format_relative_path(item)}: skipped, its labels are not public" for item in private]
+    plan.notes += [f"{settings.describe_path(item)}: skipped, its labels are not public" for item in private]
     used_names = {"train", "validation", "test", "test_public", "ground_truth", *(item.name for item in private)}
     plan.notes += describe_skipped_folders(root, used_names, settings)
     return plan
