@@ -64,7 +64,7 @@ def check_trackers(context: CheckContext) -> CheckResult:
     if not trackers:
         return report_ok("the configuration names none")
     return report_ok(
-        "; ".join(f"{kind}: {TRACKERS[kind].check(settings, storage)}" for kind, settings in trackers.items())
+        "; ".join(f"{kind}: {TRACKERS[kind].check_usable(settings, storage)}" for kind, settings in trackers.items())
     )
 
 

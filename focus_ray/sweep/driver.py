@@ -46,10 +46,10 @@ from focus_ray.sweep.proposer import SettingsProposer
 from focus_ray.sweep.race import TrialPruner
 from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import Point, SweepConfig
-from focus_ray.sweep.shared_work import SharedInputs, compute_shared_inputs
+from focus_ray.sweep.shared_work import SharedTrialInputs, compute_shared_inputs
 from focus_ray.sweep.trial_inputs import check_trial_settings, split_for_scoring
 from focus_ray.sweep.tune import SweepStopper, TuneSearcher, run_tune_trials
-from focus_ray.sweep.worker import STOPPED, StageJob, run_trial
+from focus_ray.sweep.worker import STOPPED, SweepStageInputs, run_trial
 from focus_ray.tracking.recorder import BackgroundRecorder
 from focus_ray.tracking.trials import SweepRecorder
 from focus_ray.training.training import make_paths_absolute
@@ -105,7 +105,7 @@ def run_sweep(config: SweepConfig, log: Log = lambda message: None) -> SweepOutc
         config = config.model_copy(update={"name": make_unique_name(base.cluster.team, base.name)})
     config = config.model_copy(update={"base": base.model_dump(mode="json")})
     root = join_path(base.storage, str(config.name))
-    records.check_folder_unused(root)
+    records.check_folder_has_no_sweep(root)
     splits = _split_categories(config, base)
     _check_trial_configs(config, base, splits)
     fingerprints = {category: split.fingerprint for category, split in splits.items()}
@@ -325,14 +325,14 @@ class _SweepDriver:
         """
         previous_handlers: dict[int, Any] = {}
 
-        def stop(number: int, frame: Any) -> None:
+        def handle_stop_signal(number: int, frame: Any) -> None:
             """Sets `stopping` and restores the previous handler of the signal."""
             signal.signal(number, previous_handlers[number])
             self.stopping.set()
 
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                previous_handlers[number] = signal.signal(number, stop)
+                previous_handlers[number] = signal.signal(number, handle_stop_signal)
         try:
             yield
         finally:
@@ -373,7 +373,7 @@ class _SweepDriver:
             {stage or "": dataclasses.asdict(record) for stage, record in best.items()}, failed=state == "failed"
         )
 
-    def run_stage(self, stage: str | None, shared: SharedInputs, use_gpu: bool) -> None:
+    def run_stage(self, stage: str | None, shared: SharedTrialInputs, use_gpu: bool) -> None:
         """Runs the trials of a stage that have no result yet, or that failed. A stage is one search: for a category, or for all.
 
         Args:
@@ -429,7 +429,7 @@ class _SweepDriver:
         has_train_workers = cluster.num_workers > 1 or self.streams
         bundle = {"memory": float(2**20)} if has_train_workers else compute_worker_resources(cluster, use_gpu)
         labels = [dict(cluster.labels)] if cluster.labels else None
-        job = StageJob(self.config, stage, splits, self.root, use_gpu, shared.images, shared.features, pruner)
+        job = SweepStageInputs(self.config, stage, splits, self.root, use_gpu, shared.images, shared.features, pruner)
         try:
             grid = run_tune_trials(
                 tune.with_parameters(run_trial, job=job),

@@ -86,9 +86,9 @@ class TrialPruner:
         is_last = final and len(own_scores) == len(self.categories)
         reason = None
         if not is_last and self.scheduler.kind == "asha":
-            reason = self._apply_successive_halving(trial, category, epoch, float(np.mean([*final_scores, score])))
+            reason = self._find_halving_pruning_reason(trial, category, epoch, float(np.mean([*final_scores, score])))
         if not is_last and reason is None and final and self.race.enabled:
-            reason = self._apply_race(trial)
+            reason = self._find_race_pruning_reason(trial)
         if reason is not None:
             self.pruned.add(trial)
         return reason
@@ -115,7 +115,7 @@ class TrialPruner:
                 self.report_score(trial, category, epoch, score, final=number + 1 == len(curve))
         self.pruned.discard(trial)
 
-    def _apply_successive_halving(self, trial: int, category: str, epoch: int, score: float) -> str | None:
+    def _find_halving_pruning_reason(self, trial: int, category: str, epoch: int, score: float) -> str | None:
         """Tests whether asynchronous successive halving prunes a trial. Returns the reason to prune it; None if it goes on.
 
         The method is ASHA (arXiv 1810.05934, implemented as Optuna's pruner). A rung is a number of epochs at which trials are
@@ -140,7 +140,7 @@ class TrialPruner:
             rung += 1
         return None
 
-    def _apply_race(self, trial: int) -> str | None:
+    def _find_race_pruning_reason(self, trial: int) -> str | None:
         """Tests whether the race prunes a trial that has just finished a category.
 
         The race compares the trial with the best trial that is not pruned and has scores on the same categories.

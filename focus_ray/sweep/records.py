@@ -152,14 +152,16 @@ def name_best_config_file(stage: str | None) -> str:
     return "best.yaml" if stage is None else f"best-{stage}.yaml"
 
 
-def uses_labels(sweep: SweepConfig) -> bool:
+def uses_labelled_images(sweep: SweepConfig) -> bool:
     """Returns whether the scores of the sweep come from labelled test images."""
     return sweep.objective != "validation"
 
 
 def describe_objective(sweep: SweepConfig) -> str:
     """Returns what the sweep maximizes, in words, with LABELLED if it uses labelled test images."""
-    return f"{sweep.objective} on LABELLED test images" if uses_labels(sweep) else "label-free validation score"
+    return (
+        f"{sweep.objective} on LABELLED test images" if uses_labelled_images(sweep) else "label-free validation score"
+    )
 
 
 def format_setting_value(value: Any) -> str:
@@ -169,7 +171,7 @@ def format_setting_value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def check_folder_unused(root: str) -> None:
+def check_folder_has_no_sweep(root: str) -> None:
     """Checks that the folder contains no sweep.
 
     Raises:
@@ -196,7 +198,7 @@ def claim_sweep_folder(root: str, sweep: SweepConfig, fingerprints: Mapping[str,
     # else in the folder is written by the winner alone.
     text = f"# begun by {socket.gethostname()}, {uuid.uuid4().hex}\n{config_to_yaml(sweep)}"
     if not write_bytes_if_absent(join_path(root, SWEEP_FILE), text.encode()):
-        check_folder_unused(root)
+        check_folder_has_no_sweep(root)
     write_image_fingerprints(root, fingerprints)
 
 
@@ -265,6 +267,6 @@ def format_best_config(sweep: SweepConfig, record: TrialRecord, root: str) -> st
         f"Best of {root}, {trial}: {describe_objective(sweep)} {record.score:.4f}",
         ", ".join(f"{key}={json.dumps(value)}" for key, value in record.point.items()),
     ]
-    if uses_labels(sweep):
+    if uses_labelled_images(sweep):
         comments.append("Chosen with labelled test images: metrics on these images are no longer a fair test.")
     return "".join(f"# {line}\n" for line in comments) + config_to_yaml(config)

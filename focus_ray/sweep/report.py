@@ -77,7 +77,7 @@ def write_sweep_report(root: str, sweep: SweepConfig, trials: Sequence[TrialReco
     best = {stage.stage or "all": stage.best for stage in summaries if stage.best is not None}
     facts = {
         "objective": sweep.objective,
-        "labelled": records.uses_labels(sweep),
+        "labelled": records.uses_labelled_images(sweep),
         "best": {name: {"number": r.number, "score": r.score, "point": r.point} for name, r in best.items()},
         "level": {stage.stage or "all": sorted(r.number for r in stage.ties) for stage in summaries if stage.best},
         "caveats": {stage.stage or "all": stage.caveats for stage in summaries},
@@ -96,7 +96,7 @@ def write_sweep_report(root: str, sweep: SweepConfig, trials: Sequence[TrialReco
         searcher=sweep.searcher,
         seed=sweep.seed,
         objective=records.describe_objective(sweep),
-        is_labelled=records.uses_labels(sweep),
+        is_labelled=records.uses_labelled_images(sweep),
         min_for_importance=_MIN_FOR_IMPORTANCE,
         stages=sections,
         settings=json.dumps(sweep.model_dump(mode="json", exclude={"base"}), indent=1, ensure_ascii=False),
@@ -106,7 +106,7 @@ def write_sweep_report(root: str, sweep: SweepConfig, trials: Sequence[TrialReco
     return list(files)
 
 
-def _make_html_rows(stage: summary.StageSummary) -> list[tuple[str, list[str], str]]:
+def _make_html_rows(stage: summary.SweepStageSummary) -> list[tuple[str, list[str], str]]:
     """Returns the rows of the HTML table of a stage: CSS class, cells, and status with the reason of each trial."""
     rows = []
     for record, cells in zip(stage.trials, stage.rows, strict=True):
@@ -156,7 +156,7 @@ def _encode_trials_as_parquet(sweep: SweepConfig, trials: Sequence[TrialRecord])
         columns[f"param:{key}"] = pa.array(values if is_numeric else [json.dumps(value) for value in values])
     for name in dict.fromkeys(name for record in trials for name in record.categories):
         columns[f"score:{name}"] = pa.array([record.category_scores.get(name) for record in trials], pa.float64())
-    metadata = {b"objective": sweep.objective.encode(), b"labelled": str(records.uses_labels(sweep)).encode()}
+    metadata = {b"objective": sweep.objective.encode(), b"labelled": str(records.uses_labelled_images(sweep)).encode()}
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns).replace_schema_metadata(metadata), buffer)
     return buffer.getvalue()

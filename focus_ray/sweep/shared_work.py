@@ -23,7 +23,7 @@ from focus_ray.sweep.worker import compute_features_task, load_images_task
 
 
 @dataclass(frozen=True)
-class SharedInputs:
+class SharedTrialInputs:
     """References to images and features that all trials share, in Ray's object stores.
 
     Ray frees the images and features when the references are cleared.
@@ -39,7 +39,7 @@ class SharedInputs:
 
 def compute_shared_inputs(
     sweep: SweepConfig, splits: Mapping[str, SplitRule], use_gpu: bool, stopping: threading.Event, log: Log
-) -> SharedInputs:
+) -> SharedTrialInputs:
     """Decodes images and computes features for all trials in Ray tasks, as far as the memory budget allows. Waits for the tasks.
 
     Args:
@@ -54,7 +54,7 @@ def compute_shared_inputs(
     """
     import ray
 
-    shared = SharedInputs()
+    shared = SharedTrialInputs()
     if not sweep.share_work:
         log("shared work: none (share_work=false)")
         return shared
@@ -139,7 +139,9 @@ def _affects_shared_features(key: str) -> bool:
     return key.startswith("model.") or key in ("train.seed", "train.batch_size_per_worker", "train.epochs")
 
 
-def _wait_for_tasks(shared: SharedInputs, end_markers: Mapping[Any, Any], stopping: threading.Event, log: Log) -> None:
+def _wait_for_tasks(
+    shared: SharedTrialInputs, end_markers: Mapping[Any, Any], stopping: threading.Event, log: Log
+) -> None:
     """Waits for all tasks that compute shared inputs, or cancels the tasks if `stopping` is set.
 
     If a task for features fails, every trial computes its own features.

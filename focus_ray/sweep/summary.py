@@ -27,7 +27,7 @@ _MAX_NAMED = 8
 
 
 @dataclass(frozen=True)
-class StageSummary:
+class SweepStageSummary:
     """The summary of one stage of a sweep. A stage is one search: for one category, or for all categories together.
 
     Attributes:
@@ -51,7 +51,7 @@ class StageSummary:
     caveats: list[str]
 
 
-def summarize_stages(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> list[StageSummary]:
+def summarize_stages(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> list[SweepStageSummary]:
     """Returns the summary of each stage of a sweep, sorted by stage.
 
     Args:
@@ -72,7 +72,7 @@ def summarize_stages(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> list[
             results += sentences
         caveats = _list_caveats(sweep, stage_trials, len(ties))
         table = _make_trial_table(sweep, stage, stage_trials)
-        summaries.append(StageSummary(stage, stage_trials, best, ties, *table, results, caveats))
+        summaries.append(SweepStageSummary(stage, stage_trials, best, ties, *table, results, caveats))
     return summaries
 
 
@@ -191,7 +191,7 @@ def _list_caveats(sweep: SweepConfig, trials: Sequence[TrialRecord], num_ties: i
     finished = records.select_finished_records(trials)
     sentences = [
         "LABELLED: these scores come from labelled test images. Do not evaluate the chosen settings on these images again."
-        if records.uses_labels(sweep)
+        if records.uses_labelled_images(sweep)
         else "The score comes from synthetic defects on held-out good images: it ranks settings, and is not a detection rate."
     ]
     if len(finished) > 1:

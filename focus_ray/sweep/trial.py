@@ -278,7 +278,7 @@ def _reduce_features(
         return _reductions[cache_key]
     reduction = ChannelReduction(BACKBONES[config.model.backbone].channels, density, config.train.seed).to(device)
 
-    def embeddings(levels: Sequence[NDArray[np.float32]], batch_size: int) -> Iterator[Tensor]:
+    def iterate_reduced_embeddings(levels: Sequence[NDArray[np.float32]], batch_size: int) -> Iterator[Tensor]:
         """Generator: yields the reduced embeddings of each batch."""
         for start in range(0, len(levels[0]), batch_size):
             # Copy: arrays in Ray's object store are read-only.
@@ -289,11 +289,15 @@ def _reduce_features(
     size = config.model.image_size_px // config.model.location_side_px(density.map_layer)
     batch_size = config.train.batch_size_per_worker
     thetas = None if features.fit_theta is None else torch.from_numpy(np.array(features.fit_theta)).split(batch_size)
-    batches = map(EmbeddedBatch, embeddings(features.fit, batch_size), thetas or itertools.repeat(None))
+    batches = map(EmbeddedBatch, iterate_reduced_embeddings(features.fit, batch_size), thetas or itertools.repeat(None))
     statistics = compute_embedding_statistics(batches, reduction, (size, size), device, kept_positions)
     while len(_reductions) >= _MAX_REDUCTIONS:
         del _reductions[next(iter(_reductions))]
-    _reductions[cache_key] = statistics, reduction, list(embeddings(features.scored, SCORING_BATCH_SIZE))
+    _reductions[cache_key] = (
+        statistics,
+        reduction,
+        list(iterate_reduced_embeddings(features.scored, SCORING_BATCH_SIZE)),
+    )
     return _reductions[cache_key]
 
 

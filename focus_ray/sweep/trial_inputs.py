@@ -124,20 +124,20 @@ def load_category_images(
         DataError: Images cannot be read, or there are no images for scoring.
     """
 
-    def decode(rows: Sequence[int] | NDArray[np.int64], decode_size_px: int) -> NDArray[np.uint8]:
+    def decode_at_size(rows: Sequence[int] | NDArray[np.int64], decode_size_px: int) -> NDArray[np.uint8]:
         """Returns the decoded images of some rows, (N, S, S, 3) uint8, where S is `decode_size_px`."""
         batches = decode_rows(config.data.uri, category, rows, decode_size_px, version=plan.version)
         return np.concatenate([np.empty((0, decode_size_px, decode_size_px, 3), np.uint8), *batches])
 
     if objective == "validation":
-        normals = decode(plan.validation_rows, config.model.image_size_px)
+        normals = decode_at_size(plan.validation_rows, config.model.image_size_px)
         images, masks = make_validation_images(normals, seed=derive_seed(config.train.seed, "synthetic defects", 0))
         labels = np.asarray(masks.any(axis=(1, 2)), dtype=np.int64)
         images, masks = _downscale_images_and_masks(images, masks, size_px)
         scored = ScoringImages(images, masks, labels, np.ones(len(images), dtype=bool))
     else:
         scored = _read_test_images(config.data.uri, category, size_px)
-    fit, validation = decode(plan.fit_rows, size_px), decode(plan.validation_rows, size_px)
+    fit, validation = decode_at_size(plan.fit_rows, size_px), decode_at_size(plan.validation_rows, size_px)
     return CategoryImages(fit, validation, scored, plan.fit.groups, plan.fit.order)
 
 
@@ -213,7 +213,9 @@ def compute_frozen_features(config: Config, images: CategoryImages, device: torc
     run.fit_image_aligner()
     run.net.eval()
 
-    def embed(batches: Iterable[Tensor]) -> tuple[tuple[NDArray[np.float32], ...], NDArray[np.float32] | None]:
+    def compute_features(
+        batches: Iterable[Tensor],
+    ) -> tuple[tuple[NDArray[np.float32], ...], NDArray[np.float32] | None]:
         """Returns the feature maps of each layer, and the alignment of each image (None without alignment)."""
         maps, thetas = [], []
         for part in (
@@ -226,8 +228,8 @@ def compute_frozen_features(config: Config, images: CategoryImages, device: torc
                 thetas.append(theta.float().cpu().numpy())
         return tuple(map(np.concatenate, zip(*maps, strict=True))), np.concatenate(thetas) if thetas else None
 
-    fit, fit_theta = embed(torch.from_numpy(images.fit).split(config.train.batch_size_per_worker))
-    scored, theta = embed(torch.from_numpy(images.scored.images).split(SCORING_BATCH_SIZE))
+    fit, fit_theta = compute_features(torch.from_numpy(images.fit).split(config.train.batch_size_per_worker))
+    scored, theta = compute_features(torch.from_numpy(images.scored.images).split(SCORING_BATCH_SIZE))
     aligner = run.net.image_aligner
     state = None if aligner is None else {name: value.cpu().numpy() for name, value in aligner.state_dict().items()}
     return FrozenFeatures(fit, scored, fit_theta, theta, state, run.notes.alignment, uuid.uuid4().hex)

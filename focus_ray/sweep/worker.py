@@ -43,7 +43,7 @@ SHARED_TIMEOUT_S = (
 
 
 @dataclass(frozen=True)
-class StageJob:
+class SweepStageInputs:
     """The inputs that all trials of a stage get. A stage is one search: for one category, or for all categories together.
 
     Attributes:
@@ -77,7 +77,7 @@ class TrialJob(TrainerJob):
     """
 
     number: int
-    stage: StageJob
+    stage: SweepStageInputs
 
 
 def load_images_task(
@@ -99,7 +99,7 @@ def compute_features_task(config: Config, images: CategoryImages) -> tuple[Froze
     return compute_frozen_features(config, images, device), None
 
 
-def run_trial(config: Mapping[str, Any], job: StageJob) -> None:
+def run_trial(config: Mapping[str, Any], job: SweepStageInputs) -> None:
     """Runs one trial of a sweep inside Ray Tune: fits and scores each category, and writes and reports the result.
 
     An error ends only this trial, which gets the status "failed". If the sweep was stopped, nothing is written.

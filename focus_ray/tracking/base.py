@@ -40,7 +40,7 @@ class RunDescription:
 
 
 @dataclass(frozen=True)
-class Picture:
+class CaptionedPicture:
     """A JPEG picture with name and caption, for a run in a tracker.
 
     Attributes:
@@ -63,7 +63,7 @@ class TrackerRun(Protocol):
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Adds tags. Replaces existing tags of the same name."""
 
-    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log_step_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds the value of each metric to its curve at a step, usually an epoch.
 
         An earlier process may have logged the same step already.
@@ -72,7 +72,7 @@ class TrackerRun(Protocol):
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Sets metrics that have one value per run."""
 
-    def log_pictures(self, pictures: Sequence[Picture]) -> None:
+    def log_pictures(self, pictures: Sequence[CaptionedPicture]) -> None:
         """Adds pictures. A picture with an existing name replaces the old one."""
 
     def end(self, failed: bool) -> None:
@@ -83,7 +83,7 @@ class Tracker(Protocol):
     """Interface of a kind of tracker; an instance is an opened tracker. `tracking.registry.TRACKERS` lists all kinds."""
 
     @classmethod
-    def check(cls, settings: TrackerConfig, storage: str) -> str:
+    def check_usable(cls, settings: TrackerConfig, storage: str) -> str:
         """Checks that the tracker can be used. Does not import the package of the tracker.
 
         Args:
@@ -99,7 +99,7 @@ class Tracker(Protocol):
         """
 
     def __init__(self, settings: TrackerConfig, storage: str) -> None:
-        """Opens the tracker. `check` was called with the same arguments before."""
+        """Opens the tracker. `check_usable` was called with the same arguments before."""
 
     def has_run(self, run: RunDescription) -> bool:
         """Returns True if the tracker already has this run. Some trackers see only the runs of this machine."""

@@ -18,8 +18,8 @@ from typing import Any
 
 from focus_ray.errors import ConfigError, check_extra_is_installed
 from focus_ray.tracking.base import (
+    CaptionedPicture,
     ParameterValue,
-    Picture,
     RunDescription,
     Tracker,
     find_writable_folder,
@@ -58,7 +58,7 @@ class _MLflowRun:
 
         self._send_batches("params", [Param(key, str(value)) for key, value in parameters.items()])
 
-    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log_step_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds the value of each metric to its curve at a step.
 
         Skips a curve to which an earlier process has added a value at this step, because MLflow would store both values.
@@ -85,7 +85,7 @@ class _MLflowRun:
         for start in range(0, len(items), _MAX_ITEMS):
             self.client.log_batch(self.run_id, **{kind: items[start : start + _MAX_ITEMS]})
 
-    def log_pictures(self, pictures: Sequence[Picture]) -> None:
+    def log_pictures(self, pictures: Sequence[CaptionedPicture]) -> None:
         """Adds pictures as files, and a file captions.txt with their captions."""
         with tempfile.TemporaryDirectory() as folder:
             for picture in pictures:
@@ -104,7 +104,7 @@ class MLflowTracker(Tracker):
     """The tracker MLflow, opened: one experiment on a server or in a database."""
 
     @classmethod
-    def check(cls, settings: TrackerConfig, storage: str) -> str:
+    def check_usable(cls, settings: TrackerConfig, storage: str) -> str:
         """Checks that MLflow is installed, and that the local folder can be written or the HTTP server answers.
 
         Does not connect to a database. Sets the environment variables in _ENVIRONMENT that the user has not set.

@@ -36,7 +36,7 @@ class BackgroundRecorder:
         """
         self._trackers: dict[str, Tracker] = {}  # without failed trackers
         for kind, tracker_settings in settings.items():
-            location = TRACKERS[kind].check(tracker_settings, storage)
+            location = TRACKERS[kind].check_usable(tracker_settings, storage)
             try:
                 self._trackers[kind] = TRACKERS[kind](tracker_settings, storage)
             except Exception as error:  # trackers raise many types

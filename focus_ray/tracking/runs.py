@@ -24,7 +24,7 @@ from focus_ray.drawing.mark import MARK
 from focus_ray.errors import FocusRayError
 from focus_ray.metrics.registry import METRICS
 from focus_ray.storage.files import file_exists, join_path, read_bytes
-from focus_ray.tracking.base import Picture, RunDescription, TrackerRun, flatten_parameters
+from focus_ray.tracking.base import CaptionedPicture, RunDescription, TrackerRun, flatten_parameters
 from focus_ray.tracking.recorder import BackgroundRecorder, describe_error
 from focus_ray.version import __version__
 
@@ -126,7 +126,7 @@ class TrainingRecorder:
             return  # after the loss of a worker, epochs are trained again
         self._recorded_epochs.add((category, step))
         values = {f"train/{key}": float(value) for key, value in metrics.items() if key != "epoch"}
-        self.recorder.write_to_run(self._runs[category], lambda run: run.log_step(step, values))
+        self.recorder.write_to_run(self._runs[category], lambda run: run.log_step_metrics(step, values))
 
     def record_finished_category(self, category: str, bundle: str) -> None:
         """Writes the metrics in a category's bundle to the trackers, with all epochs that are not logged yet, and ends its run.
@@ -193,7 +193,7 @@ def _log_bundle_metrics(run: TrackerRun, bundle: str, manifest: Mapping[str, Any
     for entry in metrics.get("selection", []):
         if "epoch" in entry:  # otherwise it compares alignments; epoch 0 is untrained
             keys = [key for key in ("score", "image_auroc", "aupro") if key in entry]
-            run.log_step(int(entry["epoch"]), {f"validation/{key}": float(entry[key]) for key in keys})
+            run.log_step_metrics(int(entry["epoch"]), {f"validation/{key}": float(entry[key]) for key in keys})
     seconds = {stage: float(value) for stage, value in metrics.get("seconds", {}).items()}
     values = {f"seconds/{stage}": value for stage, value in seconds.items()}
     values["seconds/total"] = sum(seconds.values())
@@ -291,7 +291,7 @@ def name_evaluation_metrics(result: Mapping[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def make_gallery_pictures(galleries: Sequence[Sequence[Any]]) -> Iterator[Picture]:
+def make_gallery_pictures(galleries: Sequence[Sequence[Any]]) -> Iterator[CaptionedPicture]:
     """Generator: yields a picture for each card, with the image and its heat map side by side.
 
     The order is: the first card of each gallery, then the second card of each gallery, and so on.
@@ -299,7 +299,7 @@ def make_gallery_pictures(galleries: Sequence[Sequence[Any]]) -> Iterator[Pictur
     cards = [card for card in chain.from_iterable(zip_longest(*galleries)) if card is not None]
     for number, card in enumerate(cards, start=1):
         verdict = card.mistake or card.verdict
-        yield Picture(
+        yield CaptionedPicture(
             f"{number:02d}-{_sanitize_name(card.defect_type)}-{_sanitize_name(verdict)}",
             f"{card.name}: {card.defect_type}, {verdict}, score {card.score_to_threshold:.3g} times the threshold",
             _join_side_by_side([card.views["image"], card.views["heat map"]]),

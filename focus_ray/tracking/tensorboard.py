@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from focus_ray.errors import check_extra_is_installed
-from focus_ray.tracking.base import Picture, RunDescription, Tracker, find_writable_folder
+from focus_ray.tracking.base import CaptionedPicture, RunDescription, Tracker, find_writable_folder
 from focus_ray.tracking.settings import TrackerConfig
 
 _KEY = "subject.key"  # file next to the events with the key of their run
@@ -39,7 +39,7 @@ class _TensorBoardRun:
         self.tags.update(tags)
         self.writer.add_text("tags", _format_markdown_table(self.tags))
 
-    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log_step_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds the value of each metric to its curve at a step."""
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
@@ -47,9 +47,9 @@ class _TensorBoardRun:
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Adds metrics that have one value per run, as curves with one point at step 0."""
-        self.log_step(0, metrics)
+        self.log_step_metrics(0, metrics)
 
-    def log_pictures(self, pictures: Sequence[Picture]) -> None:
+    def log_pictures(self, pictures: Sequence[CaptionedPicture]) -> None:
         """Adds pictures, and a table with their captions."""
 
         import numpy as np
@@ -72,7 +72,7 @@ class TensorBoardTracker(Tracker):
     """The tracker TensorBoard, opened: a folder of event files on this machine."""
 
     @classmethod
-    def check(cls, settings: TrackerConfig, storage: str) -> str:
+    def check_usable(cls, settings: TrackerConfig, storage: str) -> str:
         """Checks that tensorboardX is installed and that the folder can be written. Returns the folder for the event files.
 
         Raises:

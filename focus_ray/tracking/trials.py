@@ -87,7 +87,7 @@ def _log_trial_results(run: TrackerRun, record: Mapping[str, Any]) -> None:
     for category, part in record["categories"].items():
         if len(part["curve"]) > 1:
             for epoch, score in part["curve"]:
-                run.log_step(int(epoch), {f"score_by_epoch/{category}": float(score)})
+                run.log_step_metrics(int(epoch), {f"score_by_epoch/{category}": float(score)})
         if part["score"] is not None:
             metrics[f"score/{category}"] = float(part["score"])
         figures = {key: value for key, value in part["figures"].items() if value is not None}

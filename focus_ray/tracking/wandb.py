@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from focus_ray.errors import ConfigError, check_extra_is_installed
-from focus_ray.tracking.base import Picture, RunDescription, Tracker, find_writable_folder
+from focus_ray.tracking.base import CaptionedPicture, RunDescription, Tracker, find_writable_folder
 from focus_ray.tracking.settings import TrackerConfig
 
 STEP = "step"  # metric on the x axis of curves
@@ -34,7 +34,7 @@ class _WandbRun:
         """Adds tags, or replaces existing tags."""
         self.wandb_run.config.update({"tags": {**self.wandb_run.config.get("tags", {}), **tags}}, allow_val_change=True)
 
-    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log_step_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds the value of each metric to its curve at a step."""
         self.wandb_run.log({STEP: step, **metrics})
 
@@ -42,7 +42,7 @@ class _WandbRun:
         """Sets metrics that have one value per run."""
         self.wandb_run.summary.update(dict(metrics))
 
-    def log_pictures(self, pictures: Sequence[Picture]) -> None:
+    def log_pictures(self, pictures: Sequence[CaptionedPicture]) -> None:
         """Adds pictures with their captions."""
 
         import wandb
@@ -63,7 +63,7 @@ class WandbTracker(Tracker):
     """The tracker Weights & Biases, opened: a project, with a local folder for the files of its runs."""
 
     @classmethod
-    def check(cls, settings: TrackerConfig, storage: str) -> str:
+    def check_usable(cls, settings: TrackerConfig, storage: str) -> str:
         """Checks that wandb is installed, the folder can be written, and the mode online has an API key. Does not connect.
 
         Returns:
@@ -78,7 +78,7 @@ class WandbTracker(Tracker):
         return f"{find_writable_folder('wandb', settings, storage)} ({mode})"
 
     def __init__(self, settings: TrackerConfig, storage: str) -> None:
-        """Checks the folder and the mode; does not connect. Raises: ConfigError: see `check`."""
+        """Checks the folder and the mode; does not connect. Raises: ConfigError: see `check_usable`."""
         self.folder, self.mode = find_writable_folder("wandb", settings, storage), _find_wandb_mode()
         self.project = settings.project
 

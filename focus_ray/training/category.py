@@ -87,7 +87,7 @@ def fit_category(
     # the workers must agree: an earlier group may still write
     state = compute_on_rank0_and_broadcast(lambda: _load_latest_checkpoint(folder))
 
-    def log_line(message: str) -> None:
+    def log_on_rank0(message: str) -> None:
         if rank == 0:
             log(f"{category}: {message}")
 
@@ -98,7 +98,7 @@ def fit_category(
         _write_checkpoint(folder, epoch, snapshot())
 
     start = time.perf_counter()
-    log_line(f"reading {split.num_images} images")
+    log_on_rank0(f"reading {split.num_images} images")
     plan = split.plan(config)
     stream = stream or build_local_stream(config, category, plan, num_threads)
     shard = build_shard(config, category, plan, rank, num_workers, stream, num_threads)
@@ -111,7 +111,7 @@ def fit_category(
         rank=rank,
         state=state,
         on_epoch=on_epoch,
-        log=log_line,
+        log=log_on_rank0,
     )
     if rank > 0:
         return

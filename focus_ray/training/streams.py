@@ -67,7 +67,7 @@ def stream_training_images(config: Config, split: SplitRule) -> Any:
     """
     frame = load_frame(config, split.category)
 
-    def decode(batch: dict[str, Any]) -> dict[str, Any]:
+    def decode_fit_images(batch: dict[str, Any]) -> dict[str, Any]:
         rows = zip(*(batch[column] for column in columns), strict=True)
         images = {
             name: bytes(image)
@@ -80,7 +80,7 @@ def stream_training_images(config: Config, split: SplitRule) -> Any:
 
     columns = ("id", "label", "content_hash", "group", "image")
     dataset = read_ray_dataset(config.data.uri, split.category, split="train", columns=columns, version=split.version)
-    return dataset.map_batches(decode, batch_size=NUM_ROWS_PER_READ)
+    return dataset.map_batches(decode_fit_images, batch_size=NUM_ROWS_PER_READ)
 
 
 def iterate_worker_batches(batch_size: int, seed: int) -> Iterable[Mapping[str, Any]]:

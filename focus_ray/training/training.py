@@ -113,7 +113,7 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
         except DataError as error:
             raise DataError(f"category {category!r}: {error}") from None
     fingerprints = {category: split.fingerprint for category, split in splits.items()}
-    _check_run_folder(config, root, resume, fingerprints)
+    _check_run_folder_usable(config, root, resume, fingerprints)
     bundles = {category: get_bundle_uri(root, category) for category in categories}
     remaining = [
         category
@@ -207,7 +207,7 @@ def _train_categories(
     write_bytes(join_path(root, RUN_CONFIG), config_to_yaml(config).encode())
     training_recorder = TrainingRecorder(recorder, config.model_dump(mode="json"), root, fingerprints)
 
-    def show(message: Message) -> None:
+    def handle_message(message: Message) -> None:
         if isinstance(message, str):
             log(message)
         else:
@@ -220,10 +220,10 @@ def _train_categories(
         if is_local:
             use_gpu = bool(config.cluster.use_gpu) and torch.cuda.is_available()
             outcomes = _train_in_this_process(
-                [CategoryJob(config, split, use_gpu, root, show) for split in splits.values()]
+                [CategoryJob(config, split, use_gpu, root, handle_message) for split in splits.values()]
             )
         else:
-            outcomes = _train_on_cluster(config, splits, root, limit, show)
+            outcomes = _train_on_cluster(config, splits, root, limit, handle_message)
         for category, outcome in outcomes:
             place = get_bundle_uri(root, category)
             if isinstance(outcome, FailedPiece):
@@ -277,7 +277,7 @@ def _train_on_cluster(
     num_at_once = min(limit, len(splits))
     show(f"{len(splits)} categories, {num_at_once} at a time, {config.cluster.num_workers} worker(s) each")
 
-    def listen() -> None:
+    def show_new_messages() -> None:
         for message in messages.take_all():
             show(message)
 
@@ -287,11 +287,11 @@ def _train_on_cluster(
         make_actor_options_for_this_node() if needs_trainer else make_worker_options(config.cluster, use_gpu),
         MAX_TRAINER_RESTARTS if needs_trainer else config.cluster.max_failures,
         show,
-        listen,
+        show_new_messages,
         retry_errors=not needs_trainer,
     )
     for job, outcome in pool.run_pieces(_train_category, lambda: next(jobs, None)):
-        listen()  # shows the lines of a category before its end
+        show_new_messages()  # shows the lines of a category before its end
         yield job.category, outcome
 
 
@@ -362,7 +362,7 @@ def _claim_run_folder(root: str, resume: bool, fingerprints: Mapping[str, str]) 
         )
 
 
-def _check_run_folder(config: Config, root: str, resume: bool, fingerprints: Mapping[str, str]) -> None:
+def _check_run_folder_usable(config: Config, root: str, resume: bool, fingerprints: Mapping[str, str]) -> None:
     """Checks that this run may use its folder: the folder is new, or `resume` is True and the earlier run fits.
 
     An earlier run fits if its settings and its images are the same, or if no category has results yet. The function also writes

@@ -90,7 +90,7 @@ def test_halving_prunes_as_optunas_pruner_does(grace_epochs: int, reduction_fact
             score = round(rng.uniform(), 2)
             category, epoch = ("a", step) if step <= 20 else ("b", step - 20)
             trial.report(score, step)
-            is_pruned = pruner._apply_successive_halving(number, category, epoch, score) is not None
+            is_pruned = pruner._find_halving_pruning_reason(number, category, epoch, score) is not None
             assert is_pruned == trial.should_prune()
             if is_pruned:
                 num_pruned += 1

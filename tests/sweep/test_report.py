@@ -46,7 +46,7 @@ def make_trial(number: int, *scores: float, num_good: int = 40, **keys: Any) -> 
     return TrialRecord(**{**vars(record), **keys})
 
 
-def summarize(trials: list[TrialRecord], **keys: Any) -> summary.StageSummary:
+def summarize(trials: list[TrialRecord], **keys: Any) -> summary.SweepStageSummary:
     """Returns the summary of a sweep with one stage."""
     (stage,) = summary.summarize_stages(make_sweep(**keys), trials)
     return stage

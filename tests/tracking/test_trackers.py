@@ -237,7 +237,7 @@ class FakeTracker(Tracker):
     fails_at: ClassVar[str | None] = None
 
     @classmethod
-    def check(cls, settings: TrackerConfig, storage: str) -> str:
+    def check_usable(cls, settings: TrackerConfig, storage: str) -> str:
         return "memory"
 
     def __init__(self, settings: TrackerConfig, storage: str) -> None:
@@ -260,7 +260,7 @@ class FakeRun:
         def record(argument: Any, *_: object) -> None:
             if method == FakeTracker.fails_at:
                 raise ConnectionError("the server is gone")
-            shown = f" {argument}" if method in ("log_step", "end") else ""  # a step, or whether the run failed
+            shown = f" {argument}" if method in ("log_step_metrics", "end") else ""  # a step, or whether the run failed
             FakeTracker.calls.append((self.name, method + shown))
 
         return record
@@ -290,7 +290,7 @@ def test_a_tracker_that_fails_is_reported_once_and_the_training_goes_on(
 @pytest.mark.parametrize(
     ("training", "calls"),
     [
-        ({}, ["log_step 1", "log_metrics", "set_tags", "end False"]),
+        ({}, ["log_step_metrics 1", "log_metrics", "set_tags", "end False"]),
         ({"learning_rate": 10.0, "lambda_fine": 1e38}, ["set_tags", "end True"]),
     ],
     ids=["trained", "diverging"],
@@ -313,7 +313,7 @@ def test_an_unreadable_bundle_loses_only_its_metrics(fake_tracker: type[FakeTrac
         training_recorder.log_epoch("gear", {"epoch": 0, "loss": 1.0})
     training_recorder.record_finished_category("gear", str(tmp_path / "missing"))
     training_recorder.close(failed=False)
-    assert fake_tracker.calls == [("small/gear", call) for call in ("log_step 1", "end False")]
+    assert fake_tracker.calls == [("small/gear", call) for call in ("log_step_metrics 1", "end False")]
     assert [line for line in lines if line.startswith("WARNING: gear: ")]
 
 
@@ -322,7 +322,9 @@ def test_a_broken_store_gives_one_warning(tmp_path: Path) -> None:
     recorder = BackgroundRecorder({"mlflow": TrackerConfig()}, str(tmp_path), lines.append)
     (tmp_path / "trackers/mlflow/mlflow.db").write_bytes(b"not a database" * 1000)
     for _ in range(3):
-        recorder.write_to_run(RunDescription("0", "line/gear"), lambda run: run.log_step(1, {"train/loss": 1.0}))
+        recorder.write_to_run(
+            RunDescription("0", "line/gear"), lambda run: run.log_step_metrics(1, {"train/loss": 1.0})
+        )
     recorder.close()
     (warning,) = [line for line in lines if "WARNING" in line]
     assert "mlflow failed" in warning
@@ -415,7 +417,7 @@ def test_parameters_contain_no_secret_of_a_uri(uri: str, shown: str) -> None:
 
 def test_the_password_in_mlflows_variable_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@127.0.0.1:9/runs")
-    assert TRACKERS["mlflow"].check(TrackerConfig(), "runs") == "postgresql://127.0.0.1:9/runs"
+    assert TRACKERS["mlflow"].check_usable(TrackerConfig(), "runs") == "postgresql://127.0.0.1:9/runs"
 
 
 # Evaluations
@@ -456,7 +458,10 @@ def test_epochs_of_ray_train_are_recorded_during_the_training(
     monkeypatch.setattr(TrainingRecorder, "record_finished_category", lambda *arguments: None)
     cluster = {"local": False, "num_workers": 2}
     train(make_config(data, tmp_path, {"fake": {}}, ["gear"], train={"epochs": EPOCHS}, cluster=cluster))
-    assert [call for _, call in fake_tracker.calls if call.startswith("log_step")] == ["log_step 1", "log_step 2"]
+    assert [call for _, call in fake_tracker.calls if call.startswith("log_step_metrics")] == [
+        "log_step_metrics 1",
+        "log_step_metrics 2",
+    ]
 
 
 @pytest.mark.ray
