@@ -36,7 +36,7 @@ def compute_on_rank0_and_broadcast(compute: Callable[[], _T]) -> _T:
     if get_world_size() == 1:
         return compute()
     result_and_error: list[Any] = [None, None]
-    if dist.get_rank() == 0:
+    if get_rank() == 0:
         try:
             result_and_error[0] = compute()
         except Exception as error:
@@ -49,8 +49,13 @@ def compute_on_rank0_and_broadcast(compute: Callable[[], _T]) -> _T:
 
 def compute_worker_range(count: int) -> range:
     """Returns this worker's contiguous range of the numbers 0 to count - 1; every number belongs to exactly one worker."""
-    rank = dist.get_rank() if get_world_size() > 1 else 0
-    return range(count * rank // get_world_size(), count * (rank + 1) // get_world_size())
+    rank, world_size = get_rank(), get_world_size()
+    return range(count * rank // world_size, count * (rank + 1) // world_size)
+
+
+def get_rank() -> int:
+    """Returns the number of this worker in the torch.distributed group, from 0; 0 without a group."""
+    return dist.get_rank() if get_world_size() > 1 else 0
 
 
 def get_world_size() -> int:

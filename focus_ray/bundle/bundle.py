@@ -416,12 +416,14 @@ def _read_statistics_of_manifest(uri: str | Path, manifest: dict[str, Any]) -> N
             f"{uri}: the bundle stores no moments, so it cannot be updated: train with density.keep_moments=true"
         )
     shape = manifest["moments"]
+    content = _read_verified_bytes(uri, manifest["files"]["density"])
+    read_header(content, str(uri))
+    density = load_tensors(content)
     content = _read_verified_bytes(uri, manifest["files"]["moments"])
     check_moments_shapes(shape, read_header(content, str(uri)), str(uri))
     tensors = load_tensors(content)
     del content  # frees the file's bytes before the stored embeddings are assembled
     moments = restore_moments(shape["count"], shape["height"], shape["width"], tensors)
-    density = _read_tensor_file(uri, manifest, "density")
     grid = parse_config(add_missing_settings(manifest), f"{uri}/{MANIFEST}", is_fitted=True).model.shared_tile_grid
     bank = restore_bank(moments, grid, tensors, density)
     scatter, shown = tensors.get("metric_scatter"), density.get("shown")
@@ -476,16 +478,6 @@ def copy_bundle(uri: str | Path, manifest: dict[str, Any], output: str | Path) -
     text = json.dumps(manifest, indent=1).encode()
     write_bytes(join_path(output, MANIFEST), text)
     return num_bytes + len(text)
-
-
-def _read_tensor_file(uri: str | Path, manifest: dict[str, Any], part: str) -> dict[str, Tensor]:
-    """Reads and verifies a tensor file of the bundle and returns name -> tensor. part: network, density or moments.
-
-    Raises: BundleError: the file is missing, unreadable, changed or has a damaged header.
-    """
-    content = _read_verified_bytes(uri, manifest["files"][part])
-    read_header(content, str(uri))
-    return load_tensors(content)
 
 
 def _read_verified_bytes(uri: str | Path, entry: dict[str, Any]) -> bytes:

@@ -156,13 +156,11 @@ class Registry:
     # ---- reading
     def list_teams(self) -> list[str]:
         """Returns the names of all teams that have a folder in the registry."""
-        return [name for name in list_folder_entries(self.root) if is_valid_name(name)]
+        return _list_valid_names(self.root)
 
     def list_categories(self, team: str) -> list[str]:
         """Returns the names of a team's categories, including a category whose first version is still being published."""
-        return [
-            name for name in list_folder_entries(join_path(self.root, check_name(team, "team"))) if is_valid_name(name)
-        ]
+        return _list_valid_names(join_path(self.root, check_name(team, "team")))
 
     def list_versions(self, team: str, category: str) -> list[Version]:
         """Returns the published versions of a category, oldest first; empty if there is no such team or category.
@@ -177,13 +175,8 @@ class Registry:
 
     def list_aliases(self, team: str, category: str) -> dict[str, str]:
         """Returns alias -> name of its version, for the aliases of a category. Leaves out an alias without a readable record."""
-        folder = join_path(self._get_category_folder(team, category), "_aliases")
-        states = (
-            (name, self._read_alias_state(team, category, name))
-            for name in list_folder_entries(folder)
-            if is_valid_name(name)
-        )
-        return {name: state.target.version for name, state in states if state.target}
+        states = self._read_alias_states(team, category).items()
+        return {alias: state.target.version for alias, state in states if state.target}
 
     def resolve(self, team: str, category: str, ref: str = LATEST) -> Version:
         """Returns the published version that a version name or an alias stands for.
@@ -267,12 +260,7 @@ class Registry:
             raise RegistryError(
                 f"{target}: copying the bundle took {now - claimed_at}, but the limit is {CLAIM_LASTS}: publish again"
             )
-        record = {
-            "sha256": manifest["sha256"],
-            "published_at": now.isoformat(),
-            "num_bytes": num_bytes,
-            **_create_signature(),
-        }
+        record = {"sha256": manifest["sha256"], "published_at": now.isoformat(), "num_bytes": num_bytes}
         write_bytes(join_path(folder, "_published", f"{name}.json"), _encode_record(record))
         self._move_alias_to_version(team, bundle_category, LATEST, name, only_forward=True)
         for alias in aliases:
@@ -368,11 +356,9 @@ class Registry:
                 log(f"{team}/{category}/{version.name}: deleted, {version.num_bytes} bytes")
         unpublished = set(list_folder_entries(folder)) - set(self._list_version_names(team, category))
         for name in _list_recorded_versions(join_path(folder, "_claims")):
-            claim = (
-                _read_record_or_log(join_path(folder, "_claims", f"{name}.json"), _VersionClaim)
-                if name in unpublished
-                else None
-            )
+            if name not in unpublished:
+                continue
+            claim = _read_record_or_log(join_path(folder, "_claims", f"{name}.json"), _VersionClaim)
             if claim and now - claim.at > 2 * CLAIM_LASTS and list_folder_entries(join_path(folder, name)):
                 remove_folder(join_path(folder, name))
                 log(f"{team}/{category}/{name}: deleted, its publisher never finished")
@@ -442,7 +428,7 @@ class Registry:
         first = _parse_number(claimed[-1]) + 1 if claimed else 1
         for number in range(first, first + _ATTEMPTS):
             name = f"v{number:04}"
-            if write_bytes_if_absent(join_path(folder, f"{name}.json"), _encode_record(_create_signature())):
+            if write_bytes_if_absent(join_path(folder, f"{name}.json"), _encode_record({})):
                 return name
         raise RegistryError(f"{category_folder}: other publishers took the next number at every attempt: publish again")
 
@@ -456,6 +442,11 @@ class Registry:
             if target is not None:
                 return _AliasState(number, target, steps > 0)
         return _AliasState(number, None, bool(entries))
+
+    def _read_alias_states(self, team: str, category: str) -> dict[str, _AliasState]:
+        """Returns alias -> its state, for all aliases of a category."""
+        aliases = _list_valid_names(join_path(self._get_category_folder(team, category), "_aliases"))
+        return {alias: self._read_alias_state(team, category, alias) for alias in aliases}
 
     def _move_alias_to_version(
         self, team: str, category: str, alias: str, name: str, only_forward: bool = False
@@ -524,12 +515,7 @@ class Registry:
 
         Raises: DataError: the file or a mark (`_announce_change`) cannot be written.
         """
-        record = {
-            "version": versions[0],
-            "before": versions[1 : MAX_STEPS_BACK + 1],
-            "action": action,
-            **_create_signature(),
-        }
+        record = {"version": versions[0], "before": versions[1 : MAX_STEPS_BACK + 1], "action": action}
         file = join_path(self._get_category_folder(team, category), "_aliases", alias, f"{number:08}.json")
         with self._announce_change(team, category):
             return write_bytes_if_absent(file, _encode_record(record))
@@ -550,7 +536,7 @@ class Registry:
         marks = [name for name in list_folder_entries(folder) if name.startswith(prefix)]
         obsolete_marks = [name for name in marks if name.startswith(done_prefix) or name < oldest_live_mark]
         begun = f"{prefix}{_BEGUN}{now:{_TIME}}-{token}.json"
-        record = _encode_record(_create_signature())
+        record = _encode_record({})
         write_bytes(join_path(folder, begun), record)
         try:
             yield
@@ -564,15 +550,10 @@ class Registry:
 
     def _is_named_by_alias(self, team: str, category: str, version: str) -> bool:
         """Returns whether an alias names the version now, names it after one step back, or has a damaged last record file."""
-        aliases = [
-            name
-            for name in list_folder_entries(join_path(self._get_category_folder(team, category), "_aliases"))
-            if is_valid_name(name)
-        ]
-        for _, target, is_damaged in (self._read_alias_state(team, category, alias) for alias in aliases):
-            if is_damaged or (target and version in [target.version, *target.before[:1]]):
-                return True
-        return False
+        return any(
+            is_damaged or (target is not None and version in [target.version, *target.before[:1]])
+            for _, target, is_damaged in self._read_alias_states(team, category).values()
+        )
 
     def _describe_missing_version(self, team: str, category: str, ref: str) -> str:
         """Returns an error message for an unknown version or alias `ref`, with the existing versions and aliases."""
@@ -594,6 +575,11 @@ def _check_alias_name(alias: str) -> None:
         raise RegistryError(f"alias {alias!r}: v with digits is the name of a version: give another name")
 
 
+def _list_valid_names(folder: str) -> list[str]:
+    """Returns the names in a folder that are allowed as names of teams, categories and aliases."""
+    return [name for name in list_folder_entries(folder) if is_valid_name(name)]
+
+
 def _list_recorded_versions(folder: str) -> list[str]:
     """Returns the names of the versions that have a JSON file in a folder (v0007 for v0007.json), in ascending order."""
     names = (name.removesuffix(".json") for name in list_folder_entries(folder))
@@ -605,21 +591,17 @@ def _parse_number(name: str) -> int:
     return int(name.removeprefix("v").removesuffix(".json"))
 
 
-def _create_signature() -> dict[str, str]:
-    """Returns entries for a record file: time and user@machine for people, and a random token that makes each file unique.
+def _encode_record(entries: dict[str, Any]) -> bytes:
+    """Returns a record file: the entries, time and user@machine for people, and a random token, as a line of JSON.
 
-    `write_bytes_if_absent` needs unique content.
+    The token makes the content unique, which `write_bytes_if_absent` needs.
     """
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # the user of a container may have no name
         user = "unknown"
     now = datetime.now(timezone.utc).isoformat()
-    return {"at": now, "by": f"{user}@{socket.gethostname()}", "token": uuid.uuid4().hex}
-
-
-def _encode_record(record: dict[str, Any]) -> bytes:
-    """Returns the entries of a record file as the bytes of a line of JSON."""
+    record = {**entries, "at": now, "by": f"{user}@{socket.gethostname()}", "token": uuid.uuid4().hex}
     return (json.dumps(record) + "\n").encode()
 
 

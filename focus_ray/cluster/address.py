@@ -72,22 +72,15 @@ def find_ray_session_folder() -> Path:
     return Path(parent) / "ray"
 
 
-def parse_host_and_port(host_and_port: str) -> tuple[str, int] | None:
-    """Splits the text HOST:PORT into host and port. Returns None for text of another form."""
-    try:
-        parts = urlsplit(f"//{host_and_port}")
-        return (parts.hostname, parts.port) if parts.hostname and parts.port else None
-    except ValueError:
-        return None
-
-
 def find_connection_problem(host_and_port: str) -> str:
     """Tries to connect to HOST:PORT, for at most `TIMEOUT_S` seconds. Returns why it fails; an empty string if it succeeds."""
-    host_port_pair = parse_host_and_port(host_and_port)
-    if host_port_pair is None:
-        return "not an address: give HOST:6379, ray://HOST:10001 or auto"
     try:
-        socket.create_connection(host_port_pair, timeout=TIMEOUT_S).close()
+        parts = urlsplit(f"//{host_and_port}")
+        if not parts.hostname or not parts.port:
+            raise ValueError
+        socket.create_connection((parts.hostname, parts.port), timeout=TIMEOUT_S).close()
+    except ValueError:  # also of urlsplit and its port
+        return "not an address: give HOST:6379, ray://HOST:10001 or auto"
     except OSError as error:
         return error.strerror or str(error) or type(error).__name__
     return ""

@@ -144,7 +144,11 @@ class WorkerPool(Generic[Piece]):
                             num_failed_starts += 1
                             if num_failed_starts > self.max_retries:
                                 raise TrainingError(f"workers do not start: {describe_root_cause(error)}") from error
-                        elif self._is_retry_allowed(call, error, is_lost):
+                        elif (
+                            call.num_failures <= self.max_retries
+                            and (self.retry_errors or is_lost)
+                            and is_retryable(error)
+                        ):
                             self.log(f"retry {call.num_failures} of {self.max_retries}: {describe_root_cause(error)}")
                             retries.append(call)
                             continue
@@ -157,16 +161,6 @@ class WorkerPool(Generic[Piece]):
         finally:
             for worker in workers:
                 ray.kill(worker)
-
-    def _is_retry_allowed(self, call: _WorkerCall[Piece], error: Exception, is_lost: bool) -> bool:
-        """Returns whether a failed piece of work is repeated.
-
-        Args:
-            call: the failed call.
-            error: its error.
-            is_lost: whether the worker or its node was lost.
-        """
-        return (self.retry_errors or is_lost) and is_retryable(error) and call.num_failures <= self.max_retries
 
 
 def make_worker_options(config: ClusterConfig, use_gpu: bool) -> dict[str, Any]:

@@ -15,9 +15,8 @@ from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.storage.files import check_folder_access, is_s3_uri, join_path, read_bytes, remove_file, write_bytes
 
-RESERVED_RESOURCES_VARIABLE = (
-    "FOCUS_RAY_RESERVED"  # JSON of the resources of the job's own process; `focus-ray submit` sets it
-)
+# JSON of the resources of the job's own process; `focus-ray submit` sets it
+RESERVED_RESOURCES_VARIABLE = "FOCUS_RAY_RESERVED"
 
 _PROBE_TIMEOUT_S = 120.0
 
@@ -61,9 +60,7 @@ def count_concurrent_trainings(
     needs["CPU"] += streams
     nodes = [node for node in ray.nodes() if node["Alive"]]
     total: dict[str, float] = {kind: float(ray.cluster_resources().get(kind, 0.0)) for kind in RESOURCE_KINDS}
-    reserved = {
-        kind: float(amount) for kind, amount in json.loads(os.environ.get(RESERVED_RESOURCES_VARIABLE) or "{}").items()
-    }
+    reserved: dict[str, float] = json.loads(os.environ.get(RESERVED_RESOURCES_VARIABLE) or "{}")
     slots = sum(
         _count_fitting_workers(node["Resources"], worker)
         for node in nodes

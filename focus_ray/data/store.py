@@ -123,9 +123,8 @@ class DataSetStore:
 
         Raises: DataError: the root cannot be listed.
         """
-        folders = read_stats_in_subfolders(
-            self.uri, COMMIT_NAME
-        )  # one listing on S3, whatever the number of categories
+        # one listing on S3, whatever the number of categories
+        folders = read_stats_in_subfolders(self.uri, COMMIT_NAME)
         return sorted(folder[len("category=") :] for folder in folders if folder.startswith("category="))
 
     def require_categories(self) -> list[str]:

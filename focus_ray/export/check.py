@@ -103,24 +103,22 @@ def score_examples_with_pytorch(bundle: Bundle, examples: Sequence[ExportExample
             f"an export needs {MIN_EXAMPLES}: give other images of the category with --examples, if possible good and bad ones"
         )
     inspector = Inspector(bundle, "cpu")
-    scores, maps, times = [], [], []
+    results, times = [], []
     for example, pixels in new:
         start = time.perf_counter()
         try:
             framed = bundle.frame.resize_image(Image.fromarray(pixels), pixels.shape[1], pixels.shape[0])
         except DataError as error:
             raise DataError(f"{example.name}: {error}") from error
-        score, anomaly_map = inspector.score(framed[None])
+        results.append(inspector.score(framed[None]))
         times.append(time.perf_counter() - start)
-        scores.append(score[0])
-        maps.append(anomaly_map[0])
     return ReferenceScores(
-        [pixels for _, pixels in new],
-        [example.label for example, _ in new],
-        np.array(scores, dtype=np.float64),
-        np.stack(maps),
-        1e3 * float(np.median(times)),
-        bundle.calibration,
+        pixels=[pixels for _, pixels in new],
+        labels=[example.label for example, _ in new],
+        scores=np.concatenate([score for score, _ in results]).astype(np.float64),
+        maps=np.concatenate([anomaly_map for _, anomaly_map in results]),
+        ms=1e3 * float(np.median(times)),
+        calibration=bundle.calibration,
     )
 
 

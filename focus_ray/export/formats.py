@@ -89,9 +89,10 @@ def open_exported_model(folder: Path, to: str, num_threads: int = 1) -> RunModel
         to: format of the model: onnx, torch or openvino.
         num_threads: threads of onnxruntime or OpenVINO. PyTorch uses the number of threads of this process instead.
     """
-    return {"onnx": _open_onnx, "torch": _open_torch, "openvino": _open_openvino}[to](
-        folder / MODEL_FILES[to], num_threads
-    )
+    path = folder / MODEL_FILES[to]
+    if to == "torch":
+        return _open_torch(path)
+    return _open_onnx(path, num_threads) if to == "onnx" else _open_openvino(path, num_threads)
 
 
 def trace_scorer(scorer: ExportableScorer) -> torch.export.ExportedProgram:
@@ -214,8 +215,8 @@ def _open_openvino(path: Path, num_threads: int) -> RunModel:
     return run
 
 
-def _open_torch(path: Path, num_threads: int) -> RunModel:
-    """Opens a `torch.export` file. `num_threads` has no effect."""
+def _open_torch(path: Path) -> RunModel:
+    """Opens a `torch.export` file."""
     with suppress_exporter_messages():
         module = torch.export.load(path).module()
 

@@ -331,14 +331,12 @@ class CategoryIngestion:
             num_existing: images of the source that the previous version already contained.
         """
         num_groups, group_notes = count_training_groups(self.category, index)
-        num_added = len(items) if status == "appended" else 0
-        folders = tuple(self.plan.folders)
         self.report = CategoryReport(
             self.category,
             status,
             **counts,
-            folders=folders,
-            num_added=num_added,
+            folders=tuple(self.plan.folders),
+            num_added=len(items) if status == "appended" else 0,
             num_existing=num_existing,
             num_train_groups=num_groups,
         )

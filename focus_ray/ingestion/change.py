@@ -145,9 +145,8 @@ class CompactionReport:
     num_stale: int
 
     def __str__(self) -> str:
-        return (
-            f"{self.category}: {self.num_before} part files, now {self.num_after}; {self.num_stale} stale files removed"
-        )
+        changes = f"{self.num_before} part files, now {self.num_after}; {self.num_stale} stale files removed"
+        return f"{self.category}: {changes}"
 
 
 def compact_part_files(uri: str | Path, categories: Sequence[str] | None = None) -> list[CompactionReport]:

@@ -162,18 +162,18 @@ def find_implausible_data(
             f"{category}: all {len(items)} images have {problem}: are they masks, or exported with a wrong range?"
         )
     masked = [item for item in items if item.mask is not None]
-    mask_problems = (
-        (
-            [item for item in masked if item.num_mask_values > MAX_MASK_VALUES],
-            "masks have many values above 0, as after JPEG, blur or scaling; every value above 0 means defective: save masks "
-            "as PNG with 0 and 255",
-        ),
-        (
-            [item for item in masked if item.mask_share > 0.5],
-            "masks mark more than half of their image; values above 0 mean defective: are the masks inverted?",
-        ),
+    many_values = (
+        "have many values above 0, as after JPEG, blur or scaling; every value above 0 means defective: save masks"
     )
-    for affected, problem in mask_problems:
+    items_by_problem = {
+        f"masks {many_values} as PNG with 0 and 255": [
+            item for item in masked if item.num_mask_values > MAX_MASK_VALUES
+        ],
+        "masks mark more than half of their image; values above 0 mean defective: are the masks inverted?": [
+            item for item in masked if item.mask_share > 0.5
+        ],
+    }
+    for problem, affected in items_by_problem.items():
         if affected:
             first = settings.describe_path(affected[0].sample.masks[0])
             notes.append(f"{category}: {len(affected)} {problem} (the first: {first})")

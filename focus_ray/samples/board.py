@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -154,9 +155,9 @@ def draw_board(rng: np.random.Generator, size_px: int, defect: str | None, attem
         blur_at_quarter_resolution(board, 0.010 * size), away[0] * 0.016 * size, away[1] * 0.016 * size
     )
     table *= falloff * (1 - 0.55 * np.clip(shadow_on_table, 0, 1)) * (1 - board)
-    picture = np.empty((size, size, 3), np.float32)
-    for channel, grey in enumerate((0.60, 0.59, 0.57)):
-        picture[..., channel] = (albedo[..., channel] * shade + shine) * board + table * grey
+    grey = np.array([0.60, 0.59, 0.57], np.float32)
+    shade, shine, board, table = (layer[..., None] for layer in (shade, shine, board, table))
+    picture = (albedo * shade + shine) * board + table * grey
     tint = exposure * np.array([1 + warmth, 1.0, 1 - warmth], np.float32)
     return simulate_camera_sensor(picture, rng, gain=tint, gamma=1.35)
 
@@ -176,17 +177,14 @@ class _BoardLayers:
         self.size = size
         self.colour = Image.new("RGB", (size, size), (14, 88, 52))
         self.height, self.metal, self.outline = (Image.new("L", (size, size)) for _ in range(3))
-        self._colour, self._height, self._metal = (
-            ImageDraw.Draw(layer) for layer in (self.colour, self.height, self.metal)
-        )
+        self._layers: list[Any] = [ImageDraw.Draw(layer) for layer in (self.colour, self.height, self.metal)]
         ImageDraw.Draw(self.outline).rounded_rectangle((0, 0, size - 1, size - 1), size * 0.03, fill=255)
 
     def draw_polygon(self, points: Points, colour: Colour, height: int, metal: int = 0) -> None:
         """Draws a filled polygon into the layers colour, height and metal."""
         scaled = [(x * self.size, y * self.size) for x, y in points]
-        self._colour.polygon(scaled, fill=colour)
-        self._height.polygon(scaled, fill=height)
-        self._metal.polygon(scaled, fill=metal)
+        for layer, fill in zip(self._layers, (colour, height, metal), strict=True):
+            layer.polygon(scaled, fill=fill)
 
     def draw_rectangle(
         self,
@@ -214,16 +212,14 @@ class _BoardLayers:
     def draw_disc(self, centre: Point, radius: float, colour: Colour, height: int, metal: int = 0) -> None:
         """Draws a filled circle into the layers colour, height and metal."""
         bounds = [(centre[axis] + side * radius) * self.size for side in (-1, 1) for axis in (0, 1)]
-        self._colour.ellipse(bounds, fill=colour)
-        self._height.ellipse(bounds, fill=height)
-        self._metal.ellipse(bounds, fill=metal)
+        for layer, fill in zip(self._layers, (colour, height, metal), strict=True):
+            layer.ellipse(bounds, fill=fill)
 
     def draw_line(self, points: Points, width: float, colour: Colour, height: int = 0) -> None:
         """Draws a line into the layer colour and, if `height` is not 0, into the layer height."""
         scaled = [(x * self.size, y * self.size) for x, y in points]
-        self._colour.line(scaled, fill=colour, width=max(1, round(width * self.size)), joint="curve")
-        if height:
-            self._height.line(scaled, fill=height, width=max(1, round(width * self.size)), joint="curve")
+        for layer, fill in zip(self._layers[: 2 if height else 1], (colour, height), strict=False):
+            layer.line(scaled, fill=fill, width=max(1, round(width * self.size)), joint="curve")
 
 
 _TRACE, _GOLD, _TIN, _SILK = (34, 122, 74), (206, 170, 92), (186, 188, 190), (222, 226, 220)  # RGB colours

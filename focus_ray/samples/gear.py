@@ -172,10 +172,9 @@ def draw_gear(rng: np.random.Generator, size_px: int, defect: str | None, attemp
     )
     mat *= (1 - 0.65 * np.clip(shadow, 0, 1)) * (1 - 0.45 * hole_mask) * (1 - solid)
     ground = np.array([0.165, 0.18, 0.20], np.float32)
-    picture = np.empty((size, size, 3), np.float32)
-    for channel in range(3):
-        body = albedo * steel[channel]
-        if stain is not None:
-            body += stain[0] * (stain[1][channel] - body)
-        picture[..., channel] = (body * shade + shine) * solid + mat * ground[channel]
+    body = albedo[..., None] * steel
+    if stain is not None:
+        body += stain[0][..., None] * (stain[1] - body)
+    shade, shine, solid, mat = (layer[..., None] for layer in (shade, shine, solid, mat))
+    picture = (body * shade + shine) * solid + mat * ground
     return simulate_camera_sensor(picture, rng, gain=exposure)

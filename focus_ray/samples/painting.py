@@ -112,13 +112,8 @@ def shift_image(image: FloatImage, down_px: float, right_px: float) -> FloatImag
         down_px: Shift down, rounded to whole pixels; negative values move up.
         right_px: Shift to the right, rounded to whole pixels; negative values move left.
     """
-    down, right = round(down_px), round(right_px)
-    height, width = image.shape
-    moved = np.zeros_like(image)
-    moved[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = image[
-        max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)
-    ]
-    return moved
+    offset = (round(down_px), round(right_px))
+    return np.asarray(ndimage.shift(image, offset, order=0), dtype=np.float32)
 
 
 def make_bent_line_points(rng: np.random.Generator, middle: NDArray[np.float64], length: float) -> Points:

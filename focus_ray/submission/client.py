@@ -194,12 +194,9 @@ def get_exit_status(info: Any) -> int:
     Args:
         info: Ray's JobDetails.
     """
-    if str(info.status) == "SUCCEEDED":
-        return 0
-    if str(info.status) == "STOPPED":
-        return 130
     code = info.driver_exit_code
-    return code if isinstance(code, int) and 0 < code < 256 else 1
+    failure_status = code if isinstance(code, int) and 0 < code < 256 else 1
+    return {"SUCCEEDED": 0, "STOPPED": 130}.get(str(info.status), failure_status)
 
 
 def describe_job(client: Any, job_id: str) -> dict[str, Any]:
@@ -229,12 +226,11 @@ def stop_job(client: Any, job_id: str) -> str:
     Raises:
         SubmissionError: The job does not exist, or it is still running after _STOP_TIMEOUT_S.
     """
+    deadline = time.monotonic() + _STOP_TIMEOUT_S
     with _translate_ray_errors(client.get_address(), job_id):
         client.stop_job(job_id)  # does nothing if the job has ended
-        deadline = time.monotonic() + _STOP_TIMEOUT_S
         while time.monotonic() < deadline:
-            status = client.get_job_info(job_id).status
-            if status.is_terminal():
+            if (status := client.get_job_info(job_id).status).is_terminal():
                 return str(status)
             time.sleep(0.2)
     raise SubmissionError(f"{job_id}: still running {_STOP_TIMEOUT_S:.0f} s after the request to stop: try again later")

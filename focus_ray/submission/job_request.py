@@ -93,9 +93,7 @@ def build_job_request(
         SubmissionError, ConfigError: The job cannot work on another machine.
     """
     if not command:
-        raise SubmissionError(
-            "nothing to submit: give a command, for instance: focus-ray submit train configs/run.yaml"
-        )
+        raise SubmissionError("nothing to submit: give a command, such as: focus-ray submit train configs/run.yaml")
     arguments = list(command)
     package = build_job_package(working_dir, excludes)
     metadata = {"focus_ray": __version__, "submitted_by": get_user_name(), "command": command[0]}
@@ -223,15 +221,11 @@ def _collect_environment_variables(variables: Sequence[str]) -> dict[str, str]:
                 "of the cluster a role or their own secret (docs/use/jobs.md)"
             )
         if not equals and name not in os.environ:
-            raise SubmissionError(
-                f"--env {name}: this variable is not set on this machine: set it, or give {name}=value"
-            )
+            raise SubmissionError(f"--env {name}: is not set on this machine: set it, or give {name}=value")
         environment[name] = value if equals else os.environ[name]
     for name, value in environment.items():
         if "://" in value and urllib.parse.urlsplit(value).password:
-            raise SubmissionError(
-                f"{name}: the address contains a password, which is not sent with a job: remove the password"
-            )
+            raise SubmissionError(f"{name}: the address contains a password, which is not sent with a job: remove it")
     return environment
 
 

@@ -88,9 +88,8 @@ def _build_zip_archive(files: Mapping[str, Path]) -> bytes:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, path in sorted(files.items()):
             entry = zipfile.ZipInfo(name)  # a fixed date (1980)
-            entry.compress_type = zipfile.ZIP_DEFLATED
             entry.external_attr = (0o755 if os.access(path, os.X_OK) else 0o644) << 16
-            archive.writestr(entry, path.read_bytes())
+            archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
 
 
@@ -119,13 +118,8 @@ def _list_files_to_send(
     for folder, folders, files in os.walk(root):
         relative_folder = Path(folder).relative_to(root).as_posix()
         prefix = "" if relative_folder == "." else f"{relative_folder}/"
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not is_excluded(prefix + name)
-            and prefix + name not in top_excludes
-            and not (Path(folder) / name / "pyvenv.cfg").is_file()
-        )
+        included = (name for name in folders if not is_excluded(prefix + name) and prefix + name not in top_excludes)
+        folders[:] = sorted(name for name in included if not (Path(folder) / name / "pyvenv.cfg").is_file())
         for name in files:
             path = Path(folder) / name
             if is_excluded(prefix + name) or not path.is_file():

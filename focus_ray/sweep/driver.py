@@ -37,7 +37,7 @@ from focus_ray.data.schema import COMMIT_NAME
 from focus_ray.errors import ConfigError, DataError, SweepError
 from focus_ray.fitting.fit import check_fit_prerequisites
 from focus_ray.fitting.settings import Config
-from focus_ray.fitting.shards import BatchSchedule, fits_in_memory
+from focus_ray.fitting.shards import fits_in_memory
 from focus_ray.fitting.split import SplitRule
 from focus_ray.names import Log, make_unique_name
 from focus_ray.storage.files import join_path, read_bytes, remove_folder
@@ -45,14 +45,14 @@ from focus_ray.sweep import records
 from focus_ray.sweep.proposer import SettingsProposer
 from focus_ray.sweep.race import TrialPruner
 from focus_ray.sweep.records import TrialRecord
-from focus_ray.sweep.settings import Point, SweepConfig
+from focus_ray.sweep.settings import Point, SweepConfig, describe_point
 from focus_ray.sweep.shared_work import SharedTrialInputs, compute_shared_inputs
 from focus_ray.sweep.trial_inputs import check_trial_settings, split_for_scoring
 from focus_ray.sweep.tune import SweepStopper, TuneSearcher, run_tune_trials
 from focus_ray.sweep.worker import STOPPED, SweepStageInputs, run_trial
 from focus_ray.tracking.recorder import BackgroundRecorder
 from focus_ray.tracking.trials import SweepRecorder
-from focus_ray.training.training import make_paths_absolute
+from focus_ray.training.training import check_enough_images, make_paths_absolute
 
 
 @dataclass(frozen=True)
@@ -188,13 +188,8 @@ def _check_trial_configs(config: SweepConfig, base: Config, splits: Mapping[str,
         try:
             check_trial_settings(settings)
         except ValueError as error:
-            settings_text = ", ".join(f"{key}={value!r}" for key, value in point.items())
-            raise ConfigError(f"space: at {settings_text}: {error}") from None
-    for category, split in splits.items():
-        try:
-            BatchSchedule.from_smallest_share(split.num_fit, base.cluster.num_workers, base.train.batch_size_per_worker)
-        except DataError as error:
-            raise DataError(f"category {category!r}: {error}") from None
+            raise ConfigError(f"space: at {describe_point(point)}: {error}") from None
+    check_enough_images(base, splits)
 
 
 def _run_and_report_sweep(
@@ -237,9 +232,6 @@ def _run_and_report_sweep(
         sweep_recorder = SweepRecorder(
             recorder,
             read_bytes(join_path(root, records.SWEEP_FILE)),
-            str(config.name),
-            base.storage,
-            base.cluster.team,
             config.model_dump(mode="json", exclude_none=True),
         )
         state = _SweepDriver(config, root, splits, streams, limit, log, sweep_recorder).run_trials()

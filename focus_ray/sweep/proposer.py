@@ -56,6 +56,7 @@ class SettingsProposer:
         self.optuna_trials: dict[int, Any] = {}
         self.study = optuna.create_study(direction="maximize")
         # Optuna's choices are JSON texts, because it takes no lists.
+        self._choices = {key for key, domain in sweep.space.items() if domain.choice is not None}
         self._distributions: dict[str, Any] = {}
         for key, domain in sweep.space.items():
             if domain.choice is not None:
@@ -80,8 +81,9 @@ class SettingsProposer:
             constant_liar=True,
         )
         trial = self.optuna_trials[number] = self.study.ask(self._distributions)
-        choices = {key for key, domain in self.sweep.space.items() if domain.choice is not None}
-        return number, {key: json.loads(value) if key in choices else value for key, value in trial.params.items()}
+        return number, {
+            key: json.loads(value) if key in self._choices else value for key, value in trial.params.items()
+        }
 
     def record_result(
         self,
@@ -109,10 +111,7 @@ class SettingsProposer:
                 trial.report(value, step)
             self.study.tell(trial, score, state)
             return
-        params = {
-            key: json.dumps(value) if self.sweep.space[key].choice is not None else value
-            for key, value in point.items()
-        }
+        params = {key: json.dumps(value) if key in self._choices else value for key, value in point.items()}
         self.study.add_trial(
             optuna.trial.create_trial(
                 params=params,

@@ -64,12 +64,20 @@ def write_sweep_report(root: str, sweep: SweepConfig, trials: Sequence[TrialReco
         if stage.best is not None:
             best_yaml = records.format_best_config(sweep, stage.best, root)
             files[records.name_best_config_file(stage.stage)] = best_yaml.encode()
+        rows = [  # CSS class, cells, and status with the reason
+            (
+                "best" if record is stage.best else record.status,
+                cells[:-1],
+                ": ".join(filter(None, (record.status, record.reason))),
+            )
+            for record, cells in zip(stage.trials, stage.rows, strict=True)
+        ]
         sections.append(
             {
                 "name": stage.stage or "All categories",
                 "words": [*stage.results, *stage.caveats],
                 "command": None if stage.best is None else summary.list_train_commands(root, [stage.best])[0],
-                "table": (stage.header[:-1], _make_html_rows(stage)),
+                "table": (stage.header[:-1], rows),
                 "pictures": pictures,
                 "has_importance": importance is not None,
             }
@@ -104,15 +112,6 @@ def write_sweep_report(root: str, sweep: SweepConfig, trials: Sequence[TrialReco
     for name, data in files.items():
         write_bytes(join_path(root, name), data)
     return list(files)
-
-
-def _make_html_rows(stage: summary.SweepStageSummary) -> list[tuple[str, list[str], str]]:
-    """Returns the rows of the HTML table of a stage: CSS class, cells, and status with the reason of each trial."""
-    rows = []
-    for record, cells in zip(stage.trials, stage.rows, strict=True):
-        status = f"{record.status}: {record.reason}" if record.reason else record.status
-        rows.append(("best" if record is stage.best else record.status, cells[:-1], status))
-    return rows
 
 
 def estimate_parameter_importance(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> dict[str, float] | None:

@@ -75,36 +75,35 @@ def find_settings_without_effect(config: Config) -> dict[str, str]:
     """Returns the settings that change no score under a configuration: dotted key -> the reason."""
     model, density, train = config.model, config.density, config.train
     alignment = model.image_alignment
-    reasons: dict[str, str] = {}
-    if not train.epochs:
-        why = "nothing is trained (train.epochs is 0)"
-        reasons.update(
-            {
-                key: why
-                for key in iterate_setting_keys(Config)
-                if key.startswith("train.") and key not in _USED_WITHOUT_TRAINING
-            }
-        )
-        reasons["model.predictor_width"] = why
-    elif not train.lambda_fine:
-        why = "train.lambda_fine is 0"
-        reasons["model.predictor_width"] = why
-    if alignment.method == "congealing" or alignment.group == "none":
-        why = "no gradient moves the image aligner (model.image_alignment.method is congealing, or its group none)"
-        reasons["train.lambda_ica"] = why
-    if alignment.method == "localisation":
-        why = "model.image_alignment.method is localisation"
-        reasons["model.image_alignment.min_drop"] = why
-    if alignment.group == "none":
-        why = "model.image_alignment.group is none"
-        reasons.update({f"model.image_alignment.{key}": why for key in ("method", "min_drop")})
-    inert_in_density = DENSITIES[density.kind].find_unused_settings(density)
-    reasons.update({f"density.{key}": why for key, why in inert_in_density.items()})
-    if density.reduction != "discriminant":
-        reasons["density.metric"] = "density.reduction is not discriminant"
-    if density.reduction == "none":
-        reasons["density.num_channels"] = "density.reduction is none"
-    return reasons
+    training_keys = [
+        key for key in iterate_setting_keys(Config) if key.startswith("train.") and key not in _USED_WITHOUT_TRAINING
+    ]
+    rules = [  # (whether the rule holds, keys without effect, reason); of several rules for a key, the last gives the reason
+        (not train.lambda_fine, ["model.predictor_width"], "train.lambda_fine is 0"),
+        (not train.epochs, [*training_keys, "model.predictor_width"], "nothing is trained (train.epochs is 0)"),
+        (
+            alignment.method == "congealing" or alignment.group == "none",
+            ["train.lambda_ica"],
+            "no gradient moves the image aligner (model.image_alignment.method is congealing, or its group none)",
+        ),
+        (
+            alignment.method == "localisation",
+            ["model.image_alignment.min_drop"],
+            "model.image_alignment.method is localisation",
+        ),
+        (
+            alignment.group == "none",
+            ["model.image_alignment.method", "model.image_alignment.min_drop"],
+            "model.image_alignment.group is none",
+        ),
+        *(
+            (True, [f"density.{key}"], why)
+            for key, why in DENSITIES[density.kind].find_unused_settings(density).items()
+        ),
+        (density.reduction != "discriminant", ["density.metric"], "density.reduction is not discriminant"),
+        (density.reduction == "none", ["density.num_channels"], "density.reduction is none"),
+    ]
+    return {key: why for holds, keys, why in rules if holds for key in keys}
 
 
 _USED_WITHOUT_TRAINING = ("train.epochs", "train.seed", "train.batch_size_per_worker")
@@ -388,8 +387,12 @@ class SweepConfig(ConfigSection):
                 if not isinstance(section, dict):
                     raise ConfigError(f"space: {key}: {parent!r} is a value in the base configuration, not a section")
             section[last] = value
-        where = ", ".join(f"{key}={value!r}" for key, value in (point or {}).items())
-        return parse_config(tree, source=f"space: at {where}" if where else "base")
+        return parse_config(tree, source=f"space: at {describe_point(point)}" if point else "base")
+
+
+def describe_point(point: Mapping[str, Any]) -> str:
+    """Returns the settings of a point of the search space as text, such as "density.window=3, train.epochs=5"."""
+    return ", ".join(f"{key}={value!r}" for key, value in point.items())
 
 
 def load_sweep_config(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:

@@ -21,7 +21,7 @@ from focus_ray.density.base import NormalStatistics, choose_bank_images
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.registry import DENSITIES
 from focus_ray.detect.detector import ScoredImages
-from focus_ray.distributed import all_gather_objects, get_world_size
+from focus_ray.distributed import all_gather_objects, get_rank
 from focus_ray.errors import DataError
 from focus_ray.features.alignment.congealing import AlignmentReport
 from focus_ray.features.backbones.base import build_meta_backbone
@@ -44,6 +44,7 @@ from focus_ray.sweep.trial_inputs import (
     FrozenFeatures,
     ScoringImages,
     make_worker_shard,
+    take_worker_rows,
 )
 
 
@@ -92,7 +93,6 @@ def score_category(
     *,
     num_images: int | None = None,
     features: FrozenFeatures | None = None,
-    rank: int = 0,
     on_score: Callable[[int, float, bool], str | None] = lambda epoch, score, final: None,
     shard: Shard | None = None,
 ) -> CategoryResult:
@@ -109,7 +109,6 @@ def score_category(
         device: Device to compute on.
         num_images: Number of training images of all workers together; None if `images` contains all.
         features: Result of `compute_frozen_features`, if `make_features_key` of this trial has shared features.
-        rank: Rank of this worker.
         on_score: Called on rank 0 with (trained epochs, score, is_final). It returns a reason to prune the trial, or None.
         shard: This worker's share of the images for streamed training; None takes the share from `images`.
 
@@ -130,7 +129,7 @@ def score_category(
         score = figures["score"]
         assert score is not None
         result.curve.append((epoch, score))
-        reason = all_gather_objects(on_score(epoch, score, final) if rank == 0 else None)[0]
+        reason = all_gather_objects(on_score(epoch, score, final) if get_rank() == 0 else None)[0]
         if final:
             result.figures, result.score = figures, score
         if reason is not None:
@@ -141,8 +140,8 @@ def score_category(
             result.alignment = features.alignment
             report_score(0, _score_features(config, images, features, objective, device), True)
         else:
-            own_images = shard or make_worker_shard(config, images, rank)
-            run = DetectorFitter(config, own_images, num_images or len(images.fit), device, rank=rank)
+            own_images = shard or make_worker_shard(config, images)
+            run = DetectorFitter(config, own_images, num_images or len(images.fit), device, rank=get_rank())
             _train_and_score(run, images.scored, objective, result, report_score)
     except TrialPruned as pruned:
         result.cut = str(pruned)
@@ -176,7 +175,7 @@ def _train_and_score(
         FloatingPointError: A loss, a score or a map is not finite.
     """
     config = run.config
-    own_images = scored.images[slice(*(len(scored.images) * (run.rank + end) // get_world_size() for end in (0, 1)))]
+    own_images = take_worker_rows(scored.images)
 
     def score_model() -> dict[str, float | None]:
         """Fits the density (the model of normal embeddings), scores the scoring images and returns metric -> value."""

@@ -19,7 +19,7 @@ from focus_ray.data.images import decode_batch, decode_mask
 from focus_ray.data.read import decode_rows, read_index, read_test_rows
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.detect.detector import split_batch_for_inference
-from focus_ray.distributed import get_world_size
+from focus_ray.distributed import compute_worker_range
 from focus_ray.errors import DataError
 from focus_ray.features.alignment.congealing import AlignmentReport
 from focus_ray.features.backbones.registry import BACKBONES
@@ -274,27 +274,26 @@ def _read_test_images(uri: str, category: str, size_px: int) -> ScoringImages:
     )
 
 
-def make_worker_shard(config: Config, images: CategoryImages, rank: int = 0) -> MemoryShard:
-    """Returns the training and validation images of one worker: a contiguous part of each.
+def take_worker_rows(array: NDArray[Any]) -> NDArray[Any]:
+    """Returns the contiguous rows of an array that belong to this worker of the torch.distributed group; all without a group."""
+    rows = compute_worker_range(len(array))
+    return array[rows.start : rows.stop]
+
+
+def make_worker_shard(config: Config, images: CategoryImages) -> MemoryShard:
+    """Returns the training and validation images of this worker: a contiguous part of each.
 
     Args:
         config: Configuration of the trial.
         images: All images of the category.
-        rank: Rank of the worker among all workers of the initialized torch.distributed group, or 0.
     """
-    world = get_world_size()
-
-    def share(array: NDArray[Any]) -> NDArray[Any]:
-        """Returns the part of an array that belongs to this worker."""
-        return array[len(array) * rank // world : len(array) * (rank + 1) // world]
-
     row_numbers = np.arange(len(images.fit))
     with warnings.catch_warnings():  # arrays in Ray's object store are read-only; batches are never written
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return MemoryShard(
-            torch.from_numpy(share(images.fit)),
+            torch.from_numpy(take_worker_rows(images.fit)),
             batch_size=config.train.batch_size_per_worker,
-            validation=torch.from_numpy(share(images.validation)),
-            groups=share(row_numbers if images.fit_groups is None else images.fit_groups),
-            order=share(row_numbers if images.fit_order is None else images.fit_order),
+            validation=torch.from_numpy(take_worker_rows(images.validation)),
+            groups=take_worker_rows(row_numbers if images.fit_groups is None else images.fit_groups),
+            order=take_worker_rows(row_numbers if images.fit_order is None else images.fit_order),
         )

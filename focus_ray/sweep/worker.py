@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from focus_ray.cluster.failures import describe_root_cause
+from focus_ray.distributed import get_rank, get_world_size
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import Shard, StreamShard, build_shard, fits_in_memory
 from focus_ray.fitting.split import NO_ROWS, SplitPlan, SplitRule
@@ -163,40 +164,24 @@ def _run_trial_job(job: TrialJob) -> CategoryResult:
     if job.config.cluster.num_workers == 1 and not streams:
         return _score_on_worker(job, torch.device("cuda" if job.use_gpu else "cpu"))
     name = f"{job.number:05d}-{job.category}-{uuid.uuid4().hex[:6]}"
-    result: CategoryResult = run_on_train_workers(
-        _score_on_train_worker, job, join_path(job.stage.root, "scratch"), name
-    )
+    result: CategoryResult = run_on_train_workers(_score_on_worker, job, join_path(job.stage.root, "scratch"), name)
     return result
 
 
-def _score_on_train_worker(job: TrialJob, device: torch.device) -> CategoryResult:
-    """Fits and scores one category as a Ray Train worker. Every worker of the trial runs this function."""
-    import ray.train
+def _score_on_worker(job: TrialJob, device: torch.device) -> CategoryResult:
+    """Fits and scores one category in this process, alone or as a worker of a torch.distributed group.
 
-    context = ray.train.get_context()
-    rank, num_workers = context.get_world_rank(), context.get_world_size()
-    return _score_on_worker(job, device, rank, num_workers)
-
-
-def _score_on_worker(
-    job: TrialJob,
-    device: torch.device,
-    rank: int = 0,
-    num_workers: int = 1,
-) -> CategoryResult:
-    """Fits and scores one category as a worker of `num_workers` workers. Uses shared images and features if there are any.
+    Uses shared images and features if there are any.
 
     Args:
         job: The category and the trial.
         device: Device to compute on.
-        rank: Rank of this worker.
-        num_workers: Number of workers.
     """
     import ray
 
     settings, stage = job.config, job.stage
     objective = stage.sweep.objective
-    size_px = settings.model.image_size_px
+    size_px, num_workers = settings.model.image_size_px, get_world_size()
     features: FrozenFeatures | None = None
     shard: Shard | None = None
     images: CategoryImages | None = _fetch_shared_input(stage.images.get((job.category, size_px)))
@@ -204,7 +189,7 @@ def _score_on_worker(
         features = _fetch_shared_input(stage.features.get(make_features_key(settings, job.category) or ""))
     shared = "features" if features is not None else "images" if images is not None else "nothing"
     if images is None:
-        shard, plan = split_images_for_worker(settings, job.category, job.split.plan(settings), rank, num_workers)
+        shard, plan = split_images_for_worker(settings, job.category, job.split.plan(settings), get_rank(), num_workers)
         images = load_category_images(stage.sweep.largest_image_config, job.category, plan, objective, size_px)
 
     def on_score(epoch: int, score: float, final: bool) -> str | None:
@@ -220,7 +205,6 @@ def _score_on_worker(
         device,
         num_images=job.split.num_fit,
         features=features,
-        rank=rank,
         on_score=on_score,
         shard=shard,
     )

@@ -17,28 +17,18 @@ from focus_ray.tracking.runs import hash_run_key, make_run_tags
 class SweepRecorder:
     """Writes the trials and the results of one sweep to trackers. Does nothing without trackers."""
 
-    def __init__(
-        self,
-        recorder: BackgroundRecorder,
-        run_token: bytes,
-        name: str,
-        storage: str,
-        team: str | None,
-        settings: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, recorder: BackgroundRecorder, run_token: bytes, settings: Mapping[str, Any]) -> None:
         """Begins the run of the sweep.
 
         Args:
             recorder: Sends the data to the trackers.
             run_token: Unique bytes of the sweep, from its `sweep.yaml`.
-            name: Name of the sweep.
-            storage: Folder of all trainings and sweeps.
-            team: Team that owns the sweep; None for no team.
-            settings: All settings of the sweep and of its base configuration, as nested mappings.
+            settings: All settings of the sweep, with its base configuration in `base`, as nested mappings.
         """
         self.recorder, self._run_token = recorder, run_token
         parameters = flatten_parameters({key: value for key, value in settings.items() if key != "name"})
-        tags = make_run_tags("sweep", name, storage, team)
+        name, base = settings["name"], settings["base"]
+        tags = make_run_tags("sweep", name, base["storage"], base["cluster"].get("team"))
         self.parent_run = RunDescription(hash_run_key(run_token), name, None, parameters, tags)
         self._logged_trials: set[str] = set()
         recorder.write_to_run(self.parent_run)

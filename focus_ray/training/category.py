@@ -15,7 +15,7 @@ from dataclasses import asdict
 import torch
 
 from focus_ray.bundle.bundle import write_bundle
-from focus_ray.distributed import compute_on_rank0_and_broadcast, get_world_size
+from focus_ray.distributed import compute_on_rank0_and_broadcast, get_rank, get_world_size
 from focus_ray.fitting.fit import fit
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import BatchStream, build_local_stream, build_shard
@@ -79,8 +79,7 @@ def fit_category(
         FloatingPointError: the training diverged: a loss or a weight is not finite.
     """
     make_cudnn_deterministic()
-    category, num_workers = split.category, get_world_size()
-    rank = torch.distributed.get_rank() if num_workers > 1 else 0
+    category, rank, num_workers = split.category, get_rank(), get_world_size()
     device = device or torch.device("cuda" if config.cluster.use_gpu and torch.cuda.is_available() else "cpu")
     num_threads = num_threads or min(_MAX_DECODE_THREADS, os.cpu_count() or 1)
     folder = get_checkpoint_folder(root, category)

@@ -105,13 +105,7 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
     check_regions(config, available)
     root = join_path(config.storage, config.name)
     splits = {category: compute_split_rule(config, category) for category in categories}
-    for category, split in splits.items():
-        try:
-            BatchSchedule.from_smallest_share(
-                split.num_fit, config.cluster.num_workers, config.train.batch_size_per_worker
-            )
-        except DataError as error:
-            raise DataError(f"category {category!r}: {error}") from None
+    check_enough_images(config, splits)
     fingerprints = {category: split.fingerprint for category, split in splits.items()}
     _check_run_folder_usable(config, root, resume, fingerprints)
     bundles = {category: get_bundle_uri(root, category) for category in categories}
@@ -130,12 +124,25 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
                 + "; ".join(f"{category}: {reason}" for category, reason in sorted(failed.items()))
                 + ". Fix the cause and run again with --resume"
             )
-    if len(bundles) > 1 and learns_averageable_metric(config):
+    density = config.density
+    learns_metrics = density.reduction == "discriminant" and density.metric is None and density.keep_moments
+    if len(bundles) > 1 and learns_metrics:
         shared = join_path(root, SHARED_METRIC)
         average_projections(list(bundles.values()), shared)
         log(f"metric of all {len(bundles)} categories, for a new one's density.metric: {shared}")
     log(f"report: {write_training_report(bundles, root)}")
     return bundles
+
+
+def check_enough_images(config: Config, splits: Mapping[str, SplitRule]) -> None:
+    """Checks that each category has enough training images for all workers. Raises: DataError: it names the category."""
+    for category, split in splits.items():
+        try:
+            BatchSchedule.from_smallest_share(
+                split.num_fit, config.cluster.num_workers, config.train.batch_size_per_worker
+            )
+        except DataError as error:
+            raise DataError(f"category {category!r}: {error}") from None
 
 
 def _connect_and_check_cluster(config: Config, root: str, splits: Mapping[str, SplitRule], log: Log) -> int:
@@ -164,15 +171,6 @@ def _connect_and_check_cluster(config: Config, root: str, splits: Mapping[str, S
         [join_path(config.data.uri, f"category={category}", COMMIT_NAME) for category in splits], [root]
     )
     return limit
-
-
-def learns_averageable_metric(config: Config) -> bool:
-    """Returns whether each category learns its own discriminant projection, and its bundle stores the data to average it.
-
-    `average_projections` averages the projections of several categories.
-    """
-    density = config.density
-    return density.reduction == "discriminant" and density.metric is None and density.keep_moments
 
 
 def _train_categories(

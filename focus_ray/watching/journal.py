@@ -129,9 +129,8 @@ class VerdictJournal:
                     try:
                         stream.write(_format_csv_rows([json.loads(line)] if _KEY.match(line) else []))
                     except ValueError as error:
-                        raise DataError(
-                            f"{day}, line {number}: not valid JSON ({error}): correct or delete the line"
-                        ) from error
+                        hint = "correct or delete the line"
+                        raise DataError(f"{day}, line {number}: not valid JSON ({error}): {hint}") from error
             os.replace(temporary, table)
 
 

@@ -226,13 +226,11 @@ class FolderWatch:
         """
         if bundle.version != self._recent_version:
             self._recent_scores, self._recent_version = StreamShiftMonitor(), bundle.version
-        if not self._recent_scores.add(scores):
-            return
-        notice = self._recent_scores.report_shift_once(
-            compare_stream_with_calibration(bundle.calibration.image_scores, self._recent_scores.take_scores_for_test())
-        )
-        if notice is not None:
-            self._log(f"watch: {notice}")
+        if self._recent_scores.add(scores):
+            recent_scores = self._recent_scores.take_scores_for_test()
+            shift = compare_stream_with_calibration(bundle.calibration.image_scores, recent_scores)
+            if (notice := self._recent_scores.report_shift_once(shift)) is not None:
+                self._log(f"watch: {notice}")
 
     def _build_journal_line(
         self, image: _LoadedImage, result: Inspection | DataError, bundle: Bundle, milliseconds: float
@@ -328,46 +326,37 @@ class FolderWatch:
 
         Args:
             image: Name of the image for messages.
-            text: VerdictJournal line of the image as JSON text.
+            text: Journal line of the image as JSON text.
         """
         try:
-            process = subprocess.run(
+            subprocess.run(
                 self.settings.on_anomalous,
                 input=f"{text}\n".encode(),
                 timeout=ANOMALY_COMMAND_TIMEOUT_S,
                 stdout=2,  # standard output is reserved for verdicts
                 start_new_session=True,  # an interrupt of the watch must not end the command
-                check=False,
+                check=True,
             )
-        except subprocess.TimeoutExpired:
-            self._log(f"{image}: the command of --on-anomalous was killed after {ANOMALY_COMMAND_TIMEOUT_S:g} s")
-        except OSError as error:
-            self._log(f"{image}: the command of --on-anomalous cannot be run: {error}")
-        else:
-            if process.returncode:
-                self._log(f"{image}: the command of --on-anomalous ended with exit status {process.returncode}")
+        except (OSError, subprocess.SubprocessError) as error:
+            self._log(f"{image}: --on-anomalous: {error}")
 
     def _log_at_most_once_a_minute(self, message: str) -> None:
         """Logs a message, but the same message at most once a minute, because it may repeat at every listing."""
         now = time.monotonic()
-        if now < self._silent_until_s.get(message, -math.inf):
-            return
         self._silent_until_s = {text: until for text, until in self._silent_until_s.items() if until > now}
-        self._silent_until_s[message] = now + _REPEAT_MESSAGE_S
-        self._log(message)
+        if message not in self._silent_until_s:
+            self._silent_until_s[message] = now + _REPEAT_MESSAGE_S
+            self._log(message)
 
     def _log_image_rate(self) -> None:
         """Logs the number of images per minute if the last report is `report_s` seconds old and images were processed since."""
         now = time.monotonic()
         if now < self._reported_at_s + self.settings.report_s:
             return
-        new_counts = self.counts - self._reported_counts
-        if new_counts:
-            minutes = (now - self._reported_at_s) / 60
-            self._log(
-                f"watch: {new_counts.total() / minutes:.0f} images per minute: {format_verdict_counts(new_counts)}, "
-                f"{len(self.pending)} pending"
-            )
+        if new_counts := self.counts - self._reported_counts:
+            rate = 60 * new_counts.total() / (now - self._reported_at_s)
+            verdicts = format_verdict_counts(new_counts)
+            self._log(f"watch: {rate:.0f} images per minute: {verdicts}, {len(self.pending)} pending")
         self._reported_at_s, self._reported_counts = now, Counter(self.counts)
 
 

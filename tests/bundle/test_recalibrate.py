@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_set import draw_parts, ingest_parts, small_config
+from small_set import draw_parts
 
 from focus_ray.bundle.bundle import read_bundle, read_manifest
 from focus_ray.bundle.inspector import Inspector
@@ -20,33 +20,37 @@ from focus_ray.cli.main import main
 from focus_ray.errors import DataError
 from focus_ray.metrics.trade_off import compute_trade_off
 from focus_ray.samples.write import write_samples
-from focus_ray.training.training import train
 
 Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images/, the data set data/ of them, a run of it, and new/ with images that no model has seen."""
-    folder = tmp_path_factory.mktemp("recalibrate")
-    write_samples(folder / "new", seed=7, size_px=64, num_train=24, num_test_good=1, num_bad_per_type=3)
-    train(small_config(ingest_parts(folder), folder / "runs", cluster={"local": True}))
-    return folder
+def bundle(part_bundles: dict[str, str]) -> str:
+    return part_bundles["gear"]
 
 
 @pytest.fixture(scope="module")
-def bundle(work: Path) -> str:
-    return str(work / "runs/small/bundles/gear")
+def train_images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The good images of the bundle's data set: the images that it was trained on, and its holdout images."""
+    return sorted((draw_parts(tmp_path_factory.mktemp("parts")) / "gear/train/good").iterdir())
 
 
 @pytest.fixture(scope="module")
-def good(work: Path) -> list[Path]:
-    return sorted((work / "new/gear/train/good").iterdir())
+def new_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images of gears that no model has seen."""
+    folder = tmp_path_factory.mktemp("new")
+    write_samples(folder, seed=7, size_px=64, num_train=24, num_test_good=1, num_bad_per_type=3)
+    return folder / "gear"
 
 
 @pytest.fixture(scope="module")
-def bad(work: Path) -> list[Path]:
-    return sorted(path for path in (work / "new/gear/test").rglob("*.png") if path.parent.name != "good")
+def good(new_images: Path) -> list[Path]:
+    return sorted((new_images / "train/good").iterdir())
+
+
+@pytest.fixture(scope="module")
+def bad(new_images: Path) -> list[Path]:
+    return sorted(path for path in (new_images / "test").rglob("*.png") if path.parent.name != "good")
 
 
 def test_the_threshold_is_a_quantile_of_the_new_good_scores(bundle: str, good: list[Path], tmp_path: Path) -> None:
@@ -83,9 +87,8 @@ def test_a_shift_from_the_previous_calibration_images_is_reported(
 
 
 def test_training_images_are_reported_and_do_not_set_thresholds(
-    work: Path, bundle: str, good: list[Path], tmp_path: Path
+    bundle: str, train_images: list[Path], good: list[Path], tmp_path: Path
 ) -> None:
-    train_images = sorted((work / "images/gear/train/good").iterdir())
     inspections = Inspector.load(bundle).inspect([*train_images, *good])
     trained_on = [path for path, result in zip([*train_images, *good], inspections, strict=True) if result.trained_on]
     assert len(trained_on) == read_manifest(bundle)["moments"]["count"]
@@ -171,11 +174,10 @@ def test_the_command_reports_the_change_and_refuses_invalid_arguments(
 
 
 def test_inspect_reports_training_images_and_the_quality_of_the_threshold(
-    work: Path, bundle: str, good: list[Path], tmp_path: Path, capsys: Capture
+    bundle: str, train_images: list[Path], good: list[Path], tmp_path: Path, capsys: Capture
 ) -> None:
-    draw_parts(work / "again")
-    table, train_images = tmp_path / "table.csv", str(work / "again/gear/train/good")
-    assert main(["inspect", bundle, train_images, str(good[0]), "--csv", str(table)]) == 0
+    table = tmp_path / "table.csv"
+    assert main(["inspect", bundle, str(train_images[0].parent), str(good[0]), "--csv", str(table)]) == 0
     captured = capsys.readouterr()
     lines = [json.loads(line) for line in captured.out.splitlines()]
     with table.open(newline="", encoding="utf-8") as stream:

@@ -7,9 +7,7 @@ the local label +cpu, which asks for none.
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import http.server
 import importlib.metadata
 import json
 import os
@@ -18,13 +16,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from locked import copy_build_files, find_program, read_locked_versions
 from places import REPOSITORY
@@ -44,15 +39,17 @@ def write_wheel(index: Path, name: str, version: str, needs: tuple[str, ...] = (
         "WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         "RECORD": "",
     }
-    (index / name).mkdir(parents=True)
-    with zipfile.ZipFile(index / name / f"{stem}-py3-none-any.whl", "w") as wheel:
+    path = index / name / f"{stem}-py3-none-any.whl"
+    path.parent.mkdir(parents=True)
+    with zipfile.ZipFile(path, "w") as wheel:
         for file, content in files.items():
             wheel.writestr(f"{stem}.dist-info/{file}", content)
-    return hashlib.sha256((index / name / f"{stem}-py3-none-any.whl").read_bytes()).hexdigest()
+    (path.parent / "index.html").write_text(f'<a href="{path.name}">{path.name}</a>')
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
-def indexes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def indexes(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The URL above `pypi`, `torch` and `only-cuda`; beside them lies `requirements.lock` with the hashes of `pypi`."""
     root = tmp_path_factory.mktemp("indexes")
     versions, pins = read_locked_versions(), []
@@ -66,17 +63,12 @@ def indexes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         write_wheel(root / "torch", name, f"{versions[name]}+cpu", needs[name] if name == "torchvision" else ())
         shutil.copytree(root / "pypi" / name, root / "only-cuda" / name)
     write_wheel(root / "torch", "numpy", "1.0")  # torch's index has some old versions of what torch needs
+    return root.as_uri()
 
-    class QuietRequestHandler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None: ...
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietRequestHandler, directory=root))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def read_made_up_lock(indexes: str) -> str:
+    """Returns the text of `requirements.lock` beside the made-up indexes."""
+    return Path(indexes.removeprefix("file://"), "requirements.lock").read_text()
 
 
 def run_install_script(
@@ -88,9 +80,8 @@ def run_install_script(
     settings = {"VARIANT": variant, "PYPI_INDEX": pypi, "TORCH_INDEX": torch, **more}
     path = f"{Path(uv).parent}{os.pathsep}{os.environ['PATH']}"
     source = copy_build_files(venv.parent / "source")
-    if lock is None:
-        root = next(text for text in (pypi, torch, more.get("UV_DEFAULT_INDEX", "")) if text).rpartition("/")[0]
-        lock = httpx.get(f"{root}/requirements.lock").text
+    root = next(text for text in (pypi, torch, more.get("UV_DEFAULT_INDEX", "")) if text).rpartition("/")[0]
+    lock = lock or read_made_up_lock(root)
     (source / "requirements.lock").write_text(lock)
     return subprocess.run(
         [str(source / "container" / "install.sh"), str(venv), "dependencies", "--no-cache"],
@@ -128,7 +119,7 @@ def test_a_variant_has_its_torch_and_all_else_as_locked(
 
 
 def test_a_package_that_differs_from_the_locks_hash_is_refused(tmp_path: Path, indexes: str) -> None:
-    lock = httpx.get(f"{indexes}/requirements.lock").text
+    lock = read_made_up_lock(indexes)
     changed = re.sub(r"^(tifffile==.*sha256:).*$", rf"\g<1>{'0' * 64}", lock, flags=re.MULTILINE)
     finished = run_install_script(tmp_path / "venv", "cuda", f"{indexes}/pypi", "", changed)
     assert finished.returncode != 0

@@ -99,43 +99,34 @@ def test_existing_results_are_not_overwritten(
         inspect_dataset(bundles, data, results[0])
 
 
-@pytest.mark.ray
-def test_incomplete_results_of_another_run_are_replaced(
-    results: tuple[str, dict[str, int]], data: str, bundles: dict[str, str], tmp_path: Path
-) -> None:
+def test_incomplete_results_of_another_run_are_removed(data: str, bundles: dict[str, str], tmp_path: Path) -> None:
     place = tmp_path / "category=gear"
     place.mkdir()
     (place / UNFINISHED).touch()
     (place / "half.parquet").write_bytes(b"PAR1")
-    assert inspect_dataset(bundles, data, str(tmp_path))["gear"] == results[1]
-    assert not (place / UNFINISHED).exists()
-    assert len(rows_of(tmp_path)) == results[1]["num_images"]
+    items = BatchInspection(bundles, data, str(tmp_path), None, 32, 8, print).plan_category("gear")
+    assert sum(item.num_images for item in items) == NUM_TRAIN + NUM_TEST
+    assert [path.name for path in place.iterdir()] == [UNFINISHED]
 
 
 @pytest.mark.ray
-def test_an_interrupted_run_continues_and_keeps_its_parts(
+def test_an_interrupted_run_continues_and_a_failed_category_stops_no_other(
     results: tuple[str, dict[str, int]], data: str, bundles: dict[str, str], tmp_path: Path
 ) -> None:
-    items = list(iter(BatchInspection(bundles, data, str(tmp_path), None, 32, 8, print).take_next_item, None))
+    items = BatchInspection(bundles, data, str(tmp_path), None, 32, 8, print).plan_category("gear")
     assert [item.num_images for item in items] == [8] * 4
     assert sum(inspect_work_item(item)["num_images"] for item in items[1:3]) == 16  # then the run is interrupted
     place = tmp_path / "category=gear"
     before = {path.name: path.stat().st_mtime_ns for path in place.glob("*.parquet")}
     messages: list[str] = []
-    counts = inspect_dataset(bundles, data, str(tmp_path), log=messages.append, part_images=8)["gear"]
+    with pytest.raises(DataError, match=r"^1 of 2 categories failed; board: .*gone"):
+        inspect_dataset(
+            {"board": str(tmp_path / "gone"), **bundles}, data, str(tmp_path), log=messages.append, part_images=8
+        )
     assert any("2 of 4 parts are complete" in line for line in messages)
-    assert counts == results[1]
+    assert not (place / UNFINISHED).exists()
     assert {name: (place / name).stat().st_mtime_ns for name in before} == before
     assert sorted(row["id"] for row in rows_of(tmp_path)) == sorted(row["id"] for row in rows_of(results[0]))
-
-
-@pytest.mark.ray
-def test_failed_categories_are_named_and_the_others_are_complete(
-    ray_cluster: None, data: str, bundles: dict[str, str], tmp_path: Path
-) -> None:
-    with pytest.raises(DataError, match=r"^1 of 2 categories failed; board: .*gone"):
-        inspect_dataset({"board": str(tmp_path / "gone"), **bundles}, data, str(tmp_path / "out"), split="test")
-    assert len(rows_of(tmp_path / "out")) == NUM_TEST
 
 
 def test_a_category_that_the_set_lacks_is_named_before_anything_starts(

@@ -134,7 +134,7 @@ def test_a_part_counts_once() -> None:
     for _ in range(3):
         measured.add(0, part)
     assert measured.num_images == 1
-    assert measured.total().bins[""].normal.sum() == 12
+    assert measured.merge_parts().bins[""].normal.sum() == 12
 
 
 def test_parts_follow_file_borders_and_contain_every_row_once(
@@ -170,20 +170,33 @@ def test_each_of_many_categories_has_its_own_page(
         assert (tmp_path / f"categories/{category}.html").read_text().count("data:image/svg+xml") == 4
 
 
+@pytest.fixture(scope="module")
+def usual_and_dark(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Makes two data sets with the same training images; the good test images of `dark` have half the brightness."""
+    sets = {}
+    for name in ("usual", "dark"):
+        folder = tmp_path_factory.mktemp(name)
+        write_samples(folder / "images", size_px=64, num_train=NUM_TRAIN, num_test_good=14, num_bad_per_type=1)
+        for path in (folder / "images/gear/test/good").iterdir() if name == "dark" else ():
+            Image.fromarray(np.asarray(Image.open(path)) // 2).save(path)
+        ingest(folder / "images", folder / "data", categories=["gear"], progress=False)
+        sets[name] = str(folder / "data")
+    return sets
+
+
 @pytest.mark.ray
-@both_ways
 def test_workers_give_the_metrics_of_one_process(
-    ray_cluster: None, part_bundles: dict[str, str], tmp_path: Path, exact_pixels: int
+    ray_cluster: None, part_bundles: dict[str, str], usual_and_dark: dict[str, str], tmp_path: Path
 ) -> None:
+    """The category board has exact metrics; gear has more images, whose pixels are counted in bins by several workers."""
+    gear = make_bundle(small_config(usual_and_dark["usual"], tmp_path / "runs", model=PLAIN))
+    bundles, exact_pixels = {"board": part_bundles["board"], "gear": gear}, NUM_TEST * SIDE * SIDE
     messages: list[str] = []
-    report = evaluate(part_bundles, tmp_path / "ray", exact_pixels, num_workers=2, log=messages.append)
-    settings = EvaluationSettings(str(tmp_path / "here"), None, SIDE, exact_pixels, 3, False)
-    local = EvaluationRun(part_bundles, settings, print)
-    local.run(process_work_item, None)
-    assert_same(report.results, local.sort_results())
-    assert list(report.results) == list(part_bundles)
+    report = evaluate(bundles, tmp_path / "ray", exact_pixels, num_workers=2, log=messages.append)
+    assert_same(report.results, evaluate(bundles, tmp_path / "here", exact_pixels).results)
+    assert [(name, result["binned"]) for name, result in report.results.items()] == [("board", False), ("gear", True)]
     assert any("side by side: 2 as set" in line for line in messages)
-    for category in part_bundles:
+    for category in bundles:
         tables = [pq.read_table(tmp_path / place / f"images/category={category}") for place in ("ray", "here")]
         assert tables[0]["id"].equals(tables[1]["id"])
 
@@ -213,20 +226,6 @@ def test_a_killed_worker_changes_no_result_and_an_item_that_always_kills_fails(
     assert re.search(r"ActorDiedError: .* \(4 attempts\)", evaluation.results["board"]["error"])
     expected = Inspector.load(part_bundles["gear"], "cpu").evaluate(read_test_rows(parts, "gear"), SIDE, 0)
     assert_same(evaluation.results["gear"], expected)
-
-
-@pytest.fixture(scope="module")
-def usual_and_dark(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Makes two data sets with the same training images; the good test images of `dark` have half the brightness."""
-    sets = {}
-    for name in ("usual", "dark"):
-        folder = tmp_path_factory.mktemp(name)
-        write_samples(folder / "images", size_px=64, num_train=NUM_TRAIN, num_test_good=14, num_bad_per_type=1)
-        for path in (folder / "images/gear/test/good").iterdir() if name == "dark" else ():
-            Image.fromarray(np.asarray(Image.open(path)) // 2).save(path)
-        ingest(folder / "images", folder / "data", categories=["gear"], progress=False)
-        sets[name] = str(folder / "data")
-    return sets
 
 
 def texts_of(report: EvaluationReport, output: Path) -> list[str]:

@@ -19,7 +19,7 @@ import torch
 from made_sources import save
 from PIL import Image
 from places import SHARED
-from small_set import ingest_parts, make_bundle, small_config
+from small_set import make_bundle, small_config
 
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
@@ -33,7 +33,6 @@ from focus_ray.export.resize import ResizeToFrame
 from focus_ray.export.scorer import ExportableScorer, VerdictModule
 from focus_ray.samples.write import draw_sample
 
-WrongOutputs = Callable[[dict[str, Any]], dict[str, Any]]
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 JOINT: dict[str, Any] = {
     "density": {"num_channels": 16, "coreset": 64, "coreset_channels": 16, "reduction": "semi_orthogonal"},
@@ -64,13 +63,8 @@ ALIGNED = ("aligned", "localised", "region, padded and aligned")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return ingest_parts(tmp_path_factory.mktemp("parts"))
-
-
-@pytest.fixture(scope="module")
-def bundle(data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_bundle(small_config(data, tmp_path_factory.mktemp("run"), **JOINT))
+def bundle(parts: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_bundle(small_config(parts, tmp_path_factory.mktemp("run"), **JOINT))
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +192,9 @@ def test_a_nan_score_is_anomalous() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_exportable_scorer_agrees_with_the_inspector(
-    case: str, data: str, photographs: list[Path], tmp_path: Path
+    case: str, parts: str, photographs: list[Path], tmp_path: Path
 ) -> None:
-    uri = make_bundle(small_config(data, tmp_path, **CASES[case]))
+    uri = make_bundle(small_config(parts, tmp_path, **CASES[case]))
     inspector, bundle = Inspector(read_bundle(uri, precision="fp32")), read_bundle(uri, precision="fp32")
     scorer = ExportableScorer(bundle)
     assert scorer.is_aligned == (case in ALIGNED)
@@ -231,46 +225,32 @@ def test_the_sidecar_describes_the_model_and_its_check(onnx: Path, bundle: str) 
     assert str(Path.cwd()).encode() not in (onnx / "model.onnx").read_bytes()
 
 
-def test_the_python_example_reads_every_kind_of_file_as_inspect_does(
-    onnx: Path, bundle: str, photographs: list[Path], odd_photographs: list[Path]
+def test_the_python_example_reads_files_as_inspect_does_and_continues_after_a_refused_image(
+    onnx: Path, bundle: str, photographs: list[Path], odd_photographs: list[Path], tmp_path: Path
 ) -> None:
-    images = [*photographs, *odd_photographs]
-    lines = run_example_program("inspect_onnx.py", onnx, images, without=("torch", "focus_ray"))
-    assert_equals_inspect(lines, bundle, images)
+    Image.fromarray(np.full((60, 60), 70_000, np.int32)).save(tmp_path / "deep.tif")
+    Image.fromarray(np.full((60, 60), 0.5, np.float32)).save(tmp_path / "float.tif")
+    (tmp_path / "damaged.png").write_bytes(photographs[0].read_bytes()[:500])
+    refused = sorted(tmp_path.iterdir())
+    shared = sorted(path for path in (SHARED / "cases").rglob("*") if path.suffix in (".png", ".tif"))
+    images = [*refused, *photographs, *odd_photographs, *shared]
+    lines = run_example_program("inspect_onnx.py", onnx, images, without=("torch", "focus_ray"), is_refused=True)
+    refused += [path for path in shared if path.name == "05-rgb16-planar.tif"]
+    assert [path for line, path in zip(lines, images, strict=True) if "error" in line] == refused
+    lines = [line for line in lines if "error" not in line]
+    assert_equals_inspect(lines, bundle, [path for path in images if path not in refused])
     scores = {Path(line["image"]).stem: line["score"] for line in lines}
     for kind in ("good", "scratch"):
         assert scores[f"{kind}-grey16"] == pytest.approx(scores[f"{kind}-grey8"], rel=1e-4)
         assert scores[f"{kind}-white-is-zero16"] == pytest.approx(scores[f"{kind}-grey8"], rel=1e-4)
 
 
-@pytest.mark.skipif(not (SHARED / "cases").is_dir(), reason="../shared/cases does not exist")
-def test_the_python_example_reads_shared_files_as_inspect_does_or_refuses_them(onnx: Path, bundle: str) -> None:
-    files = sorted(path for path in (SHARED / "cases").rglob("*") if path.suffix in (".png", ".tif"))
-    lines = run_example_program("inspect_onnx.py", onnx, files, without=("torch", "focus_ray"), is_refused=True)
-    read_files = [(line, path) for line, path in zip(lines, files, strict=True) if "error" not in line]
-    assert_equals_inspect([line for line, _ in read_files], bundle, [path for _, path in read_files])
-    assert {path.name for path in files} - {path.name for _, path in read_files} == {"05-rgb16-planar.tif"}
-
-
-def test_the_python_example_continues_after_a_refused_image(
-    onnx: Path, bundle: str, photographs: list[Path], tmp_path: Path
-) -> None:
-    deep, real, damaged = tmp_path / "deep.tif", tmp_path / "float.tif", tmp_path / "damaged.png"
-    Image.fromarray(np.full((60, 60), 70_000, np.int32)).save(deep)
-    Image.fromarray(np.full((60, 60), 0.5, np.float32)).save(real)
-    damaged.write_bytes(photographs[0].read_bytes()[:500])
-    images = [deep, real, damaged, photographs[1]]
-    lines = run_example_program("inspect_onnx.py", onnx, images, without=("torch", "focus_ray"), is_refused=True)
-    assert ["error" in line for line in lines] == [True, True, True, False]
-    assert_equals_inspect(lines[3:], bundle, [photographs[1]])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["onnx", "torch"])
 def test_the_python_examples_agree_with_inspect_and_give_no_verdict_on_an_image_that_is_too_thin(
-    to: str, data: str, photographs: list[Path], odd_photographs: list[Path], tmp_path: Path
+    to: str, parts: str, photographs: list[Path], odd_photographs: list[Path], tmp_path: Path
 ) -> None:
-    uri = make_bundle(small_config(data, tmp_path, **CASES["padded"]))
+    uri = make_bundle(small_config(parts, tmp_path, **CASES["padded"]))
     folder = export_bundle(uri, to, tmp_path / "export").folder
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 512, 3), dtype=np.uint8)).save(tmp_path / "thin.png")
     images = [tmp_path / "thin.png", *photographs, *odd_photographs]
@@ -298,8 +278,8 @@ def test_the_node_example_agrees_with_inspect(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_every_kind_of_bundle_is_exported(case: str, data: str, tmp_path: Path) -> None:
-    uri = make_bundle(small_config(data, tmp_path, **CASES[case]))
+def test_every_kind_of_bundle_is_exported(case: str, parts: str, tmp_path: Path) -> None:
+    uri = make_bundle(small_config(parts, tmp_path, **CASES[case]))
     for to in ("onnx", "torch", "openvino"):
         if to == "openvino":
             pytest.importorskip("openvino")
@@ -349,53 +329,39 @@ def test_the_message_of_a_missing_package_names_its_extra(monkeypatch: pytest.Mo
         check_export_format("openvino", "fp32")
 
 
-@pytest.fixture
-def wrong_export(onnx: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[WrongOutputs], None]:
-    """Returns a function that lets every later export give other outputs, made by a function of the right outputs."""
-
-    def copy_onnx(scorer: object, to: str, precision: str, folder: Path, int8_images: object) -> None:
-        shutil.copy(onnx / "model.onnx", folder)
-
-    def use_wrong_outputs(make_wrong: WrongOutputs) -> None:
-        def open_wrong_model(folder: Path, to: str, num_threads: int) -> RunModel:
-            run = open_exported_model(folder, to, num_threads)
-            return lambda images: {**(outputs := run(images)), **make_wrong(outputs)}
-
-        monkeypatch.setattr("focus_ray.export.export.write_model_files", copy_onnx)
-        monkeypatch.setattr("focus_ray.export.export.open_exported_model", open_wrong_model)
-
-    return use_wrong_outputs
-
-
-@pytest.mark.parametrize(("precision", "hint"), [("fp32", "run the bundle with focus_ray"), ("fp16", "--accept-cost")])
-def test_an_export_with_other_scores_is_refused_and_an_earlier_export_stays(
-    bundle: str, onnx: Path, tmp_path: Path, wrong_export: Callable[[WrongOutputs], None], precision: str, hint: str
+@pytest.mark.parametrize(
+    ("precision", "make_wrong", "message"),
+    [
+        ("fp32", lambda outputs: {"score": outputs["score"] * 1.1}, "run the bundle with focus_ray"),
+        ("fp16", lambda outputs: {"score": outputs["score"] * 1.1}, "--accept-cost"),
+        ("fp32", lambda outputs: {"anomalous": ~outputs["anomalous"]}, r"\d+ verdicts or p-values"),
+        ("fp32", lambda outputs: {"p_value": outputs["p_value"] * 1.01}, r"\d+ verdicts or p-values"),
+        ("fp32", lambda outputs: {"p_value": outputs["p_value"] * float("nan")}, r"\d+ verdicts or p-values"),
+    ],
+)
+def test_an_export_with_other_outputs_is_refused_and_an_earlier_export_stays(
+    precision: str,
+    make_wrong: Callable[[dict[str, Any]], dict[str, Any]],
+    message: str,
+    bundle: str,
+    onnx: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def open_wrong_model(folder: Path, to: str, num_threads: int) -> RunModel:
+        run = open_exported_model(folder, to, num_threads)
+        return lambda images: {**(outputs := run(images)), **make_wrong(outputs)}
+
+    module = "focus_ray.export.export"
+    monkeypatch.setattr(f"{module}.write_model_files", lambda *words: shutil.copy(onnx / "model.onnx", words[3]))
+    monkeypatch.setattr(f"{module}.open_exported_model", open_wrong_model)
     target = tmp_path / "out" / "gear"
     shutil.copytree(onnx, target)
     before = {path.name: path.read_bytes() for path in target.iterdir()}
-    wrong_export(lambda outputs: {"score": outputs["score"] * 1.1})
-    with pytest.raises(ExportError, match=hint):
+    with pytest.raises(ExportError, match=message):
         export_bundle(bundle, "onnx", target, precision)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
     assert [path.name for path in target.parent.iterdir()] == ["gear"]
-
-
-@pytest.mark.parametrize(
-    "make_wrong",
-    [
-        lambda outputs: {"anomalous": ~outputs["anomalous"]},
-        lambda outputs: {"p_value": outputs["p_value"] * 1.01},
-        lambda outputs: {"p_value": outputs["p_value"] * float("nan")},
-    ],
-)
-def test_an_export_whose_verdicts_contradict_its_scores_is_refused(
-    make_wrong: WrongOutputs, bundle: str, tmp_path: Path, wrong_export: Callable[[WrongOutputs], None]
-) -> None:
-    wrong_export(make_wrong)
-    with pytest.raises(ExportError, match=r"\d+ verdicts or p-values"):
-        export_bundle(bundle, "onnx", tmp_path / "gear")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("to", ["torch", *(pytest.param(to, marks=pytest.mark.slow) for to in ("onnx", "openvino"))])
@@ -414,9 +380,9 @@ def test_a_full_disk_is_reported_and_leaves_no_files(bundle: str, tmp_path: Path
 
 @pytest.mark.parametrize("spoil", ["corrupt", "thin"])
 def test_an_example_that_cannot_be_used_is_named(
-    spoil: str, data: str, photographs: list[Path], tmp_path: Path
+    spoil: str, parts: str, photographs: list[Path], tmp_path: Path
 ) -> None:
-    uri = make_bundle(small_config(data, tmp_path, density=GAUSSIAN, model={**STILL, "resize": "pad"}))
+    uri = make_bundle(small_config(parts, tmp_path, density=GAUSSIAN, model={**STILL, "resize": "pad"}))
     for path in photographs:
         shutil.copy(path, tmp_path)
     if spoil == "corrupt":
@@ -428,13 +394,13 @@ def test_an_example_that_cannot_be_used_is_named(
         export_bundle(uri, "torch", tmp_path / "new", examples=sources)
 
 
-def test_a_missing_data_set_is_refused(bundle: str, data: str, tmp_path: Path) -> None:
-    away = Path(data).rename(tmp_path / "away")
+def test_a_missing_data_set_is_refused(bundle: str, parts: str, tmp_path: Path) -> None:
+    away = Path(parts).rename(tmp_path / "away")
     try:
         with pytest.raises(ExportError, match="--examples"):
             export_bundle(bundle, "torch", tmp_path / "new")
     finally:
-        away.rename(data)
+        away.rename(parts)
 
 
 def test_a_density_that_branches_on_values_is_refused(

@@ -23,19 +23,14 @@ CATEGORIES = ("bottle", "hazelnut_toy")
 
 
 @pytest.fixture
-def nodes(s3_server: S3Server, shared: Path) -> Iterator[Nodes]:
-    """Three nodes with real images. A test may kill one node."""
+def nodes(s3_server: S3Server, shared: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
+    """Three nodes with real images, whose S3 keys this process has. A test may kill one node."""
     with run_nodes(s3_server, 3) as nodes:
+        for name, value in nodes.access.items():
+            monkeypatch.setenv(name, value)
         nodes.ingest(shared / "data/mvtec", ["bottle"])
         nodes.ingest(shared / "data", ["hazelnut_toy"])
         yield nodes
-
-
-@pytest.fixture
-def _keys(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets the credentials of the S3 server in this process."""
-    for name, value in nodes.access.items():
-        monkeypatch.setenv(name, value)
 
 
 def sweep_words(nodes: Nodes, weights: Path, *overrides: str) -> list[str]:
@@ -62,7 +57,6 @@ def read_scores(root: str) -> list[float | None]:
     return [record.score for record in read_trial_records(root)]
 
 
-@pytest.mark.usefixtures("_keys")
 def test_a_sweep_started_with_ray_job_submit_prints_a_table(nodes: Nodes, resnet18_weights: Path) -> None:
     two_nodes = ("base.cluster.labels={site: b}", "base.cluster.memory_gib_per_worker=0.25")
     arguments = sweep_words(nodes, resnet18_weights, *DENSITIES, "name=search", "base.cluster.team=press", *two_nodes)
@@ -83,7 +77,6 @@ def test_a_sweep_started_with_ray_job_submit_prints_a_table(nodes: Nodes, resnet
     assert all(category in table for category in CATEGORIES)
 
 
-@pytest.mark.usefixtures("_keys")
 def test_simultaneous_sweeps_of_two_teams_finish_separately(nodes: Nodes, resnet18_weights: Path) -> None:
     def send(team: str) -> subprocess.CompletedProcess[str]:
         share = sweep_words(nodes, resnet18_weights, *DENSITIES, "cluster_share=0.5")
@@ -108,7 +101,6 @@ def test_simultaneous_sweeps_of_two_teams_finish_separately(nodes: Nodes, resnet
         assert [line.split("\t")[0].split("-")[0] for line in listed] == [team]
 
 
-@pytest.mark.usefixtures("_keys")
 def test_a_node_that_is_killed_during_a_sweep_loses_no_trial(nodes: Nodes, resnet18_weights: Path) -> None:
     root = f"{nodes.root}/sweeps/shaken"
     # Four trials run at once on six CPUs of three nodes, so some run on the killed node.

@@ -46,9 +46,8 @@ def make_config(data: str, **sections: Any) -> Config:
 
 def load_gear(config: Config, objective: Objective = "validation", size_px: int = 64) -> CategoryImages:
     """Loads the images of the category `gear`."""
-    return load_category_images(
-        config, "gear", split_for_scoring(config, "gear", objective).plan(config), objective, size_px
-    )
+    plan = split_for_scoring(config, "gear", objective).plan(config)
+    return load_category_images(config, "gear", plan, objective, size_px)
 
 
 def score_gear(config: Config, objective: Objective = "validation", **options: Any) -> CategoryResult:

@@ -165,13 +165,3 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="File exists"):
         VerdictJournal(tmp_path / "file")
-
-
-def test_a_full_disk_is_reported(tmp_path: Path) -> None:
-    with VerdictJournal(tmp_path) as journal:
-        journal.write_lines([make_journal_line(0)])
-        (path,) = tmp_path.glob("*.jsonl")
-        path.unlink()
-        path.symlink_to("/dev/full")
-        with pytest.raises(DataError, match="No space left on device"):
-            journal.write_lines([make_journal_line(1)])

@@ -20,21 +20,8 @@ from focus_ray.errors import DataError
 from focus_ray.names import NAME_WORDS, escape_invalid_utf8, is_valid_name, is_valid_utf8
 
 # Files beside the images that are ignored. A file with any other suffix is rejected and reported.
-IGNORED_SUFFIXES = (
-    ".txt",
-    ".md",
-    ".rst",
-    ".pdf",
-    ".html",
-    ".csv",
-    ".json",
-    ".xml",
-    ".yaml",
-    ".yml",
-    ".log",
-    ".db",
-    ".ini",
-)
+IGNORED_SUFFIXES = {".txt", ".md", ".rst", ".pdf", ".html", ".log"}  # documents
+IGNORED_SUFFIXES |= {".csv", ".json", ".xml", ".yaml", ".yml", ".ini", ".db"}  # tables and settings
 IGNORED_STEMS = ("license", "licence", "readme", "thumbs")
 
 
@@ -176,6 +163,7 @@ def select_test_images(names: Sequence[str], settings: ImportSettings, groups: S
     """
 
     def compute_draw_key(unit: tuple[str, str]) -> str:
+        """Returns the hash of a group or an image and the seed. The groups with the smallest hashes are drawn."""
         group, name = unit
         text = f"{settings.seed}:group:{group}" if group else f"{settings.seed}:{name}"
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
@@ -196,12 +184,12 @@ def add_folder_images(
     split: str,
     label: int,
     defect: str,
-    truth: SourcePath | None,
+    mask_folder: SourcePath | None,
     settings: ImportSettings,
 ) -> None:
     """Adds the images of a class folder (good/, scratch/) to a plan, with their masks. Rejects or notes other files.
 
-    Images in subfolders are added if `settings.takes_subfolders`; their masks are in the same subfolders of `truth`.
+    Images in subfolders are added if `settings.takes_subfolders`; their masks are in the same subfolders of `mask_folder`.
 
     Args:
         plan: the plan of the category; the function extends its samples, rejects, notes and folders.
@@ -210,7 +198,7 @@ def add_folder_images(
         split: train or test.
         label: 0 normal, 1 anomalous.
         defect: type of the defect, for label 1.
-        truth: folder of the masks; None if the images have no masks.
+        mask_folder: folder of the masks; None if the images have no masks.
         settings: the settings of the ingestion.
     """
     num_images = 0
@@ -220,7 +208,7 @@ def add_folder_images(
             detail = "its name is not valid UTF-8: rename the folder"
             plan.rejects.append(RejectedFile(settings.describe_path(level), plan.category, "file_name", detail))
             continue
-        masks_folder = truth / below if truth and below else truth
+        mask_subfolder = mask_folder / below if mask_folder and below else mask_folder
         stems: set[str] = set()
         files, skipped_here = _list_files(level)
         num_skipped.update(skipped_here)
@@ -231,13 +219,13 @@ def add_folder_images(
                 plan.rejects.append(RejectedFile(settings.describe_path(path), plan.category, reason, detail))
                 continue
             stems.add(path.stem)
-            masks = tuple(find_mask_files(masks_folder, path.stem)) if masks_folder else ()
+            masks = tuple(find_mask_files(mask_subfolder, path.stem)) if mask_subfolder else ()
             name = defect if label else "good"
             plan.samples.append(SourceImage(path, origin, split, label, name, masks, subfolders=below))
         num_images += len(stems)
-        if masks_folder:
+        if mask_subfolder:
             names = {item.name for item in list_subfolders(level)} if settings.takes_subfolders else set()
-            reject_unmatched_masks(plan, masks_folder, stems, settings, names)
+            reject_unmatched_masks(plan, mask_subfolder, stems, settings, names)
     if not settings.takes_subfolders:
         for nested in list_subfolders(folder):
             plan.notes.append(
@@ -282,39 +270,45 @@ def _walk_image_folders(folder: SourcePath, settings: ImportSettings) -> Iterato
             pending += [(f"{below}/{item.name}" if below else item.name, item) for item in list_subfolders(level)]
 
 
-def find_mask_files(truth: SourcePath, stem: str) -> list[SourcePath]:
+def find_mask_files(mask_folder: SourcePath, stem: str) -> list[SourcePath]:
     """Returns the mask files of an image, found by the name of the image.
 
     These are <stem> and <stem>_mask with any image suffix, and every image in the folder <stem>/. MVTec LOCO stores several
     regions of one image in such a folder. Broken links are included.
 
     Args:
-        truth: folder of the masks.
+        mask_folder: folder of the masks.
         stem: file name of the image without suffix.
     """
-    if not truth.is_dir():
+    if not mask_folder.is_dir():
         return []
     suffixes = (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES))
-    candidates = [truth / f"{name}{suffix}" for name in (stem, f"{stem}_mask") for suffix in suffixes]
+    candidates = [mask_folder / f"{name}{suffix}" for name in (stem, f"{stem}_mask") for suffix in suffixes]
     # a broken link counts as a mask: otherwise the image would be ingested without its mask
     masks = [path for path in candidates if path.is_file() or is_broken_link(path)]
-    return sorted(set(masks)) + list_image_files(truth / stem)
+    return sorted(set(masks)) + list_image_files(mask_folder / stem)
 
 
 def reject_unmatched_masks(
-    plan: ImportPlan, truth: SourcePath, stems: set[str], settings: ImportSettings, skipped_names: Collection[str] = ()
+    plan: ImportPlan,
+    mask_folder: SourcePath,
+    stems: set[str],
+    settings: ImportSettings,
+    skipped_names: Collection[str] = (),
 ) -> None:
     """Adds masks that belong to no image to the rejects of a plan.
 
     Args:
         plan: the plan of the category, which is changed.
-        truth: folder of the masks.
+        mask_folder: folder of the masks.
         stems: file names, without suffix, of the images.
         settings: the settings of the ingestion.
-        skipped_names: names of subfolders of `truth` that are not checked by this call.
+        skipped_names: names of subfolders of `mask_folder` that are not checked by this call.
     """
-    unmatched = [path for path in list_image_files(truth) if not {path.stem, path.stem.removesuffix("_mask")} & stems]
-    for nested in list_subfolders(truth):
+    unmatched = [
+        path for path in list_image_files(mask_folder) if not {path.stem, path.stem.removesuffix("_mask")} & stems
+    ]
+    for nested in list_subfolders(mask_folder):
         if nested.name not in stems and nested.name not in skipped_names:
             unmatched += list_image_files(nested)
     for path in unmatched:
@@ -373,7 +367,7 @@ def list_good_part_folders(folder: SourcePath) -> list[SourcePath]:
 
 def is_broken_link(path: SourcePath) -> bool:
     """Returns whether a path is a link to a missing file, for instance a file under version control that was not fetched."""
-    return path.is_symlink() and not path.exists()
+    return isinstance(path, Path) and path.is_symlink() and not path.exists()  # S3 has no links
 
 
 def describe_broken_link(path: SourcePath) -> str:
