@@ -94,16 +94,6 @@ class FitResult:
     notes: FitNotes = field(default_factory=FitNotes)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def net(self) -> FocusNet:
-        """The network of the detector."""
-        return self.detector.net
-
-    @property
-    def reduction(self) -> ChannelReduction:
-        """The channel reduction of the detector."""
-        return self.detector.reduction
-
 
 def fit(
     config: Config,
@@ -319,19 +309,15 @@ class DetectorFitter:
         The arguments are described in `fit`.
         """
         if state is not None:
-            self.restore(state)
+            assert self.training is not None
+            self.training.load_network_weights(state.net)
+            self.notes, self.best = state.notes, state.best
         else:
             with self._measure_stage_time("alignment"):
                 self.fit_image_aligner()
         with self._measure_stage_time("train"):
             if self.training is not None:
                 self.train_network(self.training, state, on_epoch)
-
-    def restore(self, state: TrainState) -> None:
-        """Restores the network's weights, the notes (`FitNotes`) and the best network so far from a saved state."""
-        assert self.training is not None
-        self.training.load_network_weights(state.net)
-        self.notes, self.best = state.notes, state.best
 
     def train_network(self, training: FydTraining, state: TrainState | None, on_epoch: EpochCallback | None) -> None:
         """Trains for train.epochs epochs. With selection, the network then gets the weights of `best`.
@@ -501,7 +487,7 @@ class DetectorFitter:
         Returns: positions among this worker's held-out images. None if less than `_MIN_UNRELATED_SHARE` of the held-out images
             of all workers show other parts: the scores of held-out images then do not show how a new part scores.
         """
-        counts = all_gather_objects(self.shard.num_holdout())
+        counts = all_gather_objects(len(self.shard.share.holdout))
         bank_images = self._choose_bank_images(for_calibration=True)
         assert bank_images is not None
         assert statistics.descriptors is not None
@@ -528,7 +514,7 @@ class DetectorFitter:
         if 1 - float(is_related.float().mean()) < _MIN_UNRELATED_SHARE:
             return None
         first = sum(counts[: self.rank])
-        return [row for row in range(self.shard.num_holdout()) if not is_related[first + row]]
+        return [row for row in range(len(self.shard.share.holdout)) if not is_related[first + row]]
 
     def _record_related_images(self, relations: ImageRelations) -> None:
         """Adds the number of physical parts that the photographs show to the notes, and logs it."""
@@ -555,14 +541,16 @@ class DetectorFitter:
         method = self.config.calibration.method
         if method != "auto":
             return method
-        return "split" if sum(all_gather_objects(self.shard.num_holdout())) else self._choose_method_without_holdout()
+        return (
+            "split" if sum(all_gather_objects(len(self.shard.share.holdout))) else self._choose_method_without_holdout()
+        )
 
     def _choose_method_without_holdout(self) -> Method:
         """Returns the calibration method that uses training images: leave_one_out if the density supports it, else cross."""
         config = self.config
         return "leave_one_out" if supports_leave_one_out(config.density, config.model.shared_tile_grid) else "cross"
 
-    def finish(self) -> FitResult:
+    def build_and_calibrate(self) -> FitResult:
         """Computes the statistics, builds the detector and calibrates it, with the trained network.
 
         Raises:
@@ -575,7 +563,7 @@ class DetectorFitter:
             return self._build_and_calibrate_prepared()
 
     def _build_and_calibrate_prepared(self) -> FitResult:
-        """Computes the result of `finish` with a network that is already prepared for inference."""
+        """Computes the result of `build_and_calibrate` with a network that is already prepared for inference."""
         folds: list[_CrossValidationFold] = []
         holdout_rows: list[int] | None = None
         self._add_validation_to_training()

@@ -139,21 +139,6 @@ class SplitPlan:
     fit_hashes: NDArray[np.int64] = field(default_factory=lambda: NO_ROWS)
 
     @property
-    def fit_rows(self) -> NDArray[np.int64]:
-        """Row numbers of the fit images."""
-        return self.fit.rows
-
-    @property
-    def validation_rows(self) -> NDArray[np.int64]:
-        """Row numbers of the validation images."""
-        return self.validation.rows
-
-    @property
-    def holdout_rows(self) -> NDArray[np.int64]:
-        """Row numbers of the held-out images."""
-        return self.holdout.rows
-
-    @property
     def num_images(self) -> int:
         """The number of fit, validation and held-out images together."""
         return len(self.fit) + len(self.validation) + len(self.holdout)

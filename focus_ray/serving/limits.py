@@ -45,7 +45,7 @@ class RequestLimiter:
     def admit(self, team: str, num_bytes: int) -> Iterator[None]:
         """Context manager: admits a request with a body of `num_bytes`, and counts it as in flight while the context is open.
 
-        Raises: Problem: 429, the team has too many requests or bytes in flight. 503, all teams together have too many.
+        Raises: HttpProblem: 429, the team has too many requests or bytes in flight. 503, all teams together have too many.
         """
         team_requests, team_bytes = self._requests_by_team[team], self._bytes_by_team[team]
         all_requests, all_bytes = self._requests_by_team.total(), self._bytes_by_team.total()
@@ -77,7 +77,7 @@ class RequestLimiter:
 def read_content_length(request: Request, max_bytes: int) -> int:
     """Returns the value of the header Content-Length in bytes; `max_bytes` if the header is absent.
 
-    Raises: Problem: 413, the length is above `max_bytes`. 400, the header is not a number of bytes.
+    Raises: HttpProblem: 413, the length is above `max_bytes`. 400, the header is not a number of bytes.
     """
     text = request.headers.get("content-length")
     if text is None:
@@ -92,7 +92,7 @@ def read_content_length(request: Request, max_bytes: int) -> int:
 async def read_body(request: Request, max_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> bytes:
     """Reads the body of a request.
 
-    Raises: Problem: 413, the body has more than `max_bytes`. 408, the body does not arrive within `timeout_s` seconds.
+    Raises: HttpProblem: 413, the body has more than `max_bytes`. 408, the body does not arrive within `timeout_s` seconds.
     """
 
     async def read() -> bytes:
@@ -117,7 +117,7 @@ async def read_json_body(request: Request, model: type[M]) -> M:
     that strangers cannot make the service read bodies.
 
     Raises:
-        Problem: 400 or 413, as `read_content_length`. 408 or 413, as `read_body`. 415, the Content-Type is not application/json.
+        HttpProblem: 400 or 413, as `read_content_length`. 408 or 413, as `read_body`. 415, the Content-Type is not JSON.
         RequestValidationError: the body is not valid JSON, or does not fit the model.
     """
     if _read_media_type(request) != "application/json":
@@ -132,8 +132,8 @@ async def read_json_body(request: Request, model: type[M]) -> M:
 async def extract_images(request: Request, body: bytes, limits: RequestLimits) -> list[tuple[str, bytes]]:
     """Returns (file name, bytes) of each image in a body. The body is one image, without a file name, or a multipart form.
 
-    Raises: Problem: 400, the form cannot be read. 413, the form has too many images. 415, the Content-Type is neither an image
-        nor a form. 422, there is no image, or the form has a field that belongs into the URL.
+    Raises: HttpProblem: 400, the form cannot be read. 413, the form has too many images. 415, the Content-Type is neither an
+        image nor a form. 422, there is no image, or the form has a field that belongs into the URL.
     """
     media_type = _read_media_type(request)
     if media_type == "multipart/form-data":
@@ -177,7 +177,7 @@ class _ImageFormParser(MultiPartParser):
 async def _read_form(request: Request, body: bytes, limits: RequestLimits) -> list[tuple[str, bytes]]:
     """Returns (file name, bytes) of each file in a multipart form; the file name may be empty.
 
-    Raises: Problem: 400, the form cannot be read. 413, it has too many images. 422, it has a field that belongs into the URL.
+    Raises: HttpProblem: 400, the form cannot be read. 413, it has too many images. 422, it has a field that belongs into the URL.
     """
 
     async def stream_body() -> AsyncIterator[bytes]:

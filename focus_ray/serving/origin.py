@@ -23,7 +23,7 @@ def check_same_origin(headers: Headers, needs_token: bool) -> None:
         needs_token: whether callers authenticate. There may be a front proxy then, so every `Host` is allowed. If the proxy
             changes `Host`, `Sec-Fetch-Site: same-origin` of the browser is sufficient.
 
-    Raises: Problem: 421, wrong host name. 403, the request comes from another site.
+    Raises: HttpProblem: 421, wrong host name. 403, the request comes from another site.
     """
     hosts, sites = headers.getlist("host"), headers.getlist("sec-fetch-site")
     if not needs_token and not (hosts and all(_is_loopback_host_header(host) for host in hosts)):

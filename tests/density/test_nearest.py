@@ -22,7 +22,6 @@ from focus_ray.density.base import (
     collect_density_tensors,
     restore_density,
 )
-from focus_ray.density.gaussian import Gaussian
 from focus_ray.density.nearest import LocationMemory, subsample_location_coresets, whiten_bank
 from focus_ray.density.relations import ImageRelations
 from focus_ray.density.settings import DensityConfig
@@ -127,13 +126,6 @@ def test_coresets_and_unused_embeddings_restore_the_bank() -> None:
     assert torch.equal(restore_bank_from_coresets(coreset.transpose(0, 1), images.t(), unused), bank)
 
 
-def test_bank_rows_order_locations_row_by_row() -> None:
-    images = make_embeddings(3)
-    rows = convert_to_bank_rows(images)
-    assert (rows.shape, rows.dtype) == ((3, HEIGHT * WIDTH, CHANNELS), torch.float16)
-    assert torch.equal(rows[0, 2 * WIDTH + 1].float(), images[0, :, 2, 1])
-
-
 @pytest.mark.parametrize(
     ("bank", "whitening", "numbers"),
     [((3, 2, 3), (3, 3), None), ((4, 2, 3), (2, 2), None), ((4, 3), (3, 3), None), ((4, 2, 3), (3, 3), (4, 3))],
@@ -200,11 +192,6 @@ def test_joined_statistics_of_two_sites_equal_the_statistics_of_all_images(name:
     queries = images_of(name, 3, seed=5)[0]
     expected = build_density(config, statistics_of(images, coreset_channels)).score(queries)
     torch.testing.assert_close(build_density(config, first.join(second)).score(queries), expected, rtol=2e-3, atol=2e-3)
-
-
-def test_the_setting_kind_selects_the_density() -> None:
-    assert isinstance(build_density(config_of(kind="gaussian"), statistics_of(make_embeddings(9))), Gaussian)
-    assert build_location_memory(make_embeddings(9), window=5).window == 5
 
 
 def test_statistics_that_do_not_fit_cannot_be_joined() -> None:

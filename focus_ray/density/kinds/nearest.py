@@ -120,33 +120,24 @@ class NearestKind(DensityKind[NearestSettings]):
         """
         import torch
 
-        from focus_ray.density.gaussian_capped_memory import (
-            GaussianCappedMemory,
-            build_leave_one_out_gaussian,
-            measure_gaussian_scale,
-        )
-        from focus_ray.density.nearest import (
-            CoresetScorer,
-            LocationAndCoresetMemory,
-            build_location_memory,
-            measure_typical_distances,
-        )
+        from focus_ray.density import gaussian_capped_memory as capped
+        from focus_ray.density import nearest
 
-        joint = density.memory if isinstance(density, GaussianCappedMemory) else density
+        joint = density.memory if isinstance(density, capped.GaussianCappedMemory) else density
         coreset_distances: Tensor | None = None
         for each in statistics:
             assert each.bank is not None
             bank, coreset_bank = each.bank.tensor_split([each.moments.channels], dim=2)
-            memory = build_location_memory(config, each)
+            memory = nearest.build_location_memory(config, each)
             distances = score(memory, bank)
-            if isinstance(joint, LocationAndCoresetMemory):
+            if isinstance(joint, nearest.LocationAndCoresetMemory):
                 if coreset_distances is None:
-                    coreset_distances = score(CoresetScorer(joint), coreset_bank)
-                typical = measure_typical_distances(memory, joint.coreset, each)
+                    coreset_distances = score(nearest.CoresetScorer(joint), coreset_bank)
+                typical = nearest.measure_typical_distances(memory, joint.coreset, each)
                 distances = (distances / typical[0] + coreset_distances / typical[1]) / 2
-            if isinstance(density, GaussianCappedMemory):
-                gaussian = build_leave_one_out_gaussian(each)
-                scale = measure_gaussian_scale(each, gaussian, config.gaussian_share)
+            if isinstance(density, capped.GaussianCappedMemory):
+                gaussian = capped.build_leave_one_out_gaussian(each)
+                scale = capped.measure_gaussian_scale(each, gaussian, config.gaussian_share)
                 distances = torch.minimum(distances, score(gaussian, bank) * scale)
             yield distances
 
@@ -211,23 +202,7 @@ class NearestKind(DensityKind[NearestSettings]):
         }
 
     def make_exportable(self, density: Density, half: bool) -> Any:
-        from focus_ray.density.coreset import ExportableCoreset
-        from focus_ray.density.gaussian import Gaussian
-        from focus_ray.density.gaussian_capped_memory import GaussianCappedMemory
-        from focus_ray.density.nearest import ExportableLocationMemory, LocationAndCoresetMemory, LocationMemory
-
-        if isinstance(density, GaussianCappedMemory):
-            assert isinstance(density.gaussian, Gaussian)
-            memory, gaussian = self.make_exportable(density.memory, half), density.gaussian.make_exportable(half)
-            return GaussianCappedMemory(memory, gaussian, density.scale)
-        if isinstance(density, LocationAndCoresetMemory):
-            location_memory, coreset = (
-                ExportableLocationMemory(density.location_memory, half),
-                ExportableCoreset(density.coreset, half),
-            )
-            return LocationAndCoresetMemory(location_memory, coreset, density.typical_distance)
-        assert isinstance(density, LocationMemory)
-        return ExportableLocationMemory(density, half)
+        return density.make_exportable(half)  # type: ignore[attr-defined]
 
 
 NEAREST = NearestKind()
