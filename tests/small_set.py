@@ -60,7 +60,7 @@ def small_config(uri: str, storage: Path | str, **sections: dict[str, Any]) -> C
     }
     for name, section in sections.items():
         settings[name] = {**settings.get(name, {}), **section}
-    return parse_config(settings)
+    return parse_config(settings, is_fitted=True)  # tests change values that are fixed for users
 
 
 def fit_alone(config: Config, category: str = "gear") -> FitResult:

@@ -49,7 +49,7 @@ def test_the_reference_has_exactly_the_keys_of_a_run() -> None:
 def test_defaults_are_those_that_a_run_gets() -> None:
     config = parse_config({"data": {"uri": "data"}})
     assert RUN["train.lambda_fine"].default == str(config.train.lambda_fine)
-    assert RUN["density.layers"].default == "[layer1, layer2, layer3]"
+    assert "density.layers" not in RUN
     assert (RUN["data.uri"].default, RUN["data.categories"].default) == (None, "null")
 
 
@@ -68,7 +68,6 @@ def test_a_default_that_the_field_of_a_section_overrides_is_shown() -> None:
         ("model.image_size_px", "integer from 32 to 2048; pixels"),
         ("model.weights_sha256", "text of the form ^[0-9a-f]{8,64}$, or null"),
         ("density.window", "1, 3, 5"),
-        ("density.layers", "list of (layer1, layer2, layer3), not empty"),
         ("cluster.use_gpu", "true, false, or auto"),
         ("cluster.labels", "mapping of text to text"),
         ("name", "name"),

@@ -23,6 +23,7 @@ from focus_ray.fitting.settings import Config
 from focus_ray.names import NAME_PATTERN, NAME_WORDS
 from focus_ray.serving.settings import ServiceSettings
 from focus_ray.settings.kinds import LazyRegistry
+from focus_ray.settings.sections import select_user_fields
 from focus_ray.sweep.settings import SweepConfig
 
 COMMAND = "python -m focus_ray.cli.config_reference docs/reference/configuration.md"
@@ -88,7 +89,7 @@ def iterate_sections(
     """
     prefix = f"{key}." if key else ""
     settings, inner = [], []
-    for name, field in model.model_fields.items():
+    for name, field in select_user_fields(model).items():
         default = getattr(value, name) if value is not None else field.get_default(call_default_factory=True)
         below, suffix = _find_section_model(field.annotation)
         description = field.description or _read_first_paragraph(below)

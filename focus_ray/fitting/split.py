@@ -298,7 +298,7 @@ def _compute_rule_and_images(config: Config, category: str) -> tuple[SplitRule, 
         if num_groups - num_holdout - num_validation < 2:
             raise DataError(
                 f"category {category!r} has {count_text}: {num_holdout}{parts} calibrate and {num_validation}{parts} validate, "
-                "so fewer than 2 remain for training; set selection.enabled=false or add images"
+                "so fewer than 2 remain for training; set selection.fraction=0 or add images"
             )
     limits = [str(normal.group_keys[in_order[rank]]) for rank in (num_holdout, num_holdout + num_validation)]
     # Count the images below each key limit. Two files with the same content have the same key, so they are in the same part.

@@ -28,11 +28,11 @@ from focus_ray.density.settings import DensityConfig
 
 HEIGHT, WIDTH, CHANNELS = 3, 4, 6
 LEARNT = {"reduction": "discriminant"}  # nothing is whitened
-WHITENED = {"reduction": "semi_orthogonal", "shrinkage": 0.3, "shrinkage_unit": "absolute"}
+WHITENED = {"reduction": "semi_orthogonal", "shrinkage": "0.3 absolute"}
 
 
 def config_of(**settings: Any) -> DensityConfig:
-    return DensityConfig.model_validate({"coreset": 0, "precision": "fp32", **settings})
+    return DensityConfig.model_validate({"coreset": 0, "precision": "fp32", **settings}, context={"is_fitted": True})
 
 
 def build_location_memory(images: Tensor, **settings: Any) -> LocationMemory:

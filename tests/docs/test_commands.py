@@ -57,7 +57,7 @@ NOT_RUN_WORDS = {  # a word of a focus-ray command -> why this module does not r
     "trackers.tensorboard={}": "trains by gradient, and needs a tracker's package; tests/tracking",
     "trackers.mlflow.uri=http://tracking.plant:5000": "needs a server; tests/tracking",
     "--workers": "starts Ray; tests/cluster",
-    "selection.enabled=true": "trains by gradient; tests/evaluation/test_selection.py",
+    "selection.fraction=0.1": "trains by gradient; tests/evaluation/test_selection.py",
     "--engine": "compiles a network; tests/bundle/test_engine.py",
 }
 # program -> why this module does not run its commands

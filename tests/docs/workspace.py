@@ -40,7 +40,6 @@ TINY = (
     "density.num_channels=16",
     "density.coreset=32",
     "model.precision=fp32",
-    "density.precision=fp32",
     "cluster.use_gpu=false",
 )
 

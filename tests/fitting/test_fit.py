@@ -25,7 +25,7 @@ DENSITY = {"layers": ["layer1"], "num_channels": 8, "coreset": 16, "coreset_chan
 
 def make_config(**sections: Any) -> Config:
     sections["density"] = {**DENSITY, "keep_moments": False, **sections.get("density", {})}
-    return parse_config({"data": {"uri": "unused"}, "model": MODEL, **sections})
+    return parse_config({"data": {"uri": "unused"}, "model": MODEL, **sections}, is_fitted=True)
 
 
 def make_good_parts(count: int, seed: int | torch.Generator = 0) -> Tensor:
@@ -101,7 +101,7 @@ def test_held_out_photographs_of_training_parts_do_not_set_the_threshold() -> No
 
 def test_validation_images_calibrate_with_the_projection_of_their_fold() -> None:
     images, settings = make_good_parts(24), {"calibration": {"method": "leave_one_out"}}
-    selecting = make_config(selection={"enabled": True}, train={"epochs": 0}, **settings)
+    selecting = make_config(selection={"fraction": 0.1}, train={"epochs": 0}, **settings)
     result = fit_images(selecting, images[:16], validation=images[16:])
     assert result.calibration.num_images == 24
     assert result.calibration.image_scores == fit_images(make_config(**settings), images).calibration.image_scores
@@ -142,7 +142,7 @@ def test_leave_one_out_with_a_learnt_projection_and_a_profile_keeps_the_target(c
 
 
 def test_a_left_out_image_scores_like_with_the_memory_of_the_other_images() -> None:
-    density = {"reduction": "semi_orthogonal", "shrinkage_unit": "absolute", "coreset": 0}
+    density = {"reduction": "semi_orthogonal", "shrinkage": "2.0 absolute", "coreset": 0}
     config = make_config(density=density, scoring={"image_score": "maximum"})
     images, expected = make_good_parts(6, 3), []
     whole = fit_images(config, images)

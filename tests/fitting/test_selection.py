@@ -28,7 +28,7 @@ NORMALS = np.stack([draw_sample("board", 0, "train", index, 64)[0] for index in 
 
 
 def make_selection_config(data: str, **sections: dict[str, Any]) -> Config:
-    defaults = {"selection": {"enabled": True, "fraction": 0.2}, "model": {"image_alignment": {"group": "none"}}}
+    defaults = {"selection": {"fraction": 0.2}, "model": {"image_alignment": {"group": "none"}}}
     return small_config(data, "unused", **{**defaults, **sections})
 
 
@@ -64,8 +64,8 @@ def test_validation_takes_no_more_images_than_it_may(data: str, monkeypatch: pyt
 
 
 def test_a_set_too_small_to_validate_on_is_refused(data: str) -> None:
-    config = make_selection_config(data, selection={"enabled": True, "fraction": 0.85})
-    with pytest.raises(DataError, match=r"selection\.enabled=false"):
+    config = make_selection_config(data, selection={"fraction": 0.85})
+    with pytest.raises(DataError, match=r"selection\.fraction=0"):
         compute_split_plan(config, "gear")
 
 

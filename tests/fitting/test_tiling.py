@@ -241,7 +241,7 @@ def test_added_images_can_be_removed_from_a_tiled_bundle(
 
 @pytest.mark.parametrize("density", DENSITIES)
 def test_cross_calibration_selection_and_training_work_with_tiles(data: str, density: str) -> None:
-    selection = {"enabled": True, "fraction": 0.1}
+    selection = {"fraction": 0.1}
     learnt, method = {"reduction": "discriminant"}, {"method": "cross"}
     config = make_tiled_config(
         data, density, (1, 2), train={"epochs": 1}, selection=selection, calibration=method, density=learnt

@@ -95,7 +95,7 @@ def test_trials_share_features_only_if_their_settings_give_the_same_features(dat
     different = [{"model": UNALIGNED}, {"train": {"seed": 3}}, {"model": {"image_size_px": 48}}]
     unshareable = [
         {"train": {"epochs": 1}},
-        {"selection": {"enabled": True}},
+        {"selection": {"fraction": 0.1}},
         {"density": {"reduction": "discriminant"}},
     ]
     (key,) = {key_of(**sections) for sections in same}

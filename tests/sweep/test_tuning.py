@@ -218,9 +218,9 @@ def test_a_race_finds_the_same_best_trial_with_fewer_epochs(ray_cluster: None, d
     [
         (
             {},
-            {"density.num_channels": [32, 100], "density.layers": [["layer1"]]},
+            {"density.num_channels": [32, 500]},
             ConfigError,
-            "num_channels=100.* 64 ",
+            "num_channels=500.* 448 ",
         ),
         ({"data": {"categories": ["nut"]}}, SPACE, DataError, "nut.*board, gear"),
         ({"cluster": {"num_workers": 5, "use_gpu": False}}, SPACE, TrainingError, "need 5 CPU; the cluster has 4 CPU"),

@@ -90,7 +90,7 @@ def test_another_seed_gives_another_plan(data: str) -> None:
     assert plans[0].holdout.rows.tolist() != plans[1].holdout.rows.tolist()
 
 
-@pytest.mark.parametrize("settings", [{}, {"selection": {"enabled": True, "fraction": 0.2}}])
+@pytest.mark.parametrize("settings", [{}, {"selection": {"fraction": 0.2}}])
 def test_a_small_pickled_rule_gives_the_rows_of_the_plan_and_the_part_of_every_image(
     data: str, settings: dict[str, Any]
 ) -> None:
@@ -268,7 +268,7 @@ def test_resuming_a_finished_run_trains_nothing_even_with_other_settings_that_ha
     root = f"{trained.storage}/small"
     version = read_manifest(f"{root}/bundles/gear")["sha256"]
     budget = trained.data.model_copy(update={"memory_budget_mb": 77})
-    cluster = trained.cluster.model_copy(update={"max_concurrent_categories": 1, "max_failures": 5})
+    cluster = trained.cluster.model_copy(update={"max_concurrent_categories": 1})
     lines: list[str] = []
     train(trained.model_copy(update={"data": budget, "cluster": cluster}), resume=True, log=lines.append)
     assert lines == [f"gear: already trained, {root}/bundles/gear", f"report: {root}/report.html"]
@@ -344,7 +344,7 @@ def test_a_killed_worker_is_replaced_and_the_run_continues_from_its_checkpoint(
         data,
         tmp_path,
         train={"epochs": 16, "batch_size_per_worker": 2},
-        cluster={"num_workers": 2, "max_failures": 1},
+        cluster={"num_workers": 2},
     )
     lines: list[str] = []
 
@@ -378,7 +378,7 @@ def log(line):
         lost.append(line)
         threading.Thread(target=nodes.remove_node, args=(second,), kwargs={"allow_graceful": False}).start()
 
-bundles = train(parse_config(json.loads(sys.argv[1])), log=log)
+bundles = train(parse_config(json.loads(sys.argv[1]), is_fitted=True), log=log)
 metrics = read_manifest(bundles["gear"])["metrics"]
 print(json.dumps({"workers": metrics["num_workers"], "epochs": len(metrics["history"]),
                   "steps": sorted({entry["steps"] for entry in metrics["history"]})}))
