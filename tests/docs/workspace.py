@@ -75,14 +75,8 @@ def make(folder: Path) -> Path:
     _copy(bad, folder / "defects")
     _copy(sorted((parts / "bolt/test/good").iterdir()), folder / "good-parts")
     _copy(bad[:2], folder / "new")
-    for name, source in (
-        ("new", bad[0]),
-        ("good", good[13]),
-        ("bad", bad[1]),
-        ("part", bad[0]),
-        ("a", bad[0]),
-        ("b", good[14]),
-    ):
+    sources = {"new": bad[0], "good": good[13], "bad": bad[1], "part": bad[0], "a": bad[0], "b": good[14]}
+    for name, source in sources.items():
         shutil.copy(source, folder / f"{name}.png")
     torch.manual_seed(0)
     torch.save(resnet18().state_dict(), folder / "resnet18.pth")
@@ -92,14 +86,8 @@ def make(folder: Path) -> Path:
     _run("ingest", folder / "more/bolt", folder / "plant/newparts")
     _run("ingest", folder / "porto/bolt", folder / "porto-data")
     settings = [f"data.uri={folder / 'data'}", f"storage={folder / 'plant/runs'}", "name=line3"]
-    _run(
-        "train",
-        "default",
-        *settings,
-        f"model.weights={folder / 'resnet18.pth'}",
-        *TINY,
-        "density.reduction=discriminant",
-    )
+    settings += [f"model.weights={folder / 'resnet18.pth'}", *TINY, "density.reduction=discriminant"]
+    _run("train", "default", *settings)
     bolt = folder / "plant/runs/line3/bundles/bolt"
     _run("update", bolt, folder / "B", "--only", folder / "plant/newparts")
     _run("update", bolt, folder / "C", "--only", folder / "porto-data")
