@@ -46,14 +46,14 @@ def model(parts: Path) -> focus_ray.Model:
     return focus_ray.fit(parts, **QUICK)
 
 
-def pixels_of(folder: Path) -> np.ndarray[Any, Any]:
+def read_pixels(folder: Path) -> np.ndarray[Any, Any]:
     return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.iterdir())])
 
 
 def test_a_folder_an_array_and_a_list_of_paths_make_the_same_model(parts: Path, model: focus_ray.Model) -> None:
     good = parts / "train/good"
     new = sorted((parts / "test/good").iterdir())[0]
-    arrays, paths, plain = (focus_ray.fit(x, **QUICK) for x in (pixels_of(good), sorted(good.iterdir()), good))
+    arrays, paths, plain = (focus_ray.fit(x, **QUICK) for x in (read_pixels(good), sorted(good.iterdir()), good))
     for other in (arrays, paths, plain):
         assert other.inspect(new).score == pytest.approx(model.inspect(new).score, rel=1e-5)
         assert other.threshold == pytest.approx(model.threshold, rel=1e-5)
@@ -251,7 +251,7 @@ def test_invalid_images_are_refused(parts: Path, model: focus_ray.Model, tmp_pat
         model.inspect_all(tmp_path / "empty")
     for source, message in (
         (tmp_path / "gone", "no such folder"),
-        (pixels_of(parts / "train/good")[:2], "2 normal training images; at least 4"),
+        (read_pixels(parts / "train/good")[:2], "2 normal training images; at least 4"),
         (parts.parent, r"2 categories \(board, gear\)"),
     ):
         with pytest.raises(DataError, match=message):
@@ -259,7 +259,7 @@ def test_invalid_images_are_refused(parts: Path, model: focus_ray.Model, tmp_pat
 
 
 def test_the_estimator_keeps_scikit_learns_conventions(parts: Path) -> None:
-    good, bad = pixels_of(parts / "train/good"), pixels_of(parts / "test/scratch")
+    good, bad = read_pixels(parts / "train/good"), read_pixels(parts / "test/scratch")
     settings = {key: value for key, value in QUICK.items() if key not in ("weights", "image_size_px")}
     estimator = focus_ray.AnomalyDetector(64, "random", settings=settings)
     with pytest.raises(NotFittedError):
@@ -304,7 +304,7 @@ def read_groups(model: focus_ray.Model) -> list[str]:
 
 
 def test_a_list_of_images_accepts_a_group_for_each_image(parts: Path) -> None:
-    images = list(pixels_of(parts / "train/good")[:8])
+    images = list(read_pixels(parts / "train/good")[:8])
     model = focus_ray.fit(images, groups=["a", "a", 2, np.int64(2), "b", None, "", "c"], **QUICK)
     assert read_groups(model) == ["a", "a", "2", "2", "b", "", "", "c"]
 
@@ -330,7 +330,7 @@ def test_groups_that_do_not_fit_the_images_are_refused(
 ) -> None:
     images: Any = {"folder": parts, "ingested": parts.parents[1] / "data"}.get(source)
     with pytest.raises(DataError, match=message):
-        focus_ray.fit(list(pixels_of(parts / "train/good")[:4]) if images is None else images, **options, **QUICK)
+        focus_ray.fit(list(read_pixels(parts / "train/good")[:4]) if images is None else images, **options, **QUICK)
 
 
 def test_training_images_are_left_out_of_an_evaluation(parts: Path, model: focus_ray.Model) -> None:

@@ -35,7 +35,7 @@ def images(parts: str) -> Path:
     return Path(parts).parent / "images"
 
 
-def third_party() -> set[str]:
+def list_imported_packages() -> set[str]:
     """Returns the modules of other packages that focus_ray imports, inside functions too."""
     modules = set()
     for path in PACKAGE.rglob("*.py"):
@@ -53,7 +53,7 @@ def test_every_imported_package_is_a_requirement_of_the_right_extra() -> None:
     extra_of = {module: extra for extra, modules in EXTRA_MODULES.items() for module in modules}
     distributions = metadata.packages_distributions()
     wrong = []
-    for module in sorted(third_party() - OPTIONAL_MODULES):
+    for module in sorted(list_imported_packages() - OPTIONAL_MODULES):
         package, extra = THROUGH.get(module, module), extra_of.get(module, "")
         required = extras[extra] | (extras["train"] if module in THROUGH and not extra else set())
         if {package.lower(), *(name.lower() for name in distributions.get(package, ()))}.isdisjoint(required):

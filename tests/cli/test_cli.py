@@ -61,7 +61,7 @@ def run_with_ascii_output(*words: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def lines_of(text: str) -> list[dict[str, object]]:
+def parse_json_lines(text: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -206,7 +206,7 @@ def test_inspect_prints_a_json_line_for_each_image_and_writes_overlays_with_a_st
     bundle: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["inspect", bundle, str(pictures), "--overlays", str(tmp_path / "overlays"), "--device", "cpu"]) == 0
-    lines = lines_of(capsys.readouterr().out)
+    lines = parse_json_lines(capsys.readouterr().out)
     assert [Path(str(line["image"])).name for line in lines] == ["a.png", "b.jpg"]
     assert [(line["width"], line["height"], line["category"]) for line in lines] == [(64, 64, "gear"), (90, 60, "gear")]
     alone = Inspector.load(bundle, "cpu").inspect([(pictures / "a.png").read_bytes()])[0]
@@ -225,7 +225,7 @@ def test_inspect_writes_a_table_with_a_row_for_each_image_also_for_an_unreadable
     table = tmp_path / "new" / "table.csv"
     assert main(["inspect", bundle, str(pictures), "--csv", str(table), "--device", "cpu"]) == 1
     captured = capsys.readouterr()
-    lines = lines_of(captured.out)
+    lines = parse_json_lines(captured.out)
     assert [Path(str(line["image"])).name for line in lines] == ["a.png", "cut.png", "b.jpg", "link.png"]
     assert [("score" in line, "error" in line) for line in lines] == [(True, False), (False, True)] * 2
     assert "cannot read" in str(lines[3]["error"])
@@ -257,7 +257,7 @@ def test_overlays_of_images_with_equal_or_the_longest_names_do_not_replace_each_
         shutil.copy(pictures / "a.png", pictures / place)
     Image.open(pictures / "a.png").save(pictures / "a.jpg")
     assert main(["inspect", bundle, str(pictures), "--overlays", str(tmp_path / "overlays"), "--device", "cpu"]) == 0
-    overlays = {str(line["overlay"]) for line in lines_of(capsys.readouterr().out)}
+    overlays = {str(line["overlay"]) for line in parse_json_lines(capsys.readouterr().out)}
     assert len(overlays) == 12
     assert all(Path(overlay).is_file() for overlay in overlays)
     assert str(tmp_path / "overlays" / "b.png") in overlays
@@ -270,7 +270,7 @@ def test_a_failed_overlay_keeps_the_verdicts_and_the_table(
     (heat / "a.png").mkdir(parents=True)
     assert main(["inspect", bundle, str(pictures), "--overlays", str(heat), "--csv", str(table)]) == 1
     captured = capsys.readouterr()
-    first, second = lines_of(captured.out)
+    first, second = parse_json_lines(captured.out)
     assert "Is a directory" in str(first["overlay_error"])
     assert "overlay" not in first
     assert Path(str(second["overlay"])).is_file()
@@ -290,7 +290,7 @@ def test_a_full_disk_leaves_no_partial_overlay(
         assert main([*words, "--csv", str(tmp_path / "table.csv")]) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    lines = lines_of(capsys.readouterr().out)
+    lines = parse_json_lines(capsys.readouterr().out)
     assert ["File too large" in str(line["overlay_error"]) and "score" in line for line in lines] == [True, True]
     assert list((tmp_path / "heat").iterdir()) == []
     assert len((tmp_path / "table.csv").read_text().splitlines()) == 3
@@ -303,7 +303,7 @@ def test_json_prints_any_name_in_any_encoding_of_standard_output(bundle: str, pi
         shutil.copy(pictures / "a.png", tmp_path / "images" / name)
     ended = run_with_ascii_output("inspect", bundle, tmp_path / "images", "--csv", tmp_path / "table.csv")
     assert ended.returncode == 0, ended.stderr
-    assert sorted(Path(str(line["image"])).name for line in lines_of(ended.stdout)) == sorted(names)
+    assert sorted(Path(str(line["image"])).name for line in parse_json_lines(ended.stdout)) == sorted(names)
     assert len((tmp_path / "table.csv").read_text(encoding="utf-8").splitlines()) == 4
 
 

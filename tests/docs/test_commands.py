@@ -120,31 +120,31 @@ def test_every_exception_applies_to_a_command() -> None:
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=IDS)
 def test_a_command_is_valid_for_its_program(page: str, command: str) -> None:
-    check(split_command_words(command))
+    check_command(split_command_words(command))
 
 
-def check(words: list[str]) -> None:
+def check_command(words: list[str]) -> None:
     """Checks the words of a command. Raises: AssertionError or the error of the program: a word is not valid."""
     program, arguments = words[0], words[1:]
     if program == "focus-ray":
-        check_focus_ray(arguments)
+        check_focus_ray_command(arguments)
     elif program == "make":
         targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
         assert [word for word in arguments if "=" not in word and word not in targets] == []
     elif program == "python":
-        check_python(arguments)
+        check_python_command(arguments)
     elif program == "pip":
         extras = re.findall(r"^([a-z]+) = \[", (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
         named = [extra for word in arguments for extra in "".join(re.findall(r"\[(.*)\]", word)).split(",") if extra]
         assert [extra for extra in named if extra not in extras] == []
     elif program == "ray":
-        check(arguments[arguments.index("--") + 1 :])
+        check_command(arguments[arguments.index("--") + 1 :])
     else:
         files = [word for word in arguments if re.fullmatch(r"[\w/.-]+/[\w.-]+\.ya?ml", word)]
         assert [name for name in files if not (REPOSITORY / name).is_file()] == []
 
 
-def check_python(words: list[str]) -> None:
+def check_python_command(words: list[str]) -> None:
     """Checks that the module or script of a Python command exists and has its options."""
     if words[0] == "-m":
         module = REPOSITORY / (words[1].replace(".", "/"))
@@ -159,7 +159,7 @@ def check_python(words: list[str]) -> None:
     assert [option for option in options if not any(f'"{option}"' in text for text in [*texts, shared])] == []
 
 
-def check_focus_ray(words: list[str]) -> None:
+def check_focus_ray_command(words: list[str]) -> None:
     """Parses a command line and validates its settings, as the command does at its start."""
     parser = build_parser()
     parser.exit = lambda status=0, message=None: None  # type: ignore[method-assign, assignment]
@@ -169,7 +169,7 @@ def check_focus_ray(words: list[str]) -> None:
     arguments = parse_command_line(parser, words)
     if arguments.command == "submit":
         inner = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
-        check_focus_ray(inner)
+        check_focus_ray_command(inner)
     elif arguments.command in ("train", "doctor") and not (arguments.config or "").startswith("s3://"):
         config = find_config(arguments.config) if arguments.config else standard_folder() / "default.yaml"
         load_config(config, arguments.override)
@@ -192,9 +192,9 @@ def _refuse(message: str) -> None:
 def test_a_wrong_command_is_refused() -> None:
     for wrong in ("focus-ray trian default", "focus-ray train default data.uri=x model.wights=y", "make quickstrat"):
         with pytest.raises((AssertionError, ValueError, SystemExit)):
-            check(split_command_words(wrong))
+            check_command(split_command_words(wrong))
     with pytest.raises(AssertionError):
-        check(split_command_words("kubectl apply -f configs/cluster/nothing.yaml"))
+        check_command(split_command_words("kubectl apply -f configs/cluster/nothing.yaml"))
 
 
 # Commands that run
@@ -202,7 +202,7 @@ def test_a_wrong_command_is_refused() -> None:
 
 @pytest.fixture(scope="session")
 def plant(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return workspace.make(tmp_path_factory.mktemp("plant"))
+    return workspace.make_workspace(tmp_path_factory.mktemp("plant"))
 
 
 @pytest.fixture
@@ -214,9 +214,9 @@ def copied(plant: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return folder
 
 
-def run_words(command: str) -> list[str]:
+def adapt_words_to_plant(command: str) -> list[str]:
     """Returns the words of a focus-ray command for the plant: with its paths, existing files, and settings for a tiny model."""
-    words = [workspace.place(word) for word in split_command_words(command)[1:]]
+    words = [workspace.replace_place(word) for word in split_command_words(command)[1:]]
     words = [name for word in words for name in (sorted(glob.glob(word)) if "*" in word else [word])]
     if words[0] == "sweep":
         return [*words, *(f"base.{setting}" for setting in (*workspace.TINY, "model.weights=resnet18.pth"))]
@@ -236,7 +236,7 @@ def test_the_commands_of_a_page_run_in_its_order(page: str, copied: Path, capsys
     for command_page, command in RUN:
         if command_page != page:
             continue
-        words = run_words(command)
+        words = adapt_words_to_plant(command)
         if words == ["--version"]:
             with pytest.raises(SystemExit, match="0"):
                 focus_ray(words)
@@ -257,7 +257,7 @@ NEEDS_A_SWEEP = ("sweep status", "sweep resume", "sweep report", "train quicksta
     "command", [command for command in ON_RAY if not any(words in command for words in NEEDS_A_SWEEP)]
 )
 def test_a_command_runs_on_ray(command: str, copied: Path) -> None:
-    words = [word.replace("name=line3", "name=line4") for word in run_words(command)]  # line3 exists already
+    words = [word.replace("name=line3", "name=line4") for word in adapt_words_to_plant(command)]  # line3 exists already
     finished = subprocess.run(  # a separate process, which starts its own local cluster
         [sys.executable, "-m", "focus_ray.cli", *words],
         cwd=copied,
@@ -306,7 +306,7 @@ def test_a_request_is_answered(command: str, service: str, plant: Path) -> None:
 CODE = [block for block in find_code_blocks("python") if block.page not in CODES_RUN_ELSEWHERE]
 
 
-def small(text: str, service: str) -> str:
+def shrink_code(text: str, service: str) -> str:
     """Returns a block with the address of the running service, and with images of 64 px instead of 256 px."""
     text = text.replace("http://127.0.0.1:8000", service).replace("image_size_px=256", "image_size_px=64")
     return text.replace('weights="resnet18.pth")', 'weights="resnet18.pth", image_size_px=64, coreset=32)')
@@ -321,7 +321,7 @@ def test_the_code_of_a_page_runs(page: str, copied: Path, service: str) -> None:
     }
     for block in CODE:
         if block.page == page:
-            exec(compile(small(block.text, service), page, "exec"), namespace)
+            exec(compile(shrink_code(block.text, service), page, "exec"), namespace)
 
 
 @pytest.mark.parametrize("block", find_code_blocks("yaml"), ids=lambda block: f"{block.page}: {block.text[:30]!r}")
