@@ -25,7 +25,7 @@ from benchmarks.harness import base_tree_of, keep_json, merged, print_table
 from focus_ray.bundle.bundle import write_bundle
 from focus_ray.features.backbones.base import build_backbone, build_meta_backbone
 from focus_ray.features.backbones.registry import BACKBONES
-from focus_ray.features.batch_norm import prepared_for_inference
+from focus_ray.features.batch_norm import use_inference_backbone
 from focus_ray.features.network import FocusNet
 from focus_ray.features.settings import ModelConfig
 from focus_ray.fitting.fit import fit
@@ -53,11 +53,11 @@ def billions_of_multiplications(name: str, size_px: int) -> float:
 @torch.inference_mode()
 def ms_an_image(net: FocusNet, dtype: torch.dtype, images: Tensor, repeats: int) -> float:
     """Median time of the CPU."""
-    with prepared_for_inference(net, dtype):
+    with use_inference_backbone(net, dtype):
         times = []
         for _ in range(repeats + 1):  # the first warms up
             start = time.process_time()
-            net.features(images)
+            net.compute_features(images)
             times.append(time.process_time() - start)
     return 1e3 * statistics.median(times[1:]) / len(images)
 

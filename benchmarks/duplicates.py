@@ -19,8 +19,8 @@ from benchmarks.bursts import photograph
 from benchmarks.harness import add_arguments, base_tree, open_data, print_json, print_table
 from benchmarks.verdicts import load
 from focus_ray.density.reduction import ChannelReduction
-from focus_ray.features.batch_norm import prepared_for_inference
-from focus_ray.features.network import build_net, to_images
+from focus_ray.features.batch_norm import use_inference_backbone
+from focus_ray.features.network import build_network, convert_to_float_images
 from focus_ray.fitting.duplicates import (
     SHIFTS_PX,
     ImageOrigins,
@@ -66,14 +66,14 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, uri: str, category: str) -> dict[str, Any]:
     """Cells of a category's row: draws with a join / largest number of images joined; recall / wrong pairs of bursts."""
     config = parse_config(base_tree(arguments, uri))
-    net = build_net(config.model).eval().to(memory_format=torch.channels_last)
+    net = build_network(config.model).eval().to(memory_format=torch.channels_last)
     reduction = ChannelReduction(net.backbone.spec.channels, config.density, 0)
     images = load(uri, category, 0, arguments.image_size_px)
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(images), generator=generator)[:POOL]
     most = max(times for _, times in BURSTS)
     bursts = photograph(images[chosen], most, 1, shift_px=arguments.shift_px, noise=arguments.noise, brightness=0.0)
-    with prepared_for_inference(net, compute_dtype(config.model.precision, "cpu")), torch.no_grad():
+    with use_inference_backbone(net, compute_dtype(config.model.precision, "cpu")), torch.no_grad():
         limit = measure_same_part_distance(net, reduction, images[: len(SHIFTS_PX)], "cpu")
         assert limit is not None
         single, photographed = (_describe(net, reduction, part) for part in (images, bursts))
@@ -103,7 +103,9 @@ def measure(arguments: argparse.Namespace, uri: str, category: str) -> dict[str,
 
 
 def _describe(net: Any, reduction: ChannelReduction, images: Tensor) -> Tensor:
-    return torch.cat([describe_images(net, reduction, to_images(part, "cpu")) for part in images.split(16)])
+    return torch.cat(
+        [describe_images(net, reduction, convert_to_float_images(part, "cpu")) for part in images.split(16)]
+    )
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ from focus_ray.data.read import read_test_rows
 from focus_ray.density.base import sample_evenly
 from focus_ray.fitting.settings import parse_config
 from focus_ray.fitting.split import SplitPlan, plan_category
-from focus_ray.settings.sections import override_tree
+from focus_ray.settings.sections import apply_overrides
 
 FIGURES = ("image_auroc", "pixel_auroc", "aupro_0.3")
 TEST_IMAGES = ("labels", "scores", "pixel_draws")  # of a sample, too long for the JSON line at the end
@@ -124,7 +124,7 @@ def measure(
     if method in PADIM:
         tree = merged(tree, padim_tree(), PADIM[method])
     else:
-        tree = override_tree(merged(tree), list(overrides))
+        tree = apply_overrides(merged(tree), list(overrides))
         plan = plan_training(tree, category, shots)
         if training_digest(plan) != digest:
             raise ValueError(

@@ -29,7 +29,7 @@ from focus_ray.data.images import decode_batch
 from focus_ray.data.importers.base import list_image_files
 from focus_ray.features.alignment.congealing import CongealingAligner
 from focus_ray.features.backbones.base import Backbone
-from focus_ray.features.network import LAYERS, FocusNet, to_images
+from focus_ray.features.network import LAYERS, FocusNet, convert_to_float_images
 from focus_ray.fitting.fit import fit
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.shards import MemoryShard
@@ -107,13 +107,13 @@ def measure(inspector: Inspector, arguments: argparse.Namespace, ceiling: float)
     backbones = {"eager": net.backbone}
     rng = np.random.default_rng(0)
     batches = [rng.integers(0, 255, (count, size, size, 3), dtype=np.uint8) for count in arguments.batches]
-    flops = flops_an_image(net.backbone, to_images(torch.from_numpy(batches[0][:1]), device).to(dtype))
+    flops = flops_an_image(net.backbone, convert_to_float_images(torch.from_numpy(batches[0][:1]), device).to(dtype))
     if arguments.compile:
         backbones["compiled"] = compiled_of(net.backbone)
     trouble = ""
     rows: list[dict[str, Any]] = []
     for batch in batches:
-        ready = to_images(torch.from_numpy(batch), device).to(dtype)
+        ready = convert_to_float_images(torch.from_numpy(batch), device).to(dtype)
         acts: dict[str, Callable[[], object]] = {}
         first: dict[str, float] = {}
         scores: dict[str, Any] = {}

@@ -21,7 +21,9 @@ def arms(size_px: int, grid: list[int], overlap: float) -> dict[str, dict[str, A
     for density in ("per_tile", "shared"):
         tiling = {"grid": grid, "overlap": overlap, "density": density}
         found[f"{grid[0]} x {grid[1]} tiles, {density}"] = {"image_size_px": size_px, "tiling": tiling}
-    height, width = ModelConfig(image_alignment={"group": "none"}, image_size_px=size_px, tiling=tiling).frame_px  # type: ignore[arg-type]
+    height, width = ModelConfig(
+        image_alignment={"group": "none"}, image_size_px=size_px, tiling=tiling
+    ).resized_image_px  # type: ignore[arg-type]
     if height == width:
         whole = height - height % 16
         found[f"{whole} px, whole"] = {"image_size_px": whole}

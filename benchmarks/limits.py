@@ -20,8 +20,8 @@ from benchmarks.harness import add_arguments, base_tree, fit_category, keep_json
 from focus_ray.data.read import read_test_rows
 from focus_ray.density.checked_memory import CheckedMemory
 from focus_ray.density.nearest import JointMemory, NearestMemory
-from focus_ray.detect.detector import embed
-from focus_ray.features.network import to_images
+from focus_ray.detect.detector import embed_images
+from focus_ray.features.network import convert_to_float_images
 from focus_ray.fitting.settings import parse_config
 from focus_ray.metrics.metrics import ScoredTestImages
 from focus_ray.metrics.registry import METRICS
@@ -50,7 +50,7 @@ def measure(inspector: Any, records: list[Any], times: int) -> list[dict[str, An
     for count in BATCHES:
         batch = rng.integers(0, 255, (count, size, size, 3), dtype=np.uint8)
         dtype = next(detector.net.backbone.parameters()).dtype
-        ready = to_images(torch.from_numpy(batch), detector.density.device).to(dtype)
+        ready = convert_to_float_images(torch.from_numpy(batch), detector.density.device).to(dtype)
         acts: dict[str, Callable[[], object]] = {
             "ours": lambda batch=batch: inspector.score(batch),  # type: ignore[misc]
             "limit": lambda ready=ready: detector.net.backbone(ready),  # type: ignore[misc]
@@ -70,7 +70,7 @@ def measure(inspector: Any, records: list[Any], times: int) -> list[dict[str, An
         density = density.memory
     places = density.location_memory if isinstance(density, JointMemory) else density
     if isinstance(places, NearestMemory):
-        embedding, _ = embed(detector.net, detector.reduction, ready[:8].float())
+        embedding, _ = embed_images(detector.net, detector.reduction, ready[:8].float())
         queries = embedding[:, : places.bank.shape[2]].contiguous()
         found = interleaved({"ours": lambda: places.score(queries), "limit": lambda: places.bank.sum()}, times)
         rows.append(

@@ -28,10 +28,10 @@ from focus_ray.data.read import read_test_rows
 from focus_ray.density.base import sample_evenly
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator, build_upsampling_matrix, smooth_columns
 from focus_ray.detect.detector import SMOOTHING_SIGMA_PX
-from focus_ray.detect.inspection import resize_map
-from focus_ray.detect.profile import MAX_IMAGES, compute_profile
-from focus_ray.features.backbones.base import Backbone, build_backbone, set_padding
-from focus_ray.features.network import to_images
+from focus_ray.detect.inspection import resize_anomaly_map
+from focus_ray.detect.profile import MAX_IMAGES, compute_profile_from_distances
+from focus_ray.features.backbones.base import Backbone, build_backbone, set_padding_mode
+from focus_ray.features.network import convert_to_float_images
 from focus_ray.fitting.settings import parse_config
 from focus_ray.fitting.shards import MemoryShard, build_shard
 from focus_ray.fitting.split import SplitPlan, plan_category
@@ -113,30 +113,36 @@ def patchcore(
     shard = build_shard(config, category, plan, 0, 1)
     assert isinstance(shard, MemoryShard)
     backbone = build_backbone(config.model.backbone, config.model.weights).eval().to(device)
-    set_padding(backbone, padding)
+    set_padding_mode(backbone, padding)
     backbone = backbone.to(memory_format=torch.channels_last)
     size = config.model.image_size_px
     start = time.perf_counter()
-    embeddings = torch.cat([patches(backbone, to_images(batch, device)) for batch in shard.fit_batches()])
+    embeddings = torch.cat([patches(backbone, convert_to_float_images(batch, device)) for batch in shard.fit_batches()])
     features_s = time.perf_counter() - start
     rows = greedy_coreset(embeddings.flatten(0, 1), share, seed)
     coreset = embeddings.flatten(0, 1)[rows]
     side = smooth_columns(build_upsampling_matrix(size // 8, size), SMOOTHING_SIGMA_PX).float().contiguous().to(device)
     spread = AnomalyMapGenerator(side, side)
-    profile = compute_profile(left_out_distances(embeddings, rows), spread) if image_score == "profile" else None
+    profile = (
+        compute_profile_from_distances(left_out_distances(embeddings, rows), spread)
+        if image_score == "profile"
+        else None
+    )
     fit_s = time.perf_counter() - start
     del embeddings
     labels, types, scores, maps, masks = [], [], [], [], []
     start = time.perf_counter()
     for record in read_test_rows(config.data.uri, category):
         image = torch.from_numpy(decode_image(record["image"], size))[None]
-        distance = nearest_distance(patches(backbone, to_images(image, device))[0], coreset)[None]
+        distance = nearest_distance(patches(backbone, convert_to_float_images(image, device))[0], coreset)[None]
         anomaly_map = spread(distance)[0].cpu().numpy()
         height, width = compute_evaluation_size(record["height"], record["width"], 512)
         labels.append(int(record["label"]))
         types.append(record["defect_type"])
-        scores.append(float(anomaly_map.max()) if profile is None else float(profile.score(distance, spread)))
-        maps.append(resize_map(anomaly_map, height, width))
+        scores.append(
+            float(anomaly_map.max()) if profile is None else float(profile.compute_image_scores(distance, spread))
+        )
+        maps.append(resize_anomaly_map(anomaly_map, height, width))
         has_mask = record["mask"] is not None
         mask = decode_mask(record["mask"], height, width) if has_mask else np.zeros((height, width), dtype=bool)
         masks.append(mask if has_mask or not record["label"] else None)

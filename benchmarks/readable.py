@@ -38,7 +38,7 @@ def pixels_of(place: str, number: int, steps: int) -> Tensor:
     pixels = (0.5 + 0.01 * torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))).requires_grad_()
     optimizer = torch.optim.Adam([pixels], 0.03)
     for step in range(steps):
-        found = detector.reduction(detector.net.features(pixels)[0])
+        found = detector.reduction(detector.net.compute_features(pixels)[0])
         apart = ((found - kept) / scale).square().mean()
         rough = pixels.diff(dim=2).abs().mean() + pixels.diff(dim=3).abs().mean()
         optimizer.zero_grad()

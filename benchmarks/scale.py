@@ -58,7 +58,7 @@ def config_of(asked: dict[str, Any]) -> Config:
 
 def made_images(files: Sequence[str], count: int, config: Config, turns: int) -> NDArray[np.uint8]:
     """(count, H, W, 3): the files' images by quarter turns, so that a category has a look of its own; then again, shifted."""
-    height, width = config.model.frame_px
+    height, width = config.model.resized_image_px
     rng = np.random.default_rng(turns)
     images = np.empty((count, height, width, 3), np.uint8)
     for number in range(count):

@@ -20,7 +20,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from benchmarks.harness import print_json, print_table
-from focus_ray.detect.shift import RecentScores, compare_scores, compare_stream
+from focus_ray.detect.shift import StreamShiftMonitor, compare_stream_with_calibration, compare_with_calibration_scores
 from focus_ray.reporting.caveats import Share
 
 Scores = NDArray[np.float64]
@@ -46,7 +46,7 @@ CHANGES: Mapping[str, Callable[[Generator, Scores], Scores]] = {
 
 
 def direction_of(calibration: Scores, new: Scores) -> str | None:
-    shift = compare_scores(calibration, new)
+    shift = compare_with_calibration_scores(calibration, new)
     return None if shift is None else shift.direction
 
 
@@ -80,10 +80,12 @@ def measure_found_shifts(draws: int) -> list[list[Any]]:
 
 def images_until_notice(calibration: Scores, stream: Scores) -> int | None:
     """Images of a stream after which the first notice came; None: none came."""
-    recent = RecentScores()
+    recent = StreamShiftMonitor()
     for end in range(STREAM_BATCH, stream.size + 1, STREAM_BATCH):
         due = recent.add(stream[end - STREAM_BATCH : end].tolist())
-        if due and recent.report_once(compare_stream(calibration, recent.take())):
+        if due and recent.report_shift_once(
+            compare_stream_with_calibration(calibration, recent.take_scores_for_test())
+        ):
             return end
     return None
 

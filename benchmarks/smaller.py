@@ -48,7 +48,7 @@ from focus_ray.density.nearest import (
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.detect.calibration import CalibrationBuilder
 from focus_ray.detect.profile import fit_profile
-from focus_ray.features.network import build_net
+from focus_ray.features.network import build_network
 from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.settings import parse_config
 from focus_ray.serving.models import tensors_without_backbone
@@ -149,7 +149,7 @@ def measure(tree: dict[str, Any], category: str, device: str, shares: Sequence[i
         sizes = places.height, places.width, places.window, places.bank.dtype
         memory = NearestMemory(kept, projection, *sizes, images)
         detector.density = JointMemory(memory, joint.coreset, measure_typical_distances(memory, joint.coreset, found))
-        detector.profile, _ = fit_profile(detector.density, found, detector.seen_mask, detector.map_generator)
+        detector.profile, _ = fit_profile(detector.density, found, detector.coverage_mask, detector.map_generator)
         measured = inspector.evaluate(read_test_rows(config.data.uri, category))
         figures[name] = {"kept": memory.bank.shape[1], **{key: measured[key] for key in FIGURES}}
         print(f"{category} / {name}: {figures[name]}", flush=True)
@@ -160,7 +160,7 @@ def sizes_of(num_images: int, per_place: int | None, precision: str) -> dict[str
     """Bytes of a loaded model without its backbone, and of its bundle's parts; what the values are does not matter."""
     tree = merged(base_tree_of("unused", "random", 256), {"density": {"per_place": per_place, "precision": precision}})
     config = parse_config(tree)
-    net = build_net(config.model)
+    net = build_network(config.model)
     reduction = ChannelReduction(net.backbone.spec.channels, config.density, 0)
     side = config.model.image_size_px // config.model.place_px(config.density.map_layer)
     channels = reduction.num_channels
@@ -180,7 +180,7 @@ def sizes_of(num_images: int, per_place: int | None, precision: str) -> dict[str
             category="made-up",
             detector=detector,
             statistics=found,
-            calibration=builder.finish(),
+            calibration=builder.build_calibration(),
             data={},
             metrics={},
         )

@@ -24,9 +24,9 @@ from focus_ray.data.images import decode_batch
 from focus_ray.data.read import read_index, read_rows
 from focus_ray.density.base import build_density
 from focus_ray.density.moments import Moments
-from focus_ray.detect.detector import embed
+from focus_ray.detect.detector import embed_images
 from focus_ray.features.backbones.base import build_backbone
-from focus_ray.features.network import to_images
+from focus_ray.features.network import convert_to_float_images
 from focus_ray.fitting.settings import parse_config
 
 ROUNDS = 5
@@ -55,8 +55,8 @@ def density_cost(tree: dict[str, Any], category: str, device: str) -> dict[str, 
     with torch.inference_mode():
         for start in range(0, len(records), 32):
             batch = [record["image"] for record in records[start : start + 32]]
-            images = to_images(torch.from_numpy(decode_batch(batch, size)), device)
-            embeddings.append(embed(result.net, result.reduction, images)[0])
+            images = convert_to_float_images(torch.from_numpy(decode_batch(batch, size)), device)
+            embeddings.append(embed_images(result.net, result.reduction, images)[0])
         seconds = []
         for _ in range(3):
             begin = time.perf_counter()
@@ -86,7 +86,7 @@ def throughput(tree: dict[str, Any], category: str, device: str) -> dict[str, An
     encoded = (encoded * (256 // len(encoded) + 1))[:256]
     backbone = build_backbone(config.model.backbone, config.model.weights).eval().to(device)
     backbone = backbone.to(memory_format=torch.channels_last)
-    ready = to_images(torch.from_numpy(decode_batch(encoded[:32], config.model.image_size_px)), device)
+    ready = convert_to_float_images(torch.from_numpy(decode_batch(encoded[:32], config.model.image_size_px)), device)
 
     def bare(batch_size: int) -> None:
         with torch.inference_mode():

@@ -59,7 +59,7 @@ def threshold_under(prior_of: Callable[[str], TailPrior]) -> Threshold:
     def threshold(draw: Draw, target: float) -> float:
         tail = fit_tail(np.sort(draw["image_scores"]), prior=prior_of(draw["category"]))
         assert tail is not None
-        return tail.score_at(target)
+        return tail.compute_score_at_share(target)
 
     return threshold
 
@@ -177,7 +177,7 @@ def p_values(draw: Draw, scores: NDArray[np.float64]) -> NDArray[np.float64]:
     tail = fit_tail(own)
     assert tail is not None
     counted = (1 + own.size - np.searchsorted(own, scores)) / (own.size + 1)
-    return np.where(scores > tail.start, tail.share_above(scores), counted)
+    return np.where(scores > tail.start, tail.compute_share_above(scores), counted)
 
 
 def benjamini_hochberg(values: NDArray[np.float64], level: float) -> NDArray[np.bool_]:

@@ -35,8 +35,8 @@ from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.split import split_category
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.names import is_name, suggest_name
-from focus_ray.settings.sections import read_mapping, setting_keys
-from focus_ray.settings.standard import find_config
+from focus_ray.settings.sections import iterate_setting_keys, read_yaml_mapping
+from focus_ray.settings.standard import find_config_file
 from focus_ray.storage.files import join_path, read_bytes
 from focus_ray.training.category import bundle_uri, fit_category
 
@@ -68,7 +68,7 @@ class Model:
     @property
     def caveats(self) -> list[str]:
         """Sentences about the limits of the verdicts for the user."""
-        return self.inspector.bundle.calibration.caveats()
+        return self.inspector.bundle.calibration.describe_limits()
 
     def inspect(self, image: Image) -> Inspection:
         """Inspects one image. Raises: DataError: the image cannot be read, or has none of the types of `Image`."""
@@ -219,11 +219,11 @@ def _parse_settings(tree: Mapping[str, Any], data: str) -> Config:
 
 def _override_standard_settings(changes: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the standard configuration with changed settings. Raises: ConfigError: a name matches no key, or several keys."""
-    tree = read_mapping(find_config("default", "run"))
+    tree = read_yaml_mapping(find_config_file("default", "run"))
     for section in ("data", "cluster"):
         tree.pop(section, None)
     tree.pop("name", None)
-    keys = list(setting_keys(Config, with_sections=True))
+    keys = list(iterate_setting_keys(Config, with_sections=True))
     for name, value in changes.items():
         dotted = name.replace("__", ".")
         matching = [key for key in keys if key == dotted or key.endswith(f".{dotted}")]

@@ -20,7 +20,7 @@ from focus_ray.cli.config_reference import (
 from focus_ray.errors import ConfigError
 from focus_ray.features.backbones.registry import BACKBONES
 from focus_ray.fitting.settings import Config, parse_config
-from focus_ray.settings.sections import setting_keys
+from focus_ray.settings.sections import iterate_setting_keys
 from focus_ray.tracking.settings import TrackerConfig
 
 SETTINGS: dict[str, dict[str, SettingDescription]] = {
@@ -40,7 +40,7 @@ def test_every_setting_has_a_description() -> None:
 
 
 def test_the_reference_has_exactly_the_keys_of_a_run() -> None:
-    assert {key for key in RUN if ".KEY." not in key} == set(setting_keys(Config))
+    assert {key for key in RUN if ".KEY." not in key} == set(iterate_setting_keys(Config))
     assert {key for key in RUN if ".KEY." in key} == {f"trackers.KEY.{key}" for key in TrackerConfig.model_fields}
 
 

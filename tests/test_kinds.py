@@ -17,11 +17,11 @@ from focus_ray.errors import DataError
 from focus_ray.features.backbones.registry import BACKBONES
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.metrics.registry import METRICS
-from focus_ray.settings.kinds import Kinds
+from focus_ray.settings.kinds import LazyRegistry
 from focus_ray.sweep.settings import SweepConfig
 from focus_ray.tracking.registry import TRACKERS
 
-TABLES: dict[str, Kinds] = {
+TABLES: dict[str, LazyRegistry] = {
     "density": DENSITIES,
     "backbone": BACKBONES,
     "format": IMPORTERS,

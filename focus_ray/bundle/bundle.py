@@ -41,7 +41,7 @@ from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.relations import Relations
 from focus_ray.detect.calibration import Calibration
 from focus_ray.detect.detector import Detector
-from focus_ray.detect.profile import Profile
+from focus_ray.detect.profile import ImageScoreProfile
 from focus_ray.errors import BundleError, ConfigError, DataError
 from focus_ray.features.backbones.base import build_meta_backbone
 from focus_ray.features.network import FocusNet
@@ -92,7 +92,7 @@ class Bundle(NamedTuple):
         config: the configuration that the model was trained with.
         detector: network and density that score images, on the device that the caller of `read_bundle` chose.
         calibration: thresholds and scores of the calibration images, for the number format in which the detector computes
-            (`Calibration.at_precision`).
+            (`Calibration.convert_to_precision`).
         frame: the size to which every image is brought before it is scored, the method (stretch or pad), and the region of
             interest.
         fit_hashes: `short_hash` of every training image in the density; empty if the bundle does not store hashes.
@@ -337,7 +337,9 @@ def _read_bundle_of_manifest(
         for part in ("model", "density") if precision is not None else ():
             settings[part] = {**settings[part], "precision": precision}
         config = parse_config(settings, f"{uri}/{MANIFEST}", is_fitted=True)
-        calibration = Calibration.from_dict(manifest["calibration"]).at_precision(describe_precision(config, device))
+        calibration = Calibration.from_dict(manifest["calibration"]).convert_to_precision(
+            describe_precision(config, device)
+        )
         category = str(manifest["category"])
         entries = {part: manifest["files"][part] for part in ("network", "density")}
     except (ConfigError, DataError, KeyError, TypeError) as error:
@@ -363,14 +365,14 @@ def _read_bundle_of_manifest(
         if missing or unexpected:
             raise BundleError(f"{uri}: network tensors missing {missing[:3]}, unknown {unexpected[:3]}")
         shape = manifest["moments"]
-        grid = config.model.shared_grid
+        grid = config.model.shared_tile_grid
         fitted = load_density(config.density, density, shape["height"], shape["width"], device, grid)
         region = density["region"].numpy() if category in config.data.regions else None
         frame = make_frame(config, region)
         net = net.to(device).to(memory_format=torch.channels_last)
         profile = None
         if config.scoring.image_score == "profile" and "profile.weight" in density:
-            profile = Profile(*(density[f"profile.{name}"].to(device) for name in Profile._fields))
+            profile = ImageScoreProfile(*(density[f"profile.{name}"].to(device) for name in ImageScoreProfile._fields))
         detector = Detector(net, reduction.to(device), fitted, config.scoring, profile)
         fit_hashes = frozenset(density[_FIT_HASHES].tolist()) if _FIT_HASHES in density else frozenset()
         _, descriptors, distance = _unpack_same_part_tensors(density)
@@ -414,7 +416,7 @@ def _read_statistics_of_manifest(uri: str | Path, manifest: dict[str, Any]) -> S
     del content  # frees the file's bytes before the stored embeddings are assembled
     moments = restore_moments(shape["count"], shape["height"], shape["width"], tensors)
     density = _read_tensor_file(uri, manifest, "density")
-    grid = parse_config(add_missing_settings(manifest), f"{uri}/{MANIFEST}", is_fitted=True).model.shared_grid
+    grid = parse_config(add_missing_settings(manifest), f"{uri}/{MANIFEST}", is_fitted=True).model.shared_tile_grid
     bank = restore_bank(moments, grid, tensors, density)
     scatter, shown = tensors.get("metric_scatter"), density.get("shown")
     return Statistics(moments, bank, density.get("thetas"), scatter, shown, grid, *_unpack_same_part_tensors(density))

@@ -174,7 +174,7 @@ def check_tensor_shapes(config: Config, moments: Mapping[str, int], network: Hea
     Raises: BundleError: the map has another size, or a tensor another shape. The message names the first such tensor.
     """
     cells = map_cells(config)
-    grid = config.model.shared_grid
+    grid = config.model.shared_tile_grid
     size = len(cells.tops) // grid[0], len(cells.lefts) // grid[1]
     if (moments["height"], moments["width"]) != size:
         raise BundleError(f"{uri}: the map has {moments['height']} x {moments['width']} cells, expected {size}")
@@ -185,7 +185,7 @@ def check_tensor_shapes(config: Config, moments: Mapping[str, int], network: Hea
     expected |= {f"reduction.{name}": tuple(tensor.shape) for name, tensor in reduction.state_dict().items()}
     height, width = size[0] * grid[0], size[1] * grid[1]
     expected |= {"profile.weight": (height, width), "profile.typical": (len(SHARES),)}
-    expected |= {"same_part_distance": (1,), "region": config.model.frame_px}
+    expected |= {"same_part_distance": (1,), "region": config.model.resized_image_px}
     for name, tensor in {**network, **density}.items():
         if name in expected and tensor.shape != expected[name]:
             raise BundleError(f"{uri}: tensor {name} has the shape {tensor.shape}, expected {expected[name]}")
@@ -224,8 +224,8 @@ def check_memory_limit(config: Config, network: Header, density: Header, max_byt
 
     Raises: BundleError: the tensors or a step need more memory. The message names the step.
     """
-    height, width = config.model.frame_px
-    cells, grid = map_cells(config), config.model.shared_grid
+    height, width = config.model.resized_image_px
+    cells, grid = map_cells(config), config.model.shared_tile_grid
     rows, columns = len(cells.tops), len(cells.lefts)
     tile = rows // grid[0], columns // grid[1]
     required_bytes = {

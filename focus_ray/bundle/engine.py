@@ -40,7 +40,7 @@ class _FeatureExtractor(nn.Module):
         self.net = net
 
     def forward(self, images: Tensor) -> FeatureLevels:
-        return self.net.features(images)[0]
+        return self.net.compute_features(images)[0]
 
 
 def check_engine_support(engine: str, net: FocusNet, device: torch.device | str, num_examples: int) -> None:

@@ -32,11 +32,11 @@ from focus_ray.data.images import ImageError, ImageInfo, decode_batch, decode_ba
 from focus_ray.data.prefetch import prefetch_items
 from focus_ray.data.schema import Row
 from focus_ray.density.base import sample_evenly
-from focus_ray.detect.inspection import Inspection, find_regions, resize_map
-from focus_ray.detect.shift import compare_scores, describe_test_shift
+from focus_ray.detect.inspection import Inspection, find_regions, resize_anomaly_map
+from focus_ray.detect.shift import compare_with_calibration_scores, describe_test_shift
 from focus_ray.errors import ConfigError, DataError, ScoreError
-from focus_ray.features.batch_norm import fuse_batch_norms, prepare_for_inference
-from focus_ray.features.network import to_images
+from focus_ray.features.batch_norm import fuse_batch_norms, prepare_backbone_for_inference
+from focus_ray.features.network import convert_to_float_images
 from focus_ray.fitting.duplicates import RepeatFinder, describe_repeats
 from focus_ray.fitting.split import short_hash
 from focus_ray.metrics.evaluate import (
@@ -87,7 +87,7 @@ class Inspector:
         if engine != TORCH:
             fuse_batch_norms(net.backbone)
             self._compile_backbone(engine, examples)
-        prepare_for_inference(net.backbone, compute_dtype(net.config.precision, device))
+        prepare_backbone_for_inference(net.backbone, compute_dtype(net.config.precision, device))
 
     @classmethod
     def load(cls, uri: str | Path, device: torch.device | str = "auto", **options: Any) -> Inspector:
@@ -217,7 +217,7 @@ class Inspector:
         regions = find_regions(anomaly_map, calibration.pixel_threshold, width, height)
         return Inspection(
             score=score,
-            p_value=float(calibration.conformal_p_value(score)),
+            p_value=float(calibration.compute_conformal_p_values(score)),
             anomalous=bool(calibration.is_anomalous(score)),
             threshold=calibration.image_threshold,
             pixel_threshold=calibration.pixel_threshold,
@@ -273,7 +273,7 @@ class Inspector:
         """Returns the metrics and notices that `evaluate` returns, for images that `score_labelled_images` has scored."""
         metrics = compute_metrics(labelled.measured, labelled.types, self.bundle.calibration.target_fpr)
         try:
-            shift = compare_scores(self.bundle.calibration.image_scores, labelled.good_scores)
+            shift = compare_with_calibration_scores(self.bundle.calibration.image_scores, labelled.good_scores)
         except DataError as error:
             shift, metrics["reasons"]["shift"] = None, str(error)
         shift_entry = None if shift is None else {**shift.to_dict(), "notice": describe_test_shift(shift)}
@@ -339,7 +339,9 @@ class Inspector:
             mask = None if label else np.zeros((height, width), dtype=bool)
             if encoded_mask is not None:
                 mask = decode_mask(encoded_mask, height, width)
-            resized_map = resize_map(self.frame.crop_padding(anomaly_map, image_width, image_height), height, width)
+            resized_map = resize_anomaly_map(
+                self.frame.crop_padding(anomaly_map, image_width, image_height), height, width
+            )
             region = self.frame.resize_region(height, width)
             trained_on = bool(content_hash) and short_hash(content_hash) in self.bundle.fit_hashes
             into.reduced |= max(image_height, image_width) > max_side_px
@@ -356,13 +358,15 @@ class Inspector:
         return RepeatFinder(bundle.descriptors.to(bundle.detector.density.device).float(), bundle.same_part_distance)
 
     @torch.inference_mode()
-    def align_image(self, image: bytes) -> NDArray[np.uint8] | None:
+    def align_images(self, image: bytes) -> NDArray[np.uint8] | None:
         """Returns the pixels (H, W, 3) of an encoded image after alignment; None if the model does not align images.
 
         Raises: ImageError: the image cannot be decoded.
         """
-        batch = to_images(torch.from_numpy(decode_batch([image], self.frame)), self.bundle.detector.density.device)
-        aligned, theta = self.bundle.detector.net.align_image(batch)
+        batch = convert_to_float_images(
+            torch.from_numpy(decode_batch([image], self.frame)), self.bundle.detector.density.device
+        )
+        aligned, theta = self.bundle.detector.net.align_images(batch)
         if theta is None:
             return None
         return (aligned[0].permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
@@ -389,9 +393,9 @@ class Inspector:
             )
         batch = torch.from_numpy(pixels)
         expected = detector(batch).score
-        tiles = detector.tiles.cut(to_images(batch, "cpu"))
+        tiles = detector.tiles.cut(convert_to_float_images(batch, "cpu"))
         compiled = compile_feature_extractor(
-            detector.net, engine, detector.net.align_image(tiles[:MAX_EXAMPLES])[0].contiguous()
+            detector.net, engine, detector.net.align_images(tiles[:MAX_EXAMPLES])[0].contiguous()
         )
         detector.net.compiled = compiled
         change = float((detector(batch).score / expected - 1).abs()[torch.tensor(is_new)].median())

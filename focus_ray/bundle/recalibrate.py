@@ -27,7 +27,7 @@ from focus_ray.bundle.update import find_shared_images
 from focus_ray.density.base import supports_leave_one_out
 from focus_ray.detect.calibration import Calibration, CalibrationBuilder
 from focus_ray.detect.inspection import Inspection
-from focus_ray.detect.shift import Shift, compare_scores
+from focus_ray.detect.shift import ScoreShift, compare_with_calibration_scores
 from focus_ray.errors import DataError
 from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
 from focus_ray.fitting.projection import MAX_NEIGHBOURS
@@ -57,7 +57,7 @@ class RecalibrationResult:
     num_trained_on: int
     curve: ThresholdTradeOff | None
     is_metric_biased: bool = False
-    shift: Shift | None = None
+    shift: ScoreShift | None = None
     copies: Mapping[Path, Path] = field(default_factory=dict)
 
 
@@ -107,7 +107,7 @@ def calibrate_bundle(
     scores = [inspection.score for inspection in new]
     builder = CalibrationBuilder("split", config.calibration.target_fpr, config.calibration.target_pixel_fpr)
     builder.add(scores, [inspector.frame.select_scored_values(inspection.anomaly_map) for inspection in new])
-    calibration = replace(builder.finish(), precision=describe_precision(config, inspector.device))
+    calibration = replace(builder.build_calibration(), precision=describe_precision(config, inspector.device))
     bad_scores = np.array([inspection.score for _, inspection in bad_images.values()])
     fingerprint = _hash_files([path for path, _ in good_images.values()])
     note = {"how": "good images", "num_good": len(new), "num_bad": len(bad_scores), "images_sha256": fingerprint}
@@ -116,7 +116,7 @@ def calibrate_bundle(
         calibration=calibration,
         num_trained_on=len(good_images) - len(new),
         curve=compute_trade_off(np.array(scores), bad_scores) if bad else None,
-        shift=compare_scores(inspector.bundle.calibration.image_scores, scores),
+        shift=compare_with_calibration_scores(inspector.bundle.calibration.image_scores, scores),
         copies=copies,
     )
 
@@ -180,7 +180,9 @@ def calibrate_for_site(
     """
     bundle = Inspector.load(uri, device).bundle
     statistics = read_statistics(uri)
-    if statistics.bank is None or not supports_leave_one_out(bundle.config.density, bundle.config.model.shared_grid):
+    if statistics.bank is None or not supports_leave_one_out(
+        bundle.config.density, bundle.config.model.shared_tile_grid
+    ):
         raise DataError(
             f"{uri}: a density of kind {bundle.config.density.kind} does not support leave-one-out: give good images of the site"
         )
@@ -192,7 +194,9 @@ def calibrate_for_site(
         )
     config = _replace_target_rates(bundle, target_fpr, target_pixel_fpr)
     builder = collect_leave_one_out_scores(bundle.detector, statistics, config, images=rows)
-    calibration = replace(builder.finish(), precision=describe_precision(config, bundle.detector.density.device))
+    calibration = replace(
+        builder.build_calibration(), precision=describe_precision(config, bundle.detector.density.device)
+    )
     site_manifest = read_manifest(site)
     note = {"how": "images of a site, each left out", "site": site_manifest["sha256"], "num_good": len(rows)}
     # the metric was learnt from the site's images if the bundle was trained on them, not made with another bundle's network
@@ -224,7 +228,7 @@ def set_thresholds(
         BundleError: the bundle is missing or damaged.
     """
     manifest = read_manifest(uri)
-    calibration = Calibration.from_dict(manifest["calibration"]).with_thresholds(image_threshold, pixel_threshold)
+    calibration = Calibration.from_dict(manifest["calibration"]).replace_thresholds(image_threshold, pixel_threshold)
     return copy_with_calibration(uri, output, calibration, {"how": "set by hand", "by": by})
 
 

@@ -27,7 +27,7 @@ from focus_ray.density.registry import DENSITIES
 from focus_ray.density.relations import Relations
 from focus_ray.density.tiles import split_maps
 from focus_ray.errors import BundleError, DataError
-from focus_ray.features.batch_norm import prepared_for_inference
+from focus_ray.features.batch_norm import use_inference_backbone
 from focus_ray.fitting.duplicates import describe_statistics, relate_duplicates
 from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
@@ -173,7 +173,7 @@ def update_bundle(
     else:
         holdout = _choose_calibration_images(bundle, calibrate, update.fit_hashes, only is not None)
         num_holdout = len(holdout.hashes)
-        with prepared_for_inference(bundle.detector.net, compute_dtype(config.model.precision, device)):
+        with use_inference_backbone(bundle.detector.net, compute_dtype(config.model.precision, device)):
             images = _decode_images(bundle, holdout)
             builder = collect_calibration_scores(detector, images, config.calibration, "split")
     return write_bundle(
@@ -182,7 +182,7 @@ def update_bundle(
         category=bundle.category,
         detector=detector,
         statistics=statistics,
-        calibration=builder.finish(),
+        calibration=builder.build_calibration(),
         data={**provenance, "num_fit": statistics.num_images, "num_holdout": num_holdout},
         metrics=bundle.manifest["metrics"],
         fit_hashes=sorted(update.fit_hashes),
@@ -192,7 +192,9 @@ def update_bundle(
 
 def _calibrates_by_leave_one_out(bundle: Bundle, statistics: Statistics, has_new_sources: bool) -> bool:
     """Returns whether leave-one-out scores set the thresholds. has_new_sources: whether images were joined or replaced."""
-    if statistics.bank is None or not supports_leave_one_out(bundle.config.density, bundle.config.model.shared_grid):
+    if statistics.bank is None or not supports_leave_one_out(
+        bundle.config.density, bundle.config.model.shared_tile_grid
+    ):
         return False
     return has_new_sources or bundle.calibration.method == "leave_one_out"
 
@@ -401,7 +403,7 @@ def _compute_statistics(bundle: Bundle, images: _NormalImages) -> Statistics:
     """Computes the statistics of images with the bundle's network on its device, and returns them in RAM."""
     bank_images = range(len(images.hashes)) if DENSITIES[bundle.config.density.kind].keeps_bank else None
     net, reduction, device = bundle.detector.net, bundle.detector.reduction, bundle.detector.density.device
-    with prepared_for_inference(net, compute_dtype(bundle.config.model.precision, device)):
+    with use_inference_backbone(net, compute_dtype(bundle.config.model.precision, device)):
         batches = _decode_images(bundle, images)
         statistics = _move_moments(compute_statistics(net, reduction, batches, device, bank_images), "cpu")
     if statistics.bank is not None:

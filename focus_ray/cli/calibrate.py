@@ -64,7 +64,7 @@ def _run_calibrate_command(arguments: argparse.Namespace) -> int:
     print_message(f"calibrate: {arguments.bundle} {'by hand' if by_hand else how}")
     from focus_ray.bundle.recalibrate import calibrate_bundle, calibrate_for_site, set_thresholds
     from focus_ray.detect.calibration import Calibration
-    from focus_ray.detect.shift import describe_new_calibration
+    from focus_ray.detect.shift import describe_new_calibration_shift
     from focus_ray.storage.files import write_bytes
 
     targets = {name: getattr(arguments, name) for name in ("target_fpr", "target_pixel_fpr", "device")}
@@ -89,14 +89,14 @@ def _run_calibrate_command(arguments: argparse.Namespace) -> int:
             print_message(
                 f"{outcome.num_trained_on} of the good images are among those that the model was trained on: left out"
             )
-        if outcome.shift is not None and (notice := describe_new_calibration(outcome.shift)):
+        if outcome.shift is not None and (notice := describe_new_calibration_shift(outcome.shift)):
             print_message(f"note: {notice}")
         if outcome.curve is not None:
             _print_threshold_trade_off(outcome.curve, calibration.image_threshold, arguments)
             if arguments.trade_off:
                 write_bytes(arguments.trade_off, outcome.curve.to_csv())
                 print_message(f"trade-off: {arguments.trade_off}")
-    for caveat in calibration.caveats():
+    for caveat in calibration.describe_limits():
         print_message(f"note: {caveat}")
     previous = manifest["data"]["calibrations"][-1]
     print_message(

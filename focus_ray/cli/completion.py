@@ -76,9 +76,9 @@ class _ConfigNameCompleter:
     def __call__(self, prefix: str, **request: Any) -> list[str]:
         from argcomplete.completers import FilesCompleter
 
-        from focus_ray.settings.standard import standard_names
+        from focus_ray.settings.standard import list_standard_configs
 
-        names = standard_names(self.kind)  # type: ignore[arg-type]
+        names = list_standard_configs(self.kind)  # type: ignore[arg-type]
         return [*names, *FilesCompleter(("yaml", "yml"))(prefix, **request)]
 
 

@@ -27,18 +27,18 @@ def add_parsers(commands: Any) -> None:
 def _run_config_show_command(arguments: argparse.Namespace) -> int:
     """Runs `config show`: prints a complete configuration as YAML. Returns the exit status."""
     from focus_ray.fitting.settings import parse_config
-    from focus_ray.settings.sections import config_to_yaml, override_tree, read_mapping
-    from focus_ray.settings.standard import find_config
+    from focus_ray.settings.sections import apply_overrides, config_to_yaml, read_yaml_mapping
+    from focus_ray.settings.standard import find_config_file
 
-    path = find_config(arguments.config)
-    tree = read_mapping(path)
+    path = find_config_file(arguments.config)
+    tree = read_yaml_mapping(path)
     config: Any
     if "space" in tree:  # required in a sweep, unknown in a run
         from focus_ray.sweep.settings import load_sweep
 
         config = load_sweep(path, arguments.override)
     else:
-        config = parse_config(override_tree(tree, arguments.override), str(path))
+        config = parse_config(apply_overrides(tree, arguments.override), str(path))
     print(config_to_yaml(config), end="")
     return 0
 
@@ -53,8 +53,8 @@ def _run_config_explain_command(arguments: argparse.Namespace) -> int:
 
 def _run_config_list_command(arguments: argparse.Namespace) -> int:
     """Runs `config list`: prints name, command and summary of each standard configuration. Returns the exit status."""
-    from focus_ray.settings.standard import COMMANDS, config_kind, standard_names, standard_summary
+    from focus_ray.settings.standard import COMMANDS, get_config_kind, list_standard_configs, read_config_summary
 
-    for name in standard_names():
-        print(name, COMMANDS[config_kind(name)], standard_summary(name), sep="\t")
+    for name in list_standard_configs():
+        print(name, COMMANDS[get_config_kind(name)], read_config_summary(name), sep="\t")
     return 0

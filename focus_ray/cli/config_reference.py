@@ -20,7 +20,7 @@ from focus_ray.errors import ConfigError
 from focus_ray.fitting.settings import Config
 from focus_ray.names import NAME_PATTERN, NAME_WORDS
 from focus_ray.serving.settings import ServiceSettings
-from focus_ray.settings.kinds import Kinds
+from focus_ray.settings.kinds import LazyRegistry
 from focus_ray.sweep.settings import SweepConfig
 
 COMMAND = "python -m focus_ray.cli.config_reference > docs/reference/configuration.md"
@@ -172,10 +172,10 @@ def _pluralize(words: str) -> str:
     return {"section": "sections", "name": "names"}.get(words, f"({words})" if "," in words else words)
 
 
-def _find_kinds(constraint: Any) -> Kinds[Any] | None:
+def _find_kinds(constraint: Any) -> LazyRegistry[Any] | None:
     """Returns the table of kinds whose names a validator allows, or None."""
     owner = getattr(getattr(constraint, "func", None), "__self__", None)
-    return owner if isinstance(owner, Kinds) else None
+    return owner if isinstance(owner, LazyRegistry) else None
 
 
 def _describe_limits(metadata: Sequence[Any]) -> Iterator[str]:

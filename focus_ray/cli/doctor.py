@@ -77,16 +77,16 @@ def read_check_context(config: str | None, overrides: Sequence[str]) -> CheckCon
     """
     from focus_ray.doctor.diagnosis import CheckContext
     from focus_ray.fitting.settings import parse_config
-    from focus_ray.settings.sections import override_tree, read_mapping
-    from focus_ray.settings.standard import find_config
+    from focus_ray.settings.sections import apply_overrides, read_yaml_mapping
+    from focus_ray.settings.standard import find_config_file
     from focus_ray.sweep.settings import load_sweep
 
     if config is None:
         tree = {"data": {"uri": "data"}}  # the only setting without a default
         has_data = any(override.partition("=")[0].strip() in ("data", "data.uri") for override in overrides)
-        return CheckContext(parse_config(override_tree(tree, list(overrides))), bool(overrides), has_data)
-    path = find_config(config)
-    tree = read_mapping(path)
+        return CheckContext(parse_config(apply_overrides(tree, list(overrides))), bool(overrides), has_data)
+    path = find_config_file(config)
+    tree = read_yaml_mapping(path)
     if "space" in tree:  # only a sweep has this key
         return CheckContext(load_sweep(path, overrides).config_at(), True, True)
-    return CheckContext(parse_config(override_tree(tree, list(overrides)), str(path)), True, True)
+    return CheckContext(parse_config(apply_overrides(tree, list(overrides)), str(path)), True, True)

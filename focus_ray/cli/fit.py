@@ -37,7 +37,7 @@ def _run_fit_command(arguments: argparse.Namespace) -> int:
     from focus_ray.errors import DataError
     from focus_ray.fitting.settings import load_config
     from focus_ray.names import NAME_WORDS, is_name
-    from focus_ray.settings.standard import find_config
+    from focus_ray.settings.standard import find_config_file
 
     output = Path(arguments.output).absolute()
     if not is_name(output.name):
@@ -48,7 +48,7 @@ def _run_fit_command(arguments: argparse.Namespace) -> int:
     places = {"data.uri": data, "storage": str(output.parent), "name": output.name}
     # in quotes, because YAML reads a folder such as 007 as a number
     words = [*arguments.override, *(f"{key}={json.dumps(text, ensure_ascii=False)}" for key, text in places.items())]
-    config = load_config(find_config("default", "run"), words)
+    config = load_config(find_config_file("default", "run"), words)
     print_message(f"fit: {arguments.source} -> {output}")
     from focus_ray.api import link_images_into_good_folder
     from focus_ray.cli.main import build_parser

@@ -60,7 +60,7 @@ def _run_inspect_command(arguments: argparse.Namespace) -> int:
     print_message(f"inspect: {len(paths)} images with {arguments.bundle}")
     from focus_ray.bundle.inspector import Inspector  # takes seconds to import, so check the paths first
     from focus_ray.csv_tables import table_row, table_text
-    from focus_ray.detect.pictures import overlay_with_strip
+    from focus_ray.detect.pictures import draw_overlay_with_strip
     from focus_ray.storage.files import write_bytes
 
     examples = list_image_paths(arguments.examples) if arguments.examples else []
@@ -69,7 +69,7 @@ def _run_inspect_command(arguments: argparse.Namespace) -> int:
     inspector = Inspector.load(arguments.bundle, arguments.device, engine=arguments.engine, examples=examples)
     category = inspector.bundle.category
     status = 0
-    for caveat in inspector.bundle.calibration.caveats():
+    for caveat in inspector.bundle.calibration.describe_limits():
         print_message(f"note: {caveat}")
     rows: list[dict[str, Any]] = []
     missing_overlays: list[str] = []
@@ -91,7 +91,7 @@ def _run_inspect_command(arguments: argparse.Namespace) -> int:
             if arguments.overlays:
                 target = Path(arguments.overlays) / names[path]
                 try:
-                    write_bytes(target, overlay_with_strip(data, inspection_or_error))
+                    write_bytes(target, draw_overlay_with_strip(data, inspection_or_error))
                     line["overlay"] = readable_name(target)
                 except DataError as error:  # keep the verdict, and try the next overlay
                     line["overlay_error"] = readable_name(str(error))

@@ -47,12 +47,12 @@ def _run_serve_command(arguments: argparse.Namespace) -> int:
     print_message(f"serve: {arguments.place} on http://{arguments.host}:{arguments.port}, as soon as it has started")
     from focus_ray.serving.launch import check_host, check_port, serve_until_interrupted
     from focus_ray.serving.settings import parse_settings
-    from focus_ray.settings.sections import override_tree, read_tree
+    from focus_ray.settings.sections import apply_overrides, read_config_tree
 
     if arguments.place.endswith((".yaml", ".yml")):
-        tree = read_tree(arguments.place, arguments.override)
+        tree = read_config_tree(arguments.place, arguments.override)
     else:
-        tree = override_tree({"ingress_num_cpus": 0}, arguments.override)
+        tree = apply_overrides({"ingress_num_cpus": 0}, arguments.override)
         kind = _detect_place_kind(arguments.place)
         tree[kind] = arguments.place
         tree.setdefault("examples", kind == "bundles")

@@ -33,10 +33,10 @@ def _run_sweep_command(arguments: argparse.Namespace) -> int:
         if len(arguments.rest) != 1:
             raise ConfigError(f"focus-ray sweep {arguments.what}: expected one sweep's folder, got {arguments.rest}")
         return _use_existing_sweep(arguments.what, arguments.rest[0])
-    from focus_ray.settings.standard import find_config
+    from focus_ray.settings.standard import find_config_file
     from focus_ray.sweep.settings import load_sweep
 
-    config = load_sweep(find_config(arguments.what, "sweep"), arguments.rest)
+    config = load_sweep(find_config_file(arguments.what, "sweep"), arguments.rest)
     print_message(f"sweep: {arguments.what}")
     from focus_ray.sweep.driver import run_sweep
 

@@ -35,18 +35,18 @@ def read_run_config(place: str, overrides: list[str]) -> Config:
         ConfigError: The configuration cannot be read, or is not valid.
     """
     from focus_ray.fitting.settings import load_config, parse_config
-    from focus_ray.settings.sections import mapping_of, override_tree
-    from focus_ray.settings.standard import find_config
+    from focus_ray.settings.sections import apply_overrides, parse_yaml_mapping
+    from focus_ray.settings.standard import find_config_file
 
     if "://" not in place:
-        return load_config(find_config(place, "run"), overrides)
+        return load_config(find_config_file(place, "run"), overrides)
     from focus_ray.storage.files import read_bytes
 
     try:
         text = read_bytes(place).decode()
     except (FileNotFoundError, UnicodeDecodeError) as error:
         raise ConfigError(f"{place}: cannot read the configuration: {error}") from error
-    return parse_config(override_tree(mapping_of(text, place), overrides), source=place)
+    return parse_config(apply_overrides(parse_yaml_mapping(text, place), overrides), source=place)
 
 
 def _run_train_command(arguments: argparse.Namespace) -> int:
@@ -90,7 +90,7 @@ def print_threshold_caveats(bundles: Mapping[str, str]) -> None:
 
     if len(bundles) <= _SHOWN_CATEGORIES:
         for category, place in bundles.items():
-            for caveat in Calibration.from_dict(read_manifest(place)["calibration"]).caveats():
+            for caveat in Calibration.from_dict(read_manifest(place)["calibration"]).describe_limits():
                 print_message(f"note: {category}: {caveat}")
 
 
@@ -103,10 +103,10 @@ def _split_config_and_overrides(arguments: argparse.Namespace) -> tuple[str, lis
     if arguments.named is not None:
         return arguments.named, [*([] if arguments.config is None else [arguments.config]), *arguments.override]
     if arguments.config is None or ("=" in arguments.config and not Path(arguments.config).exists()):
-        from focus_ray.settings.standard import standard_names
+        from focus_ray.settings.standard import list_standard_configs
 
         raise ConfigError(
             "train needs a configuration, before any key=value: the path of a YAML file, or one of "
-            f"{', '.join(standard_names('run'))}"
+            f"{', '.join(list_standard_configs('run'))}"
         )
     return arguments.config, arguments.override

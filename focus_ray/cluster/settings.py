@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from focus_ray.names import NAME_PATTERN
-from focus_ray.settings.sections import Section
+from focus_ray.settings.sections import ConfigSection
 
 
-class ClusterConfig(Section):
+class ClusterConfig(ConfigSection):
     """Workers and resources that a run requests from Ray, and the owner of the run."""
 
     FIXED: ClassVar[Mapping[str, Any]] = {"priority": None, "namespace": None}

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from focus_ray.settings.sections import Section
+from focus_ray.settings.sections import ConfigSection
 
 Polygon = tuple[tuple[float, float], ...]
 
@@ -24,7 +24,7 @@ def _is_single_polygon(region: Any) -> bool:
         return False
 
 
-class DataConfig(Section):
+class DataConfig(ConfigSection):
     """Path of the images, categories, held-out share, and regions of interest."""
 
     uri: str = Field(description="Root of a data set that `focus-ray ingest` made: a local path or an s3:// URI.")

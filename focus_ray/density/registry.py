@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from focus_ray.settings.kinds import Kinds
+from focus_ray.settings.kinds import LazyRegistry
 
 if TYPE_CHECKING:
     from focus_ray.density.kinds.base import DensityKind
 
-DENSITIES: Kinds[DensityKind[Any]] = Kinds(
+DENSITIES: LazyRegistry[DensityKind[Any]] = LazyRegistry(
     "density",
     {
         "gaussian": "focus_ray.density.kinds.gaussian:GAUSSIAN",

@@ -25,7 +25,7 @@ class AnomalyMapGenerator(NamedTuple):
     columns: Tensor
 
     @classmethod
-    def for_tiles(
+    def build_for_tiles(
         cls, tiles: Tiles, locations_per_side: int, sigma_px: float, device: torch.device | str = "cpu"
     ) -> AnomalyMapGenerator:
         """Builds the generator for images that are divided into tiles.
@@ -50,7 +50,7 @@ class AnomalyMapGenerator(NamedTuple):
         """Computes anomaly maps (B, H, W) from distances (B, h, w)."""
         return self.rows @ distance @ self.columns.t()
 
-    def subsampled(self, step_px: int) -> AnomalyMapGenerator:
+    def subsample_pixels(self, step_px: int) -> AnomalyMapGenerator:
         """Returns an `AnomalyMapGenerator` that computes only every `step_px`-th row and column of the map."""
         return AnomalyMapGenerator(*(matrix[step_px // 2 :: step_px] for matrix in self))
 

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from scipy.special import betainc
 
-from focus_ray.detect.tail import Tail, fit_tail
+from focus_ray.detect.tail import ScoreTail, fit_tail
 from focus_ray.errors import DataError
 from focus_ray.metrics.ties import exceeds_threshold, subtract_rounding_error
 
@@ -56,14 +56,14 @@ class Calibration:
         tail: model of the highest scores, which gives threshold and small p-values. It is used if n < 1/target_fpr - 1, because
             then scores cannot show the target rate. Except for "split", it is also used if counting would leave fewer than 5
             scores at or above the threshold. None: scores are counted. With three images or fewer, the tail is None and the
-            highest score is the threshold, with the rate `smallest_fpr` if this is above target_fpr.
+            highest score is the threshold, with the rate `min_measurable_fpr` if this is above target_fpr.
         by_hand: whether a person set a threshold. After a new image threshold, target_fpr is estimated from the good images.
         num_groups: number of independent groups among the n images; a group has the photographs of one physical part, or
             neighbours of a slowly changing sequence. None: every image is independent. All statements about uncertainty count
             groups, because several photographs of a part say little more than a single photograph.
         precision: number format of the computation of the scores (`precision.describe_precision`); None: unknown, or a person
             set a threshold.
-        converted_from: the original precision, if `at_precision` converted the thresholds; otherwise None.
+        converted_from: the original precision, if `convert_to_precision` converted the thresholds; otherwise None.
 
     Raises: DataError: method, a target, `num_groups`, a score or a threshold is not valid, or the scores are not ascending.
     """
@@ -78,14 +78,14 @@ class Calibration:
     target_pixel_fpr: float
     pixel_threshold: float
     pixel_guaranteed: bool
-    tail: Tail | None = None
+    tail: ScoreTail | None = None
     by_hand: bool = False
     num_groups: int | None = None
     precision: str | None = None
     converted_from: str | None = None
 
     def __post_init__(self) -> None:
-        _check_settings(self.method, target_fpr=self.target_fpr, target_pixel_fpr=self.target_pixel_fpr)
+        _check_method_and_shares(self.method, target_fpr=self.target_fpr, target_pixel_fpr=self.target_pixel_fpr)
         if not self.image_scores:
             raise DataError("image_scores is empty; calibration needs at least one held-out normal image")
         if self.num_groups is not None and not 1 <= self.num_groups <= self.num_images:
@@ -102,24 +102,24 @@ class Calibration:
         return len(self.image_scores)
 
     @property
-    def num_independent(self) -> int:
+    def num_independent_samples(self) -> int:
         """Number of independent observations: of groups, or of images if there are no groups."""
         return self.num_images if self.num_groups is None else self.num_groups
 
     @cached_property
-    def _scores(self) -> NDArray[np.float64]:
+    def _score_array(self) -> NDArray[np.float64]:
         """`image_scores` as an array, cached for the p-values."""
         return np.asarray(self.image_scores)
 
     @property
-    def smallest_fpr(self) -> float:
+    def min_measurable_fpr(self) -> float:
         """1/(n + 1), the smallest false positive rate that n independent images can show."""
-        return 1.0 / (self.num_independent + 1)
+        return 1.0 / (self.num_independent_samples + 1)
 
     @property
     def effective_fpr(self) -> float:
-        """The false positive rate of the image threshold: target_fpr with a tail, otherwise max(target_fpr, smallest_fpr)."""
-        return self.target_fpr if self.tail is not None else max(self.target_fpr, self.smallest_fpr)
+        """The false positive rate of the image threshold: target_fpr with a tail, otherwise max(target_fpr, min_measurable_fpr)."""
+        return self.target_fpr if self.tail is not None else max(self.target_fpr, self.min_measurable_fpr)
 
     @property
     def pixel_fpr_bound(self) -> float:
@@ -130,34 +130,34 @@ class Calibration:
         """
         if self.pixel_guaranteed:
             return self.target_pixel_fpr
-        return (self.num_independent * self.target_pixel_fpr + 1.0) / (self.num_independent + 1)
+        return (self.num_independent_samples * self.target_pixel_fpr + 1.0) / (self.num_independent_samples + 1)
 
-    def probability_above(self, rate: float) -> float:
+    def compute_probability_fpr_exceeds(self, rate: float) -> float:
         """Returns the probability that the long-run false alarm rate of the image threshold exceeds `rate`.
 
         The threshold depends on which n independent images were drawn, and so does its rate. Without a tail, the threshold is
         the m-th highest score, so its rate follows Beta(m, n + 1 - m) with m = floor(target_fpr (n + 1)), at least 1. With a
-        tail and a threshold at or above its start, see `Tail.probability_above`; this assumes that real tails are exponential.
+        tail and a threshold at or above its start, see `ScoreTail.compute_probability_fpr_exceeds`; this assumes that real tails are exponential.
         """
         if not 0.0 < rate < 1.0:
             return float(rate <= 0.0)
         if self.tail is not None and self.image_threshold >= self.tail.start:
-            return self.tail.probability_above(rate, self.image_threshold, self.num_independent)
-        return _counted_probability_above(rate, self.num_independent, self.target_fpr)
+            return self.tail.compute_probability_fpr_exceeds(rate, self.image_threshold, self.num_independent_samples)
+        return _compute_order_statistic_exceedance(rate, self.num_independent_samples, self.target_fpr)
 
     @property
-    def probability_above_twice_target(self) -> float:
+    def probability_fpr_exceeds_twice_target(self) -> float:
         """Probability that the long-run false alarm rate of the image threshold is above 2 * target_fpr."""
-        return self.probability_above(2 * self.target_fpr)
+        return self.compute_probability_fpr_exceeds(2 * self.target_fpr)
 
-    def fpr_interval(self) -> tuple[float, float]:
+    def compute_fpr_interval(self) -> tuple[float, float]:
         """Returns the central interval that holds the long-run false alarm rate with probability 0.9.
 
-        The rate has the distribution that `probability_above` describes.
+        The rate has the distribution that `compute_probability_fpr_exceeds` describes.
         """
-        return _interval(self.probability_above)
+        return _compute_central_interval(self.compute_probability_fpr_exceeds)
 
-    def conformal_p_value(self, scores: ArrayLike) -> NDArray[np.float64]:
+    def compute_conformal_p_values(self, scores: ArrayLike) -> NDArray[np.float64]:
         """Computes the conformal p-value of each score, which is small if the image differs from the normal images.
 
         p = (1 + number of normal scores >= score) / (n + 1). Scores that differ by at most `ties.TIE` (relative) count as equal.
@@ -174,11 +174,11 @@ class Calibration:
         Raises: DataError: a score is NaN.
         """
         values = subtract_rounding_error(_check_no_nan(scores))
-        below = np.searchsorted(self._scores, values, side="left")
-        n, groups = self.num_images, self.num_independent
+        below = np.searchsorted(self._score_array, values, side="left")
+        n, groups = self.num_images, self.num_independent_samples
         p_values = np.asarray((1.0 + (n - below) * groups / n) / (groups + 1))
         if self.tail is not None:
-            p_values = np.where(values > self.tail.start, self.tail.share_above(values), p_values)
+            p_values = np.where(values > self.tail.start, self.tail.compute_share_above(values), p_values)
         # At the threshold, the tail gives the target rate only up to rounding. The verdict decides the side of the level.
         just_above = np.nextafter(self.effective_fpr, 2.0)
         return np.where(
@@ -196,8 +196,8 @@ class Calibration:
         """
         return exceeds_threshold(_check_no_nan(scores), self.image_threshold)
 
-    def with_thresholds(self, image: float | None, pixel: float | None) -> Calibration:
-        """Returns a copy with thresholds that a person chose. `at_precision` does not change them.
+    def replace_thresholds(self, image: float | None, pixel: float | None) -> Calibration:
+        """Returns a copy with thresholds that a person chose. `convert_to_precision` does not change them.
 
         A new image threshold also replaces target_fpr by an estimate from the good images.
 
@@ -216,14 +216,14 @@ class Calibration:
         if image is None:
             return calibration
         if self.tail is not None and image > self.tail.start:
-            share_above = float(self.tail.share_above(image))
+            share_above = float(self.tail.compute_share_above(image))
         else:
-            num_above, groups = sum(score > image for score in self.image_scores), self.num_independent
+            num_above, groups = sum(score > image for score in self.image_scores), self.num_independent_samples
             share_above = (1 + num_above * groups / self.num_images) / (groups + 1)
         share_above = min(max(share_above, 1e-9), 1 - 1e-9)
         return replace(calibration, image_threshold=float(image), target_fpr=share_above, image_guaranteed=False)
 
-    def at_precision(self, precision: str) -> Calibration:
+    def convert_to_precision(self, precision: str) -> Calibration:
         """Returns a calibration with thresholds that are safe for scores of another precision (number format).
 
         Another number format changes a score by up to the share `PRECISION_SHIFT`. Scores, thresholds and tail are raised by
@@ -244,9 +244,9 @@ class Calibration:
             converted_from=self.converted_from or self.precision,
         )
 
-    def caveats(self) -> list[str]:
+    def describe_limits(self) -> list[str]:
         """Returns sentences that tell the user the limits of the thresholds; an empty list if there are no such limits."""
-        n, sentences = self.num_independent, []
+        n, sentences = self.num_independent_samples, []
         grouped = n < self.num_images
         images = f"{self.num_images} photographs of about {n} part{'s' if n > 1 else ''}"
         good_images = images if grouped else f"{n} good image{'s' if n > 1 else ''}"
@@ -273,28 +273,30 @@ class Calibration:
                 f"All {training_images} set the threshold, each scored without its fold (cross); this approximates the "
                 "false alarm rate and carries no guarantee."
             )
-        num_needed = _images_needed(self.target_fpr)
+        num_needed = _count_images_needed(self.target_fpr)
         if n < num_needed and not self.by_hand:
             method_note = (
                 "the threshold is extrapolated from their scores by a model of the tail, and is an estimate"
                 if self.tail is not None
-                else f"the threshold is their highest score, good for a rate of {self.smallest_fpr:.2g}"
+                else f"the threshold is their highest score, good for a rate of {self.min_measurable_fpr:.2g}"
             )
             sentences.append(
                 f"{good_images} {'are' if self.num_images > 1 else 'is'} too few to show a false alarm rate of "
                 f"{self.target_fpr:g}: {method_note}; {num_needed} {unit} would do."
             )
-        low, high = self.fpr_interval()
+        low, high = self.compute_fpr_interval()
         num_steady = math.ceil(_MIN_SCORES_ABOVE / self.target_fpr)
         if high > 2 * self.target_fpr and n < num_steady and not self.by_hand:
-            risk = self.probability_above_twice_target
-            lower, higher = _interval(lambda rate: _counted_probability_above(rate, num_steady, self.target_fpr))
+            risk = self.probability_fpr_exceeds_twice_target
+            lower, higher = _compute_central_interval(
+                lambda rate: _compute_order_statistic_exceedance(rate, num_steady, self.target_fpr)
+            )
             sentences.append(
                 f"With {good_images} the false alarm rate of this one threshold lies between {low:.1%} and {high:.1%} in 9 "
                 f"of 10 cases. With probability {risk:.2f} the false alarm rate is above {100 * 2 * self.target_fpr:g} %. "
                 f"{num_steady} {unit} would bring it between {lower:.1%} and {higher:.1%}."
             )
-        num_needed_for_pixels = _images_needed(self.target_pixel_fpr)
+        num_needed_for_pixels = _count_images_needed(self.target_pixel_fpr)
         if not self.pixel_guaranteed and n < num_needed_for_pixels:
             sentences.append(
                 f"Outlined areas are a guide: {good_images} cannot show a pixel rate of {self.target_pixel_fpr:g} "
@@ -323,7 +325,7 @@ class Calibration:
             raise DataError(f"calibration: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-class _NormalImage(NamedTuple):
+class _ScoredNormalImage(NamedTuple):
     """A scored normal image.
 
     score: image score.
@@ -354,11 +356,11 @@ class CalibrationBuilder:
 
         Raises: DataError: the method is unknown, or a target is not between 0 and 1, both excluded.
         """
-        _check_settings(method, target_fpr=target_fpr, target_pixel_fpr=target_pixel_fpr)
+        _check_method_and_shares(method, target_fpr=target_fpr, target_pixel_fpr=target_pixel_fpr)
         self.method: Method = method
         self.target_fpr, self.target_pixel_fpr = target_fpr, target_pixel_fpr
         self.kept_fraction = min(1.0, max(0.01, 100.0 * target_pixel_fpr))
-        self._images: list[_NormalImage] = []
+        self._images: list[_ScoredNormalImage] = []
 
     @property
     def num_images(self) -> int:
@@ -390,7 +392,7 @@ class CalibrationBuilder:
         for score, group, image in zip(values.tolist(), numbers, maps, strict=True):
             first_kept = image.size - math.ceil(image.size * self.kept_fraction)
             top = np.partition(image.ravel(), first_kept)[first_kept:].copy()
-            self._images.append(_NormalImage(score, group, top, image.size))
+            self._images.append(_ScoredNormalImage(score, group, top, image.size))
 
     def merge(self, other: CalibrationBuilder) -> CalibrationBuilder:
         """Returns a new builder with the images of two builders that have the same settings (this is not checked).
@@ -401,7 +403,7 @@ class CalibrationBuilder:
         merged._images = self._images + other._images
         return merged
 
-    def finish(self) -> Calibration:
+    def build_calibration(self) -> Calibration:
         """Computes the calibration from all added images, with unknown precision. Raises: DataError: no image was added."""
         if not self._images:
             raise DataError(
@@ -415,20 +417,20 @@ class CalibrationBuilder:
         # The threshold is the ceil((1 - a)(n + 1))-th smallest score for the target a, or the highest score if n is too small.
         # Then score > threshold holds if and only if p <= a. The rank is found by comparing p-values with a as floats, so
         # rounding cannot contradict this.
-        num_extreme = _num_scores_at_threshold_or_above(image_scores.size, num_groups, self.target_fpr)
+        num_extreme = _count_scores_allowed_at_or_above(image_scores.size, num_groups, self.target_fpr)
         image_attained = num_extreme > 0
         image_threshold = float(image_scores[-max(1, num_extreme)])
         is_counted = image_attained and (
             self.method == "split"
-            or _num_scores_at_threshold_or_above(num_groups, num_groups, self.target_fpr) >= _MIN_SCORES_ABOVE
+            or _count_scores_allowed_at_or_above(num_groups, num_groups, self.target_fpr) >= _MIN_SCORES_ABOVE
         )
         tail = None if is_counted else fit_tail(image_scores, num_groups)
         if tail is not None:
-            image_threshold = tail.score_at(self.target_fpr)
+            image_threshold = tail.compute_score_at_share(self.target_fpr)
         # The guarantee needs exchangeable groups. Groups count equally only if all have the same size.
         has_equal_groups = len({*sizes.values(), *([1] if num_independent else [])}) == 1
         are_all_independent = num_groups == self.num_images
-        pixel_threshold, pixel_attained = self._pixel_threshold()
+        pixel_threshold, pixel_attained = self._compute_pixel_threshold()
         return Calibration(
             method=self.method,
             image_scores=tuple(image_scores.tolist()),
@@ -442,7 +444,7 @@ class CalibrationBuilder:
             num_groups=None if are_all_independent else num_groups,
         )
 
-    def _pixel_threshold(self) -> tuple[float, bool]:
+    def _compute_pixel_threshold(self) -> tuple[float, bool]:
         """Computes the pixel threshold by conformal risk control (arXiv 2208.02814) with a loss bounded by 1.
 
         R(lambda) is the mean over the n images of the share of pixels above lambda. The threshold is the smallest lambda with
@@ -473,7 +475,7 @@ class CalibrationBuilder:
         return float(values[min(affordable, values.size - 1)]), attained
 
 
-def _num_scores_at_threshold_or_above(num_images: int, num_groups: int, target_fpr: float) -> int:
+def _count_scores_allowed_at_or_above(num_images: int, num_groups: int, target_fpr: float) -> int:
     """Returns how many scores may lie at or above a counted threshold with the given target rate; 0 if not even one.
 
     This is the largest m with (1 + (m - 1) g/n)/(g + 1) <= target_fpr for n images in g groups. With g = n, the condition is
@@ -491,7 +493,7 @@ def _num_scores_at_threshold_or_above(num_images: int, num_groups: int, target_f
     return m
 
 
-def _images_needed(target: float) -> int:
+def _count_images_needed(target: float) -> int:
     """Returns the smallest number n >= 1 of independent images with 1/(n + 1) <= target."""
     n = max(1, math.ceil(1.0 / target) - 2)
     while 1.0 / (n + 1) > target:
@@ -499,16 +501,16 @@ def _images_needed(target: float) -> int:
     return n
 
 
-def _counted_probability_above(rate: float, n: int, target_fpr: float) -> float:
+def _compute_order_statistic_exceedance(rate: float, n: int, target_fpr: float) -> float:
     """Returns the probability that the long-run rate of normal scores above a counted threshold exceeds `rate`.
 
     The threshold is the m-th highest of n scores, m = max(1, floor(target_fpr (n + 1))); its rate follows Beta(m, n + 1 - m).
     """
-    m = max(1, _num_scores_at_threshold_or_above(n, n, target_fpr))
+    m = max(1, _count_scores_allowed_at_or_above(n, n, target_fpr))
     return float(1 - betainc(m, n + 1 - m, rate))
 
 
-def _interval(probability_above: Callable[[float], float]) -> tuple[float, float]:
+def _compute_central_interval(probability_above: Callable[[float], float]) -> tuple[float, float]:
     """Returns the central interval that contains a rate in [0, 1] with probability `_INTERVAL_MASS`.
 
     Args: probability_above: function that returns the probability that the rate is above a value.
@@ -531,7 +533,7 @@ def _check_no_nan(scores: ArrayLike) -> NDArray[np.float64]:
     return values
 
 
-def _check_settings(method: str, **shares: float) -> None:
+def _check_method_and_shares(method: str, **shares: float) -> None:
     """Checks a calibration method and shares.
 
     Args: shares: name of a setting -> its value.

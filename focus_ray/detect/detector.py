@@ -17,10 +17,16 @@ from focus_ray.density.base import Density
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.tiles import Tiles
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator
-from focus_ray.detect.profile import Profile, zero_unscored
+from focus_ray.detect.profile import ImageScoreProfile, zero_unscored_locations
 from focus_ray.detect.settings import ScoringConfig
-from focus_ray.features.alignment.theta import invert_theta, warp
-from focus_ray.features.network import AlignedFeatures, FocusNet, compute_seen_mask, to_images, warp_to_common_frame
+from focus_ray.features.alignment.theta import invert_theta, warp_images
+from focus_ray.features.network import (
+    AlignedFeatures,
+    FocusNet,
+    compute_training_coverage_mask,
+    convert_to_float_images,
+    warp_features_to_common_frame,
+)
 
 # Images per forward pass on a CPU: ResNet-18 at 224 px takes 5.8 ms per image in batches of 4 to 8, 7.1 ms in batches of 16, and
 # 7.8 ms in batches of 32 (two cores of an EPYC with 32 MiB of cache).
@@ -35,7 +41,7 @@ class ScoredImages(NamedTuple):
 
     score: (B,), maximum of the map [kin], or score relative to the profile of good images.
     anomaly_map: (B, H, W), anomaly of each pixel of the input images.
-    descriptors: (B, P, K), coarse features of the images, see `describe_embedding`; None unless they were requested.
+    descriptors: (B, P, K), coarse features of the images, see `compute_descriptors`; None unless they were requested.
     """
 
     score: Tensor
@@ -50,7 +56,7 @@ class Detector:
         profile: usual distances of good images, for image scores (`detect.profile`); None: the score is the maximum of the map.
         profile_distances: (n, H, W), leave-one-out distances from which the profile was fitted; None without a profile, for a
             profile of a single image, and for a detector from a bundle.
-        seen_mask: (H, W) bool, locations that enough training images showed; None: all locations.
+        coverage_mask: (H, W) bool, locations that enough training images showed; None: all locations.
         map_generator: computes anomaly maps from distances.
     """
 
@@ -60,15 +66,15 @@ class Detector:
         reduction: ChannelReduction,
         density: Density,
         scoring: ScoringConfig,
-        profile: Profile | None = None,
+        profile: ImageScoreProfile | None = None,
     ) -> None:
         self.profile = profile
         self.profile_distances: Tensor | None = None
         self.net, self.reduction, self.density, self.scoring = net.eval(), reduction.eval(), density, scoring
-        self.seen_mask = compute_seen_mask(net, density.height, density.width)
-        self.tiles = Tiles(*net.config.tiles)
+        self.coverage_mask = compute_training_coverage_mask(net, density.height, density.width)
+        self.tiles = Tiles(*net.config.tile_layout)
         locations_per_side = density.height // self.tiles.rows
-        self.map_generator = AnomalyMapGenerator.for_tiles(
+        self.map_generator = AnomalyMapGenerator.build_for_tiles(
             self.tiles, locations_per_side, SMOOTHING_SIGMA_PX, density.device
         )
 
@@ -82,31 +88,37 @@ class Detector:
             describe: also return descriptors.
         """
         device = self.density.device
-        embedding, theta = embed(self.net, self.reduction, to_images(images, device))
-        scored = self.score_embedding(embedding, theta, shown_mask(images, device))
+        embedding, theta = embed_images(self.net, self.reduction, convert_to_float_images(images, device))
+        scored = self.score_embeddings(embedding, theta, extract_scored_pixel_mask(images, device))
         if not describe:
             return scored
-        return scored._replace(descriptors=describe_embedding(descriptor_channels(embedding, self.reduction)))
+        return scored._replace(descriptors=compute_descriptors(select_descriptor_channels(embedding, self.reduction)))
 
     @torch.inference_mode()
-    def score_embedding(self, embedding: Tensor, theta: Tensor | None, shown: Tensor | None = None) -> ScoredImages:
+    def score_embeddings(self, embedding: Tensor, theta: Tensor | None, shown: Tensor | None = None) -> ScoredImages:
         """Scores the embeddings of B images.
 
         Args:
-            embedding: (B, C + K, H, W), in the aligned frame, from `embed`.
+            embedding: (B, C + K, H, W), in the aligned frame, from `embed_images`.
             theta: (B, 2, 3), alignment of each image; None without image alignment.
-            shown: (B, H, W) bool, pixels of the input images that are scored, from `shown_mask`; None: all pixels.
+            shown: (B, H, W) bool, pixels of the input images that are scored, from `extract_scored_pixel_mask`; None: all pixels.
         """
         distance = self.density.score(embedding)
         inspected = torch.ones_like(distance)
         if shown is not None:
-            inspected = shown_locations(shown, theta, self.tiles, distance.shape[1:]).to(distance.dtype)
-        scored = self.score_distance(distance * inspected, theta, shown=shown)
-        return scored._replace(score=score_if_inspected(scored.score, zero_unscored(inspected, theta, self.seen_mask)))
+            inspected = compute_scored_locations(shown, theta, self.tiles, distance.shape[1:]).to(distance.dtype)
+        scored = self.score_distances(distance * inspected, theta, shown=shown)
+        return scored._replace(
+            score=set_nan_if_uninspected(scored.score, zero_unscored_locations(inspected, theta, self.coverage_mask))
+        )
 
     @torch.inference_mode()
-    def score_distance(
-        self, distance: Tensor, theta: Tensor | None, profile: Profile | None = None, shown: Tensor | None = None
+    def score_distances(
+        self,
+        distance: Tensor,
+        theta: Tensor | None,
+        profile: ImageScoreProfile | None = None,
+        shown: Tensor | None = None,
     ) -> ScoredImages:
         """Computes scores and anomaly maps from the distances (B, H, W) of a density in the aligned frame.
 
@@ -118,15 +130,19 @@ class Detector:
         """
         profile = profile or self.profile
         # pixels outside the image are invented by padding, and the density has not learnt locations that training rarely showed
-        distance = zero_unscored(distance, theta, self.seen_mask)
+        distance = zero_unscored_locations(distance, theta, self.coverage_mask)
         aligned_map = self.map_generator(distance)
-        score = aligned_map.flatten(1).amax(dim=1) if profile is None else profile.score(distance, self.map_generator)
+        score = (
+            aligned_map.flatten(1).amax(dim=1)
+            if profile is None
+            else profile.compute_image_scores(distance, self.map_generator)
+        )
         if theta is not None:
-            aligned_map = warp(aligned_map[:, None], invert_theta(theta), "zeros")[:, 0]
+            aligned_map = warp_images(aligned_map[:, None], invert_theta(theta), "zeros")[:, 0]
         return ScoredImages(score, aligned_map if shown is None else aligned_map * shown)
 
 
-def score_if_inspected(score: Tensor, inspected: Tensor) -> Tensor:
+def set_nan_if_uninspected(score: Tensor, inspected: Tensor) -> Tensor:
     """Returns scores (B,) in which images without any inspected location have nan, so that they do not count as normal.
 
     Args: inspected: (B, H, W), 1 at inspected locations, otherwise 0.
@@ -149,7 +165,7 @@ def can_share_backbone_pass(first: Detector, second: Detector) -> bool:
 
 
 @torch.inference_mode()
-def score_together(parts: Sequence[tuple[Detector, Tensor]]) -> list[ScoredImages]:
+def score_with_shared_backbone(parts: Sequence[tuple[Detector, Tensor]]) -> list[ScoredImages]:
     """Scores images of several categories in one pass through their common backbone.
 
     Each detector aligns its images before the pass, and scores the features after the pass. Each detector alone gives the same
@@ -165,24 +181,26 @@ def score_together(parts: Sequence[tuple[Detector, Tensor]]) -> list[ScoredImage
         return [parts[0][0](parts[0][1])]
     assert all(can_share_backbone_pass(parts[0][0], detector) for detector, _ in parts)
     aligned = [
-        detector.net.align_image(detector.tiles.cut(to_images(images, detector.density.device)))
+        detector.net.align_images(detector.tiles.cut(convert_to_float_images(images, detector.density.device)))
         for detector, images in parts
     ]
     net = parts[0][0].net
     all_tiles = torch.cat([image for image, _ in aligned])
-    passes = [net.features(part) for part in split_for_inference(all_tiles)]
+    passes = [net.compute_features(part) for part in split_batch_for_inference(all_tiles)]
     levels = [torch.cat(level) for level in zip(*(part_levels for part_levels, _ in passes), strict=True)]
     _, no_thetas = passes[0]  # there are no feature aligners
     levels_by_part = zip(*(level.split([len(image) for image, _ in aligned]) for level in levels), strict=True)
     scores = []
     for (detector, images), part_levels, (image, theta) in zip(parts, levels_by_part, aligned, strict=True):
-        common_levels, theta = warp_to_common_frame(AlignedFeatures(part_levels, no_thetas, image, theta))
+        common_levels, theta = warp_features_to_common_frame(AlignedFeatures(part_levels, no_thetas, image, theta))
         embedding = detector.tiles.join(detector.reduction(common_levels))
-        scores.append(detector.score_embedding(embedding, theta, shown_mask(images, detector.density.device)))
+        scores.append(
+            detector.score_embeddings(embedding, theta, extract_scored_pixel_mask(images, detector.density.device))
+        )
     return scores
 
 
-def shown_mask(batch: Tensor, device: torch.device | str) -> Tensor | None:
+def extract_scored_pixel_mask(batch: Tensor, device: torch.device | str) -> Tensor | None:
     """Returns which pixels of a batch are scored: the pixels whose fourth channel is above 0 (`data.framing`).
 
     Args: batch: uint8 (B, H, W, 3 or 4), or float (B, 3, H, W).
@@ -194,10 +212,10 @@ def shown_mask(batch: Tensor, device: torch.device | str) -> Tensor | None:
     return batch[..., 3].to(device) > 0
 
 
-def shown_pixels(locations: Tensor, theta: Tensor | None, tiles: Tiles) -> Tensor:
+def compute_scored_pixels(locations: Tensor, theta: Tensor | None, tiles: Tiles) -> Tensor:
     """Computes which pixels of the input images are scored from the locations that are scored.
 
-    This is an approximate inverse of `shown_locations`. It is needed for images of the bank (the stored embeddings of normal
+    This is an approximate inverse of `compute_scored_locations`. It is needed for images of the bank (the stored embeddings of normal
     images), for which only the scored locations are stored.
 
     Args:
@@ -207,12 +225,12 @@ def shown_pixels(locations: Tensor, theta: Tensor | None, tiles: Tiles) -> Tenso
 
     Returns: (B, H, W) bool.
     """
-    map_generator = AnomalyMapGenerator.for_tiles(tiles, locations.shape[1] // tiles.rows, 0.0, locations.device)
+    map_generator = AnomalyMapGenerator.build_for_tiles(tiles, locations.shape[1] // tiles.rows, 0.0, locations.device)
     pixels = map_generator(locations.float())
-    return (pixels if theta is None else warp(pixels[:, None], invert_theta(theta), "zeros")[:, 0]) >= 0.5
+    return (pixels if theta is None else warp_images(pixels[:, None], invert_theta(theta), "zeros")[:, 0]) >= 0.5
 
 
-def shown_locations(shown: Tensor, theta: Tensor | None, tiles: Tiles, size: Sequence[int]) -> Tensor:
+def compute_scored_locations(shown: Tensor, theta: Tensor | None, tiles: Tiles, size: Sequence[int]) -> Tensor:
     """Computes which locations of the aligned frame are scored: those with at least half of their pixels scored.
 
     Args:
@@ -225,12 +243,12 @@ def shown_locations(shown: Tensor, theta: Tensor | None, tiles: Tiles, size: Seq
     """
     pixels = shown[:, None].float()
     if theta is not None:
-        pixels = warp(pixels, theta, "zeros")
+        pixels = warp_images(pixels, theta, "zeros")
     shares = F.adaptive_avg_pool2d(tiles.cut(pixels), (size[0] // tiles.rows, size[1] // tiles.columns))
     return tiles.join(shares)[:, 0] >= 0.5
 
 
-def embed(
+def embed_images(
     net: FocusNet, reduction: ChannelReduction, images: Tensor, pad_batches: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Computes embeddings of whole images in the aligned frame, for inference.
@@ -242,7 +260,7 @@ def embed(
     Returns: embedding (B, C + K, H/stride, W/stride), with the maps of tiles side by side; theta (B, 2, 3), or None without
         image alignment.
     """
-    tiles = Tiles(*net.config.tiles)
+    tiles = Tiles(*net.config.tile_layout)
     embedding, theta = embed_tiles(net, reduction, tiles.cut(images), pad_batches)
     return tiles.join(embedding), theta
 
@@ -262,21 +280,21 @@ def embed_tiles(
     embeddings: list[Tensor] = []
     thetas: list[Tensor] = []
     batch_size = _CPU_IMAGES if images.device.type == "cpu" else _GPU_PADDED_IMAGES
-    for part in images.split(batch_size) if pad_batches else split_for_inference(images):
+    for part in images.split(batch_size) if pad_batches else split_batch_for_inference(images):
         count = len(part)
         if pad_batches and count < batch_size:
             part = torch.cat([part, part[:1].expand(batch_size - count, *part.shape[1:])])
-        levels, theta = warp_to_common_frame(net(part))
+        levels, theta = warp_features_to_common_frame(net(part))
         embeddings.append(reduction(levels)[:count])
         if theta is not None:
             thetas.append(theta[:count])
-    return _concatenate(embeddings), _concatenate(thetas) if thetas else None
+    return _concatenate_tensors(embeddings), _concatenate_tensors(thetas) if thetas else None
 
 
 GRID = 8  # cells of a descriptor along each side; a shift by a few pixels hardly changes the average over a cell
 
 
-def describe_embedding(embedding: Tensor) -> Tensor:
+def compute_descriptors(embedding: Tensor) -> Tensor:
     """Computes descriptors of images from embeddings (N, C, H, W): averages over the cells of a coarse grid.
 
     Returns: (N, GRID * GRID, C) float32.
@@ -284,7 +302,7 @@ def describe_embedding(embedding: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(embedding.float(), GRID).flatten(2).transpose(1, 2).contiguous()
 
 
-def descriptor_channels(embedding: Tensor, reduction: ChannelReduction) -> Tensor:
+def select_descriptor_channels(embedding: Tensor, reduction: ChannelReduction) -> Tensor:
     """Returns the channels of an embedding (N, C + K, H, W) from which descriptors are computed.
 
     Returns: (N, K, H, W), the channels for the coreset, which do not depend on a learnt projection. If the density has no
@@ -293,11 +311,11 @@ def descriptor_channels(embedding: Tensor, reduction: ChannelReduction) -> Tenso
     return embedding[:, reduction.num_channels :] if reduction.num_coreset_channels else embedding
 
 
-def split_for_inference(images: Tensor) -> tuple[Tensor, ...]:
+def split_batch_for_inference(images: Tensor) -> tuple[Tensor, ...]:
     """Splits a batch for inference: small parts on a CPU, so that activations stay in the CPU cache; large parts on a GPU."""
     return images.split(_CPU_IMAGES if images.device.type == "cpu" else _GPU_IMAGES)
 
 
-def _concatenate(parts: list[Tensor]) -> Tensor:
+def _concatenate_tensors(parts: list[Tensor]) -> Tensor:
     """Concatenates tensors; returns a single tensor without a copy."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -72,7 +72,7 @@ class Inspection:
         """Score divided by threshold. Between versions of a model, this ratio is comparable, but scores are not."""
         return self.score / max(self.threshold, 1e-12)
 
-    def without_map(self) -> Inspection:
+    def copy_without_map(self) -> Inspection:
         """Returns a copy with an empty map, which is small enough to send between processes."""
         return replace(self, anomaly_map=np.empty((0, 0), np.float32))
 
@@ -94,7 +94,7 @@ def find_regions(anomaly_map: NDArray[np.float32], threshold: float, width: int,
 
     Returns: the regions in pixels of the original image, highest peak first.
     """
-    full_map = resize_map(anomaly_map, height, width)
+    full_map = resize_anomaly_map(anomaly_map, height, width)
     numbered_areas, _ = ndimage.label(full_map > threshold, structure=np.ones((3, 3)))
     regions = []
     for number, box in enumerate(ndimage.find_objects(numbered_areas), start=1):
@@ -104,7 +104,7 @@ def find_regions(anomaly_map: NDArray[np.float32], threshold: float, width: int,
     return tuple(sorted(regions, key=lambda region: -region.peak))
 
 
-def resize_map(anomaly_map: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
+def resize_anomaly_map(anomaly_map: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
     """Resizes a map (H, W) to (height, width) with bilinear interpolation."""
     if anomaly_map.shape == (height, width):
         return anomaly_map

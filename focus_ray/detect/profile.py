@@ -24,7 +24,7 @@ from torch import Tensor
 
 from focus_ray.density.base import LeaveOneOutScorer, Statistics, sample_evenly
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator
-from focus_ray.features.alignment.theta import valid_mask
+from focus_ray.features.alignment.theta import compute_valid_mask
 
 MAX_IMAGES = 64  # images of the bank from which the profile is computed
 SHARES = (0.0, 0.01, 0.05, 0.2)  # shares of the map's pixels with the highest values; 0 is the maximum alone
@@ -34,22 +34,22 @@ SAMPLE_PX = 4  # the highest values are searched in every fourth row and column 
 _IMAGES_AT_ONCE = 8
 
 
-class Profile(NamedTuple):
+class ImageScoreProfile(NamedTuple):
     """The profile of good images, which converts distances to image scores.
 
     weight: (H, W) float32, factor for the distance of each location.
-    typical: (len(SHARES),) float32, means of the highest values of typical good images, see `highest_values`.
+    typical: (len(SHARES),) float32, means of the highest values of typical good images, see `average_highest_map_values`.
     """
 
     weight: Tensor
     typical: Tensor
 
-    def score(self, distance: Tensor, map_generator: AnomalyMapGenerator) -> Tensor:
+    def compute_image_scores(self, distance: Tensor, map_generator: AnomalyMapGenerator) -> Tensor:
         """Computes image scores (B,) from distances (B, H, W); a typical good image has a score of 1."""
-        return (highest_values(distance * self.weight, map_generator) / self.typical).mean(dim=1)
+        return (average_highest_map_values(distance * self.weight, map_generator) / self.typical).mean(dim=1)
 
 
-def highest_values(distance: Tensor, map_generator: AnomalyMapGenerator) -> Tensor:
+def average_highest_map_values(distance: Tensor, map_generator: AnomalyMapGenerator) -> Tensor:
     """Computes means of the highest values of anomaly maps, one mean for each entry of `SHARES`.
 
     An entry is the share of the pixels that the mean includes; with 0, the mean is the maximum of the map.
@@ -60,7 +60,7 @@ def highest_values(distance: Tensor, map_generator: AnomalyMapGenerator) -> Tens
 
     Returns: (B, len(SHARES)).
     """
-    sampled = map_generator.subsampled(SAMPLE_PX)(distance).flatten(1)
+    sampled = map_generator.subsample_pixels(SAMPLE_PX)(distance).flatten(1)
     counts = [max(1, int(share * sampled.shape[1])) for share in SHARES]
     top = sampled.topk(max(counts), dim=1).values
     return torch.stack([top[:, :count].mean(dim=1) for count in counts], dim=1)
@@ -68,14 +68,14 @@ def highest_values(distance: Tensor, map_generator: AnomalyMapGenerator) -> Tens
 
 @torch.no_grad()
 def fit_profile(
-    density: LeaveOneOutScorer, statistics: Statistics, seen_mask: Tensor | None, map_generator: AnomalyMapGenerator
-) -> tuple[Profile, Tensor | None]:
+    density: LeaveOneOutScorer, statistics: Statistics, coverage_mask: Tensor | None, map_generator: AnomalyMapGenerator
+) -> tuple[ImageScoreProfile, Tensor | None]:
     """Fits the profile of good images to the leave-one-out distances of at most `MAX_IMAGES` images of the bank.
 
     Args:
         density: leave-one-out scorer of the density.
         statistics: the statistics from which the density was built, with a bank.
-        seen_mask: (H, W) bool, locations that are scored; None: all locations.
+        coverage_mask: (H, W) bool, locations that are scored; None: all locations.
         map_generator: computes the smoothed maps whose highest values the profile describes.
 
     Returns: the profile, and the leave-one-out distances (n, H, W) from which the profile was computed. If the bank has a single
@@ -87,18 +87,18 @@ def fit_profile(
     assert bank is not None
     if len(bank) < 2:
         weight = torch.ones(density.height, density.width, device=device)
-        return Profile(weight, torch.ones(len(SHARES), device=device)), None
+        return ImageScoreProfile(weight, torch.ones(len(SHARES), device=device)), None
     images = torch.tensor(sorted(sample_evenly(len(bank), MAX_IMAGES)))
-    distances = leave_one_out_distances(density, statistics, bank, seen_mask, images, device)
-    return compute_profile(distances, map_generator, statistics.shown), distances
+    distances = compute_leave_one_out_distances(density, statistics, bank, coverage_mask, images, device)
+    return compute_profile_from_distances(distances, map_generator, statistics.shown), distances
 
 
 @torch.no_grad()
-def leave_one_out_distances(
+def compute_leave_one_out_distances(
     density: LeaveOneOutScorer,
     statistics: Statistics,
     bank: Tensor,
-    seen_mask: Tensor | None,
+    coverage_mask: Tensor | None,
     images: Tensor,
     device: torch.device | str,
 ) -> Tensor:
@@ -108,7 +108,7 @@ def leave_one_out_distances(
         density: leave-one-out scorer.
         statistics: relations, alignments and scored locations of the bank's images; the bank of the statistics is not used.
         bank: (N, L, C), embeddings of the bank's images, with the channels that the scorer needs.
-        seen_mask: (H, W) bool, locations that are scored; None: all locations.
+        coverage_mask: (H, W) bool, locations that are scored; None: all locations.
         images: (n,), positions in the bank of the images to score.
         device: device on which distances are computed.
 
@@ -124,25 +124,29 @@ def leave_one_out_distances(
         distance = density.score(rows.transpose(1, 2).unflatten(2, (density.height, density.width)), excluded)
         if shown is not None:
             distance = distance * shown[numbers].to(device).view_as(distance)
-        distances.append(zero_unscored(distance, None if thetas is None else thetas[numbers].to(device), seen_mask))
+        distances.append(
+            zero_unscored_locations(distance, None if thetas is None else thetas[numbers].to(device), coverage_mask)
+        )
     return torch.cat(distances) if distances else torch.empty(0, density.height, density.width, device=device)
 
 
-def zero_unscored(distance: Tensor, theta: Tensor | None, seen_mask: Tensor | None) -> Tensor:
+def zero_unscored_locations(distance: Tensor, theta: Tensor | None, coverage_mask: Tensor | None) -> Tensor:
     """Returns distances that are 0 at locations outside the aligned image and at locations that few training images showed.
 
     Args:
         distance: (B, H, W).
         theta: (B, 2, 3), alignment of each image. Without image alignment (None), the distances are returned unchanged.
-        seen_mask: (H, W) bool, locations that enough training images showed; None: all locations.
+        coverage_mask: (H, W) bool, locations that enough training images showed; None: all locations.
     """
     if theta is None:
         return distance
-    inside = valid_mask(theta, distance.shape[1], distance.shape[2])
-    return distance * (inside if seen_mask is None else inside & seen_mask)
+    inside = compute_valid_mask(theta, distance.shape[1], distance.shape[2])
+    return distance * (inside if coverage_mask is None else inside & coverage_mask)
 
 
-def compute_profile(distances: Tensor, map_generator: AnomalyMapGenerator, shown: Tensor | None = None) -> Profile:
+def compute_profile_from_distances(
+    distances: Tensor, map_generator: AnomalyMapGenerator, shown: Tensor | None = None
+) -> ImageScoreProfile:
     """Computes the profile of good images from their leave-one-out distances.
 
     Args:
@@ -155,5 +159,5 @@ def compute_profile(distances: Tensor, map_generator: AnomalyMapGenerator, shown
     mean = scored.mean().clamp_min(1e-12)
     # 1 at a location with the mean distance, smaller where good parts vary more
     weight = (1 + FLOOR) * mean / (usual + FLOOR * mean)
-    typical = highest_values(distances * weight, map_generator).mean(dim=0).clamp_min(1e-12)
-    return Profile(weight, typical)
+    typical = average_highest_map_values(distances * weight, map_generator).mean(dim=0).clamp_min(1e-12)
+    return ImageScoreProfile(weight, typical)

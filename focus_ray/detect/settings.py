@@ -11,10 +11,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from focus_ray.settings.sections import Section
+from focus_ray.settings.sections import ConfigSection
 
 
-class ScoringConfig(Section):
+class ScoringConfig(ConfigSection):
     """How distances become a map and a score."""
 
     FIXED: ClassVar[Mapping[str, Any]] = {"smoothing_sigma_px": 4.0}
@@ -28,7 +28,7 @@ class ScoringConfig(Section):
     )
 
 
-class CalibrationConfig(Section):
+class CalibrationConfig(ConfigSection):
     """Thresholds and p-values, from good images that are held out of the density or scored by leave-one-out."""
 
     FIXED: ClassVar[Mapping[str, Any]] = {"num_folds": 5, "max_images": 4096}

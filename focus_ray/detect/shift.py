@@ -6,7 +6,7 @@ calibration scores by rank, which is the same as comparing p-values. A shift tow
 towards lower scores causes missed defects. Ranks do not change under a monotone map, so the tests assume no distribution.
 
 Labelled images and a stream of unlabelled images differ: in a stream most images are good, but a few are defects with high
-scores. So `compare_stream` tests whether images score higher even without the highest tenth of the scores.
+scores. So `compare_stream_with_calibration` tests whether images score higher even without the highest tenth of the scores.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _REMEDY = (
 
 
 @dataclass(frozen=True)
-class Shift:
+class ScoreShift:
     """Result of a comparison of the scores of new images with the scores of the images that set the threshold.
 
     Attributes:
@@ -86,7 +86,7 @@ class Shift:
         }
 
 
-def compare_scores(calibration_scores: ArrayLike, new_scores: ArrayLike) -> Shift | None:
+def compare_with_calibration_scores(calibration_scores: ArrayLike, new_scores: ArrayLike) -> ScoreShift | None:
     """Tests whether new good images score like the calibration images, at the level `ALPHA`.
 
     Two tests are combined with a Bonferroni correction. The first test is the rank sum (Mann and Whitney), for both directions.
@@ -104,19 +104,19 @@ def compare_scores(calibration_scores: ArrayLike, new_scores: ArrayLike) -> Shif
     calibration, new = _to_finite_vector(calibration_scores), _to_finite_vector(new_scores)
     if new.size < MIN_NEW:
         return None
-    rank_higher, superiority = _rank_sum(new, calibration)
-    rank_lower, inferiority = _rank_sum(-new, -calibration)
-    tail, ratio = _tail_count(new, calibration)
+    rank_higher, superiority = _test_rank_sum(new, calibration)
+    rank_lower, inferiority = _test_rank_sum(-new, -calibration)
+    tail, ratio = _test_tail_count(new, calibration)
     p_rank, p_tail, p_lower = (min(1.0, value) for value in (4.0 * rank_higher, 4.0 * tail, 2.0 * rank_lower))
     is_rank_shift = p_rank <= ALPHA and superiority >= _MIN_SUPERIORITY
     is_tail_shift = p_tail <= ALPHA and ratio >= _MIN_TAIL_RATIO
     is_lower = p_lower <= ALPHA and inferiority >= _MIN_SUPERIORITY
-    return _make_shift(
+    return _choose_shift_direction(
         new.size, calibration.size, min(p_rank, p_tail), p_lower, is_rank_shift or is_tail_shift, is_lower
     )
 
 
-def compare_stream(calibration_scores: ArrayLike, recent_scores: ArrayLike) -> Shift | None:
+def compare_stream_with_calibration(calibration_scores: ArrayLike, recent_scores: ArrayLike) -> ScoreShift | None:
     """Tests whether a stream scores like the calibration images, although up to `DEFECT_SHARE` of its images are defects.
 
     The test for higher scores omits the highest `DEFECT_SHARE` of the stream. The remaining scores rank no higher than the same
@@ -137,25 +137,25 @@ def compare_stream(calibration_scores: ArrayLike, recent_scores: ArrayLike) -> S
     if recent.size < MIN_STREAM:
         return None
     without_defects = np.sort(recent)[: recent.size - math.ceil(DEFECT_SHARE * recent.size)]
-    p_higher = min(1.0, 2.0 * _rank_sum(without_defects, calibration)[0])
-    p_lower = min(1.0, 2.0 * _rank_sum(-recent, -calibration)[0])
+    p_higher = min(1.0, 2.0 * _test_rank_sum(without_defects, calibration)[0])
+    p_lower = min(1.0, 2.0 * _test_rank_sum(-recent, -calibration)[0])
     # a difference that is significant at this low level with at most WINDOW images is also relevant
     is_higher, is_lower = p_higher <= STREAM_ALPHA, p_lower <= STREAM_ALPHA
-    return _make_shift(recent.size, calibration.size, p_higher, p_lower, is_higher, is_lower)
+    return _choose_shift_direction(recent.size, calibration.size, p_higher, p_lower, is_higher, is_lower)
 
 
-def describe_test_shift(shift: Shift) -> str | None:
+def describe_test_shift(shift: ScoreShift) -> str | None:
     """Returns a message about a shift of good test images, with advice; None if `shift.direction` is None."""
-    return _shift_sentence(shift, f"{shift.num_new} good test images", "", _REMEDY)
+    return _compose_shift_message(shift, f"{shift.num_new} good test images", "", _REMEDY)
 
 
-def describe_stream_shift(shift: Shift) -> str | None:
+def describe_stream_shift(shift: ScoreShift) -> str | None:
     """Returns a message about a shift of the latest images of a stream, with advice; None if `shift.direction` is None."""
     remark = f" even without the highest {DEFECT_SHARE:.0%} of them" if shift.direction == "higher" else ""
-    return _shift_sentence(shift, f"last {shift.num_new} images", remark, _REMEDY)
+    return _compose_shift_message(shift, f"last {shift.num_new} images", remark, _REMEDY)
 
 
-def describe_new_calibration(shift: Shift) -> str | None:
+def describe_new_calibration_shift(shift: ScoreShift) -> str | None:
     """Returns a message about a shift of the good images of a new calibration, compared with an old calibration.
 
     Returns: the message, with advice; None if `shift.direction` is None.
@@ -164,10 +164,10 @@ def describe_new_calibration(shift: Shift) -> str | None:
         "Light, position or batch may have changed. The new thresholds fit these images; if defects are missed, add such images "
         "with `focus-ray update BUNDLE NEW --add DATA`."
     )
-    return _shift_sentence(shift, f"{shift.num_new} good images", "", remedy)
+    return _compose_shift_message(shift, f"{shift.num_new} good images", "", remedy)
 
 
-class RecentScores:
+class StreamShiftMonitor:
     """Stores the latest `WINDOW` scores of a model's stream of images, and the result of the last test for a shift.
 
     Attributes:
@@ -175,7 +175,7 @@ class RecentScores:
     """
 
     def __init__(self) -> None:
-        self.shift: Shift | None = None
+        self.shift: ScoreShift | None = None
         self._scores: deque[float] = deque(maxlen=WINDOW)
         self._untested = 0
         self._was_reported = False
@@ -189,12 +189,12 @@ class RecentScores:
         self._untested += len(scores)
         return self._untested >= TEST_EVERY and len(self._scores) >= MIN_STREAM
 
-    def take(self) -> list[float]:
+    def take_scores_for_test(self) -> list[float]:
         """Returns the stored scores for a test, and restarts the count of `TEST_EVERY` images until the next test."""
         self._untested = 0
         return list(self._scores)
 
-    def report_once(self, shift: Shift | None) -> str | None:
+    def report_shift_once(self, shift: ScoreShift | None) -> str | None:
         """Stores the result of a test, and returns a message if the test found a new shift.
 
         Args: shift: result of the test; None if there were too few scores.
@@ -212,9 +212,9 @@ class RecentScores:
         return sentence
 
 
-def _make_shift(
+def _choose_shift_direction(
     num_new: int, num_calibrating: int, p_higher: float, p_lower: float, is_higher: bool, is_lower: bool
-) -> Shift:
+) -> ScoreShift:
     """Makes the result of a test. If a shift in both directions is relevant, it reports the one with the smaller p-value.
 
     Args: is_higher, is_lower: whether the shift in this direction is significant and large enough to report.
@@ -224,10 +224,10 @@ def _make_shift(
         direction = "higher"
     elif is_lower:
         direction = "lower"
-    return Shift(num_new, num_calibrating, p_higher, p_lower, direction)
+    return ScoreShift(num_new, num_calibrating, p_higher, p_lower, direction)
 
 
-def _shift_sentence(shift: Shift, images: str, remark: str, remedy: str) -> str | None:
+def _compose_shift_message(shift: ScoreShift, images: str, remark: str, remedy: str) -> str | None:
     """Returns a message about a shift; None if `shift.direction` is None.
 
     Args:
@@ -249,7 +249,7 @@ def _shift_sentence(shift: Shift, images: str, remark: str, remedy: str) -> str 
     )
 
 
-def _rank_sum(new: NDArray[np.float64], calibration: NDArray[np.float64]) -> tuple[float, float]:
+def _test_rank_sum(new: NDArray[np.float64], calibration: NDArray[np.float64]) -> tuple[float, float]:
     """Tests by the rank sum whether new scores are higher than calibration scores.
 
     Returns: the one-sided p-value, and the share of pairs (new, calibration) in which the new score is higher.
@@ -269,7 +269,7 @@ def _rank_sum(new: NDArray[np.float64], calibration: NDArray[np.float64]) -> tup
     return p_value, greater / pairs
 
 
-def _tail_count(new: NDArray[np.float64], calibration: NDArray[np.float64]) -> tuple[float, float]:
+def _test_tail_count(new: NDArray[np.float64], calibration: NDArray[np.float64]) -> tuple[float, float]:
     """Tests whether too many of m new scores lie above a limit: the r-th highest of n calibration scores, r about a tenth of n.
 
     If k or more new scores lie above the limit, at least k of the highest k + r - 1 of all scores are new. If new and old scores

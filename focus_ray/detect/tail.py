@@ -40,7 +40,7 @@ NO_PRIOR = TailPrior(0.0, 0.0)
 SHIPPED_PRIOR = TailPrior(5.0, 0.6)
 
 
-class Tail(NamedTuple):
+class ScoreTail(NamedTuple):
     """Distribution of high scores: P(score > s) = share (1 + shape (s - start) / scale) ^ (-1/shape) for s >= start.
 
     start: lowest score of the tail.
@@ -54,7 +54,7 @@ class Tail(NamedTuple):
     scale: float
     shape: float
 
-    def share_above(self, scores: ArrayLike) -> NDArray[np.float64]:
+    def compute_share_above(self, scores: ArrayLike) -> NDArray[np.float64]:
         """Returns the share of normal images that score above each given score; `share` for scores below the start.
 
         Args: scores: any shape; the result has the same shape.
@@ -62,14 +62,14 @@ class Tail(NamedTuple):
         excess = np.maximum(np.asarray(scores, dtype=np.float64) - self.start, 0.0)
         return np.asarray(self.share * (1 + self.shape * excess / self.scale) ** (-1 / self.shape))
 
-    def score_at(self, share: float) -> float:
-        """Returns the score that the given share of normal images exceeds; the inverse of `share_above`.
+    def compute_score_at_share(self, share: float) -> float:
+        """Returns the score that the given share of normal images exceeds; the inverse of `compute_share_above`.
 
         Args: share: above 0. A share above `self.share` gives a score below the start, where the model does not hold.
         """
         return self.start + self.scale / self.shape * ((share / self.share) ** -self.shape - 1)
 
-    def probability_above(self, rate: float, threshold: float, num_groups: int) -> float:
+    def compute_probability_fpr_exceeds(self, rate: float, threshold: float, num_groups: int) -> float:
         """Returns the probability that the long-run rate of normal scores above a threshold exceeds `rate`.
 
         The long-run rate is U exp(-(threshold - start) / theta). U is the true share of scores above the start. It follows
@@ -81,7 +81,7 @@ class Tail(NamedTuple):
             threshold: at or above the start.
             num_groups: n, number of independent observations from which the tail was fitted.
         """
-        true_shares = _true_shares(round(self.share * (num_groups + 1)), num_groups)
+        true_shares = _compute_true_share_quantiles(round(self.share * (num_groups + 1)), num_groups)
         relative_excess = (threshold - self.start) * self.shape / self.scale
         if relative_excess <= 0:
             return float(np.mean(true_shares > rate))
@@ -91,7 +91,7 @@ class Tail(NamedTuple):
 
 
 @lru_cache(maxsize=64)  # an interval asks for the same ones at every step
-def _true_shares(k: int, num_groups: int) -> NDArray[np.float64]:
+def _compute_true_share_quantiles(k: int, num_groups: int) -> NDArray[np.float64]:
     """Returns `_NUM_NODES` equally likely values of the true share of scores above the k-th highest of `num_groups` scores."""
     middles = (np.arange(_NUM_NODES) + 0.5) / _NUM_NODES
     return np.asarray(betaincinv(k, num_groups + 1 - k, middles))
@@ -99,7 +99,7 @@ def _true_shares(k: int, num_groups: int) -> NDArray[np.float64]:
 
 def fit_tail(
     scores: NDArray[np.float64], num_groups: int | None = None, prior: TailPrior = SHIPPED_PRIOR
-) -> Tail | None:
+) -> ScoreTail | None:
     """Fits the tail of normal scores, or returns None for fewer than `MIN_SCORES` independent scores.
 
     Args:
@@ -117,4 +117,4 @@ def fit_tail(
     excess_sum = float(np.maximum(scores - start, 0.0).sum()) / images_per_group
     degrees = k - 1 + prior.degrees
     scale = (excess_sum + prior.total * abs(start)) / degrees
-    return Tail(start, k / (groups + 1), max(scale, _MIN_RELATIVE_SCALE * abs(start), 1e-12), 1 / degrees)
+    return ScoreTail(start, k / (groups + 1), max(scale, _MIN_RELATIVE_SCALE * abs(start), 1e-12), 1 / degrees)

@@ -119,15 +119,19 @@ def check_backbone_weights(context: CheckContext) -> CheckResult:
 
 def _find_download_location(model: ModelConfig) -> tuple[str | None, Path | None]:
     """Returns (URL, local file) of weights that are downloaded; (None, None) for weights that are not downloaded."""
-    from focus_ray.features.backbones.weights import download_path, find_hub_weights, hub_cache_path
+    from focus_ray.features.backbones.weights import (
+        find_torchvision_weights,
+        get_download_cache_path,
+        get_hub_cache_path,
+    )
 
     if model.weights.startswith(("http://", "https://")):
-        return model.weights, download_path(model.weights)
+        return model.weights, get_download_cache_path(model.weights)
     hub_weights = model.backbone_spec.hub_weights
     if model.weights != "default" or hub_weights is None:
         return None, None
-    url = find_hub_weights(hub_weights).url
-    return url, hub_cache_path(Path(url).name)
+    url = find_torchvision_weights(hub_weights).url
+    return url, get_hub_cache_path(Path(url).name)
 
 
 def _find_url_problem(url: str) -> str:

@@ -220,7 +220,7 @@ def _build_image_table(inspector: Inspector, records: Sequence[Row]) -> pa.Table
     columns = {
         **{name: [record[name] for record in records] for name in ("id", "label", "defect_type", "trained_on")},
         "score": scores,
-        "p_value": calibration.conformal_p_value(scores),
+        "p_value": calibration.compute_conformal_p_values(scores),
         "anomalous": calibration.is_anomalous(scores),
         "threshold": np.full(len(scores), calibration.image_threshold),
         "bundle": [inspector.bundle.version] * len(scores),

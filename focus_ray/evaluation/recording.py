@@ -14,7 +14,7 @@ from focus_ray.names import Log
 from focus_ray.reporting.evaluation import EvaluationSection
 from focus_ray.reporting.gallery import GalleryCard
 from focus_ray.reporting.tables import compute_mean_metrics
-from focus_ray.settings.sections import override_tree
+from focus_ray.settings.sections import apply_overrides
 from focus_ray.tracking.recorder import Recorder
 from focus_ray.tracking.runs import EvaluatedCategory, record_evaluation
 
@@ -48,7 +48,7 @@ def open_evaluation_recorder(bundles: Mapping[str, str], output: str, overrides:
             continue
     else:
         return Recorder({}, output, log)
-    requested = override_tree({"data": {"uri": "-"}, "trackers": dict(tree.get("trackers", {}))}, list(overrides))
+    requested = apply_overrides({"data": {"uri": "-"}, "trackers": dict(tree.get("trackers", {}))}, list(overrides))
     trackers = parse_config(requested, "trackers").trackers
     root = bundle.rstrip("/").rpartition("/bundles/")[0]
     storage = root.rpartition("/")[0] or output

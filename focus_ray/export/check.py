@@ -192,7 +192,7 @@ def check_export(run: RunModel, reference: ReferenceScores) -> dict[str, Any]:
         "score_difference": float(differences.max()),
         "score_difference_median": float(np.median(differences)),
         "map_difference": float(np.abs(maps - reference.maps).max()) / map_spread,
-        "p_value_difference": float(np.abs(p_values - calibration.conformal_p_value(reference.scores)).max()),
+        "p_value_difference": float(np.abs(p_values - calibration.compute_conformal_p_values(reference.scores)).max()),
         "verdict_changes": int((verdicts != reference_verdicts).sum()),
         "verdict_errors": _count_verdict_errors(calibration, scores, p_values, verdicts),
         "auroc_torch": auroc_torch,
@@ -219,6 +219,6 @@ def _count_verdict_errors(
     is_consistent = (finite_verdicts >= calibration.is_anomalous(lower_scores)) & (
         finite_verdicts <= calibration.is_anomalous(higher_scores)
     )
-    is_consistent &= finite_p_values >= calibration.conformal_p_value(higher_scores) * (1 - _P_ROUNDING)
-    is_consistent &= finite_p_values <= calibration.conformal_p_value(lower_scores) * (1 + _P_ROUNDING)
+    is_consistent &= finite_p_values >= calibration.compute_conformal_p_values(higher_scores) * (1 - _P_ROUNDING)
+    is_consistent &= finite_p_values <= calibration.compute_conformal_p_values(lower_scores) * (1 + _P_ROUNDING)
     return int((~is_consistent).sum() + (~verdicts[~is_finite]).sum())

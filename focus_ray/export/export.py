@@ -207,7 +207,7 @@ def _make_sidecar(
             "num_images": calibration.num_images,
             "image_guaranteed": calibration.image_guaranteed,
             "pixel_guaranteed": calibration.pixel_guaranteed,
-            "caveats": calibration.caveats(),
+            "caveats": calibration.describe_limits(),
         },
         "check": {
             "against": "PyTorch in float32, the same decoded pixels",

@@ -12,13 +12,13 @@ from focus_ray.bundle.bundle import Bundle
 from focus_ray.density.base import exportable_density
 from focus_ray.density.tiles import Tiles
 from focus_ray.detect.calibration import Calibration
-from focus_ray.detect.detector import score_if_inspected, shown_locations
-from focus_ray.detect.profile import zero_unscored
+from focus_ray.detect.detector import compute_scored_locations, set_nan_if_uninspected
+from focus_ray.detect.profile import zero_unscored_locations
 from focus_ray.export.resize import ResizeToFrame
 from focus_ray.features.alignment.congealing import CongealingAligner
-from focus_ray.features.alignment.theta import invert_theta, warp
+from focus_ray.features.alignment.theta import invert_theta, warp_images
 from focus_ray.features.batch_norm import fuse_batch_norms
-from focus_ray.features.network import ALIGNED_IMAGE_PADDING, AlignedFeatures, warp_to_common_frame
+from focus_ray.features.network import ALIGNED_IMAGE_PADDING, AlignedFeatures, warp_features_to_common_frame
 from focus_ray.metrics.ties import TIE
 
 OUTPUTS = ("score", "p_value", "anomalous", "anomaly_map")
@@ -50,13 +50,17 @@ class ExportableScorer(nn.Module):
         self.is_aligned = aligner is not None
         if isinstance(aligner, CongealingAligner):
             self.is_aligned = bool(aligner.enabled)
-            aligner._search_bank()  # caches the search bank, so that the traced graph holds it as a constant
+            aligner._compute_correlation_terms()  # caches the search bank, so that the traced graph holds it as a constant
         fuse_batch_norms(detector.net.backbone)
         if half:
             detector.net.backbone.half()
-        self.tiles = Tiles(*detector.net.config.tiles)
+        self.tiles = Tiles(*detector.net.config.tile_layout)
         self.density = exportable_density(bundle.config.density, detector.density, half)
-        self.map_generator, self.profile, self.seen_mask = detector.map_generator, detector.profile, detector.seen_mask
+        self.map_generator, self.profile, self.coverage_mask = (
+            detector.map_generator,
+            detector.profile,
+            detector.coverage_mask,
+        )
         self.verdict = Verdict(bundle.calibration)
         self.eval().requires_grad_(False)
 
@@ -67,25 +71,31 @@ class ExportableScorer(nn.Module):
         """
         pixels, shown, box = self.to_frame(images)
         theta = self._find_theta(pixels)
-        aligned = pixels if theta is None else warp(pixels, theta, ALIGNED_IMAGE_PADDING)
-        levels, thetas = self.net.features(_cut_tiles(aligned, self.tiles))
-        features, total_theta = warp_to_common_frame(AlignedFeatures(levels, thetas, aligned, theta))
+        aligned = pixels if theta is None else warp_images(pixels, theta, ALIGNED_IMAGE_PADDING)
+        levels, thetas = self.net.compute_features(_cut_tiles(aligned, self.tiles))
+        features, total_theta = warp_features_to_common_frame(AlignedFeatures(levels, thetas, aligned, theta))
         distance = self.density.score(self.tiles.join(self.reduction(features)))
         inspected = torch.ones_like(distance)
         if shown is not None:
             shown_per_image = shown.expand(images.shape[0], *shown.shape)
-            inspected = shown_locations(shown_per_image, total_theta, self.tiles, distance.shape[1:]).to(distance.dtype)
+            inspected = compute_scored_locations(shown_per_image, total_theta, self.tiles, distance.shape[1:]).to(
+                distance.dtype
+            )
             distance = distance * inspected
-        distance = zero_unscored(distance, total_theta, self.seen_mask)
+        distance = zero_unscored_locations(distance, total_theta, self.coverage_mask)
         anomaly_map = self.map_generator(distance)
         map_maximum = anomaly_map.flatten(1).amax
-        score = map_maximum(dim=1) if self.profile is None else self.profile.score(distance, self.map_generator)
+        score = (
+            map_maximum(dim=1)
+            if self.profile is None
+            else self.profile.compute_image_scores(distance, self.map_generator)
+        )
         if total_theta is not None:
-            anomaly_map = warp(anomaly_map[:, None], invert_theta(total_theta), "zeros")[:, 0]
+            anomaly_map = warp_images(anomaly_map[:, None], invert_theta(total_theta), "zeros")[:, 0]
         if shown is not None:
             anomaly_map = anomaly_map * shown
         if shown is not None or total_theta is not None:
-            score = score_if_inspected(score, zero_unscored(inspected, total_theta, self.seen_mask))
+            score = set_nan_if_uninspected(score, zero_unscored_locations(inspected, total_theta, self.coverage_mask))
         p_value, anomalous = self.verdict(score)
         outputs = (score, p_value, anomalous, anomaly_map)
         return outputs if box is None else (*outputs, box)
@@ -96,7 +106,7 @@ class ExportableScorer(nn.Module):
             return None
         aligner = self.net.image_aligner
         if isinstance(aligner, CongealingAligner):
-            return aligner.align(aligner.prepare(pixels))[0]
+            return aligner.estimate_transforms(aligner.standardise_images(pixels))[0]
         assert aligner is not None
         theta: Tensor = aligner(pixels)
         return theta
@@ -113,8 +123,8 @@ class Verdict(nn.Module):
         self.normal_scores: Tensor
         self.register_buffer("normal_scores", torch.tensor(calibration.image_scores, dtype=torch.float32))
         self.threshold, self.tail = calibration.image_threshold, calibration.tail
-        self.num_independent = calibration.num_independent
-        self.weight = calibration.num_independent / calibration.num_images
+        self.num_independent = calibration.num_independent_samples
+        self.weight = calibration.num_independent_samples / calibration.num_images
         # The level is a float32 that does not exceed the target rate. Then p <= level holds exactly for anomalous images,
         # whether a user compares in float32 or in float64.
         level = np.float32(calibration.effective_fpr)

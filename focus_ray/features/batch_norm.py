@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from focus_ray.distributed import world_size
 
 
-class _SumOverWorkers(torch.autograd.Function):
+class _AllReduceSum(torch.autograd.Function):
     """Adds up a tensor over all workers; gradients are added up over all workers too.
 
     torch.distributed.nn has such a function, but it is deprecated since torch 2.13.
@@ -54,7 +54,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         values = values - shift_point[:, None, None]
         count = values.numel() / values.shape[1]
         sums = torch.cat([values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), values.new_full((1,), count)])
-        sums = _SumOverWorkers.apply(sums)
+        sums = _AllReduceSum.apply(sums)
         total = sums[-1].detach()
         mean = sums[: self.num_features] / total
         variance = (sums[self.num_features : -1] / total - mean.square()).clamp_min(0)
@@ -73,19 +73,19 @@ def use_global_batch_norm(module: nn.Module) -> None:
             child.__class__ = GlobalBatchNorm2d
 
 
-def prepare_for_inference(backbone: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+def prepare_backbone_for_inference(backbone: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """Folds the batch norms of a backbone into convolutions and converts the backbone to a number type, in place."""
     fuse_batch_norms(backbone)
     backbone.to(dtype)
 
 
 @contextmanager
-def prepared_for_inference(net: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+def use_inference_backbone(net: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[None]:
     """Context manager: replaces `net.backbone` by a copy that is prepared for inference, inside the with block only."""
     original = net.backbone
     assert isinstance(original, nn.Module)
     prepared = copy.deepcopy(original)
-    prepare_for_inference(prepared, dtype)
+    prepare_backbone_for_inference(prepared, dtype)
     net.backbone = prepared
     try:
         yield

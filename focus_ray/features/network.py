@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from focus_ray.features.alignment.congealing import CongealingAligner
-from focus_ray.features.alignment.theta import TransformBounds, compose_theta, warp
-from focus_ray.features.alignment.transformer import LocalisedAligner, SpatialTransformer
-from focus_ray.features.backbones.base import Backbone, build_backbone, set_padding
+from focus_ray.features.alignment.theta import TransformBounds, compose_theta, warp_images
+from focus_ray.features.alignment.transformer import LocalisationNetworkAligner, SpatialTransformer
+from focus_ray.features.backbones.base import Backbone, build_backbone, set_padding_mode
 from focus_ray.features.batch_norm import use_global_batch_norm
 from focus_ray.features.settings import ModelConfig
 from focus_ray.settings.sections import LAYERS
@@ -58,14 +58,14 @@ class FocusNet(nn.Module):
 
     def __init__(self, config: ModelConfig, backbone: Backbone) -> None:
         """
-        Args: backbone: backbone that already has its weights; the padding of its convolutions is changed in place. `build_net`
+        Args: backbone: backbone that already has its weights; the padding of its convolutions is changed in place. `build_network`
             builds it with the configured weights.
         """
         super().__init__()
         self.config, self.backbone = config, backbone
         # a compiled function that replaces the backbone for scoring, only without feature aligners (`bundle.engine`)
         self.compiled: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
-        set_padding(backbone, config.padding)
+        set_padding_mode(backbone, config.padding)
         spec = self.backbone.spec
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
@@ -90,7 +90,7 @@ class FocusNet(nn.Module):
                     module.eval()
         return self
 
-    def align_image(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def align_images(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Aligns images (B, 3, H, W).
 
         Returns: the aligned images, and theta (B, 2, 3). If there is no image aligner, or it is disabled, the same images and
@@ -102,15 +102,15 @@ class FocusNet(nn.Module):
         if aligner is None or (isinstance(aligner, CongealingAligner) and not bool(aligner.enabled)):
             return images, None
         theta = aligner(images)
-        return warp(images, theta, ALIGNED_IMAGE_PADDING), theta
+        return warp_images(images, theta, ALIGNED_IMAGE_PADDING), theta
 
     def forward(self, images: Tensor) -> AlignedFeatures:
         """Aligns images (B, 3, H, W), RGB in 0..1, and computes their features."""
-        image, theta_image = self.align_image(images)
-        levels, thetas = self.features(image)
+        image, theta_image = self.align_images(images)
+        levels, thetas = self.compute_features(image)
         return AlignedFeatures(levels, thetas, image, theta_image)
 
-    def features(
+    def compute_features(
         self, image: Tensor
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
         """Computes the features of the three layers from images that are already aligned.
@@ -126,25 +126,25 @@ class FocusNet(nn.Module):
         x = (image - self.pixel_mean) / self.pixel_std
         levels: list[Tensor] = []
         thetas: list[Tensor | None] = []
-        dtype = next(self.backbone.parameters()).dtype  # not float32 inside `prepared_for_inference`
+        dtype = next(self.backbone.parameters()).dtype  # not float32 inside `use_inference_backbone`
         for layer in LAYERS:
             x = getattr(self.backbone, layer)(x if dtype == torch.float32 else x.to(dtype))
-            level = self.backbone.spec.to_map(x)
+            level = self.backbone.spec.convert_to_feature_map(x)
             level = level if dtype == torch.float32 else level.float()
             theta = self.feature_aligners[layer](level) if layer in self.feature_aligners else None
             if theta is not None:
-                level = x = warp(level, theta)
+                level = x = warp_images(level, theta)
             levels.append(level)
             thetas.append(theta)
         return (levels[0], levels[1], levels[2]), (thetas[0], thetas[1], thetas[2])
 
 
-def build_net(config: ModelConfig) -> FocusNet:
+def build_network(config: ModelConfig) -> FocusNet:
     """Builds the network and loads the configured backbone weights. Raises: WeightsError: see `build_backbone`."""
     return FocusNet(config, build_backbone(config.backbone, config.weights, config.weights_sha256))
 
 
-def to_images(batch: Tensor, device: torch.device | str) -> Tensor:
+def convert_to_float_images(batch: Tensor, device: torch.device | str) -> Tensor:
     """Converts a batch of uint8 images (B, H, W, 3 or 4) to float images (B, 3, H, W) in 0..1, on a device.
 
     A fourth channel is dropped. A batch of another type is only moved to the device.
@@ -164,10 +164,10 @@ def build_image_aligner(config: ModelConfig) -> nn.Module | None:
         return CongealingAligner(
             alignment.group, IMAGE_BOUNDS.max_translation, IMAGE_BOUNDS.max_scale, alignment.min_drop
         )
-    return LocalisedAligner(alignment.group, IMAGE_BOUNDS)
+    return LocalisationNetworkAligner(alignment.group, IMAGE_BOUNDS)
 
 
-def warp_to_common_frame(aligned: AlignedFeatures) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+def warp_features_to_common_frame(aligned: AlignedFeatures) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
     """Warps the features of all layers so that a location means the same position in all layers [ours].
 
     The common frame is the aligned frame of layer 3.
@@ -179,25 +179,25 @@ def warp_to_common_frame(aligned: AlignedFeatures) -> tuple[tuple[Tensor, Tensor
     onward: Tensor | None = None  # from the last frame to the frame of the current level
     levels = [third]
     for level, theta in ((second, aligned.thetas[2]), (first, aligned.thetas[1])):
-        onward = _chain(theta, onward)
-        levels.append(level if onward is None else warp(level, onward))
-    total = _chain(aligned.theta_image, _chain(aligned.thetas[0], onward))
+        onward = _compose_optional_thetas(theta, onward)
+        levels.append(level if onward is None else warp_images(level, onward))
+    total = _compose_optional_thetas(aligned.theta_image, _compose_optional_thetas(aligned.thetas[0], onward))
     return (levels[2], levels[1], levels[0]), total
 
 
-def _chain(outer: Tensor | None, inner: Tensor | None) -> Tensor | None:
+def _compose_optional_thetas(outer: Tensor | None, inner: Tensor | None) -> Tensor | None:
     """Composes two transforms (B, 2, 3), see `compose_theta`. None stands for the identity, also as a result."""
     if outer is None or inner is None:
         return outer if inner is None else inner
     return compose_theta(outer, inner)
 
 
-def compute_seen_mask(net: FocusNet, height: int, width: int) -> Tensor | None:
+def compute_training_coverage_mask(net: FocusNet, height: int, width: int) -> Tensor | None:
     """Returns which locations of the aligned images at least half of the training images showed.
 
     Returns: (height, width) bool. None, which means all locations, in two cases. First, no congealing aligner is enabled, so the
         locations that images showed are not known. Second, the network aligns features. Locations are then in the common frame
-        of `warp_to_common_frame`, but the aligner stores the shares of images in the frame of the image alignment.
+        of `warp_features_to_common_frame`, but the aligner stores the shares of images in the frame of the image alignment.
     """
     aligner = net.image_aligner
     if len(net.feature_aligners) or not isinstance(aligner, CongealingAligner) or not bool(aligner.enabled):

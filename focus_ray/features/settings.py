@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 
 from focus_ray.features.backbones.registry import BACKBONES
 from focus_ray.features.backbones.spec import BackboneSpec
-from focus_ray.settings.sections import Layer, Precision, Section
+from focus_ray.settings.sections import ConfigSection, Layer, Precision
 
 Group = Literal[
     "none",
@@ -25,10 +25,10 @@ Group = Literal[
     "similarity",
     "affine",
 ]
-BackboneName = Annotated[str, AfterValidator(BACKBONES.check)]
+BackboneName = Annotated[str, AfterValidator(BACKBONES.check_name)]
 
 
-class ImageAlignmentConfig(Section):
+class ImageAlignmentConfig(ConfigSection):
     """ICA: a spatial transformer on the image, before the backbone [paper]."""
 
     FIXED: ClassVar[Mapping[str, Any]] = {
@@ -59,7 +59,7 @@ class ImageAlignmentConfig(Section):
     )
 
 
-class FeatureAlignmentConfig(Section):
+class FeatureAlignmentConfig(ConfigSection):
     """FCA: a spatial transformer after each of layers 1 to 3, trained by the fine loss alone [paper]."""
 
     FIXED: ClassVar[Mapping[str, Any]] = {"max_translation": 0.15, "max_scale": 1.15, "max_rotation_deg": 15.0}
@@ -70,7 +70,7 @@ class FeatureAlignmentConfig(Section):
     layer3: Group = Field(default="none", description="Movements that the aligner after layer 3 may undo.")
 
 
-class TilingConfig(Section):
+class TilingConfig(ConfigSection):
     """Tiles of the size of the network's input, in which a large photograph is scored [ours]."""
 
     grid: tuple[Annotated[int, Field(ge=1, le=32)], Annotated[int, Field(ge=1, le=32)]] = Field(
@@ -91,7 +91,7 @@ class TilingConfig(Section):
     )
 
 
-class ModelConfig(Section):
+class ModelConfig(ConfigSection):
     """The network: alignment, backbone, projector (the paper's encoder f) and predictor (g)."""
 
     FIXED: ClassVar[Mapping[str, Any]] = {"projector_width": 256, "predictor": True}
@@ -155,7 +155,7 @@ class ModelConfig(Section):
     )
 
     @property
-    def grid(self) -> tuple[int, int]:
+    def tile_grid(self) -> tuple[int, int]:
         """(rows, columns) of tiles of an image; (1, 1) without tiling."""
         return self.tiling.grid if self.tiling is not None else (1, 1)
 
@@ -167,9 +167,9 @@ class ModelConfig(Section):
         return self.backbone_spec.strides[map_layer]
 
     @property
-    def shared_grid(self) -> tuple[int, int]:
+    def shared_tile_grid(self) -> tuple[int, int]:
         """(rows, columns) of tiles of an image that share one density; (1, 1) if every tile has its own locations."""
-        return self.grid if self.tiling is not None and self.tiling.density == "shared" else (1, 1)
+        return self.tile_grid if self.tiling is not None and self.tiling.density == "shared" else (1, 1)
 
     @property
     def overlap_px(self) -> int:
@@ -177,15 +177,15 @@ class ModelConfig(Section):
         return round(self.tiling.overlap * self.image_size_px) if self.tiling is not None else 0
 
     @property
-    def tiles(self) -> tuple[int, int, int, int]:
+    def tile_layout(self) -> tuple[int, int, int, int]:
         """(rows, columns, side in pixels, overlap in pixels) of the tiles: the arguments of `density.tiles.Tiles`."""
-        return *self.grid, self.image_size_px, self.overlap_px
+        return *self.tile_grid, self.image_size_px, self.overlap_px
 
     @property
-    def frame_px(self) -> tuple[int, int]:
+    def resized_image_px(self) -> tuple[int, int]:
         """(height, width) in pixels to which images are resized; all tiles together cover this area."""
         step = self.image_size_px - self.overlap_px
-        return self.grid[0] * step + self.overlap_px, self.grid[1] * step + self.overlap_px
+        return self.tile_grid[0] * step + self.overlap_px, self.tile_grid[1] * step + self.overlap_px
 
     @property
     def backbone_spec(self) -> BackboneSpec:
@@ -194,7 +194,7 @@ class ModelConfig(Section):
 
     @field_validator("image_size_px")
     @classmethod
-    def _divisible(cls, value: int, info: ValidationInfo) -> int:
+    def _check_divisible_image_size(cls, value: int, info: ValidationInfo) -> int:
         backbone = info.data.get("backbone")
         step = 1 if backbone is None else BACKBONES[backbone].strides[2]  # None: the backbone was refused
         if value % step:
@@ -206,7 +206,7 @@ class ModelConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _tiles_do_not_move(self) -> ModelConfig:
+    def _check_tiling_without_alignment(self) -> ModelConfig:
         aligned = {"model.image_alignment.group": self.image_alignment.group}
         aligned.update(
             {f"model.feature_alignment.{key}": getattr(self.feature_alignment, key) for key in get_args(Layer)}
@@ -220,7 +220,7 @@ class ModelConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _large_enough(self) -> ModelConfig:
+    def _check_size_for_reflection_padding(self) -> ModelConfig:
         smallest = self.backbone_spec.min_reflected_px
         if self.padding == "reflect" and self.image_size_px < smallest:
             raise ValueError(
@@ -230,7 +230,7 @@ class ModelConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _aligns_maps(self) -> ModelConfig:
+    def _check_alignable_backbone(self) -> ModelConfig:
         moving = [key for key in get_args(Layer) if getattr(self.feature_alignment, key) != "none"]
         if moving and not self.backbone_spec.passes_feature_maps:
             raise ValueError(

@@ -27,8 +27,8 @@ from torch import Tensor
 from focus_ray.density.base import Statistics
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.relations import Relations
-from focus_ray.detect.detector import GRID, describe_embedding, descriptor_channels, embed
-from focus_ray.features.network import FocusNet, to_images
+from focus_ray.detect.detector import GRID, compute_descriptors, embed_images, select_descriptor_channels
+from focus_ray.features.network import FocusNet, convert_to_float_images
 
 GAP = 0.8  # an image's nearest images are its duplicates if the next image is at least 1 / GAP times as far away
 # Duplicates are ignored if a smaller share of the images has duplicates. Chance pairs stayed below 0.2 in all tested categories.
@@ -73,8 +73,8 @@ def describe_images(net: FocusNet, reduction: ChannelReduction, images: Tensor) 
 
     Returns: (N, P, K), K channels in each of P cells.
     """
-    embedding, _ = embed(net, reduction, images, pad_batches=True)
-    return describe_embedding(descriptor_channels(embedding, reduction))
+    embedding, _ = embed_images(net, reduction, images, pad_batches=True)
+    return compute_descriptors(select_descriptor_channels(embedding, reduction))
 
 
 def describe_statistics(statistics: Statistics, reduction: ChannelReduction) -> Tensor:
@@ -88,7 +88,7 @@ def describe_statistics(statistics: Statistics, reduction: ChannelReduction) -> 
     first = reduction.num_channels if reduction.num_coreset_channels else 0
     parts = [torch.empty(0, GRID * GRID, bank.shape[2] - first)]
     for rows in bank[:, :, first:].split(16):  # a few images at a time bound the memory
-        parts.append(describe_embedding(rows.transpose(1, 2).unflatten(2, size)))
+        parts.append(compute_descriptors(rows.transpose(1, 2).unflatten(2, size)))
     return torch.cat(parts).half()
 
 
@@ -127,7 +127,7 @@ def measure_same_part_distance(
     for number, image in enumerate(images[..., :3].float()):
         shifted = _shift(image, *SHIFTS_PX[number % len(SHIFTS_PX)])
         pair = torch.stack([image, shifted]) + NOISE * torch.randn(2, *image.shape, generator=generator)
-        batch = to_images(pair.clamp(0, 255).round().to(torch.uint8), device)
+        batch = convert_to_float_images(pair.clamp(0, 255).round().to(torch.uint8), device)
         descriptors = describe_images(net, reduction, batch)
         distances.append(float(descriptor_distances(descriptors[:1], descriptors[1:])))
     return TOLERANCE * float(torch.tensor(distances).median())

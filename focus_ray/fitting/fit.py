@@ -40,8 +40,8 @@ from focus_ray.detect.profile import fit_profile
 from focus_ray.distributed import broadcast_from_rank0, gather_objects, gather_rows, world_size
 from focus_ray.errors import ConfigError
 from focus_ray.features.alignment.congealing import CongealingAligner
-from focus_ray.features.batch_norm import prepared_for_inference
-from focus_ray.features.network import FocusNet, build_net, to_images
+from focus_ray.features.batch_norm import use_inference_backbone
+from focus_ray.features.network import FocusNet, build_network, convert_to_float_images
 from focus_ray.fitting.duplicates import (
     SHIFTS_PX,
     ImageOrigins,
@@ -155,14 +155,14 @@ def check_prerequisites(config: Config) -> None:
         ConfigError: density.metric cannot be used, or the density does not support calibration.method=leave_one_out.
     """
     if config.calibration.method == "leave_one_out" and not supports_leave_one_out(
-        config.density, config.model.shared_grid
+        config.density, config.model.shared_tile_grid
     ):
-        tiles = " that tiles share" if config.model.shared_grid != (1, 1) else ""
+        tiles = " that tiles share" if config.model.shared_tile_grid != (1, 1) else ""
         raise ConfigError(
             f"calibration.method=leave_one_out: density.kind={config.density.kind}{tiles} does not support leave-one-out: set "
             "calibration.method=cross"
         )
-    build_net(config.model)
+    build_network(config.model)
     read_shared_metric(config)
 
 
@@ -178,7 +178,7 @@ def build_detector(config: Config, net: FocusNet, reduction: ChannelReduction, s
     if config.scoring.image_score == "profile" and statistics.bank is not None:
         scorer = leave_one_out_scorer(config.density, statistics, density)
         detector.profile, detector.profile_distances = fit_profile(
-            scorer, statistics, detector.seen_mask, detector.map_generator
+            scorer, statistics, detector.coverage_mask, detector.map_generator
         )
     return detector
 
@@ -212,7 +212,7 @@ class CategoryFit:
         log: Callable[[str], None] = lambda message: None,
     ) -> None:
         torch.manual_seed(config.train.seed)
-        net = build_net(config.model) if net is None else net
+        net = build_network(config.model) if net is None else net
         net = net.to(device).to(memory_format=torch.channels_last)
         self.training: FydTraining | None = None
         if config.train.epochs:
@@ -263,7 +263,7 @@ class CategoryFit:
     def _join_batches(self, batches: Iterable[Tensor]) -> Tensor:
         """Concatenates batches to images (N, H, W, C) uint8; without batches, N is 0."""
         parts = list(batches)
-        return torch.cat(parts) if parts else torch.empty(0, *self.config.model.frame_px, 3, dtype=torch.uint8)
+        return torch.cat(parts) if parts else torch.empty(0, *self.config.model.resized_image_px, 3, dtype=torch.uint8)
 
     def _validate(self, choice: dict[str, float | str]) -> float:
         """Computes the validation score of the current network, adds the validation metrics to the notes, and logs them.
@@ -343,7 +343,7 @@ class CategoryFit:
         """
         from focus_ray.fyd.training import cut_tiles
 
-        train, tiles = self.config.train, Tiles(*self.config.model.tiles)
+        train, tiles = self.config.train, Tiles(*self.config.model.tile_layout)
         steps = BatchSchedule.agree(self.num_images, world_size(), train.batch_size_per_worker)
         training.start(steps.steps)
         if state is None:
@@ -406,7 +406,7 @@ class CategoryFit:
         """
         if self.config.density.reduction != "discriminant":
             return
-        chosen = choose_projection_images(self.num_images, Tiles(*self.config.model.tiles).num_tiles)
+        chosen = choose_projection_images(self.num_images, Tiles(*self.config.model.tile_layout).num_tiles)
         rows = self._own_rows(chosen)
         self.projection = learn_projection(
             self.net,
@@ -480,7 +480,10 @@ class CategoryFit:
         """
         num_channels = self.reduction.num_coreset_channels or self.reduction.num_channels
         parts = [torch.empty(0, GRID * GRID, num_channels)]
-        parts += [describe_images(self.net, self.reduction, to_images(batch, self.device)).cpu() for batch in batches]
+        parts += [
+            describe_images(self.net, self.reduction, convert_to_float_images(batch, self.device)).cpu()
+            for batch in batches
+        ]
         return gather_rows(torch.cat(parts))
 
     @torch.inference_mode()
@@ -546,7 +549,7 @@ class CategoryFit:
     def _method_without_holdout(self) -> Method:
         """Returns the calibration method that uses training images: leave_one_out if the density supports it, else cross."""
         config = self.config
-        return "leave_one_out" if supports_leave_one_out(config.density, config.model.shared_grid) else "cross"
+        return "leave_one_out" if supports_leave_one_out(config.density, config.model.shared_tile_grid) else "cross"
 
     def finish(self) -> FitResult:
         """Computes the statistics, builds the detector and calibrates it, with the trained network.
@@ -557,7 +560,7 @@ class CategoryFit:
             ConfigError: density.metric cannot be used.
         """
         self.net.eval()
-        with prepared_for_inference(self.net, compute_dtype(self.config.model.precision, self.device)):
+        with use_inference_backbone(self.net, compute_dtype(self.config.model.precision, self.device)):
             return self._finish()
 
     def _finish(self) -> FitResult:
@@ -599,7 +602,7 @@ class CategoryFit:
                 batches = self._log_progress("calibration", self.shard.holdout_batches(holdout_rows))
                 groups = self.shard.holdout_groups()[holdout_rows]
                 builder = collect_calibration_scores(detector, batches, self.config.calibration, "split", groups)
-        return FitResult(detector, statistics, builder.finish(), self.notes, self.seconds)
+        return FitResult(detector, statistics, builder.build_calibration(), self.notes, self.seconds)
 
     def _compute_folds(self) -> list[_Fold]:
         """Divides the training images into folds for cross calibration, and computes the statistics of each fold.

@@ -30,8 +30,8 @@ from focus_ray.density.moments import Moments
 from focus_ray.density.settings import DensityConfig
 from focus_ray.density.tiles import split_maps
 from focus_ray.detect.calibration import CalibrationBuilder
-from focus_ray.detect.detector import Detector, ScoredImages, shown_pixels
-from focus_ray.detect.profile import MAX_IMAGES, compute_profile, leave_one_out_distances
+from focus_ray.detect.detector import Detector, ScoredImages, compute_scored_pixels
+from focus_ray.detect.profile import MAX_IMAGES, compute_leave_one_out_distances, compute_profile_from_distances
 from focus_ray.distributed import worker_range
 from focus_ray.fitting.passes import calibration_pixels, merge_over_workers
 from focus_ray.fitting.projection import NUM_FOLDS, DiscriminantProjection
@@ -108,14 +108,14 @@ def _score_without_folds(
     if detector.profile is not None:
         profile_images = torch.tensor(sorted(sample_evenly(len(bank), MAX_IMAGES)))
     if profile_distances is None:
-        profile_distances = leave_one_out_distances(
-            scorer, statistics, bank, detector.seen_mask, profile_images, device
+        profile_distances = compute_leave_one_out_distances(
+            scorer, statistics, bank, detector.coverage_mask, profile_images, device
         )
     profile_rows = {int(number): row for row, number in enumerate(profile_images)}
     numbers = torch.arange(len(bank)) if images is None else torch.tensor(images, dtype=torch.long)
     for part in numbers[_own_numbers(len(numbers))].split(_IMAGES_AT_ONCE):  # together, so that the bank is read once
         new = torch.tensor([int(number) for number in part if int(number) not in profile_rows], dtype=torch.long)
-        new_distances = leave_one_out_distances(scorer, statistics, bank, detector.seen_mask, new, device)
+        new_distances = compute_leave_one_out_distances(scorer, statistics, bank, detector.coverage_mask, new, device)
         distances = {int(number): new_distances[row : row + 1] for row, number in enumerate(new)}
         for number in part.split(1):
             row = profile_rows.get(int(number))
@@ -138,7 +138,7 @@ def _score_by_folds(
     projected = (_project_statistics(statistics, projection, fold, device) for fold in range(NUM_FOLDS))
 
     def score(scorer: LeaveOneOutScorer, rows: Tensor) -> Tensor:
-        return leave_one_out_distances(scorer, statistics, rows, detector.seen_mask, all_images, device)
+        return compute_leave_one_out_distances(scorer, statistics, rows, detector.coverage_mask, all_images, device)
 
     for fold, distances in enumerate(leave_one_out_refits(config, detector.density, projected, score)):
         for image in _own_numbers(len(bank)).split(1):
@@ -197,11 +197,13 @@ def _score_with_profile(
     theta = None if statistics.thetas is None else statistics.thetas[image].to(distance.device)
     shown = None
     if statistics.shown is not None:
-        shown = shown_pixels(statistics.shown[image].to(distance.device).view_as(distance), theta, detector.tiles)
+        shown = compute_scored_pixels(
+            statistics.shown[image].to(distance.device).view_as(distance), theta, detector.tiles
+        )
     profile = None
     if detector.profile is not None and len(other_distances):
-        profile = compute_profile(other_distances, detector.map_generator, statistics.shown)
-    return image, detector.score_distance(distance, theta, profile, shown), shown
+        profile = compute_profile_from_distances(other_distances, detector.map_generator, statistics.shown)
+    return image, detector.score_distances(distance, theta, profile, shown), shown
 
 
 def _own_numbers(count: int) -> Tensor:

@@ -18,11 +18,17 @@ from focus_ray.density.moments import Moments
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.tiles import Tiles, split_maps
 from focus_ray.detect.calibration import CalibrationBuilder, Method
-from focus_ray.detect.detector import Detector, ScoredImages, embed, shown_locations, shown_mask
+from focus_ray.detect.detector import (
+    Detector,
+    ScoredImages,
+    compute_scored_locations,
+    embed_images,
+    extract_scored_pixel_mask,
+)
 from focus_ray.detect.settings import CalibrationConfig
 from focus_ray.distributed import broadcast_from_rank0, gather_objects, gather_rows, world_size
 from focus_ray.features.alignment.congealing import AlignmentReport, CongealingAligner
-from focus_ray.features.network import FocusNet, to_images
+from focus_ray.features.network import FocusNet, convert_to_float_images
 from focus_ray.fitting.projection import CachedEmbeddings
 from focus_ray.fitting.selection import validation_figures
 
@@ -49,18 +55,20 @@ def compute_statistics(
     """
     net.eval()
     pad_batches = reduction.num_coreset_channels > 0
-    tiles = Tiles(*net.config.tiles)
+    tiles = Tiles(*net.config.tile_layout)
 
     def embed_batch(batch: Tensor, position: int) -> tuple[Tensor, Tensor | None]:
         """Returns embedding and theta of a batch whose first image has the number `position`, from the cache where possible."""
         cached_rows = {} if cache is None else cache.row
         cached = [number for number in range(len(batch)) if position + number in cached_rows]
         if cache is None or not cached:
-            return embed(net, reduction, to_images(batch, device), pad_batches)
+            return embed_images(net, reduction, convert_to_float_images(batch, device), pad_batches)
         embedding, theta = cache.embedding([position + number for number in cached], reduction.projection)
         new = [number for number in range(len(batch)) if position + number not in cached_rows]
         if new:
-            new_embedding, new_theta = embed(net, reduction, to_images(batch[new], device), pad_batches)
+            new_embedding, new_theta = embed_images(
+                net, reduction, convert_to_float_images(batch[new], device), pad_batches
+            )
             order = torch.tensor(cached + new).argsort().to(device)  # back to the order of the batch
             embedding = torch.cat([embedding, new_embedding])[order]
             theta = None if theta is None or new_theta is None else torch.cat([theta, new_theta])[order]
@@ -71,13 +79,13 @@ def compute_statistics(
         for batch in batches:
             embedding, theta = embed_batch(batch, position)
             position += len(batch)
-            shown = shown_mask(batch, device)
+            shown = extract_scored_pixel_mask(batch, device)
             if shown is not None:
-                shown = shown_locations(shown, theta, tiles, embedding.shape[2:]).flatten(1)
+                shown = compute_scored_locations(shown, theta, tiles, embedding.shape[2:]).flatten(1)
             yield EmbeddedBatch(embedding, theta, shown)
 
     size = net.config.image_size_px // net.config.place_px(reduction.config.map_layer)
-    grid = net.config.shared_grid
+    grid = net.config.shared_tile_grid
     # moments cover one tile if tiles share their locations, otherwise the whole image
     map_size = (size, size) if grid == tiles[:2] else (tiles.rows * size, tiles.columns * size)
     return compute_embedding_statistics(embed_batches(), reduction, map_size, device, bank_images, first_image, grid)
@@ -174,7 +182,7 @@ def fit_aligner(net: FocusNet, batches: Iterable[Tensor], device: torch.device, 
     if not isinstance(aligner, CongealingAligner):
         return None
     size = aligner.FINE_PX
-    prepared = [aligner.prepare(to_images(batch, device)).cpu() for batch in batches]
+    prepared = [aligner.standardise_images(convert_to_float_images(batch, device)).cpu() for batch in batches]
     rows = gather_rows(torch.cat([torch.empty(0, size, size), *prepared]))
 
     def fit() -> tuple[AlignmentReport, dict[str, Tensor]]:
@@ -209,7 +217,11 @@ def collect_calibration_scores(
     for batch in batches:
         scored = detector(batch)
         batch_groups = None if groups is None else groups[builder.num_images : builder.num_images + len(batch)]
-        builder.add(scored.score.cpu().numpy(), calibration_pixels(scored, shown_mask(batch, "cpu")), batch_groups)
+        builder.add(
+            scored.score.cpu().numpy(),
+            calibration_pixels(scored, extract_scored_pixel_mask(batch, "cpu")),
+            batch_groups,
+        )
     return merge_over_workers(builder)
 
 

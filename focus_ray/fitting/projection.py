@@ -35,10 +35,10 @@ from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.relations import Relations, assign_folds
 from focus_ray.density.settings import DensityConfig
 from focus_ray.density.tiles import Tiles
-from focus_ray.detect.detector import describe_embedding, embed_tiles, shown_locations
+from focus_ray.detect.detector import compute_descriptors, compute_scored_locations, embed_tiles
 from focus_ray.distributed import gather_rows, worker_range, world_size
-from focus_ray.features.alignment.theta import warp
-from focus_ray.features.network import FocusNet, to_images
+from focus_ray.features.alignment.theta import warp_images
+from focus_ray.features.network import FocusNet, convert_to_float_images
 from focus_ray.fitting.duplicates import ImageOrigins, find_relations
 from focus_ray.progress import track_progress
 from focus_ray.seeds import derive_seed
@@ -92,7 +92,7 @@ class CachedEmbeddings(NamedTuple):
     thetas: Tensor | None
 
     def embedding(self, numbers: Sequence[int], projection: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Projects the cached embeddings of B images. Up to the rounding of float16, `detector.embed` gives the same result.
+        """Projects the cached embeddings of B images. Up to the rounding of float16, `detector.embed_images` gives the same result.
 
         Args:
             numbers: B image numbers, keys of `row`.
@@ -156,7 +156,7 @@ def learn_projection(
     Raises: ValueError: fewer than two images (or tiles, if images have tiles).
     """
     net.eval()
-    tiles = Tiles(*net.config.tiles)
+    tiles = Tiles(*net.config.tile_layout)
     size = net.config.image_size_px
     own_parts = [torch.empty(0, size, size, 4, dtype=torch.uint8)]
     for batch in batches:
@@ -174,7 +174,7 @@ def learn_projection(
     cache = CachedEmbeddings(rows, tiles.join(full), tiles.join(coreset), theta)
     bank = gather_rows(full)
     # (n, H, W) bool, locations of the aligned frame that are scored
-    scored = shown_locations(own_images[..., 3].to(device) > 0, theta, Tiles(1, 1, size, 0), full.shape[2:])
+    scored = compute_scored_locations(own_images[..., 3].to(device) > 0, theta, Tiles(1, 1, size, 0), full.shape[2:])
     scored = gather_rows(scored.cpu())
     if len(images) < 2:
         raise ValueError(
@@ -185,7 +185,7 @@ def learn_projection(
         # same_part_distance was measured on the channels of the coreset and is not valid for all channels
         origins = origins if coreset.shape[1] else origins._replace(same_part_distance=None)
         compared = tiles.join(gather_rows(coreset if coreset.shape[1] else full))
-        relations = find_relations(describe_embedding(compared), origins)
+        relations = find_relations(compute_descriptors(compared), origins)
     scatter = ResidualScatter(bank.to(device), reduction.config, seed, tiles.num_tiles, relations)
     queries = _choose_queries(len(images), tiles.num_tiles, use_all=len(images) == num_images)
     own_queries = worker_range(len(queries))
@@ -253,7 +253,7 @@ def _embed_all_channels(
         num_channels = full_reduction.num_channels + full_reduction.num_coreset_channels
         return torch.empty(0, num_channels, side, side, device=device, dtype=torch.float16), None
     parts = [
-        embed_tiles(net, full_reduction, to_images(part, device), pad_batches=True)
+        embed_tiles(net, full_reduction, convert_to_float_images(part, device), pad_batches=True)
         for part in images.split(_IMAGES_AT_ONCE_FP32)
     ]
     thetas = [theta for _, theta in parts if theta is not None]
@@ -288,7 +288,7 @@ def _covered_locations(masks: np.ndarray, theta: Tensor | None, side: int, devic
     """
     defects = torch.from_numpy(masks).float()[:, None].to(device)
     if theta is not None:
-        defects = warp(defects, theta, "zeros")
+        defects = warp_images(defects, theta, "zeros")
     return F.adaptive_avg_pool2d(defects, side)[:, 0] > COVERED_SHARE
 
 

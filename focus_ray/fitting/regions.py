@@ -35,7 +35,7 @@ def make_frame(config: Config, region: NDArray[np.bool_] | None) -> InputFrame:
 
     Args: region: (height, width) bool, the pixels that are scored, from `read_region`; None scores all pixels.
     """
-    return InputFrame(*config.model.frame_px, config.model.resize, region, map_cells(config))
+    return InputFrame(*config.model.resized_image_px, config.model.resize, region, map_cells(config))
 
 
 def map_cells(config: Config) -> AnomalyMapCells:
@@ -43,7 +43,9 @@ def map_cells(config: Config) -> AnomalyMapCells:
     model, side_px = config.model, config.model.place_px(config.density.map_layer)
     starts_in_tile = np.arange(0, model.image_size_px, side_px)
     tile_step = model.image_size_px - model.overlap_px
-    tops, lefts = ((np.arange(num_tiles)[:, None] * tile_step + starts_in_tile).ravel() for num_tiles in model.grid)
+    tops, lefts = (
+        (np.arange(num_tiles)[:, None] * tile_step + starts_in_tile).ravel() for num_tiles in model.tile_grid
+    )
     return AnomalyMapCells(tops, lefts, side_px)
 
 
@@ -60,7 +62,7 @@ def read_region(config: Config, category: str) -> NDArray[np.bool_] | None:
     region = config.data.regions.get(category)
     if region is None:
         return None
-    height, width = config.model.frame_px
+    height, width = config.model.resized_image_px
     pixels = _read_mask(region, height, width) if isinstance(region, str) else draw_polygons(region, height, width)
     if not map_cells(config).has_scored_cell(pixels):
         area = f"the white area of the mask {region}" if isinstance(region, str) else "the area of the polygons"

@@ -19,11 +19,11 @@ from focus_ray.detect.settings import CalibrationConfig, ScoringConfig
 from focus_ray.features.settings import ModelConfig
 from focus_ray.fyd.settings import TrainConfig
 from focus_ray.names import NAME_PATTERN
-from focus_ray.settings.sections import Section, parse_model, read_tree
+from focus_ray.settings.sections import ConfigSection, read_config_tree, validate_section
 from focus_ray.tracking.settings import TrackerConfig, TrackerName
 
 
-class SelectionConfig(Section):
+class SelectionConfig(ConfigSection):
     """Choice of alignment and epoch from normal images alone [ours].
 
     Held-out normal images and copies with synthetic defects judge the candidates.
@@ -45,7 +45,7 @@ class SelectionConfig(Section):
     )
 
 
-class Config(Section):
+class Config(ConfigSection):
     """All settings of a run."""
 
     name: str = Field(
@@ -97,7 +97,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     Raises: ConfigError: the file or an override cannot be read, or a value does not fit its field.
     """
-    return parse_config(read_tree(path, overrides), source=str(path))
+    return parse_config(read_config_tree(path, overrides), source=str(path))
 
 
 def parse_config(tree: dict[str, Any], source: str = "configuration", is_fitted: bool = False) -> Config:
@@ -106,8 +106,8 @@ def parse_config(tree: dict[str, Any], source: str = "configuration", is_fitted:
     Args:
         tree: section or setting -> value.
         source: where the dictionary comes from, for error messages.
-        is_fitted: see `parse_model`.
+        is_fitted: see `validate_section`.
 
     Raises: ConfigError: a value is wrong or missing, or a key is unknown.
     """
-    return parse_model(Config, tree, source, is_fitted)
+    return validate_section(Config, tree, source, is_fitted)

@@ -296,7 +296,7 @@ def fits_memory(config: Config, plan: SplitPlan | Split) -> bool:
     """
     share = -(-plan.num_images // config.cluster.fewest_workers)
     channels = 4 if config.model.resize == "pad" or config.data.regions else 3
-    return share * math.prod(config.model.frame_px) * channels <= config.data.memory_budget_mb * 2**20
+    return share * math.prod(config.model.resized_image_px) * channels <= config.data.memory_budget_mb * 2**20
 
 
 def build_shard(

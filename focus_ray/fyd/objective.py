@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from focus_ray.features.alignment.theta import valid_mask
+from focus_ray.features.alignment.theta import compute_valid_mask
 from focus_ray.features.network import FocusNet
 from focus_ray.fyd.head import Head
 from focus_ray.fyd.losses import coarse_loss, feature_std, fine_loss
@@ -49,7 +49,9 @@ class TrainingObjective(nn.Module):
         total = images.new_zeros(())
         if self.coarse:
             theta, size = aligned.theta_image, aligned.image.shape[2:]
-            parts["loss_ica"] = coarse_loss(aligned.image, pairs, None if theta is None else valid_mask(theta, *size))
+            parts["loss_ica"] = coarse_loss(
+                aligned.image, pairs, None if theta is None else compute_valid_mask(theta, *size)
+            )
             total = total + self.config.lambda_ica * parts["loss_ica"]
         if self.fine:
             projected, predicted = self.head(aligned.levels[2])

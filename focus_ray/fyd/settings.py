@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from focus_ray.settings.sections import Section
+from focus_ray.settings.sections import ConfigSection
 
 
-class TrainConfig(Section):
+class TrainConfig(ConfigSection):
     """Optimisation by SGD with momentum and a cosine schedule [kin]. The paper does not give its values."""
 
     FIXED: ClassVar[Mapping[str, Any]] = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from focus_ray.density.tiles import Tiles
 from focus_ray.distributed import world_size
 from focus_ray.errors import DataError
-from focus_ray.features.network import FocusNet, to_images
+from focus_ray.features.network import FocusNet, convert_to_float_images
 from focus_ray.fyd.head import Head
 from focus_ray.fyd.losses import draw_pairs, effective_rank
 from focus_ray.fyd.objective import LAST_LEVEL, TrainingObjective, named_parameters
@@ -197,7 +197,7 @@ def train_epoch(
     steps, rate = 0, 0.0
     level: Tensor | None = None
     for batch in batches:
-        images = to_images(batch, device)
+        images = convert_to_float_images(batch, device)
         pairs = draw_pairs(images.shape[0], generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             parts = objective(images, pairs)

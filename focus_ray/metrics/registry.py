@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from focus_ray.settings.kinds import Kinds
+from focus_ray.settings.kinds import LazyRegistry
 
 if TYPE_CHECKING:
     from focus_ray.metrics.metrics import Metric
 
 # in the order in which reports show them
-METRICS: Kinds[Metric] = Kinds(
+METRICS: LazyRegistry[Metric] = LazyRegistry(
     "metric",
     {
         "image_auroc": "focus_ray.metrics.metrics:IMAGE_AUROC",

@@ -79,7 +79,7 @@ def build_evaluation_section(
         target_fpr=calibration.target_fpr,
         num_calibration=calibration.num_images,
         method=calibration.method,
-        caveats=list_evaluation_caveats(calibration.caveats(), warnings, result, good, bad),
+        caveats=list_evaluation_caveats(calibration.describe_limits(), warnings, result, good, bad),
         plots=_draw_metric_plots(measured, calibration, result, good, bad),
         gallery=_group_gallery_cards(cards, good, bad),
     )

@@ -13,7 +13,7 @@ from PIL import Image
 from focus_ray.data.images import decode_image, decode_mask
 from focus_ray.data.schema import Row
 from focus_ray.detect.inspection import Inspection
-from focus_ray.detect.pictures import overlay
+from focus_ray.detect.pictures import draw_inspection_overlay
 from focus_ray.drawing.overlay import draw_mask_outline
 from focus_ray.metrics.evaluate import UnseenTestImages
 from focus_ray.metrics.metrics import ScoredTestImages
@@ -32,7 +32,7 @@ class GalleryInspector(Protocol):
 
     def inspect(self, images: Sequence[bytes]) -> list[Inspection]: ...
 
-    def align_image(self, image: bytes) -> NDArray[np.uint8] | None: ...
+    def align_images(self, image: bytes) -> NDArray[np.uint8] | None: ...
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,11 @@ def _draw_views(
     scale = min(1.0, PICTURE_PX / max(full_image.size))
     size = max(1, round(full_image.width * scale)), max(1, round(full_image.height * scale))
     picture = np.asarray(full_image.resize(size, Image.Resampling.BILINEAR))
-    heat_map = overlay(picture, inspection, scale)
+    heat_map = draw_inspection_overlay(picture, inspection, scale)
     if mask is not None:
         heat_map = draw_mask_outline(heat_map, decode_mask(mask, size[1], size[0]))
     views = {"image": encode_jpeg_uri(picture), "heat map": encode_jpeg_uri(heat_map)}
-    aligned = inspector.align_image(image)
+    aligned = inspector.align_images(image)
     if aligned is not None:
         thumbnail = Image.fromarray(aligned)
         thumbnail.thumbnail((PICTURE_PX, PICTURE_PX))

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
 from focus_ray.detect.inspection import Inspection, Region
-from focus_ray.detect.pictures import MapValues, Output
+from focus_ray.detect.pictures import EncodedAnomalyMap, Output
 from focus_ray.names import NAME_PATTERN, suggest_name
 from focus_ray.serving.envelope import Envelope
 from focus_ray.serving.limits import read_body, read_content_length, read_document, split_images
@@ -450,7 +450,7 @@ def _picture_response(version: Version, inspection: Inspection, picture: bytes) 
     return Response(picture, media_type=PNG, headers=headers)
 
 
-def _result_body(name: str, result: Inspection | ImageError, values: MapValues | None) -> dict[str, Any]:
+def _result_body(name: str, result: Inspection | ImageError, values: EncodedAnomalyMap | None) -> dict[str, Any]:
     """Returns the result of one image as a dictionary with fields of `ResultAnswer`.
 
     Args:

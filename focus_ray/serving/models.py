@@ -159,8 +159,8 @@ def tensors_without_backbone(detector: Detector) -> Iterator[Tensor]:
     yield from _module_tensors(detector.reduction)
     yield from _tensors_of(detector.density)
     yield from detector.map_generator
-    if detector.seen_mask is not None:
-        yield detector.seen_mask
+    if detector.coverage_mask is not None:
+        yield detector.coverage_mask
     yield from detector.profile or ()
 
 

@@ -21,9 +21,15 @@ from numpy.typing import NDArray
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.registry import Version
 from focus_ray.data.images import MAX_PIXELS, ImageError
-from focus_ray.detect.detector import can_share_backbone_pass, score_together
+from focus_ray.detect.detector import can_share_backbone_pass, score_with_shared_backbone
 from focus_ray.detect.inspection import Inspection
-from focus_ray.detect.pictures import MapValues, Output, draw, map_values, picture_size
+from focus_ray.detect.pictures import (
+    EncodedAnomalyMap,
+    Output,
+    compute_picture_size,
+    draw_inspection_png,
+    encode_anomaly_map,
+)
 from focus_ray.serving.batching import Batcher
 from focus_ray.serving.decoders import Decoded, Decoders, TeamSlots
 from focus_ray.serving.measures import Measures
@@ -46,7 +52,7 @@ class Answer:
 
     results: list[ImageResult]
     pictures: list[bytes | None]
-    maps: list[MapValues | None]
+    maps: list[EncodedAnomalyMap | None]
     timings_ms: dict[str, float]
 
 
@@ -153,7 +159,7 @@ class ImageScorer:
                 # it shows the whole image at another size than the frame: it is decoded again, also in a decoder process
                 for number, entry in enumerate(decoded):
                     if not isinstance(entry, ImageError):
-                        size = picture_size(entry[0].width, entry[0].height)
+                        size = compute_picture_size(entry[0].width, entry[0].height)
                         picture = await self._decoders.decode_picture(team, request.images[number], *size)
                         if isinstance(picture, ImageError):
                             decoded[number] = picture
@@ -205,7 +211,7 @@ class ImageScorer:
                 for indices in group.values()
             ]
             # the scores of a model are split into the scores of its parts
-            for indices, scored in zip(group.values(), score_together(detectors_and_pixels), strict=True):
+            for indices, scored in zip(group.values(), score_with_shared_backbone(detectors_and_pixels), strict=True):
                 cuts = np.cumsum([len(parts[index].pixels) for index in indices])[:-1]
                 score = np.split(scored.score.float().cpu().numpy(), cuts)
                 maps = np.split(scored.anomaly_map.float().cpu().numpy(), cuts)
@@ -241,7 +247,7 @@ def _judge(
     scores: Scores | None,
     output: Output,
     include_map: bool,
-) -> tuple[list[ImageResult], list[bytes | None], list[MapValues | None]]:
+) -> tuple[list[ImageResult], list[bytes | None], list[EncodedAnomalyMap | None]]:
     """Turns scores into results, pictures and map values, one entry per image of a request, in order.
 
     Args:
@@ -257,7 +263,7 @@ def _judge(
     """
     results: list[ImageResult] = []
     pictures: list[bytes | None] = []
-    maps: list[MapValues | None] = []
+    maps: list[EncodedAnomalyMap | None] = []
     row = 0
     for image, entry in zip(images, decoded, strict=True):
         result: ImageResult
@@ -270,9 +276,9 @@ def _judge(
             row += 1
             try:
                 inspection = inspector.compare_with_thresholds(score, anomaly_map, entry[0].width, entry[0].height)
-                result = inspection.without_map()
-                picture = None if output == "json" else draw(output, inspection, image)
-                values = map_values(inspection) if include_map else None
+                result = inspection.copy_without_map()
+                picture = None if output == "json" else draw_inspection_png(output, inspection, image)
+                values = encode_anomaly_map(inspection) if include_map else None
             except ImageError as error:
                 result = error
         results.append(result)

@@ -253,7 +253,7 @@ class Service:
             "num_bytes": version.num_bytes,
             "num_images": manifest["moments"]["count"],
             "calibration": calibration.to_dict(),
-            "caveats": [*calibration.caveats(), *([notice] if notice else [])],
+            "caveats": [*calibration.describe_limits(), *([notice] if notice else [])],
             "shift": None if shift is None else shift.to_dict(),
             "model": {key: value for key, value in config["model"].items() if not key.startswith("weights")},
             "train": config["train"],

@@ -7,13 +7,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from focus_ray.names import NAME_PATTERN
-from focus_ray.settings.sections import Section, parse_model
+from focus_ray.settings.sections import ConfigSection, validate_section
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 MIB = 2**20
 
 
-class Scaling(Section):
+class Scaling(ConfigSection):
     """The number of replicas of a deployment, and when Serve changes it."""
 
     FIXED: ClassVar = {"metrics_interval_s": 2.0}
@@ -54,7 +54,7 @@ class Scaling(Section):
         return self
 
 
-class Pool(Section):
+class Pool(ConfigSection):
     """A pool of replicas that score images."""
 
     FIXED: ClassVar = {"max_queued_requests": 512, "graceful_shutdown_s": 30.0}
@@ -93,7 +93,7 @@ class Pool(Section):
     scaling: Scaling = Scaling()
 
 
-class Pin(Section):
+class Pin(ConfigSection):
     """Categories with their own replicas, which load the models before the first request."""
 
     name: Name = Field(description="Name of the deployment.")
@@ -102,7 +102,7 @@ class Pin(Section):
     pool: Pool = Pool()
 
 
-class Route(Section):
+class Route(ConfigSection):
     """Settings that choose the version for requests that name no version. They may also name a canary and a shadow version."""
 
     team: Name = Field(description="The team that owns the category.")
@@ -129,7 +129,7 @@ class Route(Section):
     )
 
 
-class Limits(Section):
+class Limits(ConfigSection):
     """Limits above which a request is refused before it costs much."""
 
     FIXED: ClassVar = {"body_timeout_s": 30.0, "retry_after_s": 1.0}
@@ -157,7 +157,7 @@ class Limits(Section):
     )
 
 
-class Sink(Section):
+class Sink(ConfigSection):
     """Inspected images and scores stored as Parquet for retraining. Off by default."""
 
     FIXED: ClassVar = {"flush_every_s": 60.0, "max_rows": 256, "max_buffer_mb": 64.0}
@@ -176,7 +176,7 @@ class Sink(Section):
 _INGRESS = Scaling(min_replicas=1, max_replicas=4, target_ongoing_requests=64.0)
 
 
-class ServiceSettings(Section):
+class ServiceSettings(ConfigSection):
     """All settings of the service."""
 
     FIXED: ClassVar = {"together": "auto"}
@@ -267,4 +267,4 @@ def parse_settings(tree: dict[str, Any], source: str = "settings") -> ServiceSet
 
     Raises: ConfigError: a key is unknown, a value is wrong, or settings contradict each other.
     """
-    return parse_model(ServiceSettings, tree, source)
+    return validate_section(ServiceSettings, tree, source)

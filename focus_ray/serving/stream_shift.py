@@ -15,7 +15,7 @@ from typing import Any
 from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
 from focus_ray.detect.inspection import Inspection
-from focus_ray.detect.shift import RecentScores, Shift, compare_stream
+from focus_ray.detect.shift import ScoreShift, StreamShiftMonitor, compare_stream_with_calibration
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.source import version_key, version_labels
 
@@ -39,7 +39,7 @@ class StreamShifts:
             log: called once for each shift, and for each test that fails.
         """
         self._read_manifest, self._measures, self._log = read_manifest, measures, log
-        self._recent_scores: OrderedDict[str, RecentScores] = OrderedDict()
+        self._recent_scores: OrderedDict[str, StreamShiftMonitor] = OrderedDict()
         self._tests: dict[str, asyncio.Task[None]] = {}
 
     def add(self, version: Version, results: Sequence[Inspection | ImageError]) -> None:
@@ -48,7 +48,7 @@ class StreamShifts:
         Forgets the scores of the version that was idle for longest if there are more than MAX_VERSIONS versions.
         """
         key = version_key(version)
-        recent_scores = self._recent_scores.setdefault(key, RecentScores())
+        recent_scores = self._recent_scores.setdefault(key, StreamShiftMonitor())
         self._recent_scores.move_to_end(key)
         if len(self._recent_scores) > MAX_VERSIONS:
             self._recent_scores.popitem(last=False)
@@ -57,7 +57,7 @@ class StreamShifts:
             task = self._tests[key] = asyncio.create_task(self._run_test(version, recent_scores))
             task.add_done_callback(lambda _: self._tests.pop(key, None))
 
-    def latest_shift(self, version: Version) -> Shift | None:
+    def latest_shift(self, version: Version) -> ScoreShift | None:
         """Returns the result of the last test of a version; None if there is no result."""
         recent_scores = self._recent_scores.get(version_key(version))
         return None if recent_scores is None else recent_scores.shift
@@ -67,7 +67,7 @@ class StreamShifts:
         if self._tests:
             await asyncio.wait(self._tests.values(), timeout=10)
 
-    async def _run_test(self, version: Version, recent_scores: RecentScores) -> None:
+    async def _run_test(self, version: Version, recent_scores: StreamShiftMonitor) -> None:
         """Compares the latest scores of a version with its calibration scores; records the result, and logs a new shift.
 
         If the test fails, logs the reason.
@@ -75,11 +75,13 @@ class StreamShifts:
         facts = version_labels(version)
         try:
             calibration = (await self._read_manifest(version))["calibration"]["image_scores"]
-            shift = await asyncio.to_thread(compare_stream, calibration, recent_scores.take())
+            shift = await asyncio.to_thread(
+                compare_stream_with_calibration, calibration, recent_scores.take_scores_for_test()
+            )
         except Exception as error:  # any error: the requests already have their answers
             self._log("shift not tested", level=logging.WARNING, error=str(error) or type(error).__name__, **facts)
             return
-        notice = recent_scores.report_once(shift)
+        notice = recent_scores.report_shift_once(shift)
         if shift is not None:
             self._measures.record("shift_p_value", shift.p_higher, direction="higher", **facts)
             self._measures.record("shift_p_value", shift.p_lower, direction="lower", **facts)

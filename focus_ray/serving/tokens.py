@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError
 
 from focus_ray.errors import ConfigError, DataError
 from focus_ray.serving.settings import Name
-from focus_ray.settings.sections import Section, parse_model
+from focus_ray.settings.sections import ConfigSection, validate_section
 from focus_ray.settings.yaml_text import load_yaml
 from focus_ray.storage.files import read_bytes, remove_file, write_bytes, write_bytes_if_absent
 
@@ -33,7 +33,7 @@ _TOKEN = re.compile(r"frs_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
 _IMPOSSIBLE_HASH = "0" * 64
 
 
-class Token(Section):
+class Token(ConfigSection):
     """An entry of a token file. `sha256` is the hash of the token's secret; `expires` is in UTC, null means never."""
 
     id: str = Field(pattern=r"^[0-9a-f]{12}$")
@@ -45,13 +45,13 @@ class Token(Section):
     note: str = ""
 
 
-class TokenFile(Section):
+class TokenFile(ConfigSection):
     """The content of a token file: one entry for each valid or expired token."""
 
     tokens: tuple[Token, ...] = ()
 
 
-class Caller(Section):
+class Caller(ConfigSection):
     """The authenticated caller of a request, with team and scopes of the token.
 
     `id` is the id of the token; `team` "*" means all teams.
@@ -119,7 +119,7 @@ def create_token(
     now = datetime.now(timezone.utc).replace(microsecond=0)
     expires = None if expires_in is None else now + expires_in
     fields = {"id": token_id, "team": team, "scopes": list(dict.fromkeys(scopes)), "sha256": hash_secret(secret)}
-    record = parse_model(Token, {**fields, "created": now, "expires": expires, "note": note}, "token")
+    record = validate_section(Token, {**fields, "created": now, "expires": expires, "note": note}, "token")
     with _lock_file(uri):
         try:
             tokens = parse_tokens(read_bytes(uri), uri).tokens

@@ -11,7 +11,7 @@ from focus_ray.names import suggest_name
 T = TypeVar("T")
 
 
-class Kinds(Generic[T]):
+class LazyRegistry(Generic[T]):
     """A table of the kinds of one component (density, backbone, importer ...), by name. A kind is imported when it is looked up.
 
     The files of densities and backbones import torch only inside functions, so that a configuration can be checked without torch.
@@ -28,7 +28,7 @@ class Kinds(Generic[T]):
     def __iter__(self) -> Iterator[str]:
         return iter(self.import_paths)
 
-    def check(self, name: str) -> str:
+    def check_name(self, name: str) -> str:
         """Returns the name unchanged.
 
         Raises: ValueError: there is no kind of this name. The message lists the available names.
@@ -40,5 +40,5 @@ class Kinds(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         """Imports and returns the kind of this name. Raises: ValueError: there is no kind of this name."""
-        module, _, attribute = self.import_paths[self.check(name)].partition(":")
+        module, _, attribute = self.import_paths[self.check_name(name)].partition(":")
         return cast(T, getattr(importlib.import_module(module), attribute))

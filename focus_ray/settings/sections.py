@@ -18,7 +18,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 LAYERS: tuple[str, ...] = get_args(Layer)
 
 
-class Section(BaseModel):
+class ConfigSection(BaseModel):
     """Base class of all sections: frozen, without unknown keys.
 
     Attributes:
@@ -33,7 +33,7 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_fixed_settings(cls, value: Any, info: ValidationInfo) -> Any:
+    def _drop_fixed_settings(cls, value: Any, info: ValidationInfo) -> Any:
         """Drops fixed settings that have their value, and for a bundle also those that do not change its scores."""
         if not isinstance(value, dict):
             return value
@@ -50,29 +50,29 @@ class Section(BaseModel):
 M = TypeVar("M", bound=BaseModel)
 
 
-def read_tree(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+def read_config_tree(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
     """Returns the mapping that `load_config` validates: the file with the overrides applied. Raises: ConfigError: see there."""
-    return override_tree(read_mapping(path), overrides)
+    return apply_overrides(read_yaml_mapping(path), overrides)
 
 
-def override_tree(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+def apply_overrides(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
     """Applies ``key.sub=value`` overrides in place and returns the tree. Raises: ConfigError: an override has another form."""
     for override in overrides:
         apply_override(tree, override)
     return tree
 
 
-def read_mapping(path: str | Path) -> dict[str, Any]:
+def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
     """Reads the top mapping of a YAML file. Raises: ConfigError: the file cannot be read, or has no mapping at the top."""
     path = Path(path).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error}") from error
-    return mapping_of(text, str(path))
+    return parse_yaml_mapping(text, str(path))
 
 
-def mapping_of(text: str, source: str) -> dict[str, Any]:
+def parse_yaml_mapping(text: str, source: str) -> dict[str, Any]:
     """Parses the top mapping of a YAML text. Raises: ConfigError: the text is not YAML, or has no mapping at the top."""
     try:
         tree = load_yaml(text)
@@ -85,19 +85,21 @@ def mapping_of(text: str, source: str) -> dict[str, Any]:
     return tree
 
 
-def parse_model(model: type[M], tree: Any, source: str, is_fitted: bool = False) -> M:
+def validate_section(model: type[M], tree: Any, source: str, is_fitted: bool = False) -> M:
     """Validates a plain mapping against a model.
 
     Args:
         source: where the mapping comes from, for the error message.
-        is_fitted: whether the configuration belongs to a fitted model (`Section.FIXED_FOR_SCORES`).
+        is_fitted: whether the configuration belongs to a fitted model (`ConfigSection.FIXED_FOR_SCORES`).
 
     Raises: ConfigError: a value is wrong; the error names key, value and expected values.
     """
     try:
         return model.model_validate(tree, context={"is_fitted": is_fitted})
     except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_explain(item, model) for item in error.errors())) from None
+        raise ConfigError(
+            f"{source}: " + "; ".join(_describe_validation_error(item, model) for item in error.errors())
+        ) from None
 
 
 def config_to_yaml(config: BaseModel) -> str:
@@ -125,7 +127,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     tree[parts[-1]] = value
 
 
-def setting_keys(model: type[BaseModel], prefix: str = "", with_sections: bool = False) -> Iterator[str]:
+def iterate_setting_keys(model: type[BaseModel], prefix: str = "", with_sections: bool = False) -> Iterator[str]:
     """Yields the dotted keys of all settings of a model. An optional section gives its own key and the keys of its settings.
 
     Args: with_sections: also yield the keys of all other sections.
@@ -139,26 +141,26 @@ def setting_keys(model: type[BaseModel], prefix: str = "", with_sections: bool =
             continue
         for part in (annotation, *get_args(annotation)):
             if isinstance(part, type) and issubclass(part, BaseModel):
-                yield from setting_keys(part, f"{key}.", with_sections)
+                yield from iterate_setting_keys(part, f"{key}.", with_sections)
 
 
-def _explain(item: Any, model: type[BaseModel]) -> str:
+def _describe_validation_error(item: Any, model: type[BaseModel]) -> str:
     """Returns an error of pydantic as one sentence with key, problem and remedy."""
     where = ".".join(str(part) for part in item["loc"]) or "configuration"
     if item["type"] == "extra_forbidden":
-        field_names = _fields_beside(item["loc"], model)
+        field_names = _list_valid_keys(item["loc"], model)
         hint = suggest_name(str(item["loc"][-1]), field_names) or f"known keys: {', '.join(field_names)}"
         return f"{where}: unknown key; {hint}"
     if item["type"] == "missing":
         return f"{where}: missing; set it"
     if item["type"] == "string_type" and not isinstance(item["input"], (dict, list)):
-        return f"{where}: {_quoting_hint(item['loc'], item['input'])}"
+        return f"{where}: {_explain_yaml_quoting(item['loc'], item['input'])}"
     message = item["msg"].removeprefix("Value error, ")
     shown = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
     return f"{where}: {message}{shown}"
 
 
-def _quoting_hint(loc: tuple[Any, ...], value: Any) -> str:
+def _explain_yaml_quoting(loc: tuple[Any, ...], value: Any) -> str:
     """Says how to quote text that YAML reads as another type. value: the value that YAML read."""
     kinds = {type(None): "an empty value", bool: "true or false", int: "a number", float: "a number"}
     kind = kinds.get(type(value), f"a {type(value).__name__}")
@@ -172,7 +174,7 @@ def _quoting_hint(loc: tuple[Any, ...], value: Any) -> str:
     )
 
 
-def _fields_beside(loc: tuple[Any, ...], model: Any) -> list[str]:
+def _list_valid_keys(loc: tuple[Any, ...], model: Any) -> list[str]:
     """Returns the valid keys of the section in which an unknown key was found."""
     for part in loc[:-1]:
         if isinstance(model, type) and issubclass(model, BaseModel):

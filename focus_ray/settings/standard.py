@@ -14,7 +14,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 COMMANDS: dict[ConfigKind, str] = {"run": "train", "sweep": "sweep"}
 
 
-def standard_folder() -> Path:
+def find_standard_config_folder() -> Path:
     """Returns the folder of the standard configurations: inside an installed package, or at the top of a checkout.
 
     Raises: ConfigError: neither folder exists, for instance because the package was copied without the configurations.
@@ -27,29 +27,29 @@ def standard_folder() -> Path:
     )
 
 
-def standard_names(kind: ConfigKind | None = None) -> list[str]:
+def list_standard_configs(kind: ConfigKind | None = None) -> list[str]:
     """Returns the sorted names of the standard configurations.
 
     Args: kind: only configurations for this command; None returns all.
 
     Raises: ConfigError: the folder of the standard configurations does not exist.
     """
-    names = sorted(path.stem for path in standard_folder().glob("*.yaml"))
-    return [name for name in names if kind in (None, config_kind(name))]
+    names = sorted(path.stem for path in find_standard_config_folder().glob("*.yaml"))
+    return [name for name in names if kind in (None, get_config_kind(name))]
 
 
-def config_kind(name: str) -> ConfigKind:
+def get_config_kind(name: str) -> ConfigKind:
     """Returns whether a standard configuration is for a run or for a sweep. Names for sweeps start with "sweep"."""
     return "sweep" if name.startswith("sweep") else "run"
 
 
-def standard_summary(name: str) -> str:
+def read_config_summary(name: str) -> str:
     """Returns the first comment line of a standard configuration, or an empty text if it has no comment."""
-    text = (standard_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+    text = (find_standard_config_folder() / f"{name}.yaml").read_text(encoding="utf-8")
     return next((line.lstrip("# ") for line in text.splitlines() if line.startswith("#")), "")
 
 
-def find_config(text: str, kind: ConfigKind | None = None) -> Path:
+def find_config_file(text: str, kind: ConfigKind | None = None) -> Path:
     """Returns the configuration file for a path or for the name of a standard configuration. An existing file comes first.
 
     Args:
@@ -61,21 +61,21 @@ def find_config(text: str, kind: ConfigKind | None = None) -> Path:
     path = Path(text).expanduser()
     if path.exists() and not path.is_dir():  # a folder may have the same name by chance: `make quickstart` creates one
         return path
-    names = standard_names()
+    names = list_standard_configs()
     if text in names:
-        kind_of_text = config_kind(text)
+        kind_of_text = get_config_kind(text)
         if kind not in (None, kind_of_text):
             command = f"focus-ray {COMMANDS[kind_of_text]} {text}"
-            raise ConfigError(f"{text} is a configuration for `{command}`: {_advice(kind)}")
-        return standard_folder() / f"{text}.yaml"
-    suggestion = suggest_name(path.stem, standard_names(kind))
+            raise ConfigError(f"{text} is a configuration for `{command}`: {_describe_config_choices(kind)}")
+        return find_standard_config_folder() / f"{text}.yaml"
+    suggestion = suggest_name(path.stem, list_standard_configs(kind))
     hint = f" ({suggestion})" if suggestion else ""
     problem = "a folder" if path.is_dir() else "no such file"
     raise ConfigError(
-        f"{text}: cannot read the configuration: {problem}, and no standard configuration of that name{hint}: {_advice(kind)}"
+        f"{text}: cannot read the configuration: {problem}, and no standard configuration of that name{hint}: {_describe_config_choices(kind)}"
     )
 
 
-def _advice(kind: ConfigKind | None) -> str:
+def _describe_config_choices(kind: ConfigKind | None) -> str:
     """Returns the advice at the end of an error message, with the available names."""
-    return f"give the path of a YAML file, or one of {', '.join(standard_names(kind))}"
+    return f"give the path of a YAML file, or one of {', '.join(list_standard_configs(kind))}"

@@ -20,12 +20,12 @@ def load_yaml(text: str | bytes) -> Any:
         invalid date such as 2024-13-01.
     """
     try:
-        return yaml.load(text, _StrictLoader)
+        return yaml.load(text, _StrictYamlLoader)
     except (ValueError, RecursionError) as error:  # yaml 6.0 does not convert these two
         raise yaml.YAMLError(f"a value cannot be read: {error}") from error
 
 
-class _StrictLoader(yaml.SafeLoader):
+class _StrictYamlLoader(yaml.SafeLoader):
     """A SafeLoader that refuses duplicate keys and ambiguous numbers."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:

@@ -18,8 +18,8 @@ from focus_ray.cluster.preflight import RESERVED
 from focus_ray.errors import SubmissionError
 from focus_ray.fitting.settings import load_config
 from focus_ray.names import unique_name
-from focus_ray.settings.sections import config_to_yaml, read_mapping
-from focus_ray.settings.standard import COMMANDS, standard_folder, standard_names
+from focus_ray.settings.sections import config_to_yaml, read_yaml_mapping
+from focus_ray.settings.standard import COMMANDS, find_standard_config_folder, list_standard_configs
 from focus_ray.submission.package import Package, build_package
 from focus_ray.version import __version__
 
@@ -132,11 +132,11 @@ def _find_config(command: Sequence[str], working_dir: Path, package: Package) ->
         SubmissionError: The YAML file is not sent.
     """
     kind_of_command = {command: kind for kind, command in COMMANDS.items()}
-    names = standard_names(kind_of_command[command[0]]) if command[0] in kind_of_command else []
+    names = list_standard_configs(kind_of_command[command[0]]) if command[0] in kind_of_command else []
     for word in command[1:]:
         word = word.removeprefix("--config=")
         if word in names and not (working_dir / word).is_file():
-            return str(standard_folder() / f"{word}.yaml")
+            return str(find_standard_config_folder() / f"{word}.yaml")
         if word.endswith((".yaml", ".yml")) and "=" not in word:
             _check_is_sent(word, package)
             return word
@@ -181,7 +181,7 @@ def _check_config(
     if prefix:
         full_config = load_sweep(path, overrides)
         config = full_config.config_at()
-        base_file = read_mapping(path).get("base_file")
+        base_file = read_yaml_mapping(path).get("base_file")
         if base_file and not Path(file).is_absolute():
             _check_is_sent(os.path.join(os.path.dirname(file), base_file), package)
         if "model.weights" in full_config.space:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from focus_ray.errors import SubmissionError
 from focus_ray.names import is_utf8
-from focus_ray.settings.standard import standard_folder
+from focus_ray.settings.standard import find_standard_config_folder
 
 MAX_PACKAGE_MIB = 64  # Ray allows less than 512; but every node fetches the package through the head node
 
@@ -67,7 +67,7 @@ def build_package(folder: str | Path, excludes: Sequence[str] = ()) -> Package:
     if "focus_ray/__init__.py" not in files:
         package = Path(__file__).resolve().parents[1]
         files.update({f"focus_ray/{name}": path for name, path in _files_to_send(package, (), ())})
-        files.update({f"focus_ray/configs/{path.name}": path for path in standard_folder().glob("*.yaml")})
+        files.update({f"focus_ray/configs/{path.name}": path for path in find_standard_config_folder().glob("*.yaml")})
     sizes = {name: path.stat().st_size for name, path in files.items()}
     limit = MAX_PACKAGE_MIB * 2**20
     # compression cannot make a folder of 8 times the limit small enough

@@ -22,7 +22,13 @@ from focus_ray.errors import ConfigError
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.metrics.registry import METRICS
 from focus_ray.names import NAME_PATTERN, suggest_name
-from focus_ray.settings.sections import Section, apply_override, parse_model, read_mapping, setting_keys
+from focus_ray.settings.sections import (
+    ConfigSection,
+    apply_override,
+    iterate_setting_keys,
+    read_yaml_mapping,
+    validate_section,
+)
 
 Point = dict[str, Any]  # dotted key of Config -> value
 
@@ -73,7 +79,11 @@ def inert_keys(config: Config) -> dict[str, str]:
     if not train.epochs:
         why = "nothing is trained (train.epochs is 0)"
         reasons.update(
-            {key: why for key in setting_keys(Config) if key.startswith("train.") and key not in _USED_WITHOUT_TRAINING}
+            {
+                key: why
+                for key in iterate_setting_keys(Config)
+                if key.startswith("train.") and key not in _USED_WITHOUT_TRAINING
+            }
         )
         reasons["model.predictor_width"] = why
     elif not train.lambda_fine:
@@ -100,7 +110,7 @@ def inert_keys(config: Config) -> dict[str, str]:
 _USED_WITHOUT_TRAINING = ("train.epochs", "train.seed", "train.batch_size_per_worker")
 
 
-class Domain(Section):
+class Domain(ConfigSection):
     """The values that a search may give to one setting: a list or a range. Exactly one field is set.
 
     A range includes both ends.
@@ -186,7 +196,7 @@ class Domain(Section):
         return float(rng.uniform(low, high))
 
 
-class SchedulerConfig(Section):
+class SchedulerConfig(ConfigSection):
     """Prunes trials that have a low score compared with other trials at the same point of their training."""
 
     kind: Literal["none", "asha"] = Field(
@@ -207,7 +217,7 @@ class SchedulerConfig(Section):
     )
 
 
-class RaceConfig(Section):
+class RaceConfig(ConfigSection):
     """Prunes trials by a race: a trial ends if the best trial is significantly better on the first categories.
 
     docs/use/sweeps.md describes the test [ours, after irace].
@@ -232,7 +242,7 @@ class RaceConfig(Section):
     )
 
 
-class SweepConfig(Section):
+class SweepConfig(ConfigSection):
     """The configuration of a sweep: a search for the settings with the best score."""
 
     name: str | None = Field(
@@ -394,12 +404,12 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
         ConfigError: A file cannot be read, or a key, a value or a combination in the search space is not valid.
     """
     path = Path(path).expanduser()
-    tree = read_mapping(path)
+    tree = read_yaml_mapping(path)
     for override in overrides:
         apply_override(tree, override)
     base_file = tree.pop("base_file", None)
     if base_file is not None:
-        base_tree = read_mapping(path.parent / Path(str(base_file)).expanduser())
+        base_tree = read_yaml_mapping(path.parent / Path(str(base_file)).expanduser())
         tree["base"] = _merge_trees(base_tree, tree.get("base") or {})
     return parse_sweep(tree, source=str(path))
 
@@ -417,7 +427,7 @@ def parse_sweep(tree: Mapping[str, Any], source: str = "sweep") -> SweepConfig:
     Raises:
         ConfigError: The configuration is not valid.
     """
-    sweep = parse_model(SweepConfig, tree, source)
+    sweep = validate_section(SweepConfig, tree, source)
     try:
         _check_space(sweep)
         base = sweep.config_at()
@@ -449,7 +459,7 @@ def _check_space(sweep: SweepConfig) -> None:
     Raises:
         ConfigError: A key is unknown, cannot be searched or changes no score, or a value or combination is not valid.
     """
-    all_keys = list(setting_keys(Config))
+    all_keys = list(iterate_setting_keys(Config))
     for key in sweep.space:
         if key not in all_keys:
             keys_inside = [name for name in all_keys if name.startswith(f"{key}.")]

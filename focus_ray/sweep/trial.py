@@ -222,7 +222,7 @@ def _judge_features(
         """Generator: yields the scores and anomaly maps of each batch of the judging images."""
         start = 0
         for embedding in embeddings:
-            yield detector.score_embedding(embedding, None if theta is None else theta[start : start + len(embedding)])
+            yield detector.score_embeddings(embedding, None if theta is None else theta[start : start + len(embedding)])
             start += len(embedding)
 
     return _compute_metrics(images.judged, *collect_scores(score_batches(), images.judged.masks.shape[1:]), objective)

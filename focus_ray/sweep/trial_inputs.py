@@ -18,12 +18,12 @@ from torch import Tensor
 from focus_ray.data.images import decode_batch, decode_mask
 from focus_ray.data.read import decode_rows, read_index, read_test_rows
 from focus_ray.density.reduction import ChannelReduction
-from focus_ray.detect.detector import split_for_inference
+from focus_ray.detect.detector import split_batch_for_inference
 from focus_ray.distributed import world_size
 from focus_ray.errors import DataError
 from focus_ray.features.alignment.congealing import AlignmentReport
 from focus_ray.features.backbones.registry import BACKBONES
-from focus_ray.features.network import to_images, warp_to_common_frame
+from focus_ray.features.network import convert_to_float_images, warp_features_to_common_frame
 from focus_ray.fitting.fit import CategoryFit
 from focus_ray.fitting.selection import DEFECTS_PER_IMAGE, validation_images
 from focus_ray.fitting.settings import Config
@@ -214,8 +214,10 @@ def embed_images(config: Config, images: CategoryImages, device: torch.device) -
     def embed(batches: Iterable[Tensor]) -> tuple[tuple[NDArray[np.float32], ...], NDArray[np.float32] | None]:
         """Returns the feature maps of each layer, and the alignment of each image (None without alignment)."""
         maps, thetas = [], []
-        for part in (part for batch in batches for part in split_for_inference(to_images(batch, device))):
-            levels, theta = warp_to_common_frame(run.net(part))
+        for part in (
+            part for batch in batches for part in split_batch_for_inference(convert_to_float_images(batch, device))
+        ):
+            levels, theta = warp_features_to_common_frame(run.net(part))
             # Stored channels last, the layout in memory.
             maps.append([level.permute(0, 2, 3, 1).float().cpu().contiguous().numpy() for level in levels])
             if theta is not None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from focus_ray.settings.kinds import Kinds
+from focus_ray.settings.kinds import LazyRegistry
 
 if TYPE_CHECKING:
     from focus_ray.tracking.base import Tracker
 
-TRACKERS: Kinds[type[Tracker]] = Kinds(
+TRACKERS: LazyRegistry[type[Tracker]] = LazyRegistry(
     "tracker",
     {
         "mlflow": "focus_ray.tracking.mlflow:MLflow",

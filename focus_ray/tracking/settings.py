@@ -7,13 +7,13 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, field_validator
 
-from focus_ray.settings.sections import Section
+from focus_ray.settings.sections import ConfigSection
 from focus_ray.tracking.registry import TRACKERS
 
-TrackerName = Annotated[str, AfterValidator(TRACKERS.check)]
+TrackerName = Annotated[str, AfterValidator(TRACKERS.check_name)]
 
 
-class TrackerConfig(Section):
+class TrackerConfig(ConfigSection):
     """An experiment tracker, which records settings, metrics and heat maps (docs/use/trackers.md)."""
 
     FIXED: ClassVar[Mapping[str, Any]] = {"mode": "auto", "num_images": 6}

@@ -96,7 +96,7 @@ def build_training_section(uri: str, manifest: Mapping[str, Any]) -> TrainingSec
         bundle=uri,
         num_fit=int(data.get("num_fit", manifest["moments"]["count"])),
         calibration=calibration,
-        caveats=[*calibration.caveats(), *metrics.get("warnings", [])],
+        caveats=[*calibration.describe_limits(), *metrics.get("warnings", [])],
         seconds=sum(seconds.values()),
         plots=_plots(calibration, history, selection),
         facts={

@@ -27,7 +27,7 @@ from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.shards import BatchSchedule, fits_memory
 from focus_ray.fitting.split import Split, split_category
 from focus_ray.names import Log, unique_name
-from focus_ray.settings.sections import config_to_yaml, mapping_of
+from focus_ray.settings.sections import config_to_yaml, parse_yaml_mapping
 from focus_ray.storage.files import (
     check_folder_access,
     file_exists,
@@ -382,7 +382,7 @@ def _check_claim(config: Config, root: str, resume: bool, fingerprints: Mapping[
     started = _started_categories(root)  # other categories have no results yet
     check_resumable(root, fingerprints, TrainingError, binding=started)
     stored_yaml = read_bytes(path).decode()
-    changed = describe_changed_settings(parse_config(mapping_of(stored_yaml, path), source=path), config)
+    changed = describe_changed_settings(parse_config(parse_yaml_mapping(stored_yaml, path), source=path), config)
     if changed and started:
         raise TrainingError(
             f"{root}: categories that are finished, or have checkpoints, were made with other settings: "

@@ -76,7 +76,7 @@ class WatchedModel:
         """Logs category, version and location of the loaded model, and the caveats of its calibration."""
         bundle = self.inspector.bundle
         self.log(f"watch: model of {bundle.category}, version {bundle.version[:16]}, from {self._location[0]}")
-        for caveat in bundle.calibration.caveats():
+        for caveat in bundle.calibration.describe_limits():
             self.log(f"note: {caveat}")
 
     def _find_bundle(self, log: Callable[[str], None]) -> tuple[str, FileStat | None]:

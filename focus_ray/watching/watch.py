@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from focus_ray.bundle.bundle import Bundle
 from focus_ray.detect.inspection import Inspection
-from focus_ray.detect.pictures import overlay_with_strip
-from focus_ray.detect.shift import RecentScores, compare_stream
+from focus_ray.detect.pictures import draw_overlay_with_strip
+from focus_ray.detect.shift import StreamShiftMonitor, compare_stream_with_calibration
 from focus_ray.drawing.mark import MARK_WITHIN_BYTES, is_drawn_by_focus_ray
 from focus_ray.errors import DataError
 from focus_ray.names import readable_name
@@ -110,7 +110,7 @@ class Watch:
         self.counts: Counter[str] = Counter()
         self.pending = PendingFiles()
         self._log, self._silent_until_s = log, dict[str, float]()
-        self._recent_scores, self._recent_version = RecentScores(), ""
+        self._recent_scores, self._recent_version = StreamShiftMonitor(), ""
         self._folder_is_missing = False
         self._files_at_start: set[str] | None = None
         self._reported_at_s, self._reported_counts = time.monotonic(), Counter[str]()
@@ -225,11 +225,11 @@ class Watch:
         were normal again.
         """
         if bundle.version != self._recent_version:
-            self._recent_scores, self._recent_version = RecentScores(), bundle.version
+            self._recent_scores, self._recent_version = StreamShiftMonitor(), bundle.version
         if not self._recent_scores.add(scores):
             return
-        notice = self._recent_scores.report_once(
-            compare_stream(bundle.calibration.image_scores, self._recent_scores.take())
+        notice = self._recent_scores.report_shift_once(
+            compare_stream_with_calibration(bundle.calibration.image_scores, self._recent_scores.take_scores_for_test())
         )
         if notice is not None:
             self._log(f"watch: {notice}")
@@ -313,7 +313,7 @@ class Watch:
         stem = path.stem.encode()[:_MAX_STEM_BYTES].decode(errors="ignore")
         name = str(OVERLAY_FOLDER / path.parent / f"{stem}-{image.content:016x}.png")
         try:
-            write_bytes(self.journal.folder / name, overlay_with_strip(image.encoded, result))
+            write_bytes(self.journal.folder / name, draw_overlay_with_strip(image.encoded, result))
         except DataError as error:
             if is_storage_full(error):
                 raise

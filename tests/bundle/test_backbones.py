@@ -14,8 +14,8 @@ from small_set import fit_alone, make_bundle, small_config
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import decode_batch
 from focus_ray.data.read import read_test_rows
-from focus_ray.detect.detector import score_together
-from focus_ray.features.batch_norm import prepare_for_inference
+from focus_ray.detect.detector import score_with_shared_backbone
+from focus_ray.features.batch_norm import prepare_backbone_for_inference
 from focus_ray.fitting.settings import Config
 from focus_ray.serving.models import SharedBackbones
 
@@ -39,7 +39,7 @@ def check_the_whole_way(config: Config, images: NDArray[np.uint8]) -> None:
     np.testing.assert_allclose(scores, expected.score.numpy(), rtol=1e-3)
     np.testing.assert_allclose(maps, expected.anomaly_map.numpy(), atol=1e-3 * float(maps.max()))
     assert maps.shape == images.shape[:3]
-    prepare_for_inference(inspector.bundle.detector.net.backbone, torch.bfloat16)
+    prepare_backbone_for_inference(inspector.bundle.detector.net.backbone, torch.bfloat16)
     np.testing.assert_allclose(inspector.score(images)[0], scores, rtol=0.1)
 
 
@@ -78,7 +78,7 @@ def test_models_with_the_same_transformer_share_its_forward_pass(parts: str, tmp
         shared.share(detectors[-1], torch.float32)
     assert detectors[0].net.backbone is detectors[1].net.backbone
     parts = [torch.from_numpy(photographs(parts, name, category)) for category in ("gear", "board")]
-    together = score_together(list(zip(detectors, parts, strict=True)))
+    together = score_with_shared_backbone(list(zip(detectors, parts, strict=True)))
     for detector, images, scored in zip(detectors, parts, together, strict=True):
         torch.testing.assert_close(scored.score, detector(images).score, rtol=1e-4, atol=1e-4)
 
@@ -92,7 +92,7 @@ def test_tiles_and_regions_work_with_patches_of_14_pixels(parts: str, tmp_path: 
     )  # fmt: skip
     inspector = Inspector.load(make_bundle(config), "cpu")
     assert (inspector.bundle.detector.density.height, inspector.bundle.detector.density.width) == (6, 6)
-    height, width = config.model.frame_px
+    height, width = config.model.resized_image_px
     images = [record["image"] for record in read_test_rows(parts, "gear")]
     _, maps = inspector.score(decode_batch(images, inspector.frame))
     assert maps.shape == (len(images), height, width)

@@ -17,8 +17,8 @@ from small_set import make_bundle, small_config
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import decode_batch, decode_mask
 from focus_ray.data.read import read_index, read_rows, read_test_rows
-from focus_ray.detect.inspection import find_regions, resize_map
-from focus_ray.detect.pictures import overlay
+from focus_ray.detect.inspection import find_regions, resize_anomaly_map
+from focus_ray.detect.pictures import draw_inspection_overlay
 from focus_ray.drawing.png import encode_png
 from focus_ray.errors import BundleError, DataError
 from focus_ray.metrics import metrics
@@ -66,7 +66,7 @@ def test_verdicts_follow_the_calibration_of_the_bundle(inspector: Inspector, rec
     calibration = inspector.bundle.calibration
     for inspection in inspector.inspect([record["image"] for record in records]):
         assert inspection.anomalous == (inspection.score > calibration.image_threshold)
-        assert inspection.p_value == float(calibration.conformal_p_value(inspection.score))
+        assert inspection.p_value == float(calibration.compute_conformal_p_values(inspection.score))
         assert (inspection.width, inspection.height) == (64, 64)
         assert inspection.regions == find_regions(inspection.anomaly_map, calibration.pixel_threshold, 64, 64)
         assert set(inspection.to_dict()) == set(vars(inspection)) - {"anomaly_map", "trained_on"}
@@ -79,7 +79,7 @@ def test_an_oblong_image_has_its_regions_and_overlay_in_its_own_pixels(inspector
     assert (inspection.width, inspection.height, inspection.anomaly_map.shape) == (150, 70, (64, 64))
     (everywhere,) = find_regions(np.ones((64, 64), np.float32), 0.5, 150, 70)
     assert everywhere.to_dict() == {"x": 0, "y": 0, "width": 150, "height": 70, "area": 150 * 70, "peak": 1.0}
-    assert overlay(oblong, inspection).shape == (70, 150, 3)
+    assert draw_inspection_overlay(oblong, inspection).shape == (70, 150, 3)
 
 
 def test_a_missing_bundle_is_named(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def bilinear(values: NDArray[np.float32], height: int, width: int) -> NDArray[np
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (13, 21), (5, 3), (16, 8)])
 def test_a_map_is_resized_bilinearly_about_pixel_centres(height: int, width: int) -> None:
     values = np.random.default_rng(0).random((8, 8), dtype=np.float32)
-    np.testing.assert_allclose(resize_map(values, height, width), bilinear(values, height, width), atol=1e-5)
+    np.testing.assert_allclose(resize_anomaly_map(values, height, width), bilinear(values, height, width), atol=1e-5)
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 600))
@@ -153,7 +153,7 @@ def arrays_of(inspector: Inspector, records: Records, side: int) -> tuple[Any, .
     return (
         labels,
         scores.astype(float),
-        np.stack([resize_map(anomaly_map, side, side) for anomaly_map in maps]),
+        np.stack([resize_anomaly_map(anomaly_map, side, side) for anomaly_map in maps]),
         np.stack(masks),
     )
 

@@ -132,8 +132,10 @@ def test_thresholds_set_by_hand_are_stored_with_the_name_of_the_person(bundle: s
     assert (calibration.image_threshold, calibration.by_hand, calibration.image_guaranteed) == (middle, True, False)
     assert manifest["data"]["calibrations"][-1]["by"] == "ann"
     values = np.linspace(0.0, 2 * max(scores), 500)
-    assert (calibration.is_anomalous(values) == (calibration.conformal_p_value(values) <= calibration.target_fpr)).all()
-    assert any("set by hand" in line for line in calibration.caveats())
+    assert (
+        calibration.is_anomalous(values) == (calibration.compute_conformal_p_values(values) <= calibration.target_fpr)
+    ).all()
+    assert any("set by hand" in line for line in calibration.describe_limits())
     for thresholds in ({}, {"pixel_threshold": float("nan")}):
         with pytest.raises(DataError, match="threshold"):
             set_thresholds(bundle, tmp_path / "none", **thresholds)

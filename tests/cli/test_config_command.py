@@ -17,7 +17,7 @@ from focus_ray.cli.reference import list_subcommands
 from focus_ray.errors import ConfigError, SubmissionError
 from focus_ray.fitting.settings import Config, load_config
 from focus_ray.settings import standard
-from focus_ray.settings.standard import find_config, standard_names
+from focus_ray.settings.standard import find_config_file, list_standard_configs
 from focus_ray.submission.job_request import build_job
 from focus_ray.submission.package import build_package
 from focus_ray.sweep.settings import SweepConfig, load_sweep
@@ -105,7 +105,7 @@ def test_an_unknown_configuration_gets_an_error_about_files_and_names(
     text: str, kind: standard.ConfigKind | None, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        find_config(text, kind)
+        find_config_file(text, kind)
 
 
 @pytest.mark.parametrize("words", [[], ["name=a"]])
@@ -117,7 +117,7 @@ def test_train_without_a_configuration_says_what_to_give(words: list[str], capsy
 def test_a_package_without_the_standard_configurations_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(standard, "_PACKAGE", tmp_path / "focus_ray")
     with pytest.raises(ConfigError, match="standard configurations"):
-        standard_names()
+        list_standard_configs()
 
 
 # A wheel
@@ -127,7 +127,7 @@ def test_a_wheel_contains_the_standard_configurations(tmp_path: Path) -> None:
     with zipfile.ZipFile(build_wheel(tmp_path)) as archive:
         archive.extractall(tmp_path / "installed")
     folder = tmp_path / "installed/focus_ray/configs"
-    assert sorted(path.stem for path in folder.glob("*.yaml")) == standard_names()
+    assert sorted(path.stem for path in folder.glob("*.yaml")) == list_standard_configs()
     code = "from focus_ray.cli.main import main; raise SystemExit(main(['config', 'show', 'sweep-training']))"
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r}); {code}"]
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)

@@ -19,7 +19,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from focus_ray.cli.main import build_parser
 from focus_ray.fitting.settings import load_config
-from focus_ray.settings.standard import find_config
+from focus_ray.settings.standard import find_config_file
 
 CLUSTER = CONFIGS / "cluster"
 KUBERNETES = "1.31"
@@ -171,7 +171,7 @@ def test_the_command_of_the_job_is_valid() -> None:
     words = JOB["spec"]["entrypoint"].split()
     assert words[:3] == ["python", "-m", "focus_ray.cli"]
     arguments = build_parser().parse_args(words[3:])
-    config = load_config(find_config(arguments.config, "run"), arguments.override)
+    config = load_config(find_config_file(arguments.config, "run"), arguments.override)
     assert (config.name, config.cluster.team) == ("auto", "press")
 
 

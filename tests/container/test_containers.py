@@ -19,7 +19,7 @@ from focus_ray import __version__
 from focus_ray.cli.main import build_parser
 from focus_ray.fitting.settings import load_config
 from focus_ray.serving.settings import parse_settings
-from focus_ray.settings.standard import find_config
+from focus_ray.settings.standard import find_config_file
 
 CONTAINER = REPOSITORY / "container"
 DOCKERFILE = (REPOSITORY / "Dockerfile").read_text()
@@ -145,7 +145,7 @@ def test_every_focus_ray_command_is_one_that_it_understands(name: str) -> None:
             train, config, *overrides = [word for word in arguments.words if not word.startswith("-")]
             assert build_parser().parse_args(arguments.words).run is not None
             assert train == "train"
-            load_config(find_config(config, "run"), overrides)
+            load_config(find_config_file(config, "run"), overrides)
 
 
 @pytest.mark.parametrize("name", ["ray-head", "ray-worker", "service"])

@@ -21,7 +21,7 @@ from focus_ray.data.framing import InputFrame
 from focus_ray.data.images import MAX_PIXELS, decode_batch_with_info, decode_image, encode_png
 from focus_ray.data.read import read_test_rows
 from focus_ray.detect.inspection import Inspection
-from focus_ray.detect.pictures import overlay
+from focus_ray.detect.pictures import draw_inspection_overlay
 from focus_ray.fitting.regions import load_frame
 from focus_ray.serving.decoders import Decoders
 from focus_ray.serving.scorer import Scores, _judge
@@ -128,7 +128,7 @@ def test_the_box_of_a_defect_is_in_pixels_of_the_photograph(inspector: Inspector
     region = inspection.regions[0]
     assert region.x <= 85 < region.x + region.width
     assert region.y <= 45 < region.y + region.height
-    assert overlay(pixels, inspection).shape == pixels.shape
+    assert draw_inspection_overlay(pixels, inspection).shape == pixels.shape
 
 
 def test_the_service_gives_the_results_of_the_inspector(inspector: Inspector) -> None:

@@ -16,12 +16,12 @@ from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import MAX_PIXELS, ImageError, decode_image, encode_png
 from focus_ray.density.tiles import Tiles
-from focus_ray.detect.detector import embed, shown_locations
+from focus_ray.detect.detector import compute_scored_locations, embed_images
 from focus_ray.detect.inspection import Inspection
 from focus_ray.errors import DataError
 from focus_ray.evaluation.batch_inspection import inspect_records
 from focus_ray.export.scorer import ExportableScorer
-from focus_ray.features.network import to_images
+from focus_ray.features.network import convert_to_float_images
 from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.split import split_category
@@ -58,13 +58,15 @@ def test_the_frame_refuses_exactly_the_sizes_without_an_inspected_cell(
     tiling: Any, region: Any, data: str, tmp_path: Path
 ) -> None:
     config = padded_config(data, tmp_path, region, tiling=tiling)
-    frame, tiles = load_frame(config, "gear"), Tiles(*config.model.tiles)
+    frame, tiles = load_frame(config, "gear"), Tiles(*config.model.tile_layout)
     side = config.model.image_size_px // config.model.place_px(config.density.map_layer)
     num_refused = 0
     for longer in (8, 16, 24, 32, 48, 64, 128):
         for width, height in ((longer * 8, 8), (8, longer * 8), (longer * 8, 17)):
             scored = torch.from_numpy(frame.make_scored_channel(frame.compute_image_rectangle(width, height)))[None] > 0
-            is_inspected = shown_locations(scored, None, tiles, (side * tiles.rows, side * tiles.columns)).any()
+            is_inspected = compute_scored_locations(
+                scored, None, tiles, (side * tiles.rows, side * tiles.columns)
+            ).any()
             if is_inspected:
                 frame.check_image_size(width, height)
             else:
@@ -134,8 +136,8 @@ def test_an_image_without_a_cell_after_alignment_has_no_score(data: str, tmp_pat
     batch = torch.from_numpy(np.stack([pixels, decode_image(encode_png(strip(64, 64)), inspector.frame)]))
     theta = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]]).expand(2, 2, 3)
     detector = inspector.bundle.detector
-    embedding, _ = embed(detector.net, detector.reduction, to_images(batch, "cpu"))
-    scored = detector.score_embedding(embedding, theta, batch[..., 3] > 0)
+    embedding, _ = embed_images(detector.net, detector.reduction, convert_to_float_images(batch, "cpu"))
+    scored = detector.score_embeddings(embedding, theta, batch[..., 3] > 0)
     assert torch.isnan(scored.score).tolist() == [True, False]
     with pytest.raises(ImageError, match="no location of the anomaly map"):
         inspector.compare_with_thresholds(float(scored.score[0]), scored.anomaly_map[0].numpy(), 64, 8)

@@ -111,9 +111,9 @@ from focus_ray.density.registry import DENSITIES
 DENSITIES.import_paths["toy"] = "toy:TOY"
 from focus_ray.cli.config_reference import explain_key
 from focus_ray.fitting.settings import parse_config
-from focus_ray.settings.sections import config_to_yaml, mapping_of
+from focus_ray.settings.sections import config_to_yaml, parse_yaml_mapping
 config = parse_config({"data": {"uri": "x"}, "density": {"kind": "toy", "power": 3}})
-assert parse_config(mapping_of(config_to_yaml(config), "yaml")).density.power == 3.0
+assert parse_config(parse_yaml_mapping(config_to_yaml(config), "yaml")).density.power == 3.0
 assert "toy: power" in explain_key("density.power")
 assert "power" in DENSITIES["nearest"].inert_settings(config.density)
 assert {"pooling", "window"} & set(DENSITIES["toy"].inert_settings(config.density)) == {"pooling"}

@@ -25,7 +25,7 @@ def calibrate(
     builder = CalibrationBuilder(method, target_fpr, target_pixel_fpr)
     builder.kept_fraction = builder.kept_fraction if kept_fraction is None else kept_fraction
     builder.add(scores, np.zeros((len(scores), 2, 2)) if maps is None else maps, groups)
-    return builder.finish()
+    return builder.build_calibration()
 
 
 def slow_pixel_threshold(maps: list[np.ndarray], target: Fraction) -> float:
@@ -49,7 +49,7 @@ GROUPS = st.none() | st.lists(st.integers(0, 5), min_size=80, max_size=80)
 def test_an_image_is_anomalous_exactly_when_its_p_value_is_at_most_the_effective_rate(scores, groups, target, score):
     groups = None if groups is None else np.array(groups[: len(scores)])
     calibration = calibrate(scores, target_fpr=target, groups=groups)
-    p_value = calibration.conformal_p_value(score)
+    p_value = calibration.compute_conformal_p_values(score)
     assert bool(calibration.is_anomalous(score)) == bool(p_value <= calibration.effective_fpr)
     assert calibration.effective_fpr == target or not calibration.image_guaranteed
 
@@ -59,7 +59,7 @@ def test_p_values_are_the_counted_share(scores, new):
     expected = np.array([[(1 + sum(c >= s for c in scores)) / (len(scores) + 1) for s in row] for row in new])
     calibration = calibrate(scores)
     counted = np.full(new.shape, True) if calibration.tail is None else new <= calibration.tail.start
-    np.testing.assert_allclose(calibration.conformal_p_value(new)[counted], expected[counted], rtol=1e-15)
+    np.testing.assert_allclose(calibration.compute_conformal_p_values(new)[counted], expected[counted], rtol=1e-15)
 
 
 @given(SCORES, st.integers(1, 99))
@@ -71,7 +71,7 @@ def test_the_image_threshold_is_the_textbook_order_statistic(scores, percent):
         assert calibration.image_threshold == sorted(scores)[min(rank, len(scores)) - 1]
     else:
         assert rank > len(scores)
-        assert calibration.tail.share_above(calibration.image_threshold) == pytest.approx(percent / 100)
+        assert calibration.tail.compute_share_above(calibration.image_threshold) == pytest.approx(percent / 100)
 
 
 MAPS = hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 5)), elements=st.integers(0, 12).map(float))
@@ -106,7 +106,7 @@ def test_merged_builders_equal_a_single_builder(cut, maps):
     for batch in (slice(cut, None), slice(None, cut)):
         parts.append(CalibrationBuilder("split", 0.2, 0.15))
         parts[-1].add(scores[batch], maps[batch], groups[batch])
-    merged = pickle.loads(pickle.dumps(parts[0])).merge(parts[1]).finish()
+    merged = pickle.loads(pickle.dumps(parts[0])).merge(parts[1]).build_calibration()
     assert merged == calibrate(scores, maps, target_fpr=0.2, target_pixel_fpr=0.15, groups=groups)
     assert merged.num_groups == 3
 
@@ -152,7 +152,7 @@ LEAVE_ONE_OUT, MANY = {"method": "leave_one_out"}, np.arange(2000.0)
 )
 def test_caveats_name_the_method_and_the_numbers_of_images(scores, settings, expected):
     calibration = calibrate(scores, **settings)
-    caveats = " ".join(calibration.caveats())
+    caveats = " ".join(calibration.describe_limits())
     assert bool(caveats) == bool(expected)
     assert [text for text in expected if text not in caveats] == []
     assert (calibration.image_guaranteed, calibration.pixel_guaranteed) == (not expected, not expected)
@@ -160,7 +160,7 @@ def test_caveats_name_the_method_and_the_numbers_of_images(scores, settings, exp
 
 def test_three_images_give_their_highest_score_and_ten_images_the_threshold_of_the_tail_model():
     three, ten = calibrate([3.0, 1.0, 2.0]), calibrate(np.arange(10.0, 20.0))
-    assert (three.image_threshold, three.smallest_fpr, three.effective_fpr) == (3.0, 0.25, 0.25)
+    assert (three.image_threshold, three.min_measurable_fpr, three.effective_fpr) == (3.0, 0.25, 0.25)
     assert ten.tail is not None
     assert ten.image_threshold > 19.0
     assert ten.effective_fpr == 0.05
@@ -168,18 +168,18 @@ def test_three_images_give_their_highest_score_and_ten_images_the_threshold_of_t
 
 def test_the_caveat_states_the_probability_of_twice_the_target():
     calibration = calibrate(np.random.default_rng(0).gamma(9.0, size=20), method="leave_one_out")
-    risk = calibration.probability_above_twice_target
-    assert f"probability {risk:.2f} the false alarm rate is above 10 %" in " ".join(calibration.caveats())
+    risk = calibration.probability_fpr_exceeds_twice_target
+    assert f"probability {risk:.2f} the false alarm rate is above 10 %" in " ".join(calibration.describe_limits())
 
 
 def test_modelled_p_values_fall_with_the_score_and_meet_the_counted_ones():
     calibration = calibrate(np.sort(np.random.default_rng(1).gamma(4.0, size=12)))
-    p_values = calibration.conformal_p_value(np.linspace(0.0, 3 * calibration.image_threshold, 2000))
+    p_values = calibration.compute_conformal_p_values(np.linspace(0.0, 3 * calibration.image_threshold, 2000))
     assert (np.diff(p_values) <= 0).all()
     assert p_values[0] == 1.0
     assert 0 < p_values[-1] < 0.01
     start = calibration.tail.start
-    below, above = calibration.conformal_p_value([start * (1 - 1e-9), start * (1 + 1e-4)])
+    below, above = calibration.compute_conformal_p_values([start * (1 - 1e-9), start * (1 + 1e-4)])
     assert above == pytest.approx(below - 1 / 13, abs=1e-3)
 
 
@@ -189,8 +189,8 @@ def test_the_probability_of_a_high_rate_of_a_counted_threshold_is_its_frequency(
     rates = np.array([np.exp(-calibrate(rng.exponential(size=n), method=method).image_threshold) for _ in range(2000)])
     calibration = calibrate(np.arange(1.0, n + 1), method=method)
     assert calibration.tail is None
-    assert np.mean(rates > 0.1) == pytest.approx(calibration.probability_above_twice_target, abs=0.025)
-    low, high = calibration.fpr_interval()
+    assert np.mean(rates > 0.1) == pytest.approx(calibration.probability_fpr_exceeds_twice_target, abs=0.025)
+    low, high = calibration.compute_fpr_interval()
     assert np.mean((rates >= low) & (rates <= high)) == pytest.approx(0.9, abs=0.02)
 
 
@@ -206,7 +206,7 @@ def test_an_older_calibration_keeps_its_threshold_and_p_values():
     calibration = Calibration.from_dict(older)
     assert calibration.image_threshold == older["image_threshold"]
     expected = [13 / 13, 9 / 13, 6 / 13 * (1 + 0.2 * 0.17 / 0.122) ** -5, 6 / 13 * (1 + 0.2 * 0.97 / 0.122) ** -5]
-    np.testing.assert_allclose(calibration.conformal_p_value([0.5, 1.0, 1.2, 2.0]), expected, rtol=1e-3)
+    np.testing.assert_allclose(calibration.compute_conformal_p_values([0.5, 1.0, 1.2, 2.0]), expected, rtol=1e-3)
     assert calibration.is_anomalous([1.37, 1.38]).tolist() == [False, True]
 
 
@@ -223,12 +223,16 @@ def test_photographs_of_the_same_parts_give_the_threshold_and_the_uncertainty_of
     groups = np.repeat(np.arange(len(scores)), times)
     repeated = calibrate(np.repeat(scores, times), method=method, target_fpr=target, groups=groups)
     assert (once.num_groups, repeated.num_groups) == (None, len(scores))
-    assert (repeated.image_guaranteed, repeated.smallest_fpr) == (once.image_guaranteed, once.smallest_fpr)
+    assert (repeated.image_guaranteed, repeated.min_measurable_fpr) == (once.image_guaranteed, once.min_measurable_fpr)
     assert repeated.image_threshold == pytest.approx(once.image_threshold, rel=1e-12)
-    assert repeated.fpr_interval() == pytest.approx(once.fpr_interval(), abs=1e-6)
-    assert repeated.probability_above_twice_target == pytest.approx(once.probability_above_twice_target, abs=1e-9)
+    assert repeated.compute_fpr_interval() == pytest.approx(once.compute_fpr_interval(), abs=1e-6)
+    assert repeated.probability_fpr_exceeds_twice_target == pytest.approx(
+        once.probability_fpr_exceeds_twice_target, abs=1e-9
+    )
     middle = float(np.median(scores))
-    assert repeated.conformal_p_value(middle) == pytest.approx(float(once.conformal_p_value(middle)), rel=1e-9)
+    assert repeated.compute_conformal_p_values(middle) == pytest.approx(
+        float(once.compute_conformal_p_values(middle)), rel=1e-9
+    )
 
 
 def test_groups_of_different_sizes_carry_no_guarantee():
@@ -281,7 +285,7 @@ def test_bad_settings_and_batches_are_refused(inputs, named):
         calibrate(**{"scores": [1.0, 2.0], **inputs})
 
 
-@pytest.mark.parametrize("judge", [Calibration.is_anomalous, Calibration.conformal_p_value])
+@pytest.mark.parametrize("judge", [Calibration.is_anomalous, Calibration.compute_conformal_p_values])
 def test_a_nan_score_is_never_judged(judge):
     with pytest.raises(DataError, match="NaN"):
         judge(calibrate([1.0, 2.0]), [1.0, np.nan])
@@ -292,7 +296,7 @@ def test_the_last_digits_of_a_score_decide_nothing():
     calibration = calibrate(np.linspace(1.0, 10.019063, 19), target_pixel_fpr=0.05)
     scores = np.array([10.0190630, 10.0190687, 10.03])  # alone, in a folder, above
     assert calibration.is_anomalous(scores).tolist() == [False, False, True]
-    p_values = calibration.conformal_p_value(scores)
+    p_values = calibration.compute_conformal_p_values(scores)
     assert p_values[0] == p_values[1] > p_values[2]
     assert (p_values <= calibration.effective_fpr).tolist() == [False, False, True]
     assert exceeds_threshold(scores, calibration.image_threshold).tolist() == [False, False, True]
@@ -302,18 +306,22 @@ def test_the_last_digits_of_a_score_decide_nothing():
 def test_a_change_of_precision_turns_no_good_image_into_a_bad_one(n):
     unknown = calibrate(np.linspace(1.0, 1.6, n))
     recorded = replace(unknown, precision="bfloat16")
-    assert unknown.at_precision("bfloat16") is unknown
-    assert recorded.at_precision("bfloat16") is recorded
-    used = recorded.at_precision("float32")
+    assert unknown.convert_to_precision("bfloat16") is unknown
+    assert recorded.convert_to_precision("bfloat16") is recorded
+    used = recorded.convert_to_precision("float32")
     assert Calibration.from_dict(used.to_dict()) == used
     scores = np.linspace(0.9, 2.5, 400)
     shifted = scores * (1 + PRECISION_SHIFT)
     assert not (used.is_anomalous(shifted) & ~recorded.is_anomalous(scores)).any()
-    assert (used.conformal_p_value(shifted) >= recorded.conformal_p_value(scores) * (1 - 1e-9)).all()
-    assert "bfloat16 scores, but this machine computes in float32" in used.caveats()[0]
-    assert recorded.caveats() == used.caveats()[1:]
+    assert (used.compute_conformal_p_values(shifted) >= recorded.compute_conformal_p_values(scores) * (1 - 1e-9)).all()
+    assert "bfloat16 scores, but this machine computes in float32" in used.describe_limits()[0]
+    assert recorded.describe_limits() == used.describe_limits()[1:]
 
 
 def test_a_threshold_set_by_hand_holds_as_given_at_any_precision():
-    chosen = replace(calibrate(np.arange(10.0)), precision="bfloat16").with_thresholds(2.5, 3.5).at_precision("float32")
+    chosen = (
+        replace(calibrate(np.arange(10.0)), precision="bfloat16")
+        .replace_thresholds(2.5, 3.5)
+        .convert_to_precision("float32")
+    )
     assert (chosen.image_threshold, chosen.pixel_threshold) == (2.5, 3.5)

@@ -13,10 +13,10 @@ from focus_ray.density.nearest import NearestMemory
 from focus_ray.density.settings import DensityConfig
 from focus_ray.density.tiles import Tiles
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator
-from focus_ray.detect.profile import FLOOR, SHARES, Profile, fit_profile, highest_values
+from focus_ray.detect.profile import FLOOR, SHARES, ImageScoreProfile, average_highest_map_values, fit_profile
 
 SIDE, CHANNELS = 8, 5
-MAP_GENERATOR = AnomalyMapGenerator.for_tiles(Tiles(1, 1, 64, 0), SIDE, 4.0)
+MAP_GENERATOR = AnomalyMapGenerator.build_for_tiles(Tiles(1, 1, 64, 0), SIDE, 4.0)
 
 
 def embeddings(count: int, seed: int = 0) -> Tensor:
@@ -32,9 +32,11 @@ def memory(values: Tensor, window: int = 1) -> NearestMemory:
     return density
 
 
-def profile_of(values: Tensor, thetas: Tensor | None = None, seen_mask: Tensor | None = None) -> Profile:
+def profile_of(values: Tensor, thetas: Tensor | None = None, coverage_mask: Tensor | None = None) -> ImageScoreProfile:
     statistics = Statistics(Moments(SIDE, SIDE, CHANNELS), to_bank_rows(values), thetas)
-    return fit_profile(memory(embeddings(2) if len(values) < 2 else values), statistics, seen_mask, MAP_GENERATOR)[0]
+    return fit_profile(memory(embeddings(2) if len(values) < 2 else values), statistics, coverage_mask, MAP_GENERATOR)[
+        0
+    ]
 
 
 @pytest.mark.parametrize("window", [1, 3])
@@ -59,23 +61,25 @@ def test_a_location_where_good_images_vary_has_a_small_weight() -> None:
 
 def test_a_good_image_has_a_score_of_about_1_and_a_defective_one_more_in_any_batch() -> None:
     density, profile, new = memory(embeddings(40)), profile_of(embeddings(40)), embeddings(20, seed=1)
-    scores = profile.score(density.score(new), MAP_GENERATOR)
+    scores = profile.compute_image_scores(density.score(new), MAP_GENERATOR)
     assert 0.8 < float(scores.mean()) < 1.2
-    torch.testing.assert_close(profile.score(density.score(new)[3:4], MAP_GENERATOR), scores[3:4])
+    torch.testing.assert_close(profile.compute_image_scores(density.score(new)[3:4], MAP_GENERATOR), scores[3:4])
     new[:, :, 2:4, 2:4] += 6
-    assert float(profile.score(density.score(new), MAP_GENERATOR).min()) > float(scores.max())
+    assert float(profile.compute_image_scores(density.score(new), MAP_GENERATOR).min()) > float(scores.max())
 
 
 def test_the_highest_values_fall_from_the_maximum_to_the_largest_share() -> None:
-    values = highest_values(torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(2)), MAP_GENERATOR)
+    values = average_highest_map_values(
+        torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(2)), MAP_GENERATOR
+    )
     assert values.shape == (3, len(SHARES))
     assert bool((values[:, :-1] >= values[:, 1:]).all())
 
 
 def test_locations_that_are_not_scored_do_not_influence_the_profile() -> None:
-    seen_mask = torch.zeros(SIDE, SIDE, dtype=torch.bool)
-    seen_mask[2:6, 2:6] = True
-    masked = profile_of(embeddings(10), torch.eye(2, 3).expand(10, 2, 3), seen_mask)
+    coverage_mask = torch.zeros(SIDE, SIDE, dtype=torch.bool)
+    coverage_mask[2:6, 2:6] = True
+    masked = profile_of(embeddings(10), torch.eye(2, 3).expand(10, 2, 3), coverage_mask)
     assert bool((masked.typical[1:] < profile_of(embeddings(10)).typical[1:]).all())
 
 

@@ -31,34 +31,42 @@ def test_rates_and_their_probabilities_are_right_where_tails_are_exponential(n, 
     for draw in range(NUM_DRAWS):
         scores, share, scale = simulate(rng, n, prior)
         tail = fit_tail(scores, prior=prior)
-        threshold = tail.score_at(target)
+        threshold = tail.compute_score_at_share(target)
         rates[draw] = share * math.exp(-(threshold - 1) / scale)
         if len(risks) < 100:  # nearly the same of each draw
-            risks.append(tail.probability_above(2 * target, threshold, n))
+            risks.append(tail.compute_probability_fpr_exceeds(2 * target, threshold, n))
     assert np.mean(rates) == pytest.approx(target, abs=4 * np.std(rates) / math.sqrt(NUM_DRAWS))
     assert np.mean(rates > 2 * target) == pytest.approx(np.mean(risks), abs=0.025)
-    assert np.mean(rates > target / 2) == pytest.approx(tail.probability_above(target / 2, threshold, n), abs=0.03)
+    assert np.mean(rates > target / 2) == pytest.approx(
+        tail.compute_probability_fpr_exceeds(target / 2, threshold, n), abs=0.03
+    )
 
 
 def test_a_calibration_states_probability_and_interval_of_the_rate_with_the_shipped_prior():
     scores, _, _ = simulate(np.random.default_rng(1), 20, SHIPPED_PRIOR)
     builder = CalibrationBuilder("leave_one_out", 0.05, 0.001)
     builder.add(scores, np.zeros((20, 2, 2)))
-    calibration, tail = builder.finish(), fit_tail(scores)
-    assert calibration.image_threshold == tail.score_at(0.05)
-    assert calibration.probability_above_twice_target == tail.probability_above(0.1, tail.score_at(0.05), 20)
-    for bound, probability in zip(calibration.fpr_interval(), (0.95, 0.05), strict=True):
-        assert calibration.probability_above(bound) == pytest.approx(probability, abs=1e-3)
+    calibration, tail = builder.build_calibration(), fit_tail(scores)
+    assert calibration.image_threshold == tail.compute_score_at_share(0.05)
+    assert calibration.probability_fpr_exceeds_twice_target == tail.compute_probability_fpr_exceeds(
+        0.1, tail.compute_score_at_share(0.05), 20
+    )
+    for bound, probability in zip(calibration.compute_fpr_interval(), (0.95, 0.05), strict=True):
+        assert calibration.compute_probability_fpr_exceeds(bound) == pytest.approx(probability, abs=1e-3)
 
 
 def test_the_unit_of_the_scores_does_not_matter():
     scores = np.sort(np.random.default_rng(0).gamma(50.0, size=12))
-    assert fit_tail(1000 * scores).score_at(0.05) == pytest.approx(1000 * fit_tail(scores).score_at(0.05), rel=1e-12)
+    assert fit_tail(1000 * scores).compute_score_at_share(0.05) == pytest.approx(
+        1000 * fit_tail(scores).compute_score_at_share(0.05), rel=1e-12
+    )
 
 
 def test_the_prior_draws_thresholds_of_few_scores_together():
     draws = np.sort(np.random.default_rng(0).gamma(50.0, size=(500, 10))) / 50
-    without, shipped = (np.std([fit_tail(d, prior=p).score_at(0.05) for d in draws]) for p in (NO_PRIOR, SHIPPED_PRIOR))
+    without, shipped = (
+        np.std([fit_tail(d, prior=p).compute_score_at_share(0.05) for d in draws]) for p in (NO_PRIOR, SHIPPED_PRIOR)
+    )
     assert shipped < 0.8 * without
 
 

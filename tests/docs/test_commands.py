@@ -28,8 +28,8 @@ from focus_ray.cli.main import build_parser, parse_command_line
 from focus_ray.cli.main import main as focus_ray
 from focus_ray.fitting.settings import load_config, parse_config
 from focus_ray.serving.settings import parse_settings
-from focus_ray.settings.sections import read_tree
-from focus_ray.settings.standard import find_config, standard_folder
+from focus_ray.settings.sections import read_config_tree
+from focus_ray.settings.standard import find_config_file, find_standard_config_folder
 from focus_ray.sweep.settings import load_sweep
 
 # start of a focus-ray command -> why this module does not run it, and which test does
@@ -171,14 +171,16 @@ def check_focus_ray_command(words: list[str]) -> None:
         inner = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
         check_focus_ray_command(inner)
     elif arguments.command in ("train", "doctor") and not (arguments.config or "").startswith("s3://"):
-        config = find_config(arguments.config) if arguments.config else standard_folder() / "default.yaml"
+        config = (
+            find_config_file(arguments.config) if arguments.config else find_standard_config_folder() / "default.yaml"
+        )
         load_config(config, arguments.override)
     elif arguments.command == "fit":
-        load_config(find_config("default"), [*arguments.override, "data.uri=data"])
+        load_config(find_config_file("default"), [*arguments.override, "data.uri=data"])
     elif arguments.command == "sweep" and arguments.what not in ("status", "resume", "report"):
-        load_sweep(find_config(arguments.what), arguments.rest)
+        load_sweep(find_config_file(arguments.what), arguments.rest)
     elif arguments.command == "serve":
-        tree = read_tree(standard_folder() / "default.yaml", arguments.override)
+        tree = read_config_tree(find_standard_config_folder() / "default.yaml", arguments.override)
         settings = {key: value for key, value in tree.items() if key not in ("name", "data", "model")}
         parse_settings({"registry": "registry", "open_to_all": "tokens" not in settings, **settings})
     elif arguments.command == "config" and arguments.action == "explain":
@@ -328,7 +330,7 @@ def test_the_code_of_a_page_runs(page: str, copied: Path, service: str) -> None:
 def test_a_yaml_block_is_a_configuration(block: Block, tmp_path: Path) -> None:
     tree = yaml.safe_load(block.text)
     if "space" in tree:
-        for path in standard_folder().glob("*.yaml"):
+        for path in find_standard_config_folder().glob("*.yaml"):
             shutil.copy(path, tmp_path)
         (tmp_path / "sweep.yaml").write_text(block.text)
         load_sweep(tmp_path / "sweep.yaml")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from focus_ray.detect.inspection import Inspection, find_regions
-from focus_ray.detect.pictures import overlay, overlay_with_strip
+from focus_ray.detect.pictures import draw_inspection_overlay, draw_overlay_with_strip
 from focus_ray.drawing.mark import is_drawn_by_focus_ray
 from focus_ray.drawing.overlay import draw_heat_map, draw_mask_outline
 from focus_ray.drawing.png import encode_png
@@ -28,7 +28,7 @@ def make_inspection(width: int, height: int, anomalous: bool = True) -> Inspecti
 
 
 def draw_picture(image: NDArray[np.uint8], anomalous: bool = True) -> NDArray[Any]:
-    data = overlay_with_strip(encode_png(image), make_inspection(image.shape[1], image.shape[0], anomalous))
+    data = draw_overlay_with_strip(encode_png(image), make_inspection(image.shape[1], image.shape[0], anomalous))
     assert is_drawn_by_focus_ray(data)
     return np.asarray(Image.open(io.BytesIO(data)))
 
@@ -40,7 +40,7 @@ def test_the_strip_covers_nothing_of_the_picture(width: int, height: int, factor
     image = np.full((height, width, 3), 128, np.uint8)
     picture = draw_picture(image)
     large = image.repeat(factor, axis=0).repeat(factor, axis=1)
-    expected = overlay(large, make_inspection(width, height), factor)
+    expected = draw_inspection_overlay(large, make_inspection(width, height), factor)
     np.testing.assert_array_equal(picture[: height * factor, : width * factor], expected, strict=True)
     assert picture.shape[0] >= height * factor + 100
     assert picture.shape[1] == max(width * factor, MIN_WIDTH_PX)
@@ -49,7 +49,9 @@ def test_the_strip_covers_nothing_of_the_picture(width: int, height: int, factor
 def test_the_outline_of_a_region_is_on_its_outermost_pixels() -> None:
     inspection = make_inspection(160, 160)
     (region,) = inspection.regions
-    rows, columns = np.nonzero((overlay(np.zeros((160, 160, 3), np.uint8), inspection) == [0, 255, 255]).all(axis=2))
+    rows, columns = np.nonzero(
+        (draw_inspection_overlay(np.zeros((160, 160, 3), np.uint8), inspection) == [0, 255, 255]).all(axis=2)
+    )
     assert (rows.min(), rows.max()) == (region.y, region.y + region.height - 1)
     assert (columns.min(), columns.max()) == (region.x, region.x + region.width - 1)
 

@@ -179,20 +179,20 @@ def test_verdicts_and_p_values_equal_those_of_the_calibration(count: int, target
     normal_scores = rng.gamma(4, 0.25, count).astype(np.float32)
     builder = CalibrationBuilder("leave_one_out", target, 0.001)
     builder.add(normal_scores, np.ones((count, 4, 4), np.float32))
-    calibration = builder.finish()
+    calibration = builder.build_calibration()
     scores = np.concatenate([normal_scores, rng.gamma(4, 0.5, 500), [calibration.image_threshold, 0.0, 50.0]]).astype(
         np.float32
     )
     p_values, anomalous = (output.numpy() for output in Verdict(calibration)(torch.from_numpy(scores)))
     np.testing.assert_array_equal(anomalous, calibration.is_anomalous(scores))
-    np.testing.assert_allclose(p_values, calibration.conformal_p_value(scores), rtol=1e-4)
+    np.testing.assert_allclose(p_values, calibration.compute_conformal_p_values(scores), rtol=1e-4)
     np.testing.assert_array_equal(p_values.astype(np.float64) <= calibration.effective_fpr, anomalous)
 
 
 def test_a_nan_score_is_anomalous() -> None:
     builder = CalibrationBuilder("split", 0.05, 0.001)
     builder.add(np.linspace(1, 2, 40), np.ones((40, 4, 4), np.float32))
-    _, anomalous = Verdict(builder.finish())(torch.tensor([float("nan"), float("inf"), 1.0]))
+    _, anomalous = Verdict(builder.build_calibration())(torch.tensor([float("nan"), float("inf"), 1.0]))
     assert anomalous.tolist() == [True, True, False]
 
 
@@ -222,7 +222,7 @@ def test_the_sidecar_describes_the_model_and_its_check(onnx: Path, bundle: str) 
     loaded = read_bundle(bundle)
     assert (sidecar["category"], sidecar["bundle"]["version"], sidecar["precision"]) == ("gear", loaded.version, "fp32")
     assert sidecar["thresholds"]["image"] == loaded.calibration.image_threshold
-    assert sidecar["calibration"]["caveats"] == loaded.calibration.caveats()
+    assert sidecar["calibration"]["caveats"] == loaded.calibration.describe_limits()
     check = sidecar["check"]
     assert (check["num_good"], check["num_bad"], check["verdict_changes"]) == (4, 4, 0)
     assert max(check["score_difference"], check["map_difference"]) < 1e-3

@@ -14,14 +14,14 @@ from torch import Tensor
 from focus_ray.features.alignment.theta import (
     GROUP_COMPONENTS,
     TransformBounds,
+    build_theta_from_components,
     compose_theta,
-    count_parameters,
+    compute_rotation_angle,
+    compute_theta_from_parameters,
+    compute_valid_mask,
+    count_transform_parameters,
     invert_theta,
-    make_theta,
-    rotation_angle,
-    theta_from_parameters,
-    valid_mask,
-    warp,
+    warp_images,
 )
 from focus_ray.features.alignment.transformer import SpatialTransformer
 
@@ -35,8 +35,8 @@ NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32) | st.floats(-4, 4, width=32
 @st.composite
 def thetas(draw: st.DrawFn, group: str = "affine") -> Tensor:
     """Draws (1, 2, 3) with any angle and a moderate shift and scale."""
-    numbers = [draw(st.floats(-2, 2, width=32)) for _ in range(count_parameters(group))]
-    return theta_from_parameters(torch.tensor([numbers]), group, TransformBounds(math.pi, 0.15, 1.1))
+    numbers = [draw(st.floats(-2, 2, width=32)) for _ in range(count_transform_parameters(group))]
+    return compute_theta_from_parameters(torch.tensor([numbers]), group, TransformBounds(math.pi, 0.15, 1.1))
 
 
 def smooth(phase: float = 0.3) -> Tensor:
@@ -47,7 +47,7 @@ def smooth(phase: float = 0.3) -> Tensor:
 
 
 def make(angle: float = 0.0, scale: float = 1.0, shift: tuple[float, float] = (0.0, 0.0)) -> Tensor:
-    return make_theta(torch.tensor([angle]), torch.tensor([scale]), torch.tensor([shift]))
+    return build_theta_from_components(torch.tensor([angle]), torch.tensor([scale]), torch.tensor([shift]))
 
 
 # Groups
@@ -67,16 +67,16 @@ WIDTHS = {
 
 @pytest.mark.parametrize(("group", "width"), WIDTHS.items())
 def test_a_group_has_one_parameter_per_degree_of_freedom_and_zeros_give_the_identity(group: str, width: int) -> None:
-    assert count_parameters(group) == width
-    theta = theta_from_parameters(torch.zeros(3, width), group, TransformBounds())
+    assert count_transform_parameters(group) == width
+    theta = compute_theta_from_parameters(torch.zeros(3, width), group, TransformBounds())
     assert torch.equal(theta, IDENTITY.expand(3, 2, 3))
 
 
 @given(group=st.sampled_from(GROUPS), data=st.data())
 def test_transforms_never_exceed_the_bounds(group: str, data: st.DataObject) -> None:
     bounds = TransformBounds(math.radians(40), 0.2, 1.3)
-    numbers = [data.draw(NUMBERS) for _ in range(count_parameters(group))]
-    ((linear_x, linear_y),) = theta_from_parameters(torch.tensor([numbers]), group, bounds).double().tolist()
+    numbers = [data.draw(NUMBERS) for _ in range(count_transform_parameters(group))]
+    ((linear_x, linear_y),) = compute_theta_from_parameters(torch.tensor([numbers]), group, bounds).double().tolist()
     determinant = linear_x[0] * linear_y[1] - linear_x[1] * linear_y[0]
     first_axis = math.hypot(linear_x[0], linear_y[0])
     slack = 1 + 1e-5
@@ -88,8 +88,8 @@ def test_transforms_never_exceed_the_bounds(group: str, data: st.DataObject) -> 
 
 @given(group=st.sampled_from(["translation", "rotation", "scale"]), data=st.data())
 def test_a_group_does_not_change_components_that_it_does_not_name(group: str, data: st.DataObject) -> None:
-    numbers = [data.draw(NUMBERS) for _ in range(count_parameters(group))]
-    (theta,) = theta_from_parameters(torch.tensor([numbers]), group, TransformBounds())
+    numbers = [data.draw(NUMBERS) for _ in range(count_transform_parameters(group))]
+    (theta,) = compute_theta_from_parameters(torch.tensor([numbers]), group, TransformBounds())
     if group == "translation":
         assert torch.equal(theta[:, :2], IDENTITY[:, :2])
     else:
@@ -105,33 +105,33 @@ def test_a_group_does_not_change_components_that_it_does_not_name(group: str, da
 
 def test_a_rotation_by_90_degrees_equals_rot90_of_numpy() -> None:
     picture = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    rotated = warp(picture, make(angle=math.pi / 2))
+    rotated = warp_images(picture, make(angle=math.pi / 2))
     np.testing.assert_allclose(rotated.numpy(), np.rot90(picture.numpy(), 1, axes=(2, 3)), atol=1e-6)
 
 
 def test_a_positive_shift_moves_the_picture_left_and_up() -> None:
     picture = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    moved = warp(picture, make(shift=(2 / 4, 1 / 4)))  # half widths of 4 px: 2 px in x, 1 px in y
+    moved = warp_images(picture, make(shift=(2 / 4, 1 / 4)))  # half widths of 4 px: 2 px in x, 1 px in y
     torch.testing.assert_close(moved[:, :, :7, :6], picture[:, :, 1:, 2:])
 
 
 def test_a_scale_above_1_zooms_out() -> None:
     picture = torch.zeros(1, 1, 32, 32)
     picture[:, :, 8:24, 8:24] = 1
-    assert float(warp(picture, make(scale=1.25)).sum()) == pytest.approx(256 / 1.25**2, rel=0.02)
+    assert float(warp_images(picture, make(scale=1.25)).sum()) == pytest.approx(256 / 1.25**2, rel=0.02)
 
 
 @given(angle=st.floats(-3.1, 3.1), scale=st.floats(0.5, 2.0))
 def test_the_rotation_angle_equals_the_angle_of_make_theta(angle: float, scale: float) -> None:
     theta = make(angle, scale, (0.1, -0.2))
-    assert float(rotation_angle(theta)) == pytest.approx(angle, abs=1e-5)
-    assert float(rotation_angle(invert_theta(theta))) == pytest.approx(-angle, abs=1e-5)
+    assert float(compute_rotation_angle(theta)) == pytest.approx(angle, abs=1e-5)
+    assert float(compute_rotation_angle(invert_theta(theta))) == pytest.approx(-angle, abs=1e-5)
 
 
 @pytest.mark.parametrize(("padding", "expected"), [("border", 3.0), ("reflection", 2.0), ("zeros", 0.0)])
 def test_the_padding_sets_the_values_outside_the_frame(padding: str, expected: float) -> None:
     picture = torch.tensor([0.0, 1.0, 2.0, 3.0]).expand(1, 1, 4, 4)
-    beyond = warp(
+    beyond = warp_images(
         picture, make(shift=(1.0, 0.0)), padding
     )  # shifted by 2 px: the last column shows the second pixel after the edge
     assert float(beyond[0, 0, 0, 3]) == pytest.approx(expected, abs=1e-5)
@@ -146,7 +146,7 @@ def test_composing_is_associative_with_the_identity_as_neutral_element(a: Tensor
     torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
     assert torch.equal(compose_theta(a, IDENTITY[None]), a)
     assert torch.equal(compose_theta(IDENTITY[None], a), a)
-    torch.testing.assert_close(warp(smooth(), IDENTITY[None]), smooth(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(warp_images(smooth(), IDENTITY[None]), smooth(), rtol=0, atol=1e-5)
 
 
 @given(thetas())
@@ -159,15 +159,15 @@ def test_a_transform_and_its_inverse_compose_to_the_identity(theta: Tensor) -> N
 @settings(max_examples=50)
 @given(thetas("similarity"), thetas("similarity"))
 def test_one_warp_by_the_composition_equals_two_warps(outer: Tensor, inner: Tensor) -> None:
-    once = warp(smooth(), compose_theta(outer, inner))
-    twice = warp(warp(smooth(), outer), inner)
+    once = warp_images(smooth(), compose_theta(outer, inner))
+    twice = warp_images(warp_images(smooth(), outer), inner)
     torch.testing.assert_close(once[..., INSIDE, INSIDE], twice[..., INSIDE, INSIDE], rtol=0, atol=5e-3)
 
 
 @settings(max_examples=50)
 @given(thetas("similarity"))
 def test_a_warp_and_its_inverse_cancel(theta: Tensor) -> None:
-    back = warp(warp(smooth(), theta), invert_theta(theta))
+    back = warp_images(warp_images(smooth(), theta), invert_theta(theta))
     torch.testing.assert_close(back[..., INSIDE, INSIDE], smooth()[..., INSIDE, INSIDE], rtol=0, atol=5e-3)
 
 
@@ -181,7 +181,7 @@ def test_a_singular_transform_has_no_inverse() -> None:
 
 @given(thetas(), st.integers(1, 7), st.integers(1, 7))
 def test_a_pixel_is_valid_if_its_transformed_centre_is_inside_the_frame(theta: Tensor, height: int, width: int) -> None:
-    mask = valid_mask(theta, height, width)
+    mask = compute_valid_mask(theta, height, width)
     assert (mask.shape, mask.dtype) == ((1, height, width), torch.bool)
     matrix = theta[0].double().numpy()
     for row in range(height):
@@ -210,16 +210,16 @@ def test_an_untrained_spatial_transformer_predicts_the_identity_and_has_a_gradie
 @pytest.mark.parametrize("group", ["rotation_translation", "affine"])
 def test_a_warp_samples_the_same_coordinates_in_half_precision(group: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    theta = theta_from_parameters(
-        torch.randn(4, count_parameters(group), generator=generator), group, TransformBounds()
+    theta = compute_theta_from_parameters(
+        torch.randn(4, count_transform_parameters(group), generator=generator), group, TransformBounds()
     )
     ramp = torch.linspace(-128, 128, 256)  # the value of a pixel is its coordinate
     coordinates = torch.stack([ramp.expand(256, 256), ramp[:, None].expand(256, 256)])[None].expand(4, 2, 256, 256)
-    exact = warp(coordinates, theta, "border")
+    exact = warp_images(coordinates, theta, "border")
     with torch.autocast("cpu", torch.bfloat16):
-        assert float((warp(coordinates, theta, "border") - exact).abs().max()) < 1e-3
+        assert float((warp_images(coordinates, theta, "border") - exact).abs().max()) < 1e-3
         assert float((compose_theta(theta, invert_theta(theta)) - IDENTITY).abs().max()) < 1e-5
-    half = warp(coordinates.bfloat16(), theta, "border").float()
+    half = warp_images(coordinates.bfloat16(), theta, "border").float()
     assert float((half - exact).abs().max()) <= 0.51  # the rounding of bfloat16 for values near 128
 
 
@@ -232,6 +232,8 @@ def test_a_spatial_transformer_computes_theta_in_float32_under_autocast() -> Non
     images = torch.rand(4, 3, 32, 32)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         theta = net(images)
-    exact = theta_from_parameters(net.parameters_out(hidden[0].float()), "rotation_translation", TransformBounds())
+    exact = compute_theta_from_parameters(
+        net.parameters_out(hidden[0].float()), "rotation_translation", TransformBounds()
+    )
     assert theta.dtype == torch.float32
     torch.testing.assert_close(theta, exact)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision import models
 
 from focus_ray.errors import WeightsError
-from focus_ray.features.backbones.base import Backbone, build_backbone, load_backbone_state, set_padding
+from focus_ray.features.backbones.base import Backbone, build_backbone, load_published_weights, set_padding_mode
 from focus_ray.features.backbones.registry import BACKBONES
 from focus_ray.features.backbones.weights import read_weights
 
@@ -77,7 +77,7 @@ def test_the_spec_has_the_smallest_input_for_reflection_padding(name: str) -> No
     size = -(-spec.min_reflected_px // step) * step
     with torch.device("meta"), torch.inference_mode():
         backbone = Backbone(name).eval()
-        set_padding(backbone, "reflect")
+        set_padding_mode(backbone, "reflect")
         backbone(torch.empty(1, 3, size, size))
         if spec.min_reflected_px > 32:
             with pytest.raises(RuntimeError, match=r"[Pp]adding size"):
@@ -227,7 +227,7 @@ def test_the_error_for_a_missing_weight_names_it() -> None:
     state = models.resnet18(weights=None).state_dict()
     del state["layer2.0.conv1.weight"]
     with pytest.raises(WeightsError, match=r"^here: .*resnet18: missing \['layer2\.0\.conv1\.weight'\]"):
-        load_backbone_state(Backbone("resnet18"), state, source="here")
+        load_published_weights(Backbone("resnet18"), state, source="here")
 
 
 def test_layers_after_the_third_may_be_missing_and_a_ddp_prefix_is_ignored(tmp_path: Path) -> None:

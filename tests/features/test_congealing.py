@@ -14,8 +14,14 @@ from torch import Tensor
 
 from focus_ray.data.images import decode_batch
 from focus_ray.features.alignment.congealing import CongealingAligner
-from focus_ray.features.alignment.pairwise import pairwise_l2
-from focus_ray.features.alignment.theta import GROUP_COMPONENTS, make_theta, rotation_angle, valid_mask, warp
+from focus_ray.features.alignment.pairwise import measure_pairwise_l2
+from focus_ray.features.alignment.theta import (
+    GROUP_COMPONENTS,
+    build_theta_from_components,
+    compute_rotation_angle,
+    compute_valid_mask,
+    warp_images,
+)
 
 SIZE_PX = 128
 
@@ -44,7 +50,7 @@ def move(
     count = len(images)
     angles = (torch.rand(count, generator=generator) * 2 - 1) * max_angle
     shifts = (torch.rand(count, 2, generator=generator) * 2 - 1) * max_shift
-    moved = warp(images, make_theta(angles, torch.ones(count), shifts), "reflection")
+    moved = warp_images(images, build_theta_from_components(angles, torch.ones(count), shifts), "reflection")
     gain = 0.8 + 0.4 * torch.rand(count, 1, 1, 1, generator=generator)
     return (moved * gain + noise * torch.randn(moved.shape, generator=generator)).clamp(0, 1), angles
 
@@ -53,13 +59,13 @@ def fit_aligner(
     images: Tensor, group: str = "rotation_translation", seed: int = 0
 ) -> tuple[CongealingAligner, dict[str, Any]]:
     aligner = CongealingAligner(group)
-    return aligner, aligner.fit(aligner.prepare(images), seed)
+    return aligner, aligner.fit(aligner.standardise_images(images), seed)
 
 
 def errors_of_pairs(theta: Tensor, angles: Tensor) -> Tensor:
     """Computes the error, in degrees, of the relative rotation of every pair of images."""
     # for an image rotated by a, the angle of theta is c - a: the sum is the same for all images
-    total = rotation_angle(theta) + angles
+    total = compute_rotation_angle(theta) + angles
     first, second = torch.triu_indices(len(total), len(total), 1)
     difference = total[first] - total[second]
     return torch.atan2(difference.sin(), difference.cos()).abs().rad2deg()
@@ -110,9 +116,9 @@ def test_alignment_of_real_screws_lowers_the_pairwise_l2(shared: Path) -> None:
     assert report.enabled
     new_screws = read_screws(shared, 200, 40)
     theta = aligner(new_screws)
-    valid = valid_mask(theta, SIZE_PX, SIZE_PX)
-    before = pairwise_l2(new_screws, valid)
-    after = pairwise_l2(warp(new_screws, theta), valid)
+    valid = compute_valid_mask(theta, SIZE_PX, SIZE_PX)
+    before = measure_pairwise_l2(new_screws, valid)
+    after = measure_pairwise_l2(warp_images(new_screws, theta), valid)
     print(f"pairwise L2 {before:.4f} -> {after:.4f}, a fall of {1 - after / before:.0%}; in the fit {report.drop:.0%}")
     assert after <= 0.6 * before
 
@@ -135,7 +141,7 @@ def test_theta_stays_within_the_bounds_from_training(bounded_aligner: Congealing
     assert math.degrees(float(bounded_aligner.angle_bound)) < 60
     images, _ = move(draw_part().expand(24, -1, -1, -1), seed=8, max_shift=0.4)  # any angle, large shifts
     theta = bounded_aligner(images)
-    assert bool((rotation_angle(theta).abs() <= bounded_aligner.angle_bound + 1e-4).all())
+    assert bool((compute_rotation_angle(theta).abs() <= bounded_aligner.angle_bound + 1e-4).all())
     distance = (theta[..., 2] - bounded_aligner.shift_centre).abs()
     assert bool((distance <= bounded_aligner.shift_bound + 1e-4).all())
 
@@ -144,9 +150,11 @@ def test_theta_stays_within_the_bounds_from_training(bounded_aligner: Congealing
 def test_theta_scales_at_most_by_max_scale(group: str) -> None:
     aligner = CongealingAligner(group, max_scale=1.1, min_drop=0.0)
     images, _ = move(draw_part().expand(12, -1, -1, -1), seed=9, max_angle=math.radians(20))
-    aligner.fit(aligner.prepare(images))
+    aligner.fit(aligner.standardise_images(images))
     aligner.enabled.fill_(True)
-    zoomed = warp(images, make_theta(torch.zeros(12), torch.full((12,), 0.6), torch.zeros(12, 2)))
+    zoomed = warp_images(
+        images, build_theta_from_components(torch.zeros(12), torch.full((12,), 0.6), torch.zeros(12, 2))
+    )
     stretch = torch.linalg.svdvals(aligner(zoomed)[..., :2])
     # an affine stretch is clamped entry by entry, so both axes together may stretch by twice the limit
     limit = math.log(1.1) * (1 if group == "similarity" else 2)
@@ -181,7 +189,7 @@ def test_every_group_moves_only_by_its_components(group: str) -> None:
     theta = aligner(images)
     assert theta.shape == (6, 2, 3)
     assert bool(torch.isfinite(theta).all())
-    assert "r" in GROUP_COMPONENTS[group] or rotation_angle(theta).abs().max() == 0
+    assert "r" in GROUP_COMPONENTS[group] or compute_rotation_angle(theta).abs().max() == 0
     assert "t" in GROUP_COMPONENTS[group] or theta[..., 2].abs().max() == 0
 
 
@@ -190,7 +198,7 @@ def test_images_that_cannot_be_aligned_are_refused() -> None:
     with pytest.raises(ValueError, match="got 3"):
         aligner.fit(torch.zeros(3, aligner.FINE_PX, aligner.FINE_PX))
     with pytest.raises(ValueError, match=r"\(1, 3, 64, 32\)"):
-        aligner.prepare(torch.zeros(1, 3, 64, 32))
+        aligner.standardise_images(torch.zeros(1, 3, 64, 32))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -201,6 +209,6 @@ def test_pairwise_l2_is_the_mean_over_pairs_and_pixels_that_both_images_show(mas
         valid[0, :2], valid[1, :, 6:] = False, False
     norm = np.sqrt(((images[0] - images[1]).numpy() ** 2).sum(axis=0))
     expected = norm[2:, :6].mean() if masked else norm.mean()
-    assert pairwise_l2(images, valid if masked else None) == pytest.approx(expected, rel=1e-5)
+    assert measure_pairwise_l2(images, valid if masked else None) == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="got 1"):
-        pairwise_l2(images[:1])
+        measure_pairwise_l2(images[:1])

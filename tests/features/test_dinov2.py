@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from focus_ray.errors import WeightsError
-from focus_ray.features.backbones.base import build_backbone, build_meta_backbone, load_backbone_state
+from focus_ray.features.backbones.base import build_backbone, build_meta_backbone, load_published_weights
 
 LEVELS = (2, 5, 8)  # the last block of each layer
 
@@ -183,7 +183,7 @@ def test_the_larger_models_have_the_published_names_and_shapes() -> None:
     for registers, name in ((0, "dinov2_vitb14"), (4, "dinov2_vitb14_reg")):
         with torch.device("meta"):
             state = {key: torch.empty(shape) for key, shape in published_shapes(768, registers).items()}
-        load_backbone_state(build_meta_backbone(name), state, source="here")
+        load_published_weights(build_meta_backbone(name), state, source="here")
 
 
 def test_missing_weights_and_weights_of_another_model_are_refused(named_weights: tuple[str, Path]) -> None:

@@ -18,9 +18,14 @@ from torch import Tensor, nn
 
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.settings import DensityConfig
-from focus_ray.features.alignment.theta import warp
+from focus_ray.features.alignment.theta import warp_images
 from focus_ray.features.batch_norm import GlobalBatchNorm2d
-from focus_ray.features.network import ALIGNED_IMAGE_PADDING, AlignedFeatures, build_net, warp_to_common_frame
+from focus_ray.features.network import (
+    ALIGNED_IMAGE_PADDING,
+    AlignedFeatures,
+    build_network,
+    warp_features_to_common_frame,
+)
 from focus_ray.features.settings import ModelConfig
 from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.passes import compute_statistics
@@ -76,7 +81,7 @@ def run_norm(norm: nn.Module, x: Tensor, factors: Tensor) -> dict[str, Tensor]:
 
 
 def build_objective(mode: str) -> TrainingObjective:
-    net = build_net(aligned_config(mode))
+    net = build_network(aligned_config(mode))
     return TrainingObjective(net, Head(net), TrainConfig()).train()
 
 
@@ -207,7 +212,7 @@ def test_every_level_is_warped_to_the_last_frame(is_moved: tuple[bool, ...]) -> 
     frames = (image @ first, image @ first @ second, image @ first @ second @ third)
     levels = tuple(scene(frame, size) for frame, size in zip(frames, (96, 64, 32), strict=True))
     thetas = tuple(theta_of(transform) for transform in moved[1:])
-    common, total = warp_to_common_frame(AlignedFeatures(levels, thetas, scene(image, 64), theta_of(moved[0])))
+    common, total = warp_features_to_common_frame(AlignedFeatures(levels, thetas, scene(image, 64), theta_of(moved[0])))
     np.testing.assert_allclose(total[0], frames[2][:2], atol=1e-5)
     for level, size in zip(common, (96, 64, 32), strict=True):
         inside = slice(round(size * 0.3), round(size * 0.7))  # all levels show these pixels
@@ -217,22 +222,24 @@ def test_every_level_is_warped_to_the_last_frame(is_moved: tuple[bool, ...]) -> 
 
 def test_levels_without_alignment_do_not_change() -> None:
     levels = tuple(scene(np.eye(3), size) for size in (16, 8, 4))
-    common, total = warp_to_common_frame(AlignedFeatures(levels, (None, None, None), scene(np.eye(3), 64), None))
+    common, total = warp_features_to_common_frame(
+        AlignedFeatures(levels, (None, None, None), scene(np.eye(3), 64), None)
+    )
     assert total is None
     assert all(warped is level for warped, level in zip(common, levels, strict=True))
 
 
 def test_levels_and_thetas_of_the_network_are_in_the_documented_frames() -> None:
-    net = build_net(aligned_config("frozen")).eval()
+    net = build_network(aligned_config("frozen")).eval()
     for aligner in [net.image_aligner.transformer, *net.feature_aligners.values()]:
         nn.init.constant_(aligner.parameters_out.bias, 0.3)
     images = random_images(2)
     with torch.inference_mode():
         aligned = net(images)
-        assert torch.equal(aligned.image, warp(images, aligned.theta_image, ALIGNED_IMAGE_PADDING))
+        assert torch.equal(aligned.image, warp_images(images, aligned.theta_image, ALIGNED_IMAGE_PADDING))
         x = (aligned.image - net.pixel_mean) / net.pixel_std
         for number, layer in enumerate(("layer1", "layer2", "layer3")):
-            x = warp(getattr(net.backbone, layer)(x), aligned.thetas[number])
+            x = warp_images(getattr(net.backbone, layer)(x), aligned.thetas[number])
             torch.testing.assert_close(aligned.levels[number], x)
     angle = 0.3 * math.pi  # for a bias of 0.3, before the tanh
     assert float(aligned.theta_image[0, 1, 0]) == pytest.approx(math.sin(math.tanh(0.3) / 0.3 * angle), abs=1e-5)
@@ -258,7 +265,7 @@ def parts(count: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("quarter_turns", [0, 1, 2])
 def test_an_anomaly_is_marked_at_its_position_in_the_input_image(quarter_turns: int) -> None:
     torch.manual_seed(0)
-    net = build_net(aligned_config("frozen")).eval()
+    net = build_network(aligned_config("frozen")).eval()
     nn.init.constant_(net.image_aligner.transformer.parameters_out.bias, math.atanh(min(quarter_turns / 2, 0.9999)))
     for aligner in net.feature_aligners.values():
         nn.init.constant_(aligner.parameters_out.bias, 0.4)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from focus_ray.detect.detector import describe_embedding
+from focus_ray.detect.detector import compute_descriptors
 from focus_ray.fitting import duplicates
 from focus_ray.fitting.duplicates import ImageOrigins, find_relations
 
@@ -97,7 +97,7 @@ def test_components_equal_those_of_union_find(edges: list[tuple[int, int]]) -> N
 
 
 def test_distances_are_means_over_cells() -> None:
-    descriptors = describe_embedding(torch.randn(3, 5, 16, 16, generator=torch.Generator().manual_seed(0)))
+    descriptors = compute_descriptors(torch.randn(3, 5, 16, 16, generator=torch.Generator().manual_seed(0)))
     assert descriptors.shape == (3, 64, 5)
     expected = (descriptors[0] - descriptors[1]).norm(dim=1).mean()
     distance = duplicates.descriptor_distances(descriptors, descriptors)[0, 1]

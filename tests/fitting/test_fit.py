@@ -12,7 +12,7 @@ from torch import Tensor
 
 from focus_ray.density.nearest import NearestMemory
 from focus_ray.detect.detector import Detector
-from focus_ray.features.network import build_net
+from focus_ray.features.network import build_network
 from focus_ray.fitting.fit import FitResult, fit
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.shards import MemoryShard
@@ -119,7 +119,7 @@ def test_the_realised_false_alarm_rate_is_near_the_target(method: str, kind: str
     calibration = {"method": method, "target_fpr": TARGET}
     config = make_config(density=density, scoring={"image_score": "maximum"}, calibration=calibration)
     torch.manual_seed(0)
-    net, generator, rates = build_net(config.model), torch.Generator().manual_seed(1), []
+    net, generator, rates = build_network(config.model), torch.Generator().manual_seed(1), []
     for _ in range(NUM_DRAWS):
         images, holdout = good_parts(NUM_FIT, generator), good_parts(NUM_HOLDOUT, generator)
         rates.append(rate_of(fit_images(config, images, holdout, net), good_parts(NUM_NEW, generator)))
@@ -133,7 +133,7 @@ def test_leave_one_out_with_a_learnt_projection_and_a_profile_keeps_the_target(c
     # layer 1 has 64 channels, so there are far more patches than channels, as in real images
     config = make_config(density={"per_place": per_place, "coreset": 32}, calibration={"target_fpr": TARGET})
     torch.manual_seed(0)
-    net, generator, rates = build_net(config.model), torch.Generator().manual_seed(2), []
+    net, generator, rates = build_network(config.model), torch.Generator().manual_seed(2), []
     for _ in range(NUM_DRAWS):
         result = fit_images(config, good_parts(count, generator), net=net)
         assert (result.calibration.method, result.calibration.num_images) == ("leave_one_out", count)

@@ -18,10 +18,10 @@ from focus_ray.bundle.bundle import read_bundle, read_statistics
 from focus_ray.bundle.metric import average_projections
 from focus_ray.defects import synthetic_validation_set
 from focus_ray.density.settings import DensityConfig
-from focus_ray.detect.detector import embed
+from focus_ray.detect.detector import embed_images
 from focus_ray.detect.settings import ScoringConfig
 from focus_ray.errors import BundleError, ConfigError
-from focus_ray.features.network import to_images
+from focus_ray.features.network import convert_to_float_images
 from focus_ray.fitting.fit import CategoryFit
 from focus_ray.fitting.passes import compute_statistics
 from focus_ray.fitting.projection import (
@@ -120,7 +120,9 @@ def test_a_learnt_projection_separates_synthetic_defects_better_than_a_random_pr
     defective_images = torch.from_numpy(synthetic_validation_set(images.numpy(), 99, 1)[0])
     with torch.inference_mode():
         normal, defective = (
-            embed(run.net, full_reduction, to_images(batch, CPU))[0][:, : full_reduction.num_channels]
+            embed_images(run.net, full_reduction, convert_to_float_images(batch, CPU))[0][
+                :, : full_reduction.num_channels
+            ]
             for batch in (images, defective_images)
         )
 
@@ -237,9 +239,9 @@ def test_the_embedding_of_an_image_does_not_depend_on_the_other_images(data: str
     run.fit_image_aligner()
     run.net.image_aligner.enabled.fill_(True)
     run.net.eval()
-    images = to_images(torch.cat(list(run.shard.fit_batches())), CPU)
+    images = convert_to_float_images(torch.cat(list(run.shard.fit_batches())), CPU)
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(count))[:count]
-    whole, theta = embed(run.net, run.reduction, images, pad_batches=True)
-    embedding, chosen_theta = embed(run.net, run.reduction, images[chosen], pad_batches=True)
+    whole, theta = embed_images(run.net, run.reduction, images, pad_batches=True)
+    embedding, chosen_theta = embed_images(run.net, run.reduction, images[chosen], pad_batches=True)
     assert torch.equal(chosen_theta, theta[chosen])
     assert torch.equal(embedding, whole[chosen])

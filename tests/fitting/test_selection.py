@@ -10,7 +10,7 @@ import torch
 from small_set import NUM_TRAIN, fit_alone, small_config
 
 from focus_ray.errors import DataError
-from focus_ray.features.network import build_net
+from focus_ray.features.network import build_network
 from focus_ray.fitting.fit import FitResult, build_detector
 from focus_ray.fitting.passes import compute_statistics, compute_validation_figures
 from focus_ray.fitting.selection import DEFECTS_PER_IMAGE, MIN_GAIN, validation_figures, validation_images
@@ -90,7 +90,7 @@ def test_the_untrained_network_is_kept_if_no_epoch_gains_enough(data: str, monke
     monkeypatch.setattr("focus_ray.fitting.fit.MIN_GAIN", 1.0)
     config = selection_config(data, train={"epochs": 1, "learning_rate": 0.05})
     torch.manual_seed(config.train.seed)
-    untrained, selected = build_net(config.model).state_dict(), fit_alone(config).net.state_dict()
+    untrained, selected = build_network(config.model).state_dict(), fit_alone(config).net.state_dict()
     assert all(torch.equal(selected[name], value) for name, value in untrained.items() if name in selected)
 
 

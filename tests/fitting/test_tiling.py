@@ -25,8 +25,8 @@ from focus_ray.density.moments import Moments
 from focus_ray.density.settings import DensityConfig
 from focus_ray.density.tiles import TiledDensity, Tiles, join_bank_of_tiles, split_bank_into_tiles, split_maps
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator
-from focus_ray.detect.detector import ScoredImages, can_share_backbone_pass, score_together
-from focus_ray.detect.inspection import resize_map
+from focus_ray.detect.detector import ScoredImages, can_share_backbone_pass, score_with_shared_backbone
+from focus_ray.detect.inspection import resize_anomaly_map
 from focus_ray.errors import ConfigError
 from focus_ray.fitting.fit import FitResult, check_prerequisites, fit
 from focus_ray.fitting.regions import load_frame
@@ -53,7 +53,7 @@ def textures(count: int, size: tuple[int, int]) -> Tensor:
 
 def fit_textures(config: Config, num_holdout: int = 4, num_new: int = 18) -> tuple[FitResult, ScoredImages]:
     """Fits a detector to 16 textures, and scores new ones."""
-    images = textures(16 + num_holdout + num_new, config.model.frame_px)
+    images = textures(16 + num_holdout + num_new, config.model.resized_image_px)
     shard = MemoryShard(images[:16], images[16 : 16 + num_holdout])
     result = fit(config, shard, 16, torch.device("cpu"))
     return result, result.detector(images[-num_new:])
@@ -95,14 +95,14 @@ def test_a_bank_of_images_is_folded_into_a_bank_of_tiles() -> None:
 
 @pytest.mark.parametrize("overlap_px", [0, 1, 8, 16])
 def test_the_weights_of_overlapping_tiles_add_up_to_one(overlap_px: int) -> None:
-    map_generator = AnomalyMapGenerator.for_tiles(Tiles(2, 3, 32, overlap_px), 4, 4.0)
+    map_generator = AnomalyMapGenerator.build_for_tiles(Tiles(2, 3, 32, overlap_px), 4, 4.0)
     anomaly_map = map_generator(torch.ones(1, 8, 12))
     assert anomaly_map.shape == (1, 64 - overlap_px, 96 - 2 * overlap_px)
     torch.testing.assert_close(anomaly_map, torch.ones_like(anomaly_map))
 
 
 def test_values_of_two_tiles_blend_linearly_in_their_overlap() -> None:
-    map_generator = AnomalyMapGenerator.for_tiles(Tiles(1, 2, 32, 8), 4, 0.0)
+    map_generator = AnomalyMapGenerator.build_for_tiles(Tiles(1, 2, 32, 8), 4, 0.0)
     row = map_generator(torch.cat([torch.zeros(1, 4, 4), torch.ones(1, 4, 4)], dim=2))[0, 0]
     expected = torch.cat([torch.zeros(24), (torch.arange(8) + 0.5) / 8, torch.ones(24)])
     torch.testing.assert_close(row, expected)
@@ -210,7 +210,7 @@ def test_a_bundle_scores_like_the_fit_that_made_it_and_together_with_another_mod
     read.net.backbone = result.net.backbone
     assert can_share_backbone_pass(result.detector, read)
     expected = result.detector(images)
-    together = score_together([(result.detector, images), (read, images[:2])])
+    together = score_with_shared_backbone([(result.detector, images), (read, images[:2])])
     for scored, count in zip((read(images), *together), (3, 3, 2), strict=True):
         torch.testing.assert_close(scored.score, expected.score[:count], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(scored.anomaly_map, expected.anomaly_map[:count], rtol=1e-3, atol=1e-3)
@@ -221,7 +221,7 @@ def test_evaluation_of_a_tiled_category_equals_scikit_learn(fitted: tuple[FitRes
     figures = inspector.evaluate(records)
     assert (figures["num_normal"], figures["num_anomalous"], figures["num_masks"]) == (4, 4, 4)
     inspections = inspector.inspect([record["image"] for record in records])
-    maps = np.stack([resize_map(inspection.anomaly_map, 64, 64) for inspection in inspections])
+    maps = np.stack([resize_anomaly_map(inspection.anomaly_map, 64, 64) for inspection in inspections])
     masks = [np.zeros((64, 64), bool) if r["mask"] is None else decode_mask(r["mask"], 64, 64) for r in records]
     assert figures["pixel_auroc"] == pytest.approx(roc_auc_score(np.stack(masks).ravel(), maps.ravel()), abs=1e-4)
     labels = [record["label"] for record in records]

@@ -32,7 +32,7 @@ from focus_ray.cli.main import main
 from focus_ray.client import FoundRegion
 from focus_ray.data.images import decode_image_with_info
 from focus_ray.detect.detector import can_share_backbone_pass
-from focus_ray.detect.inspection import Inspection, Region, resize_map
+from focus_ray.detect.inspection import Inspection, Region, resize_anomaly_map
 from focus_ray.errors import BundleError, ConfigError, RegistryError
 from focus_ray.serving.batching import Batcher
 from focus_ray.serving.launch import check_host
@@ -91,7 +91,7 @@ def test_query_and_accept_header_choose_a_picture(http: TestClient, plant: Plant
 
     mask = ask("?output=mask")
     white = np.asarray(Image.open(io.BytesIO(mask.content))) > 0
-    full_map = resize_map(expected.anomaly_map, expected.height, expected.width)
+    full_map = resize_anomaly_map(expected.anomaly_map, expected.height, expected.width)
     assert np.array_equal(white, full_map > expected.pixel_threshold)
     assert float(mask.headers["x-score"]) == pytest.approx(expected.score, rel=1e-4)
     assert ask("", "image/png").content == ask("?output=heatmap").content

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from focus_ray.settings.kinds import Kinds
+from focus_ray.settings.kinds import LazyRegistry
 
 if TYPE_CHECKING:
     from focus_ray.data.importers.base import Importer
 
 # in the order in which they are compared with a folder
-IMPORTERS: Kinds[Importer] = Kinds(
+IMPORTERS: LazyRegistry[Importer] = LazyRegistry(
     "format",
     {
         "visa": "focus_ray.data.importers.visa:VISA",

@@ -11,12 +11,12 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator
 
 from focus_ray.density.registry import DENSITIES
-from focus_ray.settings.sections import Layer, Precision, Section
+from focus_ray.settings.sections import ConfigSection, Layer, Precision
 
-DensityName = Annotated[str, AfterValidator(DENSITIES.check)]
+DensityName = Annotated[str, AfterValidator(DENSITIES.check_name)]
 
 
-class SharedSettings(Section):
+class SharedSettings(ConfigSection):
     """The density of normal embeddings, one for each place of the map."""
 
     kind: DensityName = Field(

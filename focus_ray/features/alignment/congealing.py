@@ -26,19 +26,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from focus_ray.features.alignment.pairwise import pairwise_l2
+from focus_ray.features.alignment.pairwise import measure_pairwise_l2
 from focus_ray.features.alignment.theta import (
     GROUP_COMPONENTS,
+    build_identity_theta,
+    build_rotation_theta,
+    build_theta_from_components,
     compose_theta,
-    identity_theta,
+    compute_rotation_angle,
+    compute_valid_mask,
+    downsample_antialiased,
     invert_theta,
-    make_theta,
-    rotation_angle,
-    rotation_theta,
-    shrink,
-    split_parameters,
-    valid_mask,
-    warp,
+    split_parameters_by_component,
+    warp_images,
     wrap_angle,
 )
 
@@ -70,7 +70,7 @@ class CongealingAligner(nn.Module):
     """Computes the transform theta (see `alignment.theta`) that aligns an image to a template of normal images.
 
     `fit` learns the template. Before, theta is the identity. In shapes, F is FINE_PX and S the side of the resolution in use.
-    Prepared images are the result of `prepare`.
+    Prepared images are the result of `standardise_images`.
 
     Attributes:
         template: (F, F), grey mean image.
@@ -133,10 +133,10 @@ class CongealingAligner(nn.Module):
         self.register_buffer("angle_bound", torch.tensor(math.pi))
         self.register_buffer("shift_centre", torch.zeros(2))
         self.register_buffer("shift_bound", torch.full((2,), max_shift))
-        self._bank: tuple[Tensor, ...] | None = None  # cache of `_search_bank`
+        self._correlation_terms: tuple[Tensor, ...] | None = None  # cache of `_compute_correlation_terms`
 
     # ---- images
-    def prepare(self, images: Tensor) -> Tensor:
+    def standardise_images(self, images: Tensor) -> Tensor:
         """Converts square images (B, 3, H, W) to grey images (B, F, F) with mean 0 and standard deviation 1.
 
         Raises: ValueError: images are not square.
@@ -145,13 +145,13 @@ class CongealingAligner(nn.Module):
             raise ValueError(f"images have shape {tuple(images.shape)}, expected H = W: resize them to squares")
         grey = images.float().mean(1, keepdim=True)
         if grey.shape[-1] != self.FINE_PX:
-            grey = shrink(grey, self.FINE_PX)
+            grey = downsample_antialiased(grey, self.FINE_PX)
         grey = grey[:, 0]
         grey = grey - grey.mean((1, 2), keepdim=True)
         return grey / grey.std((1, 2), keepdim=True).clamp_min(self.MIN_STD)
 
     @staticmethod
-    def _resize(x: Tensor, size: int) -> Tensor:
+    def _downsample_by_averaging(x: Tensor, size: int) -> Tensor:
         """Resizes images (B, S, S) to a smaller size (B, size, size) by averaging."""
         return x if x.shape[-1] == size else F.adaptive_avg_pool2d(x[:, None], size)[:, 0]
 
@@ -160,14 +160,14 @@ class CongealingAligner(nn.Module):
         """Replaces template and weight, both (F, F), and clears the cache of rotated templates."""
         self.template.copy_(template)
         self.weight.copy_(weight)
-        self._bank = None
+        self._correlation_terms = None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Loads a state dict, and clears the cache of rotated templates, which belongs to the old template."""
         super()._load_from_state_dict(*args, **kwargs)
-        self._bank = None
+        self._correlation_terms = None
 
-    def _search_bank(self) -> tuple[Tensor, ...]:
+    def _compute_correlation_terms(self) -> tuple[Tensor, ...]:
         """Computes, and caches, the terms of the correlation that do not depend on the image: rotated templates and their sums.
 
         There are K angles and, for each angle, n x n shifts with n = 2 * radius + 1.
@@ -175,18 +175,23 @@ class CongealingAligner(nn.Module):
         Returns: kernels (2K, 1, S, S) of weighted templates and weights; sum of weights, mean and variance of the template
             inside the image, and penalty, all (K, n, n); angles (K,) in radians.
         """
-        if self._bank is not None and self._bank[0].device == self.template.device:
-            return self._bank
+        if self._correlation_terms is not None and self._correlation_terms[0].device == self.template.device:
+            return self._correlation_terms
         size, radius = self.COARSE_PX, self.radius
         device = self.template.device
         num = self.NUM_ANGLES if self.has_rotation else 1
         angles = torch.arange(num, device=device) * (2 * math.pi / num)
         # the rotated template in the frame of the input image, at shift 0: T(theta^-1 x)
-        back = invert_theta(rotation_theta(angles.float()))
-        pair = torch.stack([self._resize(self.template[None], size)[0], self._resize(self.weight[None], size)[0]])
-        rotated = warp(pair.expand(num, -1, -1, -1), back, "zeros")
+        back = invert_theta(build_rotation_theta(angles.float()))
+        pair = torch.stack(
+            [
+                self._downsample_by_averaging(self.template[None], size)[0],
+                self._downsample_by_averaging(self.weight[None], size)[0],
+            ]
+        )
+        rotated = warp_images(pair.expand(num, -1, -1, -1), back, "zeros")
         weight = rotated[:, 1].clamp_min(0)
-        template = warp(pair[:1].expand(num, 1, -1, -1), back, "border")[:, 0]
+        template = warp_images(pair[:1].expand(num, 1, -1, -1), back, "border")[:, 0]
         kernels = torch.cat([weight * template, weight, weight * template**2])[:, None]  # (3K, 1, S, S)
         frame = torch.ones(1, 1, size, size, device=device)
         sums = F.conv2d(F.pad(frame, [radius] * 4), kernels)[0]  # correlation with the mask of the image's frame
@@ -202,17 +207,17 @@ class CongealingAligner(nn.Module):
             px = (torch.arange(2 * radius + 1, device=device) - radius) * (2 / size)
             outside = [(px - c).abs() > b + 1 / size for c, b in zip(self.shift_centre, self.shift_bound, strict=True)]
             penalty = penalty + self.OUT_OF_BOUNDS_PENALTY * (outside[1][:, None] | outside[0][None, :])
-        self._bank = (kernels[: 2 * num], w, mean_t, var_t, penalty, angles)
-        return self._bank
+        self._correlation_terms = (kernels[: 2 * num], w, mean_t, var_t, penalty, angles)
+        return self._correlation_terms
 
-    def search(self, coarse: Tensor) -> tuple[Tensor, Tensor]:
+    def search_transforms(self, coarse: Tensor) -> tuple[Tensor, Tensor]:
         """Searches for each image the transforms with the highest masked normalised cross-correlation with the template.
 
         Args: coarse: (B, S, S), prepared images at S = COARSE_PX.
 
         Returns: theta (B, C, 2, 3) of C candidates, NUM_CANDIDATES or 1 without rotation, and their correlations (B, C).
         """
-        kernels, w, mean_t, var_t, penalty, angles = self._search_bank()
+        kernels, w, mean_t, var_t, penalty, angles = self._compute_correlation_terms()
         num, radius = len(angles), self.radius
         padded = F.pad(torch.stack([coarse, coarse**2], 1), [radius] * 4)
         sums = F.conv2d(padded[:, :1], kernels)  # (B, 2K, n, n): sums of w t i and w i
@@ -236,10 +241,10 @@ class CongealingAligner(nn.Module):
         dy = torch.div(best_shift, side, rounding_mode="floor") - radius
         dx = best_shift % side - radius
         shift = torch.stack([dx, dy], -1).float() * (2 / self.COARSE_PX)
-        return self._bound(rotation_theta(angles.float()[index], shift)), top
+        return self._limit_transform(build_rotation_theta(angles.float()[index], shift)), top
 
     # ---- (b) refinement
-    def _template_derivatives(self, template: Tensor) -> Tensor:
+    def _differentiate_template(self, template: Tensor) -> Tensor:
         """Computes the derivatives of the template's pixels with respect to all parameters of the refinement.
 
         Gain and bias are factor and offset of the brightness of an image.
@@ -263,33 +268,33 @@ class CongealingAligner(nn.Module):
         columns = [field for component in self.components for field in fields[component]]
         return torch.stack([*columns, template, torch.ones_like(template)], dim=-1).flatten(0, 1)
 
-    def _increment(self, delta: Tensor) -> Tensor:
-        """Builds small transforms (B, 2, 3) of the group from parameters (B, d) in the order of `_template_derivatives`."""
-        parts = split_parameters(delta, self.group)
+    def _build_small_transform(self, delta: Tensor) -> Tensor:
+        """Builds small transforms (B, 2, 3) of the group from parameters (B, d) in the order of `_differentiate_template`."""
+        parts = split_parameters_by_component(delta, self.group)
         zero = delta.new_zeros(delta.shape[0])
         angle = parts["r"][:, 0] if "r" in parts else zero
         scale = parts["s"][:, 0].exp() if "s" in parts else zero + 1
         shift = parts["t"] if "t" in parts else delta.new_zeros(delta.shape[0], 2)
-        theta = make_theta(angle, scale, shift)
+        theta = build_theta_from_components(angle, scale, shift)
         if "a" in parts:
             along, across = parts["a"].unbind(dim=1)
             stretch = torch.stack([torch.stack([1 + along, across], -1), torch.stack([across, 1 - along], -1)], -2)
             theta = torch.cat([theta[..., :2] @ stretch, theta[..., 2:]], dim=-1)
         return theta
 
-    def _bound(self, theta: Tensor) -> Tensor:
+    def _limit_transform(self, theta: Tensor) -> Tensor:
         """Returns thetas (..., 2, 3) in which rotation, shift and scale are limited to the bounds of the aligner."""
         linear, shift = theta[..., :2], theta[..., 2]
         if self.has_shift:
             low, high = self.shift_centre - self.shift_bound, self.shift_centre + self.shift_bound
             shift = torch.minimum(torch.maximum(shift, low), high)
         if self.has_rotation:
-            angle = rotation_angle(theta)
+            angle = compute_rotation_angle(theta)
             excess = angle - torch.minimum(torch.maximum(angle, -self.angle_bound), self.angle_bound)
-            linear = rotation_theta(-excess)[..., :2] @ linear
+            linear = build_rotation_theta(-excess)[..., :2] @ linear
         limit = math.log(self.max_scale)
         if "a" in self.components:
-            rotation = rotation_theta(rotation_angle(linear))[..., :2]
+            rotation = build_rotation_theta(compute_rotation_angle(linear))[..., :2]
             stretch = rotation.transpose(-1, -2) @ linear - torch.eye(2, device=theta.device)
             linear = rotation + rotation @ stretch.clamp(-limit, limit)
         elif "s" in self.components:
@@ -298,7 +303,7 @@ class CongealingAligner(nn.Module):
             linear = linear * (scale.log().clamp(-limit, limit).exp() / scale)[..., None, None]
         return torch.cat([linear, shift[..., None]], dim=-1)
 
-    def refine(self, level: Tensor, theta: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+    def refine_transforms(self, level: Tensor, theta: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
         """Improves transforms by Gauss-Newton steps at the resolution of `level`. The cost never becomes higher.
 
         The cost tells how badly an aligned image matches the template: it is about 0..1, plus penalties for small overlap and
@@ -312,9 +317,9 @@ class CongealingAligner(nn.Module):
         Returns: theta (B, 2, 3), and the cost (B,).
         """
         size = level.shape[-1]
-        template = self._resize(self.template[None], size)[0]
-        weight = self._resize(self.weight[None], size)[0].flatten()
-        derivatives = self._template_derivatives(template)
+        template = self._downsample_by_averaging(self.template[None], size)[0]
+        weight = self._downsample_by_averaging(self.weight[None], size)[0].flatten()
+        derivatives = self._differentiate_template(template)
         columns = derivatives.shape[1]
         # outer products of each pixel's derivatives, computed once: a normal matrix is then one product with the weights
         outer = (derivatives[:, :, None] * derivatives[:, None, :]).flatten(1)  # (P, (d + 2)^2)
@@ -329,10 +334,10 @@ class CongealingAligner(nn.Module):
             inside = ((1 - grid.abs().amax(-1)).flatten(1) * (size / 2) + 0.5).clamp(0, 1) * weight  # soft edge
             # least squares fit of gain and bias of the template for each image, then the robust residual
             total = inside.sum(1, keepdim=True).clamp_min(self.MIN_VARIANCE)
-            normal = _multiply_rows(inside, outer2).view(-1, 2, 2) / total[..., None]
-            right = _multiply_rows(inside * moved, gain_bias) / total
-            fit = _solve2(normal + ridge2, right)
-            residual = moved - _multiply_rows(fit, gain_bias.T)
+            normal = _multiply_rows_separately(inside, outer2).view(-1, 2, 2) / total[..., None]
+            right = _multiply_rows_separately(inside * moved, gain_bias) / total
+            fit = _solve_2x2_systems(normal + ridge2, right)
+            residual = moved - _multiply_rows_separately(fit, gain_bias.T)
             square = residual.square()
             sigma2 = (inside * square).sum(1, keepdim=True) / total + self.EPSILON
             clip = self.ROBUST_STDS**2 * sigma2
@@ -348,15 +353,15 @@ class CongealingAligner(nn.Module):
                 break
             # damped Gauss-Newton step for all d + 2 parameters, with the weights of a Cauchy distribution
             w = inside / (1 + square / clip)
-            normal = _multiply_rows(w, outer).view(-1, columns, columns)
+            normal = _multiply_rows_separately(w, outer).view(-1, columns, columns)
             trace = normal.diagonal(dim1=1, dim2=2)
             normal = normal + torch.diag_embed(self.DAMPING * trace + self.EPSILON)
-            right = _multiply_rows(w * residual, derivatives)
-            solution = _solve(normal, right)
+            right = _multiply_rows_separately(w * residual, derivatives)
+            solution = _solve_linear_systems(normal, right)
             delta = solution[:, :-2] / fit[:, :1].clamp_min(self.MIN_GAIN)
             delta = delta * (self.MAX_STEP / delta.abs().amax(1, keepdim=True).clamp_min(self.MAX_STEP))
             # inverse compositional: the increment moves the template, so its inverse moves the image
-            theta = self._bound(compose_theta(theta, invert_theta(self._increment(delta))))
+            theta = self._limit_transform(compose_theta(theta, invert_theta(self._build_small_transform(delta))))
         return best, best_cost
 
     # ---- inference
@@ -364,39 +369,41 @@ class CongealingAligner(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Computes theta (B, 2, 3), float32, of images (B, 3, H, W); the identity if alignment is disabled."""
         if not bool(self.enabled):
-            return identity_theta(images)
-        return self.align(self.prepare(images))[0]
+            return build_identity_theta(images)
+        return self.estimate_transforms(self.standardise_images(images))[0]
 
-    def align(self, fine: Tensor, use_fine: bool = True) -> tuple[Tensor, Tensor]:
-        """Computes theta (B, 2, 3) and cost (B,), see `refine`, of prepared images (B, F, F), also if `enabled` is False.
+    def estimate_transforms(self, fine: Tensor, use_fine: bool = True) -> tuple[Tensor, Tensor]:
+        """Computes theta (B, 2, 3) and cost (B,), see `refine_transforms`, of prepared images (B, F, F), also if `enabled` is False.
 
         Args: use_fine: True: refine at the coarse, middle and fine resolution. False: not at the fine resolution.
         """
-        middle = self._resize(fine, self.MIDDLE_PX)
-        coarse = self._resize(middle, self.COARSE_PX)
-        candidates, _ = self.search(coarse)
+        middle = self._downsample_by_averaging(fine, self.MIDDLE_PX)
+        coarse = self._downsample_by_averaging(middle, self.COARSE_PX)
+        candidates, _ = self.search_transforms(coarse)
         batch, count = candidates.shape[:2]
         theta = candidates[:, 0]
         if count > 1:  # candidates look alike at this resolution: refine each, and take the one with the lowest cost
-            refined, cost = self.refine(coarse.repeat_interleave(count, 0), candidates.flatten(0, 1), self.COARSE_STEPS)
+            refined, cost = self.refine_transforms(
+                coarse.repeat_interleave(count, 0), candidates.flatten(0, 1), self.COARSE_STEPS
+            )
             pick = cost.view(batch, count).argmin(1)
             theta = refined.view(batch, count, 2, 3)[torch.arange(batch, device=fine.device), pick]
-        theta, cost = self.refine(middle, theta, self.MIDDLE_STEPS)
+        theta, cost = self.refine_transforms(middle, theta, self.MIDDLE_STEPS)
         if use_fine:
-            theta, cost = self.refine(fine, theta, self.FINE_STEPS)
+            theta, cost = self.refine_transforms(fine, theta, self.FINE_STEPS)
         return theta, cost
 
     # ---- training
-    def _align_all(self, fine: Tensor, use_fine: bool) -> tuple[Tensor, Tensor]:
-        """Computes theta (N, 2, 3) and cost (N,) of prepared images (N, F, F) in batches; see `align`."""
-        parts = [self.align(part, use_fine) for part in fine.split(self.ALIGN_BATCH)]
+    def _estimate_transforms_in_batches(self, fine: Tensor, use_fine: bool) -> tuple[Tensor, Tensor]:
+        """Computes theta (N, 2, 3) and cost (N,) of prepared images (N, F, F) in batches; see `estimate_transforms`."""
+        parts = [self.estimate_transforms(part, use_fine) for part in fine.split(self.ALIGN_BATCH)]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
-    def _mean_image(self, fine: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    def _average_aligned_images(self, fine: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Computes the mean of the aligned images. Each image counts only at pixels that come from inside the original image.
 
         Args:
-            fine: (N, F, F), images from `prepare`.
+            fine: (N, F, F), images from `standardise_images`.
             theta: (N, 2, 3), alignment of each image.
 
         Returns: the mean (F, F), and the share (F, F) of the images that show each pixel. A pixel whose share is at most
@@ -404,8 +411,8 @@ class CongealingAligner(nn.Module):
         """
         total, count = torch.zeros_like(self.template), torch.zeros_like(self.template)
         for part, moves in zip(fine.split(self.MEAN_BATCH), theta.split(self.MEAN_BATCH), strict=True):
-            valid = valid_mask(moves, self.FINE_PX, self.FINE_PX).to(part.dtype)
-            total += (warp(part[:, None], moves, "border")[:, 0] * valid).sum(dim=0)
+            valid = compute_valid_mask(moves, self.FINE_PX, self.FINE_PX).to(part.dtype)
+            total += (warp_images(part[:, None], moves, "border")[:, 0] * valid).sum(dim=0)
             count += valid.sum(dim=0)
         share = count / len(fine)
         mean = total / count.clamp_min(1)
@@ -423,7 +430,7 @@ class CongealingAligner(nn.Module):
         most 0.06.
 
         Args:
-            prepared: (N, F, F), from `prepare`.
+            prepared: (N, F, F), from `standardise_images`.
             seed: seed of the choice of held-out images and first templates; the same seed gives the same result.
 
         Raises: ValueError: fewer than four images.
@@ -447,26 +454,28 @@ class CongealingAligner(nn.Module):
         for start in range(min(self.NUM_RESTARTS, len(start_images))):
             self.set_template(start_images[start], torch.ones_like(self.template))
             for _ in range(self.COARSE_ROUNDS):
-                theta, _ = self._align_all(start_images, use_fine=False)
-                self.set_template(*self._mean_image(start_images, theta))
-            _, cost = self._align_all(start_images, use_fine=False)
+                theta, _ = self._estimate_transforms_in_batches(start_images, use_fine=False)
+                self.set_template(*self._average_aligned_images(start_images, theta))
+            _, cost = self._estimate_transforms_in_batches(start_images, use_fine=False)
             starts.append((cost.mean().item(), self.template.clone(), self.weight.clone()))
             if start == 0:
-                before, after = self._held_out_l2(holdout, self._align_all(holdout, use_fine=False)[0])
+                before, after = self._measure_l2_before_and_after(
+                    holdout, self._estimate_transforms_in_batches(holdout, use_fine=False)[0]
+                )
                 if 1 - after / max(before, self.EPSILON) < self.min_drop - self.GIVE_UP_MARGIN:
-                    return self._report(before, after, starts, [])
+                    return self._enable_if_helpful(before, after, starts, [])
         best = min(starts, key=lambda item: item[0])
         self.set_template(best[1], best[2])
-        round_costs = [self._run_round(remaining) for _ in range(self.FINE_ROUNDS)]
-        theta, _ = self._align_all(holdout, use_fine=True)
-        before, after = self._held_out_l2(holdout, theta)
+        round_costs = [self._run_congealing_round(remaining) for _ in range(self.FINE_ROUNDS)]
+        theta, _ = self._estimate_transforms_in_batches(holdout, use_fine=True)
+        before, after = self._measure_l2_before_and_after(holdout, theta)
         if 1 - after / max(before, self.EPSILON) >= self.min_drop:
-            round_costs += [self._run_round(shuffled) for _ in range(2)]
-            theta, _ = self._align_all(shuffled, use_fine=True)
-            self._learn_bounds(theta)
-        return self._report(before, after, starts, round_costs)
+            round_costs += [self._run_congealing_round(shuffled) for _ in range(2)]
+            theta, _ = self._estimate_transforms_in_batches(shuffled, use_fine=True)
+            self._learn_movement_bounds(theta)
+        return self._enable_if_helpful(before, after, starts, round_costs)
 
-    def _report(
+    def _enable_if_helpful(
         self, before: float, after: float, starts: list[tuple[float, Tensor, Tensor]], round_costs: list[float]
     ) -> AlignmentReport:
         """Enables the aligner if alignment lowered the pairwise L2 of held-out images enough, and returns the report.
@@ -491,17 +500,17 @@ class CongealingAligner(nn.Module):
             shift_bound=self.shift_bound.tolist(),
         )
 
-    def _run_round(self, fine: Tensor) -> float:
+    def _run_congealing_round(self, fine: Tensor) -> float:
         """Runs one round of congealing: aligns images (N, F, F), and makes their mean the new template.
 
         Returns: the mean cost of the images with the old template.
         """
-        theta, cost = self._align_all(fine, use_fine=True)
-        theta = compose_theta(theta, self._recentring_theta(theta).expand(len(theta), 2, 3))
-        self.set_template(*self._mean_image(fine, theta))
+        theta, cost = self._estimate_transforms_in_batches(fine, use_fine=True)
+        theta = compose_theta(theta, self._compute_recentring_theta(theta).expand(len(theta), 2, 3))
+        self.set_template(*self._average_aligned_images(fine, theta))
         return cost.mean().item()
 
-    def _held_out_l2(self, fine: Tensor, theta: Tensor) -> tuple[float, float]:
+    def _measure_l2_before_and_after(self, fine: Tensor, theta: Tensor) -> tuple[float, float]:
         """Computes the pairwise L2 distance of images (N, F, F) before and after alignment by theta (N, 2, 3).
 
         Resampling blurs images, and this alone lowers the L2 of noise by a third. So the value before alignment is the smaller
@@ -510,44 +519,44 @@ class CongealingAligner(nn.Module):
         images have the same blur, but are not aligned. Only pixels that come from inside the original images count.
         """
         other_theta = theta.roll(1, 0)
-        valid, mixed_valid = (valid_mask(moves, self.FINE_PX, self.FINE_PX) for moves in (theta, other_theta))
-        aligned, mixed = (warp(fine[:, None], moves, "border") for moves in (theta, other_theta))
-        before = min(pairwise_l2(fine[:, None], valid), pairwise_l2(mixed, mixed_valid))
-        return before, pairwise_l2(aligned, valid)
+        valid, mixed_valid = (compute_valid_mask(moves, self.FINE_PX, self.FINE_PX) for moves in (theta, other_theta))
+        aligned, mixed = (warp_images(fine[:, None], moves, "border") for moves in (theta, other_theta))
+        before = min(measure_pairwise_l2(fine[:, None], valid), measure_pairwise_l2(mixed, mixed_valid))
+        return before, measure_pairwise_l2(aligned, valid)
 
-    def _learn_bounds(self, theta: Tensor) -> None:
+    def _learn_movement_bounds(self, theta: Tensor) -> None:
         """Sets the bounds for later images to the movement in training, plus a margin.
 
         Args: theta: (N, 2, 3), transforms of the training images.
         """
         if self.has_rotation:
-            bound = rotation_angle(theta).abs().max() * self.BOUND_MARGIN + math.radians(self.BOUND_ANGLE_DEG)
+            bound = compute_rotation_angle(theta).abs().max() * self.BOUND_MARGIN + math.radians(self.BOUND_ANGLE_DEG)
             is_free = bound > math.radians(self.FREE_ANGLE_DEG)
             self.angle_bound.copy_(torch.where(is_free, torch.full_like(bound, math.pi), bound))
         if self.has_shift:
             low, high = theta[..., 2].amin(0), theta[..., 2].amax(0)
             self.shift_centre.copy_((low + high) / 2)
             self.shift_bound.copy_((high - low) / 2 * self.BOUND_MARGIN + self.BOUND_SHIFT)
-        self._bank = None
+        self._correlation_terms = None
 
-    def _recentring_theta(self, theta: Tensor) -> Tensor:
+    def _compute_recentring_theta(self, theta: Tensor) -> Tensor:
         """Computes a transform g (1, 2, 3) to compose with all thetas (N, 2, 3), so that the template does not drift.
 
         With `compose_theta(theta, g)`, the content of the template is central, and the mean rotation is near 0 if the angles
         have a mean direction.
         """
         back = invert_theta(theta)
-        g = identity_theta(theta[:1])
+        g = build_identity_theta(theta[:1])
         if self.has_rotation:
-            unit = torch.stack([rotation_angle(theta).cos(), rotation_angle(theta).sin()], -1).mean(0)
+            unit = torch.stack([compute_rotation_angle(theta).cos(), compute_rotation_angle(theta).sin()], -1).mean(0)
             if unit.norm() > self.COMMON_DIRECTION:  # there is a mean direction: rotate it to 0
-                g = rotation_theta(torch.atan2(-unit[1], unit[0])[None])
+                g = build_rotation_theta(torch.atan2(-unit[1], unit[0])[None])
         if self.has_shift:  # the mean position of the image centres becomes the centre of the frame
             g = torch.cat([g[..., :2], back[..., 2].mean(0)[None, :, None]], -1)
         return g
 
 
-def _multiply_rows(rows: Tensor, matrix: Tensor) -> Tensor:
+def _multiply_rows_separately(rows: Tensor, matrix: Tensor) -> Tensor:
     """Computes rows (B, P) @ matrix (P, D), each row in a product of its own.
 
     The result for a row then does not depend on the other rows, not even in the last digit.
@@ -557,7 +566,7 @@ def _multiply_rows(rows: Tensor, matrix: Tensor) -> Tensor:
     return torch.bmm(rows[:, None], padded.expand(rows.shape[0], *padded.shape))[:, 0, :width]
 
 
-def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+def _solve_linear_systems(matrix: Tensor, right: Tensor) -> Tensor:
     """Solves B linear systems with positive definite matrices: matrix (B, n, n) times x = right (B, n).
 
     In an exported network, Gauss-Jordan elimination solves them, because the runtimes have no solver.
@@ -572,7 +581,7 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     return rows[:, :, -1]
 
 
-def _solve2(matrix: Tensor, right: Tensor) -> Tensor:
+def _solve_2x2_systems(matrix: Tensor, right: Tensor) -> Tensor:
     """Solves B linear systems in closed form: matrix (B, 2, 2) times x = right (B, 2)."""
     a, b, c, d = matrix[:, 0, 0], matrix[:, 0, 1], matrix[:, 1, 0], matrix[:, 1, 1]
     det = a * d - b * c

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def pairwise_l2(aligned: Tensor, valid: Tensor | None = None, num_pairs: int = 2000, seed: int = 0) -> float:
+def measure_pairwise_l2(aligned: Tensor, valid: Tensor | None = None, num_pairs: int = 2000, seed: int = 0) -> float:
     """Computes how different images are: the L2 distance between pixels, averaged over pixels and random pairs of images.
 
     The FYD paper calls this distance L_ICA.

@@ -1,7 +1,7 @@
 """Module for geometric transforms of images: transform groups, theta, composition, inverse, and warping.
 
 theta (B, 2, 3) follows torch's affine_grid with align_corners=False: it maps coordinates of the aligned frame, in -1..1,
-to coordinates of the original frame, so that `warp(images, theta)` returns the aligned images. A frame is the coordinate system
+to coordinates of the original frame, so that `warp_images(images, theta)` returns the aligned images. A frame is the coordinate system
 of an image: x and y run from -1 to 1, and lengths are in half widths. A group names which movements are allowed.
 """
 
@@ -38,27 +38,27 @@ class TransformBounds(NamedTuple):
     max_scale: float = 1.25  # zoom in or out; also bounds the anisotropy and shear of the group affine
 
 
-def count_parameters(group: str) -> int:
+def count_transform_parameters(group: str) -> int:
     """Returns how many parameters a transform of this group has; 0 for the group none."""
     return sum(_PARAMETERS_PER_COMPONENT[component] for component in GROUP_COMPONENTS[group])
 
 
-def split_parameters(parameters: Tensor, group: str) -> dict[str, Tensor]:
-    """Splits parameters (B, count_parameters(group)) by components: letter in `GROUP_COMPONENTS` -> parameters (B, n)."""
+def split_parameters_by_component(parameters: Tensor, group: str) -> dict[str, Tensor]:
+    """Splits parameters (B, count_transform_parameters(group)) by components: letter in `GROUP_COMPONENTS` -> parameters (B, n)."""
     components = GROUP_COMPONENTS[group]
     parts = parameters.split([_PARAMETERS_PER_COMPONENT[component] for component in components], dim=1)
     return dict(zip(components, parts, strict=True))
 
 
-def theta_from_parameters(parameters: Tensor, group: str, bounds: TransformBounds) -> Tensor:
+def compute_theta_from_parameters(parameters: Tensor, group: str, bounds: TransformBounds) -> Tensor:
     """Computes bounded transforms (B, 2, 3) from unconstrained parameters; parameters of zero give the identity.
 
     Args:
-        parameters: (B, count_parameters(group)).
+        parameters: (B, count_transform_parameters(group)).
         group: transform group, a key of `GROUP_COMPONENTS`.
         bounds: the largest transform; tanh keeps every parameter inside its bound.
     """
-    parts = split_parameters(parameters.tanh(), group)
+    parts = split_parameters_by_component(parameters.tanh(), group)
     zero = parameters.new_zeros(parameters.shape[0])
     angle = parts["r"][:, 0] * bounds.max_rotation_rad if "r" in parts else zero
     log_scale = math.log(bounds.max_scale)
@@ -66,10 +66,10 @@ def theta_from_parameters(parameters: Tensor, group: str, bounds: TransformBound
     anisotropy = (parts["a"][:, 0] * log_scale / 2).exp() if "a" in parts else zero + 1
     shear = parts["a"][:, 1] * log_scale if "a" in parts else zero
     shift = parts["t"] * bounds.max_translation if "t" in parts else zero[:, None].expand(-1, 2)
-    return make_theta(angle, scale, shift, anisotropy, shear)
+    return build_theta_from_components(angle, scale, shift, anisotropy, shear)
 
 
-def make_theta(
+def build_theta_from_components(
     angle: Tensor, scale: Tensor, shift: Tensor, anisotropy: Tensor | None = None, shear: Tensor | None = None
 ) -> Tensor:
     """Builds transforms (B, 2, 3) from their components.
@@ -89,7 +89,7 @@ def make_theta(
     return torch.stack([first, second], dim=1)
 
 
-def identity_theta(like: Tensor) -> Tensor:
+def build_identity_theta(like: Tensor) -> Tensor:
     """Returns identity transforms (B, 2, 3), float32, where B and the device come from `like` (B, ...)."""
     theta = torch.eye(2, 3, device=like.device, dtype=torch.float32)
     return theta.expand(like.shape[0], 2, 3)
@@ -126,26 +126,26 @@ def disable_autocast(like: Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if torch.compiler.is_exporting() else torch.autocast(like.device.type, enabled=False)
 
 
-def shrink(images: Tensor, size: int) -> Tensor:
+def downsample_antialiased(images: Tensor, size: int) -> Tensor:
     """Resizes images (B, C, H, W) to (B, C, size, size), bilinear with antialiasing.
 
     In an exported network, matrix products compute the same, because every runtime supports them.
     """
     if not torch.compiler.is_exporting():
         return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-    down, across = (_shrink_matrix(int(length), size).to(images.device) for length in images.shape[2:])
+    down, across = (_build_downsampling_matrix(int(length), size).to(images.device) for length in images.shape[2:])
     return down @ images @ across.t()
 
 
-def _shrink_matrix(length: int, size: int) -> Tensor:
-    """Returns the matrix (size, length) that resizes one side of an image from `length` to `size` pixels, see `shrink`."""
+def _build_downsampling_matrix(length: int, size: int) -> Tensor:
+    """Returns the matrix (size, length) that resizes one side of an image from `length` to `size` pixels, see `downsample_antialiased`."""
     step = length / size
     centres = (np.arange(size)[:, None] + 0.5) * step
     weights = np.maximum(0, 1 - np.abs(np.arange(length) + 0.5 - centres) / max(step, 1.0))
     return torch.from_numpy((weights / weights.sum(axis=1, keepdims=True)).astype(np.float32))
 
 
-def warp(images: Tensor, theta: Tensor, padding: str = "border") -> Tensor:
+def warp_images(images: Tensor, theta: Tensor, padding: str = "border") -> Tensor:
     """Aligns images by theta: reads each output pixel bilinearly at the input coordinates to which theta maps it.
 
     Coordinates are computed in float32 or higher precision for every type of image, also under autocast.
@@ -164,12 +164,12 @@ def warp(images: Tensor, theta: Tensor, padding: str = "border") -> Tensor:
     return sampled.to(images.dtype)
 
 
-def rotation_angle(theta: Tensor) -> Tensor:
+def compute_rotation_angle(theta: Tensor) -> Tensor:
     """Returns the angle (...,), in radians, of the rotation that is nearest to each theta (..., 2, 3) or its linear part."""
     return torch.atan2(theta[..., 1, 0] - theta[..., 0, 1], theta[..., 0, 0] + theta[..., 1, 1])
 
 
-def valid_mask(theta: Tensor, height: int, width: int) -> Tensor:
+def compute_valid_mask(theta: Tensor, height: int, width: int) -> Tensor:
     """Returns which pixels of aligned images come from inside the original image.
 
     Args: theta: (B, 2, 3), transforms of the alignment.
@@ -187,8 +187,8 @@ def wrap_angle(angle: Tensor) -> Tensor:
     return torch.atan2(angle.sin(), angle.cos())
 
 
-def rotation_theta(angle: Tensor, shift: Tensor | None = None) -> Tensor:
+def build_rotation_theta(angle: Tensor, shift: Tensor | None = None) -> Tensor:
     """Builds transforms (..., 2, 3) from rotation angles (...,) in radians and shifts (..., 2) in half widths (None: 0)."""
     flat = angle.reshape(-1)
     moves = flat.new_zeros(flat.shape[0], 2) if shift is None else shift.reshape(-1, 2)
-    return make_theta(flat, torch.ones_like(flat), moves).reshape(*angle.shape, 2, 3)
+    return build_theta_from_components(flat, torch.ones_like(flat), moves).reshape(*angle.shape, 2, 3)

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from focus_ray.features.alignment.theta import (
     TransformBounds,
-    count_parameters,
+    compute_theta_from_parameters,
+    count_transform_parameters,
     disable_autocast,
-    shrink,
-    theta_from_parameters,
+    downsample_antialiased,
 )
 
 
@@ -45,7 +45,7 @@ class SpatialTransformer(nn.Module):
             nn.MaxPool2d(3, 2, padding=1),
         )
         self.head = nn.Sequential(nn.Linear(16 * reduced * reduced, 1024), nn.ReLU())
-        self.parameters_out = nn.Linear(1024, count_parameters(group))
+        self.parameters_out = nn.Linear(1024, count_transform_parameters(group))
         nn.init.zeros_(self.parameters_out.weight)
         nn.init.zeros_(self.parameters_out.bias)
 
@@ -53,10 +53,10 @@ class SpatialTransformer(nn.Module):
         """Predicts theta (B, 2, 3) from features (B, C, H, W)."""
         hidden = self.head(self.features(x).flatten(1))
         with disable_autocast(x):
-            return theta_from_parameters(self.parameters_out(hidden.float()), self.group, self.bounds)
+            return compute_theta_from_parameters(self.parameters_out(hidden.float()), self.group, self.bounds)
 
 
-class LocalisedAligner(nn.Module):
+class LocalisationNetworkAligner(nn.Module):
     """The image aligner of the paper: a localisation network predicts theta from the image, which is resized to 64 px [ours]."""
 
     SIZE_PX = 64
@@ -67,4 +67,4 @@ class LocalisedAligner(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Predicts theta (B, 2, 3) from images (B, 3, H, W) in 0..1."""
-        return self.transformer(shrink(images, self.SIZE_PX) - 0.5)  # type: ignore[no-any-return]
+        return self.transformer(downsample_antialiased(images, self.SIZE_PX) - 0.5)  # type: ignore[no-any-return]

@@ -31,7 +31,11 @@ class Backbone(nn.Module):
         """Computes the features (B, C, H/stride, W/stride) of each layer from normalised images (B, 3, H, W)."""
         first = self.layer1(images)
         second = self.layer2(first)
-        return self.spec.to_map(first), self.spec.to_map(second), self.spec.to_map(self.layer3(second))
+        return (
+            self.spec.convert_to_feature_map(first),
+            self.spec.convert_to_feature_map(second),
+            self.spec.convert_to_feature_map(self.layer3(second)),
+        )
 
 
 def build_backbone(name: str, weights: str = "default", sha256: str | None = None) -> Backbone:
@@ -51,8 +55,8 @@ def build_backbone(name: str, weights: str = "default", sha256: str | None = Non
     if weights == "random":
         return Backbone(name)
     backbone = build_meta_backbone(name)
-    state = backbone.spec.load_default_state() if weights == "default" else read_weights(weights, sha256)
-    load_backbone_state(backbone, state, source=weights)
+    state = backbone.spec.load_default_weights() if weights == "default" else read_weights(weights, sha256)
+    load_published_weights(backbone, state, source=weights)
     return backbone
 
 
@@ -65,14 +69,14 @@ def build_meta_backbone(name: str) -> Backbone:
         return Backbone(name)
 
 
-def set_padding(backbone: nn.Module, mode: str) -> None:
+def set_padding_mode(backbone: nn.Module, mode: str) -> None:
     """Sets the padding mode ('zeros' or 'reflect') of all convolutions, in place; the weights do not change."""
     for module in backbone.modules():
         if hasattr(module, "padding_mode"):
             module.padding_mode = mode  # type: ignore[assignment]
 
 
-def load_backbone_state(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> None:
+def load_published_weights(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> None:
     """Loads weights with their published names into a backbone, in place; weights of layers after the third are ignored.
 
     Args: source: where the weights come from, for error messages.
@@ -82,8 +86,8 @@ def load_backbone_state(backbone: Backbone, state: Mapping[str, Tensor], source:
     expected = backbone.state_dict()
     mapped: dict[str, Tensor] = {}
     unknown = []
-    for key, value in backbone.spec.rename_state(state).items():
-        target = backbone.spec.map_key(key)
+    for key, value in backbone.spec.rename_weights(state).items():
+        target = backbone.spec.convert_weight_name(key)
         if target is None:
             continue
         if target not in expected:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from focus_ray.features.backbones.spec import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec
-from focus_ray.features.backbones.weights import load_hub_state
+from focus_ray.features.backbones.weights import load_torchvision_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _HUB_WEIGHTS = "ConvNeXt_Tiny_Weights.IMAGENET1K_V1"
 
 
-def map_convnext_key(key: str) -> str | None:
+def convert_convnext_weight_name(key: str) -> str | None:
     """Converts the torchvision name of a weight to the name in `Backbone`.
 
     Returns: None if the weight is not used; an unknown name unchanged.
@@ -44,8 +44,8 @@ CONVNEXT_TINY = BackboneSpec(
     IMAGENET_MEAN,
     IMAGENET_STD,
     build_convnext_layers,
-    map_convnext_key,
-    partial(load_hub_state, "convnext_tiny", _HUB_WEIGHTS),
+    convert_convnext_weight_name,
+    partial(load_torchvision_weights, "convnext_tiny", _HUB_WEIGHTS),
     min_reflected_px=64,  # kernels of 7 x 7 need a map of at least 4 x 4 cells
     hub_weights=_HUB_WEIGHTS,
 )

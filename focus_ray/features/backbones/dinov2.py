@@ -24,20 +24,20 @@ BLOCKS_PER_LAYER = 3
 
 
 def build_vit_layers(width: int, registers: int) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Builds layers 1 to 3 with random weights; see `dinov2_layers.build_layers`."""
-    from focus_ray.features.backbones.dinov2_layers import build_layers
+    """Builds layers 1 to 3 with random weights; see `dinov2_layers.build_dinov2_layers`."""
+    from focus_ray.features.backbones.dinov2_layers import build_dinov2_layers
 
-    return build_layers(width, registers)
+    return build_dinov2_layers(width, registers)
 
 
-def tokens_to_map(registers: int, tokens: Tensor) -> Tensor:
+def convert_tokens_to_feature_map(registers: int, tokens: Tensor) -> Tensor:
     """Converts tokens (B, 1 + registers + S * S, C) to a feature map of the patch tokens (B, C, S, S)."""
     patches = tokens[:, 1 + registers :].transpose(1, 2)
     side = math.isqrt(patches.shape[2])
     return patches.unflatten(2, (side, side))
 
 
-def map_vit_key(key: str) -> str | None:
+def convert_dinov2_weight_name(key: str) -> str | None:
     """Converts the name that DINOv2's authors gave a weight to the name in `Backbone`.
 
     Returns: None if the weight is not used; an unknown name unchanged.
@@ -71,7 +71,7 @@ _HUGGING_FACE = (
 )
 
 
-def to_author_names(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def rename_hugging_face_weights(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Renames weights of Hugging Face to the names of DINOv2's authors; merges query, key and value into one tensor.
 
     Args: state: name -> weight. Weights that already have the authors' names are returned unchanged.
@@ -106,22 +106,22 @@ def refuse_default_weights(name: str, hugging_face: str) -> Mapping[str, Tensor]
     )
 
 
-def _spec(name: str, width: int, registers: int, hugging_face: str) -> BackboneSpec:
+def _make_dinov2_spec(name: str, width: int, registers: int, hugging_face: str) -> BackboneSpec:
     return BackboneSpec(
         (width, width, width),
         IMAGENET_MEAN,
         IMAGENET_STD,
         partial(build_vit_layers, width, registers),
-        map_vit_key,
+        convert_dinov2_weight_name,
         partial(refuse_default_weights, name, hugging_face),
-        partial(tokens_to_map, registers),
-        to_author_names,
+        partial(convert_tokens_to_feature_map, registers),
+        rename_hugging_face_weights,
         strides=(PATCH_PX,) * 3,
         passes_feature_maps=False,
     )
 
 
-VITS14 = _spec("dinov2_vits14", 384, 0, "facebook/dinov2-small")
-VITB14 = _spec("dinov2_vitb14", 768, 0, "facebook/dinov2-base")
-VITS14_REG = _spec("dinov2_vits14_reg", 384, 4, "facebook/dinov2-with-registers-small")
-VITB14_REG = _spec("dinov2_vitb14_reg", 768, 4, "facebook/dinov2-with-registers-base")
+VITS14 = _make_dinov2_spec("dinov2_vits14", 384, 0, "facebook/dinov2-small")
+VITB14 = _make_dinov2_spec("dinov2_vitb14", 768, 0, "facebook/dinov2-base")
+VITS14_REG = _make_dinov2_spec("dinov2_vits14_reg", 384, 4, "facebook/dinov2-with-registers-small")
+VITB14_REG = _make_dinov2_spec("dinov2_vitb14_reg", 768, 4, "facebook/dinov2-with-registers-base")

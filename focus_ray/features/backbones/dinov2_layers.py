@@ -12,7 +12,7 @@ _GRID = 37  # patches per side of the published position embeddings: 518 px
 _HEAD_WIDTH = 64
 
 
-class _Embedding(nn.Module):
+class _TokenEmbedding(nn.Module):
     """Converts images (B, 3, H, W) to tokens (B, 1 + registers + H/14 * W/14, C): class token, registers, patches row by row."""
 
     def __init__(self, width: int, registers: int) -> None:
@@ -26,13 +26,13 @@ class _Embedding(nn.Module):
         """Computes tokens from images (B, 3, H, W), see the class; class and patch tokens include position embeddings."""
         patches: Tensor = self.proj(images)
         count, _, height, width = patches.shape  # len(images) would become a constant in an exported network
-        class_position, patch_positions = self.positions(height, width)
+        class_position, patch_positions = self.interpolate_position_embeddings(height, width)
         tokens = [(self.cls_token + class_position).expand(count, -1, -1)]
         if self.register_tokens is not None:  # registers have no position
             tokens.append(self.register_tokens.expand(count, -1, -1))
         return torch.cat([*tokens, patches.flatten(2).transpose(1, 2) + patch_positions], dim=1)
 
-    def positions(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+    def interpolate_position_embeddings(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Returns position embeddings of the class token (1, 1, C) and of height x width patches (1, height * width, C).
 
         If the number of patches differs from the published position embeddings, the embeddings are interpolated.
@@ -49,7 +49,7 @@ class _Embedding(nn.Module):
         return class_position, grid.flatten(2).transpose(1, 2).to(patch_positions.dtype)
 
 
-class _Attention(nn.Module):
+class _SelfAttention(nn.Module):
     """Multi-head self-attention of tokens (B, N, C)."""
 
     def __init__(self, width: int) -> None:
@@ -64,7 +64,7 @@ class _Attention(nn.Module):
         return self.proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
-class _Scale(nn.Module):
+class _LayerScale(nn.Module):
     """Multiplies each channel by a learnt factor (LayerScale, arXiv 2103.17239)."""
 
     def __init__(self, width: int) -> None:
@@ -75,7 +75,7 @@ class _Scale(nn.Module):
         return tokens * self.gamma
 
 
-class _Perceptron(nn.Module):
+class _MultiLayerPerceptron(nn.Module):
     """Two linear layers with GELU between them, for each token."""
 
     def __init__(self, width: int) -> None:
@@ -87,27 +87,27 @@ class _Perceptron(nn.Module):
         return self.fc2(F.gelu(self.fc1(tokens)))  # type: ignore[no-any-return]
 
 
-class _Block(nn.Module):
+class _TransformerBlock(nn.Module):
     """A transformer block: attention, then a perceptron. The shape of the tokens (B, N, C) does not change."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn, self.mlp = _Attention(width), _Perceptron(width)
-        self.ls1, self.ls2 = _Scale(width), _Scale(width)
+        self.attn, self.mlp = _SelfAttention(width), _MultiLayerPerceptron(width)
+        self.ls1, self.ls2 = _LayerScale(width), _LayerScale(width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = tokens + self.ls1(self.attn(self.norm1(tokens)))
         return tokens + self.ls2(self.mlp(self.norm2(tokens)))  # type: ignore[no-any-return]
 
 
-def build_layers(width: int, registers: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+def build_dinov2_layers(width: int, registers: int) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Builds layers 1 to 3 of a vision transformer with random weights; layer 1 also embeds the images.
 
     Args:
         width: channels of a token.
         registers: number of register tokens.
     """
-    layers = [[_Block(width) for _ in range(BLOCKS_PER_LAYER)] for _ in range(3)]
-    first = nn.Sequential(_Embedding(width, registers), *layers[0])
+    layers = [[_TransformerBlock(width) for _ in range(BLOCKS_PER_LAYER)] for _ in range(3)]
+    first = nn.Sequential(_TokenEmbedding(width, registers), *layers[0])
     return first, nn.Sequential(*layers[1]), nn.Sequential(*layers[2])

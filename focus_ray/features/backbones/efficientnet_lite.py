@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from focus_ray.features.backbones.spec import BackboneSpec
-from focus_ray.features.backbones.weights import load_packaged_state
+from focus_ray.features.backbones.weights import load_weights_from_package
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +23,7 @@ LAYERS = ((0, 1), (2,), (3, 4))  # numbers of the groups in each layer
 Numbers = tuple[int, int, int, int, int]  # one for each group
 
 
-def map_lite_key(repeats: Numbers, key: str) -> str | None:
+def convert_efficientnet_weight_name(repeats: Numbers, key: str) -> str | None:
     """Converts the published name of a weight to the name in `Backbone`.
 
     Args:
@@ -63,20 +63,25 @@ def map_lite_key(repeats: Numbers, key: str) -> str | None:
 
 
 def build_lite_layers(widths: Numbers, repeats: Numbers) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Builds layers 1 to 3 with random weights; see `efficientnet_lite_layers.build_layers`."""
-    from focus_ray.features.backbones.efficientnet_lite_layers import build_layers
+    """Builds layers 1 to 3 with random weights; see `efficientnet_lite_layers.build_efficientnet_layers`."""
+    from focus_ray.features.backbones.efficientnet_lite_layers import build_efficientnet_layers
 
-    return build_layers(widths, repeats)
+    return build_efficientnet_layers(widths, repeats)
 
 
-def _spec(name: str, widths: Numbers, repeats: Numbers) -> BackboneSpec:
-    build_layers, map_key = partial(build_lite_layers, widths, repeats), partial(map_lite_key, repeats)
+def _make_efficientnet_spec(name: str, widths: Numbers, repeats: Numbers) -> BackboneSpec:
+    build_layers, convert_weight_name = (
+        partial(build_lite_layers, widths, repeats),
+        partial(convert_efficientnet_weight_name, repeats),
+    )
     channels = (widths[1], widths[2], widths[4])
-    load_state = partial(load_packaged_state, name)
+    load_state = partial(load_weights_from_package, name)
     # kernels of 5 x 5 need a map of at least 3 x 3 cells
-    return BackboneSpec(channels, LITE_MEAN, LITE_STD, build_layers, map_key, load_state, min_reflected_px=48)
+    return BackboneSpec(
+        channels, LITE_MEAN, LITE_STD, build_layers, convert_weight_name, load_state, min_reflected_px=48
+    )
 
 
-LITE0 = _spec("efficientnet_lite0", (16, 24, 40, 80, 112), (1, 2, 2, 3, 3))
-LITE1 = _spec("efficientnet_lite1", (16, 24, 40, 80, 112), (1, 3, 3, 4, 4))
-LITE2 = _spec("efficientnet_lite2", (16, 24, 48, 88, 120), (1, 3, 3, 4, 4))
+LITE0 = _make_efficientnet_spec("efficientnet_lite0", (16, 24, 40, 80, 112), (1, 2, 2, 3, 3))
+LITE1 = _make_efficientnet_spec("efficientnet_lite1", (16, 24, 40, 80, 112), (1, 3, 3, 4, 4))
+LITE2 = _make_efficientnet_spec("efficientnet_lite2", (16, 24, 48, 88, 120), (1, 3, 3, 4, 4))

@@ -17,7 +17,7 @@ _GROUPS = (
 )  # expansion, stride and kernel of each group of blocks
 
 
-class _ConvNorm(nn.Module):
+class _ConvBatchNorm(nn.Module):
     """A convolution with TensorFlow's padding mode SAME, then batch norm and an optional ReLU6."""
 
     def __init__(
@@ -38,15 +38,15 @@ class _ConvNorm(nn.Module):
         return self.act(self.norm(self.conv(x)))  # type: ignore[no-any-return]
 
 
-class _MBConv(nn.Module):
+class _InvertedResidualBlock(nn.Module):
     """An inverted residual block: a 1x1 expansion, a depthwise convolution, and a 1x1 projection."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
         width = inputs * expansion
-        self.expand = _ConvNorm(inputs, width, 1) if expansion > 1 else nn.Identity()
-        self.depthwise = _ConvNorm(width, width, kernel, stride, groups=width)
-        self.project = _ConvNorm(width, outputs, 1, act=False)
+        self.expand = _ConvBatchNorm(inputs, width, 1) if expansion > 1 else nn.Identity()
+        self.depthwise = _ConvBatchNorm(width, width, kernel, stride, groups=width)
+        self.project = _ConvBatchNorm(width, outputs, 1, act=False)
         self.has_residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class _MBConv(nn.Module):
         return x + y if self.has_residual else y
 
 
-def build_layers(widths: Numbers, repeats: Numbers) -> tuple[nn.Module, nn.Module, nn.Module]:
+def build_efficientnet_layers(widths: Numbers, repeats: Numbers) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Builds layers 1 to 3 of an EfficientNet-Lite with random weights; layer 1 also contains the first convolution.
 
     Args:
@@ -64,11 +64,13 @@ def build_layers(widths: Numbers, repeats: Numbers) -> tuple[nn.Module, nn.Modul
     stages = []
     inputs = _STEM
     for number, groups in enumerate(LAYERS):
-        layers: list[nn.Module] = [_ConvNorm(3, _STEM, 3, stride=2)] if number == 0 else []
+        layers: list[nn.Module] = [_ConvBatchNorm(3, _STEM, 3, stride=2)] if number == 0 else []
         for group in groups:
             expansion, stride, kernel = _GROUPS[group]
             for repeat in range(repeats[group]):
-                layers.append(_MBConv(inputs, widths[group], kernel, stride if repeat == 0 else 1, expansion))
+                layers.append(
+                    _InvertedResidualBlock(inputs, widths[group], kernel, stride if repeat == 0 else 1, expansion)
+                )
                 inputs = widths[group]
         stages.append(nn.Sequential(*layers))
     return stages[0], stages[1], stages[2]

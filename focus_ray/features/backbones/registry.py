@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from focus_ray.settings.kinds import Kinds
+from focus_ray.settings.kinds import LazyRegistry
 
 if TYPE_CHECKING:
     from focus_ray.features.backbones.spec import BackboneSpec
 
-BACKBONES: Kinds[BackboneSpec] = Kinds(
+BACKBONES: LazyRegistry[BackboneSpec] = LazyRegistry(
     "backbone",
     {
         "resnet18": "focus_ray.features.backbones.resnet:RESNET18",

@@ -6,13 +6,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from focus_ray.features.backbones.spec import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec
-from focus_ray.features.backbones.weights import load_hub_state
+from focus_ray.features.backbones.weights import load_torchvision_weights
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def map_resnet_key(key: str) -> str | None:
+def convert_resnet_weight_name(key: str) -> str | None:
     """Converts the torchvision name of a weight to the name in `Backbone`.
 
     Returns: None if the weight is not used; an unknown name unchanged.
@@ -39,20 +39,20 @@ def build_resnet_layers(name: str) -> tuple[nn.Module, nn.Module, nn.Module]:
     return nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1), net.layer2, net.layer3
 
 
-def _spec(name: str, channels: tuple[int, int, int], enum: str) -> BackboneSpec:
+def _make_resnet_spec(name: str, channels: tuple[int, int, int], enum: str) -> BackboneSpec:
     hub_weights = f"{enum}.IMAGENET1K_V1"  # PaDiM, RegAD and PatchCore report results with V1 weights
     return BackboneSpec(
         channels,
         IMAGENET_MEAN,
         IMAGENET_STD,
         partial(build_resnet_layers, name),
-        map_resnet_key,
-        partial(load_hub_state, name, hub_weights),
+        convert_resnet_weight_name,
+        partial(load_torchvision_weights, name, hub_weights),
         hub_weights=hub_weights,
     )
 
 
-RESNET18 = _spec("resnet18", (64, 128, 256), "ResNet18_Weights")
-RESNET34 = _spec("resnet34", (64, 128, 256), "ResNet34_Weights")
-RESNET50 = _spec("resnet50", (256, 512, 1024), "ResNet50_Weights")
-WIDE_RESNET50_2 = _spec("wide_resnet50_2", (256, 512, 1024), "Wide_ResNet50_2_Weights")
+RESNET18 = _make_resnet_spec("resnet18", (64, 128, 256), "ResNet18_Weights")
+RESNET34 = _make_resnet_spec("resnet34", (64, 128, 256), "ResNet34_Weights")
+RESNET50 = _make_resnet_spec("resnet50", (256, 512, 1024), "ResNet50_Weights")
+WIDE_RESNET50_2 = _make_resnet_spec("wide_resnet50_2", (256, 512, 1024), "Wide_ResNet50_2_Weights")

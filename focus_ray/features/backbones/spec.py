@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def _identity(value: Any) -> Any:
+def _return_unchanged(value: Any) -> Any:
     """Returns the value unchanged."""
     return value
 
@@ -27,12 +27,12 @@ class BackboneSpec:
     channels: numbers of channels of layers 1, 2, 3.
     mean, std: input normalisation, for images in 0..1.
     build_layers: function that builds the three layers. Each layer takes the output of the previous layer.
-    map_key: function from the published name of a weight to its name in `Backbone`; None for a weight that is not needed. An
+    convert_weight_name: function from the published name of a weight to its name in `Backbone`; None for a weight that is not needed. An
         unknown name is returned unchanged.
-    load_default_state: function that loads the default weights: published name -> weight. It raises WeightsError if they cannot
+    load_default_weights: function that loads the default weights: published name -> weight. It raises WeightsError if they cannot
         be loaded.
-    to_map: function that converts the output of a layer to features (B, C, H, W).
-    rename_state: function that renames weights of another publisher to the names that `map_key` expects.
+    convert_to_feature_map: function that converts the output of a layer to features (B, C, H, W).
+    rename_weights: function that renames weights of another publisher to the names that `convert_weight_name` expects.
     strides: input pixels per cell of the feature maps of layers 1, 2 and 3; the side of the input is a multiple of the stride of
         layer 3.
     min_reflected_px: smallest side of the input with padding=reflect. With a smaller input, a kernel would have to mirror more
@@ -46,10 +46,10 @@ class BackboneSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     build_layers: Callable[[], tuple[nn.Module, nn.Module, nn.Module]]
-    map_key: Callable[[str], str | None]
-    load_default_state: Callable[[], Mapping[str, Tensor]]
-    to_map: Callable[[Tensor], Tensor] = _identity
-    rename_state: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = _identity
+    convert_weight_name: Callable[[str], str | None]
+    load_default_weights: Callable[[], Mapping[str, Tensor]]
+    convert_to_feature_map: Callable[[Tensor], Tensor] = _return_unchanged
+    rename_weights: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = _return_unchanged
     strides: tuple[int, int, int] = (4, 8, 16)
     min_reflected_px: int = 32
     passes_feature_maps: bool = True

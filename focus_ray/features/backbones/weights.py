@@ -28,7 +28,11 @@ def read_weights(source: str, sha256: str | None = None) -> dict[str, Tensor]:
     Raises: WeightsError: the source cannot be read, has a different hash, or contains no state dict.
     """
     try:
-        data = _download(source, sha256) if source.startswith(("http://", "https://")) else _read_file(source)
+        data = (
+            _read_cached_download(source, sha256)
+            if source.startswith(("http://", "https://"))
+            else _read_file_or_uri(source)
+        )
     except (OSError, RuntimeError, ValueError) as error:
         raise WeightsError(
             f"model.weights={source!r}: cannot read the weights: {error}; set it to an existing local file"
@@ -36,10 +40,10 @@ def read_weights(source: str, sha256: str | None = None) -> dict[str, Tensor]:
     digest = hashlib.sha256(data).hexdigest()
     if sha256 is not None and not digest.startswith(sha256):
         raise WeightsError(f"{source}: SHA-256 is {digest}, but must start with {sha256}: download the file again")
-    return _parse_state(data, source)
+    return _parse_state_dict(data, source)
 
 
-def find_hub_weights(path: str) -> Any:
+def find_torchvision_weights(path: str) -> Any:
     """Returns the description of published weights in torchvision; the attribute `url` is the address of the file.
 
     Args: path: path in torchvision.models, as in "ResNet18_Weights.IMAGENET1K_V1".
@@ -49,7 +53,7 @@ def find_hub_weights(path: str) -> Any:
     return attrgetter(path)(models)
 
 
-def load_hub_state(name: str, hub_weights: str) -> Mapping[str, Tensor]:
+def load_torchvision_weights(name: str, hub_weights: str) -> Mapping[str, Tensor]:
     """Loads the torchvision weights of a backbone from torch's hub cache, or downloads them into the cache first.
 
     Args:
@@ -58,18 +62,18 @@ def load_hub_state(name: str, hub_weights: str) -> Mapping[str, Tensor]:
 
     Raises: WeightsError: the weights are not in the cache and cannot be downloaded, or the file is damaged.
     """
-    weights = find_hub_weights(hub_weights)
+    weights = find_torchvision_weights(hub_weights)
     try:
         return weights.get_state_dict(progress=False, check_hash=True)  # type: ignore[no-any-return]
     except (OSError, RuntimeError) as error:
         raise WeightsError(
             f"model.weights=default: cannot download the {name} weights of torchvision from {weights.url} ({error}). Without "
-            f"internet access, set model.weights to a local file, copy the file to {hub_cache_path('')}, or set "
+            f"internet access, set model.weights to a local file, copy the file to {get_hub_cache_path('')}, or set "
             "model.backbone=efficientnet_lite0, whose weights are in a Python package"
         ) from error
 
 
-def load_packaged_state(name: str) -> Mapping[str, Tensor]:
+def load_weights_from_package(name: str) -> Mapping[str, Tensor]:
     """Loads the weights of a backbone from the Python package of the backbone, which must be installed.
 
     Raises: WeightsError: the package is not installed, or its file is damaged.
@@ -85,33 +89,33 @@ def load_packaged_state(name: str) -> Mapping[str, Tensor]:
     return read_weights(str(files[0]), sha256=files[0].stem.rpartition("-")[2])  # the file name ends with the hash
 
 
-def download_path(url: str) -> Path:
+def get_download_cache_path(url: str) -> Path:
     """Returns the local path to which weights are downloaded from a URL (model.weights=https://...)."""
-    return hub_cache_path(f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(url).name}")
+    return get_hub_cache_path(f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(url).name}")
 
 
-def hub_cache_path(name: str) -> Path:
+def get_hub_cache_path(name: str) -> Path:
     """Returns the path of a file with this name in torch's hub cache; an empty name gives the folder."""
     import torch
 
     return Path(torch.hub.get_dir()) / "checkpoints" / name
 
 
-def _download(url: str, sha256: str | None) -> bytes:
+def _read_cached_download(url: str, sha256: str | None) -> bytes:
     """Reads the file of a URL from torch's hub cache; downloads it into the cache first if it is not there.
 
     Raises: OSError or RuntimeError: the download failed, or the downloaded file has a different hash.
     """
     from torch.hub import download_url_to_file
 
-    path = download_path(url)
+    path = get_download_cache_path(url)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
     return path.read_bytes()
 
 
-def _read_file(source: str) -> bytes:
+def _read_file_or_uri(source: str) -> bytes:
     """Reads the content of a local file, given by a path or a file:// URI, or of a URI of another storage (s3://)."""
     if "://" not in source or source.startswith("file://"):
         return Path(source.removeprefix("file://")).expanduser().read_bytes()
@@ -120,7 +124,7 @@ def _read_file(source: str) -> bytes:
     return read_bytes(source)
 
 
-def _parse_state(data: bytes, source: str) -> dict[str, Tensor]:
+def _parse_state_dict(data: bytes, source: str) -> dict[str, Tensor]:
     """Converts the content of a .safetensors or .pth file to a state dict; removes the prefix 'module.' from names.
 
     Args: source: path or URI of the file; a name that does not end with .safetensors is read as .pth.
