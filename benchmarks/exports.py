@@ -21,9 +21,15 @@ from numpy.typing import NDArray
 from benchmarks.harness import add_arguments, keep_json, open_data, print_table
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.data.images import decode_image
-from focus_ray.export.check import TOLERANCE, check_export, find_failures, score_reference
-from focus_ray.export.examples import gather_examples
-from focus_ray.export.formats import MODEL_FILES, open_model, quantise_onnx_model, trace, write_onnx, write_openvino
+from focus_ray.export.check import TOLERANCE, check_export, find_check_failures, score_examples_with_pytorch
+from focus_ray.export.examples import read_export_examples
+from focus_ray.export.formats import (
+    MODEL_FILES,
+    open_exported_model,
+    quantise_onnx_model,
+    write_onnx,
+    write_openvino,
+)
 from focus_ray.export.scorer import OUTPUTS, ExportableScorer
 
 HEADER = (
@@ -52,12 +58,12 @@ def trained(arguments: argparse.Namespace) -> list[str]:
 def write_all_formats(
     uri: str, folder: Path, int8_images: Sequence[NDArray[np.uint8]]
 ) -> Iterator[tuple[str, str, Path]]:
-    """Writes a bundle in all formats, as `write_model` does, but traces only once for each precision.
+    """Writes a bundle in all formats, as `write_model_files` does, but traces only once for each precision.
 
     Yields: format, precision, folder.
     """
     for half, precision in ((False, "fp32"), (True, "fp16")):
-        program = trace(ExportableScorer(read_bundle(uri, precision="fp32"), half))
+        program = trace_scorer(ExportableScorer(read_bundle(uri, precision="fp32"), half))
         folders = {to: folder / f"{to}-{precision}" for to in MODEL_FILES}
         for folder_of_format in folders.values():
             folder_of_format.mkdir()
@@ -79,14 +85,14 @@ def write_all_formats(
 def measure(uri: str, max_examples: int) -> list[dict[str, Any]]:
     """Exports a bundle in all formats and returns a comparison with PyTorch for each."""
     bundle = read_bundle(uri, precision="fp32")
-    examples = gather_examples(bundle, (), max_examples)
-    reference = score_reference(bundle, [example for example in examples if not example.for_int8])
-    int8_images = [decode_image(example.image, None) for example in examples if example.for_int8]
+    examples = read_export_examples(bundle, (), max_examples)
+    reference = score_examples_with_pytorch(bundle, [example for example in examples if not example.is_for_int8])
+    int8_images = [decode_image(example.image, None) for example in examples if example.is_for_int8]
     comparisons = []
     with tempfile.TemporaryDirectory() as folder:
         for to, precision, folder_of_format in write_all_formats(uri, Path(folder), int8_images):
             num_bytes = sum(path.stat().st_size for path in folder_of_format.iterdir())
-            comparison = check_export(open_model(folder_of_format, to, torch.get_num_threads()), reference)
+            comparison = check_export(open_exported_model(folder_of_format, to, torch.get_num_threads()), reference)
             comparisons.append(
                 {
                     "category": bundle.category,
@@ -94,7 +100,7 @@ def measure(uri: str, max_examples: int) -> list[dict[str, Any]]:
                     "precision": precision,
                     "num_bytes": num_bytes,
                     "image_px": sorted({pixels.shape[:2] for pixels in reference.pixels})[:3],
-                    "refused": find_failures(comparison, TOLERANCE[precision]),
+                    "refused": find_check_failures(comparison, TOLERANCE[precision]),
                     **comparison,
                 }
             )

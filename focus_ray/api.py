@@ -34,7 +34,7 @@ from focus_ray.fitting.fit import check_prerequisites
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.split import split_category
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.names import is_name, suggest_name
+from focus_ray.names import is_valid_name, suggest_similar_name
 from focus_ray.settings.sections import iterate_setting_keys, read_yaml_mapping
 from focus_ray.settings.standard import find_config_file
 from focus_ray.storage.files import join_path, read_bytes
@@ -231,7 +231,9 @@ def _override_standard_settings(changes: Mapping[str, Any]) -> dict[str, Any]:
             matching = [dotted]
         if not matching:
             last_parts = {key.rpartition(".")[2] for key in keys}
-            hint = suggest_name(dotted.rpartition(".")[2], last_parts) or "`focus-ray config explain` lists them"
+            hint = (
+                suggest_similar_name(dotted.rpartition(".")[2], last_parts) or "`focus-ray config explain` lists them"
+            )
             raise ConfigError(f"{name}: no such setting; {hint}")
         if len(matching) > 1:
             raise ConfigError(f"{name}: matches {' and '.join(matching)}: write {matching[0].replace('.', '__')}")
@@ -294,7 +296,7 @@ def link_images_into_good_folder(source: Path, root: Path) -> Path:
     if not list_image_files(source) or list_subfolders(source):
         return source
     name = source.resolve().name
-    folder = root / (name if is_name(name) else _DEFAULT_CATEGORY) / "good"
+    folder = root / (name if is_valid_name(name) else _DEFAULT_CATEGORY) / "good"
     folder.mkdir(parents=True)
     for path in (Path(str(item)) for item in list_image_files(source)):
         try:

@@ -19,20 +19,20 @@ _FORMULA = r"(?='*\s*[=+\-@\t\r\n＝＋－＠])"
 _UNESCAPED, _ESCAPED = re.compile(_BEGIN + _FORMULA), re.compile(f"{_BEGIN}'{_FORMULA}")
 
 
-def csv_cell(value: Any) -> Any:
+def escape_formula(value: Any) -> Any:
     """Returns a cell that no spreadsheet runs: text that could be a formula begins with an apostrophe (OWASP, CSV injection).
 
-    Numbers are returned unchanged. `csv_text` restores every text.
+    Numbers are returned unchanged. `unescape_formula` restores every text.
     """
     return _UNESCAPED.sub("'", value) if isinstance(value, str) else value
 
 
-def csv_text(cell: str) -> str:
-    """Returns the text from which `csv_cell` made a cell."""
+def unescape_formula(cell: str) -> str:
+    """Returns the text from which `escape_formula` made a cell."""
     return _ESCAPED.sub("", cell)
 
 
-def table_row(line: Mapping[str, Any]) -> dict[str, Any]:
+def build_verdict_row(line: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the table row of an image: values of COLUMNS, without the columns that have no value.
 
     The largest region is the region with the most pixels.
@@ -50,23 +50,23 @@ def table_row(line: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def table_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = COLUMNS, header: bool = True) -> str:
+def format_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = COLUMNS, header: bool = True) -> str:
     """Returns rows as CSV text; a missing value becomes an empty cell.
 
-    Text that a spreadsheet would read as a formula is escaped (`csv_cell`).
+    Text that a spreadsheet would read as a formula is escaped (`escape_formula`).
 
     Args: header: whether the text begins with the column names.
     """
-    buffer = _Lines(newline="")
+    buffer = _NewlineBuffer(newline="")
     # with the line end "\r\n" the writer also quotes a cell with a single carriage return, which would start a new row
     writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\r\n")
     if header:
         writer.writeheader()
-    writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
+    writer.writerows({key: escape_formula(value) for key, value in row.items()} for row in rows)
     return buffer.getvalue()
 
 
-class _Lines(io.StringIO):
+class _NewlineBuffer(io.StringIO):
     """Text buffer that ends each row with a newline only."""
 
     def write(self, row: str) -> int:

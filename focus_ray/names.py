@@ -18,12 +18,12 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 NAME_WORDS = "a letter or digit, then letters, digits, '.', '_' or '-', 100 in all at most"
 
 
-def is_name(text: object) -> bool:
+def is_valid_name(text: object) -> bool:
     """Returns whether a value is a text that matches `NAME_PATTERN`."""
     return isinstance(text, str) and re.fullmatch(NAME_PATTERN, text) is not None and not text.endswith("\n")
 
 
-def unique_name(*parts: str | None) -> str:
+def make_unique_name(*parts: str | None) -> str:
     """Returns a unique name: the first 30 characters of each part, the time (UTC) and a random part, joined by hyphens.
 
     The name is valid in files and in Ray. With at most two parts it is also short enough for the `name` of a configuration.
@@ -34,7 +34,7 @@ def unique_name(*parts: str | None) -> str:
     return "-".join([*prefixes, f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}", uuid.uuid4().hex[:6]])
 
 
-def suggest_name(name: str, choices: Iterable[str], min_similarity: float = 0.6) -> str:
+def suggest_similar_name(name: str, choices: Iterable[str], min_similarity: float = 0.6) -> str:
     """Returns "did you mean 'x'?" with the choice that is most similar to a misspelt name, or "" if none is similar.
 
     Args: min_similarity: ratio of `difflib.SequenceMatcher`, 0 to 1.
@@ -43,7 +43,7 @@ def suggest_name(name: str, choices: Iterable[str], min_similarity: float = 0.6)
     return f"did you mean {similar[0]!r}?" if similar else ""
 
 
-def is_utf8(name: str) -> bool:
+def is_valid_utf8(name: str) -> bool:
     """Returns whether a file name is valid UTF-8. Python represents invalid bytes of a file name as surrogates."""
     try:
         name.encode()
@@ -52,6 +52,6 @@ def is_utf8(name: str) -> bool:
     return True
 
 
-def readable_name(path: object) -> str:
+def escape_invalid_utf8(path: object) -> str:
     """Returns a path or name as valid UTF-8 text: a byte that is not UTF-8 becomes an escape such as \\xff."""
     return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -13,7 +13,7 @@ from focus_ray.cli.main import main as focus_ray
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
 
-def step(*arguments: str) -> None:
+def run_command(*arguments: str) -> None:
     print(f"\n$ focus-ray {' '.join(arguments)}", file=sys.stderr, flush=True)
     status = focus_ray(arguments)
     if status:
@@ -31,14 +31,14 @@ def main() -> None:
         else:
             sys.exit(f"{root}: holds something else than an earlier quickstart: give another --output")
     images, data, run = root / "images", root / "data", root / "runs" / "quickstart"
-    step("samples", str(images))
-    step("ingest", str(images), str(data))
-    step("train", str(CONFIG), f"data.uri={data}", f"storage={root / 'runs'}")
-    step("evaluate", str(run))
+    run_command("samples", str(images))
+    run_command("ingest", str(images), str(data))
+    run_command("train", str(CONFIG), f"data.uri={data}", f"storage={root / 'runs'}")
+    run_command("evaluate", str(run))
     category = sorted(path.name for path in images.iterdir())[0]
     defect = sorted(path.name for path in (images / category / "test").iterdir() if path.name != "good")[0]
     picture = sorted((images / category / "test" / defect).iterdir())[0]
-    step("inspect", str(run / "bundles" / category), str(picture), "--overlays", str(root / "overlays"))
+    run_command("inspect", str(run / "bundles" / category), str(picture), "--overlays", str(root / "overlays"))
     print(
         f"\nquickstart: {time.monotonic() - start:.0f} s\n"
         f"  report    {run / 'report' / 'report.html'}\n"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from focus_ray.bundle.bundle import find_bundles
 from focus_ray.bundle.registry import LATEST, Registry
 from focus_ray.errors import DataError, RegistryError
-from focus_ray.names import is_name
+from focus_ray.names import is_valid_name
 
 _NUM_PROBED = 3  # categories of a folder that are looked up to recognise the folder of a team
 
@@ -45,7 +45,7 @@ def _find_published_bundles(place: str, version: str, log: Callable[[str], None]
     """
     registry = Registry(place)
     parent, _, name = registry.root.rpartition("/")
-    if is_name(name) and not parent.endswith(":/"):  # a bucket has no parent folder
+    if is_valid_name(name) and not parent.endswith(":/"):  # a bucket has no parent folder
         parent_registry = Registry(parent)
         if any(
             parent_registry.list_versions(name, category)

@@ -44,7 +44,7 @@ from pydantic import AwareDatetime, BaseModel, Field, StrictInt, StrictStr, Vali
 from focus_ray.bundle.bundle import copy_bundle, read_manifest
 from focus_ray.bundle.recalibrate import set_thresholds
 from focus_ray.errors import BundleError, DataError, RegistryError, StorageError
-from focus_ray.names import NAME_WORDS, is_name
+from focus_ray.names import NAME_WORDS, is_valid_name
 from focus_ray.storage.files import (
     join_path,
     leads_outside_root,
@@ -135,9 +135,9 @@ def check_name(name: str, kind: str = "name") -> str:
     Args:
         kind: what the name belongs to, such as "team", for the message.
 
-    Raises: RegistryError: the name is not allowed (see `is_name`).
+    Raises: RegistryError: the name is not allowed (see `is_valid_name`).
     """
-    if not is_name(name):
+    if not is_valid_name(name):
         raise RegistryError(f"{kind} {name!r}: expected {NAME_WORDS}")
     return name
 
@@ -156,11 +156,13 @@ class Registry:
     # ---- reading
     def list_teams(self) -> list[str]:
         """Returns the names of all teams that have a folder in the registry."""
-        return [name for name in list_folder_entries(self.root) if is_name(name)]
+        return [name for name in list_folder_entries(self.root) if is_valid_name(name)]
 
     def list_categories(self, team: str) -> list[str]:
         """Returns the names of a team's categories, including a category whose first version is still being published."""
-        return [name for name in list_folder_entries(join_path(self.root, check_name(team, "team"))) if is_name(name)]
+        return [
+            name for name in list_folder_entries(join_path(self.root, check_name(team, "team"))) if is_valid_name(name)
+        ]
 
     def list_versions(self, team: str, category: str) -> list[Version]:
         """Returns the published versions of a category, oldest first; empty if there is no such team or category.
@@ -179,7 +181,7 @@ class Registry:
         states = (
             (name, self._read_alias_state(team, category, name))
             for name in list_folder_entries(folder)
-            if is_name(name)
+            if is_valid_name(name)
         )
         return {name: state.target.version for name, state in states if state.target}
 
@@ -219,7 +221,7 @@ class Registry:
         return {
             category: " ".join(sorted(marks))
             for category, marks in marks_of.items()
-            if is_name(category) and all(mark.startswith(_DONE) for mark in marks)
+            if is_valid_name(category) and all(mark.startswith(_DONE) for mark in marks)
         }
 
     # ---- writing
@@ -565,7 +567,7 @@ class Registry:
         aliases = [
             name
             for name in list_folder_entries(join_path(self._get_category_folder(team, category), "_aliases"))
-            if is_name(name)
+            if is_valid_name(name)
         ]
         for _, target, is_damaged in (self._read_alias_state(team, category, alias) for alias in aliases):
             if is_damaged or (target and version in [target.version, *target.before[:1]]):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from focus_ray.cli.output import check_paths_exist, list_image_paths, print_message, readable_name
+from focus_ray.cli.output import check_paths_exist, escape_invalid_utf8, list_image_paths, print_message
 
 
 def add_parsers(commands: Any) -> None:
@@ -115,9 +115,9 @@ def _describe_copied_images(copies: Mapping[Path, Path]) -> list[str]:
     """
     names: dict[Path, list[str]] = {}
     for path, original in copies.items():
-        names.setdefault(original, []).append(readable_name(path))
+        names.setdefault(original, []).append(escape_invalid_utf8(path))
     return [
-        f"{readable_name(original)} counts once; left out as copies with the same pixels: {', '.join(paths)}"
+        f"{escape_invalid_utf8(original)} counts once; left out as copies with the same pixels: {', '.join(paths)}"
         for original, paths in names.items()
     ]
 

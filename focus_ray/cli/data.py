@@ -136,9 +136,9 @@ def _read_image_ids(name: str) -> list[str]:
 
 def _run_data_compact_command(arguments: argparse.Namespace) -> int:
     """Runs `data compact`: joins small part files and prints a report per category. Returns the exit status."""
-    from focus_ray.ingestion.change import compact
+    from focus_ray.ingestion.change import compact_part_files
 
-    for report in compact(arguments.data, arguments.category):
+    for report in compact_part_files(arguments.data, arguments.category):
         print(report)
     return 0
 

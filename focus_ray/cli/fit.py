@@ -36,11 +36,11 @@ def _run_fit_command(arguments: argparse.Namespace) -> int:
     check_paths_exist(arguments.source)
     from focus_ray.errors import DataError
     from focus_ray.fitting.settings import load_config
-    from focus_ray.names import NAME_WORDS, is_name
+    from focus_ray.names import NAME_WORDS, is_valid_name
     from focus_ray.settings.standard import find_config_file
 
     output = Path(arguments.output).absolute()
-    if not is_name(output.name):
+    if not is_valid_name(output.name):
         raise DataError(f"{output}: {output.name!r} cannot name a run: expected {NAME_WORDS}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output}: not empty: give a new folder")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from focus_ray.cli.options import add_engine_options, add_model_version_option
-from focus_ray.cli.output import EXIT_ERROR, check_paths_exist, list_image_paths, print_message, readable_name
+from focus_ray.cli.output import EXIT_ERROR, check_paths_exist, escape_invalid_utf8, list_image_paths, print_message
 from focus_ray.errors import DataError
 from focus_ray.progress import track_progress
 
@@ -59,7 +59,7 @@ def _run_inspect_command(arguments: argparse.Namespace) -> int:
         _check_replaced_files(Path(arguments.overlays), names)
     print_message(f"inspect: {len(paths)} images with {arguments.bundle}")
     from focus_ray.bundle.inspector import Inspector  # takes seconds to import, so check the paths first
-    from focus_ray.csv_tables import table_row, table_text
+    from focus_ray.csv_tables import build_verdict_row, format_csv
     from focus_ray.detect.pictures import draw_overlay_with_strip
     from focus_ray.storage.files import write_bytes
 
@@ -79,27 +79,27 @@ def _run_inspect_command(arguments: argparse.Namespace) -> int:
     for batch in track_progress(batches, "inspecting", len(paths), print_message, count=len):
         for path, data, inspection_or_error in _inspect_image_files(inspector, batch):
             if isinstance(inspection_or_error, str):
-                error_line = {"image": readable_name(path), "error": inspection_or_error}
-                rows.append(table_row({**error_line, "category": category}))
+                error_line = {"image": escape_invalid_utf8(path), "error": inspection_or_error}
+                rows.append(build_verdict_row({**error_line, "category": category}))
                 print(json.dumps(error_line, ensure_ascii=False))
                 status = EXIT_ERROR
                 continue
-            line = {"image": readable_name(path), "category": category, **inspection_or_error.to_dict()}
-            rows.append(table_row(line))
+            line = {"image": escape_invalid_utf8(path), "category": category, **inspection_or_error.to_dict()}
+            rows.append(build_verdict_row(line))
             counts[inspection_or_error.verdict] += 1
             counts["trained on"] += inspection_or_error.trained_on
             if arguments.overlays:
                 target = Path(arguments.overlays) / names[path]
                 try:
                     write_bytes(target, draw_overlay_with_strip(data, inspection_or_error))
-                    line["overlay"] = readable_name(target)
+                    line["overlay"] = escape_invalid_utf8(target)
                 except DataError as error:  # keep the verdict, and try the next overlay
-                    line["overlay_error"] = readable_name(str(error))
+                    line["overlay_error"] = escape_invalid_utf8(str(error))
                     missing_overlays.append(line["overlay_error"])
                     status = EXIT_ERROR
             print(json.dumps(line, ensure_ascii=False))
     if arguments.csv:
-        write_bytes(arguments.csv, table_text(rows).encode())
+        write_bytes(arguments.csv, format_csv(rows).encode())
     if counts["trained on"]:
         print_message(
             f"WARNING: {counts['trained on']} of {len(paths)} images are among those that the model was trained on: their scores "
@@ -144,13 +144,13 @@ def _check_replaced_files(folder: Path, names: Mapping[Path, str]) -> None:
     for path, name in names.items():
         if (image := images.get(os.path.realpath(folder / name))) is not None:
             raise DataError(
-                f"--overlays {folder}: the overlay of {readable_name(path)} would replace the image {readable_name(image)}: "
+                f"--overlays {folder}: the overlay of {escape_invalid_utf8(path)} would replace the image {escape_invalid_utf8(image)}: "
                 "give another folder"
             )
         target = folder / name
         if os.path.isfile(target) and os.path.getsize(target) and not is_file_drawn_by_focus_ray(target):
             raise DataError(
-                f"--overlays {folder}: the overlay of {readable_name(path)} would replace {readable_name(target)}, which is not "
+                f"--overlays {folder}: the overlay of {escape_invalid_utf8(path)} would replace {escape_invalid_utf8(target)}, which is not "
                 "an overlay: give another folder"
             )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from focus_ray.cli.output import print_message
 
-# options of `submit` with the names of arguments of `build_job`
+# options of `submit` with the names of arguments of `build_job_request`
 _JOB_OPTIONS = ("team", "category", "working_dir", "env", "python", "num_cpus", "num_gpus", "memory_gib")
 
 
@@ -62,14 +62,14 @@ def _run_submit_command(arguments: argparse.Namespace) -> int:
     """Runs `submit`: sends a command as a job and follows its log, unless --no-follow is given. Returns the exit status."""
     from focus_ray.errors import SubmissionError
     from focus_ray.submission import client as submission
-    from focus_ray.submission.job_request import build_job
+    from focus_ray.submission.job_request import build_job_request
     from focus_ray.sweep.settings import load_sweep
 
     labels = dict(item.partition("=")[::2] for item in arguments.label)
     if not all(labels.values()):
         raise SubmissionError(f"--label {arguments.label}: expected KEY=VALUE")
     words = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
-    job = build_job(
+    job = build_job_request(
         words,
         load_sweep,
         commands=arguments.known,
@@ -83,7 +83,7 @@ def _run_submit_command(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print("\n".join(job.package.names))
         return 0
-    client = submission.connect(arguments.address)
+    client = submission.connect_to_cluster(arguments.address)
     name = submission.submit_job(client, job, print_message)
     if arguments.no_follow:
         print(name)
@@ -99,7 +99,7 @@ def _follow_job(client: Any, job: str) -> int:
     from focus_ray.submission import client as submission
 
     try:
-        status = submission.follow_log(client, job, lambda text: print(text, end="", flush=True))
+        status = submission.follow_job_log(client, job, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
         print_message(
             f"\nfocus-ray: no longer following; the job goes on. focus-ray jobs follow {job} | focus-ray jobs stop {job}"
@@ -113,7 +113,7 @@ def _run_jobs_command(arguments: argparse.Namespace) -> int:
     """Runs `jobs list`, `jobs status`, `jobs follow` or `jobs stop`. Returns the exit status."""
     from focus_ray.submission import client as submission
 
-    client = submission.connect(arguments.address)
+    client = submission.connect_to_cluster(arguments.address)
     if arguments.action == "follow":
         return _follow_job(client, arguments.job)
     if arguments.action == "stop":

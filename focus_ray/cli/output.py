@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from focus_ray.errors import DataError
-from focus_ray.names import readable_name as readable_name  # commands share the names
+from focus_ray.names import escape_invalid_utf8 as escape_invalid_utf8  # commands share the names
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -43,7 +43,7 @@ def list_image_paths(names: Sequence[str]) -> list[Path]:
     for name in names:
         path = Path(name)
         if path.is_dir() and len(names) > 1 and is_system_folder(path.name):
-            print_message(f"note: {readable_name(path)}: a system folder, skipped")
+            print_message(f"note: {escape_invalid_utf8(path)}: a system folder, skipped")
         elif path.is_dir():
             paths += find_image_files(path, print_message)
         elif path.is_file():

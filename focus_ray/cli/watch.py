@@ -104,20 +104,20 @@ def _run_watch_command(arguments: argparse.Namespace) -> int:
         raise DataError(
             f"--on-anomalous {arguments.on_anomalous}: {command[0]} is no program on the PATH, nor a file that runs"
         )
-    from focus_ray.watching.journal import Journal
+    from focus_ray.watching.journal import VerdictJournal
 
     with (
         _catch_stop_signals() as stop,
-        Journal(arguments.output, arguments.csv, print_message) as journal,
+        VerdictJournal(arguments.output, arguments.csv, print_message) as journal,
     ):
         print_message(
             f"watch: {arguments.folder} -> {arguments.output}, where {journal.num_lines_at_start} images have a line"
         )
         from focus_ray.bundle.inspector import Inspector  # takes seconds to import, so check the folder first
-        from focus_ray.watching.model import WatchedModel
-        from focus_ray.watching.watch import Watch, WatchSettings, summarize_counts
+        from focus_ray.watching.model import ReloadableModel
+        from focus_ray.watching.watch import FolderWatch, WatchSettings, format_verdict_counts
 
-        model = WatchedModel(
+        model = ReloadableModel(
             arguments.bundle,
             lambda uri: Inspector.load(uri, arguments.device, engine=arguments.engine, examples=examples),
             print_message,
@@ -127,10 +127,10 @@ def _run_watch_command(arguments: argparse.Namespace) -> int:
         options = {name: getattr(arguments, name) for name in ("poll_s", "settle_s", "give_up_s", "overlays", "once")}
         settings = WatchSettings(batch_size=arguments.batch, on_anomalous=command, **options)
         print_line = _LinePrinter() if arguments.show else lambda line: None
-        watch = Watch(Path(arguments.folder), model, journal, settings, print_message, print_line)
+        watch = FolderWatch(Path(arguments.folder), model, journal, settings, print_message, print_line)
         watch.run(stop)
         remaining_text = f", {len(watch.pending)} left for the next start" if watch.pending else ""
-        print_message(f"watch: ended: {summarize_counts(watch.counts)}{remaining_text}")
+        print_message(f"watch: ended: {format_verdict_counts(watch.counts)}{remaining_text}")
     return EXIT_PARTLY if arguments.once and (watch.counts["error"] or watch.pending) else 0
 
 

@@ -44,7 +44,7 @@ _LIMITED = {
 }
 
 
-def find_failures(check: Mapping[str, Any], tolerance: Mapping[str, float | None]) -> list[str]:
+def find_check_failures(check: Mapping[str, Any], tolerance: Mapping[str, float | None]) -> list[str]:
     """Returns one sentence for each reason to refuse an export; the list is empty if the export passes the check.
 
     Reasons are a deviation above its limit, and verdicts or p-values that do not follow from their scores.
@@ -84,7 +84,7 @@ class ReferenceScores:
     calibration: Calibration
 
 
-def score_reference(bundle: Bundle, examples: Sequence[ExportExample]) -> ReferenceScores:
+def score_examples_with_pytorch(bundle: Bundle, examples: Sequence[ExportExample]) -> ReferenceScores:
     """Scores the examples with PyTorch on the CPU, and leaves out the images that the model was trained on.
 
     Args: bundle: must be read with precision fp32. Its network is changed for faster inference.
@@ -136,8 +136,8 @@ def check_export(run: RunModel, reference: ReferenceScores) -> dict[str, Any]:
     Both score the same decoded pixels.
 
     Args:
-        run: runs the export, from `open_model`.
-        reference: results of PyTorch, from `score_reference`.
+        run: runs the export, from `open_exported_model`.
+        reference: results of PyTorch, from `score_examples_with_pytorch`.
 
     Returns:
         A dictionary of JSON values with these keys:

@@ -25,16 +25,16 @@ class ExportExample(NamedTuple):
         name: path or id of the image, for messages.
         image: content of the image file.
         label: 0 good, 1 bad, None unknown.
-        for_int8: True: a good image that sets the value ranges of int8. False: an image to compare scores on.
+        is_for_int8: True: a good image that sets the value ranges of int8. False: an image to compare scores on.
     """
 
     name: str
     image: bytes
     label: int | None
-    for_int8: bool = False
+    is_for_int8: bool = False
 
 
-def gather_examples(bundle: Bundle, sources: Sequence[str], max_images: int) -> list[ExportExample]:
+def read_export_examples(bundle: Bundle, sources: Sequence[str], max_images: int) -> list[ExportExample]:
     """Reads the examples from the sources, or from the data set that the bundle was trained on if there is no source.
 
     Args:
@@ -48,11 +48,11 @@ def gather_examples(bundle: Bundle, sources: Sequence[str], max_images: int) -> 
             focus_ray drew.
     """
     if sources:
-        return [example for source in sources for example in _read_source(source, bundle.category, max_images)]
+        return [example for source in sources for example in _read_source_examples(source, bundle.category, max_images)]
     uri = str(bundle.manifest["data"].get("uri", ""))
     try:
-        examples = _read_data_set(uri, bundle.category, max_images)
-        if all(example.for_int8 for example in examples):
+        examples = _read_data_set_examples(uri, bundle.category, max_images)
+        if all(example.is_for_int8 for example in examples):
             raise DataError(f"{uri}: has no test images of {bundle.category!r}")
     except DataError as error:
         raise ExportError(
@@ -62,7 +62,7 @@ def gather_examples(bundle: Bundle, sources: Sequence[str], max_images: int) -> 
     return examples
 
 
-def _read_source(source: str, category: str, max_images: int) -> list[ExportExample]:
+def _read_source_examples(source: str, category: str, max_images: int) -> list[ExportExample]:
     """Reads examples from an image file, a folder or a data set.
 
     A folder may have subfolders for good and bad images (such as good/ and bad/). Without them, its images have no labels.
@@ -70,7 +70,7 @@ def _read_source(source: str, category: str, max_images: int) -> list[ExportExam
     Raises: DataError: the source does not exist, cannot be read, or has no image or no such category.
     """
     if is_s3_uri(source) or any(Path(source).glob("category=*")):
-        return _read_data_set(source, category, max_images)
+        return _read_data_set_examples(source, category, max_images)
     path = Path(source).expanduser()
     if path.is_file():
         return _read_file_examples([path], None, max_images)
@@ -94,7 +94,7 @@ def _read_file_examples(paths: Sequence[Path], label: int | None, max_images: in
     Raises: DataError: a file cannot be read, or is a picture that focus_ray drew (a heat map or a plot).
     """
     examples = []
-    for for_int8, limit in ((False, max_images), (True, 0 if label else MAX_INT8_EXAMPLES)):
+    for is_for_int8, limit in ((False, max_images), (True, 0 if label else MAX_INT8_EXAMPLES)):
         for number in sorted(sample_evenly(len(paths), limit)):
             path = paths[number]
             try:
@@ -104,11 +104,11 @@ def _read_file_examples(paths: Sequence[Path], label: int | None, max_images: in
                 raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
             except ImageError as error:
                 raise DataError(f"{path}: {error}") from error
-            examples.append(ExportExample(str(path), content, label, for_int8))
+            examples.append(ExportExample(str(path), content, label, is_for_int8))
     return examples
 
 
-def _read_data_set(uri: str, category: str, max_images: int) -> list[ExportExample]:
+def _read_data_set_examples(uri: str, category: str, max_images: int) -> list[ExportExample]:
     """Reads test images for the check and good training images for int8 from a data set.
 
     Raises: DataError: the data set cannot be read or has no such category.

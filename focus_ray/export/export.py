@@ -16,10 +16,23 @@ import torch
 
 from focus_ray.bundle.bundle import Bundle, read_bundle, read_library_versions
 from focus_ray.errors import DataError, ExportError, check_extra_is_installed
-from focus_ray.export.check import TOLERANCE, check_export, decode_example, find_failures, score_reference
-from focus_ray.export.examples import gather_examples
-from focus_ray.export.formats import INPUT, MODEL_FILES, OPENVINO_SETTINGS, check_format, open_model, write_model
-from focus_ray.export.scorer import BOX, ExportableScorer, max_image_side_px
+from focus_ray.export.check import (
+    TOLERANCE,
+    check_export,
+    decode_example,
+    find_check_failures,
+    score_examples_with_pytorch,
+)
+from focus_ray.export.examples import read_export_examples
+from focus_ray.export.formats import (
+    INPUT,
+    MODEL_FILES,
+    OPENVINO_SETTINGS,
+    check_export_format,
+    open_exported_model,
+    write_model_files,
+)
+from focus_ray.export.scorer import BOX, ExportableScorer, compute_max_image_side_px
 
 FORMAT, FORMAT_VERSION = "focus_ray export", 1
 SIDECAR = "model.json"
@@ -55,7 +68,7 @@ def export_bundle(
         precision: fp32, fp16 or int8.
         output: a new or empty folder, or the folder of an earlier export, which is replaced; None: the folder
             <category>-<to>-<precision> in the current folder.
-        examples: sources of the images that check the export, as `gather_examples` takes them.
+        examples: sources of the images that check the export, as `read_export_examples` takes them.
         accept_cost: accept fp16 or int8 even if it exceeds `TOLERANCE`. fp32 is never accepted beyond it.
         log: receives a line for each step.
 
@@ -69,29 +82,29 @@ def export_bundle(
 
         After an error nothing is written, and an earlier export stays.
     """
-    check_format(to, precision)
+    check_export_format(to, precision)
     bundle = read_bundle(uri, "cpu", precision="fp32")
-    target = _output_folder(output or f"{bundle.category}-{to}-{precision}")
-    export_examples = gather_examples(bundle, examples, MAX_EXAMPLES)
-    to_check = [example for example in export_examples if not example.for_int8]
+    target = _check_output_folder(output or f"{bundle.category}-{to}-{precision}")
+    export_examples = read_export_examples(bundle, examples, MAX_EXAMPLES)
+    to_check = [example for example in export_examples if not example.is_for_int8]
     if len({example.label for example in to_check} - {None}) == 2:
         check_extra_is_installed("train", "the image AUROC of good and bad examples")
     log(f"export: scoring {len(to_check)} examples with PyTorch in float32")
-    reference = score_reference(bundle, to_check)
+    reference = score_examples_with_pytorch(bundle, to_check)
     int8_images = []
     if precision == "int8":
-        int8_images = [decode_example(example) for example in export_examples if example.for_int8]
+        int8_images = [decode_example(example) for example in export_examples if example.is_for_int8]
         if not int8_images:
             raise ExportError(
                 "--precision int8 needs images of good parts, but no example is good: give good images with --examples"
             )
     log(f"export: tracing {bundle.category!r} for {to} in {precision}")
-    with _replace_folder(target) as folder:
+    with _replace_folder_atomically(target) as folder:
         scorer = ExportableScorer(read_bundle(uri, "cpu", precision="fp32"), half=precision == "fp16")
-        write_model(scorer, to, precision, folder, int8_images)
+        write_model_files(scorer, to, precision, folder, int8_images)
         log(f"export: checking {len(reference.pixels)} examples")
-        comparison = check_export(open_model(folder, to, torch.get_num_threads()), reference)
-        failures = find_failures(comparison, TOLERANCE[precision])
+        comparison = check_export(open_exported_model(folder, to, torch.get_num_threads()), reference)
+        failures = find_check_failures(comparison, TOLERANCE[precision])
         if failures and (precision == "fp32" or not accept_cost):
             hint = "give --precision fp32, or accept the deviation with --accept-cost"
             if precision == "fp32":
@@ -100,12 +113,12 @@ def export_bundle(
                 f"the export of {bundle.category!r} in {precision} does not score as PyTorch in float32: {'; '.join(failures)}: "
                 f"{hint}"
             )
-        sidecar = _make_sidecar(bundle, to, precision, folder, comparison, failures)
+        sidecar = _build_sidecar(bundle, to, precision, folder, comparison, failures)
         (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return ExportResult(target, sidecar)
 
 
-def _output_folder(output: str | Path) -> Path:
+def _check_output_folder(output: str | Path) -> Path:
     """Returns the path of the output folder, after a check that it is new, empty or holds an earlier export.
 
     Raises: DataError: the output is a URI, or exists and holds something other than an export.
@@ -127,7 +140,7 @@ def _output_folder(output: str | Path) -> Path:
 
 
 @contextmanager
-def _replace_folder(target: Path) -> Iterator[Path]:
+def _replace_folder_atomically(target: Path) -> Iterator[Path]:
     """Context manager: yields a temporary folder, which replaces the target folder at the end of the context.
 
     After an exception in the context the temporary folder is removed, and the target is unchanged.
@@ -154,7 +167,7 @@ def _replace_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _make_sidecar(
+def _build_sidecar(
     bundle: Bundle, to: str, precision: str, folder: Path, comparison: Mapping[str, Any], failures: Sequence[str]
 ) -> dict[str, Any]:
     """Returns the content of `SIDECAR`: everything that a user of the exported model needs to know.
@@ -162,7 +175,7 @@ def _make_sidecar(
     Args:
         folder: holds the files of the model; their sizes and hashes are stored.
         comparison: result of `check_export`.
-        failures: sentences of `find_failures` that the user accepted.
+        failures: sentences of `find_check_failures` that the user accepted.
     """
     frame, calibration = bundle.frame, bundle.calibration
     files = {
@@ -184,7 +197,7 @@ def _make_sidecar(
             "type": "uint8",
             "shape": ["batch", "height", "width", 3],
             "colours": "RGB, 0 to 255; grey repeated three times, transparency composed over black, EXIF orientation applied",
-            "sizes": f"2 to {max_image_side_px(frame.height, frame.width)} pixels a side, one size a batch: the model resizes",
+            "sizes": f"2 to {compute_max_image_side_px(frame.height, frame.width)} pixels a side, one size a batch: the model resizes",
         },
         "frame": {
             "height": frame.height,
@@ -194,7 +207,7 @@ def _make_sidecar(
             "how": "done by the model, as Pillow's bilinear filter does it, the width first; pad: scaled to fit, in the middle, "
             "mirrored outwards",
         },
-        "outputs": _describe_outputs(bundle),
+        "outputs": _describe_model_outputs(bundle),
         "thresholds": {
             "image": calibration.image_threshold,
             "pixel": calibration.pixel_threshold,
@@ -220,7 +233,7 @@ def _make_sidecar(
     }
 
 
-def _describe_outputs(bundle: Bundle) -> dict[str, Any]:
+def _describe_model_outputs(bundle: Bundle) -> dict[str, Any]:
     """Returns a description of the model's outputs: name -> type, shape and meaning."""
     outputs: dict[str, tuple[str, list[str | int], str]] = {
         "score": (

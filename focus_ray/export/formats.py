@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from focus_ray.bundle.engine import QUANTISED_OPERATORS, quantise_onnx_model, suppress_exporter_messages
 from focus_ray.errors import ConfigError, ExportError, check_extra_is_installed
-from focus_ray.export.scorer import BOX, OUTPUTS, ExportableScorer, max_image_side_px
+from focus_ray.export.scorer import BOX, OUTPUTS, ExportableScorer, compute_max_image_side_px
 from focus_ray.storage.files import find_os_error
 
 MODEL_FILES = {"onnx": "model.onnx", "torch": "model.pt2", "openvino": "model.xml"}
@@ -31,7 +31,7 @@ RunModel = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
 """Function of uint8 images (B, H, W, 3) that returns the outputs of an export by name."""
 
 
-def check_format(to: str, precision: str) -> None:
+def check_export_format(to: str, precision: str) -> None:
     """Checks that the format exists in this precision and that its packages are installed.
 
     Raises:
@@ -47,7 +47,7 @@ def check_format(to: str, precision: str) -> None:
         check_extra_is_installed(extra, f"focus-ray export --to {to}")
 
 
-def write_model(
+def write_model_files(
     scorer: ExportableScorer, to: str, precision: str, folder: Path, int8_images: Sequence[NDArray[np.uint8]]
 ) -> None:
     """Writes a scorer as model files of a format to a folder.
@@ -61,7 +61,7 @@ def write_model(
         ExportError: the scorer cannot be traced or converted to int8, or uses an operation that the format does not support.
         OSError: a file cannot be written.
     """
-    program = trace(scorer)
+    program = trace_scorer(scorer)
     if to == "torch":
         content = io.BytesIO()  # torch's own writer does not report a full disk
         with suppress_exporter_messages():
@@ -73,7 +73,7 @@ def write_model(
     backbone = write_onnx(program, path, outputs)
     if precision == "int8":
         quantised = path.with_name("int8.onnx")
-        with _as_export_error("the backbone cannot be converted to int8"):
+        with _raise_as_export_error("the backbone cannot be converted to int8"):
             quantise_onnx_model(path, quantised, int8_images, backbone)
         quantised.replace(path)
     if to == "openvino":
@@ -81,7 +81,7 @@ def write_model(
         path.unlink()
 
 
-def open_model(folder: Path, to: str, num_threads: int = 1) -> RunModel:
+def open_exported_model(folder: Path, to: str, num_threads: int = 1) -> RunModel:
     """Opens an exported model in its own runtime on the CPU, and returns a function that runs it.
 
     Args:
@@ -94,22 +94,22 @@ def open_model(folder: Path, to: str, num_threads: int = 1) -> RunModel:
     )
 
 
-def trace(scorer: ExportableScorer) -> torch.export.ExportedProgram:
-    """Traces a scorer into a `torch.export` program for image sides from 2 to `max_image_side_px` pixels.
+def trace_scorer(scorer: ExportableScorer) -> torch.export.ExportedProgram:
+    """Traces a scorer into a `torch.export` program for image sides from 2 to `compute_max_image_side_px` pixels.
 
     The batch may have 1 to `_MAX_BATCH_SIZE` images.
 
     Raises: ExportError: the scorer cannot be traced.
     """
     frame, dim = scorer.to_frame, torch.export.Dim
-    max_px = max_image_side_px(frame.height, frame.width)
+    max_px = compute_max_image_side_px(frame.height, frame.width)
     sizes = {
         0: dim("batch", min=1, max=_MAX_BATCH_SIZE),
         1: dim("height", min=2, max=max_px),
         2: dim("width", min=2, max=max_px),
     }
     example = torch.zeros(2, frame.height + 7, frame.width + 5, 3, dtype=torch.uint8)
-    with suppress_exporter_messages(), torch.no_grad(), _as_export_error("the scorer cannot be traced"):
+    with suppress_exporter_messages(), torch.no_grad(), _raise_as_export_error("the scorer cannot be traced"):
         program = torch.export.export(scorer, (example,), dynamic_shapes=(sizes,))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it names files of this machine
@@ -134,7 +134,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: Seque
     with (
         suppress_exporter_messages(),
         torch.no_grad(),
-        _as_export_error("ONNX does not support an operation of the scorer"),
+        _raise_as_export_error("ONNX does not support an operation of the scorer"),
     ):
         # the optimiser of torch.onnx takes minutes for the thousands of nodes of the alignment
         onnx_program = torch.onnx.export(
@@ -178,7 +178,7 @@ def write_openvino(source: Path, path: Path) -> None:
     """
     import openvino
 
-    with suppress_exporter_messages(), _as_export_error("OpenVINO does not support an operation of the scorer"):
+    with suppress_exporter_messages(), _raise_as_export_error("OpenVINO does not support an operation of the scorer"):
         model = openvino.convert_model(source)
     try:
         with suppress_exporter_messages():
@@ -228,7 +228,7 @@ def _open_torch(path: Path, num_threads: int) -> RunModel:
 
 
 @contextlib.contextmanager
-def _as_export_error(failure: str) -> Iterator[None]:
+def _raise_as_export_error(failure: str) -> Iterator[None]:
     """Context manager: turns any exception of a converter into an `ExportError`, except for problems with files.
 
     Args: failure: text of the message that says what failed.

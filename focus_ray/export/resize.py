@@ -20,7 +20,7 @@ from focus_ray.data.framing import SCORED, InputFrame
 _WEIGHT_BITS = 22  # number of bits of Pillow's weights
 # products with weight // _LOW_BASE and with weight % _LOW_BASE are summed separately, to keep each sum below 2^24
 _LOW_BASE = 2**6
-# number of weight bits that each division step computes, so that its dividend stays below 2^31: see `max_image_side_px`
+# number of weight bits that each division step computes, so that its dividend stays below 2^31: see `compute_max_image_side_px`
 _STEP_BITS = (6, 6, 5, 5)
 
 
@@ -59,48 +59,55 @@ class ResizeToFrame(nn.Module):
         """
         image_height, image_width = images.shape[1], images.shape[2]
         if not self.has_padding:
-            column_weights = _compute_stretch_weights(image_width, self.width)
-            row_weights = _compute_stretch_weights(image_height, self.height)
-            return _resize_pixels(images, column_weights, row_weights), self.region, None
-        height, width = _fit_size(image_height, image_width, self.height, self.width)
+            column_weights = _compute_all_resize_weights(image_width, self.width)
+            row_weights = _compute_all_resize_weights(image_height, self.height)
+            return _resize_to_float_pixels(images, column_weights, row_weights), self.region, None
+        height, width = _compute_fitted_size(image_height, image_width, self.height, self.width)
         top, left = (self.height - height) // 2, (self.width - width) // 2
-        rows, columns = _mirrored_indices(self.height, top, height), _mirrored_indices(self.width, left, width)
+        rows, columns = (
+            _compute_mirrored_indices(self.height, top, height),
+            _compute_mirrored_indices(self.width, left, width),
+        )
         # Bound on the number of input pixels per output pixel: rounding leaves a side at least two thirds of its exact length.
         max_inputs = (image_height - 1) // self.height + (image_width - 1) // self.width + 2
-        column_weights = _compute_weights(image_width, width, columns, 2 * max_inputs)
-        row_weights = _compute_weights(image_height, height, rows, 2 * max_inputs)
-        inside = _is_inside(self.height, top, height)[:, None] & _is_inside(self.width, left, width)
+        column_weights = _compute_resize_weights(image_width, width, columns, 2 * max_inputs)
+        row_weights = _compute_resize_weights(image_height, height, rows, 2 * max_inputs)
+        inside = _mark_image_pixels(self.height, top, height)[:, None] & _mark_image_pixels(self.width, left, width)
         if self.region is not None:
-            inside = inside & self._place_region(height, width, rows, columns)
-        return _resize_pixels(images, column_weights, row_weights), inside, torch.stack([top, left, height, width])
+            inside = inside & self._resize_region(height, width, rows, columns)
+        return (
+            _resize_to_float_pixels(images, column_weights, row_weights),
+            inside,
+            torch.stack([top, left, height, width]),
+        )
 
-    def _place_region(self, height: Tensor, width: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    def _resize_region(self, height: Tensor, width: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Resizes the region of interest to the scaled image, and places it where the image lies in the network's input.
 
         Args:
             height, width: size of the scaled image, int32 scalars.
             rows, columns: row of the scaled image in each row of the network's input, and the same for columns, from
-                `_mirrored_indices`.
+                `_compute_mirrored_indices`.
 
         Returns: mask of the network's input, bool, True in the region. It is also True in mirrored copies of the region.
         """
         assert self.region is not None
         region_pixels = (self.region.to(torch.uint8) * SCORED)[None, :, :, None]
-        column_weights = _compute_weights(self.width, width, columns, self.width)
-        row_weights = _compute_weights(self.height, height, rows, self.height)
-        return _resize_side(_resize_side(region_pixels, 2, column_weights), 1, row_weights)[0, :, :, 0] >= 128
+        column_weights = _compute_resize_weights(self.width, width, columns, self.width)
+        row_weights = _compute_resize_weights(self.height, height, rows, self.height)
+        return _resize_dimension(_resize_dimension(region_pixels, 2, column_weights), 1, row_weights)[0, :, :, 0] >= 128
 
 
-def _resize_pixels(images: Tensor, column_weights: ResizeWeights, row_weights: ResizeWeights) -> Tensor:
+def _resize_to_float_pixels(images: Tensor, column_weights: ResizeWeights, row_weights: ResizeWeights) -> Tensor:
     """Resizes uint8 images (B, H, W, 3) to float pixels (B, 3, height, width) in 0..1.
 
     As in Pillow, the images are resized along the width first, and then along the height.
     """
-    resized = _resize_side(_resize_side(images, 2, column_weights), 1, row_weights)
+    resized = _resize_dimension(_resize_dimension(images, 2, column_weights), 1, row_weights)
     return resized.permute(0, 3, 1, 2).to(torch.float32) / 255.0
 
 
-def _resize_side(images: Tensor, side: int, resize_weights: ResizeWeights) -> Tensor:
+def _resize_dimension(images: Tensor, side: int, resize_weights: ResizeWeights) -> Tensor:
     """Resizes the height or the width of 8-bit images (B, H, W, C).
 
     Args: side: dimension to resize: 1 for the height or 2 for the width.
@@ -118,13 +125,13 @@ def _resize_side(images: Tensor, side: int, resize_weights: ResizeWeights) -> Te
     return (high_sum + (low_sum + 2 ** (_WEIGHT_BITS - 1)) // _LOW_BASE) // (2**_WEIGHT_BITS // _LOW_BASE)
 
 
-def _compute_stretch_weights(length: int, num_outputs: int) -> ResizeWeights:
+def _compute_all_resize_weights(length: int, num_outputs: int) -> ResizeWeights:
     """Computes the input pixels and weights of all output pixels, to resize a height or width from `length` to `num_outputs`."""
     numbers = torch.arange(num_outputs, dtype=torch.int32)
-    return _compute_weights(length, _to_scalar(num_outputs), numbers, (length - 1) // num_outputs + 1)
+    return _compute_resize_weights(length, _make_scalar_tensor(num_outputs), numbers, (length - 1) // num_outputs + 1)
 
 
-def _compute_weights(length: int, num_outputs: Tensor, numbers: Tensor, max_inputs: int) -> ResizeWeights:
+def _compute_resize_weights(length: int, num_outputs: Tensor, numbers: Tensor, max_inputs: int) -> ResizeWeights:
     """Computes the input pixels and weights of some output pixels, to resize a height or width from `length` to `num_outputs`.
 
     Args:
@@ -156,28 +163,28 @@ def _compute_weights(length: int, num_outputs: Tensor, numbers: Tensor, max_inpu
     return ResizeWeights(input_pixels.clamp_max(length - 1), weights)
 
 
-def _fit_size(image_height: int, image_width: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+def _compute_fitted_size(image_height: int, image_width: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Returns height and width, int32 scalars, of an image after scaling to the largest size that fits into `height` x `width`.
 
     The aspect ratio stays the same up to rounding. A half is rounded to the nearest even number. A side has at least 1 pixel.
     """
-    full_height, full_width = _to_scalar(image_height), _to_scalar(image_width)
+    full_height, full_width = _make_scalar_tensor(image_height), _make_scalar_tensor(image_width)
     is_limited_by_height = full_width * height <= full_height * width  # the height limits the scale
-    scaled_height = _divide_rounded(full_height * width, full_width)
-    scaled_width = _divide_rounded(full_width * height, full_height)
-    fitted_height = torch.where(is_limited_by_height, _to_scalar(height), scaled_height)
-    fitted_width = torch.where(is_limited_by_height, scaled_width, _to_scalar(width))
+    scaled_height = _divide_and_round(full_height * width, full_width)
+    scaled_width = _divide_and_round(full_width * height, full_height)
+    fitted_height = torch.where(is_limited_by_height, _make_scalar_tensor(height), scaled_height)
+    fitted_width = torch.where(is_limited_by_height, scaled_width, _make_scalar_tensor(width))
     return fitted_height.clamp_min(1), fitted_width.clamp_min(1)
 
 
-def _divide_rounded(numerator: Tensor, denominator: Tensor) -> Tensor:
+def _divide_and_round(numerator: Tensor, denominator: Tensor) -> Tensor:
     """Returns numerator / denominator as a rounded integer; a half is rounded to the nearest even number."""
     quotient = (2 * numerator + denominator) // (2 * denominator)
     halves = ((2 * numerator + denominator) % (2 * denominator) == 0) & (quotient % 2 == 1)
     return quotient - halves.to(torch.int32)
 
 
-def _mirrored_indices(length: int, start: Tensor, size: Tensor) -> Tensor:
+def _compute_mirrored_indices(length: int, start: Tensor, size: Tensor) -> Tensor:
     """Returns, for each of `length` pixels along a side, the index of the image pixel that it shows, (length,) int32.
 
     The image covers `size` of the pixels, beginning at pixel `start`. Pixels outside the image show the mirrored image.
@@ -186,12 +193,12 @@ def _mirrored_indices(length: int, start: Tensor, size: Tensor) -> Tensor:
     return torch.minimum(positions, 2 * size - 1 - positions)
 
 
-def _is_inside(length: int, start: Tensor, size: Tensor) -> Tensor:
+def _mark_image_pixels(length: int, start: Tensor, size: Tensor) -> Tensor:
     """Returns a mask (length,) bool: True for pixels inside an image that begins at pixel `start` and has `size` pixels."""
     numbers = torch.arange(length, dtype=torch.int32)
     return (numbers >= start) & (numbers < start + size)
 
 
-def _to_scalar(value: int) -> Tensor:
+def _make_scalar_tensor(value: int) -> Tensor:
     """Returns an integer as an int32 tensor without dimensions."""
     return torch.full((), value, dtype=torch.int32)

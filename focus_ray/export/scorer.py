@@ -61,7 +61,7 @@ class ExportableScorer(nn.Module):
             detector.profile,
             detector.coverage_mask,
         )
-        self.verdict = Verdict(bundle.calibration)
+        self.verdict = VerdictModule(bundle.calibration)
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -70,9 +70,9 @@ class ExportableScorer(nn.Module):
         The box is the last output.
         """
         pixels, shown, box = self.to_frame(images)
-        theta = self._find_theta(pixels)
+        theta = self._estimate_alignment(pixels)
         aligned = pixels if theta is None else warp_images(pixels, theta, ALIGNED_IMAGE_PADDING)
-        levels, thetas = self.net.compute_features(_cut_tiles(aligned, self.tiles))
+        levels, thetas = self.net.compute_features(_cut_into_tiles(aligned, self.tiles))
         features, total_theta = warp_features_to_common_frame(AlignedFeatures(levels, thetas, aligned, theta))
         distance = self.density.score(self.tiles.join(self.reduction(features)))
         inspected = torch.ones_like(distance)
@@ -100,7 +100,7 @@ class ExportableScorer(nn.Module):
         outputs = (score, p_value, anomalous, anomaly_map)
         return outputs if box is None else (*outputs, box)
 
-    def _find_theta(self, pixels: Tensor) -> Tensor | None:
+    def _estimate_alignment(self, pixels: Tensor) -> Tensor | None:
         """Returns the affine transform (B, 2, 3) that aligns each image; None if the bundle does not align images."""
         if not self.is_aligned:
             return None
@@ -112,7 +112,7 @@ class ExportableScorer(nn.Module):
         return theta
 
 
-class Verdict(nn.Module):
+class VerdictModule(nn.Module):
     """A torch module that maps scores (B,) to p-values (B,) and verdicts (B,) bool, as `Calibration` does.
 
     True means anomalous. A NaN score counts as anomalous.
@@ -150,7 +150,7 @@ class Verdict(nn.Module):
         return p_value, is_normal.logical_not()
 
 
-def _cut_tiles(images: Tensor, tiles: Tiles) -> Tensor:
+def _cut_into_tiles(images: Tensor, tiles: Tiles) -> Tensor:
     """Cuts images (B, C, H, W) into tiles (B * num_tiles, C, side, side), as `Tiles.cut`, with slices that can be traced."""
     if tiles.num_tiles == 1:
         return images
@@ -163,6 +163,6 @@ def _cut_tiles(images: Tensor, tiles: Tiles) -> Tensor:
     return torch.stack(cut_images, dim=1).flatten(0, 1)
 
 
-def max_image_side_px(height: int, width: int) -> int:
+def compute_max_image_side_px(height: int, width: int) -> int:
     """Returns the longest image side in pixels for which the computation of the resize weights stays within 32-bit integers."""
     return int(math.sqrt(2**24 * min(height, width)))

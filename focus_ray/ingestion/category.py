@@ -26,26 +26,37 @@ from focus_ray.ingestion.check import CheckedSample, FileDigest
 from focus_ray.ingestion.chunks import (
     ChunkResult,
     IngestOptions,
-    make_chunks,
-    merge_results,
-    rewrite_parts,
-    write_chunk,
+    divide_into_chunks,
+    ingest_chunk,
+    merge_chunk_results,
+    rewrite_part_files,
 )
-from focus_ray.ingestion.deduplicate import choose_unused_ids, compare_with_rows, make_row_ids, remove_duplicates
-from focus_ray.ingestion.report import CategoryReport, Status, count_groups, count_rows, find_implausible_data
+from focus_ray.ingestion.deduplicate import (
+    choose_unused_row_ids,
+    compare_with_existing_rows,
+    make_row_ids,
+    remove_duplicates,
+)
+from focus_ray.ingestion.report import (
+    CategoryReport,
+    Status,
+    count_rows_by_split_and_label,
+    count_training_groups,
+    find_implausible_data,
+)
 from focus_ray.ingestion.source_manifest import (
     ManifestRows,
-    build_source_table,
-    change_fingerprint,
+    build_source_manifest,
     compute_source_fingerprint,
-    find_content_hash,
-    find_digests,
+    derive_fingerprint_after_change,
+    find_digests_of_unchanged_files,
     find_manifest_rows,
+    find_stored_content_hash,
     list_source_files,
-    merge_source_tables,
+    merge_source_manifests,
 )
 
-_NUM_PREPARERS, _NUM_FINISHERS = 16, 4  # threads that prepare and that finish categories
+_NUM_PREPARERS, _NUM_PUBLISHERS = 16, 4  # threads that prepare and that publish categories
 _REJECT_ORDER = attrgetter("path", "reason")
 
 
@@ -70,17 +81,17 @@ def ingest_categories(plans: Sequence[ImportPlan], options: IngestOptions, progr
         open_data_set(options.uri).check_writable()
     chunks = [(item, chunk) for item in changed for chunk in item.chunks]
     bar = tqdm(total=sum(len(chunk.samples) for _, chunk in chunks), unit="image", disable=not progress)
-    with bar, ThreadPoolExecutor(_NUM_FINISHERS) as pool:
-        finishing: list[Future[None]] = [pool.submit(item.finish) for item in changed if not item.chunks]
-        for number, result in options.run(write_chunk, [chunk for _, chunk in chunks]):
+    with bar, ThreadPoolExecutor(_NUM_PUBLISHERS) as pool:
+        publications: list[Future[None]] = [pool.submit(item.publish_version) for item in changed if not item.chunks]
+        for number, result in options.run(ingest_chunk, [chunk for _, chunk in chunks]):
             item, chunk = chunks[number]
             item.results[number] = result
             bar.update(len(chunk.samples))
             if len(item.results) == len(item.chunks):
-                finishing.append(pool.submit(item.finish))
-            if any(future.done() and future.exception() for future in finishing):
+                publications.append(pool.submit(item.publish_version))
+            if any(future.done() and future.exception() for future in publications):
                 break  # a storage that fails for one category fails for all
-    for future in finishing:
+    for future in publications:
         future.result()
     return categories
 
@@ -101,13 +112,13 @@ class _BaseVersion:
 
 
 class CategoryIngestion:
-    """The ingestion of one category: compares the source with the current version, and publishes the new version in `finish`.
+    """The ingestion of one category: compares the source with the current version, and publishes the new version in `publish_version`.
 
     Attributes:
         plan: the images to ingest.
         chunks: the images that have to be read, in lists of about one part file.
         results: result of each written chunk, by the number of the chunk among the chunks of all categories.
-        report: None before `finish`, except for an unchanged category; None afterwards if no image is usable.
+        report: None before `publish_version`, except for an unchanged category; None afterwards if no image is usable.
         rejects: the rejected files.
         notes: hints for the user.
     """
@@ -122,17 +133,19 @@ class CategoryIngestion:
         self.report: CategoryReport | None = None
         self.rejects: list[RejectedFile] = []
         self.notes: list[str] = []
-        self._num_existing = self._num_regrouped = 0  # images that need not be read, see `Comparison`
+        self._num_existing = self._num_regrouped = 0  # images that need not be read, see `ExistingRowComparison`
         self._stamps = {path: read_source_stat(path) for path in list_source_files(plan.samples)}
         previous = self.store.read_commit(self.category)
-        self._base = self._load_base(previous)
+        self._base = self._load_base_version(previous)
         samples: Sequence[Sample] = plan.samples
         if previous is not None:
             sources = self._base.sources if options.append else self.store.read_source_manifest(self.category, previous)
             manifest = find_manifest_rows(sources, self._stamps)
-            digests = find_digests(manifest, self._stamps, options.trusts_stamps, options.num_threads)
+            digests = find_digests_of_unchanged_files(
+                manifest, self._stamps, options.trusts_stamps, options.num_threads
+            )
             if options.append:
-                self._adopt_group_splits()
+                self._assign_groups_to_existing_splits()
                 samples = self._select_new_samples(manifest, digests)
             elif (
                 len(digests) == len(self._stamps)
@@ -140,15 +153,15 @@ class CategoryIngestion:
                 and self.store.has_all_files(self.category, previous)
             ):
                 self.rejects = self.store.read_reject_list(self.category)
-                self._report_unchanged(previous)
+                self._report_unchanged_category(previous)
                 samples = []
-        self.chunks = make_chunks(self.category, samples, self._stamps, self._base.index, options)
+        self.chunks = divide_into_chunks(self.category, samples, self._stamps, self._base.index, options)
 
     def _compute_fingerprint(self, digests: Mapping[SourcePath, FileDigest]) -> str:
         """Returns the fingerprint of the source, which is the same for an unchanged source."""
         return compute_source_fingerprint(self.plan, self.options.settings, self.options.site, digests)
 
-    def _load_base(self, previous: Commit | None) -> _BaseVersion:
+    def _load_base_version(self, previous: Commit | None) -> _BaseVersion:
         """Returns the version to add rows to: the previous version for an append, otherwise a version without rows.
 
         Args: previous: the commit (description) of the current version; None if there is none.
@@ -160,7 +173,7 @@ class CategoryIngestion:
         index = load_version_index(self.store, self.category, previous)
         return _BaseVersion(previous, index, self.store.read_source_manifest(self.category, previous))
 
-    def _adopt_group_splits(self) -> None:
+    def _assign_groups_to_existing_splits(self) -> None:
         """Moves new normal images to the split (train or test) of existing rows of their group, to keep groups together.
 
         It changes the plan. Only images whose split was drawn at random are moved. A group with rows in both splits counts as
@@ -192,7 +205,7 @@ class CategoryIngestion:
         groups_by_row = dict(zip(zip(*columns, strict=True), self._base.index["group"].to_pylist(), strict=True))
         new_samples = []
         for sample in self.plan.samples:
-            content = find_content_hash(manifest, sample.path, digests.get(sample.path))
+            content = find_stored_content_hash(manifest, sample.path, digests.get(sample.path))
             splits = ("train", "test") if sample.has_drawn_split else (sample.split,)
             keys = [(content, sample.label, split) for split in splits]
             groups = [groups_by_row[key] for key in keys if key in groups_by_row]
@@ -203,20 +216,20 @@ class CategoryIngestion:
                 new_samples.append(sample)
         return new_samples
 
-    def finish(self) -> None:
+    def publish_version(self) -> None:
         """Merges the results of the chunks, publishes the new version, and sets `report`, `rejects` and `notes`.
 
         Afterwards the chunks and their results are deleted from memory.
 
         Raises: DataError: the storage fails, or other processes published first too often.
         """
-        new = merge_results([result for _, result in sorted(self.results.items())])
-        self.store.publish_version(self.category, partial(self._build_draft, new), new.parts)
+        new = merge_chunk_results([result for _, result in sorted(self.results.items())])
+        self.store.publish_version(self.category, partial(self._build_commit_draft, new), new.parts)
         for data in (self.chunks, self.results, self._stamps):  # gigabytes for a million images
             data.clear()
-        self._base = self._load_base(None)
+        self._base = self._load_base_version(None)
 
-    def _build_draft(self, new: ChunkResult, previous: Commit | None) -> CommitDraft | None:
+    def _build_commit_draft(self, new: ChunkResult, previous: Commit | None) -> CommitDraft | None:
         """Builds the content of the version after `previous`; returns None if no new image remains.
 
         It may be called several times. It removes duplicates, gives rows unique ids, rewrites part files where needed,
@@ -230,10 +243,10 @@ class CategoryIngestion:
         """
         category, settings, run = self.category, self.options.settings, self.options.run
         if self.options.append and previous != self._base.commit:  # another version was published since the preparation
-            self._base = self._load_base(previous)
+            self._base = self._load_base_version(previous)
         base = self._base
         # 1. Remove duplicates: against the existing rows, then among the new images.
-        comparison = compare_with_rows(new.items, base.index, category, settings)
+        comparison = compare_with_existing_rows(new.items, base.index, category, settings)
         items, duplicates = remove_duplicates(comparison.new_items, category, settings)
         rejects = [*self.plan.rejects, *new.rejects, *comparison.rejects, *duplicates]
         self.rejects = sorted(rejects, key=_REJECT_ORDER)
@@ -249,14 +262,14 @@ class CategoryIngestion:
             if base.commit is None:
                 self.store.write_reject_list(category, self.rejects)
             elif num_existing:
-                self._report_unchanged(base.commit, num_existing)
+                self._report_unchanged_category(base.commit, num_existing)
             return None
         # 2. Remove and rename rows of the new part files.
-        row_ids = choose_unused_ids(make_row_ids([item.sample for item in items], category), items, base.index)
+        row_ids = choose_unused_row_ids(make_row_ids([item.sample for item in items], category), items, base.index)
         final_ids = {id(item): row_id for row_id, item in zip(row_ids, items, strict=True)}
         ids = [final_ids.get(id(item)) for item in new.items]  # None for a duplicate
         changes = {row: ids[row] for row, old_id in enumerate(new.index["id"].to_pylist()) if ids[row] != old_id}
-        new_files, _ = rewrite_parts(self.store, category, new.parts, changes, run)
+        new_files, _ = rewrite_part_files(self.store, category, new.parts, changes, run)
         id_column = pa.array(ids, pa.string())
         new_index = new.index.filter(id_column.is_valid())
         new_index = new_index.set_column(0, INDEX_SCHEMA.field("id"), id_column.drop_null())
@@ -266,7 +279,9 @@ class CategoryIngestion:
             row for content, rows in comparison.displaced_rows.items() if content in kept_hashes for row in rows
         ]
         base_parts = base.commit["files"] if base.commit else []
-        base_files, num_removed_masks = rewrite_parts(self.store, category, base_parts, dict.fromkeys(displaced), run)
+        base_files, num_removed_masks = rewrite_part_files(
+            self.store, category, base_parts, dict.fromkeys(displaced), run
+        )
         remains = np.ones(base.index.num_rows, dtype=bool)
         remains[displaced] = False
         index = pa.concat_tables([base.index.filter(pa.array(remains)), new_index])
@@ -275,21 +290,21 @@ class CategoryIngestion:
             fingerprint = self._compute_fingerprint(new.digests)
         else:
             num_masks += base.commit["counts"]["num_masks"]
-            fingerprint = change_fingerprint(base.commit, "append", new_index["content_hash"].to_pylist())
-        counts = {**count_rows(index), "num_masks": num_masks}
+            fingerprint = derive_fingerprint_after_change(base.commit, "append", new_index["content_hash"].to_pylist())
+        counts = {**count_rows_by_split_and_label(index), "num_masks": num_masks}
         self._make_report("appended" if base.commit else "written", counts, index, items, num_existing)
-        sources = merge_source_tables(base.sources, build_source_table(new.digests, self._stamps, new.items))
+        sources = merge_source_manifests(base.sources, build_source_manifest(new.digests, self._stamps, new.items))
         files = [*base_files, *new_files]
-        return CommitDraft(files, index, sources, fingerprint, counts, self._merge_rejects())
+        return CommitDraft(files, index, sources, fingerprint, counts, self._merge_rejected_files())
 
-    def _merge_rejects(self) -> list[RejectedFile]:
+    def _merge_rejected_files(self) -> list[RejectedFile]:
         """Returns the rejected files and, for an append, the stored rejected files that are not in the plan."""
         stored = self.store.read_reject_list(self.category) if self._base.commit else []
         new_paths = {self.options.settings.format_relative_path(path) for path in self._stamps}
         new_paths.update(item.path for item in self.rejects)
         return sorted([*(item for item in stored if item.path not in new_paths), *self.rejects], key=_REJECT_ORDER)
 
-    def _report_unchanged(self, commit: Commit, num_existing: int = 0) -> None:
+    def _report_unchanged_category(self, commit: Commit, num_existing: int = 0) -> None:
         """Sets the report of a category whose current version stays, see `_make_report`.
 
         Args:
@@ -313,7 +328,7 @@ class CategoryIngestion:
             items: the new images.
             num_existing: images of the source that the previous version already contained.
         """
-        num_groups, group_notes = count_groups(self.category, index)
+        num_groups, group_notes = count_training_groups(self.category, index)
         num_added = len(items) if status == "appended" else 0
         folders = tuple(self.plan.folders)
         self.report = CategoryReport(

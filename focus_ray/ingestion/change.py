@@ -17,15 +17,15 @@ from focus_ray.data.commits import Commit, PartFileEntry, find_stale_files
 from focus_ray.data.read import list_categories, load_version_index
 from focus_ray.data.store import CommitDraft, DataSetStore, open_data_set
 from focus_ray.errors import DataError
-from focus_ray.ingestion.chunks import map_in_process, read_part_rows, rewrite_parts
-from focus_ray.ingestion.report import count_rows
-from focus_ray.ingestion.source_manifest import change_fingerprint
+from focus_ray.ingestion.chunks import map_in_process, read_rows_of_part_files, rewrite_part_files
+from focus_ray.ingestion.report import count_rows_by_split_and_label
+from focus_ray.ingestion.source_manifest import derive_fingerprint_after_change
 
 _MAX_LISTED_VALUES = 5  # missing values that an error message lists
 
 
 @dataclass(frozen=True)
-class RemoveReport:
+class RowRemovalReport:
     """The result of removing rows from a category. ``str()`` returns the text for the user.
 
     Attributes:
@@ -54,7 +54,7 @@ def remove_rows(
     ids: Collection[str] = (),
     content_hashes: Collection[str] = (),
     site: str | None = None,
-) -> RemoveReport:
+) -> RowRemovalReport:
     """Removes rows from a category: all rows with one of the ids, one of the content hashes, or the site.
 
     Only part files that contain such rows are written again. The previous version stays readable for a day.
@@ -74,36 +74,40 @@ def remove_rows(
         raise DataError("no rows to remove: give ids, content hashes or a site")
     store = open_data_set(uri)
     store.require_commit(category)
-    reports: list[RemoveReport] = []
+    reports: list[RowRemovalReport] = []
 
-    def build_draft(previous: Commit | None) -> CommitDraft:
+    def build_commit_draft(previous: Commit | None) -> CommitDraft:
         """Returns the content of the version without the rows, and adds a report. Raises: DataError: see `remove_rows`."""
         if previous is None:
             raise DataError(f"{uri}: category {category!r} was deleted meanwhile")
         index = load_version_index(store, category, previous)
         is_removed = np.zeros(index.num_rows, dtype=bool)
         for column, values in (("id", ids), ("content_hash", content_hashes), ("site", [] if site is None else [site])):
-            is_removed |= _find_matches(index, column, values, f"{uri}: category {category!r}")
+            is_removed |= _find_matching_rows(index, column, values, f"{uri}: category {category!r}")
         if is_removed.all():
             raise DataError(
                 f"{uri}: category {category!r}: all of its {len(is_removed)} images would be removed: to delete the category, "
                 f"delete its folder, {store.get_category_folder(category)}"
             )
         changes = dict.fromkeys(np.flatnonzero(is_removed).tolist())
-        files, num_masks = rewrite_parts(store, category, previous["files"], changes, map_in_process)
+        files, num_masks = rewrite_part_files(store, category, previous["files"], changes, map_in_process)
         remaining = index.filter(pa.array(~is_removed))
-        counts = {**count_rows(remaining), "num_masks": previous["counts"]["num_masks"] - num_masks}
+        counts = {**count_rows_by_split_and_label(remaining), "num_masks": previous["counts"]["num_masks"] - num_masks}
         names = {entry["name"] for entry in files}
         num_rewritten = sum(entry["name"] not in names for entry in previous["files"])
-        reports.append(RemoveReport(category, len(changes), remaining.num_rows, num_rewritten, len(previous["files"])))
-        fingerprint = change_fingerprint(previous, "remove", index["id"].filter(pa.array(is_removed)).to_pylist())
+        reports.append(
+            RowRemovalReport(category, len(changes), remaining.num_rows, num_rewritten, len(previous["files"]))
+        )
+        fingerprint = derive_fingerprint_after_change(
+            previous, "remove", index["id"].filter(pa.array(is_removed)).to_pylist()
+        )
         return CommitDraft(files, remaining, store.read_source_manifest(category, previous), fingerprint, counts)
 
-    store.publish_version(category, build_draft)
+    store.publish_version(category, build_commit_draft)
     return reports[-1]
 
 
-def _find_matches(index: pa.Table, column: str, values: Collection[str], location: str) -> np.ndarray:
+def _find_matching_rows(index: pa.Table, column: str, values: Collection[str], location: str) -> np.ndarray:
     """Returns for each row of an index table whether its column has one of the values, (rows,) bool.
 
     Args:
@@ -126,7 +130,7 @@ def _find_matches(index: pa.Table, column: str, values: Collection[str], locatio
 
 
 @dataclass(frozen=True)
-class CompactReport:
+class CompactionReport:
     """The result of merging the part files of a category. ``str()`` returns the text for the user.
 
     Attributes:
@@ -146,7 +150,7 @@ class CompactReport:
         )
 
 
-def compact(uri: str | Path, categories: Sequence[str] | None = None) -> list[CompactReport]:
+def compact_part_files(uri: str | Path, categories: Sequence[str] | None = None) -> list[CompactionReport]:
     """Merges consecutive small part files of categories into larger files, and deletes stale files. The rows do not change.
 
     Args:
@@ -162,21 +166,25 @@ def compact(uri: str | Path, categories: Sequence[str] | None = None) -> list[Co
     for name in names:
         store.require_commit(name)
     with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(lambda name: _compact(store, name), names))
+        return list(pool.map(lambda name: _compact_category(store, name), names))
 
 
-def _compact(store: DataSetStore, category: str) -> CompactReport:
-    """Merges the small part files of one category, and deletes its stale files, see `compact`."""
+def _compact_category(store: DataSetStore, category: str) -> CompactionReport:
+    """Merges the small part files of one category, and deletes its stale files, see `compact_part_files`."""
     num_parts = [0, 0]
 
-    def build_draft(previous: Commit | None) -> CommitDraft | None:
+    def build_commit_draft(previous: Commit | None) -> CommitDraft | None:
         """Returns the content of the version with merged part files; None if no file is merged."""
         if previous is None:
             raise DataError(f"{store.uri}: category {category!r} was deleted meanwhile")
         files: list[PartFileEntry] = []
-        for group in group_small_parts(previous["files"]):
+        for group in group_small_part_files(previous["files"]):
             is_joined = len(group) > 1
-            files += store.write_part_files(category, read_part_rows(store, category, group))[0] if is_joined else group
+            files += (
+                store.write_part_files(category, read_rows_of_part_files(store, category, group))[0]
+                if is_joined
+                else group
+            )
         num_parts[:] = [len(previous["files"]), len(files)]
         if files == previous["files"]:
             return None
@@ -188,14 +196,14 @@ def _compact(store: DataSetStore, category: str) -> CompactReport:
             previous["counts"],
         )
 
-    store.publish_version(category, build_draft)
+    store.publish_version(category, build_commit_draft)
     commit = store.require_commit(category)
     stale_files = find_stale_files(store.list_category_files(category), commit, datetime.now(timezone.utc))
     store.delete_unreferenced_files(category, stale_files)
-    return CompactReport(category, num_parts[0], num_parts[1], len(stale_files))
+    return CompactionReport(category, num_parts[0], num_parts[1], len(stale_files))
 
 
-def group_small_parts(files: Sequence[PartFileEntry]) -> list[list[PartFileEntry]]:
+def group_small_part_files(files: Sequence[PartFileEntry]) -> list[list[PartFileEntry]]:
     """Groups part files to be merged: consecutive files of less than half the full size come into one list.
 
     Args: files: entries of the part files, in row order.

@@ -39,7 +39,7 @@ class CheckedSample:
     num_mask_values: int  # number of different mask values above 0
 
 
-def read_content(path: SourcePath) -> bytes | OSError:
+def read_source_file(path: SourcePath) -> bytes | OSError:
     """Reads a source file. Returns its bytes, or the OSError if the file cannot be read.
 
     Raises: DataError: the S3 storage fails.
@@ -50,7 +50,7 @@ def read_content(path: SourcePath) -> bytes | OSError:
         return error
 
 
-def compute_digest(content: bytes | OSError) -> FileDigest:
+def compute_file_digest(content: bytes | OSError) -> FileDigest:
     """Returns size and SHA-256 hex of a file, to recognise unchanged content; for an error, -1 and the error number."""
     if isinstance(content, OSError):
         return -1, str(content.errno)
@@ -64,22 +64,22 @@ def check_sample(
 
     Args:
         sample: the image.
-        contents: from `read_content`: of the image, then of each mask.
+        contents: from `read_source_file`: of the image, then of each mask.
         category: name of the category, for a rejection.
         settings: the settings of the ingestion.
     """
 
-    def reject(reason: RejectReason, detail: str) -> RejectedFile:
+    def make_reject(reason: RejectReason, detail: str) -> RejectedFile:
         return RejectedFile(settings.format_relative_path(sample.path), category, reason, detail)
 
     data = contents[0]
     if isinstance(data, OSError):
-        return reject("unreadable", data.strerror or str(data))
+        return make_reject("unreadable", data.strerror or str(data))
     try:
         refuse_generated_picture(data)
         info, pixels = decode_image_with_info(data)
     except ImageError as error:
-        return reject(error.reason, str(error))
+        return make_reject(error.reason, str(error))
     content = hash_pixels(pixels)
     num_levels = int(np.count_nonzero(np.bincount(pixels.reshape(-1), minlength=256)))
     del pixels
@@ -89,15 +89,15 @@ def check_sample(
     for path, mask_content in zip(sample.masks, contents[1:], strict=True):
         name = f"its mask {settings.format_relative_path(path)}"
         if is_broken_link(path):
-            return reject("mask_unreadable", f"{name} is {describe_broken_link(path)}")
+            return make_reject("mask_unreadable", f"{name} is {describe_broken_link(path)}")
         try:
             if isinstance(mask_content, OSError):
                 raise mask_content
             mask, num_values = decode_mask_and_count_values(mask_content)
         except (ImageError, OSError) as error:
-            return reject("mask_unreadable", f"{name} cannot be read: {error}")
+            return make_reject("mask_unreadable", f"{name} cannot be read: {error}")
         if mask.shape != marked.shape:
-            return reject(
+            return make_reject(
                 "mask_size",
                 f"{name} is {mask.shape[1]} x {mask.shape[0]} pixels, the image {info.width} x {info.height}: export the "
                 "mask again at the image's size",
@@ -107,7 +107,7 @@ def check_sample(
     is_marked, mask_share = bool(marked.any()), float(marked.mean())
     if is_marked and not sample.label:
         hint = ", nearly all of the image: is the mask inverted? Values above 0 mean defective"
-        return reject(
+        return make_reject(
             "mask_on_good",
             f"a normal image whose mask {settings.format_relative_path(sample.masks[0])} marks {int(marked.sum())} pixels"
             f"{hint if mask_share > 0.9 else ''}: move the image to the folder of a defect, or correct or remove the mask",

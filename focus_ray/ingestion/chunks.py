@@ -22,8 +22,8 @@ from focus_ray.data.importers.base import ImportSettings, Sample
 from focus_ray.data.schema import INDEX_SCHEMA, RejectedFile, Row, add_missing_group_column
 from focus_ray.data.source import SourcePath
 from focus_ray.data.store import DataSetStore, open_data_set, open_part_file
-from focus_ray.ingestion.check import CheckedSample, FileDigest, check_sample, compute_digest, read_content
-from focus_ray.ingestion.deduplicate import find_existing_ids, id_with_hash, make_row_ids
+from focus_ray.ingestion.check import CheckedSample, FileDigest, check_sample, compute_file_digest, read_source_file
+from focus_ray.ingestion.deduplicate import append_hash_to_id, find_used_row_ids, make_row_ids
 
 MAX_CHUNK_IMAGES = 4096  # limits chunks of small images, whose reading time is mostly the latency of the storage
 
@@ -48,7 +48,7 @@ class IngestOptions:
         append: add new images to the existing categories, instead of replacing the categories.
         trusts_stamps: whether a file with the same size and stamp (ETag or time of change) counts as unchanged without being
             read.
-        run: calls `write_chunk` and `rewrite_part` for many items, in this process or on a cluster.
+        run: calls `ingest_chunk` and `rewrite_part_file` for many items, in this process or on a cluster.
     """
 
     uri: str
@@ -61,7 +61,7 @@ class IngestOptions:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ImageChunk:
     """Images of one category that are read and written together; their total size is about the size of one part file.
 
     Attributes:
@@ -96,7 +96,7 @@ class ChunkResult:
     digests: dict[SourcePath, FileDigest]
 
 
-def merge_results(results: Sequence[ChunkResult]) -> ChunkResult:
+def merge_chunk_results(results: Sequence[ChunkResult]) -> ChunkResult:
     """Merges the results of all chunks of a category into one result."""
     return ChunkResult(
         [entry for result in results for entry in result.parts],
@@ -107,13 +107,13 @@ def merge_results(results: Sequence[ChunkResult]) -> ChunkResult:
     )
 
 
-def make_chunks(
+def divide_into_chunks(
     category: str,
     samples: Sequence[Sample],
     stamps: Mapping[SourcePath, tuple[int, str]],
     index: pa.Table,
     options: IngestOptions,
-) -> list[Chunk]:
+) -> list[ImageChunk]:
     """Divides the images of a category into chunks of about the size of one part file, in the order of their row ids.
 
     Args:
@@ -126,7 +126,7 @@ def make_chunks(
     # the samples have their groups: do not send the table of the rule
     options = replace(options, settings=replace(options.settings, grouping=None), run=map_in_process)
     pairs = sorted(zip(make_row_ids(samples, category), samples, strict=True), key=lambda pair: pair[0])
-    used_ids = find_existing_ids(index, [row_id for row_id, _ in pairs])
+    used_ids = find_used_row_ids(index, [row_id for row_id, _ in pairs])
     chunks: list[list[tuple[str, Sample]]] = []
     num_bytes = stores.FILE_BYTES
     for row_id, sample in pairs:
@@ -135,10 +135,10 @@ def make_chunks(
             num_bytes = 0
         chunks[-1].append((row_id, sample))
         num_bytes += sum(max(0, stamps[path][0]) for path in (sample.path, *sample.masks))
-    return [Chunk(category, chunk, used_ids & {row_id for row_id, _ in chunk}, options) for chunk in chunks]
+    return [ImageChunk(category, chunk, used_ids & {row_id for row_id, _ in chunk}, options) for chunk in chunks]
 
 
-def write_chunk(chunk: Chunk) -> ChunkResult:
+def ingest_chunk(chunk: ImageChunk) -> ChunkResult:
     """Reads and checks the images of a chunk, and writes the good images to part files. Only images of the chunk are in memory.
 
     Raises: DataError: the storage fails.
@@ -147,18 +147,18 @@ def write_chunk(chunk: Chunk) -> ChunkResult:
     rejects: list[RejectedFile] = []
     digests: dict[SourcePath, FileDigest] = {}
 
-    def read_and_check(
+    def read_and_check_sample(
         sample: Sample,
     ) -> tuple[bytes | OSError, dict[SourcePath, FileDigest], CheckedSample | RejectedFile]:
         """Returns the bytes of an image, the digests of its files, and the checked sample or the rejection."""
         paths = (sample.path, *sample.masks)
-        contents = [read_content(path) for path in paths]
+        contents = [read_source_file(path) for path in paths]
         outcome = check_sample(sample, contents, chunk.category, chunk.options.settings)
-        return contents[0], dict(zip(paths, map(compute_digest, contents), strict=True)), outcome
+        return contents[0], dict(zip(paths, map(compute_file_digest, contents), strict=True)), outcome
 
-    def rows() -> Iterator[Row]:
+    def generate_rows() -> Iterator[Row]:
         """Generator: yields the rows of the images without errors, and collects samples, rejections and digests."""
-        results = pool.map(read_and_check, [sample for _, sample in chunk.samples])
+        results = pool.map(read_and_check_sample, [sample for _, sample in chunk.samples])
         for (row_id, sample), (data, sample_digests, outcome) in zip(chunk.samples, results, strict=True):
             digests.update(sample_digests)
             if isinstance(outcome, RejectedFile):
@@ -166,7 +166,7 @@ def write_chunk(chunk: Chunk) -> ChunkResult:
                 continue
             items.append(outcome if outcome.mask is None else replace(outcome, mask=b""))
             yield {
-                "id": id_with_hash(row_id, outcome) if row_id in chunk.used_ids else row_id,
+                "id": append_hash_to_id(row_id, outcome) if row_id in chunk.used_ids else row_id,
                 "category": chunk.category,
                 "split": sample.split,
                 "label": sample.label,
@@ -181,7 +181,7 @@ def write_chunk(chunk: Chunk) -> ChunkResult:
             }
 
     with ThreadPoolExecutor(chunk.options.num_threads) as pool:
-        parts, index = open_data_set(chunk.options.uri).write_part_files(chunk.category, rows())
+        parts, index = open_data_set(chunk.options.uri).write_part_files(chunk.category, generate_rows())
     return ChunkResult(parts, index, items, rejects, digests)
 
 
@@ -190,7 +190,7 @@ RowChanges = Mapping[int, str | None]
 
 
 @dataclass(frozen=True)
-class PartRewrite:
+class PartFileRewrite:
     """A part file to be written again, with some rows removed or renamed. `changes` uses row numbers of this file."""
 
     uri: str
@@ -199,7 +199,7 @@ class PartRewrite:
     changes: RowChanges
 
 
-def rewrite_part(rewrite: PartRewrite) -> tuple[list[PartFileEntry], int]:
+def rewrite_part_file(rewrite: PartFileRewrite) -> tuple[list[PartFileEntry], int]:
     """Writes the remaining rows of a part file to new part files. The old file stays.
 
     Returns:
@@ -210,20 +210,20 @@ def rewrite_part(rewrite: PartRewrite) -> tuple[list[PartFileEntry], int]:
     store = open_data_set(rewrite.uri)
     num_removed_masks = 0
 
-    def rows() -> Iterator[Row]:
+    def generate_rows() -> Iterator[Row]:
         """Generator: yields the remaining rows with their new ids, and counts the removed masks."""
         nonlocal num_removed_masks
-        for number, row in enumerate(read_part_rows(store, rewrite.category, [rewrite.entry])):
+        for number, row in enumerate(read_rows_of_part_files(store, rewrite.category, [rewrite.entry])):
             row_id = rewrite.changes.get(number, row["id"])
             if row_id is not None:
                 yield {**row, "id": row_id}
             else:
                 num_removed_masks += row["mask"] is not None
 
-    return store.write_part_files(rewrite.category, rows())[0], num_removed_masks
+    return store.write_part_files(rewrite.category, generate_rows())[0], num_removed_masks
 
 
-def read_part_rows(store: DataSetStore, category: str, entries: Sequence[PartFileEntry]) -> Iterator[Row]:
+def read_rows_of_part_files(store: DataSetStore, category: str, entries: Sequence[PartFileEntry]) -> Iterator[Row]:
     """Generator: yields all rows of part files in order. One row group (block of rows) is in memory at a time.
 
     Raises: DataError: a part file is missing or damaged.
@@ -234,7 +234,7 @@ def read_part_rows(store: DataSetStore, category: str, entries: Sequence[PartFil
                 yield from add_missing_group_column(part.read_row_group(group)).to_pylist()
 
 
-def rewrite_parts(
+def rewrite_part_files(
     store: DataSetStore, category: str, entries: Sequence[PartFileEntry], changes: RowChanges, run: Mapper
 ) -> tuple[list[PartFileEntry], int]:
     """Removes and renames rows of part files. Part files without such a row are not written again. The old files stay.
@@ -244,7 +244,7 @@ def rewrite_parts(
         category: name of the category.
         entries: entries of the part files.
         changes: number of a row, counted over all part files -> its new id, or None to remove the row.
-        run: calls `rewrite_part` for the part files to be written again.
+        run: calls `rewrite_part_file` for the part files to be written again.
 
     Returns:
         The entries of the part files in row order, old and new; and the number of removed rows with a mask.
@@ -257,10 +257,10 @@ def rewrite_parts(
         number = bisect_right(first_rows, row) - 1
         changes_by_part[number][row - first_rows[number]] = new_id
     numbers = sorted(changes_by_part)
-    rewrites = [PartRewrite(store.uri, category, entries[number], changes_by_part[number]) for number in numbers]
+    rewrites = [PartFileRewrite(store.uri, category, entries[number], changes_by_part[number]) for number in numbers]
     files_by_entry = [[entry] for entry in entries]
     num_removed_masks = 0
-    for position, (files, num_masks) in run(rewrite_part, rewrites):
+    for position, (files, num_masks) in run(rewrite_part_file, rewrites):
         files_by_entry[numbers[position]] = files
         num_removed_masks += num_masks
     return list(itertools.chain.from_iterable(files_by_entry)), num_removed_masks

@@ -19,7 +19,9 @@ from focus_ray.storage.files import is_s3_uri
 MAX_RETRIES = 5  # of a piece after the loss of its worker or node
 
 
-def map_in_tasks(function: Callable[[Any], Any], items: Sequence[Any], num_workers: int) -> Iterator[tuple[int, Any]]:
+def map_in_ray_tasks(
+    function: Callable[[Any], Any], items: Sequence[Any], num_workers: int
+) -> Iterator[tuple[int, Any]]:
     """Generator: calls a function for each item in a separate Ray task, and yields (position, result) as the tasks finish.
 
     It may run several times at once, for several categories. Tasks share the CPUs of the cluster; the actors of a pool would
@@ -88,4 +90,4 @@ def ingest_on_cluster(
     files = () if is_s3_uri(source) else (path for path in Path(source).absolute().rglob("*") if path.is_file())
     probe_nodes([str(path) for path in islice(files, 1)], [str(destination)])
     count = max(1, int(ray.cluster_resources().get("CPU", 1))) if num_workers == "auto" else int(num_workers)
-    return ingest(source, destination, run=partial(map_in_tasks, num_workers=count), **options)
+    return ingest(source, destination, run=partial(map_in_ray_tasks, num_workers=count), **options)

@@ -36,7 +36,7 @@ def remove_duplicates(
     kept_items: list[CheckedSample] = []
     rejects: list[RejectedFile] = []
 
-    def reject(item: CheckedSample, reason: RejectReason, detail: str) -> None:
+    def add_reject(item: CheckedSample, reason: RejectReason, detail: str) -> None:
         rejects.append(RejectedFile(settings.format_relative_path(item.sample.path), category, reason, detail))
 
     for same_pixels in by_content.values():
@@ -45,7 +45,9 @@ def remove_duplicates(
                 twin = next(other for other in same_pixels if other.sample.label != item.sample.label)
                 word = "anomalous" if twin.sample.label else "normal"
                 other_path = settings.format_relative_path(twin.sample.path)
-                reject(item, "contradictory_label", f"the same pixels are {word} in {other_path}: remove the wrong one")
+                add_reject(
+                    item, "contradictory_label", f"the same pixels are {word} in {other_path}: remove the wrong one"
+                )
             continue
         train = [item for item in same_pixels if item.sample.split == "train"]
         test = [item for item in same_pixels if item.sample.split == "test"]
@@ -53,9 +55,11 @@ def remove_duplicates(
         for item in train if test else train[1:]:
             other_path = settings.format_relative_path((test or train)[0].sample.path)
             if test:
-                reject(item, "duplicate_across_splits", f"the same pixels are test data in {other_path}, which is kept")
+                add_reject(
+                    item, "duplicate_across_splits", f"the same pixels are test data in {other_path}, which is kept"
+                )
             else:
-                reject(item, "duplicate_in_train", f"the same pixels are in {other_path}, which is kept")
+                add_reject(item, "duplicate_in_train", f"the same pixels are in {other_path}, which is kept")
     return kept_items, rejects
 
 
@@ -66,58 +70,58 @@ def make_row_ids(samples: Sequence[Sample], category: str) -> list[str]:
     parts of the path.
     """
 
-    def prefix(sample: Sample) -> list[str]:
+    def list_id_parts(sample: Sample) -> list[str]:
         defect = [] if sample.folder == sample.defect_type else [sample.defect_type]
         return [category, sample.folder, *defect, *([sample.subfolders] if sample.subfolders else [])]
 
-    stems = ["/".join([*prefix(sample), sample.path.stem]) for sample in samples]
-    names = ["/".join([*prefix(sample), sample.path.name]) for sample in samples]
+    stems = ["/".join([*list_id_parts(sample), sample.path.stem]) for sample in samples]
+    names = ["/".join([*list_id_parts(sample), sample.path.name]) for sample in samples]
     num_uses = Counter(stems)
     ids = [name if num_uses[stem] > 1 else stem for stem, name in zip(stems, names, strict=True)]
-    paths = ["/".join([*prefix(sample), *sample.path.parts[-3:]]) for sample in samples]
+    paths = ["/".join([*list_id_parts(sample), *sample.path.parts[-3:]]) for sample in samples]
     num_uses = Counter(ids)
     return [path if num_uses[row_id] > 1 else row_id for row_id, path in zip(ids, paths, strict=True)]
 
 
-def id_with_hash(row_id: str, item: CheckedSample) -> str:
+def append_hash_to_id(row_id: str, item: CheckedSample) -> str:
     """Returns the alternative id of an image whose id is already used: the id, "~" and 12 digits of its content hash."""
     return f"{row_id}~{item.content_hash[:12]}"
 
 
-def find_rows(index: pa.Table, column: str, values: Collection[str]) -> pa.Table:
+def find_rows_by_value(index: pa.Table, column: str, values: Collection[str]) -> pa.Table:
     """Returns the rows of an index table whose column has one of the values, plus a column `number`, the row position."""
     numbers = pc.indices_nonzero(pc.is_in(index[column], value_set=pa.array(sorted(set(values)), pa.string())))
     return index.take(numbers).append_column("number", numbers)
 
 
-def find_existing_ids(index: pa.Table, ids: Collection[str]) -> set[str]:
+def find_used_row_ids(index: pa.Table, ids: Collection[str]) -> set[str]:
     """Returns the row ids in `ids` that rows of the index table already use."""
-    return set(find_rows(index, "id", ids)["id"].to_pylist())
+    return set(find_rows_by_value(index, "id", ids)["id"].to_pylist())
 
 
-def choose_unused_ids(ids: Sequence[str], items: Sequence[CheckedSample], index: pa.Table) -> list[str]:
+def choose_unused_row_ids(ids: Sequence[str], items: Sequence[CheckedSample], index: pa.Table) -> list[str]:
     """Returns a row id for each image that no row of the index uses.
 
-    An id that is already used is replaced by `id_with_hash`. If that id is used as well, a number is appended.
+    An id that is already used is replaced by `append_hash_to_id`. If that id is used as well, a number is appended.
 
     Args:
         ids: preferred id of each image.
         items: the images.
         index: table of the existing rows.
     """
-    used_ids = find_existing_ids(index, [*ids, *map(id_with_hash, ids, items)])
+    used_ids = find_used_row_ids(index, [*ids, *map(append_hash_to_id, ids, items)])
     unused_ids = []
     for row_id, item in zip(ids, items, strict=True):
         candidate, number = row_id, 1
         while candidate in used_ids:
-            candidate = id_with_hash(row_id, item) + (f"-{number}" if number > 1 else "")
+            candidate = append_hash_to_id(row_id, item) + (f"-{number}" if number > 1 else "")
             number += 1
         used_ids.add(candidate)
         unused_ids.append(candidate)
     return unused_ids
 
 
-class Comparison(NamedTuple):
+class ExistingRowComparison(NamedTuple):
     """The result of comparing new images with the existing rows of a category.
 
     Attributes:
@@ -136,9 +140,9 @@ class Comparison(NamedTuple):
     num_regrouped: int
 
 
-def compare_with_rows(
+def compare_with_existing_rows(
     items: Sequence[CheckedSample], index: pa.Table, category: str, settings: ImportSettings
-) -> Comparison:
+) -> ExistingRowComparison:
     """Compares new images with the existing rows of a category by their pixels. docs/use/data.md has a table of the cases.
 
     Args:
@@ -148,7 +152,7 @@ def compare_with_rows(
         settings: the settings of the ingestion.
     """
     rows_by_hash: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in find_rows(index, "content_hash", [item.content_hash for item in items]).to_pylist():
+    for row in find_rows_by_value(index, "content_hash", [item.content_hash for item in items]).to_pylist():
         rows_by_hash[row["content_hash"]].append(row)
     new_items: list[CheckedSample] = []
     rejects: list[RejectedFile] = []
@@ -172,4 +176,4 @@ def compare_with_rows(
             new_items.append(item)
             if rows:
                 displaced_rows[item.content_hash] = [row["number"] for row in rows]
-    return Comparison(new_items, rejects, displaced_rows, num_existing, num_regrouped)
+    return ExistingRowComparison(new_items, rejects, displaced_rows, num_existing, num_regrouped)

@@ -98,7 +98,7 @@ class IngestReport:
         return "\n".join(lines)
 
 
-def count_rows(index: pa.Table) -> dict[str, int]:
+def count_rows_by_split_and_label(index: pa.Table) -> dict[str, int]:
     """Counts the rows of an index table. Returns field of `CategoryReport` -> number, for all counts except `num_masks`."""
     num_rows = Counter(zip(index["split"].to_pylist(), index["label"].to_pylist(), strict=True))
     return {
@@ -108,7 +108,7 @@ def count_rows(index: pa.Table) -> dict[str, int]:
     }
 
 
-def count_groups(category: str, index: pa.Table) -> tuple[int | None, list[str]]:
+def count_training_groups(category: str, index: pa.Table) -> tuple[int | None, list[str]]:
     """Counts the groups of the training images. An image without a group counts as one group.
 
     Args:

@@ -19,8 +19,8 @@ from focus_ray.data.commits import Commit
 from focus_ray.data.importers.base import ImportPlan, ImportSettings, Sample
 from focus_ray.data.schema import SCHEMA_VERSION, SOURCE_SCHEMA
 from focus_ray.data.source import SourcePath
-from focus_ray.ingestion.check import CheckedSample, FileDigest, compute_digest, read_content
-from focus_ray.names import is_utf8
+from focus_ray.ingestion.check import CheckedSample, FileDigest, compute_file_digest, read_source_file
+from focus_ray.names import is_valid_utf8
 
 SourceStamp = tuple[int, str]
 """Stamp of a file, see `data.source.read_source_stat`."""
@@ -64,7 +64,7 @@ def compute_source_fingerprint(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def change_fingerprint(previous: Commit, change: str, values: Iterable[str]) -> str:
+def derive_fingerprint_after_change(previous: Commit, change: str, values: Iterable[str]) -> str:
     """Returns the source fingerprint of a version that was changed without a full ingestion.
 
     No source has this fingerprint, so a later ingestion replaces the version.
@@ -77,7 +77,7 @@ def change_fingerprint(previous: Commit, change: str, values: Iterable[str]) -> 
     return hashlib.sha256(json.dumps([previous["source_fingerprint"], change, sorted(values)]).encode()).hexdigest()
 
 
-def build_source_table(
+def build_source_manifest(
     digests: Mapping[SourcePath, FileDigest], stamps: Mapping[SourcePath, SourceStamp], items: Iterable[CheckedSample]
 ) -> pa.Table:
     """Returns the source manifest, a table of `SOURCE_SCHEMA` with one row per source file.
@@ -90,7 +90,7 @@ def build_source_table(
         items: the images without errors, for their content hashes.
     """
     hashes = {item.sample.path: item.content_hash for item in items}
-    paths = [path for path in digests if is_utf8(str(path))]  # Parquet requires UTF-8 of strings
+    paths = [path for path in digests if is_valid_utf8(str(path))]  # Parquet requires UTF-8 of strings
     columns = {
         "path": [str(path) for path in paths],
         "num_bytes": [digests[path][0] for path in paths],
@@ -101,7 +101,7 @@ def build_source_table(
     return pa.table(columns, schema=SOURCE_SCHEMA)
 
 
-def merge_source_tables(previous: pa.Table | None, new: pa.Table) -> pa.Table:
+def merge_source_manifests(previous: pa.Table | None, new: pa.Table) -> pa.Table:
     """Returns the union of two source manifests. For a file in both, the row of the new manifest is taken.
 
     Args: previous: None returns `new`.
@@ -119,11 +119,11 @@ def find_manifest_rows(table: pa.Table | None, paths: Iterable[SourcePath]) -> M
     """
     if table is None:
         return {}
-    path_texts = pa.array([text for text in map(str, paths) if is_utf8(text)], pa.string())
+    path_texts = pa.array([text for text in map(str, paths) if is_valid_utf8(text)], pa.string())
     return {row["path"]: row for row in table.filter(pc.is_in(table["path"], value_set=path_texts)).to_pylist()}
 
 
-def find_digests(
+def find_digests_of_unchanged_files(
     rows: ManifestRows, stamps: Mapping[SourcePath, SourceStamp], trusts_stamps: bool, num_threads: int
 ) -> dict[SourcePath, FileDigest]:
     """Returns the digests (size and SHA-256) of source files that may be unchanged since the last ingestion.
@@ -151,10 +151,10 @@ def find_digests(
     if trusts_stamps:
         return {path: (rows[str(path)]["num_bytes"], rows[str(path)]["digest"]) for path in paths}
     with ThreadPoolExecutor(num_threads) as pool:
-        return dict(zip(paths, pool.map(lambda path: compute_digest(read_content(path)), paths), strict=True))
+        return dict(zip(paths, pool.map(lambda path: compute_file_digest(read_source_file(path)), paths), strict=True))
 
 
-def find_content_hash(rows: ManifestRows, path: SourcePath, digest: FileDigest | None) -> str | None:
+def find_stored_content_hash(rows: ManifestRows, path: SourcePath, digest: FileDigest | None) -> str | None:
     """Returns the hash of the pixels of an image, taken from the source manifest instead of reading the file.
 
     Args:

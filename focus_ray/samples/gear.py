@@ -10,17 +10,17 @@ from scipy import ndimage
 from focus_ray.samples.painting import (
     SUPERSAMPLING,
     FloatImage,
-    apply_sensor,
-    blur_coarsely,
-    draw_bent_line,
+    apply_smooth_step,
+    blur_at_quarter_resolution,
+    compute_halfway_vector,
+    compute_light_direction,
+    compute_reflection,
+    draw_antialiased_line,
     draw_noise,
     draw_stain,
-    draw_stroke,
-    halfway_vector,
-    light_direction,
-    reflection_terms,
+    make_bent_line_points,
     shift_image,
-    smooth_step,
+    simulate_camera_sensor,
 )
 
 _NUM_TEETH = 20
@@ -81,7 +81,7 @@ def draw_gear(rng: np.random.Generator, size_px: int, defect: str | None, attemp
             np.abs(tooth_angle) < np.pi / _NUM_TEETH, np.minimum(outline, np.maximum(level, _ROOT - 0.004)), outline
         )
     inside = (outline - radius) / np.sqrt(1 + slope**2)  # distance to the outline in image widths, > 0 in the metal
-    metal = smooth_step(inside, edge)
+    metal = apply_smooth_step(inside, edge)
 
     # Holes: bolts on a circle, the bore, and a keyway. The keyway makes the orientation of the gear unique.
     sector = 2 * math.pi / _NUM_BOLTS
@@ -92,20 +92,20 @@ def draw_gear(rng: np.random.Generator, size_px: int, defect: str | None, attemp
         holes[bolt == defect_rng.integers(_NUM_BOLTS)] = -1.0
     keyway = np.minimum(0.014 - np.abs(gy), np.minimum(gx, 0.078 - gx))
     holes = np.maximum(holes, np.maximum(0.060 - radius, keyway))
-    hole_mask = smooth_step(holes, edge)
+    hole_mask = apply_smooth_step(holes, edge)
 
     # Heights in pixels of a supersampled image of 512 pixels.
     blend = np.float32(0.006)
-    rim, hub = smooth_step(radius - 0.292, blend), smooth_step(0.122 - radius, blend)
-    groove = smooth_step(0.004 - np.abs(radius - 0.327), np.float32(0.003))
+    rim, hub = apply_smooth_step(radius - 0.292, blend), apply_smooth_step(0.122 - radius, blend)
+    groove = apply_smooth_step(0.004 - np.abs(radius - 0.327), np.float32(0.003))
     height = (
-        9 * smooth_step(inside - 0.004, blend)
+        9 * apply_smooth_step(inside - 0.004, blend)
         + 7 * rim
         + 10 * hub
         - 2.5 * groove
-        - 12 * smooth_step(holes + 0.004, blend)
+        - 12 * apply_smooth_step(holes + 0.004, blend)
     )
-    marks = smooth_step(0.006 - np.hypot(gx - 0.098, np.abs(gy) - 0.016), np.float32(0.004))  # two punched marks
+    marks = apply_smooth_step(0.006 - np.hypot(gx - 0.098, np.abs(gy) - 0.016), np.float32(0.004))  # two punched marks
     height -= 2.5 * marks
     cast = 1 - np.clip(rim + hub, 0, 1)
     height += cast * (0.35 * draw_noise(rng, size, 0.008) + 0.8 * draw_noise(rng, size, 0.05))
@@ -120,9 +120,9 @@ def draw_gear(rng: np.random.Generator, size_px: int, defect: str | None, attemp
     if defect == "scratch":
         scratch_angle, scratch_radius = defect_rng.uniform(0, 2 * np.pi), defect_rng.uniform(0.10, 0.30)
         centre_px = size * (centre + scratch_radius * zoom * np.array([np.cos(scratch_angle), np.sin(scratch_angle)]))
-        scratch = draw_stroke(
+        scratch = draw_antialiased_line(
             size,
-            draw_bent_line(defect_rng, centre_px, size * defect_rng.uniform(0.14, 0.28)),
+            make_bent_line_points(defect_rng, centre_px, size * defect_rng.uniform(0.14, 0.28)),
             defect_rng.uniform(3.2, 5.0),
         )
         height -= defect_rng.uniform(2.0, 3.2) * ndimage.gaussian_filter(scratch, 0.8)
@@ -151,13 +151,13 @@ def draw_gear(rng: np.random.Generator, size_px: int, defect: str | None, attemp
         gloss = gloss * (1 - 0.5 * scratch)
         albedo = albedo * (1 + 0.9 * scratch)
 
-    light = light_direction(azimuth, elevation)
-    diffuse, specular = reflection_terms(slope_x, slope_y, light, 30)
-    halfway = halfway_vector(light)
+    light = compute_light_direction(azimuth, elevation)
+    diffuse, specular = compute_reflection(slope_x, slope_y, light, 30)
+    halfway = compute_halfway_vector(light)
     across_light = halfway[1] * cos_phi - halfway[0] * sin_phi
     # Faces from a lathe shine in the shape of a bow tie towards the light.
     bow_tie = np.maximum(1 - across_light**2 * 6, 0) ** 2 * (1 - cast)
-    shade = 0.30 + 0.72 * diffuse - 0.012 * np.clip(blur_coarsely(height, 0.02 * size) - height, 0, 20)
+    shade = 0.30 + 0.72 * diffuse - 0.012 * np.clip(blur_at_quarter_resolution(height, 0.02 * size) - height, 0, 20)
     shine = gloss * (0.30 * specular + 0.16 * bow_tie)
 
     # The mat under the gear, with the shadow of the gear.
@@ -166,7 +166,9 @@ def draw_gear(rng: np.random.Generator, size_px: int, defect: str | None, attemp
     solid = metal * (1 - hole_mask)
     shadow_offset = -0.022 * size
     shadow = shift_image(
-        blur_coarsely(solid, 0.014 * size), shadow_offset * math.sin(azimuth), shadow_offset * math.cos(azimuth)
+        blur_at_quarter_resolution(solid, 0.014 * size),
+        shadow_offset * math.sin(azimuth),
+        shadow_offset * math.cos(azimuth),
     )
     mat *= (1 - 0.65 * np.clip(shadow, 0, 1)) * (1 - 0.45 * hole_mask) * (1 - solid)
     ground = np.array([0.165, 0.18, 0.20], np.float32)
@@ -176,4 +178,4 @@ def draw_gear(rng: np.random.Generator, size_px: int, defect: str | None, attemp
         if stain is not None:
             body += stain[0] * (stain[1][channel] - body)
         picture[..., channel] = (body * shade + shine) * solid + mat * ground[channel]
-    return apply_sensor(picture, rng, gain=exposure)
+    return simulate_camera_sensor(picture, rng, gain=exposure)

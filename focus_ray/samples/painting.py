@@ -15,10 +15,10 @@ Point = tuple[float, float]  # (x, y)
 Points = list[Point]
 Colour = tuple[int, int, int]  # RGB, 0 to 255
 
-SUPERSAMPLING = 2  # parts are drawn at twice the size; `apply_sensor` averages blocks of 2 by 2 pixels
+SUPERSAMPLING = 2  # parts are drawn at twice the size; `simulate_camera_sensor` averages blocks of 2 by 2 pixels
 
 
-def reflection_terms(
+def compute_reflection(
     slope_x: FloatImage, slope_y: FloatImage, light: tuple[float, float, float], shininess: int
 ) -> tuple[FloatImage, FloatImage]:
     """Returns Lambert's diffuse and Blinn's specular reflection of a surface that is seen from above.
@@ -32,24 +32,24 @@ def reflection_terms(
         diffuse, specular: (S, S) each, in [0, 1].
     """
     norm = np.sqrt(slope_x**2 + slope_y**2 + 1)
-    half = halfway_vector(light)
+    half = compute_halfway_vector(light)
     diffuse = np.maximum(-slope_x * light[0] - slope_y * light[1] + light[2], 0) / norm
     specular = np.exp(shininess * np.log(np.maximum(half[2] - slope_x * half[0] - slope_y * half[1], 1e-3) / norm))
     return diffuse, specular
 
 
-def light_direction(azimuth: float, elevation: float) -> tuple[float, float, float]:
+def compute_light_direction(azimuth: float, elevation: float) -> tuple[float, float, float]:
     """Returns the unit vector (x, y, z) to a light. Azimuth and elevation are in radians."""
     return (math.cos(azimuth) * math.cos(elevation), math.sin(azimuth) * math.cos(elevation), math.sin(elevation))
 
 
-def halfway_vector(light: tuple[float, float, float]) -> tuple[float, float, float]:
+def compute_halfway_vector(light: tuple[float, float, float]) -> tuple[float, float, float]:
     """Returns the unit vector halfway between the light and the camera, which looks straight down."""
     norm = math.hypot(light[0], light[1], light[2] + 1)
     return light[0] / norm, light[1] / norm, (light[2] + 1) / norm
 
 
-def apply_sensor(picture: FloatImage, rng: np.random.Generator, gain: Any, gamma: float = 1.0) -> FloatImage:
+def simulate_camera_sensor(picture: FloatImage, rng: np.random.Generator, gain: Any, gamma: float = 1.0) -> FloatImage:
     """Returns the image that a camera sees: averaged over blocks of 2 by 2 pixels, amplified, with gamma and noise.
 
     Args:
@@ -66,12 +66,12 @@ def apply_sensor(picture: FloatImage, rng: np.random.Generator, gain: Any, gamma
     return np.asarray(small + 0.006 * rng.standard_normal(small.shape, np.float32), np.float32)
 
 
-def to_uint8(picture: FloatImage) -> NDArray[np.uint8]:
+def convert_to_uint8(picture: FloatImage) -> NDArray[np.uint8]:
     """Returns an image with values in [0, 1] as uint8 in [0, 255]; values outside are clipped."""
     return np.clip(np.round(picture * 255), 0, 255).astype(np.uint8)
 
 
-def smooth_step(distance: FloatImage, width: Any) -> FloatImage:
+def apply_smooth_step(distance: FloatImage, width: Any) -> FloatImage:
     """Returns a smooth step: 0 for negative and 1 for positive distances, with a cubic transition around 0.
 
     Args:
@@ -95,7 +95,7 @@ def draw_noise(rng: np.random.Generator, size: int, cell: float) -> FloatImage:
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
 
 
-def blur_coarsely(image: FloatImage, sigma_px: float) -> FloatImage:
+def blur_at_quarter_resolution(image: FloatImage, sigma_px: float) -> FloatImage:
     """Returns the (S, S) image after a Gaussian blur at a quarter of the resolution: fast, and good enough for shadows."""
     size = image.shape[0]
     full_size = Image.fromarray(np.ascontiguousarray(image, dtype=np.float32))
@@ -121,7 +121,7 @@ def shift_image(image: FloatImage, down_px: float, right_px: float) -> FloatImag
     return moved
 
 
-def draw_bent_line(rng: np.random.Generator, middle: NDArray[np.float64], length: float) -> Points:
+def make_bent_line_points(rng: np.random.Generator, middle: NDArray[np.float64], length: float) -> Points:
     """Returns 40 points of a slightly bent and slightly shaky line.
 
     Args:
@@ -137,7 +137,7 @@ def draw_bent_line(rng: np.random.Generator, middle: NDArray[np.float64], length
     return list(zip(x.tolist(), y.tolist(), strict=True))
 
 
-def draw_stroke(size: int, points: Points, width_px: float) -> FloatImage:
+def draw_antialiased_line(size: int, points: Points, width_px: float) -> FloatImage:
     """Returns a (size, size) anti-aliased line through points, in [0, 1].
 
     Args:
@@ -167,6 +167,6 @@ def draw_stain(rng: np.random.Generator, size: int, centre: NDArray[np.float64],
     v = (y - centre[1]) * np.cos(axis_angle) - (x - centre[0]) * np.sin(axis_angle)
     distance = np.hypot(u / stretch, v * stretch) / radius
     roughness = 0.22 * draw_noise(rng, size, radius * 0.9) + 0.10 * draw_noise(rng, size, radius * 0.35)
-    return smooth_step((1 - distance + roughness).astype(np.float32), np.float32(0.35)) * np.clip(
+    return apply_smooth_step((1 - distance + roughness).astype(np.float32), np.float32(0.35)) * np.clip(
         0.85 + 0.15 * draw_noise(rng, size, radius * 0.5), 0, 1
     )

@@ -19,7 +19,7 @@ from scipy import ndimage
 from focus_ray.errors import DataError
 from focus_ray.samples.board import draw_board
 from focus_ray.samples.gear import draw_gear
-from focus_ray.samples.painting import FloatImage, to_uint8
+from focus_ray.samples.painting import FloatImage, convert_to_uint8
 
 MASK_DIFFERENCE = 10  # of 255, in any channel; both images have the same sensor noise, so a small value suffices
 
@@ -100,17 +100,19 @@ def draw_sample(
     kinds = ("train", "good", *types)
     stream = [seed, sorted(CATEGORIES).index(category), kinds.index(kind), index]
     if kind not in types:
-        return to_uint8(draw(np.random.default_rng(stream), size_px, None, 0)), np.zeros((size_px, size_px), bool)
+        return convert_to_uint8(draw(np.random.default_rng(stream), size_px, None, 0)), np.zeros(
+            (size_px, size_px), bool
+        )
     for attempt in range(20):  # a defect can be invisible, for instance a scratch in a hole: try another one
-        clean = to_uint8(draw(np.random.default_rng(stream), size_px, None, attempt))
-        defective = to_uint8(draw(np.random.default_rng(stream), size_px, kind, attempt))
-        mask = difference_mask(clean, defective)
+        clean = convert_to_uint8(draw(np.random.default_rng(stream), size_px, None, attempt))
+        defective = convert_to_uint8(draw(np.random.default_rng(stream), size_px, kind, attempt))
+        mask = compute_difference_mask(clean, defective)
         if mask.sum() >= 2e-4 * size_px**2:
             return defective, mask
     raise AssertionError(f"{category}/{kind}/{index}: no visible defect in 20 attempts")
 
 
-def difference_mask(clean: NDArray[np.uint8], defective: NDArray[np.uint8]) -> NDArray[np.bool_]:
+def compute_difference_mask(clean: NDArray[np.uint8], defective: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Returns the mask of a defect: True where two images differ by more than MASK_DIFFERENCE.
 
     Closes small gaps, fills holes and removes specks.

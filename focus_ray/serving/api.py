@@ -21,7 +21,7 @@ from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
 from focus_ray.detect.inspection import Inspection, Region
 from focus_ray.detect.pictures import EncodedAnomalyMap, Output
-from focus_ray.names import NAME_PATTERN, suggest_name
+from focus_ray.names import NAME_PATTERN, suggest_similar_name
 from focus_ray.serving.envelope import Envelope
 from focus_ray.serving.limits import read_body, read_content_length, read_document, split_images
 from focus_ray.serving.origin import check_origin
@@ -61,7 +61,7 @@ async def admit_request(request: Request) -> Caller:
     for name, count in Counter(name for name, _ in request.query_params.multi_items()).items():
         if name not in parameters:
             expected = f"this path takes {', '.join(parameters) or 'none'}"
-            hint = suggest_name(name.lower(), parameters, min_similarity=0.5)
+            hint = suggest_similar_name(name.lower(), parameters, min_similarity=0.5)
             detail = f"query parameter {name[:100]!r} is unknown: {expected}. {hint}".rstrip()
             raise Problem(422, "unknown-parameter", detail)
         if count > 1:

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterator
 from typing import Generic, TypeVar, cast
 
-from focus_ray.names import suggest_name
+from focus_ray.names import suggest_similar_name
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ class LazyRegistry(Generic[T]):
         Raises: ValueError: there is no kind of this name. The message lists the available names.
         """
         if name not in self.import_paths:
-            hints = (suggest_name(name, self.import_paths), f"choose one of {', '.join(self.import_paths)}")
+            hints = (suggest_similar_name(name, self.import_paths), f"choose one of {', '.join(self.import_paths)}")
             raise ValueError(f"{self.component} {name!r} is not known: {' '.join(hint for hint in hints if hint)}")
         return name
 

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
 from focus_ray.errors import ConfigError
-from focus_ray.names import suggest_name
+from focus_ray.names import suggest_similar_name
 from focus_ray.settings.yaml_text import load_yaml
 
 Layer = Literal["layer1", "layer2", "layer3"]
@@ -149,7 +149,7 @@ def _describe_validation_error(item: Any, model: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in item["loc"]) or "configuration"
     if item["type"] == "extra_forbidden":
         field_names = _list_valid_keys(item["loc"], model)
-        hint = suggest_name(str(item["loc"][-1]), field_names) or f"known keys: {', '.join(field_names)}"
+        hint = suggest_similar_name(str(item["loc"][-1]), field_names) or f"known keys: {', '.join(field_names)}"
         return f"{where}: unknown key; {hint}"
     if item["type"] == "missing":
         return f"{where}: missing; set it"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from focus_ray.errors import ConfigError
-from focus_ray.names import suggest_name
+from focus_ray.names import suggest_similar_name
 
 ConfigKind = Literal["run", "sweep"]
 
@@ -68,7 +68,7 @@ def find_config_file(text: str, kind: ConfigKind | None = None) -> Path:
             command = f"focus-ray {COMMANDS[kind_of_text]} {text}"
             raise ConfigError(f"{text} is a configuration for `{command}`: {_describe_config_choices(kind)}")
         return find_standard_config_folder() / f"{text}.yaml"
-    suggestion = suggest_name(path.stem, list_standard_configs(kind))
+    suggestion = suggest_similar_name(path.stem, list_standard_configs(kind))
     hint = f" ({suggestion})" if suggestion else ""
     problem = "a folder" if path.is_dir() else "no such file"
     raise ConfigError(

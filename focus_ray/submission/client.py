@@ -35,7 +35,7 @@ _MAX_FAILURES = 7
 _POLL_INTERVAL_S = 1.0
 
 
-def connect(address: str | None = None) -> Any:
+def connect_to_cluster(address: str | None = None) -> Any:
     """Returns a client of the Jobs API of a cluster.
 
     Args:
@@ -51,12 +51,12 @@ def connect(address: str | None = None) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.WARNING)  # otherwise it logs every upload
-    with _translate_errors(address):
+    with _translate_ray_errors(address):
         return JobSubmissionClient(address)
 
 
 @contextmanager
-def _translate_errors(address: str, job_id: str | None = None) -> Iterator[None]:
+def _translate_ray_errors(address: str, job_id: str | None = None) -> Iterator[None]:
     """Context manager: turns errors of Ray's client into SubmissionError with the address and advice.
 
     Args:
@@ -88,7 +88,7 @@ def _translate_errors(address: str, job_id: str | None = None) -> Iterator[None]
         raise SubmissionError(f"{address}: {text[:500]}") from error
 
 
-def check_versions(client: Any, say: Log) -> None:
+def check_cluster_versions(client: Any, say: Log) -> None:
     """Checks that the cluster runs supported versions of Ray and Python, and warns if they differ from the local versions.
 
     Args:
@@ -101,7 +101,7 @@ def check_versions(client: Any, say: Log) -> None:
     import ray
 
     address = client.get_address()
-    with _translate_errors(address):
+    with _translate_ray_errors(address):
         metadata = cluster_metadata(client)
     local_python = ".".join(map(str, sys.version_info[:3]))
     for program, version, oldest, local in (
@@ -130,8 +130,8 @@ def submit_job(client: Any, request: JobRequest, say: Log) -> str:
     Raises:
         SubmissionError: The cluster is too old, does not answer or refuses the job.
     """
-    check_versions(client, say)
-    with tempfile.TemporaryDirectory(prefix="focus-ray-") as folder, _translate_errors(client.get_address()):
+    check_cluster_versions(client, say)
+    with tempfile.TemporaryDirectory(prefix="focus-ray-") as folder, _translate_ray_errors(client.get_address()):
         archive = Path(folder) / "package.zip"
         archive.write_bytes(request.package.content)
         deadline = time.monotonic() + _START_TIMEOUT_S
@@ -152,7 +152,7 @@ def submit_job(client: Any, request: JobRequest, say: Log) -> str:
                 say("the head node of the cluster is still starting: trying again")
 
 
-def follow_log(client: Any, job_id: str, write: Callable[[str], object]) -> int:
+def follow_job_log(client: Any, job_id: str, write: Callable[[str], object]) -> int:
     """Writes the log of a job until the job ends. Reads the log again if the cluster does not answer for some time.
 
     Args:
@@ -161,7 +161,7 @@ def follow_log(client: Any, job_id: str, write: Callable[[str], object]) -> int:
         write: Takes each new piece of the log.
 
     Returns:
-        The exit status of the job; see `exit_status`.
+        The exit status of the job; see `get_exit_status`.
 
     Raises:
         SubmissionError: The job does not exist, or the cluster did not answer _MAX_FAILURES times in a row.
@@ -171,7 +171,7 @@ def follow_log(client: Any, job_id: str, write: Callable[[str], object]) -> int:
     while True:
         start = time.monotonic()
         try:
-            with _translate_errors(client.get_address(), job_id):
+            with _translate_ray_errors(client.get_address(), job_id):
                 info = client.get_job_info(job_id)
                 log = client.get_job_logs(job_id)  # from its beginning
         except SubmissionError:
@@ -184,11 +184,11 @@ def follow_log(client: Any, job_id: str, write: Callable[[str], object]) -> int:
         write(log[num_written:])
         num_written = len(log)
         if info.status.is_terminal():
-            return exit_status(info)
+            return get_exit_status(info)
         time.sleep(max(_POLL_INTERVAL_S, 5 * (time.monotonic() - start)))  # so that a long log loads the cluster little
 
 
-def exit_status(info: Any) -> int:
+def get_exit_status(info: Any) -> int:
     """Returns the exit status of a job that has ended: 0 after success, 130 after a stop, otherwise the process's status or 1.
 
     Args:
@@ -208,14 +208,14 @@ def describe_job(client: Any, job_id: str) -> dict[str, Any]:
     Raises:
         SubmissionError: The job does not exist, or the cluster does not answer.
     """
-    with _translate_errors(client.get_address(), job_id):
-        return _describe_details(client.get_job_info(job_id))
+    with _translate_ray_errors(client.get_address(), job_id):
+        return _convert_job_details(client.get_job_info(job_id))
 
 
 def list_jobs(client: Any, team: str | None = None) -> list[dict[str, Any]]:
     """Returns the states of submitted jobs as `describe_job` does, newest first; only jobs of `team` if it is given."""
-    with _translate_errors(client.get_address()):
-        all_jobs = [_describe_details(info) for info in client.list_jobs() if info.submission_id]
+    with _translate_ray_errors(client.get_address()):
+        all_jobs = [_convert_job_details(info) for info in client.list_jobs() if info.submission_id]
     team_jobs = [job for job in all_jobs if team is None or job["team"] == team]
     return sorted(team_jobs, key=lambda job: job["started"] or "", reverse=True)
 
@@ -229,7 +229,7 @@ def stop_job(client: Any, job_id: str) -> str:
     Raises:
         SubmissionError: The job does not exist, or it is still running after _STOP_TIMEOUT_S.
     """
-    with _translate_errors(client.get_address(), job_id):
+    with _translate_ray_errors(client.get_address(), job_id):
         client.stop_job(job_id)  # does nothing if the job has ended
         deadline = time.monotonic() + _STOP_TIMEOUT_S
         while time.monotonic() < deadline:
@@ -240,7 +240,7 @@ def stop_job(client: Any, job_id: str) -> str:
     raise SubmissionError(f"{job_id}: still running {_STOP_TIMEOUT_S:.0f} s after the request to stop: try again later")
 
 
-def _describe_details(info: Any) -> dict[str, Any]:
+def _convert_job_details(info: Any) -> dict[str, Any]:
     """Returns the state of a job as a dict of JSON values (the result of `describe_job`).
 
     Args:
@@ -251,15 +251,15 @@ def _describe_details(info: Any) -> dict[str, Any]:
         "id": info.submission_id,
         "status": str(info.status),
         **{key: metadata.get(key) for key in ("team", "category", "config_sha256", "submitted_by")},
-        "started": _iso_time(info.start_time),
-        "ended": _iso_time(info.end_time),
+        "started": _format_utc_time(info.start_time),
+        "ended": _format_utc_time(info.end_time),
         "exit_code": info.driver_exit_code,
         "entrypoint": info.entrypoint,
         "message": info.message,
     }
 
 
-def _iso_time(milliseconds: int | None) -> str | None:
+def _format_utc_time(milliseconds: int | None) -> str | None:
     """Returns a time as ISO text in UTC; None if Ray gives no time."""
     if not milliseconds:
         return None

@@ -17,10 +17,10 @@ from typing import Any
 from focus_ray.cluster.preflight import RESERVED
 from focus_ray.errors import SubmissionError
 from focus_ray.fitting.settings import load_config
-from focus_ray.names import unique_name
+from focus_ray.names import make_unique_name
 from focus_ray.settings.sections import config_to_yaml, read_yaml_mapping
 from focus_ray.settings.standard import COMMANDS, find_standard_config_folder, list_standard_configs
-from focus_ray.submission.package import Package, build_package
+from focus_ray.submission.package import JobPackage, build_job_package
 from focus_ray.version import __version__
 
 # Variables that are sent with every job: the address of the S3 server and how to reach it, never credentials.
@@ -52,13 +52,13 @@ class JobRequest:
 
     submission_id: str
     entrypoint: str
-    package: Package
+    package: JobPackage
     environment: Mapping[str, str]
     metadata: Mapping[str, str]
     resources: Mapping[str, Any]
 
 
-def build_job(
+def build_job_request(
     command: Sequence[str],
     load_sweep: Callable[[Path, Sequence[str]], Any],
     *,
@@ -97,17 +97,17 @@ def build_job(
             "nothing to submit: give a command, for instance: focus-ray submit train configs/run.yaml"
         )
     arguments = list(command)
-    package = build_package(working_dir, excludes)
-    metadata = {"focus_ray": __version__, "submitted_by": user_name(), "command": command[0]}
+    package = build_job_package(working_dir, excludes)
+    metadata = {"focus_ray": __version__, "submitted_by": get_user_name(), "command": command[0]}
     if command[0] in commands:
-        file = _find_config(command, Path(working_dir), package)
+        file = _find_config_file(command, Path(working_dir), package)
         if file is not None:
             if team is not None and command[0] in _KEY_PREFIXES:
                 arguments.append(f"{_KEY_PREFIXES[command[0]]}cluster.team={team}")
-            metadata.update(_check_config(arguments, file, Path(working_dir), package, load_sweep))
+            metadata.update(_check_config_for_cluster(arguments, file, Path(working_dir), package, load_sweep))
         arguments = [python, "-m", "focus_ray.cli", *arguments]
     metadata.update({key: value for key, value in (("team", team), ("category", category)) if value})
-    environment = _collect_environment(env)
+    environment = _collect_environment_variables(env)
     memory = int(memory_gib * 2**30)
     reserved = {kind: value for kind, value in (("CPU", num_cpus), ("GPU", num_gpus), ("memory", memory)) if value}
     if reserved:
@@ -118,11 +118,11 @@ def build_job(
         "entrypoint_memory": memory or None,
         "entrypoint_label_selector": dict(labels) if labels else None,
     }
-    name = unique_name(team, Path(command[0]).stem)
+    name = make_unique_name(team, Path(command[0]).stem)
     return JobRequest(name, shlex.join(arguments), package, environment, metadata, resources)
 
 
-def _find_config(command: Sequence[str], working_dir: Path, package: Package) -> str | None:
+def _find_config_file(command: Sequence[str], working_dir: Path, package: JobPackage) -> str | None:
     """Finds the configuration of a `focus-ray` command.
 
     Returns: The name of a YAML file that is sent, or the absolute path of a standard configuration; None if the command names
@@ -138,32 +138,32 @@ def _find_config(command: Sequence[str], working_dir: Path, package: Package) ->
         if word in names and not (working_dir / word).is_file():
             return str(find_standard_config_folder() / f"{word}.yaml")
         if word.endswith((".yaml", ".yml")) and "=" not in word:
-            _check_is_sent(word, package)
+            _check_file_is_sent(word, package)
             return word
     return None
 
 
-def _check_is_sent(file: str, package: Package) -> None:
+def _check_file_is_sent(file: str, package: JobPackage) -> None:
     """Checks that a file is sent. Raises: SubmissionError: it is not."""
     if Path(os.path.normpath(file)).as_posix() not in package.names:
         raise SubmissionError(f"{file}: is not one of the files that are sent: give a path below --working-dir")
 
 
-def _check_config(
+def _check_config_for_cluster(
     arguments: Sequence[str],
     file: str,
     working_dir: Path,
-    package: Package,
+    package: JobPackage,
     load_sweep: Callable[[Path, Sequence[str]], Any],
 ) -> dict[str, str]:
     """Checks that the configuration of a command can work on the cluster, and returns metadata about it.
 
     Args:
         arguments: The command and its arguments.
-        file: Result of `_find_config`.
+        file: Result of `_find_config_file`.
         working_dir: Folder that is sent.
         package: Files that are sent.
-        load_sweep: See `build_job`.
+        load_sweep: See `build_job_request`.
 
     Returns:
         config_sha256, and for `train` and `sweep` also category and team.
@@ -183,7 +183,7 @@ def _check_config(
         config = full_config.config_at()
         base_file = read_yaml_mapping(path).get("base_file")
         if base_file and not Path(file).is_absolute():
-            _check_is_sent(os.path.join(os.path.dirname(file), base_file), package)
+            _check_file_is_sent(os.path.join(os.path.dirname(file), base_file), package)
         if "model.weights" in full_config.space:
             weights.update(map(str, full_config.space["model.weights"].samples()))
     else:
@@ -204,7 +204,7 @@ def _check_config(
     }
 
 
-def _collect_environment(variables: Sequence[str]) -> dict[str, str]:
+def _collect_environment_variables(variables: Sequence[str]) -> dict[str, str]:
     """Returns the job's environment variables: SENT_VARIABLES that are set here, then `variables`.
 
     Args:
@@ -235,7 +235,7 @@ def _collect_environment(variables: Sequence[str]) -> dict[str, str]:
     return environment
 
 
-def user_name() -> str:
+def get_user_name() -> str:
     """Returns the name of the user on this machine, or "unknown"."""
     try:
         return getpass.getuser()

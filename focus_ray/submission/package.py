@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from focus_ray.errors import SubmissionError
-from focus_ray.names import is_utf8
+from focus_ray.names import is_valid_utf8
 from focus_ray.settings.standard import find_standard_config_folder
 
 MAX_PACKAGE_MIB = 64  # Ray allows less than 512; but every node fetches the package through the head node
@@ -31,7 +31,7 @@ EXCLUDED_AT_TOP = ("data", "runs", "registry", "quickstart", "scratch")
 
 
 @dataclass(frozen=True)
-class Package:
+class JobPackage:
     """The files that are sent with a job.
 
     Attributes:
@@ -49,7 +49,7 @@ class Package:
         return f"{len(self.names)} files, {self.num_bytes / 2**20:.1f} MiB ({size:.1f} MiB compressed)"
 
 
-def build_package(folder: str | Path, excludes: Sequence[str] = ()) -> Package:
+def build_job_package(folder: str | Path, excludes: Sequence[str] = ()) -> JobPackage:
     """Packs a folder without the files that a job does not need. Adds the code of focus_ray if the folder does not contain it.
 
     Args:
@@ -63,15 +63,15 @@ def build_package(folder: str | Path, excludes: Sequence[str] = ()) -> Package:
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
         raise SubmissionError(f"{folder}: this folder does not exist: give --working-dir")
-    files = dict(_files_to_send(root, excludes))
+    files = dict(_list_files_to_send(root, excludes))
     if "focus_ray/__init__.py" not in files:
         package = Path(__file__).resolve().parents[1]
-        files.update({f"focus_ray/{name}": path for name, path in _files_to_send(package, (), ())})
+        files.update({f"focus_ray/{name}": path for name, path in _list_files_to_send(package, (), ())})
         files.update({f"focus_ray/configs/{path.name}": path for path in find_standard_config_folder().glob("*.yaml")})
     sizes = {name: path.stat().st_size for name, path in files.items()}
     limit = MAX_PACKAGE_MIB * 2**20
     # compression cannot make a folder of 8 times the limit small enough
-    content = _pack(files) if sum(sizes.values()) <= 8 * limit else None
+    content = _build_zip_archive(files) if sum(sizes.values()) <= 8 * limit else None
     if content is None or len(content) > limit:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
         raise SubmissionError(
@@ -79,10 +79,10 @@ def build_package(folder: str | Path, excludes: Sequence[str] = ()) -> Package:
             f"{', '.join(f'{name} ({sizes[name] / 2**20:.1f} MiB)' for name in largest)}: "
             "exclude files that the job does not need with --exclude, and put data on S3"
         )
-    return Package(content, tuple(sorted(files)), sum(sizes.values()))
+    return JobPackage(content, tuple(sorted(files)), sum(sizes.values()))
 
 
-def _pack(files: Mapping[str, Path]) -> bytes:
+def _build_zip_archive(files: Mapping[str, Path]) -> bytes:
     """Returns a zip archive of files by their name in the archive. The same files give the same bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -94,7 +94,7 @@ def _pack(files: Mapping[str, Path]) -> bytes:
     return buffer.getvalue()
 
 
-def _files_to_send(
+def _list_files_to_send(
     root: Path, excludes: Sequence[str], top_excludes: Sequence[str] = EXCLUDED_AT_TOP
 ) -> Iterator[tuple[str, Path]]:
     """Yields (path relative to the root, file) of every file that is sent.
@@ -130,7 +130,7 @@ def _files_to_send(
             path = Path(folder) / name
             if is_excluded(prefix + name) or not path.is_file():
                 continue
-            if not is_utf8(prefix + name):
+            if not is_valid_utf8(prefix + name):
                 raise SubmissionError(
                     f"{prefix + name!a}: a file name that is not valid UTF-8 cannot be sent: rename the file, or use --exclude"
                 )

@@ -39,7 +39,7 @@ from focus_ray.fitting.fit import check_prerequisites
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import BatchSchedule, fits_memory
 from focus_ray.fitting.split import Split
-from focus_ray.names import Log, unique_name
+from focus_ray.names import Log, make_unique_name
 from focus_ray.storage.files import join_path, read_bytes, remove_folder
 from focus_ray.sweep import records
 from focus_ray.sweep.proposer import Proposer
@@ -102,7 +102,7 @@ def run_sweep(config: SweepConfig, log: Log = lambda message: None) -> SweepOutc
     """
     base = resolve_paths(config.config_at())
     if config.name is None:
-        config = config.model_copy(update={"name": unique_name(base.cluster.team, base.name)})
+        config = config.model_copy(update={"name": make_unique_name(base.cluster.team, base.name)})
     config = config.model_copy(update={"base": base.model_dump(mode="json")})
     root = join_path(base.storage, str(config.name))
     records.check_no_sweep(root)

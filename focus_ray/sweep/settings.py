@@ -21,7 +21,7 @@ from focus_ray.density.registry import DENSITIES
 from focus_ray.errors import ConfigError
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.metrics.registry import METRICS
-from focus_ray.names import NAME_PATTERN, suggest_name
+from focus_ray.names import NAME_PATTERN, suggest_similar_name
 from focus_ray.settings.sections import (
     ConfigSection,
     apply_override,
@@ -465,7 +465,7 @@ def _check_space(sweep: SweepConfig) -> None:
             keys_inside = [name for name in all_keys if name.startswith(f"{key}.")]
             same_last_part = [name for name in all_keys if name.rpartition(".")[2] == key.rpartition(".")[2]]
             hint = f"it is a section: name a key in it: {', '.join(keys_inside)}" if keys_inside else ""
-            hint = hint or suggest_name(same_last_part[0] if same_last_part else key, all_keys)
+            hint = hint or suggest_similar_name(same_last_part[0] if same_last_part else key, all_keys)
             raise ConfigError(f"space: {key}: unknown key; {hint or '`focus-ray config explain` lists the keys'}")
         for refused, why in _REFUSED.items():
             if f"{key}.".startswith(f"{refused}."):

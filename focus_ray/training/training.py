@@ -26,7 +26,7 @@ from focus_ray.fitting.regions import check_regions
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.shards import BatchSchedule, fits_memory
 from focus_ray.fitting.split import Split, split_category
-from focus_ray.names import Log, unique_name
+from focus_ray.names import Log, make_unique_name
 from focus_ray.settings.sections import config_to_yaml, parse_yaml_mapping
 from focus_ray.storage.files import (
     check_folder_access,
@@ -94,7 +94,7 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
     if config.name == "auto":
         if resume:
             raise TrainingError("--resume needs the name of the run to continue: name=...")
-        config = config.model_copy(update={"name": unique_name(config.cluster.team or "run")})
+        config = config.model_copy(update={"name": make_unique_name(config.cluster.team or "run")})
         log(f"name: {config.name}")
     check_prerequisites(config)
     available = list_categories(config.data.uri)

@@ -41,25 +41,25 @@ class ListedFile(NamedTuple):
         return cls(image, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
-def list_images(folder: Path, leave_out: Path, log: Callable[[str], None]) -> list[ListedFile]:
+def list_images(folder: Path, skipped_folder: Path, log: Callable[[str], None]) -> list[ListedFile]:
     """Lists the image files in a folder and its subfolders, in no particular order.
 
     Skips hidden files and folders, links to folders, broken links, and files without the suffix of an image.
 
     Args:
         folder: Folder to list.
-        leave_out: Subfolder that is skipped: the output folder.
+        skipped_folder: Subfolder that is skipped: the output folder.
         log: Called with a message about each subfolder or file that cannot be listed.
 
     Raises:
         OSError: The folder itself cannot be listed.
     """
 
-    def log_error(path: Path, error: OSError) -> None:
+    def log_listing_error(path: Path, error: OSError) -> None:
         log(f"{path}: cannot be listed: {error.strerror or error}")
 
     files = []
-    for image in scan_image_files(folder, log_error, skipped_folder=os.path.realpath(leave_out)):
+    for image in scan_image_files(folder, log_listing_error, skipped_folder=os.path.realpath(skipped_folder)):
         try:
             status = os.stat(folder / image)
             if stat.S_ISREG(status.st_mode):
@@ -67,7 +67,7 @@ def list_images(folder: Path, leave_out: Path, log: Callable[[str], None]) -> li
         except FileNotFoundError:  # deleted during the listing, or a broken link
             continue
         except OSError as error:
-            log_error(folder / image, error)
+            log_listing_error(folder / image, error)
     return files
 
 
@@ -89,10 +89,10 @@ class PendingFile:
 class PendingFiles(dict[str, PendingFile]):
     """A dictionary of all files in the folder that are not processed yet: path relative to the folder -> `PendingFile`."""
 
-    def update_listing(self, listing: Iterable[ListedFile], now: float) -> None:
+    def update_from_listing(self, listing: Iterable[ListedFile], now: float) -> None:
         """Replaces the pending files by a new listing.
 
-        A file whose size or times have changed must again stay unchanged for some time before it is read (see `list_ready`).
+        A file whose size or times have changed must again stay unchanged for some time before it is read (see `list_ready_files`).
 
         Args:
             listing: Files of the folder that are not processed yet.
@@ -107,7 +107,7 @@ class PendingFiles(dict[str, PendingFile]):
             pending.file = file
             self[file.image] = pending
 
-    def list_ready(self, settle_s: float, now: float) -> list[PendingFile]:
+    def list_ready_files(self, settle_s: float, now: float) -> list[PendingFile]:
         """Returns the files that may be read now, oldest modification time first: they are settled, and no retry is delayed.
 
         Args:

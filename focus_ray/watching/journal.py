@@ -17,9 +17,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from focus_ray.csv_tables import COLUMNS, table_row, table_text
+from focus_ray.csv_tables import COLUMNS, build_verdict_row, format_csv
 from focus_ray.errors import DataError
-from focus_ray.watching.processed_keys import ProcessedKeys
+from focus_ray.watching.processed_keys import ProcessedKeySet
 
 _EXTRA_COLUMNS = ("time", "bundle", "sha256", "milliseconds")
 TABLE_COLUMNS = ("time", *COLUMNS, *_EXTRA_COLUMNS[1:])
@@ -28,13 +28,13 @@ _KEY = re.compile(rb'\{"key": "([0-9a-f]{16})([0-9a-f]{16})", ')
 _LOCK_NAME = ".watch.lock"
 
 
-class Journal:
+class VerdictJournal:
     """Writes one JSON line per inspected image into the output folder, and locks the folder for this process.
 
     Must be closed, or used in a `with` statement.
 
     Attributes:
-        processed: Keys (hashes from `stamp_key` and `content_key`) of all files that need no inspection any more.
+        processed_keys: Keys (hashes from `compute_stamp_key` and `compute_content_key`) of all files that need no inspection any more.
         num_lines_at_start: Number of valid lines in the folder when the journal was opened.
     """
 
@@ -59,14 +59,14 @@ class Journal:
             days = sorted(self.folder.glob(_LINES_PATTERN))
             keys = array("Q")
             for day in days:
-                keys += _read_keys(day, log)
-            self.processed, self.num_lines_at_start = ProcessedKeys(keys), len(keys) // 2
+                keys += _read_image_keys(day, log)
+            self.processed_keys, self.num_lines_at_start = ProcessedKeySet(keys), len(keys) // 2
             if table:
                 self._rebuild_tables(days)
         except OSError as error:
             raise DataError(f"{folder}: verdicts cannot be written here: {error.strerror or error}") from error
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> VerdictJournal:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -82,7 +82,7 @@ class Journal:
         Both are on the disk when the function returns.
 
         Args:
-            lines: One dict of JSON values per image. Its first entry is "key" with the `key_text` of the image.
+            lines: One dict of JSON values per image. Its first entry is "key" with the `format_image_key` of the image.
 
         Returns:
             The lines as JSON texts.
@@ -93,10 +93,10 @@ class Journal:
         texts = [json.dumps(line, ensure_ascii=False) for line in lines]
         path = self.folder / f"verdicts-{datetime.now():%Y-%m-%d}.jsonl"
         try:
-            _append(path, "".join(f"{text}\n" for text in texts))
+            _append_to_file(path, "".join(f"{text}\n" for text in texts))
             if self.table:
                 table = path.with_suffix(".csv")
-                _append(table, _format_rows(lines, header=not table.exists()))
+                _append_to_file(table, _format_csv_rows(lines, header=not table.exists()))
         except OSError as error:
             raise DataError(
                 f"{path}: cannot be written: {error.strerror or error}; images without a line are inspected at the next start"
@@ -124,10 +124,10 @@ class Journal:
                 continue
             temporary = self.folder / f".{table.name}.new"
             with day.open("rb") as lines, temporary.open("w", encoding="utf-8", newline="") as stream:
-                stream.write(_format_rows([], header=True))
+                stream.write(_format_csv_rows([], header=True))
                 for number, line in enumerate(lines, 1):
                     try:
-                        stream.write(_format_rows([json.loads(line)] if _KEY.match(line) else []))
+                        stream.write(_format_csv_rows([json.loads(line)] if _KEY.match(line) else []))
                     except ValueError as error:
                         raise DataError(
                             f"{day}, line {number}: not valid JSON ({error}): correct or delete the line"
@@ -135,17 +135,17 @@ class Journal:
             os.replace(temporary, table)
 
 
-def key_text(stamp: int, content: int) -> str:
+def format_image_key(stamp: int, content: int) -> str:
     """Returns the value of "key" in a journal line: 32 hexadecimal digits.
 
     Args:
-        stamp: Key of the file's path, size, times and inode, from `stamp_key`.
-        content: Key of the file's path and bytes, from `content_key`.
+        stamp: Key of the file's path, size, times and inode, from `compute_stamp_key`.
+        content: Key of the file's path and bytes, from `compute_content_key`.
     """
     return f"{stamp:016x}{content:016x}"
 
 
-def _append(path: Path, text: str) -> None:
+def _append_to_file(path: Path, text: str) -> None:
     """Appends text to a file. The text is on the disk when the function returns.
 
     Raises:
@@ -183,7 +183,7 @@ def _lock_folder(folder: Path) -> IO[str]:
     return stream
 
 
-def _read_keys(day: Path, log: Callable[[str], None]) -> array[int]:
+def _read_image_keys(day: Path, log: Callable[[str], None]) -> array[int]:
     """Returns stamp key and content key of each line of a day as a flat array, and deletes a last line that a crash cut off.
 
     Logs the removal, and the number of lines without keys, which are ignored.
@@ -209,7 +209,7 @@ def _read_keys(day: Path, log: Callable[[str], None]) -> array[int]:
     return keys
 
 
-def _format_rows(lines: Sequence[Mapping[str, Any]], header: bool = False) -> str:
+def _format_csv_rows(lines: Sequence[Mapping[str, Any]], header: bool = False) -> str:
     """Returns one CSV row per journal line as text. The names of the columns come first if `header` is True."""
-    rows = [{**table_row(line), **{key: line[key] for key in _EXTRA_COLUMNS if key in line}} for line in lines]
-    return table_text(rows, TABLE_COLUMNS, header)
+    rows = [{**build_verdict_row(line), **{key: line[key] for key in _EXTRA_COLUMNS if key in line}} for line in lines]
+    return format_csv(rows, TABLE_COLUMNS, header)

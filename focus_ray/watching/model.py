@@ -15,7 +15,7 @@ from focus_ray.storage.files import FileStat, join_path, read_file_stat
 CHECK_INTERVAL_S = 5.0  # least number of seconds between two checks for a new model
 
 
-class WatchedModel:
+class ReloadableModel:
     """The current model at a URI. `reload_if_changed` loads it again after a change.
 
     Attributes:
@@ -46,7 +46,7 @@ class WatchedModel:
         """
         self.uri, self.load, self.log, self.version, self.category = uri, load, log, version, category
         self._last_error, self._checked_at_s = "", time.monotonic()
-        self._location = self._find_bundle(log)
+        self._location = self._find_current_bundle(log)
         self.inspector = load(self._location[0])
         self._log_model()
 
@@ -58,7 +58,7 @@ class WatchedModel:
         if time.monotonic() < self._checked_at_s + CHECK_INTERVAL_S:
             return
         try:
-            location = self._find_bundle(lambda message: None)
+            location = self._find_current_bundle(lambda message: None)
             if location != self._location:
                 inspector = self.load(location[0])
                 self._location = location
@@ -79,7 +79,7 @@ class WatchedModel:
         for caveat in bundle.calibration.describe_limits():
             self.log(f"note: {caveat}")
 
-    def _find_bundle(self, log: Callable[[str], None]) -> tuple[str, FileStat | None]:
+    def _find_current_bundle(self, log: Callable[[str], None]) -> tuple[str, FileStat | None]:
         """Returns the URI of the current bundle and the stamp (time and size) of its manifest, which changes with the manifest.
 
         The stamp is None if the manifest was just deleted. `log` gets a message for each category without a usable version.

@@ -14,28 +14,28 @@ from focus_ray.watching.folder import ListedFile
 _MAX_RECENT = 65536  # keys in a Python set, which takes about 100 bytes per key
 
 
-def stamp_key(file: ListedFile) -> int:
+def compute_stamp_key(file: ListedFile) -> int:
     """Returns the 64-bit stamp key of a listed file: a hash of its path, size, times and inode."""
-    return _key(f"{file.num_bytes}/{file.mtime_ns}/{file.ctime_ns}/{file.inode}/{file.image}")
+    return _hash_text(f"{file.num_bytes}/{file.mtime_ns}/{file.ctime_ns}/{file.inode}/{file.image}")
 
 
-def content_key(image: str, sha256: str) -> int:
+def compute_content_key(image: str, sha256: str) -> int:
     """Returns the 64-bit content key of a file: a hash of its path and its bytes.
 
     Args:
         image: Path of the file relative to the folder.
         sha256: SHA-256 of the bytes.
     """
-    return _key(f"{sha256}/{image}")
+    return _hash_text(f"{sha256}/{image}")
 
 
-def _key(text: str) -> int:
+def _hash_text(text: str) -> int:
     """Returns a 64-bit hash of a text."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 
-class ProcessedKeys:
+class ProcessedKeySet:
     """A set of 64-bit keys, stored mainly in a sorted array.
 
     Two different images get the same key by chance in about 1 of 400,000 sets of ten million keys.

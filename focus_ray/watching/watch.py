@@ -21,28 +21,28 @@ from focus_ray.detect.pictures import draw_overlay_with_strip
 from focus_ray.detect.shift import StreamShiftMonitor, compare_stream_with_calibration
 from focus_ray.drawing.mark import MARK_WITHIN_BYTES, is_drawn_by_focus_ray
 from focus_ray.errors import DataError
-from focus_ray.names import readable_name
+from focus_ray.names import escape_invalid_utf8
 from focus_ray.storage.files import is_storage_full, write_bytes
 from focus_ray.watching.folder import ListedFile, PendingFile, PendingFiles, list_images
-from focus_ray.watching.journal import Journal, key_text
-from focus_ray.watching.model import WatchedModel
-from focus_ray.watching.processed_keys import content_key, stamp_key
+from focus_ray.watching.journal import VerdictJournal, format_image_key
+from focus_ray.watching.model import ReloadableModel
+from focus_ray.watching.processed_keys import compute_content_key, compute_stamp_key
 
-SIGNAL_TIMEOUT_S = 10.0
+ANOMALY_COMMAND_TIMEOUT_S = 10.0
 OVERLAY_FOLDER = PurePosixPath("overlays")
 _REPEAT_MESSAGE_S = 60.0
 _MAX_STEM_BYTES = 200  # a file name may have 255 bytes, and needs room for the content key and the suffix
 
 
-class _ReadImage(NamedTuple):
+class _LoadedImage(NamedTuple):
     """A pending file with its bytes, after it was read.
 
     Attributes:
         pending: The file in the list of pending files.
-        name: Path relative to the folder as valid UTF-8 text (`readable_name`).
+        name: Path relative to the folder as valid UTF-8 text (`escape_invalid_utf8`).
         encoded: Bytes of the file.
         sha256: Hash of these bytes.
-        content: `processed_keys.content_key` of the file: identifies path and bytes.
+        content: `processed_keys.compute_content_key` of the file: identifies path and bytes.
     """
 
     pending: PendingFile
@@ -80,7 +80,7 @@ class WatchSettings:
     once: bool = False
 
 
-class Watch:
+class FolderWatch:
     """Inspects the images that arrive in a folder, and writes one journal line for each image.
 
     Attributes:
@@ -90,8 +90,8 @@ class Watch:
     def __init__(
         self,
         folder: Path,
-        model: WatchedModel,
-        journal: Journal,
+        model: ReloadableModel,
+        journal: VerdictJournal,
         settings: WatchSettings,
         log: Callable[[str], None],
         show: Callable[[str], None] = lambda line: None,
@@ -128,18 +128,18 @@ class Watch:
         while not stop.is_set():
             pass_start_s = time.monotonic()
             self.model.reload_if_changed()
-            self._list_folder()
-            ready = self.pending.list_ready(self.settings.settle_s, pass_start_s)
+            self._update_pending_files()
+            ready = self.pending.list_ready_files(self.settings.settle_s, pass_start_s)
             size = self.settings.batch_size
             for first in range(0, len(ready), size):
                 if stop.is_set():
                     return
                 self.model.reload_if_changed()
-                self._inspect(ready[first : first + size])
-                self._report_rate()
+                self._inspect_batch(ready[first : first + size])
+                self._log_image_rate()
             if self.settings.once and self._is_finished(watch_start_s):
                 return
-            self._report_rate()
+            self._log_image_rate()
             stop.wait(max(self.settings.poll_s, time.monotonic() - pass_start_s if not ready else 0))
 
     def _is_finished(self, watch_start_s: float) -> bool:
@@ -147,7 +147,7 @@ class Watch:
         is_timed_out = time.monotonic() > watch_start_s + self.settings.give_up_s + self.settings.settle_s
         return is_timed_out or all(pending.retry_at_s == math.inf for pending in self.pending.values())
 
-    def _list_folder(self) -> None:
+    def _update_pending_files(self) -> None:
         """Lists the folder and updates the pending files (files that are not processed yet).
 
         If the folder cannot be listed, logs this, and no file is pending until it can be listed again.
@@ -156,26 +156,26 @@ class Watch:
             DataError: The folder cannot be listed, and the setting `once` is on.
         """
         try:
-            listing = list_images(self.folder, self.journal.folder, self._log_rarely)
+            listing = list_images(self.folder, self.journal.folder, self._log_at_most_once_a_minute)
         except OSError as error:
             message = f"{self.folder}: cannot be listed: {error.strerror or error}"
             if self.settings.once:
                 raise DataError(message) from error
-            self._log_rarely(f"{message}; waiting until it can be listed")
+            self._log_at_most_once_a_minute(f"{message}; waiting until it can be listed")
             self._folder_is_missing, listing = True, []
         else:
             if self._folder_is_missing:
-                self._log_rarely(f"{self.folder}: can be listed again")
+                self._log_at_most_once_a_minute(f"{self.folder}: can be listed again")
             self._folder_is_missing = False
         if self.settings.once:
             if self._files_at_start is None:
                 self._files_at_start = {file.image for file in listing}
             listing = [file for file in listing if file.image in self._files_at_start]
-        is_processed = self.journal.processed.contains_each([stamp_key(file) for file in listing])
+        is_processed = self.journal.processed_keys.contains_each([compute_stamp_key(file) for file in listing])
         new = [file for file, is_done in zip(listing, is_processed, strict=True) if not is_done]
-        self.pending.update_listing(new, time.monotonic())
+        self.pending.update_from_listing(new, time.monotonic())
 
-    def _inspect(self, batch: Sequence[PendingFile]) -> None:
+    def _inspect_batch(self, batch: Sequence[PendingFile]) -> None:
         """Reads and inspects a batch of files, writes their lines, and runs the command of --on-anomalous for anomalous images.
 
         A file that cannot be decoded may be incomplete, because a writer can pause longer than `settle_s`. It is tried again
@@ -196,7 +196,7 @@ class Watch:
                 image.pending.retry_at_s = give_up_at_s
                 continue
             finished.append(image)
-            lines.append(self._process_result(image, result, inspector.bundle, each_ms))
+            lines.append(self._build_journal_line(image, result, inspector.bundle, each_ms))
         if not lines:
             return
         texts = self.journal.write_lines(lines)
@@ -206,16 +206,16 @@ class Watch:
             self.counts[line.get("verdict", "error")] += 1
             self.show(text)
             if line.get("anomalous") and self.settings.on_anomalous:
-                self._run_signal_command(line["image"], text)
+                self._run_anomaly_command(line["image"], text)
         scores = [float(line["score"]) for line in lines if "score" in line and not line.get("trained_on")]
         self._check_score_shift(inspector.bundle, scores)
 
     def _mark_processed(self, pending: PendingFile, *keys: int) -> None:
         """Removes a file from the pending files, and stores its keys, so that the file is not inspected again.
 
-        Args: keys: further keys of the file, in addition to its `stamp_key`.
+        Args: keys: further keys of the file, in addition to its `compute_stamp_key`.
         """
-        self.journal.processed.add(stamp_key(pending.file), *keys)
+        self.journal.processed_keys.add(compute_stamp_key(pending.file), *keys)
         del self.pending[pending.file.image]
 
     def _check_score_shift(self, bundle: Bundle, scores: Sequence[float]) -> None:
@@ -234,8 +234,8 @@ class Watch:
         if notice is not None:
             self._log(f"watch: {notice}")
 
-    def _process_result(
-        self, image: _ReadImage, result: Inspection | DataError, bundle: Bundle, milliseconds: float
+    def _build_journal_line(
+        self, image: _LoadedImage, result: Inspection | DataError, bundle: Bundle, milliseconds: float
     ) -> dict[str, Any]:
         """Returns the journal line of an image as a dict of JSON values, and writes an overlay if the settings request one.
 
@@ -251,7 +251,7 @@ class Watch:
             DataError: The overlay cannot be written because the disk is full.
         """
         line: dict[str, Any] = {
-            "key": key_text(stamp_key(image.pending.file), image.content),
+            "key": format_image_key(compute_stamp_key(image.pending.file), image.content),
             "image": image.name,
             "time": datetime.now().astimezone().isoformat(timespec="milliseconds"),
             "category": bundle.category,
@@ -265,41 +265,41 @@ class Watch:
                 line |= self._write_overlay(image, result)
         return {**line, "bundle": bundle.version, "sha256": image.sha256, "milliseconds": milliseconds}
 
-    def _read_image(self, pending: PendingFile) -> _ReadImage | None:
+    def _read_image(self, pending: PendingFile) -> _LoadedImage | None:
         """Reads a pending file, and updates the pending and processed files if there is nothing to inspect.
 
         Returns:
             The image. None if the file changed since it was listed, has the path and bytes of a processed file, is a picture
             that focus_ray drew, was deleted, or cannot be read.
         """
-        file, name = pending.file, readable_name(pending.file.image)
+        file, name = pending.file, escape_invalid_utf8(pending.file.image)
         try:
             with (self.folder / file.image).open("rb") as stream:
                 encoded = stream.read(MARK_WITHIN_BYTES)
                 if is_drawn_by_focus_ray(encoded):
-                    self._log_rarely(f"{self.folder}: images that focus_ray drew are skipped")
+                    self._log_at_most_once_a_minute(f"{self.folder}: images that focus_ray drew are skipped")
                     self._mark_processed(pending)
                     return None
                 encoded += stream.read()
                 status = os.fstat(stream.fileno())
         except FileNotFoundError:
-            self._log_rarely(f"{name}: was deleted before it was inspected")
+            self._log_at_most_once_a_minute(f"{name}: was deleted before it was inspected")
             del self.pending[file.image]
             return None
         except OSError as error:
             pending.retry_at_s = math.inf if self.settings.once else time.monotonic() + self.settings.give_up_s
-            self._log_rarely(f"{name}: cannot be read: {error.strerror or error}")
+            self._log_at_most_once_a_minute(f"{name}: cannot be read: {error.strerror or error}")
             return None
         if ListedFile.from_status(file.image, status)[:-1] != file[:-1] or len(encoded) != status.st_size:
             return None
         sha256 = hashlib.sha256(encoded).hexdigest()
-        content = content_key(file.image, sha256)
-        if content in self.journal.processed:  # same bytes, other times: not a new image
+        content = compute_content_key(file.image, sha256)
+        if content in self.journal.processed_keys:  # same bytes, other times: not a new image
             self._mark_processed(pending)
             return None
-        return _ReadImage(pending, name, encoded, sha256, content)
+        return _LoadedImage(pending, name, encoded, sha256, content)
 
-    def _write_overlay(self, image: _ReadImage, result: Inspection) -> dict[str, str]:
+    def _write_overlay(self, image: _LoadedImage, result: Inspection) -> dict[str, str]:
         """Draws and writes the overlay of an image, completely or not at all, even if the process is killed.
 
         Returns:
@@ -318,36 +318,36 @@ class Watch:
             if is_storage_full(error):
                 raise
             self._log(f"{image.name}: no overlay: {error}")
-            return {"overlay_error": readable_name(error)}
+            return {"overlay_error": escape_invalid_utf8(error)}
         return {"overlay": name}
 
-    def _run_signal_command(self, image: str, text: str) -> None:
+    def _run_anomaly_command(self, image: str, text: str) -> None:
         """Runs the command of --on-anomalous with an image's line on standard input, and waits until it ends.
 
-        Kills the command after `SIGNAL_TIMEOUT_S`. Logs any failure instead of raising it.
+        Kills the command after `ANOMALY_COMMAND_TIMEOUT_S`. Logs any failure instead of raising it.
 
         Args:
             image: Name of the image for messages.
-            text: Journal line of the image as JSON text.
+            text: VerdictJournal line of the image as JSON text.
         """
         try:
             process = subprocess.run(
                 self.settings.on_anomalous,
                 input=f"{text}\n".encode(),
-                timeout=SIGNAL_TIMEOUT_S,
+                timeout=ANOMALY_COMMAND_TIMEOUT_S,
                 stdout=2,  # standard output is reserved for verdicts
                 start_new_session=True,  # an interrupt of the watch must not end the command
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            self._log(f"{image}: the command of --on-anomalous was killed after {SIGNAL_TIMEOUT_S:g} s")
+            self._log(f"{image}: the command of --on-anomalous was killed after {ANOMALY_COMMAND_TIMEOUT_S:g} s")
         except OSError as error:
             self._log(f"{image}: the command of --on-anomalous cannot be run: {error}")
         else:
             if process.returncode:
                 self._log(f"{image}: the command of --on-anomalous ended with exit status {process.returncode}")
 
-    def _log_rarely(self, message: str) -> None:
+    def _log_at_most_once_a_minute(self, message: str) -> None:
         """Logs a message, but the same message at most once a minute, because it may repeat at every listing."""
         now = time.monotonic()
         if now < self._silent_until_s.get(message, -math.inf):
@@ -356,7 +356,7 @@ class Watch:
         self._silent_until_s[message] = now + _REPEAT_MESSAGE_S
         self._log(message)
 
-    def _report_rate(self) -> None:
+    def _log_image_rate(self) -> None:
         """Logs the number of images per minute if the last report is `report_s` seconds old and images were processed since."""
         now = time.monotonic()
         if now < self._reported_at_s + self.settings.report_s:
@@ -365,13 +365,13 @@ class Watch:
         if new_counts:
             minutes = (now - self._reported_at_s) / 60
             self._log(
-                f"watch: {new_counts.total() / minutes:.0f} images per minute: {summarize_counts(new_counts)}, "
+                f"watch: {new_counts.total() / minutes:.0f} images per minute: {format_verdict_counts(new_counts)}, "
                 f"{len(self.pending)} pending"
             )
         self._reported_at_s, self._reported_counts = now, Counter(self.counts)
 
 
-def summarize_counts(counts: Counter[str]) -> str:
+def format_verdict_counts(counts: Counter[str]) -> str:
     """Returns the counts of verdicts as text, such as "8 inspected, 2 anomalous (25.0%), 1 not an image"."""
     inspected = counts["normal"] + counts["anomalous"]
     share = f" ({counts['anomalous'] / inspected:.1%})" if inspected else ""

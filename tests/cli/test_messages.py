@@ -23,7 +23,7 @@ from focus_ray.data.settings import DataConfig
 from focus_ray.errors import DataError, SubmissionError, TrainingError
 from focus_ray.fitting.settings import parse_config
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.submission.package import build_package
+from focus_ray.submission.package import build_job_package
 
 
 @pytest.fixture
@@ -200,5 +200,5 @@ def test_ctrl_c_in_a_training_explains_how_to_resume(
 def test_packing_a_job_refuses_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/Br\xfccke.yaml")).write_text("")
     with pytest.raises(SubmissionError, match=r"cke\.yaml.*.*not valid UTF-8"):
-        build_package(tmp_path)
-    assert build_package(tmp_path, ["Br*"]).names
+        build_job_package(tmp_path)
+    assert build_job_package(tmp_path, ["Br*"]).names

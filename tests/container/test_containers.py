@@ -30,16 +30,16 @@ VARIABLE = re.compile(r"\$\{(\w+)(:[-?])?([^}]*)\}")
 each_service = pytest.mark.parametrize("name", sorted(SERVICES))
 
 
-def mounts(name: str) -> list[list[str]]:
+def list_mounts(name: str) -> list[list[str]]:
     """Source, target and mode of the volumes of a service."""
     return [volume.split(":") for volume in SERVICES[name].get("volumes", [])]
 
 
-def commands_of(name: str, program: str) -> list[list[str]]:
+def find_command_arguments(name: str, program: str) -> list[list[str]]:
     """The arguments of every call of a program in a service's command, or in the script that the command names."""
     lines = [str(SERVICES[name].get("command", ""))]
     if lines[0].startswith("bash "):
-        source = next(parts[0] for parts in mounts(name) if parts[1] == lines[0].split()[1])
+        source = next(parts[0] for parts in list_mounts(name) if parts[1] == lines[0].split()[1])
         lines = (REPOSITORY / source).read_text().splitlines()
     calls = (re.search(rf"(?:^|if |exec ){program} (.*)", line.strip()) for line in lines)
     return [shlex.split(re.split(r" [|>] ?", call[1])[0]) for call in calls if call]
@@ -80,14 +80,14 @@ def test_a_service_has_own_ports_limits_existing_mounts_and_no_privileges(name: 
     assert not re.search(r":latest$|^[^:]+$", service["image"])
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert not {"privileged", "network_mode", "pid", "cap_add"} & set(service)
-    for source, *_ in mounts(name):
+    for source, *_ in list_mounts(name):
         assert (REPOSITORY / source).is_file() if source.startswith("./") else source in TREE["volumes"]
 
 
 def test_the_service_is_reached_through_the_proxy_alone() -> None:
     assert "ports" not in SERVICES["service"]
     assert SERVICES["proxy"]["ports"] == ["127.0.0.1:8443:8443"]
-    assert ["./serve/nginx.conf", "/etc/nginx/nginx.conf", "ro"] in mounts("proxy")
+    assert ["./serve/nginx.conf", "/etc/nginx/nginx.conf", "ro"] in list_mounts("proxy")
     assert "http://service" not in (CONTAINER / "example.sh").read_text()
 
 
@@ -137,7 +137,7 @@ def test_certificate_sh_makes_a_certificate_that_clients_can_check_once(tmp_path
 
 @pytest.mark.parametrize("name", ["token", "service", "example"])
 def test_every_focus_ray_command_is_one_that_it_understands(name: str) -> None:
-    calls = commands_of(name, "focus-ray")
+    calls = find_command_arguments(name, "focus-ray")
     assert calls
     for words in calls:
         arguments = build_parser().parse_args(words)
@@ -152,16 +152,18 @@ def test_every_focus_ray_command_is_one_that_it_understands(name: str) -> None:
 def test_every_ray_start_is_one_that_ray_understands(name: str) -> None:
     from ray.scripts.scripts import start
 
-    (words,) = commands_of(name, "ray start")
+    (words,) = find_command_arguments(name, "ray start")
     options = start.make_context("start", words).params
     assert (options["metrics_export_port"], options["head"]) == (8080, name != "ray-worker")
 
 
 def test_the_services_settings_are_the_ones_it_knows() -> None:
     settings = parse_settings(yaml.safe_load((CONTAINER / "service.yaml").read_text()), "service.yaml")
-    (secrets,) = (target for source, target, *mode in mounts("service") if source == "secrets")
+    (secrets,) = (target for source, target, *mode in list_mounts("service") if source == "secrets")
     assert settings.tokens == f"{secrets}/tokens.yaml"
-    publish = next(words for words in commands_of("example", "focus-ray") if words[:2] == ["registry", "publish"])
+    publish = next(
+        words for words in find_command_arguments("example", "focus-ray") if words[:2] == ["registry", "publish"]
+    )
     assert {settings.default_ref, settings.registry} <= set(publish)
 
 
@@ -177,8 +179,8 @@ def test_nginx_takes_the_configuration_of_the_compose_file(tmp_path: Path) -> No
 
 def test_prometheus_asks_every_ray_and_reads_the_alerts() -> None:
     text = (CONTAINER / "prometheus.yml").read_text()
-    assert {name for name in SERVICES if commands_of(name, "ray start")} <= set(re.findall(r"[\w-]+", text))
-    targets = {source: target for source, target, *mode in mounts("prometheus")}
+    assert {name for name in SERVICES if find_command_arguments(name, "ray start")} <= set(re.findall(r"[\w-]+", text))
+    targets = {source: target for source, target, *mode in list_mounts("prometheus")}
     assert yaml.safe_load(text)["rule_files"] == [targets["./serve/alerts.yaml"]]
 
 

@@ -67,10 +67,10 @@ def indexes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         shutil.copytree(root / "pypi" / name, root / "only-cuda" / name)
     write_wheel(root / "torch", "numpy", "1.0")  # torch's index has some old versions of what torch needs
 
-    class Quiet(http.server.SimpleHTTPRequestHandler):
+    class QuietRequestHandler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None: ...
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=root))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietRequestHandler, directory=root))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
@@ -79,7 +79,7 @@ def indexes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.server_close()
 
 
-def install(
+def run_install_script(
     venv: Path, variant: str, pypi: str, torch: str, lock: str | None = None, **more: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs the step `dependencies` in copied sources, whose lock becomes the text `lock` or that of the made-up indexes."""
@@ -100,7 +100,7 @@ def install(
     )
 
 
-def installed(venv: Path) -> dict[str, str]:
+def list_installed_versions(venv: Path) -> dict[str, str]:
     (packages,) = venv.glob("lib/python*/site-packages")
     return {found.metadata["Name"]: found.version for found in importlib.metadata.distributions(path=[str(packages)])}
 
@@ -112,11 +112,11 @@ def test_a_variant_has_its_torch_and_all_else_as_locked(
     tmp_path: Path, indexes: str, variant: str, pypi: str, torch: str
 ) -> None:
     if pypi:
-        finished = install(tmp_path / "venv", variant, f"{indexes}/{pypi}", f"{indexes}/{torch}")
+        finished = run_install_script(tmp_path / "venv", variant, f"{indexes}/{pypi}", f"{indexes}/{torch}")
     else:  # without mirrors, the indexes are those of uv
-        finished = install(tmp_path / "venv", variant, "", "", UV_DEFAULT_INDEX=f"{indexes}/pypi")
+        finished = run_install_script(tmp_path / "venv", variant, "", "", UV_DEFAULT_INDEX=f"{indexes}/pypi")
     assert finished.returncode == 0, finished.stderr
-    packages, versions = installed(tmp_path / "venv"), locked()
+    packages, versions = list_installed_versions(tmp_path / "venv"), locked()
     if variant == "cpu":
         for name in ("torch", "torchvision"):
             assert packages.pop(name) == f"{versions[name]}+cpu"
@@ -130,7 +130,7 @@ def test_a_variant_has_its_torch_and_all_else_as_locked(
 def test_a_package_that_differs_from_the_locks_hash_is_refused(tmp_path: Path, indexes: str) -> None:
     lock = httpx.get(f"{indexes}/requirements.lock").text
     changed = re.sub(r"^(tifffile==.*sha256:).*$", rf"\g<1>{'0' * 64}", lock, flags=re.MULTILINE)
-    finished = install(tmp_path / "venv", "cuda", f"{indexes}/pypi", "", changed)
+    finished = run_install_script(tmp_path / "venv", "cuda", f"{indexes}/pypi", "", changed)
     assert finished.returncode != 0
     assert "Hash mismatch for `tifffile" in finished.stderr
 
@@ -173,7 +173,7 @@ def test_the_build_names_no_index(name: str) -> None:
 def test_an_index_without_cpu_builds_and_a_misspelt_variant_are_refused(
     tmp_path: Path, indexes: str, variant: str, torch: str, message: str
 ) -> None:
-    finished = install(tmp_path / "venv", variant, f"{indexes}/pypi", f"{indexes}/{torch}")
+    finished = run_install_script(tmp_path / "venv", variant, f"{indexes}/pypi", f"{indexes}/{torch}")
     assert finished.returncode == 1
     assert message in finished.stderr
 

@@ -20,7 +20,7 @@ from focus_ray.data.schema import INDEX_COLUMNS
 from focus_ray.data.store import CommitDraft, open_data_set
 from focus_ray.errors import DataError
 from focus_ray.fitting.split import SplitPlan, plan_category, split_category, split_key
-from focus_ray.ingestion.change import compact, remove_rows
+from focus_ray.ingestion.change import compact_part_files, remove_rows
 
 PARTS = ("fit", "validation", "holdout")
 
@@ -70,7 +70,7 @@ def test_images_are_appended_to_and_removed_from_an_older_data_set(old_root: Pat
     remaining = [row["id"] for row in before if row["id"] != "bolt/train/good/001"]
     assert [row["id"] for row in rows_of(old_root)] == [*remaining, "bolt/train/good/900"]
     after = rows_of(old_root)
-    assert compact(old_root)[0].num_after == 1
+    assert compact_part_files(old_root)[0].num_after == 1
     assert rows_of(old_root) == after
     (entry,) = open_data_set(old_root).require_commit("bolt")["files"]
     assert "group" in pq.ParquetFile(old_root / "category=bolt" / entry["name"]).schema_arrow.names
@@ -184,6 +184,6 @@ def test_the_split_key_of_a_group_depends_on_seed_and_group_alone() -> None:
 def test_groups_survive_a_removal_and_a_compaction(tmp_path: Path) -> None:
     uri = write_set(tmp_path / "set", ["a", "b", "", "a", "c"])
     remove_rows(uri, "bolt", ids=["bolt/good/0001"])
-    compact(uri)
+    compact_part_files(uri)
     assert read_index(uri, "bolt")["group"].to_pylist() == ["a", "", "a", "c"]
     assert [row["group"] for row in rows_of(uri)] == ["a", "", "a", "c"]

@@ -28,9 +28,9 @@ from focus_ray.data.framing import InputFrame
 from focus_ray.detect.calibration import CalibrationBuilder
 from focus_ray.errors import ConfigError, DataError, ExportError, MissingPackageError
 from focus_ray.export.export import export_bundle
-from focus_ray.export.formats import RunModel, check_format, open_model, write_onnx, write_openvino
+from focus_ray.export.formats import RunModel, check_export_format, open_exported_model, write_onnx, write_openvino
 from focus_ray.export.resize import ResizeToFrame
-from focus_ray.export.scorer import ExportableScorer, Verdict
+from focus_ray.export.scorer import ExportableScorer, VerdictModule
 from focus_ray.samples.write import draw_sample
 
 WrongOutputs = Callable[[dict[str, Any]], dict[str, Any]]
@@ -162,7 +162,7 @@ def test_openvino_resizes_images_to_the_frame_as_pillow_does(resize: Any, tmp_pa
     program = torch.export.export(FramePixels(frame), (example,), dynamic_shapes=(sizes,))
     write_onnx(program, tmp_path / "frame.onnx", ["pixels"])
     write_openvino(tmp_path / "frame.onnx", tmp_path / "model.xml")
-    to_frame = open_model(tmp_path, "openvino")
+    to_frame = open_exported_model(tmp_path, "openvino")
     rng = np.random.default_rng(0)
     for height, width in ((64, 64), (97, 201), (300, 500)):
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -183,7 +183,7 @@ def test_verdicts_and_p_values_equal_those_of_the_calibration(count: int, target
     scores = np.concatenate([normal_scores, rng.gamma(4, 0.5, 500), [calibration.image_threshold, 0.0, 50.0]]).astype(
         np.float32
     )
-    p_values, anomalous = (output.numpy() for output in Verdict(calibration)(torch.from_numpy(scores)))
+    p_values, anomalous = (output.numpy() for output in VerdictModule(calibration)(torch.from_numpy(scores)))
     np.testing.assert_array_equal(anomalous, calibration.is_anomalous(scores))
     np.testing.assert_allclose(p_values, calibration.compute_conformal_p_values(scores), rtol=1e-4)
     np.testing.assert_array_equal(p_values.astype(np.float64) <= calibration.effective_fpr, anomalous)
@@ -192,7 +192,7 @@ def test_verdicts_and_p_values_equal_those_of_the_calibration(count: int, target
 def test_a_nan_score_is_anomalous() -> None:
     builder = CalibrationBuilder("split", 0.05, 0.001)
     builder.add(np.linspace(1, 2, 40), np.ones((40, 4, 4), np.float32))
-    _, anomalous = Verdict(builder.build_calibration())(torch.tensor([float("nan"), float("inf"), 1.0]))
+    _, anomalous = VerdictModule(builder.build_calibration())(torch.tensor([float("nan"), float("inf"), 1.0]))
     assert anomalous.tolist() == [True, True, False]
 
 
@@ -235,7 +235,7 @@ def test_the_python_example_reads_every_kind_of_file_as_inspect_does(
     onnx: Path, bundle: str, photographs: list[Path], odd_photographs: list[Path]
 ) -> None:
     images = [*photographs, *odd_photographs]
-    lines = run_example("inspect_onnx.py", onnx, images, without=("torch", "focus_ray"))
+    lines = run_example_program("inspect_onnx.py", onnx, images, without=("torch", "focus_ray"))
     assert_equals_inspect(lines, bundle, images)
     scores = {Path(line["image"]).stem: line["score"] for line in lines}
     for kind in ("good", "scratch"):
@@ -246,7 +246,7 @@ def test_the_python_example_reads_every_kind_of_file_as_inspect_does(
 @pytest.mark.skipif(not (SHARED / "cases").is_dir(), reason="../shared/cases does not exist")
 def test_the_python_example_reads_shared_files_as_inspect_does_or_refuses_them(onnx: Path, bundle: str) -> None:
     files = sorted(path for path in (SHARED / "cases").rglob("*") if path.suffix in (".png", ".tif"))
-    lines = run_example("inspect_onnx.py", onnx, files, without=("torch", "focus_ray"), is_refused=True)
+    lines = run_example_program("inspect_onnx.py", onnx, files, without=("torch", "focus_ray"), is_refused=True)
     read_files = [(line, path) for line, path in zip(lines, files, strict=True) if "error" not in line]
     assert_equals_inspect([line for line, _ in read_files], bundle, [path for _, path in read_files])
     assert {path.name for path in files} - {path.name for _, path in read_files} == {"05-rgb16-planar.tif"}
@@ -260,7 +260,7 @@ def test_the_python_example_continues_after_a_refused_image(
     Image.fromarray(np.full((60, 60), 0.5, np.float32)).save(real)
     damaged.write_bytes(photographs[0].read_bytes()[:500])
     images = [deep, real, damaged, photographs[1]]
-    lines = run_example("inspect_onnx.py", onnx, images, without=("torch", "focus_ray"), is_refused=True)
+    lines = run_example_program("inspect_onnx.py", onnx, images, without=("torch", "focus_ray"), is_refused=True)
     assert ["error" in line for line in lines] == [True, True, True, False]
     assert_equals_inspect(lines[3:], bundle, [photographs[1]])
 
@@ -274,7 +274,7 @@ def test_the_python_examples_agree_with_inspect_and_give_no_verdict_on_an_image_
     folder = export_bundle(uri, to, tmp_path / "export").folder
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 512, 3), dtype=np.uint8)).save(tmp_path / "thin.png")
     images = [tmp_path / "thin.png", *photographs, *odd_photographs]
-    lines = run_example(f"inspect_{to}.py", folder, images, without=("focus_ray",), is_refused=True)
+    lines = run_example_program(f"inspect_{to}.py", folder, images, without=("focus_ray",), is_refused=True)
     assert "no verdict" in lines[0]["error"]
     assert_equals_inspect(lines[1:], uri, images[1:])
 
@@ -346,7 +346,7 @@ def test_a_wrong_argument_is_refused_and_nothing_is_written(
 def test_the_message_of_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingPackageError, match=r"focus-ray\[openvino\]"):
-        check_format("openvino", "fp32")
+        check_export_format("openvino", "fp32")
 
 
 @pytest.fixture
@@ -356,15 +356,15 @@ def wrong_export(onnx: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Wrong
     def copy_onnx(scorer: object, to: str, precision: str, folder: Path, int8_images: object) -> None:
         shutil.copy(onnx / "model.onnx", folder)
 
-    def change_outputs(make_wrong: WrongOutputs) -> None:
+    def use_wrong_outputs(make_wrong: WrongOutputs) -> None:
         def open_wrong_model(folder: Path, to: str, num_threads: int) -> RunModel:
-            run = open_model(folder, to, num_threads)
+            run = open_exported_model(folder, to, num_threads)
             return lambda images: {**(outputs := run(images)), **make_wrong(outputs)}
 
-        monkeypatch.setattr("focus_ray.export.export.write_model", copy_onnx)
-        monkeypatch.setattr("focus_ray.export.export.open_model", open_wrong_model)
+        monkeypatch.setattr("focus_ray.export.export.write_model_files", copy_onnx)
+        monkeypatch.setattr("focus_ray.export.export.open_exported_model", open_wrong_model)
 
-    return change_outputs
+    return use_wrong_outputs
 
 
 @pytest.mark.parametrize(("precision", "hint"), [("fp32", "run the bundle with focus_ray"), ("fp16", "--accept-cost")])
@@ -467,7 +467,7 @@ def test_the_command_takes_folders_of_good_and_bad_parts(
     assert "image AUROC: PyTorch" in printed.err
 
 
-def run_example(
+def run_example_program(
     name: str, folder: Path, images: list[Path], without: tuple[str, ...], is_refused: bool = False
 ) -> list[dict[str, Any]]:
     """Returns the lines that an example prints. is_refused: whether the example must refuse an image and end with status 1."""

@@ -43,12 +43,12 @@ def out(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "out"
 
 
-def make_more(tmp_path: Path, number: int = 1, **options: Any) -> Path:
+def make_other_source(tmp_path: Path, number: int = 1, **options: Any) -> Path:
     """Makes another source of the same category, with 6 other images and the same file names."""
     return make_mvtec(tmp_path / f"more{number}/bolt", seed=1000 * number, **options)
 
 
-def record_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
+def record_first_arguments(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
     """Returns the first argument of each later call of a function of `chunks`."""
     arguments: list[Any] = []
     original = getattr(chunks, name)
@@ -76,7 +76,7 @@ ANY_FILES = st.lists(
 )
 
 
-def write_files(root: Path, files: Sequence[File]) -> Path:
+def write_image_files(root: Path, files: Sequence[File]) -> Path:
     save(root / "train/good/always.png", pixels(1000))
     for folder, stem, suffix, seed in files:
         save(root / folder / f"{stem}{suffix}", pixels(seed) if seed >= 0 else b"\x89PNG nothing")
@@ -89,7 +89,7 @@ def write_files(root: Path, files: Sequence[File]) -> Path:
 @given(files=ANY_FILES, file_bytes=st.sampled_from([1, 1000]))
 def test_rows_ids_and_rejects_do_not_depend_on_the_chunks(files: list[File], file_bytes: int) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        root = write_files(Path(folder) / "bolt", files)
+        root = write_image_files(Path(folder) / "bolt", files)
         whole, chunked = Path(folder) / "whole", Path(folder) / "chunked"
         expected = ingest_quietly(root, whole)
         patch.setattr(store, "FILE_BYTES", file_bytes)
@@ -107,7 +107,7 @@ def test_only_part_files_with_a_duplicate_are_written_again(
     root: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copy(root / "train/good/004.png", root / "train/good/copy.png")
-    rewrites = record_calls(monkeypatch, "rewrite_part")
+    rewrites = record_first_arguments(monkeypatch, "rewrite_part_file")
     ids = ids_of(out)
     ingest_quietly(root, out)
     assert len(rewrites) == 1
@@ -141,9 +141,9 @@ CONSISTENT_FILES = st.lists(
 def test_an_append_gives_the_data_of_one_ingestion_of_both_folders(first: list[File], second: list[File]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        ingest_quietly(write_files(root / "a/bolt", first), root / "added")
-        (added,) = append_quietly(write_files(root / "b/bolt", second), root / "added").categories
-        (once,) = ingest_quietly(write_files(root / "union/bolt", [*first, *second]), root / "once").categories
+        ingest_quietly(write_image_files(root / "a/bolt", first), root / "added")
+        (added,) = append_quietly(write_image_files(root / "b/bolt", second), root / "added").categories
+        (once,) = ingest_quietly(write_image_files(root / "union/bolt", [*first, *second]), root / "once").categories
         assert data_fingerprint(root / "added", "bolt") == data_fingerprint(root / "once", "bolt")
         assert added.num_rows == once.num_rows == len(set(ids_of(root / "added")))
         assert (added.num_masks, added.num_train) == (once.num_masks, once.num_train)
@@ -154,7 +154,7 @@ def test_an_append_gives_the_data_of_one_ingestion_of_both_folders(first: list[F
 def test_an_append_rewrites_no_part_file_and_decodes_only_new_images(
     root: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoded = record_calls(monkeypatch, "check_sample")
+    decoded = record_first_arguments(monkeypatch, "check_sample")
     before = commit_of(out)["files"]
     path = save(root / "train/good/new.png", pixels(999))
     (report,) = append_quietly(root, out).categories
@@ -171,8 +171,8 @@ def test_an_append_rewrites_no_part_file_and_decodes_only_new_images(
 def test_files_with_the_same_names_from_two_sites_have_different_ids(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rewrites = record_calls(monkeypatch, "rewrite_part")
-    reports = [append_quietly(make_more(tmp_path, n), tmp_path / "out", site=f"site{n}") for n in (1, 2)]
+    rewrites = record_first_arguments(monkeypatch, "rewrite_part_file")
+    reports = [append_quietly(make_other_source(tmp_path, n), tmp_path / "out", site=f"site{n}") for n in (1, 2)]
     assert [report.categories[0].status for report in reports] == ["written", "appended"]
     index = read_index(tmp_path / "out", "bolt")
     assert index["site"].to_pylist() == ["site1"] * 6 + ["site2"] * 6
@@ -197,7 +197,7 @@ def test_images_that_contradict_existing_rows_or_leak_into_them_are_rejected(
     tmp_path: Path, root: Path, out: Path
 ) -> None:
     before = rows_of(out)
-    other = make_more(tmp_path)
+    other = make_other_source(tmp_path)
     shutil.copy(root / "train/good/000.png", other / "test/crack/contra.png")
     shutil.copy(root / "test/good/000.png", other / "train/good/leak.png")
     report = append_quietly(other, out)
@@ -245,7 +245,7 @@ def test_an_append_to_an_old_data_set_without_source_manifest_and_index(root: Pa
 
 def test_ingesting_the_source_again_removes_appended_images(tmp_path: Path, root: Path, out: Path) -> None:
     fingerprint = data_fingerprint(out, "bolt")
-    append_quietly(make_more(tmp_path), out)
+    append_quietly(make_other_source(tmp_path), out)
     assert ingest_quietly(root, out).categories[0].status == "written"
     assert data_fingerprint(out, "bolt") == fingerprint
 
@@ -274,7 +274,7 @@ def run_concurrently(monkeypatch: pytest.MonkeyPatch, *actions: Callable[[], obj
 
 
 def test_concurrent_appends_are_all_published(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = [make_more(tmp_path, number) for number in (1, 2, 3)]
+    sources = [make_other_source(tmp_path, number) for number in (1, 2, 3)]
     run_concurrently(monkeypatch, *(partial(append_quietly, source, out) for source in sources))
     assert len(rows_of(out)) == len(set(ids_of(out))) == 30
     names = list_referenced_files(commit_of(out)) | {entry["name"] for entry in commit_of(out)["dropped"]}
@@ -286,7 +286,7 @@ def test_concurrent_appends_are_all_published(tmp_path: Path, out: Path, monkeyp
 def test_a_concurrent_replacement_and_append_give_the_result_of_one_order(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    added, new = make_more(tmp_path), make_more(tmp_path, 2, num_train=5)
+    added, new = make_other_source(tmp_path), make_other_source(tmp_path, 2, num_train=5)
     run_concurrently(monkeypatch, partial(append_quietly, added, out), partial(ingest_quietly, new, out))
     assert len(rows_of(out)) in (8, 14)  # the append first and then the replacement, or the other way round
 
@@ -300,9 +300,9 @@ def test_a_claimed_version_of_a_dead_publisher_is_made_current(
     with monkeypatch.context() as patch:
         patch.setattr(DataSetStore, "_set_current_version", die)
         with pytest.raises(KeyboardInterrupt):
-            append_quietly(make_more(tmp_path), out)
+            append_quietly(make_other_source(tmp_path), out)
     assert len(rows_of(out)) == 12
-    append_quietly(make_more(tmp_path, 2), out)
+    append_quietly(make_other_source(tmp_path, 2), out)
     assert len(rows_of(out)) == 24
 
 
@@ -313,7 +313,7 @@ def test_a_data_set_works_on_a_disk_without_hard_links(
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refuse)
-    append_quietly(make_more(tmp_path), out)
+    append_quietly(make_other_source(tmp_path), out)
     assert len(rows_of(out)) == 18
 
 

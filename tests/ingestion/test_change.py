@@ -14,7 +14,7 @@ from focus_ray.cli.main import main
 from focus_ray.data import store
 from focus_ray.data.read import data_fingerprint, data_version, index_version, read_index
 from focus_ray.errors import DataError
-from focus_ray.ingestion.change import compact, remove_rows
+from focus_ray.ingestion.change import compact_part_files, remove_rows
 
 
 @pytest.fixture
@@ -90,12 +90,12 @@ def test_compaction_merges_small_part_files_and_changes_no_row(out: Path, source
         append_quietly(source, out)
     remove_rows(out, "bolt", ids=["bolt/train/good/004"])
     before, index = rows_of(out), read_index(out, "bolt")
-    (report,) = compact(out)
+    (report,) = compact_part_files(out)
     assert (report.num_before, report.num_after, report.num_stale) == (8, 1, 0)
     assert rows_of(out) == before == rows_of(out, version=index_version(index))
     assert read_index(out, "bolt").equals(index)
     version = data_version(out, "bolt")
-    (again,) = compact(out, ["bolt"])
+    (again,) = compact_part_files(out, ["bolt"])
     assert (again.num_before, again.num_after, data_version(out, "bolt")) == (1, 1, version)
     (appended,) = append_quietly(source, out).categories
     assert (appended.num_added, appended.num_existing) == (1, 22)  # the removed image is new again
@@ -104,7 +104,7 @@ def test_compaction_merges_small_part_files_and_changes_no_row(out: Path, source
 def test_compaction_leaves_full_part_files_unchanged(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = part_names(out)
     monkeypatch.setattr(store, "FILE_BYTES", min(entry["num_bytes"] for entry in commit_of(out)["files"]))
-    (report,) = compact(out)
+    (report,) = compact_part_files(out)
     assert (report.num_before, report.num_after, part_names(out)) == (5, 5, parts)
 
 
@@ -112,7 +112,7 @@ def test_compaction_deletes_stale_files_only(out: Path) -> None:
     old_file = save(out / "category=bolt/part-dead-00000.parquet", b"x")
     new_file = save(out / "category=bolt/part-live-00000.parquet", b"x")
     os.utime(old_file, (1, 1))
-    (report,) = compact(out)
+    (report,) = compact_part_files(out)
     assert (report.num_after, old_file.exists(), new_file.exists()) == (1, False, True)
 
 

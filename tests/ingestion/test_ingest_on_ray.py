@@ -22,7 +22,7 @@ from focus_ray.data.commits import list_referenced_files
 from focus_ray.data.read import read_index
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.ingestion import chunks, cluster
-from focus_ray.ingestion.cluster import ingest_on_cluster, map_in_tasks
+from focus_ray.ingestion.cluster import ingest_on_cluster, map_in_ray_tasks
 from focus_ray.storage.files import write_bytes
 
 pytestmark = pytest.mark.ray
@@ -58,10 +58,10 @@ def test_a_cluster_gives_the_data_of_one_process_even_if_each_worker_dies_once_a
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
-        return map_in_tasks(die_once, items, num_workers)
+        return map_in_ray_tasks(die_once, items, num_workers)
 
     expected = ingest_quietly(source, alone, group_by=GROUPS)
-    monkeypatch.setattr(cluster, "map_in_tasks", map_deadly)
+    monkeypatch.setattr(cluster, "map_in_ray_tasks", map_deadly)
     assert ingest_on_cluster(source, out, 3, group_by=GROUPS, progress=False) == expected
     assert len(list(deaths.iterdir())) > 3
     leftovers: set[str] = set()
@@ -84,9 +84,9 @@ def test_an_error_of_a_worker_is_raised_unchanged(ray_cluster: None) -> None:
             raise DataError(f"{item}: no such thing")
         return item
 
-    assert sorted(map_in_tasks(fail, [0, 0, 0], 2)) == [(0, 0), (1, 0), (2, 0)]
+    assert sorted(map_in_ray_tasks(fail, [0, 0, 0], 2)) == [(0, 0), (1, 0), (2, 0)]
     with pytest.raises(DataError, match=r"^7: no such thing$"):
-        list(map_in_tasks(fail, [0, 7], 2))
+        list(map_in_ray_tasks(fail, [0, 7], 2))
 
 
 def test_a_piece_whose_workers_always_die_is_reported(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,7 @@ def test_a_piece_whose_workers_always_die_is_reported(ray_cluster: None, monkeyp
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(TrainingError, match=r"2 attempts.*--workers"):
-        list(map_in_tasks(die, [0], 1))
+        list(map_in_ray_tasks(die, [0], 1))
 
 
 def test_the_command_appends_with_workers(

@@ -25,10 +25,10 @@ from focus_ray.cli.main import build_parser, main
 from focus_ray.cli.reference import list_subcommands
 from focus_ray.cluster.preflight import RESERVED
 from focus_ray.errors import ConfigError, SubmissionError
-from focus_ray.names import unique_name
+from focus_ray.names import make_unique_name
 from focus_ray.submission import client
-from focus_ray.submission.job_request import JobRequest, build_job
-from focus_ray.submission.package import build_package
+from focus_ray.submission.job_request import JobRequest, build_job_request
+from focus_ray.submission.package import build_job_package
 from focus_ray.sweep.settings import load_sweep
 
 CONFIG = """
@@ -50,9 +50,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def request_job(folder: Path, *words: str, **options: object) -> JobRequest:
+def make_job_request(folder: Path, *words: str, **options: object) -> JobRequest:
     """Builds the request of a command whose working directory is `folder`."""
-    return build_job(words, load_sweep, commands=list_subcommands(build_parser()), working_dir=folder, **options)  # type: ignore[arg-type]
+    return build_job_request(
+        words, load_sweep, commands=list_subcommands(build_parser()), working_dir=folder, **options
+    )  # type: ignore[arg-type]
 
 
 # Packed files
@@ -66,17 +68,17 @@ def test_data_environments_hidden_files_and_weights_are_not_sent(folder: Path) -
     ):  # fmt: skip
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
-    package = build_package(folder, excludes=["*.csv", "lib/skip/"])
+    package = build_job_package(folder, excludes=["*.csv", "lib/skip/"])
     folder_files = [name for name in package.names if not name.startswith("focus_ray/")]
     assert folder_files == ["configs/run.yaml", "lib/data/kept.py", "lib/kept.py"]
     assert {"focus_ray/submission/job_request.py", "focus_ray/data/read.py"} <= set(package.names)
     archive = zipfile.ZipFile(io.BytesIO(package.content))
     assert archive.read("lib/kept.py") == b"x"
-    assert build_package(folder, excludes=["*.csv", "lib/skip/"]) == package
+    assert build_job_package(folder, excludes=["*.csv", "lib/skip/"]) == package
 
 
 def test_a_folder_that_contains_focus_ray_is_sent_unchanged() -> None:
-    package = build_package(REPOSITORY)
+    package = build_job_package(REPOSITORY)
     assert {"focus_ray/cli/main.py", "configs/default.yaml", "jobs/train.py"} <= set(package.names)
     assert len(package.content) < 5 * 2**20
 
@@ -84,9 +86,9 @@ def test_a_folder_that_contains_focus_ray_is_sent_unchanged() -> None:
 def test_a_package_that_is_too_large_is_refused_and_its_largest_files_are_named(folder: Path) -> None:
     (folder / "noise.bin").write_bytes(os.urandom(65 * 2**20))
     with pytest.raises(SubmissionError, match=r"64 MiB.*noise\.bin \(65\.0 MiB\)"):
-        build_package(folder)
+        build_job_package(folder)
     with pytest.raises(SubmissionError, match="nowhere"):
-        build_package(folder / "nowhere")
+        build_job_package(folder / "nowhere")
 
 
 def test_a_request_holds_team_category_command_and_environment_but_no_secret(
@@ -96,16 +98,16 @@ def test_a_request_holds_team_category_command_and_environment_but_no_secret(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
     monkeypatch.setenv("SITE", "b")
     options = {"team": "press", "env": ["SITE", "LINE=3"], "num_cpus": 1.0}
-    request = request_job(folder, "train", "configs/run.yaml", "train.epochs=2", **options)
+    request = make_job_request(folder, "train", "configs/run.yaml", "train.epochs=2", **options)
     assert request.entrypoint == "python -m focus_ray.cli train configs/run.yaml train.epochs=2 cluster.team=press"
     assert request.submission_id.startswith("press-train-")
     assert (request.metadata["team"], request.metadata["category"]) == ("press", "gear")
     environment = {"AWS_ENDPOINT_URL": "http://s3:8333", "SITE": "b", "LINE": "3", RESERVED: '{"CPU": 1.0}'}
     assert request.environment == environment
     assert "the-secret" not in repr((request.environment, request.metadata, request.entrypoint))
-    other = request_job(folder, "train", "configs/run.yaml", "train.epochs=3", team="press")
+    other = make_job_request(folder, "train", "configs/run.yaml", "train.epochs=3", team="press")
     assert other.metadata["config_sha256"] != request.metadata["config_sha256"]
-    assert request_job(folder, "python", "x.py", "a b").entrypoint == "python x.py 'a b'"
+    assert make_job_request(folder, "python", "x.py", "a b").entrypoint == "python x.py 'a b'"
 
 
 SWEEP = """
@@ -141,24 +143,26 @@ def test_a_job_that_cannot_work_on_another_machine_is_refused_before_it_is_sent(
     (folder.parent / "base.yaml").write_text("storage: s3://bucket/sweeps")
     (folder / "configs/far.yaml").write_text(f"base_file: ../../base.yaml{SWEEP}")
     with pytest.raises((SubmissionError, ConfigError), match=message) as caught:
-        request_job(folder, *command.split(), env=env.split())
+        make_job_request(folder, *command.split(), env=env.split())
     assert "me:pw" not in str(caught.value)
 
 
 def test_a_sweep_belongs_to_the_team(folder: Path) -> None:
     (folder / "configs/sweep.yaml").write_text(SWEEP)
-    request = request_job(folder, "sweep", "configs/sweep.yaml", team="press")
+    request = make_job_request(folder, "sweep", "configs/sweep.yaml", team="press")
     assert request.entrypoint == "python -m focus_ray.cli sweep configs/sweep.yaml base.cluster.team=press"
     assert (request.metadata["team"], request.metadata["category"]) == ("press", "all")
-    changed = request_job(folder, "sweep", "configs/sweep.yaml", "space={density.shrinkage: [1.0, 3.0]}", team="press")
+    changed = make_job_request(
+        folder, "sweep", "configs/sweep.yaml", "space={density.shrinkage: [1.0, 3.0]}", team="press"
+    )
     assert changed.metadata["config_sha256"] != request.metadata["config_sha256"]
-    resumed = request_job(folder, "sweep", "resume", "s3://bucket/sweeps/found", team="press")
+    resumed = make_job_request(folder, "sweep", "resume", "s3://bucket/sweeps/found", team="press")
     assert resumed.entrypoint == "python -m focus_ray.cli sweep resume s3://bucket/sweeps/found"
     assert resumed.metadata["team"] == "press"
 
 
 def test_two_names_that_are_made_at_the_same_moment_differ() -> None:
-    names = {unique_name("press", "a b/c") for _ in range(200)}
+    names = {make_unique_name("press", "a b/c") for _ in range(200)}
     assert len(names) == 200
     assert all(re.fullmatch(r"press-a-b-c-[0-9-]{15}-[0-9a-f]{6}", name) for name in names)
 
@@ -168,15 +172,15 @@ def test_two_names_that_are_made_at_the_same_moment_differ() -> None:
     [("SUCCEEDED", 0, 0), ("FAILED", 3, 3), ("FAILED", None, 1), ("FAILED", -9, 1), ("STOPPED", None, 130)],
 )
 def test_the_end_of_a_job_becomes_an_exit_status(status: str, code: int | None, expected: int) -> None:
-    assert client.exit_status(SimpleNamespace(status=status, driver_exit_code=code)) == expected
+    assert client.get_exit_status(SimpleNamespace(status=status, driver_exit_code=code)) == expected
 
 
 def test_a_missing_address_and_a_missing_cluster_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
     with pytest.raises(SubmissionError, match="--address"):
-        client.connect()
+        client.connect_to_cluster()
     with pytest.raises(SubmissionError, match=r"http://127\.0\.0\.1:1"):
-        client.connect("http://127.0.0.1:1")
+        client.connect_to_cluster("http://127.0.0.1:1")
 
 
 def test_an_old_cluster_is_refused_and_a_newer_version_gives_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,10 +189,10 @@ def test_an_old_cluster_is_refused_and_a_newer_version_gives_a_warning(monkeypat
     warnings: list[str] = []
     versions.update(rayVersion="2.9.3", pythonVersion="3.11.7")
     with pytest.raises(SubmissionError, match=r"http://head:8265: .* Ray 2\.9\.3"):
-        client.check_versions(head, warnings.append)
+        client.check_cluster_versions(head, warnings.append)
     versions.update(rayVersion="9.0", pythonVersion="3.9.1")
     with pytest.raises(SubmissionError, match=r"Python 3\.9\.1"):
-        client.check_versions(head, warnings.append)
+        client.check_cluster_versions(head, warnings.append)
     (warning,) = warnings
     assert "the cluster runs Ray 9.0" in warning
 
@@ -203,7 +207,7 @@ def test_a_dry_run_names_the_files_and_sends_nothing(folder: Path, capsys: pytes
 # On a cluster
 
 
-def on_cluster(test: Callable[..., None]) -> Callable[..., None]:
+def mark_as_cluster_test(test: Callable[..., None]) -> Callable[..., None]:
     """Marks a test that needs the nodes and the S3 server."""
     return pytest.mark.cluster(pytest.mark.ray(pytest.mark.s3(test)))
 
@@ -217,7 +221,7 @@ def nodes(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield nodes
 
 
-def train_words(nodes: Nodes, *overrides: str) -> list[str]:
+def make_train_command(nodes: Nodes, *overrides: str) -> list[str]:
     """Returns the words of a short training command."""
     return [
         "train", "configs/quickstart.yaml", f"data.uri={nodes.root}/data", f"storage={nodes.root}/runs", "model.weights=random",
@@ -229,11 +233,11 @@ def train_words(nodes: Nodes, *overrides: str) -> list[str]:
 @pytest.fixture(scope="module")
 def trained(nodes: Nodes) -> subprocess.CompletedProcess[str]:
     """Submits a training that needs both nodes."""
-    words = train_words(nodes, "name=wide", "cluster.num_workers=2", "cluster.cpus_per_worker=2")
+    words = make_train_command(nodes, "name=wide", "cluster.num_workers=2", "cluster.cpus_per_worker=2")
     return nodes.run("submit", "--team", "press", "--env", "SITE=b", *words)
 
 
-@on_cluster
+@mark_as_cluster_test
 def test_a_submitted_run_trains_over_two_nodes_from_s3_to_s3(
     nodes: Nodes, trained: subprocess.CompletedProcess[str], s3: S3Server
 ) -> None:
@@ -244,7 +248,7 @@ def test_a_submitted_run_trains_over_two_nodes_from_s3_to_s3(
     assert bundle.config.cluster.team == "press"
 
 
-@on_cluster
+@mark_as_cluster_test
 def test_the_state_of_a_job_names_its_team_and_no_secret(
     nodes: Nodes, trained: subprocess.CompletedProcess[str]
 ) -> None:
@@ -259,7 +263,7 @@ def test_the_state_of_a_job_names_its_team_and_no_secret(
     assert nodes.run("jobs", "list", "--team", "weld").stdout == ""
 
 
-@on_cluster
+@mark_as_cluster_test
 def test_an_entry_script_runs_under_ray_job_submit(
     nodes: Nodes, trained: subprocess.CompletedProcess[str], s3: S3Server
 ) -> None:
@@ -271,16 +275,18 @@ def test_an_entry_script_runs_under_ray_job_submit(
     assert Registry(f"{nodes.root}/registry").resolve("press", "gear").name == "v0001"
 
 
-@on_cluster
+@mark_as_cluster_test
 def test_a_job_that_the_cluster_can_never_hold_is_refused(nodes: Nodes) -> None:
-    process = nodes.run("submit", *train_words(nodes, "name=huge", "cluster.num_workers=9"))
+    process = nodes.run("submit", *make_train_command(nodes, "name=huge", "cluster.num_workers=9"))
     assert process.returncode == 1
     assert "9 worker(s) of 1 CPU need 9 CPU; the cluster has 4 CPU, and room for 4 such worker(s)" in process.stdout
-    process = nodes.run("submit", *train_words(nodes, "name=big", "cluster.num_workers=1", "cluster.cpus_per_worker=3"))
+    process = nodes.run(
+        "submit", *make_train_command(nodes, "name=big", "cluster.num_workers=1", "cluster.cpus_per_worker=3")
+    )
     assert "1 worker(s) of 3 CPU need 3 CPU; the cluster has 4 CPU, and room for 0 such" in process.stdout
 
 
-@on_cluster
+@mark_as_cluster_test
 @pytest.mark.slow
 def test_a_job_survives_an_interrupted_follower_and_stop_ends_it(nodes: Nodes) -> None:
     program = "print('up', flush=True); import time; time.sleep(600)"
@@ -299,14 +305,14 @@ def test_a_job_survives_an_interrupted_follower_and_stop_ends_it(nodes: Nodes) -
     assert "no job 'nobody'" in nodes.run("jobs", "status", "nobody").stderr
 
 
-@on_cluster
+@mark_as_cluster_test
 def test_submit_returns_the_exit_status_of_the_job(nodes: Nodes) -> None:
     process = nodes.run("submit", "python", "-c", "print('x' * 9); raise SystemExit(7)")
     assert process.returncode == 7
     assert process.stdout.count("x" * 9) >= 1
 
 
-@on_cluster
+@mark_as_cluster_test
 @pytest.mark.parametrize("changes", [{"RAY_AUTH_TOKEN": "another"}, {"RAY_AUTH_MODE": "disabled"}])
 def test_a_wrong_token_is_refused(nodes: Nodes, changes: dict[str, str]) -> None:
     process = nodes.run("jobs", "list", **changes)

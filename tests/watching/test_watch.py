@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from small_set import ingest_parts, make_bundle, small_config
-from test_journal import read_lines, read_rows
+from test_journal import read_journal_lines, read_table_rows
 from waiting import wait_for
 
 from focus_ray.bundle.bundle import compute_manifest_hash, copy_bundle, read_manifest
@@ -38,10 +38,10 @@ from focus_ray.errors import DataError
 from focus_ray.fitting.split import short_hash
 from focus_ray.samples.write import write_samples
 from focus_ray.watching.folder import ListedFile
-from focus_ray.watching.journal import Journal
-from focus_ray.watching.model import WatchedModel
-from focus_ray.watching.processed_keys import stamp_key
-from focus_ray.watching.watch import Watch, WatchSettings
+from focus_ray.watching.journal import VerdictJournal
+from focus_ray.watching.model import ReloadableModel
+from focus_ray.watching.processed_keys import compute_stamp_key
+from focus_ray.watching.watch import FolderWatch, WatchSettings
 
 load_cached = cache(lambda uri: Inspector.load(uri, "cpu"))
 QUICK = {"poll_s": 0.02, "settle_s": 0.1, "give_up_s": 0.6}
@@ -67,16 +67,18 @@ class RunningWatch:
     def __init__(self, bundle: Path | str, folder: Path, load: Any, version: str = "latest", **settings: Any) -> None:
         self.messages: list[str] = []
         self.out = folder.parent / "out"
-        self.journal = Journal(self.out, table=True, log=self.messages.append)
-        model = WatchedModel(str(bundle), load, self.messages.append, version=version)
-        self.watch = Watch(folder, model, self.journal, WatchSettings(**{**QUICK, **settings}), self.messages.append)
+        self.journal = VerdictJournal(self.out, table=True, log=self.messages.append)
+        model = ReloadableModel(str(bundle), load, self.messages.append, version=version)
+        self.watch = FolderWatch(
+            folder, model, self.journal, WatchSettings(**{**QUICK, **settings}), self.messages.append
+        )
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self.watch.run, args=[self.stop])
 
     @property
     def lines(self) -> list[dict[str, Any]]:
         """All lines of the output."""
-        return read_lines(self.out)
+        return read_journal_lines(self.out)
 
     def wait_for_lines(self, num_lines: int) -> list[dict[str, Any]]:
         """Waits until the output has at least `num_lines` lines, and returns all lines."""
@@ -107,7 +109,7 @@ class Camera:
     out: Path
     pictures: list[bytes]
 
-    def put(self, name: str, content: int | bytes = 0) -> Path:
+    def write_picture(self, name: str, content: int | bytes = 0) -> Path:
         """Writes a picture, by its number, or other bytes into the watched folder, and returns the path."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +117,7 @@ class Camera:
         return path
 
     @contextmanager
-    def watching(
+    def run_watch(
         self, bundle: Path | str = "bundle", load: Any = load_cached, **settings: Any
     ) -> Iterator[RunningWatch]:
         """Runs a watch for the time of a `with` block. bundle: name of a folder in `models`, or a path."""
@@ -129,7 +131,7 @@ class Camera:
             running.thread.join()
             running.journal.close()
 
-    def words(self, *more: str, bundle: str = "bundle", output: Path | None = None) -> list[str]:
+    def make_command(self, *more: str, bundle: str = "bundle", output: Path | None = None) -> list[str]:
         """Returns the words of the command `watch`, with short times."""
         words = ["watch", str(self.models / bundle), str(self.folder), "--output", str(output or self.out)]
         return [*words, "--device", "cpu", "--settle-s", "0.05", "--poll-s", "0.02", *more]
@@ -145,11 +147,11 @@ def camera(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Camer
 
 
 def test_existing_and_new_images_get_the_line_and_the_row_that_inspect_would_give(camera: Camera) -> None:
-    camera.put("there.png")
-    with camera.watching(overlays="all") as running:
+    camera.write_picture("there.png")
+    with camera.run_watch(overlays="all") as running:
         running.wait_for_lines(1)
         (camera.folder / "2026/shift b").mkdir(parents=True)
-        camera.put("moved.tmp", 1).rename(camera.folder / "2026/shift b/part 1.png")
+        camera.write_picture("moved.tmp", 1).rename(camera.folder / "2026/shift b/part 1.png")
         lines = running.wait_for_lines(2)
     assert [line["image"] for line in lines] == ["there.png", "2026/shift b/part 1.png"]
     inspections = load_cached(str(camera.models / "bundle")).inspect(camera.pictures[:2])
@@ -160,60 +162,60 @@ def test_existing_and_new_images_get_the_line_and_the_row_that_inspect_would_giv
         assert {key: line[key] for key in expected} == {**expected, "score": line["score"]}
         assert (camera.out / line["overlay"]).is_file()
     columns = ("image", "time", "sha256")
-    assert [[row[name] for name in columns] for row in read_rows(camera.out)] == [
+    assert [[row[name] for name in columns] for row in read_table_rows(camera.out)] == [
         [line[name] for name in columns] for line in lines
     ]
 
 
 def test_lines_and_rows_mark_images_that_the_model_was_trained_on(camera: Camera) -> None:
     for number, content in enumerate((4, 1, b"no image")):
-        camera.put(f"{number}.png", content)
-    with camera.watching() as running:
+        camera.write_picture(f"{number}.png", content)
+    with camera.run_watch() as running:
         lines = {line["image"]: line.get("trained_on", False) for line in running.wait_for_lines(3)}
     assert lines == {"0.png": True, "1.png": False, "2.png": False}
-    rows = {row["image"]: row["trained_on"] for row in read_rows(camera.out)}
+    rows = {row["image"]: row["trained_on"] for row in read_table_rows(camera.out)}
     assert rows == {"0.png": "true", "1.png": "false", "2.png": ""}
 
 
 def test_two_watchers_never_inspect_the_overlays_of_each_other(
     camera: Camera, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    camera.put("a.png")
+    camera.write_picture("a.png")
     for output in ("left", "right", "left", "right"):
-        assert main(camera.words("--once", "--overlays", output=camera.folder / output)) == 0
-        assert [line["image"] for line in read_lines(camera.folder / output)] == ["a.png"]
+        assert main(camera.make_command("--once", "--overlays", output=camera.folder / output)) == 0
+        assert [line["image"] for line in read_journal_lines(camera.folder / output)] == ["a.png"]
     assert "images that focus_ray drew are skipped" in capsys.readouterr().err
 
 
 def test_an_overlay_that_cannot_be_written_does_not_prevent_the_verdict(camera: Camera) -> None:
     (camera.out / "overlays").mkdir(parents=True)
     (camera.out / "overlays/lamp").write_text("a file in the way of a folder")
-    camera.put("lamp/a.png")
-    camera.put("gear/b.png", 1)
-    with camera.watching(overlays="all") as running:
+    camera.write_picture("lamp/a.png")
+    camera.write_picture("gear/b.png", 1)
+    with camera.run_watch(overlays="all") as running:
         lines = {line["image"]: line for line in running.wait_for_lines(2)}
         running.wait_for_message("lamp/a.png: no overlay: ")
     assert "overlay" not in lines["lamp/a.png"]
     assert "overlays/lamp" in lines["lamp/a.png"]["overlay_error"]
     assert (camera.out / lines["gear/b.png"]["overlay"]).is_file()
-    assert len(read_rows(camera.out)) == 2
+    assert len(read_table_rows(camera.out)) == 2
 
 
 def test_names_of_any_bytes_and_any_length_are_written(camera: Camera) -> None:
     for number, name in enumerate((os.fsdecode(b"\xff,\n.png"), "\u00e9" * 120 + ".png")):
-        camera.put(name, number)
-    with camera.watching(overlays="all") as running:
+        camera.write_picture(name, number)
+    with camera.run_watch(overlays="all") as running:
         lines = running.wait_for_lines(2)
     assert {line["image"] for line in lines} == {"\\xff,\n.png", "\u00e9" * 120 + ".png"}
     assert all((camera.out / line["overlay"]).is_file() for line in lines)
-    assert [row["image"] for row in read_rows(camera.out)] == [line["image"] for line in lines]
-    with camera.watching() as running:
+    assert [row["image"] for row in read_table_rows(camera.out)] == [line["image"] for line in lines]
+    with camera.run_watch() as running:
         running.assert_no_further_line()
 
 
 def test_a_file_that_is_still_being_written_waits(camera: Camera) -> None:
     content, size = camera.pictures[0], 1 + len(camera.pictures[0]) // 8
-    with camera.watching() as running, (camera.folder / "slow.png").open("wb") as stream:
+    with camera.run_watch() as running, (camera.folder / "slow.png").open("wb") as stream:
         for start in range(0, len(content), size):
             stream.write(content[start : start + size])
             stream.flush()
@@ -224,20 +226,20 @@ def test_a_file_that_is_still_being_written_waits(camera: Camera) -> None:
 
 
 def test_new_content_of_a_file_is_a_new_image_and_a_new_time_is_not(camera: Camera) -> None:
-    path = camera.put("latest.png")
-    with camera.watching(overlays="all") as running:
+    path = camera.write_picture("latest.png")
+    with camera.run_watch(overlays="all") as running:
         running.wait_for_lines(1)
         os.utime(path, (5, 5))
-        touched = stamp_key(ListedFile.from_status("latest.png", path.stat()))
-        wait_for(lambda: touched in running.journal.processed, 10, "the touched file is listed")
-        camera.put("latest.png", 1)
+        touched = compute_stamp_key(ListedFile.from_status("latest.png", path.stat()))
+        wait_for(lambda: touched in running.journal.processed_keys, 10, "the touched file is listed")
+        camera.write_picture("latest.png", 1)
         first, second = running.wait_for_lines(2)
         path.rename(camera.folder / "renamed.png")
         renamed = running.wait_for_lines(3)[2]
     assert first["image"] == second["image"] == "latest.png"
     assert first["sha256"] != second["sha256"] == renamed["sha256"]
     assert len({line["overlay"] for line in (first, second, renamed)}) == 3
-    with camera.watching() as running:
+    with camera.run_watch() as running:
         running.assert_no_further_line()
 
 
@@ -260,23 +262,23 @@ def test_a_file_that_is_replaced_by_a_file_of_the_same_size_and_time_is_a_new_im
             (path.hardlink_to if how == "link" else path.symlink_to)(new)
 
     replace(0)
-    with camera.watching() as running:
+    with camera.run_watch() as running:
         running.wait_for_lines(1)
         replace(1)
         running.wait_for_lines(2)
     replace(2)
-    with camera.watching() as running:
+    with camera.run_watch() as running:
         lines = running.wait_for_lines(3)
         running.assert_no_further_line()
     assert len({line["sha256"] for line in lines}) == 3
 
 
 def test_a_file_that_is_no_image_gets_one_line_after_give_up_s_and_another_when_it_changes(camera: Camera) -> None:
-    camera.put("cut.png", camera.pictures[0][:200])
-    camera.put("empty.png", b"")
-    camera.put("good.png", 1)
+    camera.write_picture("cut.png", camera.pictures[0][:200])
+    camera.write_picture("empty.png", b"")
+    camera.write_picture("good.png", 1)
     started = time.monotonic()
-    with camera.watching() as running:
+    with camera.run_watch() as running:
         assert running.wait_for_lines(1)[0]["image"] == "good.png"
         lines = running.wait_for_lines(3)
         assert time.monotonic() - started >= QUICK["give_up_s"]
@@ -285,27 +287,27 @@ def test_a_file_that_is_no_image_gets_one_line_after_give_up_s_and_another_when_
         assert "0 bytes" in errors["empty.png"]
         time.sleep(0.4)
         running.assert_no_further_line()
-        camera.put("cut.png")
+        camera.write_picture("cut.png")
         assert running.wait_for_lines(4)[3]["verdict"]
-    assert [row["error"] != "" for row in read_rows(camera.out)] == [False, True, True, False]
+    assert [row["error"] != "" for row in read_table_rows(camera.out)] == [False, True, True, False]
 
 
 def test_a_file_that_cannot_be_read_is_reported_and_inspected_later(camera: Camera) -> None:
     locked = camera.folder / "locked.png"
     locked.symlink_to("/proc/self/mem")  # reading its first byte is an input/output error, also for root
-    with camera.watching() as running:
+    with camera.run_watch() as running:
         running.wait_for_message("locked.png: cannot be read: Input/output error")
-        camera.put("good.png")
+        camera.write_picture("good.png")
         running.wait_for_lines(1)
         locked.unlink()
-        camera.put("locked.png", 1)
+        camera.write_picture("locked.png", 1)
         assert running.wait_for_lines(2)[1]["image"] == "locked.png"
 
 
 def test_a_missing_folder_is_reported_and_no_image_is_inspected_twice_when_it_returns(camera: Camera) -> None:
-    camera.put("a.png")
+    camera.write_picture("a.png")
     away = camera.folder.with_name("away")
-    with camera.watching() as running:
+    with camera.run_watch() as running:
         running.wait_for_lines(1)
         camera.folder.rename(away)
         running.wait_for_message("waiting until it can be listed")
@@ -318,17 +320,17 @@ def test_a_missing_folder_is_reported_and_no_image_is_inspected_twice_when_it_re
 def test_a_replaced_bundle_is_loaded_and_a_damaged_bundle_is_not(camera: Camera, tmp_path: Path) -> None:
     place, strict = tmp_path / "bundle", camera.models / "strict"
     shutil.copytree(camera.models / "bundle", place)
-    with camera.watching(place, lambda uri: Inspector.load(uri, "cpu")) as running:
-        camera.put("a.png")
+    with camera.run_watch(place, lambda uri: Inspector.load(uri, "cpu")) as running:
+        camera.write_picture("a.png")
         running.wait_for_lines(1)
         manifest = (place / "manifest.json").read_text()
         (place / "manifest.json").write_text(manifest[:-9])
         running.wait_for_message("keeps the model")
-        camera.put("b.png", 1)
+        camera.write_picture("b.png", 1)
         running.wait_for_lines(2)
         copy_bundle(str(strict), read_manifest(strict), str(place))
         running.wait_for_message("watch: model of", 2)
-        camera.put("c.png", 2)
+        camera.write_picture("c.png", 2)
         lines = running.wait_for_lines(3)
     versions = [read_manifest(camera.models / name)["sha256"] for name in ("bundle", "bundle", "strict")]
     assert [line["bundle"] for line in lines] == versions
@@ -339,12 +341,12 @@ def test_a_moved_alias_is_followed(camera: Camera, tmp_path: Path) -> None:
     registry = Registry(tmp_path / "registry")
     first = registry.publish(camera.models / "bundle", "press", aliases=["production"])
     second = registry.publish(camera.models / "strict", "press")
-    with camera.watching(registry.root, version="production") as running:
-        camera.put("a.png")
+    with camera.run_watch(registry.root, version="production") as running:
+        camera.write_picture("a.png")
         running.wait_for_lines(1)
         registry.promote("press", "gear", second.name, "production")
         running.wait_for_message("watch: model of", 2)
-        camera.put("b.png", 1)
+        camera.write_picture("b.png", 1)
         assert [line["bundle"] for line in running.wait_for_lines(2)] == [first.sha256, second.sha256]
 
 
@@ -358,7 +360,7 @@ def test_a_shift_is_reported_once_and_usual_images_with_a_few_defects_are_not_re
     for number, path in enumerate((*bad[:3], *good)):
         pixels = np.asarray(Image.open(path))
         Image.fromarray(pixels // 2 if light == "half" else pixels).save(camera.folder / f"{number}.png")
-    with camera.watching() as running:
+    with camera.run_watch() as running:
         running.wait_for_lines(79)  # two tests
         wait_for(lambda: running.watch.counts.total() == 79, 10, "all lines are counted")
     notices = [line for line in running.messages if re.search("score (higher|lower)", line)]
@@ -369,8 +371,8 @@ def test_a_shift_is_reported_once_and_usual_images_with_a_few_defects_are_not_re
 def test_an_anomalous_image_runs_the_command_with_its_line_and_a_failure_is_reported(camera: Camera) -> None:
     signals = camera.out.parent / "signals"
     command = ("sh", "-c", f"cat >> {signals}; exit 7")
-    camera.put("a.png")
-    with camera.watching("strict", on_anomalous=command, report_s=0.0, overlays="anomalous") as running:
+    camera.write_picture("a.png")
+    with camera.run_watch("strict", on_anomalous=command, report_s=0.0, overlays="anomalous") as running:
         (line,) = running.wait_for_lines(1)
         running.wait_for_message("a.png: the command of --on-anomalous ended with exit status 7")
         running.wait_for_message("images per minute: 1 inspected, 1 anomalous (100.0%), 0 pending")
@@ -381,15 +383,15 @@ def test_an_anomalous_image_runs_the_command_with_its_line_and_a_failure_is_repo
 def test_once_ends_with_3_if_a_file_was_no_image_with_0_otherwise_and_inspects_no_image_twice(
     camera: Camera, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    camera.put("a.png")
-    camera.put("b.png", b"no image")
-    assert main(camera.words("--once", "--print")) == 3
+    camera.write_picture("a.png")
+    camera.write_picture("b.png", b"no image")
+    assert main(camera.make_command("--once", "--print")) == 3
     captured = capsys.readouterr()
-    assert [json.loads(text) for text in captured.out.splitlines()] == read_lines(camera.out)
+    assert [json.loads(text) for text in captured.out.splitlines()] == read_journal_lines(camera.out)
     assert captured.err.endswith("1 inspected, 0 anomalous (0.0%), 1 not an image\n")
-    camera.put("c.png", 1)
-    assert main(camera.words("--once")) == 0
-    assert [line["image"] for line in read_lines(camera.out)] == ["a.png", "b.png", "c.png"]
+    camera.write_picture("c.png", 1)
+    assert main(camera.make_command("--once")) == 0
+    assert [line["image"] for line in read_journal_lines(camera.out)] == ["a.png", "b.png", "c.png"]
 
 
 @pytest.mark.parametrize(
@@ -413,7 +415,7 @@ def test_wrong_arguments_are_refused(
         manifest["sha256"] = compute_manifest_hash(manifest)
         (tmp_path / "run" / name / "manifest.json").write_text(json.dumps(manifest))
     words = [word.format(folder=camera.folder) for word in more]
-    assert main(camera.words(*words, bundle=str(tmp_path / "run"))) == 1
+    assert main(camera.make_command(*words, bundle=str(tmp_path / "run"))) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not Path("s3:").exists()
 
@@ -450,7 +452,7 @@ for delay, limit in runs:
 """
 
 
-def run_forks(words: list[str], *runs: tuple[float | None, int]) -> subprocess.CompletedProcess[str]:
+def run_killed_watches(words: list[str], *runs: tuple[float | None, int]) -> subprocess.CompletedProcess[str]:
     """Runs one watch after the other.
 
     Args:
@@ -462,36 +464,40 @@ def run_forks(words: list[str], *runs: tuple[float | None, int]) -> subprocess.C
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
-def fill(camera: Camera, count: int) -> list[str]:
+def write_pictures(camera: Camera, count: int) -> list[str]:
     """Writes pictures into the watched folder, and returns their names."""
-    return [camera.put(f"{number:03}.png", number).name for number in range(count)]
+    return [camera.write_picture(f"{number:03}.png", number).name for number in range(count)]
 
 
 def assert_every_image_has_one_line_and_one_row(camera: Camera, names: list[str]) -> None:
-    lines = [line["image"] for line in read_lines(camera.out)]
+    lines = [line["image"] for line in read_journal_lines(camera.out)]
     assert sorted(lines) == names
-    assert [row["image"] for row in read_rows(camera.out)] == lines
+    assert [row["image"] for row in read_table_rows(camera.out)] == lines
 
 
 @pytest.mark.parametrize("num_kills", [4, pytest.param(15, marks=pytest.mark.slow)])
 def test_every_image_has_one_line_one_row_and_one_overlay_after_kills_and_a_full_disk(
     camera: Camera, num_kills: int
 ) -> None:
-    names = fill(camera, 20 + 10 * num_kills)
-    words = camera.words("--csv", "--overlays", "--settle-s", "0.01", "--poll-s", "0.01", "--batch", "2", "--once")
+    names = write_pictures(camera, 20 + 10 * num_kills)
+    words = camera.make_command(
+        "--csv", "--overlays", "--settle-s", "0.01", "--poll-s", "0.01", "--batch", "2", "--once"
+    )
     delays = [random.uniform(0, 0.2) for _ in range(num_kills)]
     # The first run simulates a full disk by a limit of the file size, which an overlay or a line reaches.
-    process = run_forks(words, (None, random.randint(2000, 12_000)), *((delay, 0) for delay in delays), (None, 0))
+    process = run_killed_watches(
+        words, (None, random.randint(2000, 12_000)), *((delay, 0) for delay in delays), (None, 0)
+    )
     assert process.stdout.splitlines()[-1] == "0", (delays, process.stderr)
     assert_every_image_has_one_line_and_one_row(camera, names)
     drawn = {str(path.relative_to(camera.out)) for path in (camera.out / "overlays").glob("[!.]*")}
-    assert drawn == {line["overlay"] for line in read_lines(camera.out)}
+    assert drawn == {line["overlay"] for line in read_journal_lines(camera.out)}
     num_lines_at_start = [int(number) for number in re.findall(r"where (\d+) images have a line", process.stderr)]
     assert len({count for count in num_lines_at_start if 0 < count < len(names)}) > 1, "a kill in the middle"
 
 
 def test_a_disk_that_is_full_in_the_middle_of_a_line_ends_the_watch_with_1_and_loses_nothing(camera: Camera) -> None:
-    names, words = fill(camera, 8), camera.words("--csv", "--once", "--batch", "2")
+    names, words = write_pictures(camera, 8), camera.make_command("--csv", "--once", "--batch", "2")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     messages = io.StringIO()
     with redirect_stderr(messages):
@@ -510,9 +516,9 @@ def test_a_disk_that_is_full_in_the_middle_of_a_line_ends_the_watch_with_1_and_l
 def test_a_signal_ends_the_watch_with_0_and_a_summary_and_lines_are_printed_on_an_ascii_terminal(
     camera: Camera, number: signal.Signals
 ) -> None:
-    camera.put("Gehäuse.png")
+    camera.write_picture("Gehäuse.png")
     process = subprocess.Popen(
-        [sys.executable, "-m", "focus_ray.cli", *camera.words("--print")],
+        [sys.executable, "-m", "focus_ray.cli", *camera.make_command("--print")],
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -520,7 +526,7 @@ def test_a_signal_ends_the_watch_with_0_and_a_summary_and_lines_are_printed_on_a
     )
     try:
         assert process.stdout is not None
-        assert json.loads(process.stdout.readline()) == read_lines(camera.out)[0]
+        assert json.loads(process.stdout.readline()) == read_journal_lines(camera.out)[0]
         process.send_signal(number)
         _, messages = process.communicate(timeout=30)
     finally:

@@ -17,7 +17,7 @@ from focus_ray.data.listing import is_hidden
 from focus_ray.data.schema import RejectedFile, RejectReason
 from focus_ray.data.source import SourcePath, get_relative_path
 from focus_ray.errors import DataError
-from focus_ray.names import NAME_WORDS, is_name, is_utf8, readable_name
+from focus_ray.names import NAME_WORDS, escape_invalid_utf8, is_valid_name, is_valid_utf8
 
 # Files beside the images that are ignored. A file with any other suffix is rejected and reported.
 IGNORED_SUFFIXES = (
@@ -103,7 +103,7 @@ class ImportSettings:
 
     def format_relative_path(self, path: SourcePath) -> str:
         """Returns a path relative to the source, as text for reports. Bytes that are not valid UTF-8 are shown as \\xff."""
-        return readable_name(get_relative_path(path, self.source))
+        return escape_invalid_utf8(get_relative_path(path, self.source))
 
 
 class Importer(Protocol):
@@ -216,7 +216,7 @@ def add_folder_images(
     num_images = 0
     num_skipped: Counter[str] = Counter()
     for below, level in _walk_image_folders(folder, settings):
-        if not is_utf8(below):
+        if not is_valid_utf8(below):
             detail = "its name is not valid UTF-8: rename the folder"
             plan.rejects.append(RejectedFile(settings.format_relative_path(level), plan.category, "file_name", detail))
             continue
@@ -263,7 +263,7 @@ def _find_file_problem(path: SourcePath) -> tuple[RejectReason, str] | None:
         return "unreadable", describe_broken_link(path)
     if not path.is_file():
         return "unsupported", "not a regular file: pipes, devices and sockets are not read"
-    if not is_utf8(path.name):
+    if not is_valid_utf8(path.name):
         return "file_name", "its name is not valid UTF-8: rename the file"
     if path.suffix.lower() not in IMAGE_SUFFIXES:
         return "unsupported", f"suffix {path.suffix!r}: expected one of {', '.join(IMAGE_SUFFIXES)}"
@@ -338,7 +338,7 @@ def refuse_unexpected_folders(root: SourcePath, allowed_names: set[str], expecte
     """
     unexpected = [item.name for item in list_subfolders(root) if item.name not in allowed_names]
     if unexpected:
-        names = ", ".join(name if is_utf8(name) else ascii(name) for name in unexpected)
+        names = ", ".join(name if is_valid_utf8(name) else ascii(name) for name in unexpected)
         raise DataError(f"{root}: did not expect the folder {names} here: expected {expected}; move it away")
 
 
@@ -426,6 +426,6 @@ def check_category_name(name: str, source: SourcePath) -> str:
 
     Raises: DataError: the name is not valid.
     """
-    if not is_name(name):
+    if not is_valid_name(name):
         raise DataError(f"{source}: {name!r} is not a valid name of a category: expected {NAME_WORDS}; rename it")
     return name

@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from focus_ray.csv_tables import csv_text
+from focus_ray.csv_tables import unescape_formula
 from focus_ray.data.images import read_capture_time
 from focus_ray.data.source import SourcePath, get_relative_path
 from focus_ray.errors import DataError
@@ -233,7 +233,10 @@ def _read_group_table(value: str) -> dict[str, str]:
         delimiter = max(",;\t", key=content.partition("\n")[0].count)
         reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
         # names may come from a table of `focus-ray inspect`
-        rows = [{key: csv_text(cell) if isinstance(cell, str) else cell for key, cell in row.items()} for row in reader]
+        rows = [
+            {key: unescape_formula(cell) if isinstance(cell, str) else cell for key, cell in row.items()}
+            for row in reader
+        ]
         pairs = _extract_file_groups(rows or [dict.fromkeys(reader.fieldnames or ())], file, column)
     else:
         raise ValueError(f"the name of the table {file} does not end in .csv or .json")

@@ -17,7 +17,7 @@ from focus_ray.data.importers.btad import is_btad_folder
 from focus_ray.data.importers.vocabulary import means_good_parts
 from focus_ray.data.source import SourcePath
 from focus_ray.errors import DataError
-from focus_ray.names import is_utf8
+from focus_ray.names import is_valid_utf8
 
 
 def plan_mvtec_import(root: SourcePath, category: str, settings: ImportSettings) -> ImportPlan:
@@ -36,7 +36,7 @@ def plan_mvtec_import(root: SourcePath, category: str, settings: ImportSettings)
         for defect in list_subfolders(root / folder):
             if defect.name == "ground_truth":
                 continue
-            if not is_utf8(defect.name):
+            if not is_valid_utf8(defect.name):
                 raise DataError(
                     f"{settings.format_relative_path(defect)}: its name is not valid UTF-8: rename the folder"
                 )
