@@ -39,7 +39,7 @@ from focus_ray.ingestion.ingest import ingest
 from focus_ray.metrics.metrics import ScoredTestImages
 from focus_ray.metrics.registry import METRICS
 from focus_ray.seeds import derive_seed
-from focus_ray.training.category import bundle_uri, fit_category
+from focus_ray.training.category import fit_category, get_bundle_uri
 
 Pixels = NDArray[np.uint8]
 MOST_FIT, MOST_GOOD, MOST_BAD = 180, 60, 60  # good images that fit and that are kept, at most, and defects
@@ -97,7 +97,7 @@ def ingested(images: Sequence[tuple[str, bytes]], category: str, folder: Path, s
 def fitted(config: Config, category: str, place: Path) -> str:
     """The bundle of a category, fitted."""
     fit_category(config, split_category(config, category), str(place), print)
-    return bundle_uri(str(place), category)
+    return get_bundle_uri(str(place), category)
 
 
 def seen_by(place: str, records: Sequence[Row]) -> tuple[ScoredTestImages, dict[str, Any]]:

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from benchmarks.harness import add_arguments, base_tree, merged, open_data, print_json, print_table
-from focus_ray.cluster.connect import connect
+from focus_ray.cluster.connect import connect_to_ray
 from focus_ray.sweep.driver import run_sweep
-from focus_ray.sweep.settings import grid_points, parse_sweep
-from focus_ray.sweep.trial import clear_caches, judge_category
-from focus_ray.sweep.trial_inputs import embed_images, load_images, split_for_judging
+from focus_ray.sweep.settings import list_grid_points, parse_sweep_config
+from focus_ray.sweep.trial import clear_trial_caches, score_category
+from focus_ray.sweep.trial_inputs import compute_frozen_features, load_category_images, split_for_scoring
 
 DENSITY_SPACE = {
     "density.num_channels": [25, 50, 100, 150, 200, 300],
@@ -35,7 +35,7 @@ RATES_SPACE = {"train.learning_rate": [1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0]}
 
 def measure_sweep(base: dict[str, Any], space: dict[str, Any], name: str, **settings: Any) -> dict[str, Any]:
     """One sweep. Returns: its costs and its best."""
-    config = parse_sweep({"base": base, "space": space, "searcher": "grid", "name": name, **settings})
+    config = parse_sweep_config({"base": base, "space": space, "searcher": "grid", "name": name, **settings})
     start = time.perf_counter()
     outcome = run_sweep(config, log=lambda message: print(message, file=sys.stderr, flush=True))
     seconds = time.perf_counter() - start
@@ -57,27 +57,27 @@ def measure_sweep(base: dict[str, Any], space: dict[str, Any], name: str, **sett
 def run_alone(base: dict[str, Any], space: dict[str, Any], categories: list[str], device: str) -> list[dict[str, Any]]:
     """The same grid in this process, without Ray, in CPU seconds of the work alone: other work on the machine does not
     count. Every trial makes its own images and features; then all take those that are made once."""
-    config = parse_sweep({"base": base, "space": space, "searcher": "grid"})
-    reference = config.config_at()
-    size_px, points, on = reference.model.image_size_px, grid_points(config), torch.device(device)
-    plans = {category: split_for_judging(reference, category, "validation").plan(reference) for category in categories}
+    config = parse_sweep_config({"base": base, "space": space, "searcher": "grid"})
+    reference = config.make_trial_config()
+    size_px, points, on = reference.model.image_size_px, list_grid_points(config), torch.device(device)
+    plans = {category: split_for_scoring(reference, category, "validation").plan(reference) for category in categories}
     samples = []
     for share in (False, True):
-        clear_caches()
+        clear_trial_caches()
         start = time.process_time()
         images: dict[str, Any] = {}
         features: dict[str, Any] = {}
         scores = []
         for point in points:
-            settings, found = config.config_at(point), []
+            settings, found = config.make_trial_config(point), []
             for category, plan in plans.items():
                 if not share or category not in images:
-                    images[category] = load_images(reference, category, plan, "validation", size_px)
+                    images[category] = load_category_images(reference, category, plan, "validation", size_px)
                 if share and category not in features:
-                    features[category] = embed_images(reference, images[category], on)
+                    features[category] = compute_frozen_features(reference, images[category], on)
                 made = features.get(category)
                 found.append(
-                    judge_category(settings, category, images[category], "validation", on, features=made).score
+                    score_category(settings, category, images[category], "validation", on, features=made).score
                 )
             scores.append(statistics.mean(score for score in found if score is not None))
         seconds = time.process_time() - start
@@ -115,7 +115,7 @@ def main() -> None:
         space = {key: values[:: arguments.every] for key, values in DENSITY_SPACE.items()}
         samples += run_alone(base, space, categories, arguments.device)
     if {"sharing", "race"} & set(arguments.parts):
-        connect()
+        connect_to_ray()
     if "sharing" in arguments.parts:
         samples += [
             measure_sweep(base, DENSITY_SPACE, "unshared", share_work=False),

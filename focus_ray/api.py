@@ -38,7 +38,7 @@ from focus_ray.names import is_valid_name, suggest_similar_name
 from focus_ray.settings.sections import iterate_setting_keys, read_yaml_mapping
 from focus_ray.settings.standard import find_config_file
 from focus_ray.storage.files import join_path, read_bytes
-from focus_ray.training.category import bundle_uri, fit_category
+from focus_ray.training.category import fit_category, get_bundle_uri
 
 Image = str | Path | bytes | NDArray[Any] | Pillow.Image
 """An image: the path or the bytes of an image file, a Pillow image, or pixels as uint8 (H, W) grey or (H, W, 3) RGB."""
@@ -192,7 +192,7 @@ def fit(
     config = _parse_settings(tree, data)
     split = split_category(config, category)
     fit_category(config, split, str(root), log or (lambda message: None))
-    place = bundle_uri(str(root), category)
+    place = get_bundle_uri(str(root), category)
     return Model(Inspector.load(place), place, scratch)
 
 

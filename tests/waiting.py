@@ -6,7 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable
 
-from focus_ray.sweep.records import read_records
+from focus_ray.sweep.records import read_trial_records
 
 
 def wait_for(condition: Callable[[], object], timeout_s: float, description: str, every_s: float = 0.1) -> None:
@@ -22,6 +22,6 @@ def wait_for_records(root: str, count: int, process: subprocess.Popen[str], time
 
     def has_records() -> bool:
         assert process.poll() is None, process.communicate()
-        return len(read_records(root)) >= count
+        return len(read_trial_records(root)) >= count
 
     wait_for(has_records, timeout_s, f"{count} trial(s) of {root}")

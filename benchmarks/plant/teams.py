@@ -16,7 +16,7 @@ from benchmarks.plant.nodes import Nodes
 from benchmarks.plant.server import BUCKET
 from benchmarks.plant.watch import ROOT, cost_of
 from focus_ray.storage.files import list_folder_entries
-from focus_ray.sweep.records import read_records
+from focus_ray.sweep.records import read_trial_records
 
 EACH = 12  # training images of a category: twelve are enough to sweep on
 SPACE = {"density.reduction": ["discriminant", "semi_orthogonal"]}
@@ -58,7 +58,7 @@ def teams(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
             if process.wait():
                 raise SystemExit(f"the sweep of {team} ended with {process.returncode}: {work}/teams-{team}.log")
             (place,) = (name for name in list_folder_entries(f"{root}/sweeps") if name.startswith(f"{team}-"))
-            records = read_records(f"{root}/sweeps/{place}")
+            records = read_trial_records(f"{root}/sweeps/{place}")
             judged = sorted({category for record in records for category in record.categories})
             if [record.status for record in records] != ["finished", "finished"] or len(judged) != count:
                 raise SystemExit(f"{team}: {[(record.number, record.status, record.reason) for record in records]}")

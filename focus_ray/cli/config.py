@@ -34,9 +34,9 @@ def _run_config_show_command(arguments: argparse.Namespace) -> int:
     tree = read_yaml_mapping(path)
     config: Any
     if "space" in tree:  # required in a sweep, unknown in a run
-        from focus_ray.sweep.settings import load_sweep
+        from focus_ray.sweep.settings import load_sweep_config
 
-        config = load_sweep(path, arguments.override)
+        config = load_sweep_config(path, arguments.override)
     else:
         config = parse_config(apply_overrides(tree, arguments.override), str(path))
     print(config_to_yaml(config), end="")

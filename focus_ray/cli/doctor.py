@@ -79,7 +79,7 @@ def read_check_context(config: str | None, overrides: Sequence[str]) -> CheckCon
     from focus_ray.fitting.settings import parse_config
     from focus_ray.settings.sections import apply_overrides, read_yaml_mapping
     from focus_ray.settings.standard import find_config_file
-    from focus_ray.sweep.settings import load_sweep
+    from focus_ray.sweep.settings import load_sweep_config
 
     if config is None:
         tree = {"data": {"uri": "data"}}  # the only setting without a default
@@ -88,5 +88,5 @@ def read_check_context(config: str | None, overrides: Sequence[str]) -> CheckCon
     path = find_config_file(config)
     tree = read_yaml_mapping(path)
     if "space" in tree:  # only a sweep has this key
-        return CheckContext(load_sweep(path, overrides).config_at(), True, True)
+        return CheckContext(load_sweep_config(path, overrides).make_trial_config(), True, True)
     return CheckContext(parse_config(apply_overrides(tree, list(overrides)), str(path)), True, True)

@@ -63,7 +63,7 @@ def _run_submit_command(arguments: argparse.Namespace) -> int:
     from focus_ray.errors import SubmissionError
     from focus_ray.submission import client as submission
     from focus_ray.submission.job_request import build_job_request
-    from focus_ray.sweep.settings import load_sweep
+    from focus_ray.sweep.settings import load_sweep_config
 
     labels = dict(item.partition("=")[::2] for item in arguments.label)
     if not all(labels.values()):
@@ -71,7 +71,7 @@ def _run_submit_command(arguments: argparse.Namespace) -> int:
     words = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
     job = build_job_request(
         words,
-        load_sweep,
+        load_sweep_config,
         commands=arguments.known,
         excludes=arguments.exclude,
         **{name: getattr(arguments, name) for name in _JOB_OPTIONS},

@@ -11,7 +11,7 @@ from typing import Any
 
 from focus_ray.cli.completion import answer_completion_request
 from focus_ray.cli.output import EXIT_ERROR, EXIT_INTERRUPTED, make_stdout_accept_all_characters
-from focus_ray.cluster.messages import VERBOSE
+from focus_ray.cluster.messages import VERBOSE_VARIABLE
 from focus_ray.errors import FocusRayError, check_extra_is_installed, find_missing_package_error
 from focus_ray.version import __version__
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     arguments = parse_command_line(parser, words)
     if arguments.verbose:
-        os.environ[VERBOSE] = "1"
+        os.environ[VERBOSE_VARIABLE] = "1"
     try:
         if arguments.command in REQUIRED_EXTRAS:
             check_extra_is_installed(REQUIRED_EXTRAS[arguments.command], f"focus-ray {arguments.command}")

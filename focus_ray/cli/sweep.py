@@ -34,9 +34,9 @@ def _run_sweep_command(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"focus-ray sweep {arguments.what}: expected one sweep's folder, got {arguments.rest}")
         return _use_existing_sweep(arguments.what, arguments.rest[0])
     from focus_ray.settings.standard import find_config_file
-    from focus_ray.sweep.settings import load_sweep
+    from focus_ray.sweep.settings import load_sweep_config
 
-    config = load_sweep(find_config_file(arguments.what, "sweep"), arguments.rest)
+    config = load_sweep_config(find_config_file(arguments.what, "sweep"), arguments.rest)
     print_message(f"sweep: {arguments.what}")
     from focus_ray.sweep.driver import run_sweep
 
@@ -56,17 +56,17 @@ def _use_existing_sweep(action: str, place: str) -> int:
         from focus_ray.sweep.driver import resume_sweep
 
         return _print_sweep_outcome(resume_sweep(place, log=print_message))
-    config, trials = records.read_sweep(place), records.read_records(place)
+    config, trials = records.read_sweep_config(place), records.read_trial_records(place)
     if action == "report":
-        from focus_ray.sweep.report import write_report
+        from focus_ray.sweep.report import write_sweep_report
 
-        for name in write_report(place, config, trials):
+        for name in write_sweep_report(place, config, trials):
             print_message(f"report: {place}/{name}")
     else:
-        print(json.dumps(records.sweep_progress(place, config, trials), indent=1, ensure_ascii=False))
-    print(summary.format_markdown(config, trials))
+        print(json.dumps(records.summarize_progress(place, config, trials), indent=1, ensure_ascii=False))
+    print(summary.format_sweep_summary(config, trials))
     if action == "report":
-        print("\n".join(summary.train_commands(place, trials)))
+        print("\n".join(summary.list_train_commands(place, trials)))
     return 0
 
 
@@ -74,13 +74,13 @@ def _print_sweep_outcome(outcome: Any) -> int:
     """Prints the table, the summary and the commands that train the best settings. Returns the exit status."""
     from focus_ray.sweep import records, summary
 
-    config = records.read_sweep(outcome.root)
-    print(summary.format_markdown(config, outcome.records), flush=True)
-    for record in outcome.failed:
+    config = records.read_sweep_config(outcome.root)
+    print(summary.format_sweep_summary(config, outcome.records), flush=True)
+    for record in outcome.failed_records:
         print_message(f"focus-ray: trial {record.name} failed: {record.reason}")
-    for command in summary.train_commands(outcome.root, outcome.records):
+    for command in summary.list_train_commands(outcome.root, outcome.records):
         print(command, flush=True)
     if outcome.stopped:
         print_message(f"focus-ray: stopped; go on with: focus-ray sweep resume {outcome.root}")
         return 130
-    return EXIT_ERROR if outcome.failed else 0
+    return EXIT_ERROR if outcome.failed_records else 0

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from focus_ray.cluster.ray_private import find_local_cluster, is_token_refused
+from focus_ray.cluster.ray_private import find_local_cluster_address, is_token_refused
 
 TIMEOUT_S = 4.0
 ANSWER_TIMEOUT_S = 20.0  # a busy head node accepts connections at once, but answers later
 
 
-def explain_no_cluster(address: str) -> str:
+def find_cluster_problem(address: str) -> str:
     """Checks within 25 s whether a Ray cluster answers at an address. Returns the reason if not, an empty string if it answers.
 
     For the address local nothing is checked, because Ray then starts a cluster.
@@ -24,13 +24,13 @@ def explain_no_cluster(address: str) -> str:
     """
     if address == "local":
         return ""
-    host_and_port = find_local_cluster() if address == "auto" else address.removeprefix("ray://")
+    host_and_port = find_local_cluster_address() if address == "auto" else address.removeprefix("ray://")
     if host_and_port is None:
         return "no cluster runs on this machine"
-    return explain_unreachable(host_and_port) or _explain_refusal(host_and_port, is_token_known=address != "auto")
+    return find_connection_problem(host_and_port) or _find_grpc_problem(host_and_port, is_token_known=address != "auto")
 
 
-def _explain_refusal(host_and_port: str, is_token_known: bool) -> str:
+def _find_grpc_problem(host_and_port: str, is_token_known: bool) -> str:
     """Checks whether a server speaks gRPC as Ray does, and accepts the token. Returns the problem; an empty string for none.
 
     With TLS (RAY_USE_TLS) nothing is checked.
@@ -54,25 +54,25 @@ def _explain_refusal(host_and_port: str, is_token_known: bool) -> str:
     return ""
 
 
-def current_cluster() -> str | None:
+def read_last_cluster_address() -> str | None:
     """Returns the address of the cluster that was started last on this machine; None if Ray recorded no cluster.
 
     The cluster may have ended since.
     """
     try:
-        text = (ray_folder() / "ray_current_cluster").read_text(encoding="utf-8").strip()
+        text = (find_ray_session_folder() / "ray_current_cluster").read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         return None
     return text or None
 
 
-def ray_folder() -> Path:
+def find_ray_session_folder() -> Path:
     """Returns the folder in which Ray stores the files of its sessions on this machine, by the same rule as Ray."""
     parent = os.environ.get("RAY_TMPDIR") or (os.environ.get("TMPDIR") if sys.platform == "linux" else None) or "/tmp"
     return Path(parent) / "ray"
 
 
-def split_address(host_and_port: str) -> tuple[str, int] | None:
+def parse_host_and_port(host_and_port: str) -> tuple[str, int] | None:
     """Splits the text HOST:PORT into host and port. Returns None for text of another form."""
     try:
         parts = urlsplit(f"//{host_and_port}")
@@ -81,9 +81,9 @@ def split_address(host_and_port: str) -> tuple[str, int] | None:
         return None
 
 
-def explain_unreachable(host_and_port: str) -> str:
+def find_connection_problem(host_and_port: str) -> str:
     """Tries to connect to HOST:PORT, for at most `TIMEOUT_S` seconds. Returns why it fails; an empty string if it succeeds."""
-    host_port_pair = split_address(host_and_port)
+    host_port_pair = parse_host_and_port(host_and_port)
     if host_port_pair is None:
         return "not an address: give HOST:6379, ray://HOST:10001 or auto"
     try:

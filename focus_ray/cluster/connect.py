@@ -8,14 +8,18 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from focus_ray.cluster.address import explain_no_cluster
+from focus_ray.cluster.address import find_cluster_problem
 from focus_ray.cluster.messages import is_verbose
-from focus_ray.cluster.ray_private import autoscaler_limits, check_private_parts, require_token_of_private_cluster
+from focus_ray.cluster.ray_private import (
+    check_private_attributes,
+    read_autoscaler_limits,
+    require_private_cluster_token,
+)
 from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.errors import TrainingError
 
 
-def runs_here(config: ClusterConfig) -> bool:
+def runs_without_ray(config: ClusterConfig) -> bool:
     """Returns whether the work runs in this process without Ray: cluster.local says so, or nothing requires a cluster.
 
     A cluster is required by RAY_ADDRESS, an existing connection to Ray, several workers, node labels, or several categories at
@@ -36,11 +40,11 @@ def runs_here(config: ClusterConfig) -> bool:
     return not (has_cluster or needs_cluster)
 
 
-def connect(num_cpus: int | None = None, namespace: str | None = None) -> bool:
+def connect_to_ray(num_cpus: int | None = None, namespace: str | None = None) -> bool:
     """Joins the Ray cluster of RAY_ADDRESS or of the current job, or starts a private cluster on this machine.
 
     If this process has already joined or started a cluster, that cluster stays and the result is False. A private cluster
-    requires a token (`require_token_of_private_cluster`). To join another cluster with a token, the user sets
+    requires a token (`require_private_cluster_token`). To join another cluster with a token, the user sets
     RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH. The function sets environment variables of Ray that the user
     has not set.
 
@@ -55,23 +59,23 @@ def connect(num_cpus: int | None = None, namespace: str | None = None) -> bool:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1.0")
     import ray
 
-    check_private_parts()
+    check_private_attributes()
     if ray.is_initialized():
         return False
     if address := os.environ.get("RAY_ADDRESS"):
         failure = f"the Ray cluster at RAY_ADDRESS={address} does not answer"
-        if reason := explain_no_cluster(address):
+        if reason := find_cluster_problem(address):
             raise TrainingError(
                 f"{failure} ({reason}): check that the cluster runs, or unset RAY_ADDRESS to start a private Ray on this machine"
             )
-        _init(failure, namespace=namespace)
+        _init_ray(failure, namespace=namespace)
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # otherwise every line is shown twice
-    require_token_of_private_cluster()
+    require_private_cluster_token()
     # ray.init without address would join a cluster that a killed driver left in /tmp/ray (seen with Ray 2.60). Without the
     # dashboard, Ray Train cannot detect that a controller is alive, warns every second, and may leak placement groups.
-    _init(
+    _init_ray(
         "Ray does not start on this machine",
         address="local",
         num_cpus=num_cpus,
@@ -82,7 +86,7 @@ def connect(num_cpus: int | None = None, namespace: str | None = None) -> bool:
     return True
 
 
-def _init(failure: str, **settings: Any) -> None:
+def _init_ray(failure: str, **settings: Any) -> None:
     """Calls `ray.init`.
 
     Args:
@@ -103,7 +107,7 @@ def _init(failure: str, **settings: Any) -> None:
         ) from error
 
 
-def uses_gpu(config: ClusterConfig) -> bool:
+def do_workers_use_gpu(config: ClusterConfig) -> bool:
     """Returns whether workers use GPUs: the value of cluster.use_gpu, or for auto, whether the cluster has or can get a GPU.
 
     Requires a connection to the cluster if the value is auto.
@@ -112,13 +116,13 @@ def uses_gpu(config: ClusterConfig) -> bool:
         return config.use_gpu
     import ray
 
-    return max(ray.cluster_resources().get("GPU", 0.0), growth_limits(config, {}).get("GPU", 0.0)) > 0
+    return max(ray.cluster_resources().get("GPU", 0.0), find_cluster_growth_limits(config, {}).get("GPU", 0.0)) > 0
 
 
-def resources_per_worker(config: ClusterConfig, use_gpu: bool) -> dict[str, float]:
+def compute_worker_resources(config: ClusterConfig, use_gpu: bool) -> dict[str, float]:
     """Returns the resources that Ray reserves for a worker: kind ("CPU", "GPU", "memory") -> amount; memory in bytes.
 
-    Args: use_gpu: whether the worker uses a GPU, the result of `uses_gpu`.
+    Args: use_gpu: whether the worker uses a GPU, the result of `do_workers_use_gpu`.
     """
     resources = {"CPU": config.cpus_per_worker}
     if use_gpu:
@@ -128,7 +132,7 @@ def resources_per_worker(config: ClusterConfig, use_gpu: bool) -> dict[str, floa
     return resources
 
 
-def growth_limits(config: ClusterConfig, total: Mapping[str, float]) -> dict[str, float]:
+def find_cluster_growth_limits(config: ClusterConfig, total: Mapping[str, float]) -> dict[str, float]:
     """Returns the resources that the cluster can grow to: kind -> amount; empty if no setting and no autoscaler limits it.
 
     Args:
@@ -136,7 +140,7 @@ def growth_limits(config: ClusterConfig, total: Mapping[str, float]) -> dict[str
         total: kind -> amount that the cluster has now.
     """
     limits: dict[str, float] = {}
-    autoscaler = autoscaler_limits()
+    autoscaler = read_autoscaler_limits()
     for kind, configured in (("CPU", config.max_cpus), ("GPU", config.max_gpus)):
         amount = configured if configured is not None else autoscaler.get(kind)
         if amount is not None:

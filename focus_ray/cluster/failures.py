@@ -25,7 +25,7 @@ def is_retryable(error: BaseException) -> bool:
     )
 
 
-def reason_of(error: BaseException) -> str:
+def describe_root_cause(error: BaseException) -> str:
     """Returns the original error inside Ray's errors as one line of text: its type and the last line of its message."""
     visited: set[int] = set()
     while id(error) not in visited:

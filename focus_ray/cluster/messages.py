@@ -12,43 +12,43 @@ from typing import Any
 Message = str | tuple[str, dict[str, float]]  # a line of text, or a category and the metrics of an epoch
 
 # environment variable that `--verbose` sets: show the lines of Ray and the output of the workers
-VERBOSE = "FOCUS_RAY_VERBOSE"
+VERBOSE_VARIABLE = "FOCUS_RAY_VERBOSE"
 
 
 def is_verbose() -> bool:
     """Returns whether the user gave `--verbose`, which shows the output of Ray and of the workers."""
-    return os.environ.get(VERBOSE, "") not in ("", "0")
+    return os.environ.get(VERBOSE_VARIABLE, "") not in ("", "0")
 
 
-class _QueueActor:
+class _MessageQueueActor:
     """The Ray actor that stores messages from workers until the driver (the process that started the run) takes them."""
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
 
     def put(self, message: Message) -> None:
-        """Stores a message of a worker until `take` is called."""
+        """Stores a message of a worker until `take_all` is called."""
         self.messages.append(message)
 
-    def take(self) -> list[Message]:
+    def take_all(self) -> list[Message]:
         """Returns the messages that workers have sent since the last call, and removes them."""
         messages, self.messages = self.messages, []
         return messages
 
 
-class Messages:
+class MessageQueue:
     """A queue of messages that workers write to and the driver (the process that started the run) reads. It can be pickled."""
 
     def __init__(self) -> None:
         import ray
 
-        self._queue: Any = ray.remote(max_restarts=1, **actor_options_on_this_node())(_QueueActor).remote()
+        self._queue: Any = ray.remote(max_restarts=1, **make_actor_options_for_this_node())(_MessageQueueActor).remote()
 
     def put(self, message: Message) -> None:
         """Sends a message to the driver. A worker calls it; it does not wait."""
         self._queue.put.remote(message)
 
-    def take(self) -> list[Message]:
+    def take_all(self) -> list[Message]:
         """Returns the messages that have arrived since the last call, and removes them.
 
         If the queue is lost or does not answer within 10 s, returns an empty list; then messages may be lost, but no training
@@ -57,12 +57,12 @@ class Messages:
         import ray
 
         try:
-            return ray.get(self._queue.take.remote(), timeout=10)  # type: ignore[no-any-return]
+            return ray.get(self._queue.take_all.remote(), timeout=10)  # type: ignore[no-any-return]
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             return []
 
 
-def actor_options_on_this_node() -> dict[str, Any]:
+def make_actor_options_for_this_node() -> dict[str, Any]:
     """Returns options of `ray.remote` that start an actor on the node of this process. The actor reserves no CPU.
 
     So the actor survives the loss of other nodes.

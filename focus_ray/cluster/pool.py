@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from focus_ray.cluster.connect import resources_per_worker
-from focus_ray.cluster.failures import is_retryable, reason_of
+from focus_ray.cluster.connect import compute_worker_resources
+from focus_ray.cluster.failures import describe_root_cause, is_retryable
 from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.errors import TrainingError
 from focus_ray.names import Log
@@ -30,7 +30,7 @@ Piece = TypeVar("Piece")
 
 
 @dataclass(frozen=True)
-class Failed:
+class FailedPiece:
     """The result of a piece of work that failed on all attempts. reason: text for the log and the report."""
 
     reason: str
@@ -39,16 +39,16 @@ class Failed:
 class _WorkerActor:
     """The Ray actor of a worker: a process on the cluster that runs a function on one piece of work at a time."""
 
-    def start(self) -> None:
+    def ping(self) -> None:
         """Does nothing. A call returns when the actor runs, so it shows that the worker has started."""
 
-    def run(self, function: Callable[[Any], Any], piece: Any) -> Any:
+    def call_function(self, function: Callable[[Any], Any], piece: Any) -> Any:
         """Calls the function with a piece of work, and returns its result."""
         return function(piece)
 
 
 @dataclass
-class _Call(Generic[Piece]):
+class _WorkerCall(Generic[Piece]):
     """A running or failed call of a worker, with its piece of work. `piece` is None while the worker starts."""
 
     worker: Any
@@ -62,11 +62,11 @@ class WorkerPool(Generic[Piece]):
 
     Attributes:
         num_workers: number of workers.
-        actor_options: options of `ray.remote`, for instance from `options_per_worker`.
+        actor_options: options of `ray.remote`, for instance from `make_worker_options`.
         max_retries: how often a piece is repeated after the loss of its worker or after an error, and how many starts of workers
             may fail.
         log: called with a line for each retry, and each minute while no worker runs.
-        listen: called at least once a second while `run` waits.
+        listen: called at least once a second while `run_pieces` waits.
         retry_errors: False repeats a piece only after the loss of its worker. Permanent errors, such as wrong settings, are
             never repeated.
     """
@@ -78,10 +78,10 @@ class WorkerPool(Generic[Piece]):
     listen: Callable[[], None] = lambda: None
     retry_errors: bool = True
 
-    def run(
+    def run_pieces(
         self, function: Callable[[Piece], Any], next_piece: Callable[[], Piece | None]
     ) -> Iterator[tuple[Piece, Any]]:
-        """Generator: runs a function on pieces of work in the workers, and yields each piece with its result, or with `Failed`.
+        """Generator: runs a function on pieces of work in the workers, and yields each piece with its result or `FailedPiece`.
 
         The iteration ends when `next_piece` returns None while no piece runs or waits for a retry. At the end, also after an
         exception in the loop of the caller, the workers are stopped.
@@ -98,14 +98,14 @@ class WorkerPool(Generic[Piece]):
         shipped_function = ray.put(function)  # once, not with every call
         workers: list[Any] = []
         idle_workers: list[Any] = []
-        calls: dict[Any, _Call[Piece]] = {}
-        retries: deque[_Call[Piece]] = deque()
+        calls: dict[Any, _WorkerCall[Piece]] = {}
+        retries: deque[_WorkerCall[Piece]] = deque()
         num_failed_starts, noticed_at = 0, time.monotonic()
 
         def start_worker() -> None:
             worker = actor_class.remote()
             workers.append(worker)
-            calls[worker.start.remote()] = _Call(worker)
+            calls[worker.ping.remote()] = _WorkerCall(worker)
 
         try:
             for _ in range(self.num_workers):
@@ -115,11 +115,11 @@ class WorkerPool(Generic[Piece]):
                     if retries:
                         call = retries.popleft()
                     elif (piece := next_piece()) is not None:
-                        call = _Call(None, piece)
+                        call = _WorkerCall(None, piece)
                     else:
                         break
                     call.worker = idle_workers.pop()
-                    calls[call.worker.run.remote(shipped_function, call.piece)] = call
+                    calls[call.worker.call_function.remote(shipped_function, call.piece)] = call
                 is_working = any(call.piece is not None for call in calls.values())
                 if idle_workers and not is_working and not retries:
                     return
@@ -143,13 +143,13 @@ class WorkerPool(Generic[Piece]):
                         if call.piece is None:
                             num_failed_starts += 1
                             if num_failed_starts > self.max_retries:
-                                raise TrainingError(f"workers do not start: {reason_of(error)}") from error
-                        elif self._may_retry(call, error, is_lost):
-                            self.log(f"retry {call.num_failures} of {self.max_retries}: {reason_of(error)}")
+                                raise TrainingError(f"workers do not start: {describe_root_cause(error)}") from error
+                        elif self._is_retry_allowed(call, error, is_lost):
+                            self.log(f"retry {call.num_failures} of {self.max_retries}: {describe_root_cause(error)}")
                             retries.append(call)
                             continue
                         attempts = f" ({call.num_failures} attempts)" if call.num_failures > 1 else ""
-                        outcome = Failed(reason_of(error) + attempts)
+                        outcome = FailedPiece(describe_root_cause(error) + attempts)
                     else:
                         idle_workers.append(call.worker)
                     if call.piece is not None:
@@ -158,7 +158,7 @@ class WorkerPool(Generic[Piece]):
             for worker in workers:
                 ray.kill(worker)
 
-    def _may_retry(self, call: _Call[Piece], error: Exception, is_lost: bool) -> bool:
+    def _is_retry_allowed(self, call: _WorkerCall[Piece], error: Exception, is_lost: bool) -> bool:
         """Returns whether a failed piece of work is repeated.
 
         Args:
@@ -169,12 +169,12 @@ class WorkerPool(Generic[Piece]):
         return (self.retry_errors or is_lost) and is_retryable(error) and call.num_failures <= self.max_retries
 
 
-def options_per_worker(config: ClusterConfig, use_gpu: bool) -> dict[str, Any]:
+def make_worker_options(config: ClusterConfig, use_gpu: bool) -> dict[str, Any]:
     """Returns options of `ray.remote` with the resources and node labels that the configuration gives to one worker.
 
     Args: use_gpu: whether the worker uses a GPU.
     """
-    resources = resources_per_worker(config, use_gpu)
+    resources = compute_worker_resources(config, use_gpu)
     return {
         "num_cpus": resources["CPU"],
         "num_gpus": resources.get("GPU", 0.0),

@@ -9,18 +9,20 @@ import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 
-from focus_ray.cluster.connect import growth_limits, resources_per_worker, uses_gpu
+from focus_ray.cluster.connect import compute_worker_resources, do_workers_use_gpu, find_cluster_growth_limits
 from focus_ray.cluster.ray_private import RESOURCE_KINDS
 from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.storage.files import check_folder_access, is_s3_uri, join_path, read_bytes, remove_file, write_bytes
 
-RESERVED = "FOCUS_RAY_RESERVED"  # JSON of the resources of the job's own process; `focus-ray submit` sets it
+RESERVED_RESOURCES_VARIABLE = (
+    "FOCUS_RAY_RESERVED"  # JSON of the resources of the job's own process; `focus-ray submit` sets it
+)
 
 _PROBE_TIMEOUT_S = 120.0
 
 
-def count_concurrent_runs(
+def count_concurrent_trainings(
     config: ClusterConfig,
     is_private: bool,
     streams: bool = False,
@@ -29,7 +31,7 @@ def count_concurrent_runs(
     share: float = 1.0,
     limit: int | None = None,
     prefix: str = "",
-    growing: bool = False,
+    count_growth: bool = False,
 ) -> int:
     """Returns how many trainings, each with all of its workers, fit on the cluster at the same time. Logs the calculation.
 
@@ -45,7 +47,8 @@ def count_concurrent_runs(
         share: share of the cluster that the run may use.
         limit: largest result; None: no limit.
         prefix: text before the names of settings in error messages.
-        growing: if at least one training fits now, also count resources that the autoscaler can add. For trainings that can
+        count_growth: if at least one training fits now, also count resources that the autoscaler can add. For trainings that
+            can
             start one by one as nodes arrive.
 
     Raises: TrainingError: not even the smallest allowed number of workers of one training fits, also after growth. The message
@@ -53,35 +56,42 @@ def count_concurrent_runs(
     """
     import ray
 
-    worker = resources_per_worker(config, uses_gpu(config))
+    worker = compute_worker_resources(config, do_workers_use_gpu(config))
     needs = {kind: config.num_workers * amount for kind, amount in worker.items()}
     needs["CPU"] += streams
     nodes = [node for node in ray.nodes() if node["Alive"]]
     total: dict[str, float] = {kind: float(ray.cluster_resources().get(kind, 0.0)) for kind in RESOURCE_KINDS}
-    reserved = {kind: float(amount) for kind, amount in json.loads(os.environ.get(RESERVED) or "{}").items()}
+    reserved = {
+        kind: float(amount) for kind, amount in json.loads(os.environ.get(RESERVED_RESOURCES_VARIABLE) or "{}").items()
+    }
     slots = sum(
-        _count_fitting(node["Resources"], worker) for node in nodes if matches(node.get("Labels", {}), config.labels)
+        _count_fitting_workers(node["Resources"], worker)
+        for node in nodes
+        if labels_match_selector(node.get("Labels", {}), config.labels)
     )
-    free = _subtract(total, reserved)
-    limits = {} if is_private else growth_limits(config, total)
-    fits = min(_count_fitting(free, needs, share), math.floor(slots * share / config.num_workers + 1e-9))
-    grown = _count_fitting(_subtract(limits, reserved), needs, share) if limits else 0
-    if fits < 1 and config.fewest_workers < config.num_workers:
-        log(f"{config.num_workers} workers do not fit at the same time: starting with {config.fewest_workers} or more")
-        fewer = config.model_copy(update={"num_workers": config.fewest_workers, "min_workers": None})
-        return min(1, count_concurrent_runs(fewer, is_private, streams, log, share=share, limit=limit, prefix=prefix))
+    free = _subtract_resources(total, reserved)
+    limits = {} if is_private else find_cluster_growth_limits(config, total)
+    fits = min(_count_fitting_workers(free, needs, share), math.floor(slots * share / config.num_workers + 1e-9))
+    grown = _count_fitting_workers(_subtract_resources(limits, reserved), needs, share) if limits else 0
+    if fits < 1 and config.min_workers_to_start < config.num_workers:
+        log(
+            f"{config.num_workers} workers do not fit at the same time: starting with {config.min_workers_to_start} or more"
+        )
+        fewer = config.model_copy(update={"num_workers": config.min_workers_to_start, "min_workers": None})
+        return min(
+            1, count_concurrent_trainings(fewer, is_private, streams, log, share=share, limit=limit, prefix=prefix)
+        )
     if fits < 1:
         stream_cpu = " + 1 CPU for the stream of images" if streams else ""
-        message = f"{config.num_workers} worker(s) of {_show(worker)}{stream_cpu} need {_show(needs)}; "
-        message += (
-            f"{'this machine' if is_private else 'the cluster'} has {_show({kind: total[kind] for kind in needs})}"
-        )
+        message = f"{config.num_workers} worker(s) of {_format_resources(worker)}{stream_cpu} need {_format_resources(needs)}; "
+        message += f"{'this machine' if is_private else 'the cluster'} has "
+        message += _format_resources({kind: total[kind] for kind in needs})
         if any(reserved.values()):
-            message += f", of which the job's own process uses {_show(reserved)}"
+            message += f", of which the job's own process uses {_format_resources(reserved)}"
         message += f", and room for {slots} such worker(s) on its {len(nodes)} node(s)"
         message += f" labelled {config.labels}" if config.labels else ""
         if limits:
-            message += f", and can grow to {_show({kind: limits.get(kind, 0.0) for kind in needs})}"
+            message += f", and can grow to {_format_resources({kind: limits.get(kind, 0.0) for kind in needs})}"
         advice = f"lower {prefix}cluster.num_workers or {prefix}cluster.cpus_per_worker"
         if streams:
             advice += f", raise {prefix}data.memory_budget_mb so that nothing is streamed"
@@ -96,24 +106,24 @@ def count_concurrent_runs(
         elif not limits:
             advice += f", or set {prefix}cluster.max_cpus and {prefix}cluster.max_gpus to what its autoscaler can add"
         raise TrainingError(f"{message}: {advice}")
-    if growing:
+    if count_growth:
         fits = max(fits, grown)
     if limit is not None and limit < fits:
         log(f"side by side: {limit} as set; room for {fits}")
         return limit
     log(
-        f"side by side: {fits} of {config.num_workers} worker(s) of {_show(worker)}, in {share:g} of "
-        f"{_show({kind: free[kind] for kind in needs})}{', a CPU each for the stream of images' if streams else ''}"
+        f"side by side: {fits} of {config.num_workers} worker(s) of {_format_resources(worker)}, in {share:g} of "
+        f"{_format_resources({kind: free[kind] for kind in needs})}{', a CPU each for the stream of images' if streams else ''}"
     )
     return fits
 
 
-def _subtract(amounts: Mapping[str, float], reserved: Mapping[str, float]) -> dict[str, float]:
+def _subtract_resources(amounts: Mapping[str, float], reserved: Mapping[str, float]) -> dict[str, float]:
     """Returns kind of resource -> amount without the reserved amount."""
     return {kind: amount - reserved.get(kind, 0.0) for kind, amount in amounts.items()}
 
 
-def _count_fitting(available: Mapping[str, float], needs: Mapping[str, float], share: float = 1.0) -> int:
+def _count_fitting_workers(available: Mapping[str, float], needs: Mapping[str, float], share: float = 1.0) -> int:
     """Returns how many times the needed resources fit into a share of the available resources.
 
     Args: available, needs: kind of resource -> amount.
@@ -122,7 +132,7 @@ def _count_fitting(available: Mapping[str, float], needs: Mapping[str, float], s
     return math.floor(ratio * share + 1e-9)
 
 
-def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+def labels_match_selector(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
     """Returns whether the labels of a node satisfy a label selector of Ray.
 
     Args:
@@ -137,7 +147,7 @@ def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
     return True
 
 
-def probe_nodes(reads: Sequence[str], writes: Sequence[str]) -> None:
+def check_storage_on_nodes(reads: Sequence[str], writes: Sequence[str]) -> None:
     """Checks that every node of the cluster, with its own credentials, can read and write the storage of a run.
 
     It writes small test files and deletes them. If the cluster is only this node, `reads` is not checked.
@@ -159,7 +169,7 @@ def probe_nodes(reads: Sequence[str], writes: Sequence[str]) -> None:
         return
     tokens = {join_path(folder, f"_shared-{uuid.uuid4().hex}"): uuid.uuid4().hex.encode() for folder in writes}
     files: dict[str, bytes | None] = {**dict.fromkeys(reads), **tokens}
-    task = ray.remote(num_cpus=0, max_retries=1)(_probe_this_node)
+    task = ray.remote(num_cpus=0, max_retries=1)(_find_storage_problem)
     try:
         for file, content in tokens.items():
             write_bytes(file, content)
@@ -185,7 +195,7 @@ def probe_nodes(reads: Sequence[str], writes: Sequence[str]) -> None:
             remove_file(file)
 
 
-def _probe_this_node(files: Mapping[str, bytes | None], folders: Sequence[str]) -> str | None:
+def _find_storage_problem(files: Mapping[str, bytes | None], folders: Sequence[str]) -> str | None:
     """Checks on this node that files can be read and folders can be written. Returns the problem; None if there is none.
 
     Args:
@@ -207,7 +217,7 @@ def _probe_this_node(files: Mapping[str, bytes | None], folders: Sequence[str]) 
     return None
 
 
-def _show(amounts: Mapping[str, float]) -> str:
+def _format_resources(amounts: Mapping[str, float]) -> str:
     """Returns kind -> amount of resources as text, such as "4 CPU + 2 GiB memory"."""
     return " + ".join(
         f"{amount / 2**30:.3g} GiB memory" if kind == "memory" else f"{amount:g} {kind}"

@@ -1,6 +1,6 @@
 """All uses of private functions of Ray 2.60.0, each in one function of this module.
 
-Ray has no public functions for these purposes. `check_private_parts` runs when a cluster is joined. So a new version of Ray
+Ray has no public functions for these purposes. `check_private_attributes` runs when a cluster is joined. So a new version of Ray
 without such a function fails at once with a clear message.
 """
 
@@ -21,7 +21,7 @@ from focus_ray.errors import TrainingError
 RAY_VERSION = "2.60.0"
 RESOURCE_KINDS = ("CPU", "GPU", "memory")
 # purpose -> module and dotted attribute that must exist
-PARTS = {
+PRIVATE_ATTRIBUTES = {
     "the limits of the autoscaler": ("ray._private.state", "state.get_max_resources_from_cluster_config"),
     "the current node": ("ray._private.worker", "_global_node"),
     "the cluster of this machine": ("ray._private.services", "canonicalize_bootstrap_address"),
@@ -34,16 +34,16 @@ PARTS = {
 }
 
 
-def check_private_parts(parts: dict[str, tuple[str, str]] = PARTS) -> None:
+def check_private_attributes(attributes: dict[str, tuple[str, str]] = PRIVATE_ATTRIBUTES) -> None:
     """Checks that the installed Ray has all private functions that focus_ray uses, without calling them.
 
-    Args: parts: purpose -> (module, dotted attribute).
+    Args: attributes: purpose -> (module, dotted attribute).
 
     Raises: TrainingError: the installed Ray lacks a function.
     """
     import ray
 
-    for purpose, (module, path) in parts.items():
+    for purpose, (module, path) in attributes.items():
         try:
             operator.attrgetter(path)(importlib.import_module(module))
         except (ImportError, AttributeError):
@@ -53,7 +53,7 @@ def check_private_parts(parts: dict[str, tuple[str, str]] = PARTS) -> None:
             ) from None
 
 
-def autoscaler_limits() -> dict[str, float]:
+def read_autoscaler_limits() -> dict[str, float]:
     """Returns the limits of the autoscaler: kind of resource -> largest total of the cluster; empty without an autoscaler."""
     from ray._private.state import state
 
@@ -61,7 +61,7 @@ def autoscaler_limits() -> dict[str, float]:
     return {kind: float(amount) for kind, amount in (limits or {}).items() if kind in RESOURCE_KINDS}
 
 
-def find_local_cluster() -> str | None:
+def find_local_cluster_address() -> str | None:
     """Returns HOST:PORT of the cluster that RAY_ADDRESS=auto means; None if there is none. The cluster may have ended."""
     from ray._private.services import canonicalize_bootstrap_address
 
@@ -71,7 +71,7 @@ def find_local_cluster() -> str | None:
         return None
 
 
-def patch_ray_train() -> None:
+def patch_ray_train_retries() -> None:
     """Changes Ray Train in this process, for all trainers that are created later: permanent errors end a training at once.
 
     Ray Train has no public option for this. `is_retryable` says which errors are permanent. Requires a connection to a cluster.
@@ -98,7 +98,7 @@ def patch_ray_train() -> None:
     ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
 
-def cluster_metadata(client: Any) -> dict[str, Any]:
+def fetch_cluster_metadata(client: Any) -> dict[str, Any]:
     """Returns metadata of a cluster from its Jobs API, such as rayVersion and pythonVersion.
 
     Args: client: a `JobSubmissionClient`.
@@ -110,7 +110,7 @@ def cluster_metadata(client: Any) -> dict[str, Any]:
     return dict(answer.json()["data"])
 
 
-def require_token_of_private_cluster() -> None:
+def require_private_cluster_token() -> None:
     """Makes the next private cluster of this process refuse requests without a secret token.
 
     The ports of a private cluster listen on all network interfaces. The function sets RAY_AUTH_MODE=token, unless the user set
@@ -151,7 +151,7 @@ def is_token_refused(channel: Any, timeout_s: float) -> bool:
     return False
 
 
-def remove_working_folders(experiment: str) -> None:
+def remove_tune_folders(experiment: str) -> None:
     """Deletes on this node the working folders of all Ray Tune experiments whose names begin with `experiment`."""
     import ray
 

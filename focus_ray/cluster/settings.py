@@ -82,17 +82,17 @@ class ClusterConfig(ConfigSection):
     )
 
     @property
-    def fewest_workers(self) -> int:
+    def min_workers_to_start(self) -> int:
         """The smallest number of workers with which a training may start: min_workers, or num_workers if that is null."""
         return self.num_workers if self.min_workers is None else self.min_workers
 
     @model_validator(mode="after")
-    def _consistent(self) -> ClusterConfig:
+    def _check_consistency(self) -> ClusterConfig:
         """Checks settings that depend on each other.
 
         Raises: ValueError: min_workers is above num_workers, or several workers would share a GPU.
         """
-        if self.fewest_workers > self.num_workers:
+        if self.min_workers_to_start > self.num_workers:
             raise ValueError(f"min_workers={self.min_workers} is more than num_workers={self.num_workers}")
         if self.gpus_per_worker < 1 and self.num_workers > 1:
             raise ValueError(

@@ -8,7 +8,12 @@ import os
 import urllib.error
 import urllib.request
 
-from focus_ray.cluster.address import TIMEOUT_S, current_cluster, explain_unreachable, ray_folder
+from focus_ray.cluster.address import (
+    TIMEOUT_S,
+    find_connection_problem,
+    find_ray_session_folder,
+    read_last_cluster_address,
+)
 from focus_ray.doctor.diagnosis import CheckContext, CheckResult, report_failure, report_ok, report_warning
 from focus_ray.doctor.software import read_installed_version
 
@@ -25,8 +30,8 @@ def check_ray_address(context: CheckContext) -> CheckResult:
         return report_ok("RAY_ADDRESS is not set: each run starts a private Ray on this machine")
     if address.startswith(("http://", "https://")):
         return _check_dashboard(address)
-    host_and_port = current_cluster() if address == "auto" else address.removeprefix("ray://")
-    reason = "no cluster runs on this machine" if host_and_port is None else explain_unreachable(host_and_port)
+    host_and_port = read_last_cluster_address() if address == "auto" else address.removeprefix("ray://")
+    reason = "no cluster runs on this machine" if host_and_port is None else find_connection_problem(host_and_port)
     if reason:
         return report_failure(
             f"RAY_ADDRESS={address} does not answer ({reason})",
@@ -64,10 +69,10 @@ def check_stale_cluster_file(context: CheckContext) -> CheckResult:
 
     Ray writes the address of the cluster that was started last on a machine to this file. A killed cluster cannot delete it.
     """
-    file, address = ray_folder() / "ray_current_cluster", current_cluster()
+    file, address = find_ray_session_folder() / "ray_current_cluster", read_last_cluster_address()
     if address is None:
         return report_ok("no other Ray cluster is recorded on this machine")
-    reason = explain_unreachable(address)
+    reason = find_connection_problem(address)
     if reason:
         return report_warning(
             f"{file} names {address}, which does not answer ({reason}): a cluster was killed",

@@ -122,7 +122,7 @@ def check_ray_package(context: CheckContext) -> CheckResult:
         [need for need in read_requirements(extra="ray") if need.name == "ray"]
     ).items():
         return report_failure(reason, f"pip install '{need}'")
-    from focus_ray.cluster.ray_private import check_private_parts
+    from focus_ray.cluster.ray_private import check_private_attributes
 
-    check_private_parts()
+    check_private_attributes()
     return report_ok(f"{read_installed_version('ray')}; it has the internal parts that focus_ray uses")

@@ -15,11 +15,13 @@ from focus_ray.reporting.evaluation import EvaluationSection
 from focus_ray.reporting.gallery import GalleryCard
 from focus_ray.reporting.tables import compute_mean_metrics
 from focus_ray.settings.sections import apply_overrides
-from focus_ray.tracking.recorder import Recorder
+from focus_ray.tracking.recorder import BackgroundRecorder
 from focus_ray.tracking.runs import EvaluatedCategory, record_evaluation
 
 
-def open_evaluation_recorder(bundles: Mapping[str, str], output: str, overrides: Sequence[str], log: Log) -> Recorder:
+def open_evaluation_recorder(
+    bundles: Mapping[str, str], output: str, overrides: Sequence[str], log: Log
+) -> BackgroundRecorder:
     """Returns a recorder for the experiment trackers of an evaluation: the trackers of the training, changed by `overrides`.
 
     Without overrides, a tracker that cannot be used gives only a warning, and the recorder then has no tracker. The recorder
@@ -47,22 +49,22 @@ def open_evaluation_recorder(bundles: Mapping[str, str], output: str, overrides:
         except (BundleError, FileNotFoundError):  # the evaluation reports this error
             continue
     else:
-        return Recorder({}, output, log)
+        return BackgroundRecorder({}, output, log)
     requested = apply_overrides({"data": {"uri": "-"}, "trackers": dict(tree.get("trackers", {}))}, list(overrides))
     trackers = parse_config(requested, "trackers").trackers
     root = bundle.rstrip("/").rpartition("/bundles/")[0]
     storage = root.rpartition("/")[0] or output
     try:
-        return Recorder(trackers, storage, log)
+        return BackgroundRecorder(trackers, storage, log)
     except FocusRayError as error:
         if overrides:
             raise
         log(f"WARNING: the evaluation is not recorded in the trackers of the training: {error}")
-        return Recorder({}, output, log)
+        return BackgroundRecorder({}, output, log)
 
 
 def record_in_trackers(
-    recorder: Recorder,
+    recorder: BackgroundRecorder,
     bundles: Mapping[str, str],
     results: Mapping[str, Mapping[str, Any]],
     section_of: Callable[[str], EvaluationSection],

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from focus_ray.bundle.bundle import MANIFEST
-from focus_ray.cluster.connect import runs_here
+from focus_ray.cluster.connect import runs_without_ray
 from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.evaluation.measuring import (
     CATEGORIES,
@@ -225,7 +225,7 @@ def evaluate_bundles(
 ) -> EvaluationReport:
     """Evaluates bundles on their labelled test images. Writes report.html, report.md, report.json and results of each image.
 
-    The evaluation runs in this process or on the cluster of RAY_ADDRESS, by the same rule as training (`runs_here`). With
+    The evaluation runs in this process or on the cluster of RAY_ADDRESS, by the same rule as training (`runs_without_ray`). With
     `num_workers` above 1 and without RAY_ADDRESS it starts Ray on this machine. The failure of a category raises no error: the
     result of the category has the key "error".
 
@@ -254,7 +254,7 @@ def evaluate_bundles(
     recorder = open_evaluation_recorder(bundles, settings.output, trackers, log)
     evaluation = EvaluationRun(bundles, settings, log)
     try:
-        if runs_here(ClusterConfig(num_workers=num_workers or 1)):
+        if runs_without_ray(ClusterConfig(num_workers=num_workers or 1)):
             check_folder_access(settings.output)
             pool = None
         else:

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.cluster.connect import connect, uses_gpu
-from focus_ray.cluster.pool import Failed, WorkerPool, options_per_worker
-from focus_ray.cluster.preflight import count_concurrent_runs, probe_nodes
+from focus_ray.cluster.connect import connect_to_ray, do_workers_use_gpu
+from focus_ray.cluster.pool import FailedPiece, WorkerPool, make_worker_options
+from focus_ray.cluster.preflight import check_storage_on_nodes, count_concurrent_trainings
 from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.data.store import open_data_set
 from focus_ray.errors import DataError, FocusRayError
@@ -213,12 +213,12 @@ class ScoringRun(Generic[Job]):
     def store_outcome(self, item: WorkItem[Job], outcome: Any) -> None:
         """Stores the result of a work item, or marks its category as failed. Ignores items of a failed category.
 
-        Args: outcome: the result, or `Failed`.
+        Args: outcome: the result, or `FailedPiece`.
         """
         category = item.job.category
         if category in self.failed:
             return
-        if isinstance(outcome, Failed):
+        if isinstance(outcome, FailedPiece):
             self.mark_failed(category, outcome.reason)
         else:
             self.num_open[category] -= 1
@@ -241,10 +241,10 @@ class ScoringRun(Generic[Job]):
                 try:
                     outcome = function(item, on_image=self.progress.add_finished)
                 except FocusRayError as error:
-                    outcome = Failed(str(error))
+                    outcome = FailedPiece(str(error))
                 self.store_outcome(item, outcome)
             return
-        for item, outcome in pool.run(function, self.take_next_item):
+        for item, outcome in pool.run_pieces(function, self.take_next_item):
             self.progress.add_finished(item.num_images)
             self.store_outcome(item, outcome)
 
@@ -261,8 +261,8 @@ def open_worker_pool(num_workers: int | None, inputs: Sequence[str], output: str
         TrainingError: Ray cannot be used or started, or the cluster has no room for a worker.
         DataError: a node cannot use the storage.
     """
-    is_private = connect()
-    probe_nodes(inputs, [output])
+    is_private = connect_to_ray()
+    check_storage_on_nodes(inputs, [output])
     config = ClusterConfig()
-    count = count_concurrent_runs(config, is_private, log=log, limit=num_workers)
-    return WorkerPool(count, options_per_worker(config, uses_gpu(config)), config.max_failures, log)
+    count = count_concurrent_trainings(config, is_private, log=log, limit=num_workers)
+    return WorkerPool(count, make_worker_options(config, do_workers_use_gpu(config)), config.max_failures, log)

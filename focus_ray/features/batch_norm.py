@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from focus_ray.distributed import world_size
+from focus_ray.distributed import get_world_size
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -43,7 +43,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
         In training, it also updates the running statistics.
         """
-        if not self.training or world_size() == 1:
+        if not self.training or get_world_size() == 1:
             return super().forward(x)
         values = x.float()
         assert self.running_mean is not None

@@ -37,7 +37,7 @@ from focus_ray.density.tiles import Tiles
 from focus_ray.detect.calibration import Calibration, CalibrationBuilder, Method
 from focus_ray.detect.detector import GRID, Detector
 from focus_ray.detect.profile import fit_profile
-from focus_ray.distributed import broadcast_from_rank0, gather_objects, gather_rows, world_size
+from focus_ray.distributed import all_gather_objects, all_gather_rows, compute_on_rank0_and_broadcast, get_world_size
 from focus_ray.errors import ConfigError
 from focus_ray.features.alignment.congealing import CongealingAligner
 from focus_ray.features.batch_norm import use_inference_backbone
@@ -222,8 +222,8 @@ class CategoryFit:
         self.config, self.net, self.shard = config, net, shard
         self.device, self.rank, self.log = device, rank, log
         self.num_images = num_images
-        self.offset = num_images * rank // world_size()
-        self.num_own = num_images * (rank + 1) // world_size() - self.offset
+        self.offset = num_images * rank // get_world_size()
+        self.num_own = num_images * (rank + 1) // get_world_size() - self.offset
         self.reduction = ChannelReduction(net.backbone.spec.channels, config.density, config.train.seed).to(device)
         self.notes = FitNotes()
         self.seconds: dict[str, float] = {}
@@ -236,7 +236,7 @@ class CategoryFit:
 
     def _log_progress(self, stage: str, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """Generator: yields the batches unchanged, and logs from time to time how many images are finished."""
-        return track_progress(batches, stage, self.num_images // world_size(), self.log, count=len)
+        return track_progress(batches, stage, self.num_images // get_world_size(), self.log, count=len)
 
     @contextmanager
     def _measure_time(self, stage: str) -> Iterator[None]:
@@ -305,7 +305,7 @@ class CategoryFit:
             aligned_score = self._validate({"image_alignment": group})
             aligner.enabled.fill_(False)
             unaligned_score = self._validate({"image_alignment": "none"})
-            report.enabled = broadcast_from_rank0(lambda: aligned_score > unaligned_score)
+            report.enabled = compute_on_rank0_and_broadcast(lambda: aligned_score > unaligned_score)
             aligner.enabled.fill_(report.enabled)
         on_or_off = "on" if report.enabled else "off"
         self.log(f"image alignment {on_or_off} (pairwise L2 of held-out images falls by {report.drop:.0%})")
@@ -344,7 +344,7 @@ class CategoryFit:
         from focus_ray.fyd.training import cut_tiles
 
         train, tiles = self.config.train, Tiles(*self.config.model.tile_layout)
-        steps = BatchSchedule.agree(self.num_images, world_size(), train.batch_size_per_worker)
+        steps = BatchSchedule.agree(self.num_images, get_world_size(), train.batch_size_per_worker)
         training.start(steps.steps)
         if state is None:
             self._keep_best(-1)
@@ -392,7 +392,7 @@ class CategoryFit:
         self.net.eval()
         score = self._validate({"epoch": epoch + 1})
         best = self.best
-        if best is None or broadcast_from_rank0(lambda: score > best.score + MIN_GAIN):
+        if best is None or compute_on_rank0_and_broadcast(lambda: score > best.score + MIN_GAIN):
             network = {name: value.detach().cpu().clone() for name, value in self.net.state_dict().items()}
             self.best = BestNetwork(epoch, score, network)
 
@@ -469,9 +469,11 @@ class CategoryFit:
         if self._reference_images is None:
             rows = self._own_rows(sample_evenly(self.num_images, len(SHIFTS_PX)))
             own_images = self._join_batches(self.shard.fit_batches(positions=rows))[..., :3]
-            self._reference_images = gather_rows(own_images)
+            self._reference_images = all_gather_rows(own_images)
         images = self._reference_images
-        return broadcast_from_rank0(lambda: measure_same_part_distance(self.net, self.reduction, images, self.device))
+        return compute_on_rank0_and_broadcast(
+            lambda: measure_same_part_distance(self.net, self.reduction, images, self.device)
+        )
 
     def _describe(self, batches: Iterable[Tensor]) -> Tensor:
         """Computes descriptors (n, P, K), coarse features, of the images of all workers.
@@ -484,7 +486,7 @@ class CategoryFit:
             describe_images(self.net, self.reduction, convert_to_float_images(batch, self.device)).cpu()
             for batch in batches
         ]
-        return gather_rows(torch.cat(parts))
+        return all_gather_rows(torch.cat(parts))
 
     @torch.inference_mode()
     def _unrelated_holdout(self, statistics: Statistics) -> list[int] | None:
@@ -495,7 +497,7 @@ class CategoryFit:
         Returns: positions among this worker's held-out images. None if less than `_MIN_UNRELATED_SHARE` of the held-out images
             of all workers show other parts: the scores of held-out images then do not show how a new part scores.
         """
-        counts = gather_objects(self.shard.num_holdout())
+        counts = all_gather_objects(self.shard.num_holdout())
         bank_images = self._choose_bank_images(for_calibration=True)
         assert bank_images is not None
         assert statistics.descriptors is not None
@@ -535,7 +537,7 @@ class CategoryFit:
         if self.validation is None:
             return
         self.shard = self.shard.join_validation()
-        counts = gather_objects(len(self.shard.fit_groups()))
+        counts = all_gather_objects(len(self.shard.fit_groups()))
         self.num_images, self.num_own = sum(counts), counts[self.rank]
         self.offset = sum(counts[: self.rank])
 
@@ -544,7 +546,7 @@ class CategoryFit:
         method = self.config.calibration.method
         if method != "auto":
             return method
-        return "split" if sum(gather_objects(self.shard.num_holdout())) else self._method_without_holdout()
+        return "split" if sum(all_gather_objects(self.shard.num_holdout())) else self._method_without_holdout()
 
     def _method_without_holdout(self) -> Method:
         """Returns the calibration method that uses training images: leave_one_out if the density supports it, else cross."""
@@ -623,7 +625,7 @@ class CategoryFit:
         limit = -(-config.max_images // (NUM_CALIBRATION_FOLDS - 1))
         for number in range(NUM_CALIBRATION_FOLDS):
             rows = np.flatnonzero(fold_of == number)
-            sizes = gather_objects(len(rows))
+            sizes = all_gather_objects(len(rows))
             first, num_images = sum(sizes[: self.rank]), sum(sizes)
             bank_images = sample_evenly(num_images, limit) if DENSITIES[config.kind].keeps_bank else None
             batches = self.shard.fit_batches(rows.tolist())
@@ -672,12 +674,12 @@ class _Fold(NamedTuple):
 
 def _join_workers(numbers: NDArray[np.int64]) -> Tensor:
     """Concatenates arrays (n,) of all workers, in the order of their ranks."""
-    return torch.from_numpy(np.concatenate(gather_objects(numbers)))
+    return torch.from_numpy(np.concatenate(all_gather_objects(numbers)))
 
 
 def _find_relations(descriptors: Tensor, origins: ImageOrigins) -> Relations | None:
     """Runs `find_relations` on the worker with rank 0, and returns the result on every worker."""
-    return broadcast_from_rank0(lambda: find_relations(descriptors, origins))
+    return compute_on_rank0_and_broadcast(lambda: find_relations(descriptors, origins))
 
 
 def _join_all(parts: Sequence[Statistics]) -> Statistics:

@@ -32,7 +32,7 @@ from focus_ray.density.tiles import split_maps
 from focus_ray.detect.calibration import CalibrationBuilder
 from focus_ray.detect.detector import Detector, ScoredImages, compute_scored_pixels
 from focus_ray.detect.profile import MAX_IMAGES, compute_leave_one_out_distances, compute_profile_from_distances
-from focus_ray.distributed import worker_range
+from focus_ray.distributed import compute_worker_range
 from focus_ray.fitting.passes import calibration_pixels, merge_over_workers
 from focus_ray.fitting.projection import NUM_FOLDS, DiscriminantProjection
 from focus_ray.fitting.settings import Config
@@ -208,5 +208,5 @@ def _score_with_profile(
 
 def _own_numbers(count: int) -> Tensor:
     """Returns this worker's share of the integers 0 to count - 1."""
-    part = worker_range(count)
+    part = compute_worker_range(count)
     return torch.arange(part.start, part.stop)

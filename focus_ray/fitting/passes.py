@@ -26,7 +26,7 @@ from focus_ray.detect.detector import (
     extract_scored_pixel_mask,
 )
 from focus_ray.detect.settings import CalibrationConfig
-from focus_ray.distributed import broadcast_from_rank0, gather_objects, gather_rows, world_size
+from focus_ray.distributed import all_gather_objects, all_gather_rows, compute_on_rank0_and_broadcast, get_world_size
 from focus_ray.features.alignment.congealing import AlignmentReport, CongealingAligner
 from focus_ray.features.network import FocusNet, convert_to_float_images
 from focus_ray.fitting.projection import CachedEmbeddings
@@ -145,7 +145,7 @@ def compute_embedding_statistics(
     _reduce_moments(moments)
     if bank_images is None:
         return Statistics(moments, grid=grid)
-    bank, thetas, shown = (gather_rows(torch.cat(parts)) for parts in (bank_parts, theta_parts, shown_parts))
+    bank, thetas, shown = (all_gather_rows(torch.cat(parts)) for parts in (bank_parts, theta_parts, shown_parts))
     return Statistics(
         moments, bank, thetas if len(thetas) else None, shown=shown > 0 if len(shown) else None, grid=grid
     )
@@ -153,7 +153,7 @@ def compute_embedding_statistics(
 
 def _reduce_moments(moments: Moments) -> None:
     """Replaces this worker's moments, in place, by the moments of the images of all workers."""
-    if world_size() == 1:
+    if get_world_size() == 1:
         return
     count = torch.tensor([moments.count], dtype=torch.float64, device=moments.mean.device)
     total_sum = moments.mean.double() * moments.count
@@ -183,13 +183,13 @@ def fit_aligner(net: FocusNet, batches: Iterable[Tensor], device: torch.device, 
         return None
     size = aligner.FINE_PX
     prepared = [aligner.standardise_images(convert_to_float_images(batch, device)).cpu() for batch in batches]
-    rows = gather_rows(torch.cat([torch.empty(0, size, size), *prepared]))
+    rows = all_gather_rows(torch.cat([torch.empty(0, size, size), *prepared]))
 
     def fit() -> tuple[AlignmentReport, dict[str, Tensor]]:
         report = aligner.fit(rows.to(device), seed)
         return report, {name: value.cpu() for name, value in aligner.state_dict().items()}
 
-    report, state = broadcast_from_rank0(fit)
+    report, state = compute_on_rank0_and_broadcast(fit)
     aligner.load_state_dict(state)
     return report
 
@@ -240,7 +240,7 @@ def calibration_pixels(scored: ScoredImages, shown: Tensor | None) -> NDArray[np
 
 def merge_over_workers(builder: CalibrationBuilder) -> CalibrationBuilder:
     """Merges the calibration builders of all workers, with the same result on every worker."""
-    return functools.reduce(CalibrationBuilder.merge, gather_objects(builder))
+    return functools.reduce(CalibrationBuilder.merge, all_gather_objects(builder))
 
 
 @torch.inference_mode()
@@ -261,7 +261,7 @@ def compute_validation_figures(
     batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
     scores, maps = collect_scores((detector(torch.from_numpy(batch)) for batch in batches), masks.shape[1:])
     return validation_figures(
-        *(np.concatenate(parts) for parts in zip(*gather_objects((masks, scores, maps)), strict=True))
+        *(np.concatenate(parts) for parts in zip(*all_gather_objects((masks, scores, maps)), strict=True))
     )
 
 

@@ -36,7 +36,7 @@ from focus_ray.density.relations import Relations, assign_folds
 from focus_ray.density.settings import DensityConfig
 from focus_ray.density.tiles import Tiles
 from focus_ray.detect.detector import compute_descriptors, compute_scored_locations, embed_tiles
-from focus_ray.distributed import gather_rows, worker_range, world_size
+from focus_ray.distributed import all_gather_rows, compute_worker_range, get_world_size
 from focus_ray.features.alignment.theta import warp_images
 from focus_ray.features.network import FocusNet, convert_to_float_images
 from focus_ray.fitting.duplicates import ImageOrigins, find_relations
@@ -166,16 +166,16 @@ def learn_projection(
     own_images = torch.cat(own_parts)  # (n, S, S, 4), tiles count as images
     full_reduction = build_full_reduction(reduction, net.backbone.spec.channels).to(device)
     # every worker needs all chosen images, because synthetic defects contain pieces of other images
-    images = gather_rows(own_images)
+    images = all_gather_rows(own_images)
     embedding, theta = _embed_all_channels(net, full_reduction, own_images, device)
     num_channels = full_reduction.num_channels
     full, coreset = embedding.cpu().split([num_channels, full_reduction.num_coreset_channels], dim=1)
     rows = {number: row for row, number in enumerate(numbers)}
     cache = CachedEmbeddings(rows, tiles.join(full), tiles.join(coreset), theta)
-    bank = gather_rows(full)
+    bank = all_gather_rows(full)
     # (n, H, W) bool, locations of the aligned frame that are scored
     scored = compute_scored_locations(own_images[..., 3].to(device) > 0, theta, Tiles(1, 1, size, 0), full.shape[2:])
-    scored = gather_rows(scored.cpu())
+    scored = all_gather_rows(scored.cpu())
     if len(images) < 2:
         raise ValueError(
             f"density.reduction=discriminant needs at least 2 normal images, got {len(images)}: add training images"
@@ -184,11 +184,11 @@ def learn_projection(
     if origins is not None:
         # same_part_distance was measured on the channels of the coreset and is not valid for all channels
         origins = origins if coreset.shape[1] else origins._replace(same_part_distance=None)
-        compared = tiles.join(gather_rows(coreset if coreset.shape[1] else full))
+        compared = tiles.join(all_gather_rows(coreset if coreset.shape[1] else full))
         relations = find_relations(compute_descriptors(compared), origins)
     scatter = ResidualScatter(bank.to(device), reduction.config, seed, tiles.num_tiles, relations)
     queries = _choose_queries(len(images), tiles.num_tiles, use_all=len(images) == num_images)
-    own_queries = worker_range(len(queries))
+    own_queries = compute_worker_range(len(queries))
     defects_per_image = max(3, min(8, -(-NUM_DEFECTS // len(queries))))
     pictures = [] if shared is not None else find_objects(images[queries, ..., :3].numpy())
     groups = [own_queries[start : start + _IMAGES_AT_ONCE] for start in range(0, len(own_queries), _IMAGES_AT_ONCE)]
@@ -366,7 +366,7 @@ class ResidualScatter:
 
         Returns: `DiscriminantProjection.projection` and `DiscriminantProjection.scatters`, on the device of the bank.
         """
-        if world_size() > 1:
+        if get_world_size() > 1:
             for total in (self.sums, self.counts):
                 dist.all_reduce(total)
         mean = self.sums.sum(dim=0) / self.counts.sum(dim=0).clamp_min(1)[:, None, None]
@@ -391,7 +391,7 @@ class ResidualScatter:
         projection = torch.cat(
             [_scale_to_unit(learnt, scale_scatters[0]), _scale_to_unit(self.search[:num_whitened], scale_scatters[0])]
         )
-        if world_size() > 1:  # different machines may give an eigenvector the opposite sign
+        if get_world_size() > 1:  # different machines may give an eigenvector the opposite sign
             dist.broadcast(projection, 0)
         return projection
 

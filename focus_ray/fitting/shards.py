@@ -294,7 +294,7 @@ def fits_memory(config: Config, plan: SplitPlan | Split) -> bool:
 
     Args: plan: the split of the images of all workers.
     """
-    share = -(-plan.num_images // config.cluster.fewest_workers)
+    share = -(-plan.num_images // config.cluster.min_workers_to_start)
     channels = 4 if config.model.resize == "pad" or config.data.regions else 3
     return share * math.prod(config.model.resized_image_px) * channels <= config.data.memory_budget_mb * 2**20
 

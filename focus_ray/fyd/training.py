@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from focus_ray.density.tiles import Tiles
-from focus_ray.distributed import world_size
+from focus_ray.distributed import get_world_size
 from focus_ray.errors import DataError
 from focus_ray.features.network import FocusNet, convert_to_float_images
 from focus_ray.fyd.head import Head
@@ -59,7 +59,7 @@ class FydTraining:
         self.schedule = build_schedule(self.optimizer, self.config, steps_per_epoch)
         self.steps_per_epoch = steps_per_epoch
         self.objective: nn.Module = objective
-        if world_size() > 1:
+        if get_world_size() > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             self.objective = nn.parallel.DistributedDataParallel(objective, device_ids=devices)
         self.autocast = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -230,7 +230,7 @@ def train_epoch(
 
 def _mean_over_workers(figures: Tensor) -> Tensor:
     """Averages a tensor over all workers. With several workers, the argument is overwritten."""
-    if world_size() > 1:
+    if get_world_size() > 1:
         dist.all_reduce(figures)
-        figures = figures / world_size()
+        figures = figures / get_world_size()
     return figures

@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from focus_ray.cluster.connect import connect
-from focus_ray.cluster.failures import reason_of
-from focus_ray.cluster.preflight import probe_nodes
+from focus_ray.cluster.connect import connect_to_ray
+from focus_ray.cluster.failures import describe_root_cause
+from focus_ray.cluster.preflight import check_storage_on_nodes
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.ingestion.report import IngestReport
@@ -57,7 +57,8 @@ def map_in_ray_tasks(
         raise
     except ray.exceptions.RayError as error:
         raise TrainingError(
-            f"the workers of one piece of the source died on all {MAX_RETRIES + 1} attempts ({reason_of(error)}): if memory "
+            f"the workers of one piece of the source died on all {MAX_RETRIES + 1} attempts "
+            f"({describe_root_cause(error)}): if memory "
             "is short, lower --workers. Published data stays, and the same command continues"
         ) from error
     finally:
@@ -70,7 +71,7 @@ def ingest_on_cluster(
 ) -> IngestReport:
     """Runs `ingest` in tasks on a Ray cluster. Report and data are the same as without a cluster.
 
-    It joins or starts a cluster, see `cluster.connect.connect`.
+    It joins or starts a cluster, see `cluster.connect.connect_to_ray`.
 
     Args:
         source: a local folder that all nodes share, or an s3:// prefix.
@@ -86,8 +87,8 @@ def ingest_on_cluster(
 
     if num_workers != "auto" and (not isinstance(num_workers, int) or num_workers < 1):
         raise DataError(f"num_workers={num_workers!r}: expected a number of tasks, 1 or more, or auto")
-    connect()
+    connect_to_ray()
     files = () if is_s3_uri(source) else (path for path in Path(source).absolute().rglob("*") if path.is_file())
-    probe_nodes([str(path) for path in islice(files, 1)], [str(destination)])
+    check_storage_on_nodes([str(path) for path in islice(files, 1)], [str(destination)])
     count = max(1, int(ray.cluster_resources().get("CPU", 1))) if num_workers == "auto" else int(num_workers)
     return ingest(source, destination, run=partial(map_in_ray_tasks, num_workers=count), **options)

@@ -70,10 +70,10 @@ def running(settings: ServiceSettings, host: str = "127.0.0.1", port: int = 8000
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
-    from focus_ray.cluster.connect import connect
+    from focus_ray.cluster.connect import connect_to_ray
     from focus_ray.serving.app import build
 
-    started_ray = connect()
+    started_ray = connect_to_ray()
     try:
         serve.start(http_options={"host": host, "port": port, "request_timeout_s": settings.limits.timeout_s + 30})
         serve.run(

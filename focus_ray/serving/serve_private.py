@@ -11,7 +11,7 @@ import inspect
 import re
 from typing import Any
 
-from focus_ray.cluster.ray_private import RAY_VERSION, check_private_parts
+from focus_ray.cluster.ray_private import RAY_VERSION, check_private_attributes
 from focus_ray.errors import TrainingError
 
 _WRAPPER_ATTRIBUTE = "__serve_multiplex_wrapper"  # of replicas that have called a `serve.multiplexed` method
@@ -26,7 +26,7 @@ def check_serve_parts(parts: dict[str, tuple[str, str]] = SERVE_PARTS) -> None:
 
     Raises: TrainingError: the installed Ray lacks a class or attribute.
     """
-    check_private_parts(parts)
+    check_private_attributes(parts)
     import ray
     from ray.serve import api, multiplex
 

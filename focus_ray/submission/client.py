@@ -20,7 +20,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from focus_ray.cluster.ray_private import cluster_metadata
+from focus_ray.cluster.ray_private import fetch_cluster_metadata
 from focus_ray.errors import SubmissionError
 from focus_ray.names import Log
 from focus_ray.retries import compute_retry_pause_s
@@ -102,7 +102,7 @@ def check_cluster_versions(client: Any, say: Log) -> None:
 
     address = client.get_address()
     with _translate_ray_errors(address):
-        metadata = cluster_metadata(client)
+        metadata = fetch_cluster_metadata(client)
     local_python = ".".join(map(str, sys.version_info[:3]))
     for program, version, oldest, local in (
         ("Ray", metadata["rayVersion"], MIN_RAY_VERSION, ray.__version__),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from focus_ray.cluster.preflight import RESERVED
+from focus_ray.cluster.preflight import RESERVED_RESOURCES_VARIABLE
 from focus_ray.errors import SubmissionError
 from focus_ray.fitting.settings import load_config
 from focus_ray.names import make_unique_name
@@ -60,7 +60,7 @@ class JobRequest:
 
 def build_job_request(
     command: Sequence[str],
-    load_sweep: Callable[[Path, Sequence[str]], Any],
+    load_sweep_config: Callable[[Path, Sequence[str]], Any],
     *,
     commands: Collection[str] = (),
     team: str | None = None,
@@ -78,7 +78,7 @@ def build_job_request(
 
     Args:
         command: A `focus-ray` command with its arguments; or any program, if the first word is not in `commands`.
-        load_sweep: `sweep.settings.load_sweep`, which reads and checks the configuration of a sweep.
+        load_sweep_config: `sweep.settings.load_sweep_config`, which reads and checks the configuration of a sweep.
         commands: Names of the `focus-ray` commands.
         team: Team that owns the job.
         category: Category that the job is about; replaces the categories of the configuration.
@@ -104,14 +104,14 @@ def build_job_request(
         if file is not None:
             if team is not None and command[0] in _KEY_PREFIXES:
                 arguments.append(f"{_KEY_PREFIXES[command[0]]}cluster.team={team}")
-            metadata.update(_check_config_for_cluster(arguments, file, Path(working_dir), package, load_sweep))
+            metadata.update(_check_config_for_cluster(arguments, file, Path(working_dir), package, load_sweep_config))
         arguments = [python, "-m", "focus_ray.cli", *arguments]
     metadata.update({key: value for key, value in (("team", team), ("category", category)) if value})
     environment = _collect_environment_variables(env)
     memory = int(memory_gib * 2**30)
     reserved = {kind: value for kind, value in (("CPU", num_cpus), ("GPU", num_gpus), ("memory", memory)) if value}
     if reserved:
-        environment[RESERVED] = json.dumps(reserved)
+        environment[RESERVED_RESOURCES_VARIABLE] = json.dumps(reserved)
     resources = {
         "entrypoint_num_cpus": num_cpus or None,
         "entrypoint_num_gpus": num_gpus or None,
@@ -154,7 +154,7 @@ def _check_config_for_cluster(
     file: str,
     working_dir: Path,
     package: JobPackage,
-    load_sweep: Callable[[Path, Sequence[str]], Any],
+    load_sweep_config: Callable[[Path, Sequence[str]], Any],
 ) -> dict[str, str]:
     """Checks that the configuration of a command can work on the cluster, and returns metadata about it.
 
@@ -163,7 +163,7 @@ def _check_config_for_cluster(
         file: Result of `_find_config_file`.
         working_dir: Folder that is sent.
         package: Files that are sent.
-        load_sweep: See `build_job_request`.
+        load_sweep_config: See `build_job_request`.
 
     Returns:
         config_sha256, and for `train` and `sweep` also category and team.
@@ -179,8 +179,8 @@ def _check_config_for_cluster(
     prefix = _KEY_PREFIXES[arguments[0]]
     weights: set[str] = set()
     if prefix:
-        full_config = load_sweep(path, overrides)
-        config = full_config.config_at()
+        full_config = load_sweep_config(path, overrides)
+        config = full_config.make_trial_config()
         base_file = read_yaml_mapping(path).get("base_file")
         if base_file and not Path(file).is_absolute():
             _check_file_is_sent(os.path.join(os.path.dirname(file), base_file), package)

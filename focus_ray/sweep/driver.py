@@ -1,7 +1,7 @@
 """Runs a sweep (a search for good settings) with Ray Tune, keeps its results, and deletes temporary files at the end.
 
-Tune starts trials, and restarts them if their machine is lost. A trial asks the `Judge` actor after every score and ends itself
-if it is pruned, i.e. stopped early for a low score: if Tune stopped it, its Ray Train placement group could remain (Ray 2.60).
+Tune starts trials, and restarts them if their machine is lost. A trial asks the `TrialPruner` actor after every score and ends
+itself if it is pruned, i.e. stopped early for a low score: if Tune stopped it, its placement group could remain (Ray 2.60).
 Each trial writes a record of its settings and scores (`records`); Tune's experiment state is not used. So a sweep can be resumed
 on any machine that reaches its storage.
 """
@@ -27,11 +27,11 @@ from ray import tune
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from focus_ray.cluster.connect import connect, resources_per_worker, uses_gpu
-from focus_ray.cluster.failures import reason_of
-from focus_ray.cluster.ownership import Heartbeat, check_resumable
-from focus_ray.cluster.preflight import count_concurrent_runs, probe_nodes
-from focus_ray.cluster.ray_private import remove_working_folders
+from focus_ray.cluster.connect import compute_worker_resources, connect_to_ray, do_workers_use_gpu
+from focus_ray.cluster.failures import describe_root_cause
+from focus_ray.cluster.ownership import HeartbeatWriter, check_run_resumable
+from focus_ray.cluster.preflight import check_storage_on_nodes, count_concurrent_trainings
+from focus_ray.cluster.ray_private import remove_tune_folders
 from focus_ray.data.read import list_categories
 from focus_ray.data.schema import COMMIT_NAME
 from focus_ray.errors import ConfigError, DataError, SweepError
@@ -42,17 +42,17 @@ from focus_ray.fitting.split import Split
 from focus_ray.names import Log, make_unique_name
 from focus_ray.storage.files import join_path, read_bytes, remove_folder
 from focus_ray.sweep import records
-from focus_ray.sweep.proposer import Proposer
-from focus_ray.sweep.race import Judge
+from focus_ray.sweep.proposer import SettingsProposer
+from focus_ray.sweep.race import TrialPruner
 from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import Point, SweepConfig
 from focus_ray.sweep.shared_work import SharedInputs, compute_shared_inputs
-from focus_ray.sweep.trial_inputs import check_trial_settings, split_for_judging
-from focus_ray.sweep.tune import SweepStopper, TuneSearcher, run_tune
+from focus_ray.sweep.trial_inputs import check_trial_settings, split_for_scoring
+from focus_ray.sweep.tune import SweepStopper, TuneSearcher, run_tune_trials
 from focus_ray.sweep.worker import STOPPED, StageJob, run_trial
-from focus_ray.tracking.recorder import Recorder
+from focus_ray.tracking.recorder import BackgroundRecorder
 from focus_ray.tracking.trials import SweepRecorder
-from focus_ray.training.training import resolve_paths
+from focus_ray.training.training import make_paths_absolute
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,15 @@ class SweepOutcome:
     stopped: bool
 
     @property
-    def best(self) -> dict[str | None, TrialRecord]:
+    def best_records(self) -> dict[str | None, TrialRecord]:
         """The best trials: stage -> record (result) of its best trial.
 
         A stage is one search: for a category, or, with the stage None, for all categories together.
         """
-        return records.best_records(self.records)
+        return records.find_best_records(self.records)
 
     @property
-    def failed(self) -> list[TrialRecord]:
+    def failed_records(self) -> list[TrialRecord]:
         """The records of the failed trials."""
         return [record for record in self.records if record.status == "failed"]
 
@@ -86,7 +86,7 @@ class SweepOutcome:
 def run_sweep(config: SweepConfig, log: Log = lambda message: None) -> SweepOutcome:
     """Runs a new sweep (a search for good settings) in its own folder, writes its report, and returns its result.
 
-    It joins or starts a Ray cluster, see `cluster.connect.connect`.
+    It joins or starts a Ray cluster, see `cluster.connect.connect_to_ray`.
 
     Args:
         config: Configuration of the sweep.
@@ -100,17 +100,19 @@ def run_sweep(config: SweepConfig, log: Log = lambda message: None) -> SweepOutc
         WeightsError: The weights of the network cannot be loaded.
         TrainingError: Ray does not start or answer, or the cluster is too small for a trial.
     """
-    base = resolve_paths(config.config_at())
+    base = make_paths_absolute(config.make_trial_config())
     if config.name is None:
         config = config.model_copy(update={"name": make_unique_name(base.cluster.team, base.name)})
     config = config.model_copy(update={"base": base.model_dump(mode="json")})
     root = join_path(base.storage, str(config.name))
-    records.check_no_sweep(root)
-    splits = _read_splits(config, base)
-    _check_points(config, base, splits)
+    records.check_folder_unused(root)
+    splits = _split_categories(config, base)
+    _check_trial_configs(config, base, splits)
     fingerprints = {category: split.fingerprint for category, split in splits.items()}
     log(f"sweep: {root}")
-    return _run_and_report(config, root, splits, log, lambda: records.claim_folder(root, config, fingerprints))
+    return _run_and_report_sweep(
+        config, root, splits, log, lambda: records.claim_sweep_folder(root, config, fingerprints)
+    )
 
 
 def resume_sweep(folder: str, log: Log = lambda message: None) -> SweepOutcome:
@@ -130,15 +132,15 @@ def resume_sweep(folder: str, log: Log = lambda message: None) -> SweepOutcome:
         TrainingError: Ray does not start or answer, or the cluster is too small for a trial.
     """
     root = folder if "://" in folder else str(Path(folder).expanduser().absolute())
-    config = records.read_sweep(root)
-    base = config.config_at()
-    splits = _read_splits(config, base)
-    check_resumable(root, {category: split.fingerprint for category, split in splits.items()}, SweepError)
-    log(f"sweep: {root}, {len(records.read_records(root))} trials have records")
-    return _run_and_report(config, root, splits, log, lambda: None)
+    config = records.read_sweep_config(root)
+    base = config.make_trial_config()
+    splits = _split_categories(config, base)
+    check_run_resumable(root, {category: split.fingerprint for category, split in splits.items()}, SweepError)
+    log(f"sweep: {root}, {len(records.read_trial_records(root))} trials have records")
+    return _run_and_report_sweep(config, root, splits, log, lambda: None)
 
 
-def _read_splits(config: SweepConfig, base: Config) -> dict[str, Split]:
+def _split_categories(config: SweepConfig, base: Config) -> dict[str, Split]:
     """Divides the images of each category into images for training and for scoring trials. Returns category -> split.
 
     The categories are in the order in which trials go through them: first the categories of `race.order`.
@@ -157,10 +159,10 @@ def _read_splits(config: SweepConfig, base: Config) -> dict[str, Split]:
         raise DataError(f"{base.data.uri} has no category {', '.join(unknown)}; it has {', '.join(existing)}")
     first = [category for category in config.race.order or () if category in categories]
     ordered = [*first, *(category for category in categories if category not in first)]
-    return {category: split_for_judging(base, category, config.objective) for category in ordered}
+    return {category: split_for_scoring(base, category, config.objective) for category in ordered}
 
 
-def _check_points(config: SweepConfig, base: Config, splits: Mapping[str, Split]) -> None:
+def _check_trial_configs(config: SweepConfig, base: Config, splits: Mapping[str, Split]) -> None:
     """Checks before the sweep that the settings of the search space work with the data and the network.
 
     For the searcher `optuna`, checks the values of each setting alone.
@@ -175,10 +177,10 @@ def _check_points(config: SweepConfig, base: Config, splits: Mapping[str, Split]
         DataError: A category has too few images for the workers.
         WeightsError: The weights of the network cannot be loaded.
     """
-    points = config.single_points() if config.searcher == "optuna" else Proposer(config).points
+    points = config.list_single_setting_points() if config.searcher == "optuna" else SettingsProposer(config).points
     checked: set[tuple[str, str, str | None]] = set()
     for point in points:
-        settings = config.config_at(point)
+        settings = config.make_trial_config(point)
         ingredients = (settings.model.backbone, settings.model.weights, settings.density.metric)
         if ingredients not in checked:
             check_prerequisites(settings)
@@ -195,7 +197,7 @@ def _check_points(config: SweepConfig, base: Config, splits: Mapping[str, Split]
             raise DataError(f"category {category!r}: {error}") from None
 
 
-def _run_and_report(
+def _run_and_report_sweep(
     config: SweepConfig, root: str, splits: dict[str, Split], log: Log, claim: Callable[[], None]
 ) -> SweepOutcome:
     """Runs the trials of a new or resumed sweep and writes its report.
@@ -213,15 +215,15 @@ def _run_and_report(
         DataError: A node cannot access the storage, or images cannot be read.
         TrainingError: Ray does not start or answer, or the cluster is too small for a trial.
     """
-    from focus_ray.sweep.report import write_report
+    from focus_ray.sweep.report import write_sweep_report
 
-    base = config.config_at()
-    recorder = Recorder(base.trackers, base.storage, log)
-    is_private = connect()
+    base = config.make_trial_config()
+    recorder = BackgroundRecorder(base.trackers, base.storage, log)
+    is_private = connect_to_ray()
 
     try:
         streams = config.max_epochs > 0 and any(not fits_memory(base, split) for split in splits.values())
-        limit = count_concurrent_runs(
+        limit = count_concurrent_trainings(
             base.cluster,
             is_private,
             streams,
@@ -230,27 +232,27 @@ def _run_and_report(
             limit=config.max_concurrent_trials,
             prefix="base.",
         )
-        probe_nodes([join_path(base.data.uri, f"category={c}", COMMIT_NAME) for c in splits], [root])
+        check_storage_on_nodes([join_path(base.data.uri, f"category={c}", COMMIT_NAME) for c in splits], [root])
         claim()
         sweep_recorder = SweepRecorder(
             recorder,
-            read_bytes(join_path(root, records.SWEEP)),
+            read_bytes(join_path(root, records.SWEEP_FILE)),
             str(config.name),
             base.storage,
             base.cluster.team,
             config.model_dump(mode="json", exclude_none=True),
         )
-        state = _SweepDriver(config, root, splits, streams, limit, log, sweep_recorder).run()
+        state = _SweepDriver(config, root, splits, streams, limit, log, sweep_recorder).run_trials()
     finally:
         if is_private:
             ray.shutdown()
-    trial_records = records.read_records(root)
+    trial_records = records.read_trial_records(root)
     outcome = SweepOutcome(root, trial_records, state == "stopped")
-    if outcome.best:
-        write_report(root, config, trial_records)
+    if outcome.best_records:
+        write_sweep_report(root, config, trial_records)
         log(f"report: {join_path(root, 'report.html')}")
     elif trial_records and not outcome.stopped:
-        reasons = "; ".join(f"trial {record.name}: {record.reason}" for record in outcome.failed[:3])
+        reasons = "; ".join(f"trial {record.name}: {record.reason}" for record in outcome.failed_records[:3])
         raise SweepError(f"{root}: none of {len(trial_records)} trials has a score; {reasons}")
     return outcome
 
@@ -283,7 +285,7 @@ class _SweepDriver:
     experiment: str = field(default_factory=lambda: f"sweep-{uuid.uuid4().hex[:8]}")
     scratch: str = field(default_factory=lambda: tempfile.mkdtemp(prefix="focus-ray-sweep-"))
 
-    def run(self) -> str:
+    def run_trials(self) -> str:
         """Runs all trials that have no result yet. At the end deletes temporary files and releases Ray's resources.
 
         Returns:
@@ -293,12 +295,12 @@ class _SweepDriver:
             DataError: Images cannot be read, or the storage fails.
             SweepError: A stored result of a trial is not valid.
         """
-        groups_before = placement_groups()
-        heartbeat = Heartbeat(self.root)
+        groups_before = list_placement_groups()
+        heartbeat = HeartbeatWriter(self.root)
         state = "failed"
         try:
             with self.stop_on_signals():
-                use_gpu = uses_gpu(self.config.config_at().cluster)
+                use_gpu = do_workers_use_gpu(self.config.make_trial_config().cluster)
                 shared = compute_shared_inputs(self.config, self.splits, use_gpu, self.stopping, self.log)
                 for stage in [None] if self.config.scope == "all_categories" else list(self.splits):
                     if not self.stopping.is_set():
@@ -306,9 +308,9 @@ class _SweepDriver:
             state = "stopped" if self.stopping.is_set() else "finished"
         finally:
             try:
-                self.remove_files()
+                self.remove_temporary_files()
                 # A killed Ray Train controller does not remove the placement group of its workers (Ray 2.60).
-                for name in placement_groups() - groups_before:
+                for name in list_placement_groups() - groups_before:
                     remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(name)))
                 self.close_trackers(state)
             finally:
@@ -337,7 +339,7 @@ class _SweepDriver:
             for caught_signal, handler in previous_handlers.items():
                 signal.signal(caught_signal, handler)
 
-    def remove_files(self) -> None:
+    def remove_temporary_files(self) -> None:
         """Deletes all temporary files of the sweep: on this machine, in its folder, and on all nodes of the cluster.
 
         Tune leaves one folder per trial in the session folder of every node, also after the job (Ray 2.60).
@@ -348,7 +350,7 @@ class _SweepDriver:
         for node in ray.nodes():
             if node["Alive"]:
                 on_node = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-                task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_node)(remove_working_folders)
+                task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_node)(remove_tune_folders)
                 tasks.append(task.remote(self.experiment))
         ray.wait(tasks, num_returns=len(tasks), timeout=10.0)
 
@@ -360,13 +362,13 @@ class _SweepDriver:
         if not self.recorder.recorder:
             return
         try:
-            trial_records = records.read_records(self.root)
+            trial_records = records.read_trial_records(self.root)
         except DataError as error:  # a failure of the records must not end a finished sweep
             self.log(f"WARNING: trackers lack some trials: {error}")
             trial_records = []
         for record in trial_records:
             self.recorder.log_trial(record.name, dataclasses.asdict(record))
-        best = records.best_records(trial_records)
+        best = records.find_best_records(trial_records)
         self.recorder.close(
             {stage or "": dataclasses.asdict(record) for stage, record in best.items()}, failed=state == "failed"
         )
@@ -380,82 +382,84 @@ class _SweepDriver:
             use_gpu: True if trials use a GPU.
         """
         splits = {name: split for name, split in self.splits.items() if stage in (None, name)}
-        proposer = Proposer(self.config)
+        proposer = SettingsProposer(self.config)
         done_records = [
-            record for record in records.read_records(self.root) if record.stage == stage and record.status != "failed"
+            record
+            for record in records.read_trial_records(self.root)
+            if record.stage == stage and record.status != "failed"
         ]
         for record in done_records:
-            proposer.tell(record.number, record.point, record.score, self.score_steps(record, splits))
-        num_left = proposer.total - len(done_records)
+            proposer.record_result(record.number, record.point, record.score, self.list_mean_scores(record, splits))
+        num_left = proposer.num_trials - len(done_records)
         if num_left <= 0:
             return
         self.log(f"{num_left} trial(s) on {', '.join(splits)}, {len(done_records)} already done")
-        # The judge runs on the node of the driver, so that both live and die together.
+        # The pruner runs on the node of the driver, so that both live and die together.
         on_this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        judge = ray.remote(num_cpus=0, scheduling_strategy=on_this_node)(Judge).remote(
+        pruner = ray.remote(num_cpus=0, scheduling_strategy=on_this_node)(TrialPruner).remote(
             self.config, list(splits), self.config.max_epochs
         )
         for record in sorted(done_records, key=lambda record: record.ended_at):
-            judge.replay.remote(record.number, record.curves())
+            pruner.replay_scores.remote(record.number, record.parse_curves())
             if record.status == "cut":
-                judge.withdraw.remote(record.number)
+                pruner.exclude_trial.remote(record.number)
 
-        def stop() -> bool:
-            """Returns whether a signal asked to stop. If so, also tells the `Judge` actor to end all trials."""
+        def should_stop() -> bool:
+            """Returns whether a signal asked to stop. If so, also tells the `TrialPruner` actor to end all trials."""
             if self.stopping.is_set():
-                judge.stop.remote(STOPPED)  # trials end at their next score; Tune ends the others soon
+                pruner.end_all_trials.remote(STOPPED)  # trials end at their next score; Tune ends the others soon
             return self.stopping.is_set()
 
-        def end_trial(number: int, point: Point, record: TrialRecord | None) -> None:
+        def handle_ended_trial(number: int, point: Point, record: TrialRecord | None) -> None:
             """Passes the result of an ended trial to the proposer, the experiment trackers and the log."""
             nonlocal num_left
             if record is None or record.status == "failed":
-                proposer.tell(number, point, None, failed=True)
+                proposer.record_result(number, point, None, failed=True)
             else:
-                proposer.tell(number, point, record.score, self.score_steps(record, splits))
+                proposer.record_result(number, point, record.score, self.list_mean_scores(record, splits))
                 num_left -= 1
             if record is not None:
                 self.recorder.log_trial(record.name, dataclasses.asdict(record))
-                settings = ", ".join(f"{key}={records.format_value(value)}" for key, value in point.items())
+                settings = ", ".join(f"{key}={records.format_setting_value(value)}" for key, value in point.items())
                 result = f"{record.status}: {record.reason}" if record.score is None else f"score {record.score:.4f}"
                 self.log(f"trial {record.name}: {settings}: {result} ({record.seconds:.1f} s; {num_left} left)")
 
-        cluster = self.config.config_at().cluster
+        cluster = self.config.make_trial_config().cluster
         # Ray Train workers reserve their own resources, for which `limit` leaves room; Tune refuses an empty bundle (2.60).
         has_train_workers = cluster.num_workers > 1 or self.streams
-        bundle = {"memory": float(2**20)} if has_train_workers else resources_per_worker(cluster, use_gpu)
+        bundle = {"memory": float(2**20)} if has_train_workers else compute_worker_resources(cluster, use_gpu)
         labels = [dict(cluster.labels)] if cluster.labels else None
-        job = StageJob(self.config, stage, splits, self.root, use_gpu, shared.images, shared.features, judge)
+        job = StageJob(self.config, stage, splits, self.root, use_gpu, shared.images, shared.features, pruner)
         try:
-            grid = run_tune(
+            grid = run_tune_trials(
                 tune.with_parameters(run_trial, job=job),
                 tune.PlacementGroupFactory([bundle], bundle_label_selector=labels),
                 tune.TuneConfig(
-                    search_alg=TuneSearcher(proposer, end_trial),
+                    search_alg=TuneSearcher(proposer, handle_ended_trial),
                     num_samples=num_left,
                     max_concurrent_trials=self.limit,
                 ),
                 tune.RunConfig(
                     name=f"{self.experiment}-{stage or 'all'}",
                     storage_path=self.scratch,
-                    stop=SweepStopper(stop),
+                    stop=SweepStopper(should_stop),
                     failure_config=tune.FailureConfig(max_failures=cluster.max_failures),
                     verbose=0,
                 ),
             )
         finally:
-            ray.kill(judge)
-        recorded_names = {record.name for record in records.read_records(self.root)}
+            ray.kill(pruner)
+        recorded_names = {record.name for record in records.read_trial_records(self.root)}
         for result in [] if self.stopping.is_set() else grid:
             if result.error is not None:  # its process was lost more than max_failures times
                 number, point = result.config["number"], result.config["point"]
-                reason = reason_of(result.error)
+                reason = describe_root_cause(result.error)
                 record = TrialRecord(number, stage, point, "failed", None, reason=reason, ended_at=time.time())
                 if record.name not in recorded_names:
-                    records.write_record(self.root, record)
+                    records.write_trial_record(self.root, record)
                     self.log(f"trial {record.name}: {record.status}: {record.reason}")
 
-    def score_steps(self, record: TrialRecord, categories: Iterable[str]) -> list[tuple[int, float]]:
+    def list_mean_scores(self, record: TrialRecord, categories: Iterable[str]) -> list[tuple[int, float]]:
         """Returns (step, mean score so far) for each report of a trial, to tell the searcher about trials that ended early.
 
         A step counts training epochs over all categories.
@@ -468,14 +472,14 @@ class _SweepDriver:
         final_scores: list[float] = []
         steps = {}
         for index, category in enumerate(categories):
-            curve = record.curves().get(category, [])
+            curve = record.parse_curves().get(category, [])
             for epoch, score in curve:
                 steps[index * max_epochs + max(1, epoch)] = float(np.mean([*final_scores, score]))
             final_scores += [score for _, score in curve[-1:]]
         return list(steps.items())
 
 
-def placement_groups() -> set[str]:
+def list_placement_groups() -> set[str]:
     """Returns the ids of the Ray placement groups (reserved resources) of this job."""
     job = ray.get_runtime_context().get_job_id()
     table = ray.util.placement_group_table()

@@ -15,7 +15,7 @@ from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import SweepConfig
 
 
-def parallel_coordinates(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes | None:
+def draw_parallel_coordinates(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes | None:
     """Draws a PNG with one line per finished trial through its settings, its category scores and its mean score.
 
     Args:
@@ -24,10 +24,10 @@ def parallel_coordinates(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> b
 
     Returns: the bytes of the PNG; None if no trial finished.
     """
-    scored = sorted(records.finished_records(trials), key=records.rank_key, reverse=True)
+    scored = sorted(records.select_finished_records(trials), key=records.make_ranking_key, reverse=True)
     if not scored:
         return None
-    settings = [_setting_axis(sweep, key, [record.point[key] for record in scored]) for key in sweep.space]
+    settings = [_make_setting_axis(sweep, key, [record.point[key] for record in scored]) for key in sweep.space]
     categories = list(scored[0].categories) if len(scored[0].categories) > 1 else []
     scores = {name: [record.categories[name]["score"] for record in scored] for name in categories}
     scores["mean score" if categories else "score"] = [record.score or 0.0 for record in scored]
@@ -35,7 +35,7 @@ def parallel_coordinates(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> b
     return sweep_plots.plot_parallel_coordinates(settings, scores, best, records.describe_objective(sweep))
 
 
-def learning_curves(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes | None:
+def draw_learning_curves(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes | None:
     """Draws a PNG of the score by training epoch, with one panel per category.
 
     Args:
@@ -44,20 +44,20 @@ def learning_curves(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes 
 
     Returns: the bytes of the PNG; None if no trial has more than one score for a category.
     """
-    if not any(len(curve) > 1 for record in trials for curve in record.curves().values()):
+    if not any(len(curve) > 1 for record in trials for curve in record.parse_curves().values()):
         return None
-    best_names = {record.name for record in records.best_records(trials).values()}
+    best_names = {record.name for record in records.find_best_records(trials).values()}
     panels: dict[str, list[LearningCurve]] = {name: [] for record in trials for name in record.categories}
     for record in trials:
         kind = "best" if record.name in best_names else "finished" if record.status == "finished" else "cut"
-        for category, curve in record.curves().items():
+        for category, curve in record.parse_curves().items():
             if curve:
                 epochs, scores = zip(*curve, strict=True)
                 panels[category].append(LearningCurve(epochs, scores, kind))
     return sweep_plots.plot_learning_curves(panels, records.describe_objective(sweep))
 
 
-def _setting_axis(sweep: SweepConfig, key: str, values: Sequence[Any]) -> VerticalAxis:
+def _make_setting_axis(sweep: SweepConfig, key: str, values: Sequence[Any]) -> VerticalAxis:
     """Returns the plot axis of a setting: listed values at equal distances, or numbers between the ends of their range.
 
     Args:
@@ -69,15 +69,15 @@ def _setting_axis(sweep: SweepConfig, key: str, values: Sequence[Any]) -> Vertic
     if domain.choice is not None:
         texts = [json.dumps(value) for value in domain.choice]
         heights = np.linspace(0, 1, len(texts)).tolist() if len(texts) > 1 else [0.5]
-        labels = [records.format_value(value) for value in domain.choice]
+        labels = [records.format_setting_value(value) for value in domain.choice]
         return VerticalAxis(
             name, [heights[texts.index(json.dumps(v))] for v in values], list(zip(heights, labels, strict=True))
         )
-    low, high = (np.log(domain.ends) if domain.is_log else np.asarray(domain.ends)).tolist()
-    numbers = np.log(values) if domain.is_log else np.asarray(values, dtype=float)
+    low, high = (np.log(domain.bounds) if domain.is_logarithmic else np.asarray(domain.bounds)).tolist()
+    numbers = np.log(values) if domain.is_logarithmic else np.asarray(values, dtype=float)
     tick_heights = np.linspace(0, 1, 3)
     ticks = low + tick_heights * (high - low)
-    labels = [records.format_value(float(np.exp(tick) if domain.is_log else tick)) for tick in ticks]
+    labels = [records.format_setting_value(float(np.exp(tick) if domain.is_logarithmic else tick)) for tick in ticks]
     return VerticalAxis(
         name, ((numbers - low) / (high - low)).tolist(), list(zip(tick_heights.tolist(), labels, strict=True))
     )

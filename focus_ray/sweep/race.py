@@ -16,7 +16,7 @@ from focus_ray.sweep.settings import SweepConfig
 PRIOR_DF = 4.0  # degrees of freedom of the prior: race.prior_sd weighs as much as this many categories
 
 
-def loss_p_value(differences: Sequence[float], prior_sd: float) -> float:
+def compute_race_p_value(differences: Sequence[float], prior_sd: float) -> float:
     """Returns the p-value of a test whether another trial is better than this trial (one-sided moderated paired t-test).
 
     The p-value is the probability of score differences like these if both trials were equally good. The variance over categories
@@ -35,7 +35,7 @@ def loss_p_value(differences: Sequence[float], prior_sd: float) -> float:
     return float(student.sf(gaps.mean() / math.sqrt(variance / len(gaps)), df))
 
 
-class Judge:
+class TrialPruner:
     """Collects the scores of all trials while they run, and decides when a trial must end early (is "pruned").
 
     Args:
@@ -58,17 +58,17 @@ class Judge:
         self.stop_reason: str | None = None
         self.rungs: list[dict[int, float]] = []
 
-    def begin(self, trial: int) -> None:
+    def begin_trial(self, trial: int) -> None:
         """Notes that a trial begins. Deletes its earlier scores, if it ran before and its machine was lost."""
         self.pruned.discard(trial)
         self.scores.pop(trial, None)
         for rung in self.rungs:
             rung.pop(trial, None)
 
-    def report(self, trial: int, category: str, epoch: int, score: float, final: bool) -> str | None:
+    def report_score(self, trial: int, category: str, epoch: int, score: float, final: bool) -> str | None:
         """Adds a score of a trial. Returns the reason to end the trial now, or None if it goes on.
 
-        After `stop`, adds nothing and returns the reason of the stop.
+        After `end_all_trials`, adds nothing and returns the reason of the stop.
 
         Args:
             trial: Number of the trial.
@@ -86,36 +86,36 @@ class Judge:
         is_last = final and len(own_scores) == len(self.categories)
         reason = None
         if not is_last and self.scheduler.kind == "asha":
-            reason = self._test_halving(trial, category, epoch, float(np.mean([*final_scores, score])))
+            reason = self._apply_successive_halving(trial, category, epoch, float(np.mean([*final_scores, score])))
         if not is_last and reason is None and final and self.race.enabled:
-            reason = self._test_race(trial)
+            reason = self._apply_race(trial)
         if reason is not None:
             self.pruned.add(trial)
         return reason
 
-    def withdraw(self, trial: int) -> None:
+    def exclude_trial(self, trial: int) -> None:
         """Excludes a trial that failed or ended for another reason: the race does not compare other trials with it."""
         self.pruned.add(trial)
 
-    def stop(self, reason: str) -> None:
-        """Tells the judge to end all trials: each trial ends at its next report, with this reason."""
+    def end_all_trials(self, reason: str) -> None:
+        """Ends all trials: each trial ends at its next report, with this reason."""
         self.stop_reason = reason
 
-    def replay(self, trial: int, curves: dict[str, list[tuple[int, float]]]) -> None:
+    def replay_scores(self, trial: int, curves: dict[str, list[tuple[int, float]]]) -> None:
         """Adds the scores of a trial that ran in an earlier process, to resume a sweep. No decision is made about the trial.
 
         Args:
             trial: Number of the trial.
             curves: Category -> list of (trained epochs, score); the last score of a category counts as final.
         """
-        self.begin(trial)
+        self.begin_trial(trial)
         for category in self.categories:
             curve = curves.get(category, [])
             for number, (epoch, score) in enumerate(curve):
-                self.report(trial, category, epoch, score, final=number + 1 == len(curve))
+                self.report_score(trial, category, epoch, score, final=number + 1 == len(curve))
         self.pruned.discard(trial)
 
-    def _test_halving(self, trial: int, category: str, epoch: int, score: float) -> str | None:
+    def _apply_successive_halving(self, trial: int, category: str, epoch: int, score: float) -> str | None:
         """Tests whether asynchronous successive halving prunes a trial. Returns the reason to prune it; None if it goes on.
 
         The method is ASHA (arXiv 1810.05934, implemented as Optuna's pruner). A rung is a number of epochs at which trials are
@@ -123,7 +123,7 @@ class Judge:
         rung, or is the best.
 
         Args:
-            trial, category, epoch: As for `report`.
+            trial, category, epoch: As for `report_score`.
             score: Mean score over the categories so far.
         """
         # Steps count epochs over all categories, so that a rung can lie in any category.
@@ -140,7 +140,7 @@ class Judge:
             rung += 1
         return None
 
-    def _test_race(self, trial: int) -> str | None:
+    def _apply_race(self, trial: int) -> str | None:
         """Tests whether the race prunes a trial that has just finished a category.
 
         The race compares the trial with the best trial that is not pruned and has scores on the same categories.
@@ -159,7 +159,7 @@ class Judge:
             return None
         best = max(rivals, key=lambda scores: float(np.mean([scores[name] for name in own_scores])))
         gaps = [best[name] - own_scores[name] for name in own_scores]
-        p_value = loss_p_value(gaps, self.race.prior_sd)
+        p_value = compute_race_p_value(gaps, self.race.prior_sd)
         if p_value >= self.race.alpha:
             return None
         return (

@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from focus_ray.cluster.ownership import FINGERPRINTS, read_state, write_fingerprints
+from focus_ray.cluster.ownership import FINGERPRINTS_FILE, read_run_state, write_image_fingerprints
 from focus_ray.errors import SweepError
 from focus_ray.settings.sections import config_to_yaml
 from focus_ray.settings.yaml_text import load_yaml
@@ -30,9 +30,9 @@ from focus_ray.storage.files import (
     write_bytes,
     write_bytes_if_absent,
 )
-from focus_ray.sweep.settings import Point, SweepConfig, parse_sweep
+from focus_ray.sweep.settings import Point, SweepConfig, parse_sweep_config
 
-SWEEP, TRIALS = "sweep.yaml", "trials"
+SWEEP_FILE, TRIALS_FOLDER = "sweep.yaml", "trials"
 DECIMALS = 4  # of a printed score; scores that are equal to this precision count as equal
 
 
@@ -76,7 +76,7 @@ class TrialRecord:
         scores = {name: result.get("score") for name, result in self.categories.items()}
         return {name: score for name, score in scores.items() if score is not None}
 
-    def curves(self) -> dict[str, list[tuple[int, float]]]:
+    def parse_curves(self) -> dict[str, list[tuple[int, float]]]:
         """Returns all scores of the trial: category -> list of (trained epochs, score)."""
         return {name: [(int(e), float(s)) for e, s in result["curve"]] for name, result in self.categories.items()}
 
@@ -84,7 +84,7 @@ class TrialRecord:
 _RECORD = TypeAdapter(TrialRecord)
 
 
-def write_record(root: str, record: TrialRecord) -> None:
+def write_trial_record(root: str, record: TrialRecord) -> None:
     """Writes the result of a trial to the folder of the sweep.
 
     Args: root: Folder of the sweep.
@@ -92,10 +92,10 @@ def write_record(root: str, record: TrialRecord) -> None:
     Raises: DataError: the file cannot be written.
     """
     text = json.dumps(dataclasses.asdict(record), allow_nan=False, indent=1)
-    write_bytes(join_path(root, TRIALS, f"{record.name}.json"), (text + "\n").encode())
+    write_bytes(join_path(root, TRIALS_FOLDER, f"{record.name}.json"), (text + "\n").encode())
 
 
-def read_records(root: str) -> list[TrialRecord]:
+def read_trial_records(root: str) -> list[TrialRecord]:
     """Reads the results of all ended trials of a sweep, sorted by stage and number.
 
     Args: root: Folder of the sweep.
@@ -105,10 +105,10 @@ def read_records(root: str) -> list[TrialRecord]:
         DataError: The folder cannot be read.
     """
     records = []
-    for name in list_folder_entries(join_path(root, TRIALS)):
+    for name in list_folder_entries(join_path(root, TRIALS_FOLDER)):
         if not name.endswith(".json") or name.startswith("."):
             continue
-        file = join_path(root, TRIALS, name)
+        file = join_path(root, TRIALS_FOLDER, name)
         try:
             records.append(_RECORD.validate_json(read_bytes(file)))
         except ValidationError as error:
@@ -118,21 +118,23 @@ def read_records(root: str) -> list[TrialRecord]:
     return sorted(records, key=lambda record: (record.stage or "", record.number))
 
 
-def rank_key(record: TrialRecord) -> tuple[bool, float, str, int]:
+def make_ranking_key(record: TrialRecord) -> tuple[bool, float, str, int]:
     """Returns a sort key that puts the best trial first: finished trials by score and number, then all other trials."""
     score = 0.0 if record.score is None else record.score
     return record.status != "finished", -round(score, DECIMALS), record.status, record.number
 
 
-def best_records(records: Sequence[TrialRecord]) -> dict[str | None, TrialRecord]:
+def find_best_records(records: Sequence[TrialRecord]) -> dict[str | None, TrialRecord]:
     """Returns the best finished trial of each stage: stage -> its record, sorted by stage. A stage is one search."""
     best: dict[str | None, TrialRecord] = {}
-    for record in sorted(finished_records(records), key=lambda record: (record.stage or "", rank_key(record))):
+    for record in sorted(
+        select_finished_records(records), key=lambda record: (record.stage or "", make_ranking_key(record))
+    ):
         best.setdefault(record.stage, record)
     return best
 
 
-def finished_records(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+def select_finished_records(records: Sequence[TrialRecord]) -> list[TrialRecord]:
     """Returns the results of the finished trials only. These trials have a score."""
     return [record for record in records if record.status == "finished"]
 
@@ -142,7 +144,7 @@ def count_statuses(records: Sequence[TrialRecord]) -> dict[str, int]:
     return {status: sum(record.status == status for record in records) for status in ("finished", "cut", "failed")}
 
 
-def best_file_name(stage: str | None) -> str:
+def name_best_config_file(stage: str | None) -> str:
     """Returns the name of the file with the best configuration of a stage.
 
     Args: stage: Category of the stage; None: all categories.
@@ -150,35 +152,35 @@ def best_file_name(stage: str | None) -> str:
     return "best.yaml" if stage is None else f"best-{stage}.yaml"
 
 
-def is_labelled(sweep: SweepConfig) -> bool:
+def uses_labels(sweep: SweepConfig) -> bool:
     """Returns whether the scores of the sweep come from labelled test images."""
     return sweep.objective != "validation"
 
 
 def describe_objective(sweep: SweepConfig) -> str:
     """Returns what the sweep maximizes, in words, with LABELLED if it uses labelled test images."""
-    return f"{sweep.objective} on LABELLED test images" if is_labelled(sweep) else "label-free validation score"
+    return f"{sweep.objective} on LABELLED test images" if uses_labels(sweep) else "label-free validation score"
 
 
-def format_value(value: Any) -> str:
+def format_setting_value(value: Any) -> str:
     """Returns the value of a setting as a short text, numbers with 4 digits."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def check_no_sweep(root: str) -> None:
+def check_folder_unused(root: str) -> None:
     """Checks that the folder contains no sweep.
 
     Raises:
         SweepError: The folder contains a sweep.
         DataError: The storage fails.
     """
-    if file_exists(join_path(root, SWEEP)):
+    if file_exists(join_path(root, SWEEP_FILE)):
         raise SweepError(f"{root} already contains a sweep: give another name, or `focus-ray sweep resume {root}`")
 
 
-def claim_folder(root: str, sweep: SweepConfig, fingerprints: Mapping[str, str]) -> None:
+def claim_sweep_folder(root: str, sweep: SweepConfig, fingerprints: Mapping[str, str]) -> None:
     """Takes possession of a folder for a new sweep: writes its configuration and the fingerprints of its images.
 
     Args:
@@ -193,12 +195,12 @@ def claim_folder(root: str, sweep: SweepConfig, fingerprints: Mapping[str, str])
     # The file is only created if it does not exist, and its first line is unique. So one process wins, and everything
     # else in the folder is written by the winner alone.
     text = f"# begun by {socket.gethostname()}, {uuid.uuid4().hex}\n{config_to_yaml(sweep)}"
-    if not write_bytes_if_absent(join_path(root, SWEEP), text.encode()):
-        check_no_sweep(root)
-    write_fingerprints(root, fingerprints)
+    if not write_bytes_if_absent(join_path(root, SWEEP_FILE), text.encode()):
+        check_folder_unused(root)
+    write_image_fingerprints(root, fingerprints)
 
 
-def read_sweep(root: str) -> SweepConfig:
+def read_sweep_config(root: str) -> SweepConfig:
     """Reads the configuration of the sweep in a folder.
 
     Raises:
@@ -207,13 +209,13 @@ def read_sweep(root: str) -> SweepConfig:
         DataError: The storage fails.
     """
     try:
-        text = read_bytes(join_path(root, SWEEP))
+        text = read_bytes(join_path(root, SWEEP_FILE))
     except FileNotFoundError:
         raise SweepError(f"{root}: contains no sweep: give the folder that `focus-ray sweep` printed") from None
-    return parse_sweep(load_yaml(text), source=join_path(root, SWEEP))
+    return parse_sweep_config(load_yaml(text), source=join_path(root, SWEEP_FILE))
 
 
-def sweep_progress(root: str, sweep: SweepConfig, records: Sequence[TrialRecord]) -> dict[str, Any]:
+def summarize_progress(root: str, sweep: SweepConfig, records: Sequence[TrialRecord]) -> dict[str, Any]:
     """Returns the progress of a sweep as JSON values: state, process, number of trials by status, and the best trials.
 
     It may wait some seconds for a heartbeat of the sweep.
@@ -228,22 +230,22 @@ def sweep_progress(root: str, sweep: SweepConfig, records: Sequence[TrialRecord]
     """
     num_stages = 1
     if sweep.scope == "per_category":
-        num_stages = len(json.loads(read_bytes(join_path(root, FINGERPRINTS))))
+        num_stages = len(json.loads(read_bytes(join_path(root, FINGERPRINTS_FILE))))
     return {
-        **{key: value for key, value in read_state(root).items() if key in ("state", "host", "pid")},
-        "storage": sweep.config_at().storage,
+        **{key: value for key, value in read_run_state(root).items() if key in ("state", "host", "pid")},
+        "storage": sweep.make_trial_config().storage,
         "objective": describe_objective(sweep),
-        "planned": sweep.planned_trials * num_stages,
+        "planned": sweep.num_planned_trials * num_stages,
         **count_statuses(records),
         "epochs": sum(record.epochs for record in records),
         "best": {
             stage or "all categories": {"trial": record.number, "score": record.score, **record.point}
-            for stage, record in best_records(records).items()
+            for stage, record in find_best_records(records).items()
         },
     }
 
 
-def best_config_yaml(sweep: SweepConfig, record: TrialRecord, root: str) -> str:
+def format_best_config(sweep: SweepConfig, record: TrialRecord, root: str) -> str:
     """Returns the configuration of a trial as YAML text, ready for `focus-ray train`, with comments about its score.
 
     The run gets the name of the sweep with the suffix `-best` (and the category), and the storage of the sweep.
@@ -253,7 +255,7 @@ def best_config_yaml(sweep: SweepConfig, record: TrialRecord, root: str) -> str:
         record: Result of the best trial, which has a score.
         root: Folder of the sweep, for the comments.
     """
-    config = sweep.config_at(record.point)
+    config = sweep.make_trial_config(record.point)
     categories = config.data.categories if record.stage is None else (record.stage,)
     suffix = "-best" if record.stage is None else f"-best-{record.stage}"
     name = f"{str(sweep.name)[: 100 - len(suffix)]}{suffix}"
@@ -263,6 +265,6 @@ def best_config_yaml(sweep: SweepConfig, record: TrialRecord, root: str) -> str:
         f"Best of {root}, {trial}: {describe_objective(sweep)} {record.score:.4f}",
         ", ".join(f"{key}={json.dumps(value)}" for key, value in record.point.items()),
     ]
-    if is_labelled(sweep):
+    if uses_labels(sweep):
         comments.append("Chosen with labelled test images: metrics on these images are no longer a fair test.")
     return "".join(f"# {line}\n" for line in comments) + config_to_yaml(config)

@@ -14,15 +14,15 @@ from focus_ray.drawing.sweep_plots import plot_parameter_importance
 from focus_ray.reporting.page import encode_data_uri, render_page
 from focus_ray.storage.files import join_path, write_bytes
 from focus_ray.sweep import records, summary
-from focus_ray.sweep.plots import learning_curves, parallel_coordinates
-from focus_ray.sweep.proposer import Proposer
+from focus_ray.sweep.plots import draw_learning_curves, draw_parallel_coordinates
+from focus_ray.sweep.proposer import SettingsProposer
 from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import SweepConfig
 
 _MIN_FOR_IMPORTANCE = 4  # finished trials; with fewer, importance has no meaning
 
 
-def write_report(root: str, sweep: SweepConfig, trials: Sequence[TrialRecord]) -> list[str]:
+def write_sweep_report(root: str, sweep: SweepConfig, trials: Sequence[TrialRecord]) -> list[str]:
     """Writes the report of a sweep (tables, plots, best configurations, HTML page) into its folder. Replaces an older report.
 
     Args:
@@ -36,22 +36,22 @@ def write_report(root: str, sweep: SweepConfig, trials: Sequence[TrialRecord]) -
     Raises:
         DataError: A file cannot be written.
     """
-    commands = summary.train_commands(root, trials)
+    commands = summary.list_train_commands(root, trials)
     code_block = "\n```\n" + "\n".join(commands) + "\n```\n" if commands else ""
     files: dict[str, bytes] = {
-        "trials.parquet": _encode_parquet(sweep, trials),
-        "report.md": (summary.format_markdown(sweep, trials) + code_block).encode(),
+        "trials.parquet": _encode_trials_as_parquet(sweep, trials),
+        "report.md": (summary.format_sweep_summary(sweep, trials) + code_block).encode(),
     }
-    summaries = summary.summarize(sweep, trials)
+    summaries = summary.summarize_stages(sweep, trials)
     importances: dict[str, dict[str, float] | None] = {}
     sections = []
     for stage in summaries:
         stage_trials = [record for record in trials if record.stage == stage.stage]
-        importance = importances[stage.stage or ""] = parameter_importance(sweep, stage_trials)
-        num_finished = len(records.finished_records(stage_trials))
+        importance = importances[stage.stage or ""] = estimate_parameter_importance(sweep, stage_trials)
+        num_finished = len(records.select_finished_records(stage_trials))
         plots = {
-            ("parallel", "Settings and scores"): parallel_coordinates(sweep, stage_trials),
-            ("curves", "Learning curves"): learning_curves(sweep, stage_trials),
+            ("parallel", "Settings and scores"): draw_parallel_coordinates(sweep, stage_trials),
+            ("curves", "Learning curves"): draw_learning_curves(sweep, stage_trials),
             ("importance", "Parameter importance"): plot_parameter_importance(importance, num_finished)
             if importance
             else None,
@@ -62,14 +62,14 @@ def write_report(root: str, sweep: SweepConfig, trials: Sequence[TrialRecord]) -
                 files[f"{name}-{stage.stage}.png" if stage.stage else f"{name}.png"] = picture
                 pictures[title] = encode_data_uri("png", picture)
         if stage.best is not None:
-            best_yaml = records.best_config_yaml(sweep, stage.best, root)
-            files[records.best_file_name(stage.stage)] = best_yaml.encode()
+            best_yaml = records.format_best_config(sweep, stage.best, root)
+            files[records.name_best_config_file(stage.stage)] = best_yaml.encode()
         sections.append(
             {
                 "name": stage.stage or "All categories",
                 "words": [*stage.results, *stage.caveats],
-                "command": None if stage.best is None else summary.train_commands(root, [stage.best])[0],
-                "table": (stage.header[:-1], _page_rows(stage)),
+                "command": None if stage.best is None else summary.list_train_commands(root, [stage.best])[0],
+                "table": (stage.header[:-1], _make_html_rows(stage)),
                 "pictures": pictures,
                 "has_importance": importance is not None,
             }
@@ -77,9 +77,9 @@ def write_report(root: str, sweep: SweepConfig, trials: Sequence[TrialRecord]) -
     best = {stage.stage or "all": stage.best for stage in summaries if stage.best is not None}
     facts = {
         "objective": sweep.objective,
-        "labelled": records.is_labelled(sweep),
+        "labelled": records.uses_labels(sweep),
         "best": {name: {"number": r.number, "score": r.score, "point": r.point} for name, r in best.items()},
-        "level": {stage.stage or "all": sorted(r.number for r in stage.level) for stage in summaries if stage.best},
+        "level": {stage.stage or "all": sorted(r.number for r in stage.ties) for stage in summaries if stage.best},
         "caveats": {stage.stage or "all": stage.caveats for stage in summaries},
         "importance": importances,
         "num_trials": len(trials),
@@ -96,7 +96,7 @@ def write_report(root: str, sweep: SweepConfig, trials: Sequence[TrialRecord]) -
         searcher=sweep.searcher,
         seed=sweep.seed,
         objective=records.describe_objective(sweep),
-        is_labelled=records.is_labelled(sweep),
+        is_labelled=records.uses_labels(sweep),
         min_for_importance=_MIN_FOR_IMPORTANCE,
         stages=sections,
         settings=json.dumps(sweep.model_dump(mode="json", exclude={"base"}), indent=1, ensure_ascii=False),
@@ -106,7 +106,7 @@ def write_report(root: str, sweep: SweepConfig, trials: Sequence[TrialRecord]) -
     return list(files)
 
 
-def _page_rows(stage: summary.StageSummary) -> list[tuple[str, list[str], str]]:
+def _make_html_rows(stage: summary.StageSummary) -> list[tuple[str, list[str], str]]:
     """Returns the rows of the HTML table of a stage: CSS class, cells, and status with the reason of each trial."""
     rows = []
     for record, cells in zip(stage.trials, stage.rows, strict=True):
@@ -115,7 +115,7 @@ def _page_rows(stage: summary.StageSummary) -> list[tuple[str, list[str], str]]:
     return rows
 
 
-def parameter_importance(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> dict[str, float] | None:
+def estimate_parameter_importance(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> dict[str, float] | None:
     """Estimates how much each searched setting changes the score (fANOVA on a random forest, with Optuna).
 
     Args:
@@ -125,22 +125,22 @@ def parameter_importance(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> d
     Returns: dotted key of a setting -> its share of the variance of the score, the largest first. None if the shares would mean
         nothing: too few finished trials, or equal scores or settings.
     """
-    finished = records.finished_records(trials)
+    finished = records.select_finished_records(trials)
     varied_keys = sorted(key for key in sweep.space if len({json.dumps(r.point[key]) for r in finished}) > 1)
     num_scores = len({round(record.score or 0.0, records.DECIMALS) for record in finished})
     if len(finished) < _MIN_FOR_IMPORTANCE or num_scores < 2 or not varied_keys:
         return None
     import optuna
 
-    proposer = Proposer(sweep.model_copy(update={"searcher": "optuna"}))
+    proposer = SettingsProposer(sweep.model_copy(update={"searcher": "optuna"}))
     for record in finished:
-        proposer.tell(record.number, record.point, record.score)
+        proposer.record_result(record.number, record.point, record.score)
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     shares = optuna.importance.get_param_importances(proposer.study, evaluator=evaluator, params=varied_keys)
     return {**shares, **{key: 0.0 for key in sweep.space if key not in varied_keys}}
 
 
-def _encode_parquet(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes:
+def _encode_trials_as_parquet(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes:
     """Returns a Parquet file with one row per trial: settings (`param:<key>`), scores (`score:<category>`) and the result.
 
     The metadata of the file contains the objective of the sweep.
@@ -156,7 +156,7 @@ def _encode_parquet(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes:
         columns[f"param:{key}"] = pa.array(values if is_numeric else [json.dumps(value) for value in values])
     for name in dict.fromkeys(name for record in trials for name in record.categories):
         columns[f"score:{name}"] = pa.array([record.category_scores.get(name) for record in trials], pa.float64())
-    metadata = {b"objective": sweep.objective.encode(), b"labelled": str(records.is_labelled(sweep)).encode()}
+    metadata = {b"objective": sweep.objective.encode(), b"labelled": str(records.uses_labels(sweep)).encode()}
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns).replace_schema_metadata(metadata), buffer)
     return buffer.getvalue()

@@ -33,7 +33,7 @@ from focus_ray.settings.sections import (
 Point = dict[str, Any]  # dotted key of Config -> value
 
 
-def objective_metric(objective: str) -> str | None:
+def get_objective_metric(objective: str) -> str | None:
     """Returns the key in `METRICS` of the metric that a sweep maximizes; None for the label-free validation score.
 
     Args: objective: Value of `SweepConfig.objective`.
@@ -47,7 +47,7 @@ def _check_objective(name: str) -> str:
     Raises:
         ValueError: The name is neither `validation` nor `aupro` nor the key of a metric for which higher is better.
     """
-    key = objective_metric(name)
+    key = get_objective_metric(name)
     if key is not None and (key not in METRICS.import_paths or not METRICS[key].higher_is_better):
         allowed = [key for key in METRICS if METRICS[key].higher_is_better]
         raise ValueError(f"objective {name!r} is unknown: choose validation, aupro or one of {', '.join(allowed)}")
@@ -71,7 +71,7 @@ _REFUSED = {  # key or section that cannot be searched -> reason and advice
 }
 
 
-def inert_keys(config: Config) -> dict[str, str]:
+def find_settings_without_effect(config: Config) -> dict[str, str]:
     """Returns the settings that change no score under a configuration: dotted key -> the reason."""
     model, density, train = config.model, config.density, config.train
     alignment = model.image_alignment
@@ -110,7 +110,7 @@ def inert_keys(config: Config) -> dict[str, str]:
 _USED_WITHOUT_TRAINING = ("train.epochs", "train.seed", "train.batch_size_per_worker")
 
 
-class Domain(ConfigSection):
+class SearchDomain(ConfigSection):
     """The values that a search may give to one setting: a list or a range. Exactly one field is set.
 
     A range includes both ends.
@@ -134,12 +134,12 @@ class Domain(ConfigSection):
 
     @model_validator(mode="before")
     @classmethod
-    def _list_is_a_choice(cls, value: Any) -> Any:
+    def _convert_list_to_choice(cls, value: Any) -> Any:
         """Turns a list without a key into the field `choice`."""
         return {"choice": value} if isinstance(value, list | tuple) else value
 
     @model_validator(mode="after")
-    def _one_kind(self) -> Domain:
+    def _check_single_kind(self) -> SearchDomain:
         """Checks that exactly one field is set, and that the low end of a range is below its high end.
 
         Raises:
@@ -149,20 +149,22 @@ class Domain(ConfigSection):
         if len(kinds_set) != 1:
             kinds = ", ".join(type(self).model_fields)
             raise ValueError(f"expected a list of values, or exactly one of {kinds}; got {kinds_set}")
-        if self.choice is None and (not self.ends[0] < self.ends[1] or (self.is_log and self.ends[0] <= 0)):
-            bound = " above 0" if self.is_log else ""
-            raise ValueError(f"{kinds_set[0]} needs [low, high] with low below high{bound}; got {list(self.ends)}")
+        if self.choice is None and (
+            not self.bounds[0] < self.bounds[1] or (self.is_logarithmic and self.bounds[0] <= 0)
+        ):
+            bound = " above 0" if self.is_logarithmic else ""
+            raise ValueError(f"{kinds_set[0]} needs [low, high] with low below high{bound}; got {list(self.bounds)}")
         return self
 
     @property
-    def ends(self) -> tuple[float, float]:
+    def bounds(self) -> tuple[float, float]:
         """The low and the high end of the range. A domain that is a list has no ends."""
         bounds = self.uniform or self.loguniform or self.randint or self.lograndint
         assert bounds is not None  # the domain is a range
         return bounds
 
     @property
-    def is_log(self) -> bool:
+    def is_logarithmic(self) -> bool:
         """Whether the domain is a range that is drawn on a logarithmic scale."""
         return self.loguniform is not None or self.lograndint is not None
 
@@ -171,20 +173,20 @@ class Domain(ConfigSection):
         """Whether the domain is a range of integers."""
         return self.randint is not None or self.lograndint is not None
 
-    def samples(self) -> list[Any]:
+    def list_checked_values(self) -> list[Any]:
         """Returns the values that a sweep checks: all listed values, all integers of a short range, or the ends of a range."""
         if self.choice is not None:
             return list(self.choice)
-        low, high = self.ends
+        low, high = self.bounds
         if self.is_integer and high - low < _MAX_CHECKED_INTEGERS:
             return list(range(int(low), int(high) + 1))
         return [low, high]
 
-    def draw(self, rng: np.random.Generator) -> Any:
+    def draw_value(self, rng: np.random.Generator) -> Any:
         """Returns a random value of the list or the range."""
         if self.choice is not None:
             return self.choice[int(rng.integers(len(self.choice)))]
-        low, high = self.ends
+        low, high = self.bounds
         if self.randint is not None:
             return int(rng.integers(int(low), int(high) + 1))
         if self.lograndint is not None:
@@ -257,7 +259,7 @@ class SweepConfig(ConfigSection):
     base: dict[str, Any] = Field(
         default={}, description="The base configuration of all trials; its values replace those of base_file."
     )
-    space: dict[str, Domain] = Field(
+    space: dict[str, SearchDomain] = Field(
         min_length=1, description="The search space: dotted key of the configuration -> list of values, or range."
     )
     scope: Literal["all_categories", "per_category"] = Field(
@@ -308,7 +310,7 @@ class SweepConfig(ConfigSection):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> SweepConfig:
+    def _check_consistency(self) -> SweepConfig:
         """Checks settings that depend on each other, such as the searcher and the number of trials.
 
         Raises:
@@ -335,7 +337,7 @@ class SweepConfig(ConfigSection):
         return math.prod(len(domain.choice) if domain.choice else math.inf for domain in self.space.values())
 
     @property
-    def planned_trials(self) -> int:
+    def num_planned_trials(self) -> int:
         """The number of trials, of each category with scope=per_category.
 
         The searchers `grid` and `random` try each combination of values at most once.
@@ -343,32 +345,32 @@ class SweepConfig(ConfigSection):
         limit = self.num_points if self.num_trials is None else self.num_trials
         return int(limit if self.searcher == "optuna" else min(self.num_points, limit))
 
-    def values_of(self, key: str) -> list[Any]:
-        """Returns values that trials give to a setting: `Domain.samples` if the setting is searched, else the value of the base.
+    def list_setting_values(self, key: str) -> list[Any]:
+        """Returns values that trials give to a setting: the checked values if it is searched, else the value of the base.
 
         Args: key: Dotted key of the setting.
         """
         domain = self.space.get(key)
-        return [operator.attrgetter(key)(self.config_at())] if domain is None else domain.samples()
+        return [operator.attrgetter(key)(self.make_trial_config())] if domain is None else domain.list_checked_values()
 
     @property
     def max_epochs(self) -> int:
         """The largest number of training epochs of any trial."""
-        return int(max(self.values_of("train.epochs")))
+        return int(max(self.list_setting_values("train.epochs")))
 
     @property
-    def reference_config(self) -> Config:
+    def largest_image_config(self) -> Config:
         """The base configuration of all trials, with the largest image size of all trials, for synthetic defects.
 
         Defects are drawn at this size, and scaled down for smaller sizes.
         """
-        return self.config_at({"model.image_size_px": max(self.values_of("model.image_size_px"))})
+        return self.make_trial_config({"model.image_size_px": max(self.list_setting_values("model.image_size_px"))})
 
-    def single_points(self) -> list[Point]:
-        """Returns points that set only one setting, one point for each value of `Domain.samples`, to check each value alone."""
-        return [{key: value} for key, domain in self.space.items() for value in domain.samples()]
+    def list_single_setting_points(self) -> list[Point]:
+        """Returns points that set only one setting, one point for each checked value, to check each value alone."""
+        return [{key: value} for key, domain in self.space.items() for value in domain.list_checked_values()]
 
-    def config_at(self, point: Mapping[str, Any] | None = None) -> Config:
+    def make_trial_config(self, point: Mapping[str, Any] | None = None) -> Config:
         """Returns the configuration of a trial: the base configuration with the values of a point of the search space.
 
         Args:
@@ -390,8 +392,8 @@ class SweepConfig(ConfigSection):
         return parse_config(tree, source=f"space: at {where}" if where else "base")
 
 
-def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
-    """Reads the YAML file of a sweep, applies overrides and checks the configuration as `parse_sweep` does.
+def load_sweep_config(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
+    """Reads the YAML file of a sweep, applies overrides and checks the configuration as `parse_sweep_config` does.
 
     Args:
         path: YAML file. A relative `base_file` is relative to its folder.
@@ -410,11 +412,11 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
     base_file = tree.pop("base_file", None)
     if base_file is not None:
         base_tree = read_yaml_mapping(path.parent / Path(str(base_file)).expanduser())
-        tree["base"] = _merge_trees(base_tree, tree.get("base") or {})
-    return parse_sweep(tree, source=str(path))
+        tree["base"] = _merge_nested_dicts(base_tree, tree.get("base") or {})
+    return parse_sweep_config(tree, source=str(path))
 
 
-def parse_sweep(tree: Mapping[str, Any], source: str = "sweep") -> SweepConfig:
+def parse_sweep_config(tree: Mapping[str, Any], source: str = "sweep") -> SweepConfig:
     """Checks the configuration of a sweep and its search space, and returns it with a complete base configuration.
 
     Checks each listed value alone. Of a range, checks both ends, or every integer if the range is short. Checks combinations of
@@ -429,8 +431,8 @@ def parse_sweep(tree: Mapping[str, Any], source: str = "sweep") -> SweepConfig:
     """
     sweep = validate_section(SweepConfig, tree, source)
     try:
-        _check_space(sweep)
-        base = sweep.config_at()
+        _check_search_space(sweep)
+        base = sweep.make_trial_config()
         order, categories = sweep.race.order, base.data.categories
         if order is not None and (len(set(order)) != len(order) or (categories and set(order) - set(categories))):
             raise ConfigError(
@@ -442,19 +444,19 @@ def parse_sweep(tree: Mapping[str, Any], source: str = "sweep") -> SweepConfig:
     space = dict(sweep.space)
     for key, domain in space.items():
         if domain.choice is not None:
-            parsed = [operator.attrgetter(key)(sweep.config_at({key: value})) for value in domain.choice]
-            space[key] = Domain(choice=tuple(TypeAdapter(Any).dump_python(parsed, mode="json")))
+            parsed = [operator.attrgetter(key)(sweep.make_trial_config({key: value})) for value in domain.choice]
+            space[key] = SearchDomain(choice=tuple(TypeAdapter(Any).dump_python(parsed, mode="json")))
     return sweep.model_copy(update={"base": base.model_dump(mode="json"), "base_file": None, "space": space})
 
 
-def grid_points(sweep: SweepConfig) -> list[Point]:
+def list_grid_points(sweep: SweepConfig) -> list[Point]:
     """Returns all combinations of the listed values of a search space; the last key changes fastest. Ranges are not allowed."""
     values = [domain.choice or () for domain in sweep.space.values()]
     return [dict(zip(sweep.space, combination, strict=True)) for combination in itertools.product(*values)]
 
 
-def _check_space(sweep: SweepConfig) -> None:
-    """Checks every key of the search space and the values of `Domain.samples`; for the searcher `grid`, every combination.
+def _check_search_space(sweep: SweepConfig) -> None:
+    """Checks every key of the search space and its checked values; for the searcher `grid`, every combination.
 
     Raises:
         ConfigError: A key is unknown, cannot be searched or changes no score, or a value or combination is not valid.
@@ -470,23 +472,26 @@ def _check_space(sweep: SweepConfig) -> None:
         for refused, why in _REFUSED.items():
             if f"{key}.".startswith(f"{refused}."):
                 raise ConfigError(f"space: {key} cannot be searched: {why}")
-    base_reasons = inert_keys(sweep.config_at())
+    base_reasons = find_settings_without_effect(sweep.make_trial_config())
     # A key is refused if it is inert at every value of all other keys.
-    reasons_by_point = [(point, inert_keys(sweep.config_at(point))) for point in sweep.single_points()]
+    reasons_by_point = [
+        (point, find_settings_without_effect(sweep.make_trial_config(point)))
+        for point in sweep.list_single_setting_points()
+    ]
     for key in sweep.space:
         if key in base_reasons and all(key in point or key in reasons for point, reasons in reasons_by_point):
             raise ConfigError(
                 f"space: {key} changes no score: {base_reasons[key]}; remove the key from the space, or change this setting"
             )
     if sweep.searcher == "grid":
-        for point in grid_points(sweep):
-            sweep.config_at(point)
+        for point in list_grid_points(sweep):
+            sweep.make_trial_config(point)
 
 
-def _merge_trees(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+def _merge_nested_dicts(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """Merges two nested dicts. Values of `upper` replace values of `lower`. Returns a new dict."""
     merged = dict(lower)
     for key, value in upper.items():
         are_mappings = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge_trees(merged[key], value) if are_mappings else value
+        merged[key] = _merge_nested_dicts(merged[key], value) if are_mappings else value
     return merged

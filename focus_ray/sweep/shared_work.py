@@ -10,16 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from focus_ray.cluster.failures import reason_of
-from focus_ray.cluster.pool import options_per_worker
+from focus_ray.cluster.failures import describe_root_cause
+from focus_ray.cluster.pool import make_worker_options
 from focus_ray.errors import DataError
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import fits_memory
 from focus_ray.fitting.split import Split
 from focus_ray.names import Log
-from focus_ray.sweep.settings import SweepConfig, grid_points
-from focus_ray.sweep.trial_inputs import feature_bytes, features_key, image_bytes
-from focus_ray.sweep.worker import embed_task, load_task
+from focus_ray.sweep.settings import SweepConfig, list_grid_points
+from focus_ray.sweep.trial_inputs import compute_feature_bytes, compute_image_bytes, make_features_key
+from focus_ray.sweep.worker import compute_features_task, load_images_task
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SharedInputs:
 
     Attributes:
         images: (category, image size) -> reference to `CategoryImages`.
-        features: `features_key` -> reference to `FrozenFeatures`.
+        features: `make_features_key` -> reference to `FrozenFeatures`.
     """
 
     images: dict[tuple[str, int], Any] = field(default_factory=dict)
@@ -63,7 +63,7 @@ def compute_shared_inputs(
         budget = sweep.shared_budget_mb * 2**20
     end_markers: dict[Any, Any] = {}  # small second result of each task: it tells when the task has ended
 
-    def fits_budget(inputs: str, num_bytes: float) -> bool:
+    def reserve_budget(inputs: str, num_bytes: float) -> bool:
         """Returns whether inputs fit into the remaining budget, logs the decision, and reduces the budget if they fit."""
         nonlocal budget
         fits = num_bytes <= budget
@@ -76,30 +76,37 @@ def compute_shared_inputs(
         budget -= num_bytes if fits else 0
         return fits
 
-    load = ray.remote(num_returns=2, **options_per_worker(sweep.config_at().cluster, use_gpu=False))(load_task)
-    embed = ray.remote(num_returns=2, **options_per_worker(sweep.config_at().cluster, use_gpu))(embed_task)
+    load = ray.remote(num_returns=2, **make_worker_options(sweep.make_trial_config().cluster, use_gpu=False))(
+        load_images_task
+    )
+    embed = ray.remote(num_returns=2, **make_worker_options(sweep.make_trial_config().cluster, use_gpu))(
+        compute_features_task
+    )
     for category, split in sorted(splits.items()):
-        for size_px in sorted(set(sweep.values_of("model.image_size_px"))):
-            if not fits_memory(sweep.config_at({"model.image_size_px": size_px}), split):
+        for size_px in sorted(set(sweep.list_setting_values("model.image_size_px"))):
+            if not fits_memory(sweep.make_trial_config({"model.image_size_px": size_px}), split):
                 log(f"shared work: {category} is over data.memory_budget_mb: every trial streams it")
-            elif fits_budget(
-                f"images of {category} at {size_px} px", image_bytes(sweep.config_at(), split, sweep.objective, size_px)
+            elif reserve_budget(
+                f"images of {category} at {size_px} px",
+                compute_image_bytes(sweep.make_trial_config(), split, sweep.objective, size_px),
             ):
                 key = (category, size_px)
                 shared.images[key], end_markers[key] = load.remote(
-                    sweep.reference_config, split, sweep.objective, size_px
+                    sweep.largest_image_config, split, sweep.objective, size_px
                 )
-    for features, (config, category) in _shareable_features(sweep, splits, log).items():
+    for features, (config, category) in _find_shareable_features(sweep, splits, log).items():
         images = shared.images.get((category, config.model.image_size_px))
-        num_bytes = feature_bytes(config, splits[category], sweep.objective)
-        if images is not None and fits_budget(f"features of {category}", num_bytes):
+        num_bytes = compute_feature_bytes(config, splits[category], sweep.objective)
+        if images is not None and reserve_budget(f"features of {category}", num_bytes):
             shared.features[features], end_markers[features] = embed.remote(config, images)
     _wait_for_tasks(shared, end_markers, stopping, log)
     return shared
 
 
-def _shareable_features(sweep: SweepConfig, categories: Mapping[str, Any], log: Log) -> dict[str, tuple[Config, str]]:
-    """Returns the sets of features that trials can share: `features_key` -> (configuration, category) to compute them.
+def _find_shareable_features(
+    sweep: SweepConfig, categories: Mapping[str, Any], log: Log
+) -> dict[str, tuple[Config, str]]:
+    """Returns the sets of features that trials can share: `make_features_key` -> (configuration, category) to compute them.
 
     Args:
         sweep: Configuration of the sweep.
@@ -112,12 +119,12 @@ def _shareable_features(sweep: SweepConfig, categories: Mapping[str, Any], log: 
     if any(domain.choice is None for domain in network_space.values()):
         log("shared work: no features, because trials draw settings of the network from a range")
         return {}
-    points = grid_points(sweep.model_copy(update={"space": network_space}))  # one empty point for an empty space
-    if len(points) * 2 > sweep.planned_trials:
-        log(f"shared work: no features, because {sweep.planned_trials} trials need {len(points)} different sets")
+    points = list_grid_points(sweep.model_copy(update={"space": network_space}))  # one empty point for an empty space
+    if len(points) * 2 > sweep.num_planned_trials:
+        log(f"shared work: no features, because {sweep.num_planned_trials} trials need {len(points)} different sets")
         return {}
-    configs = [(sweep.config_at(point), category) for point in points for category in categories]
-    keys = [features_key(config, category) for config, category in configs]
+    configs = [(sweep.make_trial_config(point), category) for point in points for category in categories]
+    keys = [make_features_key(config, category) for config, category in configs]
     return {key: pair for key, pair in zip(keys, configs, strict=True) if key is not None}
 
 
@@ -157,8 +164,10 @@ def _wait_for_tasks(shared: SharedInputs, end_markers: Mapping[Any, Any], stoppi
                 ray.get(marker)
             except Exception as error:
                 if key not in shared.features:
-                    raise DataError(f"{key[0]}: the images for judging cannot be made: {reason_of(error)}") from None
-                log(f"shared work: features failed ({reason_of(error)}): every trial computes its own")
+                    raise DataError(
+                        f"{key[0]}: the images for judging cannot be made: {describe_root_cause(error)}"
+                    ) from None
+                log(f"shared work: features failed ({describe_root_cause(error)}): every trial computes its own")
                 del shared.features[key]
     for marker in pending:
         ray.cancel(marker, force=True)

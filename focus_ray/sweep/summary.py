@@ -1,6 +1,6 @@
 """Summarizes the results of a sweep as tables of trials and sentences about the best trial, equally good trials, and caveats.
 
-The terminal, report.md and report.html all take their tables and sentences from `summarize`. Works without Ray.
+The terminal, report.md and report.html all take their tables and sentences from `summarize_stages`. Works without Ray.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class StageSummary:
         stage: Category of the stage; None if trials cover all categories.
         trials: Results of the trials of the stage, the best first.
         best: The best trial; None if no trial finished.
-        level: Trials that cannot be distinguished from the best trial.
+        ties: Trials that cannot be distinguished from the best trial.
         header: Column names of the table of trials.
         rows: Cells of the table: one row for each of `trials`.
         results: Sentences about the best trial and the trials that are as good.
@@ -44,39 +44,39 @@ class StageSummary:
     stage: str | None
     trials: list[TrialRecord]
     best: TrialRecord | None
-    level: list[TrialRecord]
+    ties: list[TrialRecord]
     header: list[str]
     rows: list[list[str]]
     results: list[str]
     caveats: list[str]
 
 
-def summarize(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> list[StageSummary]:
+def summarize_stages(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> list[StageSummary]:
     """Returns the summary of each stage of a sweep, sorted by stage.
 
     Args:
         sweep: Configuration of the sweep.
         trials: Results of all trials.
     """
-    best_trials = records.best_records(trials)
+    best_trials = records.find_best_records(trials)
     summaries = []
     for stage in sorted({record.stage for record in trials}, key=lambda stage: stage or ""):
-        stage_trials = sorted((record for record in trials if record.stage == stage), key=records.rank_key)
+        stage_trials = sorted((record for record in trials if record.stage == stage), key=records.make_ranking_key)
         best = best_trials.get(stage)
-        level: list[TrialRecord] = []
+        ties: list[TrialRecord] = []
         results = []
         if best is not None:
-            settings = ", ".join(f"{key} = {records.format_value(value)}" for key, value in best.point.items())
+            settings = ", ".join(f"{key} = {records.format_setting_value(value)}" for key, value in best.point.items())
             results.append(f"Best: trial {best.number}, {_format_score(best.score)}: {settings}.")
-            level, sentences = _find_ties(sweep, records.finished_records(stage_trials), best)
+            ties, sentences = _find_ties(sweep, records.select_finished_records(stage_trials), best)
             results += sentences
-        caveats = _list_caveats(sweep, stage_trials, len(level))
-        table = _make_table(sweep, stage, stage_trials)
-        summaries.append(StageSummary(stage, stage_trials, best, level, *table, results, caveats))
+        caveats = _list_caveats(sweep, stage_trials, len(ties))
+        table = _make_trial_table(sweep, stage, stage_trials)
+        summaries.append(StageSummary(stage, stage_trials, best, ties, *table, results, caveats))
     return summaries
 
 
-def format_markdown(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> str:
+def format_sweep_summary(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> str:
     """Returns the summary of a sweep (tables and sentences of all stages) as Markdown text, also readable in a terminal.
 
     Args:
@@ -84,7 +84,7 @@ def format_markdown(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> str:
         trials: Results of the trials.
     """
     tables, lists = [], []
-    for summary in summarize(sweep, trials):
+    for summary in summarize_stages(sweep, trials):
         title = records.describe_objective(sweep) + (f", {summary.stage}" if summary.stage else "")
         lines = [summary.header, ["---"] * len(summary.header), *summary.rows]
         tables += [f"**{title}**", "", *(f"| {' | '.join(cells)} |" for cells in lines), ""]
@@ -93,14 +93,14 @@ def format_markdown(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> str:
     return "\n".join([*tables, *lists])
 
 
-def train_commands(root: str, trials: Sequence[TrialRecord]) -> list[str]:
+def list_train_commands(root: str, trials: Sequence[TrialRecord]) -> list[str]:
     """Returns one `focus-ray train` command for the best configuration of each stage that has a finished trial.
 
     Args:
         root: Folder of the sweep.
         trials: Results of the trials.
     """
-    files = (join_path(root, records.best_file_name(stage)) for stage in records.best_records(trials))
+    files = (join_path(root, records.name_best_config_file(stage)) for stage in records.find_best_records(trials))
     return [f"focus-ray train {shlex.quote(file)}" for file in files]
 
 
@@ -109,7 +109,7 @@ def _format_score(value: float | None) -> str:
     return "-" if value is None else f"{value:.{DECIMALS}f}"
 
 
-def _make_table(
+def _make_trial_table(
     sweep: SweepConfig, stage: str | None, trials: Sequence[TrialRecord]
 ) -> tuple[list[str], list[list[str]]]:
     """Returns the column names and the cells of a table with one row per trial.
@@ -125,7 +125,7 @@ def _make_table(
         scores = record.category_scores
         spread = max(scores.values()) - min(scores.values()) if len(scores) > 1 else None
         shown_scores = [record.score, *(scores.get(name) for name in categories), spread]
-        values = [records.format_value(record.point.get(key)) for key in sweep.space]
+        values = [records.format_setting_value(record.point.get(key)) for key in sweep.space]
         cells = [str(record.number), *values, *map(_format_score, shown_scores)]
         rows.append([*cells, str(record.epochs), f"{record.seconds:.1f}", record.status])
     return ["trial", *sweep.space, "score", *categories, "spread", "epochs", "seconds", "status"], rows
@@ -143,7 +143,7 @@ def _find_ties(
         finished: Results of the finished trials of the stage.
         best: The best trial.
     """
-    seed_noise = _seed_noise(sweep, finished)
+    seed_noise = _estimate_seed_noise(sweep, finished)
     equal, near, reasons = [], [], []
     for record in finished:
         if record is best or best.score is None or record.score is None:
@@ -154,7 +154,7 @@ def _find_ties(
         margins = {
             f"{NOISE:g}, which is within the noise of the scores": NOISE,
             "another seed would change the score": seed_noise,
-            "the standard error of the gaps over the categories": _gap_standard_error(best, record),
+            "the standard error of the gaps over the categories": _compute_gap_standard_error(best, record),
         }
         reason = next((reason for reason, margin in margins.items() if best.score - record.score < margin), None)
         if reason is not None:
@@ -162,42 +162,43 @@ def _find_ties(
             reasons.append(reason)
     sentences = []
     if equal:
-        names = _list_numbers([best, *equal])
+        names = _format_trial_numbers([best, *equal])
         sentences.append(f"Trials with the best score, equal to {DECIMALS} decimals: {names}; the first is chosen.")
     if near:
         sentences.append(
-            f"Trials as good as the best: {_list_numbers(near)} (lower by less than {', or '.join(dict.fromkeys(reasons))}). "
+            f"Trials as good as the best: {_format_trial_numbers(near)} "
+            f"(lower by less than {', or '.join(dict.fromkeys(reasons))}). "
             f"Trial {best.number} is chosen for its higher score."
         )
     return [*equal, *near], sentences
 
 
-def _list_numbers(trials: Sequence[TrialRecord]) -> str:
+def _format_trial_numbers(trials: Sequence[TrialRecord]) -> str:
     """Returns the sorted numbers of trials as text; for many trials only the first numbers and how many more there are."""
     numbers = [str(number) for number in sorted(record.number for record in trials)]
     suffix = f" and {len(numbers) - _MAX_NAMED} more" if len(numbers) > _MAX_NAMED else ""
     return ", ".join(numbers[:_MAX_NAMED]) + suffix
 
 
-def _list_caveats(sweep: SweepConfig, trials: Sequence[TrialRecord], num_level: int) -> list[str]:
+def _list_caveats(sweep: SweepConfig, trials: Sequence[TrialRecord], num_ties: int) -> list[str]:
     """Returns sentences that warn of the limits of a stage's scores, such as few images or few trials.
 
     Args:
         sweep: Configuration of the sweep.
         trials: Results of the trials of the stage.
-        num_level: Number of other trials that are as good as the best trial.
+        num_ties: Number of other trials that are as good as the best trial.
     """
-    finished = records.finished_records(trials)
+    finished = records.select_finished_records(trials)
     sentences = [
         "LABELLED: these scores come from labelled test images. Do not evaluate the chosen settings on these images again."
-        if records.is_labelled(sweep)
+        if records.uses_labels(sweep)
         else "The score comes from synthetic defects on held-out good images: it ranks settings, and is not a detection rate."
     ]
     if len(finished) > 1:
         sentences.append(
             f"The best of {len(finished)} trials was also lucky: its score is optimistic, expect less on other images."
         )
-        if num_level + 1 == len(finished):
+        if num_ties + 1 == len(finished):
             sentences.append(
                 f"All {len(finished)} finished trials are equally good: the sweep prefers none of its settings."
             )
@@ -214,7 +215,7 @@ def _list_caveats(sweep: SweepConfig, trials: Sequence[TrialRecord], num_level: 
     if few:
         sentences.append(f"Few images to judge on: {', '.join(few)}. A single image changes the score.")
     if _SEED not in sweep.space and finished:
-        seed = sweep.config_at().train.seed
+        seed = sweep.make_trial_config().train.seed
         sentences.append(f"Every trial ran with one seed ({_SEED} = {seed}): the effect of another seed is unknown.")
     if finished and len(finished) < TRIALS_PER_PARAMETER * len(sweep.space):
         sentences.append(
@@ -227,7 +228,7 @@ def _list_caveats(sweep: SweepConfig, trials: Sequence[TrialRecord], num_level: 
     return sentences
 
 
-def _seed_noise(sweep: SweepConfig, finished: Sequence[TrialRecord]) -> float:
+def _estimate_seed_noise(sweep: SweepConfig, finished: Sequence[TrialRecord]) -> float:
     """Returns the standard deviation of the score difference of two trials that differ only in their random seed.
 
     The estimate comes from groups of trials that differ only in `train.seed`. Returns 0 if there are no such groups.
@@ -243,7 +244,7 @@ def _seed_noise(sweep: SweepConfig, finished: Sequence[TrialRecord]) -> float:
     return math.sqrt(2 * squares / degrees_of_freedom) if degrees_of_freedom else 0.0
 
 
-def _gap_standard_error(best: TrialRecord, other: TrialRecord) -> float:
+def _compute_gap_standard_error(best: TrialRecord, other: TrialRecord) -> float:
     """Returns the standard error of the mean score difference of two trials over their common categories.
 
     Returns 0 for fewer than two common categories.

@@ -21,7 +21,7 @@ from focus_ray.density.base import Statistics, choose_bank_images
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.registry import DENSITIES
 from focus_ray.detect.detector import ScoredImages
-from focus_ray.distributed import gather_objects, world_size
+from focus_ray.distributed import all_gather_objects, get_world_size
 from focus_ray.errors import DataError
 from focus_ray.features.alignment.congealing import AlignmentReport
 from focus_ray.features.backbones.base import build_meta_backbone
@@ -37,12 +37,12 @@ from focus_ray.fitting.state import TrainState
 from focus_ray.metrics.evaluate import compute_metrics
 from focus_ray.metrics.metrics import ScoredTestImages
 from focus_ray.metrics.registry import METRICS
-from focus_ray.sweep.settings import Objective, objective_metric
+from focus_ray.sweep.settings import Objective, get_objective_metric
 from focus_ray.sweep.trial_inputs import (
-    JUDGING_BATCH_SIZE,
+    SCORING_BATCH_SIZE,
     CategoryImages,
     FrozenFeatures,
-    JudgingImages,
+    ScoringImages,
     make_worker_shard,
 )
 
@@ -83,7 +83,7 @@ class CategoryResult:
     shared: str = "nothing"
 
 
-def judge_category(
+def score_category(
     config: Config,
     category: str,
     images: CategoryImages,
@@ -96,9 +96,9 @@ def judge_category(
     on_score: Callable[[int, float, bool], str | None] = lambda epoch, score, final: None,
     shard: Shard | None = None,
 ) -> CategoryResult:
-    """Fits a model of one category with the settings of a trial, and scores it on the judging images after every epoch.
+    """Fits a model of one category with the settings of a trial, and scores it on the scoring images after every epoch.
 
-    The judging images are the same for all trials. A loss or a score that is not finite prunes the trial (ends it early),
+    The scoring images are the same for all trials. A loss or a score that is not finite prunes the trial (ends it early),
     because its settings cause this.
 
     Args:
@@ -108,7 +108,7 @@ def judge_category(
         objective: The score that the sweep maximizes.
         device: Device to compute on.
         num_images: Number of training images of all workers together; None if `images` contains all.
-        features: Result of `embed_images`, if `features_key` of this trial has shared features.
+        features: Result of `compute_frozen_features`, if `make_features_key` of this trial has shared features.
         rank: Rank of this worker.
         on_score: Called on rank 0 with (trained epochs, score, is_final). It returns a reason to prune the trial, or None.
         shard: This worker's share of the images for streamed training; None takes the share from `images`.
@@ -118,8 +118,8 @@ def judge_category(
     Raises:
         DataError: There are too few images, images cannot be aligned or read, or the objective cannot be measured.
     """
-    num_bad = int(images.judged.labels.sum())
-    result = CategoryResult(category, num_good=len(images.judged.labels) - num_bad, num_bad=num_bad)
+    num_bad = int(images.scored.labels.sum())
+    result = CategoryResult(category, num_good=len(images.scored.labels) - num_bad, num_bad=num_bad)
     start_s = time.perf_counter()
 
     def report_score(epoch: int, figures: dict[str, float | None], final: bool) -> None:
@@ -130,7 +130,7 @@ def judge_category(
         score = figures["score"]
         assert score is not None
         result.curve.append((epoch, score))
-        reason = gather_objects(on_score(epoch, score, final) if rank == 0 else None)[0]
+        reason = all_gather_objects(on_score(epoch, score, final) if rank == 0 else None)[0]
         if final:
             result.figures, result.score = figures, score
         if reason is not None:
@@ -139,11 +139,11 @@ def judge_category(
     try:
         if features is not None:
             result.alignment = features.alignment
-            report_score(0, _judge_features(config, images, features, objective, device), True)
+            report_score(0, _score_features(config, images, features, objective, device), True)
         else:
             own_images = shard or make_worker_shard(config, images, rank)
             run = CategoryFit(config, own_images, num_images or len(images.fit), device, rank=rank)
-            _train_and_judge(run, images.judged, objective, result, report_score)
+            _train_and_score(run, images.scored, objective, result, report_score)
     except TrialPruned as pruned:
         result.cut = str(pruned)
     except (FloatingPointError, torch.linalg.LinAlgError) as error:  # LinAlgError: values too large to decompose
@@ -152,20 +152,20 @@ def judge_category(
     return result
 
 
-def _train_and_judge(
+def _train_and_score(
     run: CategoryFit,
-    judged: JudgingImages,
+    scored: ScoringImages,
     objective: Objective,
     result: CategoryResult,
     report_score: Callable[[int, dict[str, float | None], bool], None],
 ) -> None:
-    """Trains a model and scores it on the judging images, which are the same for all trials, after every epoch.
+    """Trains a model and scores it on the scoring images, which are the same for all trials, after every epoch.
 
     It trains as `fitting.fit.fit` does, but sets no thresholds. Without training, it scores the model once.
 
     Args:
         run: The fit of this worker.
-        judged: Images to score on; each worker scores its own part.
+        scored: Images to score on; each worker scores its own part.
         objective: The score that the sweep maximizes.
         result: Receives the number of epochs, the alignment report and the warnings.
         report_score: Called with (trained epochs, metric -> value, is_final).
@@ -176,36 +176,36 @@ def _train_and_judge(
         FloatingPointError: A loss, a score or a map is not finite.
     """
     config = run.config
-    own_images = judged.images[slice(*(len(judged.images) * (run.rank + end) // world_size() for end in (0, 1)))]
+    own_images = scored.images[slice(*(len(scored.images) * (run.rank + end) // get_world_size() for end in (0, 1)))]
 
-    def judge() -> dict[str, float | None]:
-        """Fits the density (the model of normal embeddings), scores the judging images and returns metric -> value."""
+    def score_model() -> dict[str, float | None]:
+        """Fits the density (the model of normal embeddings), scores the scoring images and returns metric -> value."""
         detector = build_detector(config, run.net, run.reduction, run.training_statistics())
         batches = (
-            own_images[start : start + JUDGING_BATCH_SIZE] for start in range(0, len(own_images), JUDGING_BATCH_SIZE)
+            own_images[start : start + SCORING_BATCH_SIZE] for start in range(0, len(own_images), SCORING_BATCH_SIZE)
         )
-        own_scores = collect_scores((detector(torch.from_numpy(batch)) for batch in batches), judged.masks.shape[1:])
-        scores, maps = (np.concatenate(parts) for parts in zip(*gather_objects(own_scores), strict=True))
-        return _compute_metrics(judged, scores, maps, objective)
+        own_scores = collect_scores((detector(torch.from_numpy(batch)) for batch in batches), scored.masks.shape[1:])
+        scores, maps = (np.concatenate(parts) for parts in zip(*all_gather_objects(own_scores), strict=True))
+        return _compute_trial_metrics(scored, scores, maps, objective)
 
     def on_epoch(epoch: int, figures: dict[str, float], snapshot: Callable[[], TrainState]) -> None:
         """Scores the model after an epoch and reports the score. After the last epoch it does nothing but count."""
         result.epochs = epoch + 1
         if epoch + 1 < config.train.epochs:
-            report_score(epoch + 1, judge(), False)
+            report_score(epoch + 1, score_model(), False)
 
     try:
         run.align_and_train(None, on_epoch)
-        report_score(config.train.epochs, judge(), True)  # judges the selected epoch, if the settings select one
+        report_score(config.train.epochs, score_model(), True)  # judges the selected epoch, if the settings select one
     finally:
         result.alignment, result.warnings = run.notes.alignment, run.notes.warnings
 
 
 @torch.no_grad()
-def _judge_features(
+def _score_features(
     config: Config, images: CategoryImages, features: FrozenFeatures, objective: Objective, device: torch.device
 ) -> dict[str, float | None]:
-    """Scores the judging images (the same for all trials) with shared features of the untrained network. Returns metric -> value.
+    """Scores the scoring images (the same for all trials) with shared features of the untrained network. Returns metric -> value.
 
     Reduces the channels of the features and fits the density (the model of normal embeddings) first.
 
@@ -213,33 +213,35 @@ def _judge_features(
         DataError: The objective cannot be measured on these images.
         FloatingPointError: A score or a map is not finite.
     """
-    net = _untrained_net(config.model, features, device)
-    statistics, reduction, embeddings = _fit_reduced(config, features, device)
+    net = _build_untrained_network(config.model, features, device)
+    statistics, reduction, embeddings = _reduce_features(config, features, device)
     detector = build_detector(config, net, reduction, statistics)
     theta = None if features.theta is None else torch.from_numpy(np.array(features.theta)).to(device)
 
     def score_batches() -> Iterator[ScoredImages]:
-        """Generator: yields the scores and anomaly maps of each batch of the judging images."""
+        """Generator: yields the scores and anomaly maps of each batch of the scoring images."""
         start = 0
         for embedding in embeddings:
             yield detector.score_embeddings(embedding, None if theta is None else theta[start : start + len(embedding)])
             start += len(embedding)
 
-    return _compute_metrics(images.judged, *collect_scores(score_batches(), images.judged.masks.shape[1:]), objective)
+    return _compute_trial_metrics(
+        images.scored, *collect_scores(score_batches(), images.scored.masks.shape[1:]), objective
+    )
 
 
 _reductions: dict[str, tuple[Statistics, ChannelReduction, list[Tensor]]] = {}  # of recent trials
 _MAX_REDUCTIONS = 2  # consecutive trials often differ only in settings that are used later
 
 
-def clear_caches() -> None:
+def clear_trial_caches() -> None:
     """Deletes the networks and reduced features of earlier trials from the caches of this process."""
-    _untrained_net.cache_clear()
+    _build_untrained_network.cache_clear()
     _reductions.clear()
 
 
 @functools.lru_cache(4)
-def _untrained_net(config: ModelConfig, features: FrozenFeatures, device: torch.device) -> FocusNet:
+def _build_untrained_network(config: ModelConfig, features: FrozenFeatures, device: torch.device) -> FocusNet:
     """Returns a network with the image size and the fitted image aligner. Its backbone has no weights and is never run.
 
     The network is cached.
@@ -257,13 +259,13 @@ def _untrained_net(config: ModelConfig, features: FrozenFeatures, device: torch.
     return net.to(device)
 
 
-def _fit_reduced(
+def _reduce_features(
     config: Config, features: FrozenFeatures, device: torch.device
 ) -> tuple[Statistics, ChannelReduction, list[Tensor]]:
     """Reduces the channels of the shared features and collects the statistics of the training images. The result is cached.
 
     Returns:
-        Statistics of the training images, the reduction, and the reduced embeddings of the judging images per batch.
+        Statistics of the training images, the reduction, and the reduced embeddings of the scoring images per batch.
     """
     density = config.density
     keys = ("layers", "map_stride_px", "smooth_layers", "reduction", "num_channels", "max_images", "kind")
@@ -289,19 +291,19 @@ def _fit_reduced(
     statistics = compute_embedding_statistics(batches, reduction, (size, size), device, kept_positions)
     while len(_reductions) >= _MAX_REDUCTIONS:
         del _reductions[next(iter(_reductions))]
-    _reductions[cache_key] = statistics, reduction, list(embeddings(features.judged, JUDGING_BATCH_SIZE))
+    _reductions[cache_key] = statistics, reduction, list(embeddings(features.scored, SCORING_BATCH_SIZE))
     return _reductions[cache_key]
 
 
-def _compute_metrics(
-    judged: JudgingImages, scores: NDArray[np.float32], maps: NDArray[np.float32], objective: Objective
+def _compute_trial_metrics(
+    scored: ScoringImages, scores: NDArray[np.float32], maps: NDArray[np.float32], objective: Objective
 ) -> dict[str, float | None]:
-    """Computes the metrics of the judging images: metric -> value. The entry "score" is the value that ranks trials.
+    """Computes the metrics of the scoring images: metric -> value. The entry "score" is the value that ranks trials.
 
-    The judging images are the same for all trials of a sweep.
+    The scoring images are the same for all trials of a sweep.
 
     Args:
-        judged: The judging images, N.
+        scored: The scoring images, N.
         scores: (N,) image scores.
         maps: (N, H, W) anomaly maps.
         objective: The score that the sweep maximizes.
@@ -312,12 +314,12 @@ def _compute_metrics(
     """
     if not (np.isfinite(scores).all() and np.isfinite(maps).all()):
         raise FloatingPointError("the anomaly maps are not finite: lower the learning rates")
-    key = objective_metric(objective)
+    key = get_objective_metric(objective)
     if key is None:
-        return {**validation_figures(judged.masks, scores, maps)}
-    masks = [mask if has_mask else None for mask, has_mask in zip(judged.masks, judged.has_mask, strict=True)]
-    kinds = ["anomalous" if label else "good" for label in judged.labels]
-    measured = ScoredTestImages(judged.labels, scores.astype(np.float64), masks, list(maps), 0.0)
+        return {**validation_figures(scored.masks, scores, maps)}
+    masks = [mask if has_mask else None for mask, has_mask in zip(scored.masks, scored.has_mask, strict=True)]
+    kinds = ["anomalous" if label else "good" for label in scored.labels]
+    measured = ScoredTestImages(scored.labels, scores.astype(np.float64), masks, list(maps), 0.0)
     metrics = compute_metrics(measured, kinds, 0.0)
     score = metrics[key]
     if score is None:

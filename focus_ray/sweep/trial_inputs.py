@@ -19,7 +19,7 @@ from focus_ray.data.images import decode_batch, decode_mask
 from focus_ray.data.read import decode_rows, read_index, read_test_rows
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.detect.detector import split_batch_for_inference
-from focus_ray.distributed import world_size
+from focus_ray.distributed import get_world_size
 from focus_ray.errors import DataError
 from focus_ray.features.alignment.congealing import AlignmentReport
 from focus_ray.features.backbones.registry import BACKBONES
@@ -32,11 +32,11 @@ from focus_ray.fitting.split import Split, SplitPlan, split_category
 from focus_ray.seeds import derive_seed
 from focus_ray.sweep.settings import Objective
 
-JUDGING_BATCH_SIZE = 32
+SCORING_BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
-class JudgingImages:
+class ScoringImages:
     """The images on which all trials of a sweep are scored.
 
     Attributes:
@@ -59,14 +59,14 @@ class CategoryImages:
     Attributes:
         fit: (N, S, S, 3) uint8, the N training images of S x S pixels.
         validation: (V, S, S, 3) uint8, the V good images that are held out for the choice of an epoch.
-        judged: Images on which trials are scored.
+        scored: Images on which trials are scored.
         fit_groups: (N,) group number of each training image, as in `fitting.split.SplitRows`; None: each image is its own group.
         fit_order: (N,) natural order of the training images, as in `SplitRows`.
     """
 
     fit: NDArray[np.uint8]
     validation: NDArray[np.uint8]
-    judged: JudgingImages
+    scored: ScoringImages
     fit_groups: NDArray[np.int64] | None = None
     fit_order: NDArray[np.int64] | None = None
 
@@ -77,7 +77,7 @@ class FrozenFeatures:
 
     Attributes:
         fit: Features of the training images: one (N, H, W, C) float32 array for each of the layers 1 to 3.
-        judged: Features of the images on which trials are scored, in the same layout.
+        scored: Features of the images on which trials are scored, in the same layout.
         fit_theta: (N, 2, 3) float32, alignment of each training image; None without image alignment.
         theta: (N, 2, 3) float32, alignment of each image on which trials are scored; None without image alignment.
         aligner: Name of a parameter -> value, of the fitted image aligner; None without image alignment.
@@ -86,7 +86,7 @@ class FrozenFeatures:
     """
 
     fit: tuple[NDArray[np.float32], ...] = field(compare=False)
-    judged: tuple[NDArray[np.float32], ...] = field(compare=False)
+    scored: tuple[NDArray[np.float32], ...] = field(compare=False)
     fit_theta: NDArray[np.float32] | None = field(compare=False)
     theta: NDArray[np.float32] | None = field(compare=False)
     aligner: dict[str, NDArray[Any]] | None = field(compare=False)
@@ -94,7 +94,7 @@ class FrozenFeatures:
     uid: str
 
 
-def split_for_judging(config: Config, category: str, objective: Objective) -> Split:
+def split_for_scoring(config: Config, category: str, objective: Objective) -> Split:
     """Divides the images of a category into images for training and for scoring trials.
 
     If the objective is `validation`, good images are held out for scoring; otherwise trials are scored on test images.
@@ -108,7 +108,9 @@ def split_for_judging(config: Config, category: str, objective: Objective) -> Sp
     return split_category(config, category)
 
 
-def load_images(config: Config, category: str, plan: SplitPlan, objective: Objective, size_px: int) -> CategoryImages:
+def load_category_images(
+    config: Config, category: str, plan: SplitPlan, objective: Objective, size_px: int
+) -> CategoryImages:
     """Reads and decodes the images of a category, and makes the images on which trials are scored.
 
     Args:
@@ -131,31 +133,31 @@ def load_images(config: Config, category: str, plan: SplitPlan, objective: Objec
         normals = decode(plan.validation_rows, config.model.image_size_px)
         images, masks = validation_images(normals, seed=derive_seed(config.train.seed, "synthetic defects", 0))
         labels = np.asarray(masks.any(axis=(1, 2)), dtype=np.int64)
-        images, masks = _scale_images(images, masks, size_px)
-        judged = JudgingImages(images, masks, labels, np.ones(len(images), dtype=bool))
+        images, masks = _downscale_images_and_masks(images, masks, size_px)
+        scored = ScoringImages(images, masks, labels, np.ones(len(images), dtype=bool))
     else:
-        judged = _test_images(config.data.uri, category, size_px)
+        scored = _read_test_images(config.data.uri, category, size_px)
     fit, validation = decode(plan.fit_rows, size_px), decode(plan.validation_rows, size_px)
-    return CategoryImages(fit, validation, judged, plan.fit.groups, plan.fit.order)
+    return CategoryImages(fit, validation, scored, plan.fit.groups, plan.fit.order)
 
 
-def image_bytes(config: Config, split: Split, objective: Objective, size_px: int) -> int:
-    """Returns how many bytes of RAM the images of `load_images` need, without labels and groups."""
+def compute_image_bytes(config: Config, split: Split, objective: Objective, size_px: int) -> int:
+    """Returns how many bytes of RAM the images of `load_category_images` need, without labels and groups."""
     rows = split.num_fit + split.num_validation
-    return (rows * 3 + count_judging_images(config, split, objective) * 4) * size_px**2
+    return (rows * 3 + count_scoring_images(config, split, objective) * 4) * size_px**2
 
 
-def feature_bytes(config: Config, split: Split, objective: Objective) -> int:
-    """Returns how many bytes of RAM the features of `embed_images` need, without alignments."""
+def compute_feature_bytes(config: Config, split: Split, objective: Objective) -> int:
+    """Returns how many bytes of RAM the features of `compute_frozen_features` need, without alignments."""
     size = config.model.image_size_px
     spec = BACKBONES[config.model.backbone]
     bytes_per_image = (
         sum(count * (size // stride) ** 2 for count, stride in zip(spec.channels, spec.strides, strict=True)) * 4
     )
-    return (split.num_fit + count_judging_images(config, split, objective)) * bytes_per_image
+    return (split.num_fit + count_scoring_images(config, split, objective)) * bytes_per_image
 
 
-def count_judging_images(config: Config, split: Split, objective: Objective) -> int:
+def count_scoring_images(config: Config, split: Split, objective: Objective) -> int:
     """Returns the number of images on which the trials of a category are scored.
 
     Raises: DataError: the data set or category does not exist.
@@ -165,7 +167,7 @@ def count_judging_images(config: Config, split: Split, objective: Objective) -> 
     return int(read_index(config.data.uri, split.category, split="test").num_rows)
 
 
-def features_key(config: Config, category: str) -> str | None:
+def make_features_key(config: Config, category: str) -> str | None:
     """Returns the key of the shared features of a trial. Trials with equal network and category have the same key.
 
     Returns None if the trial cannot share features, because it trains the network or chooses the alignment itself, or because it
@@ -196,7 +198,7 @@ def check_trial_settings(config: Config) -> None:
 
 
 @torch.no_grad()
-def embed_images(config: Config, images: CategoryImages, device: torch.device) -> FrozenFeatures:
+def compute_frozen_features(config: Config, images: CategoryImages, device: torch.device) -> FrozenFeatures:
     """Fits the image aligner, runs all images of a category through the untrained network, and returns its features.
 
     Args:
@@ -225,13 +227,13 @@ def embed_images(config: Config, images: CategoryImages, device: torch.device) -
         return tuple(map(np.concatenate, zip(*maps, strict=True))), np.concatenate(thetas) if thetas else None
 
     fit, fit_theta = embed(torch.from_numpy(images.fit).split(config.train.batch_size_per_worker))
-    judged, theta = embed(torch.from_numpy(images.judged.images).split(JUDGING_BATCH_SIZE))
+    scored, theta = embed(torch.from_numpy(images.scored.images).split(SCORING_BATCH_SIZE))
     aligner = run.net.image_aligner
     state = None if aligner is None else {name: value.cpu().numpy() for name, value in aligner.state_dict().items()}
-    return FrozenFeatures(fit, judged, fit_theta, theta, state, run.notes.alignment, uuid.uuid4().hex)
+    return FrozenFeatures(fit, scored, fit_theta, theta, state, run.notes.alignment, uuid.uuid4().hex)
 
 
-def _scale_images(
+def _downscale_images_and_masks(
     images: NDArray[np.uint8], masks: NDArray[np.bool_], size_px: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Scales images and masks down to another size, so that all image sizes are scored on the same defects.
@@ -252,7 +254,7 @@ def _scale_images(
     return small.numpy(), small_masks.numpy()
 
 
-def _test_images(uri: str, category: str, size_px: int) -> JudgingImages:
+def _read_test_images(uri: str, category: str, size_px: int) -> ScoringImages:
     """Reads the labelled test images of a category.
 
     Raises:
@@ -262,7 +264,7 @@ def _test_images(uri: str, category: str, size_px: int) -> JudgingImages:
     if not records:
         raise DataError(f"category {category!r} of {uri} has no test images: set objective=validation")
     empty = np.zeros((size_px, size_px), dtype=bool)
-    return JudgingImages(
+    return ScoringImages(
         decode_batch([record["image"] for record in records], size_px),
         np.stack([decode_mask(r["mask"], size_px, size_px) if r["mask"] is not None else empty for r in records]),
         np.array([int(record["label"]) for record in records]),
@@ -278,7 +280,7 @@ def make_worker_shard(config: Config, images: CategoryImages, rank: int = 0) -> 
         images: All images of the category.
         rank: Rank of the worker among all workers of the initialized torch.distributed group, or 0.
     """
-    world = world_size()
+    world = get_world_size()
 
     def share(array: NDArray[Any]) -> NDArray[Any]:
         """Returns the part of an array that belongs to this worker."""

@@ -12,7 +12,7 @@ from typing import Any
 from ray import tune
 from ray.tune.search import Searcher
 
-from focus_ray.sweep.proposer import Proposer
+from focus_ray.sweep.proposer import SettingsProposer
 from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import Point
 
@@ -37,16 +37,18 @@ class SweepStopper(tune.Stopper):
 
 
 class TuneSearcher(Searcher):
-    """The searcher for Ray Tune: takes the settings of each new trial from a `Proposer`, and reports when a trial ends.
+    """The searcher for Ray Tune: takes the settings of each new trial from a `SettingsProposer`, and reports when a trial ends.
 
     Args:
         proposer: Proposes the settings.
-        end_trial: Called with number, settings and result of each ended trial; the result is None if the trial reported none.
+        handle_ended_trial: Called with number, settings and result of each ended trial; a missing result is None.
     """
 
-    def __init__(self, proposer: Proposer, end_trial: Callable[[int, Point, TrialRecord | None], None]) -> None:
+    def __init__(
+        self, proposer: SettingsProposer, handle_ended_trial: Callable[[int, Point, TrialRecord | None], None]
+    ) -> None:
         super().__init__(metric="score", mode="max")
-        self.proposer, self.end_trial = proposer, end_trial
+        self.proposer, self.handle_ended_trial = proposer, handle_ended_trial
         self.running: dict[str, tuple[int, Point]] = {}
 
     def __getstate__(self) -> dict[str, Any]:  # as in SweepStopper
@@ -58,14 +60,14 @@ class TuneSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """Returns the number and the settings of the next trial as a dict; FINISHED if all trials were proposed."""
-        proposal = self.proposer.ask()
+        proposal = self.proposer.propose_trial()
         if proposal is None:
             return Searcher.FINISHED
         self.running[trial_id] = proposal
         return {"number": proposal[0], "point": proposal[1]}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """Calls `end_trial` with the result of an ended trial.
+        """Calls `handle_ended_trial` with the result of an ended trial.
 
         Args:
             trial_id: Tune's id of the trial.
@@ -73,7 +75,9 @@ class TuneSearcher(Searcher):
             error: True if the trial failed.
         """
         text = (result or {}).get("record")
-        self.end_trial(*self.running.pop(trial_id), None if error or text is None else TrialRecord(**json.loads(text)))
+        self.handle_ended_trial(
+            *self.running.pop(trial_id), None if error or text is None else TrialRecord(**json.loads(text))
+        )
 
     def save(self, checkpoint_path: str) -> None:
         """Writes an empty file: Tune requires a file, but a resumed sweep reads the results of its trials instead."""
@@ -84,7 +88,7 @@ class TuneSearcher(Searcher):
         raise NotImplementedError
 
 
-def run_tune(
+def run_tune_trials(
     trial: Callable[[dict[str, Any]], None],
     resources: tune.PlacementGroupFactory,
     config: tune.TuneConfig,
@@ -115,10 +119,10 @@ def run_tune(
     )
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it warns about its result files, which are deleted
     config.reuse_actors = True
-    config.trial_name_creator = config.trial_dirname_creator = _trial_name
+    config.trial_name_creator = config.trial_dirname_creator = _make_trial_name
     return tune.Tuner(tune.with_resources(trial, resources), tune_config=config, run_config=run_config).fit()
 
 
-def _trial_name(trial: Any) -> str:
+def _make_trial_name(trial: Any) -> str:
     """Returns the name that Tune gives to a trial and its folder: the number of the trial, and Tune's id."""
     return f"trial-{trial.config.get('number', 0):05d}-{trial.trial_id}"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from focus_ray.cluster.failures import reason_of
+from focus_ray.cluster.failures import describe_root_cause
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import Shard, StreamShard, build_shard, fits_memory
 from focus_ray.fitting.split import NO_ROWS, Split, SplitPlan
@@ -25,10 +25,16 @@ from focus_ray.storage.files import join_path
 from focus_ray.sweep import records
 from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import Objective, SweepConfig
-from focus_ray.sweep.trial import CategoryResult, clear_caches, judge_category
-from focus_ray.sweep.trial_inputs import CategoryImages, FrozenFeatures, embed_images, features_key, load_images
+from focus_ray.sweep.trial import CategoryResult, clear_trial_caches, score_category
+from focus_ray.sweep.trial_inputs import (
+    CategoryImages,
+    FrozenFeatures,
+    compute_frozen_features,
+    load_category_images,
+    make_features_key,
+)
 from focus_ray.training.streams import iterate_worker_batches
-from focus_ray.training.trainer import TrainerJob, run_trainer
+from focus_ray.training.trainer import TrainerJob, run_on_train_workers
 
 STOPPED = "the sweep was stopped"
 SHARED_TIMEOUT_S = (
@@ -47,8 +53,8 @@ class StageJob:
         root: Folder of the sweep.
         use_gpu: True if trials use a GPU.
         images: (category, image size) -> reference to `CategoryImages`.
-        features: `features_key` -> reference to `FrozenFeatures`.
-        judge: Handle of the `Judge` actor, which decides when a trial ends early.
+        features: `make_features_key` -> reference to `FrozenFeatures`.
+        pruner: Handle of the `TrialPruner` actor, which decides when a trial ends early.
     """
 
     sweep: SweepConfig
@@ -58,7 +64,7 @@ class StageJob:
     use_gpu: bool
     images: Mapping[tuple[str, int], Any]
     features: Mapping[str, Any]
-    judge: Any
+    pruner: Any
 
 
 @dataclass(frozen=True)
@@ -74,21 +80,21 @@ class TrialJob(TrainerJob):
     stage: StageJob
 
 
-def load_task(config: Config, split: Split, objective: Objective, size_px: int) -> tuple[CategoryImages, None]:
+def load_images_task(config: Config, split: Split, objective: Objective, size_px: int) -> tuple[CategoryImages, None]:
     """Ray task: decodes the images of a category. Returns the images, and None, which shows the end of the task.
 
-    Raises: DataError: see `load_images`.
+    Raises: DataError: see `load_category_images`.
     """
-    return load_images(config, split.category, split.plan(config), objective, size_px), None
+    return load_category_images(config, split.category, split.plan(config), objective, size_px), None
 
 
-def embed_task(config: Config, images: CategoryImages) -> tuple[FrozenFeatures, None]:
+def compute_features_task(config: Config, images: CategoryImages) -> tuple[FrozenFeatures, None]:
     """Ray task: computes the features of a category. Returns the features, and None, which shows the end of the task.
 
-    Raises: DataError: see `embed_images`.
+    Raises: DataError: see `compute_frozen_features`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return embed_images(config, images, device), None
+    return compute_frozen_features(config, images, device), None
 
 
 def run_trial(config: Mapping[str, Any], job: StageJob) -> None:
@@ -107,25 +113,25 @@ def run_trial(config: Mapping[str, Any], job: StageJob) -> None:
 
     number, point = config["number"], config["point"]
     start_s = time.perf_counter()
-    ray.get(job.judge.begin.remote(number))
+    ray.get(job.pruner.begin_trial.remote(number))
     results: dict[str, CategoryResult] = {}
     status, reason = "finished", None
     try:
-        settings = job.sweep.config_at(point)
+        settings = job.sweep.make_trial_config(point)
         if not job.sweep.share_work:
-            clear_caches()
+            clear_trial_caches()
         for category, split in job.splits.items():
-            results[category] = _fit_and_score_category(TrialJob(settings, split, job.use_gpu, number, job))
+            results[category] = _run_trial_job(TrialJob(settings, split, job.use_gpu, number, job))
             reason = results[category].cut
             if reason is not None:
                 status = "cut"
                 break
     except Exception as error:  # only this trial fails; it is recorded, and the other trials go on
-        status, reason = "failed", reason_of(error)
+        status, reason = "failed", describe_root_cause(error)
     if reason == STOPPED:
         return
     if status != "finished":
-        ray.get(job.judge.withdraw.remote(number))
+        ray.get(job.pruner.exclude_trial.remote(number))
     scores = [result.score for result in results.values() if result.score is not None]
     record = TrialRecord(
         number,
@@ -139,36 +145,38 @@ def run_trial(config: Mapping[str, Any], job: StageJob) -> None:
         time.perf_counter() - start_s,
         time.time(),
     )
-    records.write_record(job.root, record)
+    records.write_trial_record(job.root, record)
     score = math.nan if record.score is None else record.score
     tune.report(
         {"score": score, "record": json.dumps(dataclasses.asdict(record))}
     )  # text: Tune flattens nested results
 
 
-def _fit_and_score_category(job: TrialJob) -> CategoryResult:
+def _run_trial_job(job: TrialJob) -> CategoryResult:
     """Fits (with training, if configured) and scores a trial on one category.
 
     It runs in this process, or on Ray Train workers if several workers are configured or images are streamed.
     """
     streams = job.config.train.epochs > 0 and not fits_memory(job.config, job.split)
     if job.config.cluster.num_workers == 1 and not streams:
-        return _judge_on_worker(job, torch.device("cuda" if job.use_gpu else "cpu"))
+        return _score_on_worker(job, torch.device("cuda" if job.use_gpu else "cpu"))
     name = f"{job.number:05d}-{job.category}-{uuid.uuid4().hex[:6]}"
-    result: CategoryResult = run_trainer(_judge_on_train_worker, job, join_path(job.stage.root, "scratch"), name)
+    result: CategoryResult = run_on_train_workers(
+        _score_on_train_worker, job, join_path(job.stage.root, "scratch"), name
+    )
     return result
 
 
-def _judge_on_train_worker(job: TrialJob, device: torch.device) -> CategoryResult:
+def _score_on_train_worker(job: TrialJob, device: torch.device) -> CategoryResult:
     """Fits and scores one category as a Ray Train worker. Every worker of the trial runs this function."""
     import ray.train
 
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
-    return _judge_on_worker(job, device, rank, num_workers)
+    return _score_on_worker(job, device, rank, num_workers)
 
 
-def _judge_on_worker(
+def _score_on_worker(
     job: TrialJob,
     device: torch.device,
     rank: int = 0,
@@ -191,18 +199,18 @@ def _judge_on_worker(
     shard: Shard | None = None
     images: CategoryImages | None = _fetch_shared_input(stage.images.get((job.category, size_px)))
     if images is not None and num_workers == 1:
-        features = _fetch_shared_input(stage.features.get(features_key(settings, job.category) or ""))
+        features = _fetch_shared_input(stage.features.get(make_features_key(settings, job.category) or ""))
     shared = "features" if features is not None else "images" if images is not None else "nothing"
     if images is None:
-        shard, plan = split_for_worker(settings, job.category, job.split.plan(settings), rank, num_workers)
-        images = load_images(stage.sweep.reference_config, job.category, plan, objective, size_px)
+        shard, plan = split_images_for_worker(settings, job.category, job.split.plan(settings), rank, num_workers)
+        images = load_category_images(stage.sweep.largest_image_config, job.category, plan, objective, size_px)
 
     def on_score(epoch: int, score: float, final: bool) -> str | None:
-        """Sends a score to the `Judge` actor. Returns the reason to end the trial; None if it goes on."""
-        decision = stage.judge.report.remote(job.number, job.category, epoch, score, final)
+        """Sends a score to the `TrialPruner` actor. Returns the reason to end the trial; None if it goes on."""
+        decision = stage.pruner.report_score.remote(job.number, job.category, epoch, score, final)
         return ray.get(decision)  # type: ignore[no-any-return]
 
-    result = judge_category(
+    result = score_category(
         settings,
         job.category,
         images,
@@ -218,7 +226,7 @@ def _judge_on_worker(
     return result
 
 
-def split_for_worker(
+def split_images_for_worker(
     settings: Config, category: str, plan: SplitPlan, rank: int, num_workers: int
 ) -> tuple[Shard, SplitPlan]:
     """Returns the training images of one worker, and a plan of the other images, which every worker reads completely.

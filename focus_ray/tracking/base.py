@@ -27,14 +27,14 @@ class RunDescription:
     Attributes:
         key: Unique key. It stays the same when a training is resumed or evaluated, so that the tracker continues the run.
         name: Name that the tracker shows.
-        group: Description of the run of the whole training or sweep; None if this run has no run above it.
+        parent: Description of the run of the whole training or sweep; None if this run has no run above it.
         parameters: Dotted key of a setting, such as "model.image_size_px" -> value.
         tags: Name -> text. Users search for runs by tags.
     """
 
     key: str
     name: str
-    group: RunDescription | None = None
+    parent: RunDescription | None = None
     parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
 
@@ -57,7 +57,7 @@ class Picture:
 class TrackerRun(Protocol):
     """Interface of an open run in a tracker, to which metrics, tags and pictures are written.
 
-    The methods may raise any exception: `Recorder` catches it.
+    The methods may raise any exception: `BackgroundRecorder` catches it.
     """
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
@@ -105,10 +105,10 @@ class Tracker(Protocol):
         """Returns True if the tracker already has this run. Some trackers see only the runs of this machine."""
 
     def begin_run(self, run: RunDescription) -> TrackerRun:
-        """Opens the existing run with the key `run.key`, or creates it with parameters and tags below its group's run."""
+        """Opens the existing run with the key `run.key`, or creates it with parameters and tags below its parent run."""
 
 
-def local_folder(kind: str, settings: TrackerConfig, storage: str) -> str:
+def find_writable_folder(kind: str, settings: TrackerConfig, storage: str) -> str:
     """Returns the folder for a tracker's files: `settings.uri`, or <storage>/trackers/<kind> without it.
 
     Writes and deletes a test file in the folder, to check the access.
@@ -146,7 +146,7 @@ def flatten_dict(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 def flatten_parameters(tree: Mapping[str, Any]) -> dict[str, ParameterValue]:
     """Returns dotted key -> value for all values in nested mappings that are not None.
 
-    Lists become JSON text. All texts lose secrets in URIs (`without_secrets`) and are cut to MAX_PARAMETER_CHARS characters.
+    Lists become JSON text. All texts lose secrets in URIs (`remove_uri_secrets`) and are cut to MAX_PARAMETER_CHARS characters.
     """
     parameters: dict[str, ParameterValue] = {}
     for key, value in flatten_dict(tree):
@@ -154,12 +154,12 @@ def flatten_parameters(tree: Mapping[str, Any]) -> dict[str, ParameterValue]:
             continue
         if not isinstance(value, (bool, int, float)):
             text = value if isinstance(value, str) else json.dumps(value)
-            value = without_secrets(text)[:MAX_PARAMETER_CHARS]
+            value = remove_uri_secrets(text)[:MAX_PARAMETER_CHARS]
         parameters[key] = value
     return parameters
 
 
-def without_secrets(text: str) -> str:
+def remove_uri_secrets(text: str) -> str:
     """Returns a text with user, password and query removed from every URI in it.
 
     The query may be a signature, with which everyone can read the object.

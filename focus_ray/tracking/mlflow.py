@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from focus_ray.errors import ConfigError, check_extra_is_installed
-from focus_ray.tracking.base import ParameterValue, Picture, RunDescription, Tracker, local_folder, without_secrets
+from focus_ray.tracking.base import (
+    ParameterValue,
+    Picture,
+    RunDescription,
+    Tracker,
+    find_writable_folder,
+    remove_uri_secrets,
+)
 from focus_ray.tracking.settings import TrackerConfig
 
 _KEY = "focus_ray.key"
@@ -43,13 +50,13 @@ class _MLflowRun:
         """Adds tags, or replaces existing tags."""
         from mlflow.entities import RunTag
 
-        self._send("tags", [RunTag(key, value) for key, value in tags.items()])
+        self._send_batches("tags", [RunTag(key, value) for key, value in tags.items()])
 
     def log_parameters(self, parameters: Mapping[str, ParameterValue]) -> None:
         """Adds parameters to the run. They must be new: MLflow raises an exception for a changed parameter."""
         from mlflow.entities import Param
 
-        self._send("params", [Param(key, str(value)) for key, value in parameters.items()])
+        self._send_batches("params", [Param(key, str(value)) for key, value in parameters.items()])
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds the value of each metric to its curve at a step.
@@ -66,9 +73,9 @@ class _MLflowRun:
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
-        self._send("metrics", [Metric(key, value, now_ms, step) for key, value in metrics.items()])
+        self._send_batches("metrics", [Metric(key, value, now_ms, step) for key, value in metrics.items()])
 
-    def _send(self, kind: str, items: Sequence[Any]) -> None:
+    def _send_batches(self, kind: str, items: Sequence[Any]) -> None:
         """Sends tags, parameters or metrics to MLflow, in requests of at most _MAX_ITEMS items.
 
         Args:
@@ -93,7 +100,7 @@ class _MLflowRun:
             self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
 
 
-class MLflow(Tracker):
+class MLflowTracker(Tracker):
     """The tracker MLflow, opened: one experiment on a server or in a database."""
 
     @classmethod
@@ -112,10 +119,10 @@ class MLflow(Tracker):
         for key, value in _ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         check_extra_is_installed("mlflow", "trackers.mlflow")
-        uri, _ = _find_location(settings, storage)
+        uri, _ = _find_storage_uris(settings, storage)
         if uri.startswith(("http://", "https://")):
-            _check_server(uri)
-        return without_secrets(uri)  # MLFLOW_TRACKING_URI may hold a password
+            _check_server_reachable(uri)
+        return remove_uri_secrets(uri)  # MLFLOW_TRACKING_URI may hold a password
 
     def __init__(self, settings: TrackerConfig, storage: str) -> None:
         """Connects to the server or database, and opens the MLflow experiment `settings.project` or creates it.
@@ -129,7 +136,7 @@ class MLflow(Tracker):
 
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)  # otherwise they log every table that they create
-        uri, artifacts = _find_location(settings, storage)
+        uri, artifacts = _find_storage_uris(settings, storage)
         self.client = MlflowClient(tracking_uri=uri)
         try:
             self.experiment_id = str(self.client.create_experiment(settings.project, artifact_location=artifacts))
@@ -145,15 +152,15 @@ class MLflow(Tracker):
         return mlflow_run is not None and mlflow_run.info.status != "RUNNING"
 
     def begin_run(self, run: RunDescription) -> _MLflowRun:
-        """Opens MLflow's run with the key `run.key`, or creates it below its group's run. Adds tags and missing parameters.
+        """Opens MLflow's run with the key `run.key`, or creates it below its parent run. Adds tags and missing parameters.
 
         A run that was not finished gets the status RUNNING again. A finished run stays finished.
         """
         mlflow_run = self._find_run(run)
         if mlflow_run is None:
             tags = {_KEY: run.key}
-            if run.group is not None:
-                tags["mlflow.parentRunId"] = self.begin_run(run.group).run_id
+            if run.parent is not None:
+                tags["mlflow.parentRunId"] = self.begin_run(run.parent).run_id
             mlflow_run = self.client.create_run(self.experiment_id, tags=tags, run_name=run.name)
         elif mlflow_run.info.status != "FINISHED":
             self.client.update_run(mlflow_run.info.run_id, status="RUNNING")
@@ -170,7 +177,7 @@ class MLflow(Tracker):
         return runs[0] if runs else None
 
 
-def _find_location(settings: TrackerConfig, storage: str) -> tuple[str, str | None]:
+def _find_storage_uris(settings: TrackerConfig, storage: str) -> tuple[str, str | None]:
     """Returns (tracking URI of MLflow, URI for pictures of a new experiment). None instead of the second: the server decides.
 
     The tracking URI comes from the settings, or without them from MLFLOW_TRACKING_URI. A local path, or neither of the two,
@@ -182,11 +189,11 @@ def _find_location(settings: TrackerConfig, storage: str) -> tuple[str, str | No
     uri = settings.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if "://" in uri:
         return uri, None
-    path = Path(local_folder("mlflow", settings.model_copy(update={"uri": uri or None}), storage)).absolute()
+    path = Path(find_writable_folder("mlflow", settings.model_copy(update={"uri": uri or None}), storage)).absolute()
     return f"sqlite:///{path}/mlflow.db", (path / "artifacts").as_uri()
 
 
-def _check_server(uri: str) -> None:
+def _check_server_reachable(uri: str) -> None:
     """Checks that a server accepts a network connection. uri: http or https address of the server.
 
     Raises:

@@ -15,7 +15,7 @@ from focus_ray.tracking.settings import TrackerConfig
 CLOSE_TIMEOUT_S = 60.0  # longest time that the end of a run waits for trackers with unsent records
 
 
-class Recorder:
+class BackgroundRecorder:
     """Writes runs to all trackers of a configuration, in a separate thread. Without trackers, it does nothing.
 
     The first exception of a tracker is logged, and this tracker then gets no more data. `close` must be called at the end.
@@ -55,25 +55,25 @@ class Recorder:
         """Returns True if the configuration has at least one tracker, even after the tracker has failed."""
         return bool(self._settings)
 
-    def record(self, run: RunDescription, write: Callable[[TrackerRun], None] = lambda tracker_run: None) -> None:
+    def write_to_run(self, run: RunDescription, write: Callable[[TrackerRun], None] = lambda tracker_run: None) -> None:
         """Writes data to a run in every tracker. Returns at once; the thread makes the calls later.
 
         Args:
             run: Description of the run. The thread opens the run in a tracker if it is not open.
             write: Function that receives the open run of a tracker and writes to it; by default the run is only opened.
         """
-        self._enqueue(lambda kind: write(self._begin(kind, run)))
+        self._enqueue_for_trackers(lambda kind: write(self._get_or_begin_run(kind, run)))
 
-    def end(self, run: RunDescription, failed: bool = False) -> None:
+    def end_run(self, run: RunDescription, failed: bool = False) -> None:
         """Ends a run in every tracker, as finished or as failed. Returns at once; the thread makes the calls later."""
 
-        def end_run(kind: str) -> None:
-            self._begin(kind, run).end(failed)
+        def end_run_of_tracker(kind: str) -> None:
+            self._get_or_begin_run(kind, run).end(failed)
             del self._runs[kind, run.key]
 
-        self._enqueue(end_run)
+        self._enqueue_for_trackers(end_run_of_tracker)
 
-    def record_finished(self, run: RunDescription, write: Callable[[TrackerRun], None]) -> None:
+    def write_finished_run(self, run: RunDescription, write: Callable[[TrackerRun], None]) -> None:
         """Writes a complete run to every tracker that does not have it. Returns at once; the thread makes the calls later.
 
         Args:
@@ -81,11 +81,11 @@ class Recorder:
             write: Function that receives the open run of a tracker, writes all data to it, and ends it.
         """
 
-        def write_run(kind: str) -> None:
+        def write_run_to_tracker(kind: str) -> None:
             if not self._trackers[kind].has_run(run):
                 write(self._trackers[kind].begin_run(run))
 
-        self._enqueue(write_run)
+        self._enqueue_for_trackers(write_run_to_tracker)
 
     def close(self) -> None:
         """Waits until the trackers have all data, at most CLOSE_TIMEOUT_S seconds. Ends all runs that are still open as failed.
@@ -104,22 +104,22 @@ class Recorder:
             self._trackers.clear()
         self._thread = None
 
-    def _enqueue(self, action: Callable[[str], None]) -> None:
+    def _enqueue_for_trackers(self, action: Callable[[str], None]) -> None:
         """Queues the call `action(kind)` for every tracker. The first call starts the thread."""
         if self._settings and self._thread is None:
-            self._thread = threading.Thread(target=self._run_thread, daemon=True, name="trackers")
+            self._thread = threading.Thread(target=self._process_queue, daemon=True, name="trackers")
             self._thread.start()
         for kind in self._settings:
             self._queue.put((kind, action))
 
     # ---- executed in the thread
 
-    def _run_thread(self) -> None:
+    def _process_queue(self) -> None:
         """Makes the queued calls one after the other until `close`, then ends all open runs as failed."""
         while (item := self._queue.get()) is not None:
-            self._call(*item)
+            self._call_tracker(*item)
         for kind in self._settings:
-            self._call(kind, self._fail_open_runs)
+            self._call_tracker(kind, self._fail_open_runs)
 
     def _fail_open_runs(self, kind: str) -> None:
         """Ends all open runs of the tracker `kind` as failed."""
@@ -127,7 +127,7 @@ class Recorder:
             if kind_of_run == kind:
                 tracker_run.end(True)
 
-    def _call(self, kind: str, action: Callable[[str], None]) -> None:
+    def _call_tracker(self, kind: str, action: Callable[[str], None]) -> None:
         """Calls `action(kind)` and logs an exception. After the first exception of a tracker, the tracker gets no more calls."""
         if kind not in self._trackers:
             return
@@ -137,7 +137,7 @@ class Recorder:
             if self._trackers.pop(kind, None) is not None:
                 self.log(f"WARNING: {kind} failed and records nothing more; the run goes on: {describe_error(error)}")
 
-    def _begin(self, kind: str, run: RunDescription) -> TrackerRun:
+    def _get_or_begin_run(self, kind: str, run: RunDescription) -> TrackerRun:
         """Returns the open run of the tracker `kind` for a description, and opens it if it is not open."""
         if (kind, run.key) not in self._runs:
             self._runs[kind, run.key] = self._trackers[kind].begin_run(run)

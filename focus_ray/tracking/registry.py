@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 TRACKERS: LazyRegistry[type[Tracker]] = LazyRegistry(
     "tracker",
     {
-        "mlflow": "focus_ray.tracking.mlflow:MLflow",
-        "tensorboard": "focus_ray.tracking.tensorboard:TensorBoard",
-        "wandb": "focus_ray.tracking.wandb:WeightsAndBiases",
+        "mlflow": "focus_ray.tracking.mlflow:MLflowTracker",
+        "tensorboard": "focus_ray.tracking.tensorboard:TensorBoardTracker",
+        "wandb": "focus_ray.tracking.wandb:WandbTracker",
     },
 )

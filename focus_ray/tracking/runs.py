@@ -1,6 +1,6 @@
 """Writes trainings and evaluations to trackers, with one tracker run for each category.
 
-A training of several categories also has a group run for the whole training, above the runs of its categories. An evaluation
+A training of several categories also has a parent run for the whole training, above the runs of its categories. An evaluation
 continues the tracker runs of the training that made its bundles.
 """
 
@@ -25,17 +25,17 @@ from focus_ray.errors import FocusRayError
 from focus_ray.metrics.registry import METRICS
 from focus_ray.storage.files import file_exists, join_path, read_bytes
 from focus_ray.tracking.base import Picture, RunDescription, TrackerRun, flatten_parameters
-from focus_ray.tracking.recorder import Recorder, describe_error
+from focus_ray.tracking.recorder import BackgroundRecorder, describe_error
 from focus_ray.version import __version__
 
-CLAIM = "claim.json"  # file in the folder of a run; a hash of its unique bytes identifies the run
+CLAIM_FILE = "claim.json"  # file in the folder of a run; a hash of its unique bytes identifies the run
 MAX_PICTURES = 6  # heat maps of test images that an evaluation records for each category
 _JPEG_QUALITY = 90
 _COUNTS = ("num_normal", "num_anomalous", "threshold", "target_fpr")
 _NOT_PARAMETERS = ("trackers.", "storage", "name", "data.categories")  # places and names do not change the model
 
 
-def run_key(*parts: str | bytes) -> str:
+def hash_run_key(*parts: str | bytes) -> str:
     """Returns the key of a run in trackers: a hash of texts or bytes that together identify the run."""
     joined = b"\n".join(part.encode() if isinstance(part, str) else part for part in parts)
     return hashlib.sha256(joined).hexdigest()[:32]
@@ -46,36 +46,38 @@ class TrainingDescription:
     """Facts about one training, from which the descriptions of its tracker runs are made.
 
     Attributes:
-        claim: Content of the file `CLAIM` in the folder of the training; unique to the training.
+        run_token: Content of the file `CLAIM_FILE` in the folder of the training; unique to the training.
         settings: All settings of the training, as nested mappings.
-        has_group: True if the training has several categories, which get a group run above them.
+        has_parent_run: True if the training has several categories, which get a parent run above them.
     """
 
-    claim: bytes
+    run_token: bytes
     settings: Mapping[str, Any]
-    has_group: bool
+    has_parent_run: bool
 
-    def group_run(self) -> RunDescription:
+    def describe_training_run(self) -> RunDescription:
         """Returns the description of the tracker run for the whole training."""
         parameters = flatten_parameters(self.settings)
         parameters = {key: value for key, value in parameters.items() if not key.startswith(_NOT_PARAMETERS)}
         name = self.settings["name"]
-        tags = run_tags("run", name, self.settings["storage"], self.settings["cluster"]["team"])
-        return RunDescription(run_key(self.claim), name, None, parameters, tags)
+        tags = make_run_tags("run", name, self.settings["storage"], self.settings["cluster"]["team"])
+        return RunDescription(hash_run_key(self.run_token), name, None, parameters, tags)
 
-    def category_run(self, category: str, fingerprint: str | None) -> RunDescription:
+    def describe_category_run(self, category: str, fingerprint: str | None) -> RunDescription:
         """Returns the description of the tracker run for a category.
 
         Args:
             category: Name of the category.
             fingerprint: Hash that identifies the images of the category; None if it is unknown.
         """
-        whole = self.group_run()
+        whole = self.describe_training_run()
         tags = {**whole.tags, "kind": "category", "category": category, "data": self.settings["data"]["uri"]}
         if fingerprint:
             tags["data_fingerprint"] = fingerprint
-        group = whole if self.has_group else None
-        return RunDescription(run_key(self.claim, category), f"{whole.name}/{category}", group, whole.parameters, tags)
+        parent = whole if self.has_parent_run else None
+        return RunDescription(
+            hash_run_key(self.run_token, category), f"{whole.name}/{category}", parent, whole.parameters, tags
+        )
 
 
 class TrainingRecorder:
@@ -85,9 +87,9 @@ class TrainingRecorder:
     """
 
     def __init__(
-        self, recorder: Recorder, settings: Mapping[str, Any], root: str, fingerprints: Mapping[str, str]
+        self, recorder: BackgroundRecorder, settings: Mapping[str, Any], root: str, fingerprints: Mapping[str, str]
     ) -> None:
-        """Reads the claim file of the training, and begins the group run if there are several categories.
+        """Reads the claim file of the training, and begins the parent run if there are several categories.
 
         Args:
             recorder: Sends the data to the trackers.
@@ -100,17 +102,17 @@ class TrainingRecorder:
             DataError: The claim file cannot be read.
         """
         self.recorder = recorder
-        self.group: RunDescription | None = None
+        self.parent_run: RunDescription | None = None
         self._runs: dict[str, RunDescription] = {}
         self._recorded_epochs: set[tuple[str, int]] = set()
         if not recorder:
             return
-        training = TrainingDescription(read_bytes(join_path(root, CLAIM)), settings, len(fingerprints) > 1)
-        if training.has_group:
-            self.group = training.group_run()
-            recorder.record(self.group)
+        training = TrainingDescription(read_bytes(join_path(root, CLAIM_FILE)), settings, len(fingerprints) > 1)
+        if training.has_parent_run:
+            self.parent_run = training.describe_training_run()
+            recorder.write_to_run(self.parent_run)
         for category, fingerprint in fingerprints.items():
-            self._runs[category] = training.category_run(category, fingerprint)
+            self._runs[category] = training.describe_category_run(category, fingerprint)
 
     def log_epoch(self, category: str, metrics: Mapping[str, float]) -> None:
         """Writes the metrics of an epoch to the trackers. Does nothing if this object has already logged the epoch.
@@ -124,9 +126,9 @@ class TrainingRecorder:
             return  # after the loss of a worker, epochs are trained again
         self._recorded_epochs.add((category, step))
         values = {f"train/{key}": float(value) for key, value in metrics.items() if key != "epoch"}
-        self.recorder.record(self._runs[category], lambda run: run.log_step(step, values))
+        self.recorder.write_to_run(self._runs[category], lambda run: run.log_step(step, values))
 
-    def finish_category(self, category: str, bundle: str) -> None:
+    def record_finished_category(self, category: str, bundle: str) -> None:
         """Writes the metrics in a category's bundle to the trackers, with all epochs that are not logged yet, and ends its run.
 
         If the manifest cannot be read, logs a warning and ends the run without these metrics.
@@ -146,27 +148,27 @@ class TrainingRecorder:
         else:
             for metrics in manifest["metrics"].get("history", []):
                 self.log_epoch(category, metrics)
-            self.recorder.record(self._runs[category], lambda run: _log_training(run, bundle, manifest))
-        self.recorder.end(self._runs[category])
+            self.recorder.write_to_run(self._runs[category], lambda run: _log_bundle_metrics(run, bundle, manifest))
+        self.recorder.end_run(self._runs[category])
 
-    def fail_category(self, category: str, reason: str) -> None:
+    def record_failed_category(self, category: str, reason: str) -> None:
         """Writes the reason of a category's failure to the trackers, and ends the run of the category as failed."""
         if self.recorder:
-            self.recorder.record(self._runs[category], lambda run: run.set_tags({"error": reason}))
-            self.recorder.end(self._runs[category], failed=True)
+            self.recorder.write_to_run(self._runs[category], lambda run: run.set_tags({"error": reason}))
+            self.recorder.end_run(self._runs[category], failed=True)
 
     def close(self, failed: bool) -> None:
-        """Ends the group run and waits until the trackers have all data, at most `recorder.CLOSE_TIMEOUT_S` seconds.
+        """Ends the parent run and waits until the trackers have all data, at most `recorder.CLOSE_TIMEOUT_S` seconds.
 
         Args:
             failed: True if the training failed.
         """
-        if self.group is not None:
-            self.recorder.end(self.group, failed)
+        if self.parent_run is not None:
+            self.recorder.end_run(self.parent_run, failed)
         self.recorder.close()
 
 
-def run_tags(kind: str, name: str, storage: str, team: str | None) -> dict[str, str]:
+def make_run_tags(kind: str, name: str, storage: str, team: str | None) -> dict[str, str]:
     """Returns tag name -> text, for the tags that all tracker runs of a training or sweep have.
 
     Args:
@@ -179,7 +181,7 @@ def run_tags(kind: str, name: str, storage: str, team: str | None) -> dict[str, 
     return {**tags, "team": team} if team else tags
 
 
-def _log_training(run: TrackerRun, bundle: str, manifest: Mapping[str, Any]) -> None:
+def _log_bundle_metrics(run: TrackerRun, bundle: str, manifest: Mapping[str, Any]) -> None:
     """Writes validation scores by epoch, the metrics of a training, and the address and version of its bundle to a tracker run.
 
     Args:
@@ -200,10 +202,10 @@ def _log_training(run: TrackerRun, bundle: str, manifest: Mapping[str, Any]) -> 
         values[f"calibration/{key}"] = float(calibration[key])
     values["bundle/size_mib"] = sum(file["num_bytes"] for file in manifest["files"].values()) / 2**20
     run.log_metrics(values)
-    run.set_tags(_bundle_tags(bundle, manifest))
+    run.set_tags(_make_bundle_tags(bundle, manifest))
 
 
-def _bundle_tags(bundle: str, manifest: Mapping[str, Any]) -> dict[str, str]:
+def _make_bundle_tags(bundle: str, manifest: Mapping[str, Any]) -> dict[str, str]:
     """Returns the tags "bundle" (its URI) and "bundle_version" (hash of its manifest)."""
     return {"bundle": bundle, "bundle_version": str(manifest["sha256"])}
 
@@ -228,36 +230,42 @@ class EvaluatedCategory:
 
 
 def record_evaluation(
-    recorder: Recorder, categories: Mapping[str, EvaluatedCategory], means: Mapping[str, float | None]
+    recorder: BackgroundRecorder, categories: Mapping[str, EvaluatedCategory], means: Mapping[str, float | None]
 ) -> None:
     """Writes metrics and pictures of an evaluation to the tracker runs of the training that made the bundles, and ends the runs.
 
     Args:
         recorder: Sends the data to the trackers.
         categories: Category -> its evaluation.
-        means: Metric -> mean over the categories. The group run gets the means if all bundles, at least two, come from the same
+        means: Metric -> mean over the categories. The parent run gets the means if all bundles, at least two, come from the same
             training.
 
     Raises:
         DataError: The claim file of a training cannot be read.
     """
-    claims = {category: _read_claim(evaluated.bundle, evaluated.manifest) for category, evaluated in categories.items()}
-    has_group = len(claims) > 1 and len(set(claims.values())) == 1  # several categories of the same training
+    run_tokens = {
+        category: _read_run_token(evaluated.bundle, evaluated.manifest) for category, evaluated in categories.items()
+    }
+    has_parent_run = (
+        len(run_tokens) > 1 and len(set(run_tokens.values())) == 1
+    )  # several categories of the same training
     for category, evaluated in categories.items():
-        training = TrainingDescription(claims[category], evaluated.settings, has_group)
-        run = training.category_run(category, evaluated.manifest["data"].get("fingerprint"))
-        tags = {**_bundle_tags(evaluated.bundle, evaluated.manifest), "test_data": str(evaluated.result["data"])}
-        recorder.record(run, methodcaller("set_tags", tags))
-        recorder.record(run, methodcaller("log_metrics", evaluation_metrics(evaluated.result)))
-        pictures = list(islice(gallery_pictures(evaluated.cards()), MAX_PICTURES))
-        recorder.record(run, methodcaller("log_pictures", pictures))
-        recorder.end(run)
-    if has_group:
-        recorder.record(training.group_run(), methodcaller("log_metrics", evaluation_metrics(means)))
-        recorder.end(training.group_run())
+        training = TrainingDescription(run_tokens[category], evaluated.settings, has_parent_run)
+        run = training.describe_category_run(category, evaluated.manifest["data"].get("fingerprint"))
+        tags = {**_make_bundle_tags(evaluated.bundle, evaluated.manifest), "test_data": str(evaluated.result["data"])}
+        recorder.write_to_run(run, methodcaller("set_tags", tags))
+        recorder.write_to_run(run, methodcaller("log_metrics", name_evaluation_metrics(evaluated.result)))
+        pictures = list(islice(make_gallery_pictures(evaluated.cards()), MAX_PICTURES))
+        recorder.write_to_run(run, methodcaller("log_pictures", pictures))
+        recorder.end_run(run)
+    if has_parent_run:
+        recorder.write_to_run(
+            training.describe_training_run(), methodcaller("log_metrics", name_evaluation_metrics(means))
+        )
+        recorder.end_run(training.describe_training_run())
 
 
-def _read_claim(bundle: str, manifest: Mapping[str, Any]) -> bytes:
+def _read_run_token(bundle: str, manifest: Mapping[str, Any]) -> bytes:
     """Returns the content of the claim file of the training that made a bundle.
 
     For a bundle outside the folder of a training, returns the hash of the bundle's manifest, as bytes.
@@ -265,11 +273,11 @@ def _read_claim(bundle: str, manifest: Mapping[str, Any]) -> bytes:
     Raises:
         DataError: The file cannot be read.
     """
-    claim_file = join_path(bundle.rstrip("/").rpartition("/bundles/")[0] or bundle, CLAIM)
+    claim_file = join_path(bundle.rstrip("/").rpartition("/bundles/")[0] or bundle, CLAIM_FILE)
     return read_bytes(claim_file) if file_exists(claim_file) else str(manifest["sha256"]).encode()
 
 
-def evaluation_metrics(result: Mapping[str, Any]) -> dict[str, float]:
+def name_evaluation_metrics(result: Mapping[str, Any]) -> dict[str, float]:
     """Returns name in trackers -> value, for the metrics of an evaluation and of each defect type.
 
     The names are "test/METRIC" and "test_of_DEFECT/METRIC". Metrics without a value are left out.
@@ -279,11 +287,11 @@ def evaluation_metrics(result: Mapping[str, Any]) -> dict[str, float]:
     for defect_type, type_result in result.get("defect_types", {}).items():
         for key in METRICS:
             if type_result.get(key) is not None:
-                metrics[f"test_of_{_to_name(defect_type)}/{key}"] = float(type_result[key])
+                metrics[f"test_of_{_sanitize_name(defect_type)}/{key}"] = float(type_result[key])
     return metrics
 
 
-def gallery_pictures(galleries: Sequence[Sequence[Any]]) -> Iterator[Picture]:
+def make_gallery_pictures(galleries: Sequence[Sequence[Any]]) -> Iterator[Picture]:
     """Generator: yields a picture for each card, with the image and its heat map side by side.
 
     The order is: the first card of each gallery, then the second card of each gallery, and so on.
@@ -292,18 +300,18 @@ def gallery_pictures(galleries: Sequence[Sequence[Any]]) -> Iterator[Picture]:
     for number, card in enumerate(cards, start=1):
         verdict = card.mistake or card.verdict
         yield Picture(
-            f"{number:02d}-{_to_name(card.defect_type)}-{_to_name(verdict)}",
+            f"{number:02d}-{_sanitize_name(card.defect_type)}-{_sanitize_name(verdict)}",
             f"{card.name}: {card.defect_type}, {verdict}, score {card.score_to_threshold:.3g} times the threshold",
-            _join_pictures([card.views["image"], card.views["heat map"]]),
+            _join_side_by_side([card.views["image"], card.views["heat map"]]),
         )
 
 
-def _to_name(text: str) -> str:
+def _sanitize_name(text: str) -> str:
     """Returns a text in which "-" replaces all characters that file names or trackers do not allow; never an empty text."""
     return re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-.") or "unnamed"
 
 
-def _join_pictures(uris: Sequence[str]) -> bytes:
+def _join_side_by_side(uris: Sequence[str]) -> bytes:
     """Returns the bytes of a JPEG that shows several pictures side by side. uris: data URIs of pictures with equal heights."""
     images = [
         np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB")) for uri in uris

@@ -31,7 +31,7 @@ class TrackerConfig(ConfigSection):
 
     @field_validator("uri")
     @classmethod
-    def _no_password(cls, value: str | None) -> str | None:
+    def _refuse_password(cls, value: str | None) -> str | None:
         """Returns the URI unchanged. Raises: ValueError: the URI has a user or a password."""
         if value is not None and "@" in value.partition("://")[2].partition("/")[0]:
             shown = f"{value.partition('://')[0]}://...@{value.rpartition('@')[2]}"

@@ -10,32 +10,38 @@ from operator import methodcaller
 from typing import Any
 
 from focus_ray.tracking.base import RunDescription, TrackerRun, flatten_parameters
-from focus_ray.tracking.recorder import Recorder
-from focus_ray.tracking.runs import run_key, run_tags
+from focus_ray.tracking.recorder import BackgroundRecorder
+from focus_ray.tracking.runs import hash_run_key, make_run_tags
 
 
 class SweepRecorder:
     """Writes the trials and the results of one sweep to trackers. Does nothing without trackers."""
 
     def __init__(
-        self, recorder: Recorder, claim: bytes, name: str, storage: str, team: str | None, settings: Mapping[str, Any]
+        self,
+        recorder: BackgroundRecorder,
+        run_token: bytes,
+        name: str,
+        storage: str,
+        team: str | None,
+        settings: Mapping[str, Any],
     ) -> None:
         """Begins the run of the sweep.
 
         Args:
             recorder: Sends the data to the trackers.
-            claim: Unique bytes of the sweep, from its `sweep.yaml`.
+            run_token: Unique bytes of the sweep, from its `sweep.yaml`.
             name: Name of the sweep.
             storage: Folder of all trainings and sweeps.
             team: Team that owns the sweep; None for no team.
             settings: All settings of the sweep and of its base configuration, as nested mappings.
         """
-        self.recorder, self._claim = recorder, claim
+        self.recorder, self._run_token = recorder, run_token
         parameters = flatten_parameters({key: value for key, value in settings.items() if key != "name"})
-        tags = run_tags("sweep", name, storage, team)
-        self.group = RunDescription(run_key(claim), name, None, parameters, tags)
+        tags = make_run_tags("sweep", name, storage, team)
+        self.parent_run = RunDescription(hash_run_key(run_token), name, None, parameters, tags)
         self._logged_trials: set[str] = set()
-        recorder.record(self.group)
+        recorder.write_to_run(self.parent_run)
 
     def log_trial(self, name: str, record: Mapping[str, Any]) -> None:
         """Writes the result of a trial that has ended to the trackers. Does nothing if this object has already logged the trial.
@@ -47,12 +53,14 @@ class SweepRecorder:
         if not self.recorder or name in self._logged_trials:
             return
         self._logged_trials.add(name)
-        tags = {**self.group.tags, "kind": "trial", "status": str(record["status"]), "trial": name}
+        tags = {**self.parent_run.tags, "kind": "trial", "status": str(record["status"]), "trial": name}
         tags.update({key: str(record[key]) for key in ("stage", "reason") if record[key] is not None})
         # The status is part of the key: a failed trial that is run again gets a new run.
-        key = run_key(self._claim, name, str(record["status"]))
-        run = RunDescription(key, f"{self.group.name}/{name}", self.group, flatten_parameters(record["point"]), tags)
-        self.recorder.record_finished(run, lambda tracker_run: _log_trial(tracker_run, record))
+        key = hash_run_key(self._run_token, name, str(record["status"]))
+        run = RunDescription(
+            key, f"{self.parent_run.name}/{name}", self.parent_run, flatten_parameters(record["point"]), tags
+        )
+        self.recorder.write_finished_run(run, lambda tracker_run: _log_trial_results(tracker_run, record))
 
     def close(self, best: Mapping[str, Mapping[str, Any]], failed: bool) -> None:
         """Writes the best trials, ends the run of the sweep, and waits until the trackers have all data.
@@ -65,13 +73,13 @@ class SweepRecorder:
         for stage, record in best.items():
             score = {f"best/score{f'/{stage}' if stage else ''}": float(record["score"])}
             trial = {f"best_trial{f'.{stage}' if stage else ''}": str(record["number"])}
-            self.recorder.record(self.group, methodcaller("log_metrics", score))
-            self.recorder.record(self.group, methodcaller("set_tags", trial))
-        self.recorder.end(self.group, failed)
+            self.recorder.write_to_run(self.parent_run, methodcaller("log_metrics", score))
+            self.recorder.write_to_run(self.parent_run, methodcaller("set_tags", trial))
+        self.recorder.end_run(self.parent_run, failed)
         self.recorder.close()
 
 
-def _log_trial(run: TrackerRun, record: Mapping[str, Any]) -> None:
+def _log_trial_results(run: TrackerRun, record: Mapping[str, Any]) -> None:
     """Writes curves, scores, metrics of each category, epochs and seconds of a trial to its tracker run, and ends the run."""
     metrics = {"epochs": float(record["epochs"]), "seconds": float(record["seconds"])}
     if record["score"] is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from focus_ray.errors import ConfigError, check_extra_is_installed
-from focus_ray.tracking.base import Picture, RunDescription, Tracker, local_folder
+from focus_ray.tracking.base import Picture, RunDescription, Tracker, find_writable_folder
 from focus_ray.tracking.settings import TrackerConfig
 
 STEP = "step"  # metric on the x axis of curves
@@ -59,7 +59,7 @@ class _WandbRun:
         self.wandb_run.finish(exit_code=int(failed))
 
 
-class WeightsAndBiases(Tracker):
+class WandbTracker(Tracker):
     """The tracker Weights & Biases, opened: a project, with a local folder for the files of its runs."""
 
     @classmethod
@@ -74,17 +74,17 @@ class WeightsAndBiases(Tracker):
             ConfigError: The folder cannot be written, or the mode is online without an API key.
         """
         check_extra_is_installed("wandb", "trackers.wandb")
-        mode = _find_mode()
-        return f"{local_folder('wandb', settings, storage)} ({mode})"
+        mode = _find_wandb_mode()
+        return f"{find_writable_folder('wandb', settings, storage)} ({mode})"
 
     def __init__(self, settings: TrackerConfig, storage: str) -> None:
         """Checks the folder and the mode; does not connect. Raises: ConfigError: see `check`."""
-        self.folder, self.mode = local_folder("wandb", settings, storage), _find_mode()
+        self.folder, self.mode = find_writable_folder("wandb", settings, storage), _find_wandb_mode()
         self.project = settings.project
 
     def has_run(self, run: RunDescription) -> bool:
         """Returns True if the local folder has files of the run. Does not ask the server."""
-        return any(Path(self.folder, "wandb").glob(f"*run-*-{_run_id(run)}"))
+        return any(Path(self.folder, "wandb").glob(f"*run-*-{_hash_run_id(run)}"))
 
     def begin_run(self, run: RunDescription) -> _WandbRun:
         """Continues the run with the key `run.key`, or creates it with its parameters; then adds the tags."""
@@ -93,9 +93,9 @@ class WeightsAndBiases(Tracker):
 
         wandb_run = wandb.init(
             project=self.project,
-            id=_run_id(run),
+            id=_hash_run_id(run),
             name=run.name,
-            group=(run.group or run).name,
+            group=(run.parent or run).name,
             job_type=run.tags.get("kind"),
             config=dict(run.parameters),
             mode=cast(Any, self.mode),
@@ -114,12 +114,12 @@ class WeightsAndBiases(Tracker):
         return _WandbRun(wandb_run, run)
 
 
-def _run_id(run: RunDescription) -> str:
+def _hash_run_id(run: RunDescription) -> str:
     """Returns the id of a run in Weights & Biases: a hash of `run.key`."""
     return hashlib.sha256(run.key.encode()).hexdigest()[:16]
 
 
-def _find_mode() -> str:
+def _find_wandb_mode() -> str:
     """Returns the mode of Weights & Biases, from the environment: the value of WANDB_MODE, such as "online" or "offline".
 
     Without WANDB_MODE, the mode is online if WANDB_API_KEY is set, otherwise offline.

@@ -15,7 +15,7 @@ from dataclasses import asdict
 import torch
 
 from focus_ray.bundle.bundle import write_bundle
-from focus_ray.distributed import broadcast_from_rank0, world_size
+from focus_ray.distributed import compute_on_rank0_and_broadcast, get_world_size
 from focus_ray.fitting.fit import fit
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import BatchStream, build_shard, local_stream
@@ -28,18 +28,18 @@ STATE_FILE = "state.pt"
 _MAX_DECODE_THREADS = 8  # unless the caller says otherwise
 
 
-def set_reproducible() -> None:
+def make_cudnn_deterministic() -> None:
     """Makes cuDNN deterministic in this process, so that convolutions on a GPU give the same result at every run."""
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
 
 
-def bundle_uri(root: str, category: str) -> str:
+def get_bundle_uri(root: str, category: str) -> str:
     """Returns the URI of a category's bundle in the folder `root` of a run."""
     return join_path(root, "bundles", category)
 
 
-def checkpoint_folder(root: str, category: str) -> str:
+def get_checkpoint_folder(root: str, category: str) -> str:
     """Returns the folder of a category's checkpoints in the folder `root` of a run."""
     return join_path(root, "train", category)
 
@@ -50,7 +50,7 @@ def fit_category(
     root: str,
     log: Log,
     *,
-    on_figures: Callable[[Figures], None] = lambda figures: None,
+    on_epoch_metrics: Callable[[Figures], None] = lambda figures: None,
     device: torch.device | None = None,
     num_threads: int | None = None,
     stream: BatchStream | None = None,
@@ -59,13 +59,13 @@ def fit_category(
 
     Continues from the latest checkpoint, if there is one. Every worker of a torch.distributed group calls this function; only
     the worker of rank 0 writes and logs. A fit in one process and a fit with one worker give identical bundles. The function
-    also makes cuDNN deterministic (`set_reproducible`).
+    also makes cuDNN deterministic (`make_cudnn_deterministic`).
 
     Args:
         split: the rule that selects the category's images for fitting and for calibration.
         root: folder of the run, a local path or an s3:// URI.
         log: receives progress messages, which begin with the category.
-        on_figures: receives name -> value of each epoch, such as losses and the number of the epoch; only on rank 0.
+        on_epoch_metrics: receives name -> value of each epoch, such as losses and the number of the epoch; only on rank 0.
         device: device of this worker. None: a GPU of this machine if the configuration allows a GPU and there is one, otherwise
             the CPU.
         num_threads: threads that decode images; None: one for each CPU of this machine, up to 8.
@@ -78,14 +78,14 @@ def fit_category(
         ValueError: too few images remain for the density, the calibration or the image alignment.
         FloatingPointError: the training diverged: a loss or a weight is not finite.
     """
-    set_reproducible()
-    category, num_workers = split.category, world_size()
+    make_cudnn_deterministic()
+    category, num_workers = split.category, get_world_size()
     rank = torch.distributed.get_rank() if num_workers > 1 else 0
     device = device or torch.device("cuda" if config.cluster.use_gpu and torch.cuda.is_available() else "cpu")
     num_threads = num_threads or min(_MAX_DECODE_THREADS, os.cpu_count() or 1)
-    folder = checkpoint_folder(root, category)
+    folder = get_checkpoint_folder(root, category)
     # the workers must agree: an earlier group may still write
-    state = broadcast_from_rank0(lambda: _load_latest_state(folder))
+    state = compute_on_rank0_and_broadcast(lambda: _load_latest_checkpoint(folder))
 
     def log_line(message: str) -> None:
         if rank == 0:
@@ -94,7 +94,7 @@ def fit_category(
     def on_epoch(epoch: int, figures: Figures, snapshot: Callable[[], TrainState]) -> None:
         if rank > 0:
             return
-        on_figures(figures)
+        on_epoch_metrics(figures)
         _write_checkpoint(folder, epoch, snapshot())
 
     start = time.perf_counter()
@@ -116,7 +116,7 @@ def fit_category(
     if rank > 0:
         return
     write_bundle(
-        bundle_uri(root, category),
+        get_bundle_uri(root, category),
         config=config,
         category=category,
         detector=result.detector,
@@ -154,7 +154,7 @@ def _write_checkpoint(folder: str, epoch: int, state: TrainState) -> None:
             remove_file(join_path(folder, old_name, STATE_FILE))
 
 
-def _load_latest_state(folder: str) -> TrainState | None:
+def _load_latest_checkpoint(folder: str) -> TrainState | None:
     """Loads the training state from the latest checkpoint in a folder; returns None if there is no complete checkpoint.
 
     Raises: DataError: the storage cannot be read.

@@ -19,7 +19,7 @@ _NO_CURVE = ("epoch", "seconds", "steps")  # figures of an epoch that get no plo
 
 
 @dataclass(frozen=True)
-class TrainingSection:
+class TrainingReportSection:
     """The content of a category's section on the report page of a training.
 
     Attributes:
@@ -56,13 +56,13 @@ def write_training_report(bundles: Mapping[str, str], place: str) -> str:
         BundleError: a bundle is missing or damaged.
         DataError: the calibration in a manifest is invalid, or the file cannot be written.
     """
-    trained = {category: build_training_section(uri, read_manifest(uri)) for category, uri in bundles.items()}
+    trained = {category: build_report_section(uri, read_manifest(uri)) for category, uri in bundles.items()}
     target = join_path(place, REPORT)
-    write_bytes(target, training_page(trained, place))
+    write_bytes(target, render_training_report(trained, place))
     return target
 
 
-def training_page(trained: Mapping[str, TrainingSection], place: str) -> bytes:
+def render_training_report(trained: Mapping[str, TrainingReportSection], place: str) -> bytes:
     """Returns the HTML report page of a training as bytes.
 
     Args:
@@ -79,7 +79,7 @@ def training_page(trained: Mapping[str, TrainingSection], place: str) -> bytes:
     )
 
 
-def build_training_section(uri: str, manifest: Mapping[str, Any]) -> TrainingSection:
+def build_report_section(uri: str, manifest: Mapping[str, Any]) -> TrainingReportSection:
     """Builds the section of a bundle for the report page of a training.
 
     Args:
@@ -92,25 +92,25 @@ def build_training_section(uri: str, manifest: Mapping[str, Any]) -> TrainingSec
     metrics, data = manifest["metrics"], manifest["data"]
     seconds = {stage: float(value) for stage, value in metrics.get("seconds", {}).items()}
     history, selection = metrics.get("history", []), metrics.get("selection", [])
-    return TrainingSection(
+    return TrainingReportSection(
         bundle=uri,
         num_fit=int(data.get("num_fit", manifest["moments"]["count"])),
         calibration=calibration,
         caveats=[*calibration.describe_limits(), *metrics.get("warnings", [])],
         seconds=sum(seconds.values()),
-        plots=_plots(calibration, history, selection),
+        plots=_draw_plots(calibration, history, selection),
         facts={
-            "Calibration": _calibration_facts(calibration),
-            "Image alignment": _alignment_facts(metrics.get("alignment"), manifest["config"]),
+            "Calibration": _list_calibration_facts(calibration),
+            "Image alignment": _list_alignment_facts(metrics.get("alignment"), manifest["config"]),
             "Seconds": {stage: f"{value:.1f}" for stage, value in seconds.items()},
-            "Where it comes from": _provenance(uri, manifest),
+            "Where it comes from": _list_origin_facts(uri, manifest),
         },
         selection=selection,
         config=yaml.safe_dump(manifest["config"], sort_keys=False, allow_unicode=True),
     )
 
 
-def _plots(
+def _draw_plots(
     calibration: Calibration, history: Sequence[Mapping[str, float]], selection: Sequence[Mapping[str, Any]]
 ) -> list[plots.Plot]:
     """Draws the plots of a section: the calibration scores; for a trained network, losses and validation results by epoch.
@@ -162,7 +162,7 @@ def _describe_calibration_images(calibration: Calibration) -> str:
     }[calibration.method]
 
 
-def _calibration_facts(calibration: Calibration) -> dict[str, Any]:
+def _list_calibration_facts(calibration: Calibration) -> dict[str, Any]:
     """Returns label -> value for the report's table about the calibration."""
     return {
         "calibrated with": f"{calibration.num_images} {_describe_calibration_images(calibration)} ({calibration.method})",
@@ -173,7 +173,7 @@ def _calibration_facts(calibration: Calibration) -> dict[str, Any]:
     }
 
 
-def _alignment_facts(alignment: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict[str, Any]:
+def _list_alignment_facts(alignment: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns label -> value for the report's table about the image alignment.
 
     Args:
@@ -196,7 +196,7 @@ def _alignment_facts(alignment: Mapping[str, Any] | None, config: Mapping[str, A
     }
 
 
-def _provenance(uri: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _list_origin_facts(uri: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Returns label -> value for the report's table about the origin of a bundle: images, software and machines.
 
     Args:

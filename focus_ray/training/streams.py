@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import ray.data
 
 
-def ray_dataset(
+def read_ray_dataset(
     uri: str | Path,
     category: str,
     split: str | None = None,
@@ -79,7 +79,7 @@ def stream_training_images(config: Config, split: Split) -> Any:
         return {"image": decode_batch(list(images.values()), frame, names=list(images))}
 
     columns = ("id", "label", "content_hash", "group", "image")
-    dataset = ray_dataset(config.data.uri, split.category, split="train", columns=columns, version=split.version)
+    dataset = read_ray_dataset(config.data.uri, split.category, split="train", columns=columns, version=split.version)
     return dataset.map_batches(decode, batch_size=NUM_ROWS_PER_READ)
 
 

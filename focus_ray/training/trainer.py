@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from focus_ray.cluster.connect import resources_per_worker
+from focus_ray.cluster.connect import compute_worker_resources
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import fits_memory
 from focus_ray.fitting.split import Split
 from focus_ray.storage.files import is_s3_uri, join_path, open_filesystem, remove_folder
-from focus_ray.training.category import set_reproducible
+from focus_ray.training.category import make_cudnn_deterministic
 from focus_ray.training.streams import stream_training_images
 
 
@@ -40,7 +40,7 @@ class TrainerJob:
 J = TypeVar("J", bound=TrainerJob)
 
 
-def run_trainer(worker: Callable[[J, torch.device], Any], job: J, scratch: str, name: str) -> Any:
+def run_on_train_workers(worker: Callable[[J, torch.device], Any], job: J, scratch: str, name: str) -> Any:
     """Runs a function on every worker of a new Ray Train trainer and returns the function's result of rank 0.
 
     After an error or the loss of a worker, Ray Train starts all workers again, up to cluster.max_failures times; it starts fewer
@@ -56,9 +56,9 @@ def run_trainer(worker: Callable[[J, torch.device], Any], job: J, scratch: str, 
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    from focus_ray.cluster.ray_private import patch_ray_train
+    from focus_ray.cluster.ray_private import patch_ray_train_retries
 
-    patch_ray_train()
+    patch_ray_train_retries()
     config = job.config
     cluster = config.cluster
     datasets = {}
@@ -66,14 +66,14 @@ def run_trainer(worker: Callable[[J, torch.device], Any], job: J, scratch: str, 
         datasets["train"] = stream_training_images(config, job.split)
     filesystem, path = open_filesystem(scratch)
     trainer = TorchTrainer(
-        _run_worker,
+        _call_worker_function,
         train_loop_config={"worker": worker, "job": job},
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers
             if cluster.min_workers is None
             else (cluster.min_workers, cluster.num_workers),
             use_gpu=job.use_gpu,
-            resources_per_worker=resources_per_worker(cluster, job.use_gpu),
+            resources_per_worker=compute_worker_resources(cluster, job.use_gpu),
             label_selector=dict(cluster.labels) or None,
         ),
         run_config=ray.train.RunConfig(
@@ -93,7 +93,7 @@ def run_trainer(worker: Callable[[J, torch.device], Any], job: J, scratch: str, 
         remove_folder(join_path(scratch, name))
 
 
-def _run_worker(loop_config: dict[str, Any]) -> Any:
+def _call_worker_function(loop_config: dict[str, Any]) -> Any:
     """Calls the worker function with the job and the device of this worker, and returns its result.
 
     Args: loop_config: "worker" -> the function, "job" -> the job, because Ray Train passes a single mapping.
@@ -101,5 +101,5 @@ def _run_worker(loop_config: dict[str, Any]) -> Any:
     import ray.train.torch
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # otherwise it logs every report
-    set_reproducible()
+    make_cudnn_deterministic()
     return loop_config["worker"](loop_config["job"], ray.train.torch.get_device())

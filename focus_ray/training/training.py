@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from focus_ray.bundle.metric import average_projections
-from focus_ray.cluster.connect import connect, runs_here, uses_gpu
-from focus_ray.cluster.failures import reason_of
-from focus_ray.cluster.messages import Message, Messages, actor_options_on_this_node
-from focus_ray.cluster.ownership import Heartbeat, check_resumable, write_fingerprints
-from focus_ray.cluster.pool import Failed, WorkerPool, options_per_worker
-from focus_ray.cluster.preflight import count_concurrent_runs, probe_nodes
+from focus_ray.cluster.connect import connect_to_ray, do_workers_use_gpu, runs_without_ray
+from focus_ray.cluster.failures import describe_root_cause
+from focus_ray.cluster.messages import Message, MessageQueue, make_actor_options_for_this_node
+from focus_ray.cluster.ownership import HeartbeatWriter, check_run_resumable, write_image_fingerprints
+from focus_ray.cluster.pool import FailedPiece, WorkerPool, make_worker_options
+from focus_ray.cluster.preflight import check_storage_on_nodes, count_concurrent_trainings
 from focus_ray.data.read import list_categories
 from focus_ray.data.schema import COMMIT_NAME
 from focus_ray.errors import DataError, TrainingError
@@ -39,12 +39,12 @@ from focus_ray.storage.files import (
     write_bytes_if_absent,
 )
 from focus_ray.tracking.base import flatten_dict
-from focus_ray.tracking.recorder import Recorder
-from focus_ray.tracking.runs import CLAIM, TrainingRecorder
-from focus_ray.training.category import bundle_uri, checkpoint_folder, fit_category
+from focus_ray.tracking.recorder import BackgroundRecorder
+from focus_ray.tracking.runs import CLAIM_FILE, TrainingRecorder
+from focus_ray.training.category import fit_category, get_bundle_uri, get_checkpoint_folder
 from focus_ray.training.report import write_training_report
 from focus_ray.training.streams import iterate_worker_batches
-from focus_ray.training.trainer import TrainerJob, run_trainer
+from focus_ray.training.trainer import TrainerJob, run_on_train_workers
 
 RUN_CONFIG = "config.yaml"
 # settings that do not change the result of a category
@@ -90,7 +90,7 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
         ConfigError, WeightsError, MissingPackageError: a setting, pretrained weights or an experiment tracker cannot be used.
         BundleError: the bundle of a finished category is damaged.
     """
-    config = resolve_paths(config)
+    config = make_paths_absolute(config)
     if config.name == "auto":
         if resume:
             raise TrainingError("--resume needs the name of the run to continue: name=...")
@@ -111,8 +111,8 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
         except DataError as error:
             raise DataError(f"category {category!r}: {error}") from None
     fingerprints = {category: split.fingerprint for category, split in splits.items()}
-    _check_claim(config, root, resume, fingerprints)
-    bundles = {category: bundle_uri(root, category) for category in categories}
+    _check_run_folder(config, root, resume, fingerprints)
+    bundles = {category: get_bundle_uri(root, category) for category in categories}
     remaining = [
         category
         for category in categories
@@ -128,7 +128,7 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
                 + "; ".join(f"{category}: {reason}" for category, reason in sorted(failed.items()))
                 + ". Fix the cause and run again with --resume"
             )
-    if len(bundles) > 1 and learns_shareable_projection(config):
+    if len(bundles) > 1 and learns_averageable_metric(config):
         shared = join_path(root, SHARED_METRIC)
         average_projections(list(bundles.values()), shared)
         log(f"metric of all {len(bundles)} categories, for a new one's density.metric: {shared}")
@@ -136,7 +136,7 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
     return bundles
 
 
-def _join_cluster(config: Config, root: str, splits: Mapping[str, Split], log: Log) -> int:
+def _connect_and_check_cluster(config: Config, root: str, splits: Mapping[str, Split], log: Log) -> int:
     """Connects to the Ray cluster or starts Ray, checks resources and storage, and returns how many categories can run at once.
 
     Args:
@@ -148,21 +148,23 @@ def _join_cluster(config: Config, root: str, splits: Mapping[str, Split], log: L
         DataError: a node cannot read the data set or cannot use the folder of the run.
     """
     team = config.cluster.team
-    is_private = connect(namespace=f"focus-ray-{team}" if team else None)
+    is_private = connect_to_ray(namespace=f"focus-ray-{team}" if team else None)
     streams = config.train.epochs > 0 and any(not fits_memory(config, split) for split in splits.values())
-    limit = count_concurrent_runs(
+    limit = count_concurrent_trainings(
         config.cluster,
         is_private,
         streams,
         log,
         limit=config.cluster.max_concurrent_categories,
-        growing=fits_without_trainer(config),
+        count_growth=fits_without_ray_train(config),
     )
-    probe_nodes([join_path(config.data.uri, f"category={category}", COMMIT_NAME) for category in splits], [root])
+    check_storage_on_nodes(
+        [join_path(config.data.uri, f"category={category}", COMMIT_NAME) for category in splits], [root]
+    )
     return limit
 
 
-def learns_shareable_projection(config: Config) -> bool:
+def learns_averageable_metric(config: Config) -> bool:
     """Returns whether each category learns its own discriminant projection, and its bundle stores the data to average it.
 
     `average_projections` averages the projections of several categories.
@@ -191,13 +193,13 @@ def _train_categories(
         DataError: the folder of the run or the data set cannot be used.
         ConfigError, MissingPackageError: a tracker cannot be used.
     """
-    recorder = Recorder(config.trackers, config.storage, log)
+    recorder = BackgroundRecorder(config.trackers, config.storage, log)
     splits = {category: all_splits[category] for category in categories}
-    is_local, limit = runs_here(config.cluster), 1
+    is_local, limit = runs_without_ray(config.cluster), 1
     if is_local:
         check_folder_access(root)
     else:
-        limit = _join_cluster(config, root, splits, log)
+        limit = _connect_and_check_cluster(config, root, splits, log)
     fingerprints = {category: split.fingerprint for category, split in all_splits.items()}
     _claim_run_folder(root, resume, fingerprints)
     write_bytes(join_path(root, RUN_CONFIG), config_to_yaml(config).encode())
@@ -209,24 +211,26 @@ def _train_categories(
         else:
             training_recorder.log_epoch(*message)
 
-    heartbeat = Heartbeat(root)
+    heartbeat = HeartbeatWriter(root)
     failed: dict[str, str] = {}
     state = "failed"
     try:
         if is_local:
             use_gpu = bool(config.cluster.use_gpu) and torch.cuda.is_available()
-            outcomes = _train_here([CategoryJob(config, split, use_gpu, root, show) for split in splits.values()])
+            outcomes = _train_in_this_process(
+                [CategoryJob(config, split, use_gpu, root, show) for split in splits.values()]
+            )
         else:
             outcomes = _train_on_cluster(config, splits, root, limit, show)
         for category, outcome in outcomes:
-            place = bundle_uri(root, category)
-            if isinstance(outcome, Failed):
+            place = get_bundle_uri(root, category)
+            if isinstance(outcome, FailedPiece):
                 failed[category] = outcome.reason
                 log(f"{category}: FAILED: {outcome.reason}")
-                training_recorder.fail_category(category, outcome.reason)
+                training_recorder.record_failed_category(category, outcome.reason)
             else:
                 log(f"{category}: done in {outcome:.0f} s, {place}")
-                training_recorder.finish_category(category, place)
+                training_recorder.record_finished_category(category, place)
         state = "failed" if failed else "finished"
     finally:
         training_recorder.close(failed=state == "failed")
@@ -234,22 +238,22 @@ def _train_categories(
     return failed
 
 
-def _train_here(jobs: Sequence[CategoryJob]) -> Iterator[tuple[str, float | Failed]]:
-    """Generator: trains one category after the other in this process, and yields (category, seconds or `Failed`) after each."""
+def _train_in_this_process(jobs: Sequence[CategoryJob]) -> Iterator[tuple[str, float | FailedPiece]]:
+    """Generator: trains one category after the other in this process, and yields (category, seconds or `FailedPiece`)."""
     for number, job in enumerate(jobs, start=1):
         job.send(f"{job.category}: training in this process, category {number} of {len(jobs)}")
-        outcome: float | Failed
+        outcome: float | FailedPiece
         try:
             outcome = _train_category(job)
         except Exception as error:  # a failed category must not stop the next ones; it is reported at the end
-            outcome = Failed(reason_of(error))
+            outcome = FailedPiece(describe_root_cause(error))
         yield job.category, outcome
 
 
 def _train_on_cluster(
     config: Config, splits: Mapping[str, Split], root: str, limit: int, show: Callable[[Message], None]
-) -> Iterator[tuple[str, float | Failed]]:
-    """Generator: trains categories on the cluster, and yields (category, seconds or `Failed`) whenever a category ends.
+) -> Iterator[tuple[str, float | FailedPiece]]:
+    """Generator: trains categories on the cluster, and yields (category, seconds or `FailedPiece`) whenever a category ends.
 
     Args:
         splits: category -> rule that selects its images, for each category to train.
@@ -258,9 +262,9 @@ def _train_on_cluster(
 
     Raises: TrainingError: too many starts of workers failed.
     """
-    messages = Messages()
-    use_gpu = uses_gpu(config.cluster)
-    needs_trainer = not fits_without_trainer(config)
+    messages = MessageQueue()
+    use_gpu = do_workers_use_gpu(config.cluster)
+    needs_trainer = not fits_without_ray_train(config)
     num_threads = max(1, int(config.cluster.cpus_per_worker))
     jobs = iter(
         [
@@ -272,24 +276,24 @@ def _train_on_cluster(
     show(f"{len(splits)} categories, {num_at_once} at a time, {config.cluster.num_workers} worker(s) each")
 
     def listen() -> None:
-        for message in messages.take():
+        for message in messages.take_all():
             show(message)
 
     pool = WorkerPool[CategoryJob](
         num_at_once,
         # a process that waits for a trainer runs on the node of the driver, so that the loss of another node ends no training
-        actor_options_on_this_node() if needs_trainer else options_per_worker(config.cluster, use_gpu),
+        make_actor_options_for_this_node() if needs_trainer else make_worker_options(config.cluster, use_gpu),
         MAX_TRAINER_RESTARTS if needs_trainer else config.cluster.max_failures,
         show,
         listen,
         retry_errors=not needs_trainer,
     )
-    for job, outcome in pool.run(_train_category, lambda: next(jobs, None)):
+    for job, outcome in pool.run_pieces(_train_category, lambda: next(jobs, None)):
         listen()  # shows the lines of a category before its end
         yield job.category, outcome
 
 
-def fits_without_trainer(config: Config) -> bool:
+def fits_without_ray_train(config: Config) -> bool:
     """Returns whether a category needs no trainer of Ray Train: it has one worker, and its network is not trained (0 epochs)."""
     return config.train.epochs == 0 and config.cluster.num_workers == 1
 
@@ -298,27 +302,27 @@ def _train_category(job: CategoryJob) -> float:
     """Trains one category, in this process or with a trainer of Ray Train, and returns the duration in seconds."""
     start = time.monotonic()
     if job.needs_trainer:
-        run_trainer(_fit, job, join_path(job.root, "scratch"), job.category)
+        run_on_train_workers(_fit_in_this_process, job, join_path(job.root, "scratch"), job.category)
     else:
-        _fit(job, torch.device("cuda" if job.use_gpu else "cpu"))
+        _fit_in_this_process(job, torch.device("cuda" if job.use_gpu else "cpu"))
     return time.monotonic() - start
 
 
-def _fit(job: CategoryJob, device: torch.device) -> None:
+def _fit_in_this_process(job: CategoryJob, device: torch.device) -> None:
     """Calls `fit_category` with the settings of a job, in this process, which may be one of several workers."""
     fit_category(
         job.config,
         job.split,
         job.root,
         job.send,
-        on_figures=lambda figures: job.send((job.category, figures)),
+        on_epoch_metrics=lambda figures: job.send((job.category, figures)),
         device=device,
         num_threads=job.num_threads,
         stream=iterate_worker_batches if job.needs_trainer else None,
     )
 
 
-def resolve_paths(config: Config) -> Config:
+def make_paths_absolute(config: Config) -> Config:
     """Returns a copy of the configuration with absolute local paths, because workers run in other folders."""
     tree = config.model_dump(mode="json")
     locations = [(tree, "storage"), (tree["data"], "uri"), (tree["density"], "metric")]
@@ -348,15 +352,15 @@ def _claim_run_folder(root: str, resume: bool, fingerprints: Mapping[str, str]) 
         DataError: a file cannot be written.
     """
     claim = json.dumps({"token": uuid.uuid4().hex, "host": socket.gethostname()}).encode()
-    if write_bytes_if_absent(join_path(root, CLAIM), claim):
-        write_fingerprints(root, fingerprints)
+    if write_bytes_if_absent(join_path(root, CLAIM_FILE), claim):
+        write_image_fingerprints(root, fingerprints)
     elif not resume:
         raise TrainingError(
             f"{root} is used by a run that started at the same time: give another name (name=auto makes a unique name)"
         )
 
 
-def _check_claim(config: Config, root: str, resume: bool, fingerprints: Mapping[str, str]) -> None:
+def _check_run_folder(config: Config, root: str, resume: bool, fingerprints: Mapping[str, str]) -> None:
     """Checks that this run may use its folder: the folder is new, or `resume` is True and the earlier run fits.
 
     An earlier run fits if its settings and its images are the same, or if no category has results yet. The function also writes
@@ -379,8 +383,8 @@ def _check_claim(config: Config, root: str, resume: bool, fingerprints: Mapping[
         raise TrainingError(
             f"{root} already holds a run: give another name (name=...), or continue this run with --resume"
         )
-    started = _started_categories(root)  # other categories have no results yet
-    check_resumable(root, fingerprints, TrainingError, binding=started)
+    started = _list_started_categories(root)  # other categories have no results yet
+    check_run_resumable(root, fingerprints, TrainingError, fixed_categories=started)
     stored_yaml = read_bytes(path).decode()
     changed = describe_changed_settings(parse_config(parse_yaml_mapping(stored_yaml, path), source=path), config)
     if changed and started:
@@ -391,11 +395,11 @@ def _check_claim(config: Config, root: str, resume: bool, fingerprints: Mapping[
         )
 
 
-def _started_categories(root: str) -> set[str]:
+def _list_started_categories(root: str) -> set[str]:
     """Returns the categories that have a bundle folder, even if the bundle is incomplete, or a checkpoint."""
     started = {*list_folder_entries(join_path(root, "bundles"))}
     for category in list_folder_entries(join_path(root, "train")):
-        if any(name.startswith("checkpoint_") for name in list_folder_entries(checkpoint_folder(root, category))):
+        if any(name.startswith("checkpoint_") for name in list_folder_entries(get_checkpoint_folder(root, category))):
             started.add(category)
     return started
 

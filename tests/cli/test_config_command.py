@@ -20,7 +20,7 @@ from focus_ray.settings import standard
 from focus_ray.settings.standard import find_config_file, list_standard_configs
 from focus_ray.submission.job_request import build_job_request
 from focus_ray.submission.package import build_job_package
-from focus_ray.sweep.settings import SweepConfig, load_sweep
+from focus_ray.sweep.settings import SweepConfig, load_sweep_config
 
 COMMANDS = list_subcommands(build_parser())
 
@@ -132,7 +132,7 @@ def test_a_wheel_contains_the_standard_configurations(tmp_path: Path) -> None:
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r}); {code}"]
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0, shown.stderr
-    assert yaml.safe_load(shown.stdout) == load_sweep(CONFIGS / "sweep-training.yaml").model_dump(mode="json")
+    assert yaml.safe_load(shown.stdout) == load_sweep_config(CONFIGS / "sweep-training.yaml").model_dump(mode="json")
 
 
 def build_wheel(folder: Path) -> Path:
@@ -156,7 +156,7 @@ def build_wheel(folder: Path) -> Path:
 @pytest.mark.parametrize("words", [["train", "padim"], ["train", "--config", "padim"], ["train", "--config=padim"]])
 def test_a_job_with_a_named_configuration_contains_its_file(words: list[str], tmp_path: Path) -> None:
     places = ["data.uri=s3://plant/parts", "storage=s3://plant/runs"]
-    job = build_job_request([*words, *places], load_sweep, commands=COMMANDS, team="press", working_dir=tmp_path)
+    job = build_job_request([*words, *places], load_sweep_config, commands=COMMANDS, team="press", working_dir=tmp_path)
     assert job.entrypoint.endswith("storage=s3://plant/runs cluster.team=press")
     assert {"team", "config_sha256"} <= set(job.metadata)
     assert "focus_ray/configs/padim.yaml" in job.package.names
@@ -165,7 +165,7 @@ def test_a_job_with_a_named_configuration_contains_its_file(words: list[str], tm
 def test_a_job_of_a_named_sweep_is_checked_before_it_is_sent(tmp_path: Path) -> None:
     words = ["sweep", "sweep-training", "base.data.uri=s3://plant/parts"]
     with pytest.raises(SubmissionError, match=r"base\.storage=runs: a relative path"):
-        build_job_request(words, load_sweep, commands=COMMANDS, working_dir=tmp_path)
+        build_job_request(words, load_sweep_config, commands=COMMANDS, working_dir=tmp_path)
 
 
 def test_a_checkout_sends_its_configurations_unchanged() -> None:

@@ -118,7 +118,7 @@ def test_a_busy_port_is_reported_in_a_single_line(bundle: str, capsys: pytest.Ca
 def test_a_failed_start_of_ray_is_reported_in_a_single_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    from focus_ray.cluster.connect import connect
+    from focus_ray.cluster.connect import connect_to_ray
 
     def init(**settings: object) -> None:
         raise RuntimeError("The current node timed out during startup.\nThis could happen because\n\nmany lines")
@@ -127,7 +127,7 @@ def test_a_failed_start_of_ray_is_reported_in_a_single_line(monkeypatch: pytest.
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(TrainingError) as caught:
-        connect()
+        connect_to_ray()
     assert "\n" not in str(caught.value)
     assert "Ray does not start on this machine: RuntimeError: The current node timed out" in str(caught.value)
 
@@ -165,18 +165,18 @@ def test_a_server_that_never_answers_is_no_ray_cluster(monkeypatch: pytest.Monke
     monkeypatch.setattr(address, "ANSWER_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         place = f"127.0.0.1:{server.getsockname()[1]}"
-        assert "does not answer as Ray does" in address.explain_no_cluster(place)
+        assert "does not answer as Ray does" in address.find_cluster_problem(place)
 
 
 @pytest.mark.parametrize("text", ["junk", "http://127.0.0.1:8265", "127.0.0.1", "127.0.0.1:port"])
 def test_an_invalid_ray_address_is_refused_with_the_valid_forms(text: str) -> None:
-    assert "give HOST:6379" in address.explain_no_cluster(text)
+    assert "give HOST:6379" in address.find_cluster_problem(text)
 
 
 def test_missing_weights_are_reported_before_ray_starts(
     parts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("focus_ray.training.training.connect", None)  # must not be reached
+    monkeypatch.setattr("focus_ray.training.training.connect_to_ray", None)  # must not be reached
     words = [f"data.uri={parts}", f"storage={tmp_path}", "name=lost", f"model.weights={tmp_path}/nowhere.pth"]
     assert main(["train", "default", *words]) == 1
     _, error = capsys.readouterr().err.strip().splitlines()  # the action, and the reason of its failure

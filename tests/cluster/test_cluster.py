@@ -12,8 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from s3_server import S3Server
 
-from focus_ray.cluster.connect import resources_per_worker, uses_gpu
-from focus_ray.cluster.preflight import RESERVED, count_concurrent_runs, matches, probe_nodes
+from focus_ray.cluster.connect import compute_worker_resources, do_workers_use_gpu
+from focus_ray.cluster.preflight import (
+    RESERVED_RESOURCES_VARIABLE,
+    check_storage_on_nodes,
+    count_concurrent_trainings,
+    labels_match_selector,
+)
 from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.errors import DataError, TrainingError
 
@@ -33,7 +38,7 @@ pytestmark = pytest.mark.ray
         ({}, {"share": 0.5}, 2),
         ({}, {"share": 0.5, "limit": 1}, 1),
         ({"max_cpus": 8}, {"is_private": False}, 4),
-        ({"max_cpus": 8}, {"is_private": False, "growing": True}, 8),
+        ({"max_cpus": 8}, {"is_private": False, "count_growth": True}, 8),
         ({"num_workers": 8, "max_cpus": 8}, {"is_private": False}, 1),  # after growth
         ({"num_workers": 3, "max_cpus": 8}, {"is_private": False, "share": 0.5}, 1),  # after growth
         ({"num_workers": 8, "min_workers": 2}, {}, 1),
@@ -42,7 +47,7 @@ pytestmark = pytest.mark.ray
 def test_concurrent_trainings_are_counted(
     ray_cluster: None, settings: dict[str, Any], options: dict[str, Any], expected: int
 ) -> None:
-    assert count_concurrent_runs(ClusterConfig(**settings), **{"is_private": True, **options}) == expected
+    assert count_concurrent_trainings(ClusterConfig(**settings), **{"is_private": True, **options}) == expected
 
 
 REFUSED = [
@@ -67,21 +72,21 @@ def test_a_training_that_never_fits_is_refused_with_the_arithmetic(
     ray_cluster: None, settings: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(TrainingError, match=message):
-        count_concurrent_runs(ClusterConfig(**settings), **{"is_private": True, **options})
+        count_concurrent_trainings(ClusterConfig(**settings), **{"is_private": True, **options})
 
 
 def test_gpus_that_the_cluster_can_grow_to_are_used(ray_cluster: None) -> None:
-    assert not uses_gpu(ClusterConfig())
-    assert uses_gpu(ClusterConfig(max_gpus=2))
-    resources = resources_per_worker(ClusterConfig(max_gpus=2, memory_gib_per_worker=2), use_gpu=True)
+    assert not do_workers_use_gpu(ClusterConfig())
+    assert do_workers_use_gpu(ClusterConfig(max_gpus=2))
+    resources = compute_worker_resources(ClusterConfig(max_gpus=2, memory_gib_per_worker=2), use_gpu=True)
     assert resources == {"CPU": 1.0, "GPU": 1.0, "memory": 2 * 2**30}
 
 
 def test_resources_of_the_jobs_own_process_are_not_counted(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(RESERVED, json.dumps({"CPU": 1}))
-    assert count_concurrent_runs(ClusterConfig(num_workers=3), is_private=False) == 1
+    monkeypatch.setenv(RESERVED_RESOURCES_VARIABLE, json.dumps({"CPU": 1}))
+    assert count_concurrent_trainings(ClusterConfig(num_workers=3), is_private=False) == 1
     with pytest.raises(TrainingError, match=r"the cluster has 4 CPU, .* process uses 1 CPU, and room"):
-        count_concurrent_runs(ClusterConfig(num_workers=4), is_private=False)
+        count_concurrent_trainings(ClusterConfig(num_workers=4), is_private=False)
 
 
 @given(
@@ -91,10 +96,10 @@ def test_resources_of_the_jobs_own_process_are_not_counted(ray_cluster: None, mo
 )
 def test_a_selector_and_its_negation_never_agree(labels: dict[str, str], key: str, values: list[str]) -> None:
     listed = f"in({', '.join(values)})"
-    assert matches(labels, {key: listed}) == (labels.get(key) in values)
-    assert matches(labels, {key: listed}) != matches(labels, {key: f"!{listed}"})
-    assert matches(labels, {key: values[0]}) != matches(labels, {key: f"!{values[0]}"})
-    assert matches(labels, {})
+    assert labels_match_selector(labels, {key: listed}) == (labels.get(key) in values)
+    assert labels_match_selector(labels, {key: listed}) != labels_match_selector(labels, {key: f"!{listed}"})
+    assert labels_match_selector(labels, {key: values[0]}) != labels_match_selector(labels, {key: f"!{values[0]}"})
+    assert labels_match_selector(labels, {})
 
 
 def test_a_run_is_refused_where_its_storage_cannot_be_written(
@@ -105,14 +110,14 @@ def test_a_run_is_refused_where_its_storage_cannot_be_written(
     with pytest.raises(
         DataError, match=r"S3 bucket 'focus-ray-tests', key '.*/_probe-\w+' at .*: cannot write: access"
     ):
-        probe_nodes([], [s3.new_uri()])
+        check_storage_on_nodes([], [s3.new_uri()])
 
 
 WRONG_NODE = """
 import os, sys
 from ray.cluster_utils import Cluster
 import ray
-from focus_ray.cluster.preflight import probe_nodes
+from focus_ray.cluster.preflight import check_storage_on_nodes
 from focus_ray.errors import DataError
 if __name__ == "__main__":
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -121,7 +126,7 @@ if __name__ == "__main__":
     os.environ["AWS_SECRET_ACCESS_KEY"] = right
     ray.init(address=nodes.address, logging_level="error")
     try:
-        probe_nodes([], [sys.argv[1]])
+        check_storage_on_nodes([], [sys.argv[1]])
     except DataError as error:
         print(error)
     ray.shutdown()

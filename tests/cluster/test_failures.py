@@ -16,14 +16,14 @@ from focus_ray.cluster.failures import is_retryable
 from focus_ray.errors import ConfigError, DataError, StorageError, TrainingError, WeightsError
 
 
-def as_ray_tells(error: BaseException) -> BaseException:
+def wrap_as_ray_does(error: BaseException) -> BaseException:
     return UserExceptionWithTraceback(error, "Traceback ...")
 
 
 RETRIED = [
-    as_ray_tells(StorageError("no connection")),
-    as_ray_tells(RuntimeError("CUDA error")),
-    as_ray_tells(TrainingError("the stream gave 3 of 4 batches")),
+    wrap_as_ray_does(StorageError("no connection")),
+    wrap_as_ray_does(RuntimeError("CUDA error")),
+    wrap_as_ray_does(TrainingError("the stream gave 3 of 4 batches")),
     RayActorError(),
     WorkerHealthCheckFailedError("lost", RayActorError()),
 ]
@@ -34,11 +34,11 @@ PERMANENT = [DataError("a"), ConfigError("b"), WeightsError("c"), FloatingPointE
 def test_trainers_retry_temporary_errors_and_no_permanent_errors(
     ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from focus_ray.cluster.ray_private import patch_ray_train
+    from focus_ray.cluster.ray_private import patch_ray_train_retries
 
     monkeypatch.setattr(data_parallel_trainer, "create_failure_policy", None)
     monkeypatch.setenv("RAY_ADDRESS", "")  # the test sets it
-    patch_ray_train()
+    patch_ray_train_retries()
     policy = data_parallel_trainer.create_failure_policy(ray.train.FailureConfig(max_failures=30))  # type: ignore[misc]
 
     def decide(*errors: BaseException) -> FailureDecision:
@@ -47,14 +47,14 @@ def test_trainers_retry_temporary_errors_and_no_permanent_errors(
 
     assert {decide(error) for error in RETRIED} == {FailureDecision.RETRY}
     for error in PERMANENT:
-        assert decide(as_ray_tells(error)) == FailureDecision.RAISE
+        assert decide(wrap_as_ray_does(error)) == FailureDecision.RAISE
         # another worker fails because its peer has gone, which is no reason for a retry
-        closed = as_ray_tells(RuntimeError("connection closed by peer"))
-        assert decide(closed, as_ray_tells(error)) == FailureDecision.RAISE
+        closed = wrap_as_ray_does(RuntimeError("connection closed by peer"))
+        assert decide(closed, wrap_as_ray_does(error)) == FailureDecision.RAISE
 
 
 def test_a_circle_of_causes_is_searched_once() -> None:
     inner, outer = DataError("inner"), RuntimeError("outer")
     outer.__cause__ = inner
     inner.__cause__ = outer  # as re-raising makes
-    assert not is_retryable(as_ray_tells(outer))
+    assert not is_retryable(wrap_as_ray_does(outer))

@@ -52,26 +52,28 @@ MANIFESTS = [
 NAMESPACES = ["team-press", "team-weld", "vision"]
 
 
-def of_kind(kind: str) -> list[dict[str, Any]]:
+def list_manifests(kind: str) -> list[dict[str, Any]]:
     return [item for item in MANIFESTS if item["kind"] == kind]
 
 
-(JOB,), (SERVICE,), (PROXY,) = of_kind("RayJob"), of_kind("RayService"), of_kind("Deployment")
+(JOB,), (SERVICE,), (PROXY,) = list_manifests("RayJob"), list_manifests("RayService"), list_manifests("Deployment")
 CLUSTERS = {
-    "RayCluster": of_kind("RayCluster")[0]["spec"],
+    "RayCluster": list_manifests("RayCluster")[0]["spec"],
     "RayJob": JOB["spec"]["rayClusterSpec"],
     "RayService": SERVICE["spec"]["rayClusterConfig"],
 }
 each_cluster = pytest.mark.parametrize("spec", CLUSTERS.values(), ids=CLUSTERS)
 
 
-def groups_of(spec: dict[str, Any]) -> list[dict[str, Any]]:
+def list_node_groups(spec: dict[str, Any]) -> list[dict[str, Any]]:
     return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
 
 
-def named(kind: str, name: str, namespace: str | None = None) -> dict[str, Any]:
+def find_manifest(kind: str, name: str, namespace: str | None = None) -> dict[str, Any]:
     key = (name, namespace)
-    items = (item for item in of_kind(kind) if (item["metadata"]["name"], item["metadata"].get("namespace")) == key)
+    items = (
+        item for item in list_manifests(kind) if (item["metadata"]["name"], item["metadata"].get("namespace")) == key
+    )
     return next(items)
 
 
@@ -96,7 +98,7 @@ def test_the_schemas_refuse_an_unknown_key() -> None:
 
 @pytest.mark.parametrize("kind", ["RayJob", "RayService", "ClusterQueue", "LocalQueue", "ResourceFlavor"])
 def test_kinds_of_kuberay_and_kueue_have_known_fields(kind: str) -> None:
-    assert {key for item in of_kind(kind) for key in item.get("spec", {})} <= set(FIELDS[kind].split())
+    assert {key for item in list_manifests(kind) for key in item.get("spec", {})} <= set(FIELDS[kind].split())
 
 
 @each_cluster
@@ -107,7 +109,7 @@ def test_a_ray_cluster_has_known_fields_and_valid_pods(spec: dict[str, Any]) -> 
     for group in spec["workerGroupSpecs"]:
         assert {"groupName", "rayStartParams"} <= set(group) <= set(FIELDS["workers"].split())
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
-    for group in groups_of(spec):
+    for group in list_node_groups(spec):
         check_pod(group["template"])
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
 
@@ -115,7 +117,7 @@ def test_a_ray_cluster_has_known_fields_and_valid_pods(spec: dict[str, Any]) -> 
 @each_cluster
 def test_every_container_has_the_token_few_privileges_and_the_image_of_its_hardware(spec: dict[str, Any]) -> None:
     assert spec["authOptions"] == {"mode": "token", "secretName": "focus-ray-token"}  # the operator's own way to it
-    for group in groups_of(spec):
+    for group in list_node_groups(spec):
         for container in group["template"]["spec"]["containers"]:
             env = {item["name"]: item for item in container["env"]}
             assert env["RAY_AUTH_MODE"]["value"] == "token"
@@ -129,42 +131,42 @@ def test_every_container_has_the_token_few_privileges_and_the_image_of_its_hardw
 
 @each_cluster
 def test_only_an_autoscaler_may_call_the_kubernetes_api(spec: dict[str, Any]) -> None:
-    assert not any(account["automountServiceAccountToken"] for account in of_kind("ServiceAccount"))
+    assert not any(account["automountServiceAccountToken"] for account in list_manifests("ServiceAccount"))
     has_autoscaler = spec.get("enableInTreeAutoscaling", False)
-    head, *workers = (group["template"]["spec"] for group in groups_of(spec))
+    head, *workers = (group["template"]["spec"] for group in list_node_groups(spec))
     assert head.get("automountServiceAccountToken", False) == has_autoscaler
     assert not any("automountServiceAccountToken" in worker for worker in workers)
 
 
 def test_no_manifest_holds_a_secret() -> None:
-    assert of_kind("Secret") == []
+    assert list_manifests("Secret") == []
     secret = r"(AWS_SECRET_ACCESS_KEY|auth_token|RAY_AUTH_TOKEN)\s*[:=]\s*['\"]?[A-Za-z0-9]{12,}"
     assert [path.name for path in CLUSTER.glob("*.yaml") if re.search(secret, path.read_text())] == []
 
 
-def quantity(text: Any) -> float:
+def parse_quantity(text: Any) -> float:
     number, unit = re.fullmatch(r"([0-9.]+)(m|Mi|Gi)?", str(text)).groups()  # type: ignore[union-attr]
     return float(number) * {None: 1, "m": 1e-3, "Mi": 2**20, "Gi": 2**30}[unit]
 
 
 def test_the_job_waits_in_its_teams_queue_and_fits_its_quota() -> None:
     labels, spec = JOB["metadata"]["labels"], CLUSTERS["RayJob"]
-    assert named("WorkloadPriorityClass", labels["kueue.x-k8s.io/priority-class"])
+    assert find_manifest("WorkloadPriorityClass", labels["kueue.x-k8s.io/priority-class"])
     assert (JOB["spec"]["suspend"], JOB["spec"]["shutdownAfterJobFinishes"]) == (True, True)  # required by Kueue
     assert not spec.get("enableInTreeAutoscaling", False)  # Kueue refuses it
-    local = named("LocalQueue", labels["kueue.x-k8s.io/queue-name"], JOB["metadata"]["namespace"])
-    queue = named("ClusterQueue", local["spec"]["clusterQueue"])
+    local = find_manifest("LocalQueue", labels["kueue.x-k8s.io/queue-name"], JOB["metadata"]["namespace"])
+    queue = find_manifest("ClusterQueue", local["spec"]["clusterQueue"])
     check_pod(JOB["spec"]["submitterPodTemplate"])
     pods = [(1, spec["headGroupSpec"]["template"]), (1, JOB["spec"]["submitterPodTemplate"])]
     pods += [(group["replicas"], group["template"]) for group in spec["workerGroupSpecs"]]
     for group in queue["spec"]["resourceGroups"]:
         for resource in group["flavors"][0]["resources"]:
             requested = sum(
-                count * quantity(container["resources"]["requests"].get(resource["name"], 0))
+                count * parse_quantity(container["resources"]["requests"].get(resource["name"], 0))
                 for count, template in pods
                 for container in template["spec"]["containers"]
             )
-            assert 0 < requested <= quantity(resource["nominalQuota"]), resource["name"]
+            assert 0 < requested <= parse_quantity(resource["nominalQuota"]), resource["name"]
 
 
 def test_the_command_of_the_job_is_valid() -> None:
@@ -176,26 +178,26 @@ def test_the_command_of_the_job_is_valid() -> None:
 
 
 def test_queues_have_flavors_and_admit_the_namespaces_of_their_teams() -> None:
-    for queue in of_kind("ClusterQueue"):
+    for queue in list_manifests("ClusterQueue"):
         assert queue["spec"]["cohortName"] == "plant"  # otherwise borrowingLimit is refused
         for group in queue["spec"]["resourceGroups"]:
             for flavor in group["flavors"]:
-                assert named("ResourceFlavor", flavor["name"])
+                assert find_manifest("ResourceFlavor", flavor["name"])
                 assert [resource["name"] for resource in flavor["resources"]] == group["coveredResources"]
-    for local in of_kind("LocalQueue"):
-        labels = named("Namespace", local["metadata"]["namespace"])["metadata"]["labels"]
-        selector = named("ClusterQueue", local["spec"]["clusterQueue"])["spec"]["namespaceSelector"]
+    for local in list_manifests("LocalQueue"):
+        labels = find_manifest("Namespace", local["metadata"]["namespace"])["metadata"]["labels"]
+        selector = find_manifest("ClusterQueue", local["spec"]["clusterQueue"])["spec"]["namespaceSelector"]
         assert selector["matchLabels"].items() <= labels.items()
 
 
 def test_every_used_namespace_is_created_with_its_account_and_policy() -> None:
     assert {item["metadata"]["namespace"] for item in MANIFESTS if "namespace" in item["metadata"]} <= set(NAMESPACES)
-    assert sorted(item["metadata"]["name"] for item in of_kind("Namespace")) == NAMESPACES
+    assert sorted(item["metadata"]["name"] for item in list_manifests("Namespace")) == NAMESPACES
     for kind in ("ServiceAccount", "NetworkPolicy", "ConfigMap"):
-        assert {item["metadata"]["namespace"] for item in of_kind(kind)} == set(NAMESPACES)
+        assert {item["metadata"]["namespace"] for item in list_manifests(kind)} == set(NAMESPACES)
 
 
-def admits(rule: dict[str, Any], port: int, protocol: str = "TCP") -> bool:
+def does_rule_cover_port(rule: dict[str, Any], port: int, protocol: str = "TCP") -> bool:
     """Returns whether a rule of a network policy covers a port; a rule without ports covers all ports."""
     return "ports" not in rule or any(
         item["protocol"] == protocol and item["port"] <= port <= item.get("endPort", item["port"])
@@ -203,21 +205,21 @@ def admits(rule: dict[str, Any], port: int, protocol: str = "TCP") -> bool:
     )
 
 
-def peers_at(rules: list[dict[str, Any]], port: int) -> Iterator[dict[str, Any]]:
+def list_peers_at_port(rules: list[dict[str, Any]], port: int) -> Iterator[dict[str, Any]]:
     for rule in rules:
-        if admits(rule, port):
+        if does_rule_cover_port(rule, port):
             yield from rule["from"]
 
 
 def test_clients_reach_the_port_of_serve_through_the_front_proxy_alone() -> None:
     labels = PROXY["spec"]["template"]["metadata"]["labels"]
-    assert PROXY["spec"]["selector"]["matchLabels"] == labels == of_kind("Service")[0]["spec"]["selector"]
-    peers = list(peers_at(named("NetworkPolicy", "ray-pods", "vision")["spec"]["ingress"], 8000))
+    assert PROXY["spec"]["selector"]["matchLabels"] == labels == list_manifests("Service")[0]["spec"]["selector"]
+    peers = list(list_peers_at_port(find_manifest("NetworkPolicy", "ray-pods", "vision")["spec"]["ingress"], 8000))
     operator = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kuberay-system"}}}
     assert peers == [operator, {"podSelector": {"matchLabels": labels}}]
-    policy = named("NetworkPolicy", "focus-ray-proxy", "vision")["spec"]
+    policy = find_manifest("NetworkPolicy", "focus-ray-proxy", "vision")["spec"]
     assert policy["podSelector"]["matchLabels"] == labels
-    assert [port for port in (80, 8000, 8080, 8443, 8444) if admits(policy["ingress"][0], port)] == [8443]
+    assert [port for port in (80, 8000, 8080, 8443, 8444) if does_rule_cover_port(policy["ingress"][0], port)] == [8443]
 
 
 def test_the_front_proxy_reads_its_configuration_and_certificate_where_nginx_looks_for_them() -> None:
@@ -232,7 +234,7 @@ def test_the_front_proxy_reads_its_configuration_and_certificate_where_nginx_loo
     (secret,) = (source["secret"] for source in sources if "secret" in source)
     text = (REPOSITORY / "serve" / "nginx.conf").read_text()
     assert {item["path"] for item in secret["items"]} == set(re.findall(r"tls/[\w.]+(?=;)", text))
-    ((file, content),) = named("ConfigMap", "focus-ray-place", "vision")["data"].items()
+    ((file, content),) = find_manifest("ConfigMap", "focus-ray-place", "vision")["data"].items()
     assert f"include {file};" in text
     name, namespace = SERVICE["metadata"]["name"], SERVICE["metadata"]["namespace"]
     assert f"server {name}-serve-svc.{namespace}.svc:8000;" in content
@@ -240,21 +242,21 @@ def test_the_front_proxy_reads_its_configuration_and_certificate_where_nginx_loo
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
 def test_ray_reaches_its_own_nodes_names_and_s3_and_is_measured_by_the_monitoring_alone(namespace: str) -> None:
-    spec = named("NetworkPolicy", "ray-pods", namespace)["spec"]
+    spec = find_manifest("NetworkPolicy", "ray-pods", namespace)["spec"]
     assert spec["policyTypes"] == ["Ingress", "Egress"]
     nodes, names, storage = spec["egress"]
     assert nodes["to"] == [{"podSelector": spec["podSelector"]}]
-    assert admits(names, 53, "UDP")
+    assert does_rule_cover_port(names, 53, "UDP")
     (endpoint,) = (
         item["data"]["AWS_ENDPOINT_URL"]
-        for item in of_kind("ConfigMap")
+        for item in list_manifests("ConfigMap")
         if item["metadata"]["namespace"] == namespace and "AWS_ENDPOINT_URL" in item["data"]
     )
-    assert admits(storage, int(endpoint.rpartition(":")[2]))
+    assert does_rule_cover_port(storage, int(endpoint.rpartition(":")[2]))
     assert "ipBlock" in storage["to"][0]
     monitoring = [rule for rule in spec["ingress"] if "monitoring" in str(rule["from"])]
     assert [[port["port"] for port in rule["ports"]] for rule in monitoring] == [[8080]]
-    (monitor,) = (item["spec"] for item in of_kind("PodMonitor"))
+    (monitor,) = (item["spec"] for item in list_manifests("PodMonitor"))
     assert monitor["podMetricsEndpoints"][0]["portNumber"] == 8080
     assert monitor["selector"] == spec["podSelector"]
 
@@ -262,8 +264,8 @@ def test_ray_reaches_its_own_nodes_names_and_s3_and_is_measured_by_the_monitorin
 def test_only_heads_with_an_autoscaler_reach_the_kubernetes_api() -> None:
     reach = [
         (policy["metadata"]["namespace"], policy["spec"]["podSelector"]["matchLabels"])
-        for policy in of_kind("NetworkPolicy")
-        if any(admits(rule, 6443) and "ipBlock" in rule["to"][0] for rule in policy["spec"]["egress"])
+        for policy in list_manifests("NetworkPolicy")
+        if any(does_rule_cover_port(rule, 6443) and "ipBlock" in rule["to"][0] for rule in policy["spec"]["egress"])
     ]
     assert reach == [("vision", {"ray.io/node-type": "head"})]
 

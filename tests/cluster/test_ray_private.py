@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from focus_ray.cluster import ray_private
-from focus_ray.cluster.connect import connect
+from focus_ray.cluster.connect import connect_to_ray
 from focus_ray.errors import TrainingError
 from focus_ray.serving import serve_private
 
 
 def test_the_installed_ray_has_all_private_parts() -> None:
-    ray_private.check_private_parts()
+    ray_private.check_private_attributes()
     serve_private.check_serve_parts()
 
 
@@ -23,7 +23,7 @@ def test_a_ray_without_a_part_joins_no_cluster(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.delattr(type(ray._private.state.state), "get_max_resources_from_cluster_config")
     with pytest.raises(TrainingError, match=r"get_max_resources_from_cluster_config.* the limits of the autoscaler"):
-        connect()
+        connect_to_ray()
 
 
 def test_a_serve_that_keeps_its_models_elsewhere_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

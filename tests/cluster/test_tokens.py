@@ -20,8 +20,8 @@ pytestmark = pytest.mark.ray
 START = """
 import json, os, sys
 import ray
-from focus_ray.cluster.connect import connect
-assert connect(num_cpus=1)
+from focus_ray.cluster.connect import connect_to_ray
+assert connect_to_ray(num_cpus=1)
 node = ray._private.worker._global_node
 token = os.environ.get("RAY_AUTH_TOKEN", "")
 told = {"gcs": node.gcs_address, "dashboard": node.webui_url, "mode": os.environ["RAY_AUTH_MODE"], "token": token}
@@ -31,7 +31,7 @@ sys.stdin.readline()
 """
 
 
-def ray_folder(folder: Path) -> Path:
+def make_ray_folder_path(folder: Path) -> Path:
     """Returns a folder with a short path, because the paths of the sockets of Ray are below it."""
     return Path("/tmp") / f"ray-{folder.name[:16]}-{os.getpid()}"
 
@@ -40,7 +40,7 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
     """Returns the environment of a user without a token."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     (folder / "home").mkdir(exist_ok=True)
-    return {**clean, "HOME": str(folder / "home"), "RAY_TMPDIR": str(ray_folder(folder)), **variables}
+    return {**clean, "HOME": str(folder / "home"), "RAY_TMPDIR": str(make_ray_folder_path(folder)), **variables}
 
 
 def run_python(command: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -57,10 +57,10 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
         assert process.stdout is not None
         yield {**json.loads(process.stdout.readline()), "folder": folder}
         process.communicate("end\n", timeout=60)
-    shutil.rmtree(ray_folder(folder), ignore_errors=True)
+    shutil.rmtree(make_ray_folder_path(folder), ignore_errors=True)
 
 
-def status_of(url: str, token: str | None = None, body: bytes | None = None) -> int:
+def request_status(url: str, token: str | None = None, body: bytes | None = None) -> int:
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
@@ -79,9 +79,9 @@ def test_the_random_token_of_a_private_cluster_is_not_on_the_disk(private: dict[
 def test_a_request_without_the_token_to_the_jobs_of_a_private_cluster_is_refused(private: dict[str, Any]) -> None:
     jobs = f"http://{private['dashboard']}/api/jobs/"
     submission = json.dumps({"entrypoint": "touch /tmp/never"}).encode()
-    assert (status_of(jobs), status_of(jobs, body=submission)) == (401, 401)
-    assert status_of(jobs, "0" * 64, submission) in (401, 403)
-    assert status_of(jobs, private["token"]) == 200
+    assert (request_status(jobs), request_status(jobs, body=submission)) == (401, 401)
+    assert request_status(jobs, "0" * 64, submission) in (401, 403)
+    assert request_status(jobs, private["token"]) == 200
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,9 @@ def test_joining_without_the_token_names_the_variables_to_set(
 ) -> None:
     if not is_refused:
         variables = {**variables, "RAY_AUTH_TOKEN": private["token"]}
-    command = f"from focus_ray.cluster.address import explain_no_cluster; print(explain_no_cluster({private['gcs']!r}))"
+    command = (
+        f"from focus_ray.cluster.address import find_cluster_problem; print(find_cluster_problem({private['gcs']!r}))"
+    )
     ended = run_python(command, environment(private["folder"], **variables))
     assert ("set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN" in ended.stdout) == is_refused, ended.stdout + ended.stderr
 
@@ -111,9 +113,7 @@ def test_joining_without_the_token_names_the_variables_to_set(
     ],
 )
 def test_token_settings_of_the_user_are_kept(tmp_path: Path, variables: dict[str, str], expected: str) -> None:
-    command = (
-        "import os, ray; from focus_ray.cluster import ray_private; ray_private.require_token_of_private_cluster(); "
-    )
+    command = "import os, ray; from focus_ray.cluster import ray_private; ray_private.require_private_cluster_token(); "
     command += "print(os.environ['RAY_AUTH_MODE'], os.environ.get('RAY_AUTH_TOKEN'))"
     printed = run_python(command, environment(tmp_path, **variables)).stdout
     assert printed.strip() == expected

@@ -23,7 +23,7 @@ from focus_ray.data.read import data_fingerprint, list_categories, read_index, r
 from focus_ray.data.schema import INDEX_COLUMNS, SCHEMA
 from focus_ray.errors import DataError
 from focus_ray.fitting.split import plan_category, split_category
-from focus_ray.training.streams import ray_dataset
+from focus_ray.training.streams import read_ray_dataset
 
 
 @pytest.fixture
@@ -348,7 +348,7 @@ def test_an_index_that_cannot_be_written_leaves_the_old_data_and_no_files(
 def test_ray_reads_exactly_the_committed_rows(small_groups: Path, ray_cluster: None) -> None:
     save(small_groups / "category=bolt/part-stray-00000.parquet", b"not even Parquet")
     expected = rows_of(small_groups)
-    assert sorted(ray_dataset(small_groups, "bolt").take_all(), key=lambda row: row["id"]) == expected
-    test_rows = ray_dataset(small_groups, "bolt", "test", ["id", "label"]).take_all()
+    assert sorted(read_ray_dataset(small_groups, "bolt").take_all(), key=lambda row: row["id"]) == expected
+    test_rows = read_ray_dataset(small_groups, "bolt", "test", ["id", "label"]).take_all()
     expected = [{"id": row["id"], "label": row["label"]} for row in expected if row["split"] == "test"]
     assert sorted(test_rows, key=lambda row: row["id"]) == expected

@@ -30,7 +30,7 @@ from focus_ray.fitting.settings import load_config, parse_config
 from focus_ray.serving.settings import parse_settings
 from focus_ray.settings.sections import read_config_tree
 from focus_ray.settings.standard import find_config_file, find_standard_config_folder
-from focus_ray.sweep.settings import load_sweep
+from focus_ray.sweep.settings import load_sweep_config
 
 # start of a focus-ray command -> why this module does not run it, and which test does
 NOT_RUN = {
@@ -178,7 +178,7 @@ def check_focus_ray_command(words: list[str]) -> None:
     elif arguments.command == "fit":
         load_config(find_config_file("default"), [*arguments.override, "data.uri=data"])
     elif arguments.command == "sweep" and arguments.what not in ("status", "resume", "report"):
-        load_sweep(find_config_file(arguments.what), arguments.rest)
+        load_sweep_config(find_config_file(arguments.what), arguments.rest)
     elif arguments.command == "serve":
         tree = read_config_tree(find_standard_config_folder() / "default.yaml", arguments.override)
         settings = {key: value for key, value in tree.items() if key not in ("name", "data", "model")}
@@ -333,7 +333,7 @@ def test_a_yaml_block_is_a_configuration(block: Block, tmp_path: Path) -> None:
         for path in find_standard_config_folder().glob("*.yaml"):
             shutil.copy(path, tmp_path)
         (tmp_path / "sweep.yaml").write_text(block.text)
-        load_sweep(tmp_path / "sweep.yaml")
+        load_sweep_config(tmp_path / "sweep.yaml")
     elif {"registry", "bundles"} & set(tree):
         parse_settings(tree, block.page)
     else:  # a block may show a part of a configuration, without the address of the images

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from places import free_port
 
-from focus_ray.distributed import broadcast_from_rank0
+from focus_ray.distributed import compute_on_rank0_and_broadcast
 from focus_ray.features.alignment.congealing import AlignmentReport, CongealingAligner
 from focus_ray.fitting.passes import fit_aligner
 
@@ -20,9 +20,9 @@ def _raise() -> int:
 
 
 def test_without_a_group_the_decision_is_made_locally() -> None:
-    assert broadcast_from_rank0(lambda: 3) == 3
+    assert compute_on_rank0_and_broadcast(lambda: 3) == 3
     with pytest.raises(ValueError, match="own error"):
-        broadcast_from_rank0(_raise)
+        compute_on_rank0_and_broadcast(_raise)
 
 
 def _as_worker(rank: int, port: int, folder: str) -> None:
@@ -37,9 +37,9 @@ def _as_worker(rank: int, port: int, folder: str) -> None:
 
     aligner.fit = fit
     with pytest.raises(ValueError, match="own error"):
-        broadcast_from_rank0(_raise)
+        compute_on_rank0_and_broadcast(_raise)
     report = fit_aligner(net, [torch.zeros(4, 64, 64, 3, dtype=torch.uint8)], torch.device("cpu"), 0)
-    number = broadcast_from_rank0(lambda: rank)
+    number = compute_on_rank0_and_broadcast(lambda: rank)
     outcome = [number, report.enabled, bool(aligner.enabled), float(aligner.template[0, 0])]
     Path(folder, str(rank)).write_text(json.dumps(outcome))
     dist.barrier()

@@ -26,7 +26,7 @@ from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.shards import build_shard
 from focus_ray.fitting.split import plan_category
 from focus_ray.metrics.pixels import PixelCurve
-from focus_ray.sweep.settings import parse_sweep
+from focus_ray.sweep.settings import parse_sweep_config
 from focus_ray.sweep.trial_inputs import check_trial_settings
 
 LEFT = [[0, 0], [0.5, 0], [0.5, 1], [0, 1]]
@@ -284,4 +284,4 @@ def test_recalibration_counts_only_pixels_of_the_region(inspector: Inspector) ->
 def test_a_sweep_refuses_to_search_over_the_framing_of_images(key: str) -> None:
     tree = {"base": {"data": {"uri": "images"}}, "space": {key: ["pad"]}, "searcher": "grid"}
     with pytest.raises(ConfigError, match=rf"space: {key} cannot be searched"):
-        parse_sweep(tree)
+        parse_sweep_config(tree)

@@ -13,7 +13,7 @@ from small_set import make_bundle, small_config
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.errors import BundleError
 from focus_ray.fitting.settings import parse_config
-from focus_ray.training.report import build_training_section, training_page, write_training_report
+from focus_ray.training.report import build_report_section, render_training_report, write_training_report
 from focus_ray.training.training import train
 
 
@@ -50,14 +50,14 @@ def test_the_report_needs_no_tensors(bundle: str, tmp_path: Path) -> None:
 
 
 def test_learning_curves_are_drawn_if_there_were_epochs(manifest: dict[str, Any]) -> None:
-    titles = [plot.title for plot in build_training_section("somewhere", manifest).plots]
+    titles = [plot.title for plot in build_report_section("somewhere", manifest).plots]
     assert (titles[0], "loss" in titles) == ("Calibration scores", True)
     manifest["metrics"]["history"] = []
-    assert [plot.title for plot in build_training_section("somewhere", manifest).plots] == ["Calibration scores"]
+    assert [plot.title for plot in build_report_section("somewhere", manifest).plots] == ["Calibration scores"]
 
 
 def test_the_page_shows_provenance_calibration_and_configuration(bundle: str, manifest: dict[str, Any]) -> None:
-    page = training_page({"gear": build_training_section(bundle, manifest)}, "runs/small").decode()
+    page = render_training_report({"gear": build_report_section(bundle, manifest)}, "runs/small").decode()
     threshold = f"{manifest['calibration']['image_threshold']:.6g}"
     provenance = (manifest["sha256"], "f1" * 32, manifest["created_at"], manifest["versions"]["torch"])
     assert [text for text in (*provenance, threshold, "image_size_px: 64") if text not in page] == []
@@ -77,13 +77,13 @@ def test_the_page_shows_alignment_selection_seconds_and_warnings(manifest: dict[
         seconds={"load": 1.0, "train": 2.5},
         warnings=["epoch 1: the features have collapsed"],
     )  # fmt: skip
-    trained = build_training_section("somewhere", manifest)
+    trained = build_report_section("somewhere", manifest)
     assert (trained.seconds, trained.plots[-1].title) == (3.5, "validation score")
-    page = training_page({"gear": trained}, "run").decode()
+    page = render_training_report({"gear": trained}, "run").decode()
     texts = ("50 % (pairwise L2 0.8, aligned 0.4", "image alignment rotation", "the features have collapsed")
     assert [text for text in texts if text not in page] == []
 
 
 def test_a_bundle_without_training_figures_has_a_page(manifest: dict[str, Any]) -> None:
     manifest.update(metrics={}, git_commit=None)
-    assert b"unknown" in training_page({"gear": build_training_section("somewhere", manifest)}, "run")
+    assert b"unknown" in render_training_report({"gear": build_report_section("somewhere", manifest)}, "run")

@@ -19,9 +19,9 @@ from focus_ray.reporting.evaluation import EvaluationSection, render_evaluation_
 from focus_ray.reporting.page import encode_svg_uri
 from focus_ray.reporting.tables import format_evaluation_tables
 from focus_ray.sweep.records import TrialRecord
-from focus_ray.sweep.report import write_report
-from focus_ray.sweep.settings import parse_sweep
-from focus_ray.training.report import build_training_section, training_page
+from focus_ray.sweep.report import write_sweep_report
+from focus_ray.sweep.settings import parse_sweep_config
+from focus_ray.training.report import build_report_section, render_training_report
 
 ATTACKS = (
     "<script>alert(1)</script>",
@@ -121,19 +121,19 @@ def test_a_manifest_puts_no_markup_into_the_page_of_a_training(part_bundles: dic
     }
     manifest.update(git_commit=ATTACK, created_at=ATTACK, versions={"torch": ATTACK})
     manifest["data"].update(uri=HALF_PAIR, fingerprint=ATTACK)
-    assert_harmless(training_page({HALF_PAIR: build_training_section(HALF_PAIR, manifest)}, HALF_PAIR))
+    assert_harmless(render_training_report({HALF_PAIR: build_report_section(HALF_PAIR, manifest)}, HALF_PAIR))
 
 
 def test_a_trial_puts_no_markup_into_the_page_of_a_sweep(tmp_path: Path) -> None:
     base = {"name": "base", "data": {"uri": "images"}, "storage": str(tmp_path)}
     space = {"density.num_channels": [50, 100]}
-    sweep = parse_sweep({"name": "sweep", "base": base, "searcher": "grid", "space": space})
+    sweep = parse_sweep_config({"name": "sweep", "base": base, "searcher": "grid", "space": space})
     part = {ATTACK: {"score": 0.5, "curve": [[0, 0.5], [1, 0.6]]}, "gear": {"score": 0.4, "curve": [[0, 0.5]]}}
     trials = [
         TrialRecord(number, None, {"density.num_channels": 50}, status, score, part, ATTACK)
         for number, (status, score) in enumerate([("finished", 0.5), ("failed", None)])
     ]
-    write_report(str(tmp_path), sweep, trials)
+    write_sweep_report(str(tmp_path), sweep, trials)
     assert_harmless((tmp_path / "report.html").read_bytes())
 
 

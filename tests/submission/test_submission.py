@@ -23,13 +23,13 @@ from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.registry import Registry
 from focus_ray.cli.main import build_parser, main
 from focus_ray.cli.reference import list_subcommands
-from focus_ray.cluster.preflight import RESERVED
+from focus_ray.cluster.preflight import RESERVED_RESOURCES_VARIABLE
 from focus_ray.errors import ConfigError, SubmissionError
 from focus_ray.names import make_unique_name
 from focus_ray.submission import client
 from focus_ray.submission.job_request import JobRequest, build_job_request
 from focus_ray.submission.package import build_job_package
-from focus_ray.sweep.settings import load_sweep
+from focus_ray.sweep.settings import load_sweep_config
 
 CONFIG = """
 data: {uri: s3://bucket/data, categories: [gear]}
@@ -53,7 +53,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def make_job_request(folder: Path, *words: str, **options: object) -> JobRequest:
     """Builds the request of a command whose working directory is `folder`."""
     return build_job_request(
-        words, load_sweep, commands=list_subcommands(build_parser()), working_dir=folder, **options
+        words, load_sweep_config, commands=list_subcommands(build_parser()), working_dir=folder, **options
     )  # type: ignore[arg-type]
 
 
@@ -102,7 +102,12 @@ def test_a_request_holds_team_category_command_and_environment_but_no_secret(
     assert request.entrypoint == "python -m focus_ray.cli train configs/run.yaml train.epochs=2 cluster.team=press"
     assert request.submission_id.startswith("press-train-")
     assert (request.metadata["team"], request.metadata["category"]) == ("press", "gear")
-    environment = {"AWS_ENDPOINT_URL": "http://s3:8333", "SITE": "b", "LINE": "3", RESERVED: '{"CPU": 1.0}'}
+    environment = {
+        "AWS_ENDPOINT_URL": "http://s3:8333",
+        "SITE": "b",
+        "LINE": "3",
+        RESERVED_RESOURCES_VARIABLE: '{"CPU": 1.0}',
+    }
     assert request.environment == environment
     assert "the-secret" not in repr((request.environment, request.metadata, request.entrypoint))
     other = make_job_request(folder, "train", "configs/run.yaml", "train.epochs=3", team="press")

@@ -9,27 +9,27 @@ import optuna
 import pytest
 from scipy import stats
 
-from focus_ray.sweep.race import PRIOR_DF, Judge, loss_p_value
-from focus_ray.sweep.settings import parse_sweep
+from focus_ray.sweep.race import PRIOR_DF, TrialPruner, compute_race_p_value
+from focus_ray.sweep.settings import parse_sweep_config
 
 CATEGORIES = ["a", "b", "c"]
 RACE = {"race": {"enabled": True}}
 
 
-def make_judge(max_epochs: int = 0, categories: list[str] = CATEGORIES, **keys: Any) -> Judge:
+def make_pruner(max_epochs: int = 0, categories: list[str] = CATEGORIES, **keys: Any) -> TrialPruner:
     """Returns the judge of a small grid sweep with other settings in `keys`."""
     tree = {"base": {"data": {"uri": "x"}}, "space": {"density.window": [1, 3]}, "searcher": "grid", **keys}
-    return Judge(parse_sweep(tree), categories, max_epochs)
+    return TrialPruner(parse_sweep_config(tree), categories, max_epochs)
 
 
-def report_scores(judge: Judge, trial: int, scores: list[float], epochs: int = 1) -> tuple[int, str | None]:
+def report_scores(pruner: TrialPruner, trial: int, scores: list[float], epochs: int = 1) -> tuple[int, str | None]:
     """Reports the scores of a trial until it is pruned. Returns the number of reports and the reason of the pruning."""
-    judge.begin(trial)
+    pruner.begin_trial(trial)
     steps = [
-        (name, score, epoch) for name, score in zip(judge.categories, scores, strict=True) for epoch in range(epochs)
+        (name, score, epoch) for name, score in zip(pruner.categories, scores, strict=True) for epoch in range(epochs)
     ]
     for count, (category, score, epoch) in enumerate(steps, start=1):
-        reason = judge.report(trial, category, epoch + 1, score, epoch + 1 == epochs)
+        reason = pruner.report_score(trial, category, epoch + 1, score, epoch + 1 == epochs)
         if reason is not None:
             return count, reason
     return len(steps), None
@@ -38,16 +38,16 @@ def report_scores(judge: Judge, trial: int, scores: list[float], epochs: int = 1
 def test_with_many_categories_the_p_value_is_that_of_the_paired_t_test() -> None:
     gaps = np.random.default_rng(0).normal(0.004, 0.03, 2000)
     expected = stats.ttest_1samp(gaps, 0.0, alternative="greater").pvalue
-    assert loss_p_value(gaps.tolist(), 0.03) == pytest.approx(expected, rel=0.02)
+    assert compute_race_p_value(gaps.tolist(), 0.03) == pytest.approx(expected, rel=0.02)
 
 
 def test_on_one_category_the_p_value_uses_the_prior_alone() -> None:
-    assert loss_p_value([0.06], 0.03) == pytest.approx(stats.t.sf(2.0, PRIOR_DF))
+    assert compute_race_p_value([0.06], 0.03) == pytest.approx(stats.t.sf(2.0, PRIOR_DF))
 
 
 def test_a_trial_as_good_as_the_best_is_rarely_pruned() -> None:
     gaps = np.random.default_rng(1).normal(0.0, 0.03, (4000, 3))
-    pruned_share = np.mean([any(loss_p_value(row[:k].tolist(), 0.03) < 0.05 for k in (1, 2)) for row in gaps])
+    pruned_share = np.mean([any(compute_race_p_value(row[:k].tolist(), 0.03) < 0.05 for k in (1, 2)) for row in gaps])
     assert pruned_share < 0.1  # two tests with a risk of 0.05 each
 
 
@@ -62,35 +62,35 @@ def test_a_trial_as_good_as_the_best_is_rarely_pruned() -> None:
     ],
 )
 def test_a_trial_that_loses_clearly_ends_early(race: dict[str, Any], scores: list[float], num_reports: int) -> None:
-    judge = make_judge(race=race)
-    assert report_scores(judge, 0, [0.9, 0.9, 0.9]) == (3, None)
-    count, reason = report_scores(judge, 1, scores)
+    pruner = make_pruner(race=race)
+    assert report_scores(pruner, 0, [0.9, 0.9, 0.9]) == (3, None)
+    count, reason = report_scores(pruner, 1, scores)
     assert (count, str(reason).startswith("race: on a")) == (num_reports, num_reports < 3)
 
 
 def test_trials_are_not_compared_with_a_withdrawn_trial() -> None:
-    judge = make_judge(**RACE)
-    report_scores(judge, 0, [0.99, 0.9, 0.9])
-    judge.withdraw(0)
-    assert report_scores(judge, 1, [0.8, 0.9, 0.9]) == (3, None)
+    pruner = make_pruner(**RACE)
+    report_scores(pruner, 0, [0.99, 0.9, 0.9])
+    pruner.exclude_trial(0)
+    assert report_scores(pruner, 1, [0.8, 0.9, 0.9]) == (3, None)
 
 
 @pytest.mark.parametrize(("grace_epochs", "reduction_factor"), [(1, 2), (1, 3), (2, 4)])
 def test_halving_prunes_as_optunas_pruner_does(grace_epochs: int, reduction_factor: int) -> None:
     scheduler = {"kind": "asha", "grace_epochs": grace_epochs, "reduction_factor": reduction_factor}
-    judge = make_judge(20, ["a", "b"], scheduler=scheduler)
-    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=grace_epochs, reduction_factor=reduction_factor)
-    study = optuna.create_study(direction="maximize", pruner=pruner)
+    pruner = make_pruner(20, ["a", "b"], scheduler=scheduler)
+    optuna_pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=grace_epochs, reduction_factor=reduction_factor)
+    study = optuna.create_study(direction="maximize", pruner=optuna_pruner)
     rng = np.random.default_rng(0)
     num_pruned = 0
     for number in range(60):
         trial = study.ask()
-        judge.begin(number)
+        pruner.begin_trial(number)
         for step in range(1, 40):
             score = round(rng.uniform(), 2)
             category, epoch = ("a", step) if step <= 20 else ("b", step - 20)
             trial.report(score, step)
-            is_pruned = judge._test_halving(number, category, epoch, score) is not None
+            is_pruned = pruner._apply_successive_halving(number, category, epoch, score) is not None
             assert is_pruned == trial.should_prune()
             if is_pruned:
                 num_pruned += 1
@@ -99,15 +99,15 @@ def test_halving_prunes_as_optunas_pruner_does(grace_epochs: int, reduction_fact
 
 
 def test_halving_counts_epochs_over_categories() -> None:
-    judge = make_judge(3, ["a", "b"], scheduler={"kind": "asha", "grace_epochs": 4})
-    report_scores(judge, 0, [0.9, 0.9], epochs=3)
-    count, reason = report_scores(judge, 1, [0.5, 0.5], epochs=3)
+    pruner = make_pruner(3, ["a", "b"], scheduler={"kind": "asha", "grace_epochs": 4})
+    report_scores(pruner, 0, [0.9, 0.9], epochs=3)
+    count, reason = report_scores(pruner, 1, [0.5, 0.5], epochs=3)
     assert (count, "epoch 1 of b" in str(reason)) == (4, True)
 
 
 def test_a_restarted_trial_does_not_compete_with_its_first_run() -> None:
     """The trial of a lost node has lower scores in its second run; without other trials it must not be pruned."""
-    judge = make_judge(9, ["a"], scheduler={"kind": "asha", "reduction_factor": 2})
+    pruner = make_pruner(9, ["a"], scheduler={"kind": "asha", "reduction_factor": 2})
     for trial, score, is_pruned in [
         (0, 0.9, False),
         (0, 0.5, False),
@@ -115,31 +115,31 @@ def test_a_restarted_trial_does_not_compete_with_its_first_run() -> None:
         (0, 0.5, True),
         (0, 0.85, False),
     ]:
-        judge.begin(trial)
-        assert (judge.report(trial, "a", 1, score, False) is not None) == is_pruned
-    judge = make_judge(**RACE)
-    report_scores(judge, 0, [0.9, 0.9, 0.9])
-    report_scores(judge, 1, [0.1, 0.9, 0.9])
-    assert report_scores(judge, 1, [0.95, 0.95, 0.95]) == (3, None)
+        pruner.begin_trial(trial)
+        assert (pruner.report_score(trial, "a", 1, score, False) is not None) == is_pruned
+    pruner = make_pruner(**RACE)
+    report_scores(pruner, 0, [0.9, 0.9, 0.9])
+    report_scores(pruner, 1, [0.1, 0.9, 0.9])
+    assert report_scores(pruner, 1, [0.95, 0.95, 0.95]) == (3, None)
 
 
 @pytest.mark.parametrize("keys", [RACE, {"scheduler": {"kind": "asha", "grace_epochs": 2}}])
 def test_a_replayed_race_decides_as_the_first_race(keys: dict[str, Any]) -> None:
     scores = np.random.default_rng(3).uniform(0.6, 0.95, (20, 3)).round(3).tolist()
-    first_judge, replayed_judge = make_judge(2, **keys), make_judge(2, **keys)
-    expected = [report_scores(first_judge, trial, row, epochs=2) for trial, row in enumerate(scores)]
+    first_pruner, replayed_pruner = make_pruner(2, **keys), make_pruner(2, **keys)
+    expected = [report_scores(first_pruner, trial, row, epochs=2) for trial, row in enumerate(scores)]
     for trial, (count, reason) in enumerate(expected[:10]):
         curves = {
             category: [(epoch, score) for epoch in (1, 2) if 2 * index + epoch <= count]
             for index, (category, score) in enumerate(zip(CATEGORIES, scores[trial], strict=True))
         }
-        replayed_judge.replay(trial, {name: curve for name, curve in curves.items() if curve})
+        replayed_pruner.replay_scores(trial, {name: curve for name, curve in curves.items() if curve})
         if reason is not None:
-            replayed_judge.withdraw(trial)
-    assert [report_scores(replayed_judge, trial, scores[trial], epochs=2) for trial in range(10, 20)] == expected[10:]
+            replayed_pruner.exclude_trial(trial)
+    assert [report_scores(replayed_pruner, trial, scores[trial], epochs=2) for trial in range(10, 20)] == expected[10:]
 
 
 def test_a_stopped_sweep_ends_every_trial_at_its_next_score() -> None:
-    judge = make_judge()
-    judge.stop("enough")
-    assert report_scores(judge, 0, [0.9, 0.9, 0.9]) == (1, "enough")
+    pruner = make_pruner()
+    pruner.end_all_trials("enough")
+    assert report_scores(pruner, 0, [0.9, 0.9, 0.9]) == (1, "enough")

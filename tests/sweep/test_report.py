@@ -20,10 +20,10 @@ from focus_ray.errors import ConfigError
 from focus_ray.fitting.settings import load_config
 from focus_ray.sweep import records, summary
 from focus_ray.sweep.driver import SweepOutcome
-from focus_ray.sweep.plots import learning_curves, parallel_coordinates
+from focus_ray.sweep.plots import draw_learning_curves, draw_parallel_coordinates
 from focus_ray.sweep.records import TrialRecord
-from focus_ray.sweep.report import write_report
-from focus_ray.sweep.settings import SweepConfig, parse_sweep
+from focus_ray.sweep.report import write_sweep_report
+from focus_ray.sweep.settings import SweepConfig, parse_sweep_config
 
 SPACE: dict[str, Any] = {"density.num_channels": [50, 100, 200], "density.window": [1, 3]}
 SEEDS: dict[str, Any] = {"train.seed": [0, 1], "density.window": [1, 3, 5]}
@@ -32,7 +32,7 @@ SEEDS: dict[str, Any] = {"train.seed": [0, 1], "density.window": [1, 3, 5]}
 def make_sweep(storage: Path | str = "unused", space: dict[str, Any] = SPACE, **keys: Any) -> SweepConfig:
     """Returns a grid sweep named `search` with other settings in `keys`."""
     base = {"data": {"uri": "data"}, "storage": str(storage), "density": {"reduction": "semi_orthogonal"}}
-    return parse_sweep({"base": base, "searcher": "grid", "name": "search", "space": space, **keys})
+    return parse_sweep_config({"base": base, "searcher": "grid", "name": "search", "space": space, **keys})
 
 
 def make_trial(number: int, *scores: float, num_good: int = 40, **keys: Any) -> TrialRecord:
@@ -48,7 +48,7 @@ def make_trial(number: int, *scores: float, num_good: int = 40, **keys: Any) -> 
 
 def summarize(trials: list[TrialRecord], **keys: Any) -> summary.StageSummary:
     """Returns the summary of a sweep with one stage."""
-    (stage,) = summary.summarize(make_sweep(**keys), trials)
+    (stage,) = summary.summarize_stages(make_sweep(**keys), trials)
     return stage
 
 
@@ -90,7 +90,7 @@ def test_a_trial_within_the_noise_of_the_best_is_tied_and_a_worse_trial_is_not(
     trials: list[TrialRecord], space: dict[str, Any], level: list[int], reason: str
 ) -> None:
     stage = summarize(trials, space=space)
-    assert [record.number for record in stage.level] == level
+    assert [record.number for record in stage.ties] == level
     assert reason in stage.results[1]
 
 
@@ -121,7 +121,7 @@ def test_caveats_that_do_not_apply_are_not_said() -> None:
 
 def test_a_pruned_or_failed_trial_is_no_tie() -> None:
     stage = summarize([make_trial(0, 0.9), make_trial(1, 0.9, status="cut", score=None), FAILED])
-    assert (stage.level, len(stage.results)) == ([], 1)
+    assert (stage.ties, len(stage.results)) == ([], 1)
 
 
 def test_many_ties_are_counted_and_not_listed() -> None:
@@ -130,10 +130,10 @@ def test_many_ties_are_counted_and_not_listed() -> None:
 
 def test_terminal_markdown_and_page_have_the_same_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep, root = make_sweep(tmp_path), str(tmp_path / "search")
-    records.claim_folder(root, sweep, {"gear": "a"})
+    records.claim_sweep_folder(root, sweep, {"gear": "a"})
     trials = [make_trial(number, 0.9 - number / 500, num_good=5) for number in range(4)]
     for record in trials:
-        records.write_record(root, record)
+        records.write_trial_record(root, record)
     texts = []
     for command in ("report", "status"):
         assert main(["sweep", command, root]) == 0
@@ -155,9 +155,9 @@ def test_the_last_lines_are_the_commands_that_train_the_best_settings(
 ) -> None:
     root = str(tmp_path / "a folder" / "search")
     sweep = make_sweep(tmp_path / "a folder", scope="all_categories" if stages == [None] else "per_category")
-    records.claim_folder(root, sweep, {})
+    records.claim_sweep_folder(root, sweep, {})
     trials = [make_trial(number, 0.9 - number / 10, stage=stage) for stage in stages for number in range(2)]
-    write_report(root, sweep, trials)
+    write_sweep_report(root, sweep, trials)
     assert _print_sweep_outcome(SweepOutcome(root, trials, stopped=False)) == 0
     lines = capsys.readouterr().out.splitlines()[-len(stages) :]
     for line, stage in zip(lines, stages, strict=True):
@@ -172,7 +172,7 @@ def test_the_last_lines_are_the_commands_that_train_the_best_settings(
 
 
 def test_a_labelled_objective_is_marked_in_all_files(tmp_path: Path) -> None:
-    write_report(str(tmp_path), make_sweep(tmp_path, objective="pixel_auroc"), [make_trial(0, 0.9)])
+    write_sweep_report(str(tmp_path), make_sweep(tmp_path, objective="pixel_auroc"), [make_trial(0, 0.9)])
     for name in ("best.yaml", "report.md", "report.html"):
         assert "LABELLED" in (tmp_path / name).read_text()
     assert pq.read_schema(tmp_path / "trials.parquet").metadata[b"labelled"] == b"True"
@@ -180,7 +180,7 @@ def test_a_labelled_objective_is_marked_in_all_files(tmp_path: Path) -> None:
 
 def test_the_best_configuration_is_read_from_a_storage_and_its_name_is_not_too_long(tmp_path: Path) -> None:
     file = tmp_path / "best.yaml"
-    file.write_text(records.best_config_yaml(make_sweep(name="n" * 100), make_trial(0, 0.9), "root"))
+    file.write_text(records.format_best_config(make_sweep(name="n" * 100), make_trial(0, 0.9), "root"))
     assert read_run_config(f"file://{file}", []).name == "n" * 95 + "-best"
     assert read_run_config(f"file://{file}", ["name=other"]).name == "other"
     for content in (None, "- 1\n"):
@@ -212,5 +212,5 @@ def test_a_score_axis_is_long_enough_and_stays_in_the_range_of_scores(
 
 def test_plots_of_equal_scores_and_of_one_trial_are_drawn() -> None:
     for trials in ([make_trial(0, 0.9)], [make_trial(number, 0.9, 0.9) for number in range(3)]):
-        for plot in (parallel_coordinates, learning_curves):
+        for plot in (draw_parallel_coordinates, draw_learning_curves):
             assert str(plot(make_sweep(), trials)).startswith(r"b'\x89PNG")

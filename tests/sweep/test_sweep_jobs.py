@@ -15,7 +15,7 @@ from waiting import wait_for_records
 
 from focus_ray.storage.files import list_folder_entries, read_bytes
 from focus_ray.sweep import records
-from focus_ray.sweep.records import read_records
+from focus_ray.sweep.records import read_trial_records
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(600)]
 
@@ -57,9 +57,9 @@ TRAINED = (  # six settings whose training takes some time
 )
 
 
-def scores_of(root: str) -> list[float | None]:
+def read_scores(root: str) -> list[float | None]:
     """Returns the scores of a sweep, sorted by the number of the trial."""
-    return [record.score for record in read_records(root)]
+    return [record.score for record in read_trial_records(root)]
 
 
 @pytest.mark.usefixtures("_keys")
@@ -75,7 +75,7 @@ def test_a_sweep_started_with_ray_job_submit_prints_a_table(nodes: Nodes, resnet
     )  # fmt: skip
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-2000:]
     root = f"{nodes.root}/sweeps/search"
-    trials = read_records(root)
+    trials = read_trial_records(root)
     assert [(record.status, sorted(record.categories)) for record in trials] == [("finished", sorted(CATEGORIES))] * 6
     assert {result["shared"] for record in trials for result in record.categories.values()} == {"features"}
     table = read_bytes(f"{root}/report.md").decode().partition("\n**all categories**")[0]
@@ -97,8 +97,8 @@ def test_simultaneous_sweeps_of_two_teams_finish_separately(nodes: Nodes, resnet
     scores = []
     for name in names:
         root = f"{nodes.root}/sweeps/{name}"
-        assert records.read_sweep(root).config_at().cluster.team == name.split("-")[0]
-        scores.append(scores_of(root))
+        assert records.read_sweep_config(root).make_trial_config().cluster.team == name.split("-")[0]
+        scores.append(read_scores(root))
         assert "scratch" not in list_folder_entries(root)
         assert f"{root}/best.yaml" in next(run.stdout for run in processes if name in run.stdout)
     assert len(scores[0]) == 6
@@ -116,13 +116,13 @@ def test_a_node_that_is_killed_during_a_sweep_loses_no_trial(nodes: Nodes, resne
         "submit", *sweep_words(nodes, resnet18_weights, *TRAINED, "max_concurrent_trials=4", "name=shaken")
     )
     wait_for_records(root, 1, follower, 300.0)
-    before = read_records(root)
+    before = read_trial_records(root)
     nodes.kill_a_worker_node()
     out, err = follower.communicate(timeout=400)
     assert follower.returncode == 0, out[-3000:] + err[-1000:]
-    assert [record for record in read_records(root) if record in before] == before  # no trial was run again
+    assert [record for record in read_trial_records(root) if record in before] == before  # no trial was run again
     undisturbed = nodes.run("submit", *sweep_words(nodes, resnet18_weights, *TRAINED, "name=undisturbed"))
     assert undisturbed.returncode == 0, undisturbed.stdout[-3000:]
-    expected = scores_of(f"{nodes.root}/sweeps/undisturbed")
+    expected = read_scores(f"{nodes.root}/sweeps/undisturbed")
     assert len(expected) == 6
-    assert scores_of(root) == pytest.approx(expected, abs=1e-5)
+    assert read_scores(root) == pytest.approx(expected, abs=1e-5)

@@ -15,17 +15,17 @@ from focus_ray.errors import DataError
 from focus_ray.fitting.selection import DEFECTS_PER_IMAGE
 from focus_ray.fitting.settings import Config
 from focus_ray.sweep.settings import Objective
-from focus_ray.sweep.trial import CategoryResult, clear_caches, judge_category
+from focus_ray.sweep.trial import CategoryResult, clear_trial_caches, score_category
 from focus_ray.sweep.trial_inputs import (
     CategoryImages,
-    embed_images,
-    feature_bytes,
-    features_key,
-    image_bytes,
-    load_images,
-    split_for_judging,
+    compute_feature_bytes,
+    compute_frozen_features,
+    compute_image_bytes,
+    load_category_images,
+    make_features_key,
+    split_for_scoring,
 )
-from focus_ray.sweep.worker import split_for_worker
+from focus_ray.sweep.worker import split_images_for_worker
 
 CPU = torch.device("cpu")
 ALIGNED = {"image_alignment": {"group": "rotation", "min_drop": 0.0}}
@@ -46,12 +46,14 @@ def make_config(data: str, **sections: Any) -> Config:
 
 def load_gear(config: Config, objective: Objective = "validation", size_px: int = 64) -> CategoryImages:
     """Loads the images of the category `gear`."""
-    return load_images(config, "gear", split_for_judging(config, "gear", objective).plan(config), objective, size_px)
+    return load_category_images(
+        config, "gear", split_for_scoring(config, "gear", objective).plan(config), objective, size_px
+    )
 
 
-def judge_gear(config: Config, objective: Objective = "validation", **options: Any) -> CategoryResult:
+def score_gear(config: Config, objective: Objective = "validation", **options: Any) -> CategoryResult:
     """Judges the category `gear`."""
-    return judge_category(config, "gear", load_gear(config, objective), objective, CPU, **options)
+    return score_category(config, "gear", load_gear(config, objective), objective, CPU, **options)
 
 
 @pytest.mark.parametrize(
@@ -67,15 +69,15 @@ def judge_gear(config: Config, objective: Objective = "validation", **options: A
 def test_shared_features_give_the_same_scores_as_a_trial_without_sharing(
     data: str, model: dict[str, Any], density: dict[str, Any], objective: Objective
 ) -> None:
-    clear_caches()
+    clear_trial_caches()
     base = make_config(data, model=model, density=SHAREABLE)
     config = make_config(data, model=model, density=density)
     images = load_gear(base, objective)
-    features = embed_images(base, images, CPU)
+    features = compute_frozen_features(base, images, CPU)
     assert (features.theta is not None) == (model is ALIGNED)
-    unshared = judge_category(config, "gear", images, objective, CPU)
+    unshared = score_category(config, "gear", images, objective, CPU)
     for _ in range(2):  # first computed, then read from the cache
-        shared = judge_category(config, "gear", images, objective, CPU, features=features)
+        shared = score_category(config, "gear", images, objective, CPU, features=features)
         # The choice of a coreset depends on the last digits.
         tolerance = 1e-6 if density.get("coreset") == 0 else 1e-3
         assert shared.figures == pytest.approx(unshared.figures, abs=tolerance)
@@ -83,7 +85,7 @@ def test_shared_features_give_the_same_scores_as_a_trial_without_sharing(
 
 def test_trials_share_features_only_if_their_settings_give_the_same_features(data: str) -> None:
     def key_of(category: str = "gear", **sections: dict[str, Any]) -> str | None:
-        return features_key(small_config(data, "unused", **{"density": SHAREABLE, **sections}), category)
+        return make_features_key(small_config(data, "unused", **{"density": SHAREABLE, **sections}), category)
 
     same: list[dict[str, Any]] = [
         {},
@@ -105,55 +107,55 @@ def test_trials_share_features_only_if_their_settings_give_the_same_features(dat
 @pytest.mark.parametrize("objective", ["validation", "image_auroc"])
 def test_the_size_of_shared_inputs_is_computed_correctly_in_advance(data: str, objective: Objective) -> None:
     config = make_config(data)
-    split = split_for_judging(config, "gear", objective)
+    split = split_for_scoring(config, "gear", objective)
     images = load_gear(config, objective)
-    arrays = (images.fit, images.validation, images.judged.images, images.judged.masks)
-    assert sum(array.nbytes for array in arrays) == image_bytes(config, split, objective, 64)
-    features = embed_images(config, images, CPU)
-    num_bytes = sum(level.nbytes for level in (*features.fit, *features.judged))
-    assert num_bytes == feature_bytes(config, split, objective)
+    arrays = (images.fit, images.validation, images.scored.images, images.scored.masks)
+    assert sum(array.nbytes for array in arrays) == compute_image_bytes(config, split, objective, 64)
+    features = compute_frozen_features(config, images, CPU)
+    num_bytes = sum(level.nbytes for level in (*features.fit, *features.scored))
+    assert num_bytes == compute_feature_bytes(config, split, objective)
 
 
 def test_trials_of_all_image_sizes_are_judged_on_the_same_images(data: str) -> None:
     config = make_config(data)
-    large, repeated, small = (load_gear(config, size_px=size).judged for size in (64, 64, 32))
+    large, repeated, small = (load_gear(config, size_px=size).scored for size in (64, 64, 32))
     assert np.array_equal(large.images, repeated.images)
     assert small.images.shape == (len(large.images), 32, 32, 3)
     assert np.array_equal(large.masks.any(axis=(1, 2)), small.masks.any(axis=(1, 2)))
-    num_normal = split_for_judging(config, "gear", "validation").num_validation
+    num_normal = split_for_scoring(config, "gear", "validation").num_validation
     assert large.labels.tolist() == [0] * num_normal + [1] * num_normal * DEFECTS_PER_IMAGE
 
 
 def test_a_labelled_objective_is_measured_on_the_test_images(data: str) -> None:
     config = make_config(data)
-    result = judge_gear(config, "image_auroc")
+    result = score_gear(config, "image_auroc")
     assert result.score == result.figures["image_auroc"]
     assert (result.num_good, result.num_bad) == (4, NUM_TEST - 4)
     images = load_gear(config, "aupro")
     assert len(images.validation) == 0  # a labelled objective needs no held-out images
-    good = images.judged.labels == 0
-    judged = type(images.judged)(*(array[good] for array in vars(images.judged).values()))
+    good = images.scored.labels == 0
+    judged = type(images.scored)(*(array[good] for array in vars(images.scored).values()))
     with pytest.raises(DataError, match="objective=aupro"):
-        judge_category(config, "gear", CategoryImages(images.fit, images.validation, judged), "aupro", CPU)
+        score_category(config, "gear", CategoryImages(images.fit, images.validation, judged), "aupro", CPU)
 
 
 def test_every_epoch_is_reported_and_the_last_one_is_the_score(data: str) -> None:
     reports: list[tuple[int, float, bool]] = []
     config = make_config(data, train={"epochs": 3, "learning_rate": 0.01})
-    result = judge_gear(config, on_score=lambda *report: reports.append(report))
+    result = score_gear(config, on_score=lambda *report: reports.append(report))
     assert [(epoch, final) for epoch, _, final in reports] == [(1, False), (2, False), (3, True)]
     assert result.curve == [(epoch, score) for epoch, score, _ in reports]
     assert (result.score, result.epochs, result.cut) == (result.curve[-1][1], 3, None)
 
 
 def test_a_pruned_trial_trains_no_further(data: str) -> None:
-    result = judge_gear(make_config(data, train={"epochs": 3}), on_score=lambda epoch, score, final: "lost")
+    result = score_gear(make_config(data, train={"epochs": 3}), on_score=lambda epoch, score, final: "lost")
     assert (result.score, result.epochs, len(result.curve), result.cut) == (None, 1, 1, "lost")
 
 
 def test_a_trial_whose_training_diverges_is_pruned(data: str) -> None:
     rates = {"learning_rate": 10.0, "lambda_fine": 1e30}
-    result = judge_gear(make_config(data, train={"epochs": 2, **rates}))
+    result = score_gear(make_config(data, train={"epochs": 2, **rates}))
     assert (result.score, result.epochs < 2, str(result.cut)[:9]) == (None, True, "diverged:")
 
 
@@ -162,8 +164,8 @@ def test_a_worker_decodes_only_its_own_share_if_images_are_not_shared(
     data: str, num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(data)
-    plan = split_for_judging(config, "gear", "validation").plan(config)
-    all_images = load_images(config, "gear", plan, "validation", 64)
+    plan = split_for_scoring(config, "gear", "validation").plan(config)
+    all_images = load_category_images(config, "gear", plan, "validation", 64)
     decoded: list[int] = []
 
     def count_rows(uri: str, category: str, rows: Sequence[int], *arguments: Any, **options: Any) -> Iterator[Any]:
@@ -175,8 +177,8 @@ def test_a_worker_decodes_only_its_own_share_if_images_are_not_shared(
     rows_of_workers = []
     for rank in range(num_workers):
         decoded.clear()
-        shard, common_plan = split_for_worker(config, "gear", plan, rank, num_workers)
-        assert len(load_images(config, "gear", common_plan, "validation", 64).fit) == 0
+        shard, common_plan = split_images_for_worker(config, "gear", plan, rank, num_workers)
+        assert len(load_category_images(config, "gear", common_plan, "validation", 64).fit) == 0
         rows_of_workers += sorted({*decoded} & {*plan.fit_rows})
         own_images = torch.cat(list(shard.fit_batches())).numpy()
         count = len(plan.fit_rows)

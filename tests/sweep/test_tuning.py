@@ -25,18 +25,18 @@ from s3_server import S3Server
 from small_set import CATEGORIES, draw_parts, ingest_parts, small_config
 from waiting import wait_for, wait_for_records
 
-from focus_ray.cluster.ownership import FINGERPRINTS, check_fingerprints
+from focus_ray.cluster.ownership import FINGERPRINTS_FILE, check_images_unchanged
 from focus_ray.errors import ConfigError, DataError, FocusRayError, SweepError, TrainingError
 from focus_ray.fitting.settings import load_config
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.storage.files import list_folder_entries
 from focus_ray.sweep import records
 from focus_ray.sweep.driver import SweepOutcome, run_sweep
-from focus_ray.sweep.proposer import Proposer
-from focus_ray.sweep.records import TrialRecord, read_records, read_sweep
-from focus_ray.sweep.settings import SweepConfig, parse_sweep
-from focus_ray.sweep.trial import judge_category
-from focus_ray.sweep.trial_inputs import load_images, split_for_judging
+from focus_ray.sweep.proposer import SettingsProposer
+from focus_ray.sweep.records import TrialRecord, read_sweep_config, read_trial_records
+from focus_ray.sweep.settings import SweepConfig, parse_sweep_config
+from focus_ray.sweep.trial import score_category
+from focus_ray.sweep.trial_inputs import load_category_images, split_for_scoring
 
 UNALIGNED = {"image_alignment": {"group": "none"}}
 SPACE = {"density.num_channels": [4, 32], "density.shrinkage": [0.5, 4.0]}
@@ -54,20 +54,20 @@ def make_sweep(data: str, storage: Path | str, base: dict[str, Any] | None = Non
     # Without a coreset: its choice depends on the last digits, which sharing changes. test_trial tests it.
     defaults = {"data": {"categories": list(CATEGORIES)}, "model": UNALIGNED, "density": {"coreset": 0}}
     tree = small_config(data, storage, **{**defaults, **(base or {})}).model_dump(mode="json")
-    return parse_sweep({"base": tree, "space": SPACE, "searcher": "grid", "name": "search", **keys})
+    return parse_sweep_config({"base": tree, "space": SPACE, "searcher": "grid", "name": "search", **keys})
 
 
-def judge_in_process(config: SweepConfig) -> list[TrialRecord]:
+def score_in_process(config: SweepConfig) -> list[TrialRecord]:
     """Runs all trials in this process, without Ray, shared inputs or pruning."""
-    base, trials = config.config_at(), []
+    base, trials = config.make_trial_config(), []
     images = {}
     for category in CATEGORIES:
-        plan = split_for_judging(base, category, config.objective).plan(base)
-        images[category] = load_images(base, category, plan, config.objective, base.model.image_size_px)
-    for number, point in enumerate(Proposer(config).points):
+        plan = split_for_scoring(base, category, config.objective).plan(base)
+        images[category] = load_category_images(base, category, plan, config.objective, base.model.image_size_px)
+    for number, point in enumerate(SettingsProposer(config).points):
         results = {
-            category: judge_category(
-                config.config_at(point), category, images[category], config.objective, torch.device("cpu")
+            category: score_category(
+                config.make_trial_config(point), category, images[category], config.objective, torch.device("cpu")
             )
             for category in CATEGORIES
         }
@@ -115,13 +115,13 @@ def finished(ray_cluster: None, data: str, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.ray
 def test_every_trial_is_judged_on_every_category_and_the_best_is_the_highest_mean(finished: SweepOutcome) -> None:
-    assert (finished.stopped, finished.failed) == (False, [])
+    assert (finished.stopped, finished.failed_records) == (False, [])
     assert [record.number for record in finished.records] == list(range(4))
     for record in finished.records:
         assert (record.status, list(record.category_scores)) == ("finished", list(CATEGORIES))
         assert record.score == pytest.approx(sum(record.category_scores.values()) / 2)
     highest = max(record.score for record in finished.records if record.score)
-    assert finished.best[None].score == pytest.approx(highest, abs=1e-4)  # the first of equal trials
+    assert finished.best_records[None].score == pytest.approx(highest, abs=1e-4)  # the first of equal trials
     assert len({tuple(record.point.values()) for record in finished.records}) == 4
 
 
@@ -136,7 +136,7 @@ def test_only_the_results_of_a_sweep_remain(finished: SweepOutcome) -> None:
 @pytest.mark.ray
 def test_the_folder_of_a_sweep_has_a_configuration_ready_to_train_and_a_report(finished: SweepOutcome) -> None:
     config = load_config(f"{finished.root}/best.yaml")
-    point = finished.best[None].point
+    point = finished.best_records[None].point
     assert (config.density.num_channels, config.density.shrinkage) == tuple(point.values())
     table = pq.read_table(f"{finished.root}/trials.parquet")
     assert table.num_rows == 4
@@ -160,7 +160,7 @@ def test_the_folder_of_a_sweep_has_a_configuration_ready_to_train_and_a_report(f
 def test_features_are_shared_and_do_not_change_the_scores(finished: SweepOutcome, data: str) -> None:
     shared = {result["shared"] for record in finished.records for result in record.categories.values()}
     assert shared == {"features"}
-    unshared = judge_in_process(make_sweep(data, "unused"))
+    unshared = score_in_process(make_sweep(data, "unused"))
     assert [record.score for record in unshared] == pytest.approx([r.score for r in finished.records], abs=1e-6)
 
 
@@ -183,7 +183,7 @@ def test_a_sweep_per_category_finds_the_best_trial_of_each_category(
     per_category = run_sweep(make_sweep(data, tmp_path, scope="per_category"))
     for category in CATEGORIES:
         best = max(record.category_scores[category] for record in finished.records)
-        assert per_category.best[category].score == pytest.approx(best, abs=1e-4)  # the first of equal trials
+        assert per_category.best_records[category].score == pytest.approx(best, abs=1e-4)  # the first of equal trials
         assert load_config(f"{per_category.root}/best-{category}.yaml").data.categories == (category,)
 
 
@@ -193,7 +193,7 @@ def test_a_failed_trial_is_reported_and_the_other_trials_go_on(ray_cluster: None
     space = {"model.weights": ["random", str(tmp_path / "absent.pth")], "density.shrinkage": [1.0, 2.0]}
     outcome = run_sweep(make_sweep(data, tmp_path, space=space, share_work=False, objective="pixel_auroc"))
     assert [record.status for record in outcome.records] == ["finished", "finished", "failed", "failed"]
-    assert all("absent.pth" in str(record.reason) for record in outcome.failed)
+    assert all("absent.pth" in str(record.reason) for record in outcome.failed_records)
     assert {result["shared"] for record in outcome.records for result in record.categories.values()} == {"nothing"}
     assert wait_for_cleanup() == []
     with pytest.raises(SweepError, match=r"trial 00000: .*absent\.pth"):
@@ -212,9 +212,12 @@ HALVING: dict[str, Any] = {"race": {"enabled": True}, "scheduler": {"kind": "ash
 @pytest.mark.ray
 def test_a_race_finds_the_same_best_trial_with_fewer_epochs(ray_cluster: None, data: str, tmp_path: Path) -> None:
     config = make_sweep(data, tmp_path, TRAINED, space=RATES, max_concurrent_trials=1, **HALVING)
-    expected = records.best_records(judge_in_process(config))[None]
+    expected = records.find_best_records(score_in_process(config))[None]
     raced = run_sweep(config)
-    assert (raced.best[None].point, raced.best[None].score) == (expected.point, pytest.approx(expected.score))
+    assert (raced.best_records[None].point, raced.best_records[None].score) == (
+        expected.point,
+        pytest.approx(expected.score),
+    )
     assert sum(record.epochs for record in raced.records) <= 0.6 * 4 * 2 * 3
     reasons = [str(record.reason) for record in raced.records if record.status == "cut"]
     assert len(reasons) == 3
@@ -261,26 +264,26 @@ def test_a_record_is_read_as_it_was_written_and_an_invalid_one_is_named(tmp_path
     first = TrialRecord(3, None, {"a": 1}, "finished", 0.5, {"gear": {"score": 0.5, "curve": [[0, 0.5]]}})
     written = [first, dataclasses.replace(first, stage="gear", status="cut", score=None, reason="lost")]
     for record in written:
-        records.write_record(str(tmp_path), record)
-    assert read_records(str(tmp_path)) == written
+        records.write_trial_record(str(tmp_path), record)
+    assert read_trial_records(str(tmp_path)) == written
     (tmp_path / "trials" / "00001.json").write_text('{"number": 1')
     with pytest.raises(SweepError, match=r"trials/00001\.json"):
-        read_records(str(tmp_path))
+        read_trial_records(str(tmp_path))
 
 
 def test_a_folder_holds_one_sweep_which_is_resumed_only_with_the_same_images(data: str, tmp_path: Path) -> None:
     with pytest.raises(SweepError, match="contains no sweep"):
-        read_sweep(str(tmp_path))
+        read_sweep_config(str(tmp_path))
     config = make_sweep(data, tmp_path, race={"enabled": True, "order": ["gear"]})
-    records.claim_folder(str(tmp_path), config, {"gear": "a", "board": "b"})
-    assert read_sweep(str(tmp_path)) == config
+    records.claim_sweep_folder(str(tmp_path), config, {"gear": "a", "board": "b"})
+    assert read_sweep_config(str(tmp_path)) == config
     with pytest.raises(SweepError, match="already contains a sweep"):
-        records.claim_folder(str(tmp_path), config, {})
+        records.claim_sweep_folder(str(tmp_path), config, {})
     with pytest.raises(DataError, match="gear"):
-        check_fingerprints(str(tmp_path), {"gear": "x", "board": "b"})
-    (tmp_path / FINGERPRINTS).unlink()  # the driver died at its start
-    check_fingerprints(str(tmp_path), {"gear": "x"})
-    assert json.loads((tmp_path / FINGERPRINTS).read_text()) == {"gear": "x"}
+        check_images_unchanged(str(tmp_path), {"gear": "x", "board": "b"})
+    (tmp_path / FINGERPRINTS_FILE).unlink()  # the driver died at its start
+    check_images_unchanged(str(tmp_path), {"gear": "x"})
+    assert json.loads((tmp_path / FINGERPRINTS_FILE).read_text()) == {"gear": "x"}
 
 
 # Killed and stopped drivers in separate processes
@@ -317,17 +320,19 @@ def test_a_killed_driver_loses_no_finished_trial_and_the_resumed_sweep_has_the_s
     wait_for_records(folder, 2, driver, 200.0)
     driver.kill()
     driver.wait()
-    before = {record.name: record for record in read_records(folder)}
+    before = {record.name: record for record in read_trial_records(folder)}
     assert 2 <= len(before) < 4
     resumed = start_command("sweep", "resume", folder)
     output, errors = resumed.communicate(timeout=250)
     assert resumed.returncode == 0, errors[-3000:]
-    after = {record.name: record for record in read_records(folder)}
+    after = {record.name: record for record in read_trial_records(folder)}
     assert len(after) == 4
     assert {name: after[name] for name in before} == before  # no trial was run again
-    expected = read_records(f"{root}/sweeps/undisturbed")
+    expected = read_trial_records(f"{root}/sweeps/undisturbed")
     assert [r.score for r in after.values()] == pytest.approx([r.score for r in expected], abs=1e-6)
-    assert records.best_records(list(after.values()))[None].number == records.best_records(expected)[None].number
+    assert (
+        records.find_best_records(list(after.values()))[None].number == records.find_best_records(expected)[None].number
+    )
     assert f"{folder}/best.yaml" in output
 
 
@@ -341,7 +346,7 @@ def test_a_stopped_sweep_prints_how_to_resume_it(data: str, tmp_path: Path) -> N
     assert driver.returncode == 130, errors[-3000:]
     assert f"focus-ray sweep resume {tmp_path}/search" in errors
     assert json.loads(Path(tmp_path, "search/state.json").read_text())["state"] == "stopped"
-    trials = read_records(f"{tmp_path}/search")
+    trials = read_trial_records(f"{tmp_path}/search")
     assert 1 <= len(trials) < 40
     assert {record.status for record in trials} == {"finished"}
 

@@ -23,9 +23,9 @@ from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.metrics.registry import METRICS
 from focus_ray.storage.files import remove_file
 from focus_ray.sweep.driver import resume_sweep, run_sweep
-from focus_ray.sweep.settings import parse_sweep
+from focus_ray.sweep.settings import parse_sweep_config
 from focus_ray.tracking.base import RunDescription, Tracker, flatten_parameters
-from focus_ray.tracking.recorder import Recorder
+from focus_ray.tracking.recorder import BackgroundRecorder
 from focus_ray.tracking.registry import TRACKERS
 from focus_ray.tracking.runs import MAX_PICTURES, TrainingRecorder
 from focus_ray.tracking.settings import TrackerConfig
@@ -87,7 +87,7 @@ def run(data: str, tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
     return RecordedRun(data, tmp_path_factory.mktemp("runs"))
 
 
-def losses(run: RecordedRun, category: str) -> dict[int, float]:
+def read_manifest_losses(run: RecordedRun, category: str) -> dict[int, float]:
     """Returns the losses in the bundle's manifest: epoch from 1 -> loss."""
     return {int(entry["epoch"]) + 1: entry["loss"] for entry in run.manifests[category]["metrics"]["history"]}
 
@@ -101,7 +101,7 @@ def test_a_run_logs_where_it_is_recorded_and_no_tracker_fails(run: RecordedRun) 
 # MLflow
 
 
-def mlflow_runs(storage: Path, project: str = "focus-ray") -> tuple[Any, dict[str, Any]]:
+def read_mlflow_runs(storage: Path, project: str = "focus-ray") -> tuple[Any, dict[str, Any]]:
     """Returns a client of the local store, and its runs by name."""
     from mlflow import MlflowClient
 
@@ -113,7 +113,7 @@ def mlflow_runs(storage: Path, project: str = "focus-ray") -> tuple[Any, dict[st
 
 
 def test_mlflow_has_one_run_per_category_below_the_run_of_the_training(run: RecordedRun) -> None:
-    _, runs = mlflow_runs(run.storage)
+    _, runs = read_mlflow_runs(run.storage)
     assert set(runs) == {"small", "small/board", "small/gear"}
     assert {mlflow_run.info.status for mlflow_run in runs.values()} == {"FINISHED"}
     for category in CATEGORIES:
@@ -125,14 +125,14 @@ def test_mlflow_has_one_run_per_category_below_the_run_of_the_training(run: Reco
 
 
 def test_mlflow_has_settings_curves_metrics_and_heat_maps_once_although_the_run_was_resumed(run: RecordedRun) -> None:
-    client, runs = mlflow_runs(run.storage)
+    client, runs = read_mlflow_runs(run.storage)
     for category in CATEGORIES:
         category_run = runs[f"small/{category}"]
         run_id, record = category_run.info.run_id, category_run.data
         assert record.params["model.image_size_px"] == "64"
         assert record.params["density.layers"] == '["layer1", "layer2", "layer3"]'
         curve = [(point.step, point.value) for point in client.get_metric_history(run_id, "train/loss")]
-        assert curve == list(losses(run, category).items())
+        assert curve == list(read_manifest_losses(run, category).items())
         assert {key: record.metrics[f"test/{key}"] for key in METRICS} == {
             key: run.results[category][key] for key in METRICS
         }
@@ -157,7 +157,7 @@ def test_tensorboard_has_curves_metrics_and_heat_maps(run: RecordedRun) -> None:
     for category in CATEGORIES:
         events = read_events(run.storage / "trackers/tensorboard/small" / category)
         curve = {event.step: event.value for event in events.Scalars("train/loss")}
-        assert curve == pytest.approx(losses(run, category), rel=1e-6)
+        assert curve == pytest.approx(read_manifest_losses(run, category), rel=1e-6)
         (last,) = events.Scalars("test/image_auroc")
         assert last.value == pytest.approx(run.results[category]["image_auroc"])
         images = [tag for tag in events.Tags()["images"] if tag.startswith("heat_maps/")]
@@ -170,7 +170,7 @@ def test_tensorboard_has_curves_metrics_and_heat_maps(run: RecordedRun) -> None:
 # Weights & Biases: its offline files are logs in the format of LevelDB with protobuf messages
 
 
-def wandb_records(file: Path) -> Iterator[Any]:
+def read_wandb_messages(file: Path) -> Iterator[Any]:
     """Yields the messages in an offline file: LevelDB splits long messages into parts within blocks of 32 KiB."""
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -188,12 +188,12 @@ def wandb_records(file: Path) -> Iterator[Any]:
             message = b""
 
 
-def wandb_runs(storage: Path) -> dict[str, dict[str, Any]]:
+def read_wandb_runs(storage: Path) -> dict[str, dict[str, Any]]:
     """Returns name -> content of all offline files of a run, joined as `wandb sync` joins them."""
     runs: dict[str, dict[str, Any]] = {}
     for file in sorted(storage.glob("trackers/wandb/wandb/offline-run-*/*.wandb")):
         run: dict[str, Any] = {}
-        for record in wandb_records(file):
+        for record in read_wandb_messages(file):
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 new_run = {"group": record.run.run_group, "history": [], "summary": {}, "config": {}, "ids": set()}
@@ -212,7 +212,7 @@ def wandb_runs(storage: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_wandb_has_one_run_per_category_in_one_group_in_offline_files(run: RecordedRun) -> None:
-    runs = wandb_runs(run.storage)
+    runs = read_wandb_runs(run.storage)
     assert set(runs) == {"small", "small/board", "small/gear"}
     for category in CATEGORIES:
         wandb_run = runs[f"small/{category}"]
@@ -221,7 +221,7 @@ def test_wandb_has_one_run_per_category_in_one_group_in_offline_files(run: Recor
         assert wandb_run["config"]["model.image_size_px"] == 64
         assert wandb_run["config"]["tags"]["bundle"] == run.bundles[category]
         curve = {entry["step"]: entry["train/loss"] for entry in wandb_run["history"] if "train/loss" in entry}
-        assert curve == losses(run, category)
+        assert curve == read_manifest_losses(run, category)
         assert wandb_run["summary"]["test/recall"] == run.results[category]["recall"]
         (images,) = [entry for entry in wandb_run["history"] if "heat_maps/count" in entry]
         assert images["heat_maps/count"] == MAX_PICTURES
@@ -306,12 +306,12 @@ def test_a_fourth_tracker_needs_only_a_file_and_a_line_and_gets_the_end_of_each_
 def test_an_unreadable_bundle_loses_only_its_metrics(fake_tracker: type[FakeTracker], tmp_path: Path) -> None:
     (tmp_path / "claim.json").write_text("{}")
     lines: list[str] = []
-    recorder = Recorder({"fake": TrackerConfig()}, str(tmp_path), lines.append)
+    recorder = BackgroundRecorder({"fake": TrackerConfig()}, str(tmp_path), lines.append)
     config = make_config("parts", tmp_path, {"fake": {}})
     training_recorder = TrainingRecorder(recorder, config.model_dump(), str(tmp_path), {"gear": "f"})
     for _ in range(2):  # as after the loss of a worker
         training_recorder.log_epoch("gear", {"epoch": 0, "loss": 1.0})
-    training_recorder.finish_category("gear", str(tmp_path / "missing"))
+    training_recorder.record_finished_category("gear", str(tmp_path / "missing"))
     training_recorder.close(failed=False)
     assert fake_tracker.calls == [("small/gear", call) for call in ("log_step 1", "end False")]
     assert [line for line in lines if line.startswith("WARNING: gear: ")]
@@ -319,10 +319,10 @@ def test_an_unreadable_bundle_loses_only_its_metrics(fake_tracker: type[FakeTrac
 
 def test_a_broken_store_gives_one_warning(tmp_path: Path) -> None:
     lines: list[str] = []
-    recorder = Recorder({"mlflow": TrackerConfig()}, str(tmp_path), lines.append)
+    recorder = BackgroundRecorder({"mlflow": TrackerConfig()}, str(tmp_path), lines.append)
     (tmp_path / "trackers/mlflow/mlflow.db").write_bytes(b"not a database" * 1000)
     for _ in range(3):
-        recorder.record(RunDescription("0", "line/gear"), lambda run: run.log_step(1, {"train/loss": 1.0}))
+        recorder.write_to_run(RunDescription("0", "line/gear"), lambda run: run.log_step(1, {"train/loss": 1.0}))
     recorder.close()
     (warning,) = [line for line in lines if "WARNING" in line]
     assert "mlflow failed" in warning
@@ -363,13 +363,13 @@ def test_a_place_that_cannot_be_used_is_reported_before_anything_is_written(
 def test_online_without_a_key_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.raises(ConfigError, match="WANDB_API_KEY"):
-        Recorder({"wandb": TrackerConfig()}, str(tmp_path), print)
+        BackgroundRecorder({"wandb": TrackerConfig()}, str(tmp_path), print)
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb", "mlflow"])
 def test_a_storage_on_s3_needs_a_folder_for_trackers(kind: str) -> None:
     with pytest.raises(ConfigError, match=rf"set trackers\.{kind}\.uri"):
-        Recorder({kind: TrackerConfig()}, "s3://plant/runs", print)
+        BackgroundRecorder({kind: TrackerConfig()}, "s3://plant/runs", print)
 
 
 def test_doctor_checks_trackers(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,8 +452,8 @@ def test_an_evaluation_goes_on_without_a_tracker_of_its_training(
 def test_epochs_of_ray_train_are_recorded_during_the_training(
     ray_cluster: None, fake_tracker: type[FakeTracker], data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # finish_category would add epochs that were not recorded before.
-    monkeypatch.setattr(TrainingRecorder, "finish_category", lambda *arguments: None)
+    # record_finished_category would add epochs that were not recorded before.
+    monkeypatch.setattr(TrainingRecorder, "record_finished_category", lambda *arguments: None)
     cluster = {"local": False, "num_workers": 2}
     train(make_config(data, tmp_path, {"fake": {}}, ["gear"], train={"epochs": EPOCHS}, cluster=cluster))
     assert [call for _, call in fake_tracker.calls if call.startswith("log_step")] == ["log_step 1", "log_step 2"]
@@ -476,8 +476,8 @@ def test_a_sweep_has_one_run_per_trial_below_its_run(ray_cluster: None, data: st
     config = make_config(data, tmp_path, {"mlflow": {"project": "sweeps"}}, ["gear"], density={"coreset": 0})
     tree = config.model_dump(mode="json")
     space = {"density.num_channels": [4, 8]}
-    outcome = run_sweep(parse_sweep({"base": tree, "space": space, "searcher": "grid", "name": "search"}))
-    _, runs = mlflow_runs(tmp_path, "sweeps")
+    outcome = run_sweep(parse_sweep_config({"base": tree, "space": space, "searcher": "grid", "name": "search"}))
+    _, runs = read_mlflow_runs(tmp_path, "sweeps")
     assert set(runs) == {"search", "search/00000", "search/00001"}
     for record in outcome.records:
         trial = runs[f"search/{record.name}"].data
@@ -485,10 +485,10 @@ def test_a_sweep_has_one_run_per_trial_below_its_run(ray_cluster: None, data: st
         assert trial.params == {"density.num_channels": str(record.point["density.num_channels"])}
         assert trial.metrics["score"] == trial.metrics["score/gear"] == record.score
         assert trial.tags["status"] == "finished"
-    best = outcome.best[None]
+    best = outcome.best_records[None]
     assert runs["search"].data.metrics["best/score"] == best.score
     assert runs["search"].data.tags["best_trial"] == str(best.number)
     assert resume_sweep(outcome.root).records == outcome.records  # no trial is left, and nothing is recorded twice
-    resumed_runs = mlflow_runs(tmp_path, "sweeps")[1]
+    resumed_runs = read_mlflow_runs(tmp_path, "sweeps")[1]
     resumed = {name: (run.info.run_id, run.data.metrics) for name, run in resumed_runs.items()}
     assert resumed == {name: (run.info.run_id, run.data.metrics) for name, run in runs.items()}

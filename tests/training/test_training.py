@@ -23,7 +23,7 @@ from small_set import NUM_TEST, NUM_TRAIN, corrupt_image, draw_parts, fit_alone,
 from torch import Tensor
 
 from focus_ray.bundle.bundle import find_bundles, read_bundle, read_manifest, read_statistics
-from focus_ray.cluster.ownership import FINGERPRINTS, Heartbeat
+from focus_ray.cluster.ownership import FINGERPRINTS_FILE, HeartbeatWriter
 from focus_ray.data.read import decode_rows, read_index
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.passes import compute_statistics
@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return ingest_parts(tmp_path_factory.mktemp("parts"))
 
 
-def case_config(data: str, storage: Path, case: tuple[str, str]) -> Config:
+def make_case_config(data: str, storage: Path, case: tuple[str, str]) -> Config:
     kind, group = case
     alignment = {"group": group, "min_drop": 0.0}
     density: dict[str, Any] = {"kind": kind, "max_images": 12}
@@ -56,12 +56,12 @@ def case_config(data: str, storage: Path, case: tuple[str, str]) -> Config:
     )
 
 
-def images_to_score(data: str) -> Tensor:
+def read_test_images(data: str) -> Tensor:
     rows = read_index(data, "gear", split="test")["row"].to_pylist()
     return torch.cat([torch.from_numpy(batch) for batch in decode_rows(data, "gear", rows, 64)])
 
 
-def relative(first: Tensor, second: Tensor) -> float:
+def compute_relative_difference(first: Tensor, second: Tensor) -> float:
     """Returns the Frobenius norm of the difference, relative to the first tensor."""
     return float((first - second).double().norm() / first.double().norm())
 
@@ -166,7 +166,7 @@ def test_the_agreed_steps_fit_every_worker(num_images: int, num_workers: int, ba
 # One and several workers, without Ray
 
 
-def fit_here(config: Config) -> None:
+def fit_in_this_process(config: Config) -> None:
     """Fits in this process, which may be one of several workers."""
     fit_category(config, split_category(config, "gear"), f"{config.storage}/small", print)
 
@@ -176,7 +176,7 @@ def fit_as_worker(rank: int, port: int, configs: list[Config], num_workers: int)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_workers)
     for config in configs:
-        fit_here(config)
+        fit_in_this_process(config)
     dist.destroy_process_group()
 
 
@@ -190,11 +190,11 @@ def assert_same_bundles(data: str, config: Config, other: Config, bound: float, 
     places = [f"{item.storage}/small/bundles/gear" for item in (config, other)]
     first, second = (read_statistics(place).moments for place in places)
     assert first.count == second.count == NUM_TRAIN - round(0.2 * NUM_TRAIN)
-    assert relative(first.mean, second.mean) <= bound
-    assert relative(first.scatter, second.scatter) <= bound
+    assert compute_relative_difference(first.mean, second.mean) <= bound
+    assert compute_relative_difference(first.scatter, second.scatter) <= bound
     bundles = [read_bundle(place) for place in places]
-    assert relative(*(bundle.detector.reduction.projection for bundle in bundles)) <= bound
-    scores = [bundle.detector(images_to_score(data)).score for bundle in bundles]
+    assert compute_relative_difference(*(bundle.detector.reduction.projection for bundle in bundles)) <= bound
+    scores = [bundle.detector(read_test_images(data)).score for bundle in bundles]
     spread = float(scores[0].std())
     assert spread > 0
     assert float((scores[0] - scores[1]).abs().max()) <= score_bound * spread
@@ -206,7 +206,7 @@ def assert_same_bundles(data: str, config: Config, other: Config, bound: float, 
 def fitted_by_three(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the folder in which three workers fitted all cases."""
     folder = tmp_path_factory.mktemp("three")
-    configs = [case_config(data, folder, case) for case in CASES]
+    configs = [make_case_config(data, folder, case) for case in CASES]
     torch.multiprocessing.spawn(fit_as_worker, (free_port(), configs, 3), nprocs=3)
     return folder
 
@@ -215,8 +215,8 @@ def fitted_by_three(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_three_workers_give_the_moments_and_scores_of_one(
     data: str, fitted_by_three: Path, tmp_path: Path, case: tuple[str, str]
 ) -> None:
-    config, other = (case_config(data, folder, case) for folder in (tmp_path, fitted_by_three))
-    fit_here(config)
+    config, other = (make_case_config(data, folder, case) for folder in (tmp_path, fitted_by_three))
+    fit_in_this_process(config)
     assert_same_bundles(data, config, other, 1e-5, 1e-3)
     alignments = [
         read_manifest(f"{item.storage}/small/bundles/gear")["metrics"]["alignment"] for item in (config, other)
@@ -261,7 +261,7 @@ def test_two_workers_train_a_bundle_that_loads_and_scores(trained: Config, data:
     assert [entry["epoch"] for entry in bundle.manifest["metrics"]["history"]] == [0, 1]
     assert bundle.manifest["metrics"]["num_workers"] == 2
     assert bundle.manifest["moments"]["count"] == bundle.manifest["data"]["num_fit"] == 19
-    scored = bundle.detector(images_to_score(data))
+    scored = bundle.detector(read_test_images(data))
     assert scored.anomaly_map.shape == (NUM_TEST, 64, 64)
     assert bool((scored.score > 0).all())
     assert list((runs / "small").glob("scratch/*")) == []
@@ -301,13 +301,13 @@ def test_resuming_is_refused_with_other_settings_or_images_or_while_a_driver_is_
     longer = trained.model_copy(update={"train": trained.train.model_copy(update={"epochs": 3})})
     with pytest.raises(TrainingError, match=r"train\.epochs was 2, is 3"):
         train(longer, resume=True)
-    place = runs / "small" / FINGERPRINTS
+    place = runs / "small" / FINGERPRINTS_FILE
     stored = place.read_text()
     place.write_text(json.dumps({"gear": "another"}))
     with pytest.raises(DataError, match="gear"):
         train(trained, resume=True)
     place.write_text(stored)
-    alive = Heartbeat(str(runs / "small"))
+    alive = HeartbeatWriter(str(runs / "small"))
     with pytest.raises(TrainingError, match=rf"process {os.getpid()} on "):
         train(trained, resume=True)
     alive.close("finished")
@@ -334,11 +334,11 @@ def test_a_streamed_run_takes_the_agreed_steps_and_counts_every_image_once(
     again = compute_statistics(detector.net, detector.reduction, [images], torch.device("cpu")).moments
     moments = read_statistics(place).moments
     assert again.count == moments.count
-    assert relative(again.mean, moments.mean) <= 1e-5
-    assert relative(again.scatter, moments.scatter) <= 1e-5
+    assert compute_relative_difference(again.mean, moments.mean) <= 1e-5
+    assert compute_relative_difference(again.scatter, moments.scatter) <= 1e-5
 
 
-def train_worker_pids() -> list[int]:
+def find_train_worker_pids() -> list[int]:
     """Returns the Ray Train workers of this test session, whose processes inherit its folder of Ray."""
     folder = f"RAY_TMPDIR={os.environ['RAY_TMPDIR']}".encode()
     pids = []
@@ -367,7 +367,7 @@ def test_a_killed_worker_is_replaced_and_the_run_continues_from_its_checkpoint(
 
     def kill_a_worker_after_three_epochs(line: str) -> None:
         if "epoch 3/" in line and not any("epoch 3/" in earlier for earlier in lines):
-            os.kill(train_worker_pids()[0], signal.SIGKILL)
+            os.kill(find_train_worker_pids()[0], signal.SIGKILL)
         lines.append(line)
 
     metrics = read_manifest(train(config, log=kill_a_worker_after_three_epochs)["gear"])["metrics"]
