@@ -31,7 +31,7 @@ from focus_ray.features.settings import ModelConfig
 from focus_ray.fitting.fit import fit
 from focus_ray.fitting.settings import parse_config
 from focus_ray.fitting.shards import build_shard
-from focus_ray.fitting.split import plan_category
+from focus_ray.fitting.split import compute_split_plan
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.samples.write import write_samples
 
@@ -91,7 +91,7 @@ def measure_fit(name: str, num_images: int, folder: Path) -> dict[str, Any]:
         )
         ingest(folder / f"images-{size}", uri, categories=["gear"], progress=False)
     config = parse_config(merged(base_tree_of(str(uri), "random", size, name), {"train": {"batch_size_per_worker": 8}}))
-    plan = plan_category(config, "gear")
+    plan = compute_split_plan(config, "gear")
     shard = build_shard(config, "gear", plan, rank=0, num_workers=1)
     start = time.process_time()
     found = fit(config, shard, len(plan.fit_rows), torch.device("cpu"))

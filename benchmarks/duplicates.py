@@ -23,15 +23,15 @@ from focus_ray.features.batch_norm import use_inference_backbone
 from focus_ray.features.network import build_network, convert_to_float_images
 from focus_ray.fitting.duplicates import (
     SHIFTS_PX,
-    ImageOrigins,
-    describe_images,
-    descriptor_distances,
-    find_duplicates,
-    find_relations,
+    ImageGroupsAndOrder,
+    compute_descriptor_distances,
+    compute_image_descriptors,
+    find_related_images,
+    group_near_duplicates,
     measure_same_part_distance,
 )
 from focus_ray.fitting.settings import parse_config
-from focus_ray.precision import compute_dtype
+from focus_ray.precision import choose_compute_dtype
 
 COUNTS = (10, 20, 40, 100)  # images of a draw without bursts
 BURSTS = ((10, 2), (10, 4), (20, 2), (6, 6))  # parts, photographs of each
@@ -73,38 +73,38 @@ def measure(arguments: argparse.Namespace, uri: str, category: str) -> dict[str,
     chosen = torch.randperm(len(images), generator=generator)[:POOL]
     most = max(times for _, times in BURSTS)
     bursts = photograph(images[chosen], most, 1, shift_px=arguments.shift_px, noise=arguments.noise, brightness=0.0)
-    with use_inference_backbone(net, compute_dtype(config.model.precision, "cpu")), torch.no_grad():
+    with use_inference_backbone(net, choose_compute_dtype(config.model.precision, "cpu")), torch.no_grad():
         limit = measure_same_part_distance(net, reduction, images[: len(SHIFTS_PX)], "cpu")
         assert limit is not None
         single, photographed = (_describe(net, reduction, part) for part in (images, bursts))
     row: dict[str, Any] = {"category": category}
-    distances = descriptor_distances(single, single)
+    distances = compute_descriptor_distances(single, single)
     for count in COUNTS:
         joined = []
         for _ in range(arguments.draws if count <= len(images) else 0):
             part = torch.randperm(len(images), generator=generator)[:count]
-            joined.append(count - len(find_duplicates(distances[part][:, part], limit).unique()))
+            joined.append(count - len(group_near_duplicates(distances[part][:, part], limit).unique()))
         row[f"{count} images"] = f"{sum(n > 0 for n in joined)} / {max(joined)}" if joined else None
-    distances = descriptor_distances(photographed, photographed)
+    distances = compute_descriptor_distances(photographed, photographed)
     for num_parts, times in BURSTS:
         found, wrong, pairs = 0, 0, 0
         for _ in range(arguments.draws if num_parts <= len(chosen) else 0):
             parts = torch.randperm(len(chosen), generator=generator)[:num_parts]
             part = (parts[:, None] * most + torch.arange(times)).flatten()
-            groups = find_duplicates(distances[part][:, part], limit)
+            groups = group_near_duplicates(distances[part][:, part], limit)
             same, true = groups[:, None] == groups, part[:, None] // most == part // most
             found, pairs = found + int((same & true).sum()) - len(part), pairs + int(true.sum()) - len(part)
             wrong += int((same & ~true).sum()) // 2
         row[f"{num_parts} x {times}"] = f"{found / pairs:.2f} / {wrong}" if pairs else None
     order = torch.arange(len(images))
-    relations = find_relations(single, ImageOrigins(order, order, None))
+    relations = find_related_images(single, ImageGroupsAndOrder(order, order, None))
     row["sequence"] = "no" if relations is None else f"blocks of {int(relations.related.sum(dim=1).max())}"
     return row
 
 
 def _describe(net: Any, reduction: ChannelReduction, images: Tensor) -> Tensor:
     return torch.cat(
-        [describe_images(net, reduction, convert_to_float_images(part, "cpu")) for part in images.split(16)]
+        [compute_image_descriptors(net, reduction, convert_to_float_images(part, "cpu")) for part in images.split(16)]
     )
 
 

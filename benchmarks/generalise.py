@@ -52,9 +52,9 @@ from benchmarks.patchcore import patchcore
 from benchmarks.spine import padim_tree
 from focus_ray.bundle.bundle import read_git_commit
 from focus_ray.data.read import read_test_rows
-from focus_ray.density.base import sample_evenly
+from focus_ray.density.base import choose_evenly_spaced
 from focus_ray.fitting.settings import parse_config
-from focus_ray.fitting.split import SplitPlan, plan_category
+from focus_ray.fitting.split import SplitPlan, compute_split_plan
 from focus_ray.settings.sections import apply_overrides
 
 FIGURES = ("image_auroc", "pixel_auroc", "aupro_0.3")
@@ -81,11 +81,11 @@ def protocol_tree(holdout_fraction: float) -> dict[str, Any]:
 
 def plan_training(tree: Mapping[str, Any], category: str, shots: int | None) -> SplitPlan:
     """The training images of a category. shots: take only this many of them, evenly chosen; None takes all."""
-    plan = plan_category(parse_config(dict(tree)), category)
+    plan = compute_split_plan(parse_config(dict(tree)), category)
     if shots is None or shots >= len(plan.fit_rows):
         return plan
-    chosen = sorted(sample_evenly(len(plan.fit_rows), shots))
-    return plan.take_fit(chosen)
+    chosen = sorted(choose_evenly_spaced(len(plan.fit_rows), shots))
+    return plan.select_fit_images(chosen)
 
 
 def training_digest(plan: SplitPlan) -> str:

@@ -34,7 +34,7 @@ from focus_ray.fitting.fit import fit
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.shards import MemoryShard
 from focus_ray.fitting.split import NUM_CALIBRATION_FOLDS
-from focus_ray.precision import compute_dtype
+from focus_ray.precision import choose_compute_dtype
 from focus_ray.samples.write import CATEGORIES, draw_sample
 
 
@@ -186,7 +186,9 @@ def main() -> None:
     for precision in arguments.precisions:
         tree = base_tree_of("unused", arguments.weights, arguments.image_size_px, arguments.backbone)
         config = parse_config(merged(tree, {key: {"precision": precision} for key in ("model", "density")}))
-        ceiling = product_flops(side, compute_dtype(precision, arguments.device), arguments.device, arguments.times)
+        ceiling = product_flops(
+            side, choose_compute_dtype(precision, arguments.device), arguments.device, arguments.times
+        )
         inspector, stages = fitted(config, images, arguments.device)
         fit_s = sum(stages.values())
         aligned = is_aligned(inspector.bundle.detector.net)

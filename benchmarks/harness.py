@@ -18,7 +18,7 @@ from focus_ray.fitting.fit import FitResult, fit
 from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.shards import build_shard
-from focus_ray.fitting.split import SplitPlan, plan_category
+from focus_ray.fitting.split import SplitPlan, compute_split_plan
 from focus_ray.ingestion.ingest import ingest
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -72,7 +72,7 @@ def fit_category(
     config: Config, category: str, device: str, plan: SplitPlan | None = None
 ) -> tuple[FitResult, Inspector]:
     """Trains one category in this process and gives an inspector of it."""
-    plan = plan or plan_category(config, category)
+    plan = plan or compute_split_plan(config, category)
     shard = build_shard(config, category, plan, rank=0, num_workers=1)
     result = fit(config, shard, len(plan.fit_rows), torch.device(device), log=print)
     return result, inspector_of(config, category, result, device)

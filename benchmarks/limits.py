@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from focus_ray.density.gaussian_capped_memory import GaussianCappedMemory
 
 from benchmarks.harness import add_arguments, base_tree, fit_category, keep_json, open_data, print_table
 from focus_ray.data.read import read_test_rows
-from focus_ray.density.checked_memory import CheckedMemory
-from focus_ray.density.nearest import JointMemory, NearestMemory
+from focus_ray.density.nearest import LocationAndCoresetMemory, LocationMemory
 from focus_ray.detect.detector import embed_images
 from focus_ray.features.network import convert_to_float_images
 from focus_ray.fitting.settings import parse_config
@@ -66,10 +66,10 @@ def measure(inspector: Any, records: list[Any], times: int) -> list[dict[str, An
             }
         )
     density = detector.density
-    if isinstance(density, CheckedMemory):
+    if isinstance(density, GaussianCappedMemory):
         density = density.memory
-    places = density.location_memory if isinstance(density, JointMemory) else density
-    if isinstance(places, NearestMemory):
+    places = density.location_memory if isinstance(density, LocationAndCoresetMemory) else density
+    if isinstance(places, LocationMemory):
         embedding, _ = embed_images(detector.net, detector.reduction, ready[:8].float())
         queries = embedding[:, : places.bank.shape[2]].contiguous()
         found = interleaved({"ours": lambda: places.score(queries), "limit": lambda: places.bank.sum()}, times)

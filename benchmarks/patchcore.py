@@ -25,7 +25,7 @@ from benchmarks.harness import add_arguments, base_tree, open_data, print_json, 
 from benchmarks.intervals import bootstrap_pixels
 from focus_ray.data.images import decode_image, decode_mask
 from focus_ray.data.read import read_test_rows
-from focus_ray.density.base import sample_evenly
+from focus_ray.density.base import choose_evenly_spaced
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator, build_upsampling_matrix, smooth_columns
 from focus_ray.detect.detector import SMOOTHING_SIGMA_PX
 from focus_ray.detect.inspection import resize_anomaly_map
@@ -34,7 +34,7 @@ from focus_ray.features.backbones.base import Backbone, build_backbone, set_padd
 from focus_ray.features.network import convert_to_float_images
 from focus_ray.fitting.settings import parse_config
 from focus_ray.fitting.shards import MemoryShard, build_shard
-from focus_ray.fitting.split import SplitPlan, plan_category
+from focus_ray.fitting.split import SplitPlan, compute_split_plan
 from focus_ray.metrics.evaluate import compute_evaluation_size, compute_metrics
 from focus_ray.metrics.metrics import ScoredTestImages
 
@@ -50,7 +50,7 @@ def patches(backbone: Backbone, images: Tensor) -> Tensor:
     return torch.cat([second, third], dim=1).flatten(2).transpose(1, 2)
 
 
-def greedy_coreset(bank: Tensor, share: float, seed: int) -> Tensor:
+def choose_farthest_points(bank: Tensor, share: float, seed: int) -> Tensor:
     """Row numbers of the coreset of a bank (N, C), chosen one after the other, each the farthest from those before it."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     projection = torch.randn(bank.shape[1], 128, generator=generator).to(bank.device)
@@ -79,7 +79,7 @@ def left_out_distances(embeddings: Tensor, rows: Tensor) -> Tensor:
         rows: (M,), the coreset as row numbers of embeddings.flatten(0, 1).
     """
     coreset, owner = embeddings.flatten(0, 1)[rows], rows // embeddings.shape[1]
-    chosen = sorted(sample_evenly(len(embeddings), MAX_IMAGES))
+    chosen = sorted(choose_evenly_spaced(len(embeddings), MAX_IMAGES))
     return torch.stack([nearest_distance(embeddings[number], coreset[owner != number]) for number in chosen])
 
 
@@ -109,7 +109,7 @@ def patchcore(
         test image.
     """
     config = parse_config(tree)
-    plan = plan or plan_category(config, category)
+    plan = plan or compute_split_plan(config, category)
     shard = build_shard(config, category, plan, 0, 1)
     assert isinstance(shard, MemoryShard)
     backbone = build_backbone(config.model.backbone, config.model.weights).eval().to(device)
@@ -117,9 +117,11 @@ def patchcore(
     backbone = backbone.to(memory_format=torch.channels_last)
     size = config.model.image_size_px
     start = time.perf_counter()
-    embeddings = torch.cat([patches(backbone, convert_to_float_images(batch, device)) for batch in shard.fit_batches()])
+    embeddings = torch.cat(
+        [patches(backbone, convert_to_float_images(batch, device)) for batch in shard.read_batches("fit")]
+    )
     features_s = time.perf_counter() - start
-    rows = greedy_coreset(embeddings.flatten(0, 1), share, seed)
+    rows = choose_farthest_points(embeddings.flatten(0, 1), share, seed)
     coreset = embeddings.flatten(0, 1)[rows]
     side = smooth_columns(build_upsampling_matrix(size // 8, size), SMOOTHING_SIGMA_PX).float().contiguous().to(device)
     spread = AnomalyMapGenerator(side, side)

@@ -38,8 +38,8 @@ from focus_ray.data.images import decode_batch
 from focus_ray.data.read import read_index, read_rows
 from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config, parse_config
-from focus_ray.fitting.shards import BatchSchedule, build_shard, local_stream
-from focus_ray.fitting.split import plan_category
+from focus_ray.fitting.shards import BatchSchedule, build_local_stream, build_shard
+from focus_ray.fitting.split import compute_split_plan
 from focus_ray.settings.sections import config_to_yaml
 
 FYD = Path(__file__).resolve().parents[1] / "configs" / "fyd.yaml"
@@ -85,7 +85,9 @@ def trained(config: Config, category: str, threads: int) -> dict[str, float]:
     wall_s = time.perf_counter() - start
     manifest = read_manifest(Path(config.storage) / config.name / "bundles" / category)
     history, stages = manifest["metrics"]["history"], manifest["metrics"]["seconds"]
-    batch_size = BatchSchedule.agree(manifest["data"]["num_fit"], 1, config.train.batch_size_per_worker).batch_size
+    batch_size = BatchSchedule.from_smallest_share(
+        manifest["data"]["num_fit"], 1, config.train.batch_size_per_worker
+    ).batch_size
     epochs_s = [epoch["seconds"] for epoch in history]
     return {
         "images_per_s": statistics.median(e["steps"] * batch_size / e["seconds"] for e in history[1:]),
@@ -157,15 +159,15 @@ def went_through(batches: Iterable[Any]) -> int:
 
 def ways(config: Config, category: str, rows: Sequence[int], where: str) -> dict[str, Callable[[], int]]:
     """Name -> from a stored data set to batches; returns how many images came."""
-    plan = plan_category(config, category)
+    plan = compute_split_plan(config, category)
     uri, train = config.data.uri, config.train
     kept = build_shard(config, category, plan, 0, 1)
     unkept = config.model_copy(update={"data": config.data.model_copy(update={"memory_budget_mb": 0.0})})
-    streamed = build_shard(unkept, category, plan, 0, 1, local_stream(unkept, category, plan))
-    steps = BatchSchedule.agree(len(plan.fit_rows), 1, train.batch_size_per_worker)
+    streamed = build_shard(unkept, category, plan, 0, 1, build_local_stream(unkept, category, plan))
+    steps = BatchSchedule.from_smallest_share(len(plan.fit_rows), 1, train.batch_size_per_worker)
 
     def epoch(shard: Any) -> int:
-        return went_through(shard.train_batches(steps.batch_size, steps.steps, torch.Generator().manual_seed(0)))
+        return went_through(shard.read_train_batches(steps.batch_size, steps.steps, torch.Generator().manual_seed(0)))
 
     def build() -> int:
         build_shard(config, category, plan, 0, 1)

@@ -34,7 +34,7 @@ from focus_ray.data.importers.base import list_image_files
 from focus_ray.fitting.fit import fit
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.shards import MemoryShard
-from focus_ray.fitting.split import NUM_CALIBRATION_FOLDS, num_held_out
+from focus_ray.fitting.split import NUM_CALIBRATION_FOLDS, choose_num_holdout
 from focus_ray.samples.write import draw_sample, save_png
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,7 +75,7 @@ def fit_all(asked: dict[str, Any]) -> dict[str, Any]:
     """Fits the categories one after the other, as a training without Ray does, and writes their bundles."""
     config, count, base = config_of(asked), asked["num_images"], memory_mb()
     seconds = 0.0
-    held = num_held_out(config, count)
+    held = choose_num_holdout(config, count)
     method = ""
     with Peak() as peak:
         for number in range(asked["num_categories"]):

@@ -34,7 +34,7 @@ from focus_ray.data.read import TEST_COLUMNS, read_index, read_rows
 from focus_ray.data.schema import Row
 from focus_ray.detect.calibration import Calibration
 from focus_ray.fitting.settings import Config, parse_config
-from focus_ray.fitting.split import split_category
+from focus_ray.fitting.split import compute_split_rule
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.metrics.metrics import ScoredTestImages
 from focus_ray.metrics.registry import METRICS
@@ -96,7 +96,7 @@ def ingested(images: Sequence[tuple[str, bytes]], category: str, folder: Path, s
 
 def fitted(config: Config, category: str, place: Path) -> str:
     """The bundle of a category, fitted."""
-    fit_category(config, split_category(config, category), str(place), print)
+    fit_category(config, compute_split_rule(config, category), str(place), print)
     return get_bundle_uri(str(place), category)
 
 

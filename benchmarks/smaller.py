@@ -36,14 +36,14 @@ from benchmarks.harness import (
 )
 from focus_ray.bundle.bundle import read_bundle, write_bundle
 from focus_ray.data.read import read_test_rows
-from focus_ray.density.base import Statistics, sample_evenly
-from focus_ray.density.coreset import greedy_coreset
+from focus_ray.density.base import NormalStatistics, choose_evenly_spaced
+from focus_ray.density.coreset import choose_farthest_points
 from focus_ray.density.moments import Moments
 from focus_ray.density.nearest import (
-    JointMemory,
-    NearestMemory,
+    LocationAndCoresetMemory,
+    LocationMemory,
     measure_typical_distances,
-    subsample_coreset,
+    subsample_location_coresets,
 )
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.detect.calibration import CalibrationBuilder
@@ -54,8 +54,8 @@ from focus_ray.fitting.settings import parse_config
 from focus_ray.serving.models import tensors_without_backbone
 
 FIGURES = ("image_auroc", "pixel_auroc", "aupro_0.3")
-Part = tuple[Tensor, Tensor | None]  # as `subsample_coreset` returns it
-Way = Callable[[Tensor, Statistics], Part]  # of a whole bank (L, N, C)
+Part = tuple[Tensor, Tensor | None]  # as `subsample_location_coresets` returns it
+Way = Callable[[Tensor, NormalStatistics], Part]  # of a whole bank (L, N, C)
 
 
 def of_images(bank: Tensor, numbers: Tensor) -> Part:
@@ -66,16 +66,16 @@ def of_images(bank: Tensor, numbers: Tensor) -> Part:
 
 def every_nth(share: int) -> Way:
     return lambda bank, _: of_images(
-        bank, torch.tensor(sorted(sample_evenly(bank.shape[1], -(-bank.shape[1] // share))))
+        bank, torch.tensor(sorted(choose_evenly_spaced(bank.shape[1], -(-bank.shape[1] // share))))
     )
 
 
 def spread_images(share: int) -> Way:
-    def way(bank: Tensor, found: Statistics) -> Part:
+    def way(bank: Tensor, found: NormalStatistics) -> Part:
         side = found.moments.height // 4
         blocks = bank.float().view(4, side, 4, -1, *bank.shape[1:]).mean(dim=(1, 3))  # (4, 4, N, C)
         rows = blocks.permute(2, 0, 1, 3).flatten(1)
-        return of_images(bank, greedy_coreset(rows - rows.mean(dim=0), -(-len(rows) // share)).sort().values)
+        return of_images(bank, choose_farthest_points(rows - rows.mean(dim=0), -(-len(rows) // share)).sort().values)
 
     return way
 
@@ -83,7 +83,7 @@ def spread_images(share: int) -> Way:
 def turns(share: int) -> Way:
     """Place (r, c) keeps images n with n = slope r + c, modulo the share: up to 9, a window of 3 x 3 meets every remainder."""
 
-    def way(bank: Tensor, found: Statistics) -> Part:
+    def way(bank: Tensor, found: NormalStatistics) -> Part:
         place, count = torch.arange(len(bank)), bank.shape[1]
         phase = (math.isqrt(share + 1) * (place // found.moments.width) + place % found.moments.width) % share
         return of_images(bank, (phase[:, None] + share * torch.arange(-(-count // share))) % count)
@@ -92,11 +92,11 @@ def turns(share: int) -> Way:
 
 
 def greedy(share: int) -> Way:
-    return lambda bank, _: subsample_coreset(bank, -(-bank.shape[1] // share), "cpu")
+    return lambda bank, _: subsample_location_coresets(bank, -(-bank.shape[1] // share), "cpu")
 
 
 def rounded(bits: int) -> Way:
-    def way(bank: Tensor, _: Statistics) -> Part:
+    def way(bank: Tensor, _: NormalStatistics) -> Part:
         centre = bank.float().mean(dim=1, keepdim=True)
         apart = bank.float() - centre
         step = apart.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / (2 ** (bits - 1) - 1)
@@ -105,7 +105,7 @@ def rounded(bits: int) -> Way:
     return way
 
 
-def everything(bank: Tensor, _: Statistics) -> Part:
+def everything(bank: Tensor, _: NormalStatistics) -> Part:
     return bank, None
 
 
@@ -136,7 +136,7 @@ def measure(tree: dict[str, Any], category: str, device: str, shares: Sequence[i
     result, inspector = fit_category(config, category, device)
     detector, found = result.detector, result.statistics
     joint = detector.density
-    assert isinstance(joint, JointMemory)
+    assert isinstance(joint, LocationAndCoresetMemory)
     assert found.bank is not None
     places, bank = joint.location_memory, found.bank[:, :, : found.moments.channels].transpose(0, 1)
     figures = {}
@@ -147,8 +147,10 @@ def measure(tree: dict[str, Any], category: str, device: str, shares: Sequence[i
             projection = principal(bank, found.moments.mean.cpu(), channels).to(projection)
             kept = kept.float() @ projection.cpu()
         sizes = places.height, places.width, places.window, places.bank.dtype
-        memory = NearestMemory(kept, projection, *sizes, images)
-        detector.density = JointMemory(memory, joint.coreset, measure_typical_distances(memory, joint.coreset, found))
+        memory = LocationMemory(kept, projection, *sizes, images)
+        detector.density = LocationAndCoresetMemory(
+            memory, joint.coreset, measure_typical_distances(memory, joint.coreset, found)
+        )
         detector.profile, _ = fit_profile(detector.density, found, detector.coverage_mask, detector.map_generator)
         measured = inspector.evaluate(read_test_rows(config.data.uri, category))
         figures[name] = {"kept": memory.bank.shape[1], **{key: measured[key] for key in FIGURES}}
@@ -162,14 +164,14 @@ def sizes_of(num_images: int, per_place: int | None, precision: str) -> dict[str
     config = parse_config(tree)
     net = build_network(config.model)
     reduction = ChannelReduction(net.backbone.spec.channels, config.density, 0)
-    side = config.model.image_size_px // config.model.place_px(config.density.map_layer)
+    side = config.model.image_size_px // config.model.location_side_px(config.density.map_layer)
     channels = reduction.num_channels
     moments = Moments(side, side, channels)
     generator = torch.Generator().manual_seed(0)
-    moments.update(torch.randn(8, channels, side, side, generator=generator))
+    moments.add_embeddings(torch.randn(8, channels, side, side, generator=generator))
     width = channels + reduction.num_coreset_channels
     bank = torch.randn(num_images, side * side, width, generator=generator).half()
-    found = Statistics(moments, bank)
+    found = NormalStatistics(moments, bank)
     detector = build_detector(config, net, reduction, found)
     builder = CalibrationBuilder("split", 0.05, 0.001)
     builder.add(np.linspace(1, 2, 20), np.ones((20, 8, 8), np.float32))

@@ -63,7 +63,7 @@ def density_cost(tree: dict[str, Any], category: str, device: str) -> dict[str, 
             side, channels = embeddings[0].shape[2], embeddings[0].shape[1]
             moments = Moments(side, side, channels, device)
             for embedding in embeddings:
-                moments.update(embedding)
+                moments.add_embeddings(embedding)
             result.statistics.moments = moments
             build_density(config.density, result.statistics)
             if device.startswith("cuda"):

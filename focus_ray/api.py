@@ -30,9 +30,9 @@ from focus_ray.data.schema import Row
 from focus_ray.detect.inspection import Inspection
 from focus_ray.drawing.png import encode_png
 from focus_ray.errors import ConfigError, DataError, check_extra_is_installed
-from focus_ray.fitting.fit import check_prerequisites
+from focus_ray.fitting.fit import check_fit_prerequisites
 from focus_ray.fitting.settings import Config, parse_config
-from focus_ray.fitting.split import split_category
+from focus_ray.fitting.split import compute_split_rule
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.names import is_valid_name, suggest_similar_name
 from focus_ray.settings.sections import iterate_setting_keys, read_yaml_mapping
@@ -187,10 +187,10 @@ def fit(
         raise ConfigError(
             "trackers: focus_ray.fit supports no trackers: leave them out, or use `focus-ray fit` or `focus-ray train`"
         )
-    check_prerequisites(config)
+    check_fit_prerequisites(config)
     data, category = _ensure_ingested(images, root, groups, group_by)
     config = _parse_settings(tree, data)
-    split = split_category(config, category)
+    split = compute_split_rule(config, category)
     fit_category(config, split, str(root), log or (lambda message: None))
     place = get_bundle_uri(str(root), category)
     return Model(Inspector.load(place), place, scratch)

@@ -52,12 +52,12 @@ class SegmentedImage(NamedTuple):
     foreground: NDArray[np.bool_]
 
 
-def find_objects(images: NDArray[np.uint8]) -> list[SegmentedImage]:
+def segment_images(images: NDArray[np.uint8]) -> list[SegmentedImage]:
     """Finds the object in each of the images (N, H, W, 3) uint8."""
     return [SegmentedImage(image, find_foreground(image)) for image in images]
 
 
-def synthetic_validation_set(
+def make_defective_copies(
     images: NDArray[np.uint8], seed: int, per_image: int = 1
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_], list[str]]:
     """Makes defective copies of every image. For a validation set, add normal images as the good part.
@@ -69,7 +69,7 @@ def synthetic_validation_set(
     Returns: copies (N * per_image, H, W, 3) uint8 in the order of the images; their masks (N * per_image, H, W), never empty;
         the kind of each defect.
     """
-    pictures = find_objects(images)
+    pictures = segment_images(images)
     parts = [draw_defective_copies(pictures, number, seed, per_image) for number in range(len(images))]
     copies, masks, kinds = zip(*parts, strict=True)
     return np.concatenate(copies), np.concatenate(masks), list(itertools.chain(*kinds))
@@ -115,7 +115,7 @@ def draw_defective_copies(
     return np.stack(copies), np.stack(masks), kinds
 
 
-def merge_copies(
+def merge_defective_copies(
     image: NDArray[np.uint8], copies: NDArray[np.uint8], masks: NDArray[np.bool_]
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Merges copies of an image with one defect each into fewer copies with several defects.
@@ -163,7 +163,7 @@ def find_foreground(image: NDArray[np.uint8]) -> NDArray[np.bool_]:
     border = np.ones(small.shape[:2], bool)
     border[3:-3, 3:-3] = False
     distance = np.abs(small - np.median(small[border], axis=0)).max(axis=2)
-    object_ = distance > _otsu(distance)
+    object_ = distance > _compute_otsu_threshold(distance)
     share = object_.mean()
     separation = distance[object_].mean() - distance[~object_].mean() if 0 < share < 1 else 0.0
     if (
@@ -199,21 +199,21 @@ def _draw_defect(
     smallest = max(AREA_RANGE[0], 24 / (height * width))
     for attempt in range(_ATTEMPTS):
         if kind == "scar":
-            radius = 0.5 * min(height, width) * _log_uniform(rng, SCAR_LENGTH_RANGE)
+            radius = 0.5 * min(height, width) * _draw_log_uniform(rng, SCAR_LENGTH_RANGE)
         else:
-            area = _log_uniform(rng, (min(smallest * 1.4**attempt, AREA_RANGE[1]), AREA_RANGE[1]))
+            area = _draw_log_uniform(rng, (min(smallest * 1.4**attempt, AREA_RANGE[1]), AREA_RANGE[1]))
             radius = float(np.sqrt(height * width * area / np.pi))
-        y, x = _draw_location(foreground, rng, 1.0 if kind == "missing" else ON_OBJECT)
+        y, x = _draw_position(foreground, rng, 1.0 if kind == "missing" else ON_OBJECT)
         reach = int(1.8 * radius) + 4
         top, bottom = max(0, y - reach), min(height, y + reach + 1)
         left, right = max(0, x - reach), min(width, x + reach + 1)
         window = slice(top, bottom), slice(left, right)
         patch, window_foreground = image[window].astype(np.float32), foreground[window]
-        filling, cover = _KINDS[kind](_Site(patch, (y - top, x - left), radius, picture, source, rng))
+        filling, cover = _KINDS[kind](_DefectWindow(patch, (y - top, x - left), radius, picture, source, rng))
         if window_foreground[y - top, x - left] and rng.random() < CUT_TO_OBJECT:
             cover = cover * ndimage.uniform_filter(window_foreground.astype(np.float32), 3)
         changed_window = np.clip(np.round(patch + cover[..., None] * (filling - patch)), 0, 255).astype(np.uint8)
-        mask = _visible_change(image[window], changed_window)
+        mask = _find_visible_change(image[window], changed_window)
         if mask.sum() >= max(6, 1e-4 * height * width):
             changed_image, image_mask = image.copy(), np.zeros((height, width), bool)
             changed_image[window], image_mask[window] = changed_window, mask
@@ -221,7 +221,7 @@ def _draw_defect(
     return None
 
 
-class _Site:
+class _DefectWindow:
     """The window in which a defect is drawn, and everything that the drawing functions use.
 
     Coordinates are relative to the centre of the defect. Masks of a shape are (h, w) in [0, 1].
@@ -243,9 +243,9 @@ class _Site:
         # coloured defects on grey parts are rare, and too easy to detect
         self.is_grey = float(np.ptp(patch, axis=2).mean()) < _GREY_CHROMA
 
-    def blob(self, softness_px: tuple[float, float], roughness: float = 0.35) -> Patch:
+    def draw_blob_mask(self, softness_px: tuple[float, float], roughness: float = 0.35) -> Patch:
         """Draws the mask of an irregular disc of about `radius`, with an edge of `softness_px` width."""
-        stretch, angle = np.sqrt(_log_uniform(self.rng, (0.4, 2.5))), self.rng.uniform(0, np.pi)
+        stretch, angle = np.sqrt(_draw_log_uniform(self.rng, (0.4, 2.5))), self.rng.uniform(0, np.pi)
         u = (self.dx * np.cos(angle) + self.dy * np.sin(angle)) / stretch
         v = (self.dy * np.cos(angle) - self.dx * np.sin(angle)) * stretch
         noise = ndimage.gaussian_filter(self.rng.normal(size=self.dx.shape), max(0.8, 0.3 * self.radius))
@@ -253,32 +253,32 @@ class _Site:
         inside = 1 - np.hypot(u, v) / self.radius + roughness * self.rng.uniform(0.3, 1) * noise
         # The disc must not reach the edge of the window, where it would be cut straight.
         inside = np.minimum(inside, 1.5 - np.hypot(self.dx, self.dy) / self.radius)
-        return _ramp(inside * self.radius, self.rng.uniform(*softness_px))
+        return _compute_smooth_step(inside * self.radius, self.rng.uniform(*softness_px))
 
-    def rectangle(self, softness_px: tuple[float, float]) -> Patch:
+    def draw_rectangle_mask(self, softness_px: tuple[float, float]) -> Patch:
         """Draws the mask of a rotated rectangle, with an edge of `softness_px` width."""
-        aspect, angle = np.sqrt(_log_uniform(self.rng, (0.3, 3.3))), self.rng.uniform(0, np.pi)
+        aspect, angle = np.sqrt(_draw_log_uniform(self.rng, (0.3, 3.3))), self.rng.uniform(0, np.pi)
         u = np.abs(self.dx * np.cos(angle) + self.dy * np.sin(angle)) - 0.85 * self.radius * aspect
         v = np.abs(self.dy * np.cos(angle) - self.dx * np.sin(angle)) - 0.85 * self.radius / aspect
-        return _ramp(-np.maximum(u, v), self.rng.uniform(*softness_px))
+        return _compute_smooth_step(-np.maximum(u, v), self.rng.uniform(*softness_px))
 
-    def bar(self) -> Patch:
+    def draw_bar_mask(self) -> Patch:
         """Draws the mask of a long thin bent shape that becomes thinner towards its ends."""
         angle, bend = self.rng.uniform(0, np.pi), self.rng.uniform(-0.35, 0.35)
-        half_width = 0.5 * min(self.picture.foreground.shape) * _log_uniform(self.rng, SCAR_WIDTH_RANGE)
+        half_width = 0.5 * min(self.picture.foreground.shape) * _draw_log_uniform(self.rng, SCAR_WIDTH_RANGE)
         u = (self.dx * np.cos(angle) + self.dy * np.sin(angle)) / self.radius
         v = self.dy * np.cos(angle) - self.dx * np.sin(angle) + bend * self.radius * (u**2 - 0.4)
         width_noise = ndimage.gaussian_filter1d(self.rng.normal(size=64), 3.0) * 1.5
         local_half_width = half_width * (
             np.sqrt(np.clip(1 - u**2, 0, 1)) + np.interp(u, np.linspace(-1, 1, 64), width_noise) * 0.4
         )
-        edge = _ramp(local_half_width - np.abs(v), self.rng.uniform(1.0, 1.6))
+        edge = _compute_smooth_step(local_half_width - np.abs(v), self.rng.uniform(1.0, 1.6))
         return np.where(np.abs(u) < 1, edge, 0).astype(np.float32)
 
-    def patch_from_elsewhere(self) -> Patch:
+    def copy_patch_from_elsewhere(self) -> Patch:
         """Returns a patch (h, w, 3) of the source from another location, rotated and scaled by 0.7 to 1.4."""
-        y, x = _draw_location(self.source.foreground, self.rng, ON_OBJECT)
-        angle, scale = self.rng.uniform(-np.pi, np.pi), _log_uniform(self.rng, (0.7, 1.4))
+        y, x = _draw_position(self.source.foreground, self.rng, ON_OBJECT)
+        angle, scale = self.rng.uniform(-np.pi, np.pi), _draw_log_uniform(self.rng, (0.7, 1.4))
         at_y = y + (self.dy * np.cos(angle) - self.dx * np.sin(angle)) / scale
         at_x = x + (self.dx * np.cos(angle) + self.dy * np.sin(angle)) / scale
         channels = [
@@ -287,18 +287,18 @@ class _Site:
         ]
         return np.stack(channels, axis=2)
 
-    def local_colour(self, cover: Patch) -> Patch:
+    def compute_local_colour(self, cover: Patch) -> Patch:
         """Returns the mean colour (3,) under a mask."""
         weight = cover[..., None] + np.float32(1e-6)
         return np.asarray((self.patch * weight).sum(axis=(0, 1)) / weight.sum(axis=(0, 1)), np.float32)
 
-    def other_colour(self, cover: Patch) -> Patch:
+    def draw_colour_change(self, cover: Patch) -> Patch:
         """Draws a change of colour (3,), grey or tinted. Its sign is inverted if the new colour would leave 0 to 255."""
-        contrast = _log_uniform(self.rng, CONTRAST_RANGE)
+        contrast = _draw_log_uniform(self.rng, CONTRAST_RANGE)
         tint = self.rng.uniform(-1, 1, size=3) * (self.rng.random() < (0.12 if self.is_grey else 0.5))
         change = self.rng.choice([-1.0, 1.0]) + tint
         change *= contrast / np.abs(change).max()
-        colour = self.local_colour(cover)
+        colour = self.compute_local_colour(cover)
         loss = [np.abs(np.clip(colour + sign * change, 0, 255) - colour - sign * change).max() for sign in (1, -1)]
         return np.asarray(change if loss[0] <= loss[1] else -change, np.float32)
 
@@ -306,83 +306,87 @@ class _Site:
 # Each function below draws one kind of defect. It returns the new pixels (h, w, 3) and the mask (h, w) that blends them in.
 
 
-def _cut_paste(site: _Site) -> tuple[Patch, Patch]:
-    filling = site.patch_from_elsewhere() * np.float32(site.rng.uniform(0.85, 1.15))
-    return filling, site.rectangle((0.8, 3.0)) if site.rng.random() < 0.5 else site.blob((0.8, 3.0))
+def _draw_cut_paste(window: _DefectWindow) -> tuple[Patch, Patch]:
+    filling = window.copy_patch_from_elsewhere() * np.float32(window.rng.uniform(0.85, 1.15))
+    return filling, window.draw_rectangle_mask((0.8, 3.0)) if window.rng.random() < 0.5 else window.draw_blob_mask(
+        (0.8, 3.0)
+    )
 
 
-def _scar(site: _Site) -> tuple[Patch, Patch]:
-    cover = site.bar()
-    if site.rng.random() < 0.35:
-        return site.patch_from_elsewhere(), cover
-    return site.patch + site.other_colour(cover), cover
+def _draw_scar(window: _DefectWindow) -> tuple[Patch, Patch]:
+    cover = window.draw_bar_mask()
+    if window.rng.random() < 0.35:
+        return window.copy_patch_from_elsewhere(), cover
+    return window.patch + window.draw_colour_change(cover), cover
 
 
-def _blob(site: _Site) -> tuple[Patch, Patch]:
-    cover = site.blob((1.5, 6.0))
-    colour = site.local_colour(cover) + site.other_colour(cover)
-    opaque = np.float32(site.rng.uniform(0.0, 0.9))  # share of the texture below that the stain hides
-    return (1 - opaque) * (site.patch + colour - site.local_colour(cover)) + opaque * colour, cover
+def _draw_blob(window: _DefectWindow) -> tuple[Patch, Patch]:
+    cover = window.draw_blob_mask((1.5, 6.0))
+    colour = window.compute_local_colour(cover) + window.draw_colour_change(cover)
+    opaque = np.float32(window.rng.uniform(0.0, 0.9))  # share of the texture below that the stain hides
+    return (1 - opaque) * (window.patch + colour - window.compute_local_colour(cover)) + opaque * colour, cover
 
 
-def _texture(site: _Site) -> tuple[Patch, Patch]:
-    cover = site.blob((1.0, 4.0))
-    variant = site.rng.integers(3)
+def _draw_texture(window: _DefectWindow) -> tuple[Patch, Patch]:
+    cover = window.draw_blob_mask((1.0, 4.0))
+    variant = window.rng.integers(3)
     if variant == 0:
-        is_monochrome = site.rng.random() < 0.5
-        grain = site.rng.normal(size=(*site.dx.shape, 1 if is_monochrome else 3))
-        grain = ndimage.gaussian_filter(grain, (*[site.rng.uniform(0.4, 1.4)] * 2, 0))
-        grain *= _log_uniform(site.rng, (8.0, 45.0)) / (grain.std() + 1e-9)
-        return (site.patch + grain).astype(np.float32), cover
-    soft = ndimage.gaussian_filter(site.patch, (*[site.rng.uniform(1.2, 4.0)] * 2, 0))
-    return (soft if variant == 1 else site.patch + np.float32(site.rng.uniform(1.0, 4.0)) * (site.patch - soft)), cover
+        is_monochrome = window.rng.random() < 0.5
+        grain = window.rng.normal(size=(*window.dx.shape, 1 if is_monochrome else 3))
+        grain = ndimage.gaussian_filter(grain, (*[window.rng.uniform(0.4, 1.4)] * 2, 0))
+        grain *= _draw_log_uniform(window.rng, (8.0, 45.0)) / (grain.std() + 1e-9)
+        return (window.patch + grain).astype(np.float32), cover
+    soft = ndimage.gaussian_filter(window.patch, (*[window.rng.uniform(1.2, 4.0)] * 2, 0))
+    return (
+        soft if variant == 1 else window.patch + np.float32(window.rng.uniform(1.0, 4.0)) * (window.patch - soft)
+    ), cover
 
 
-def _colour(site: _Site) -> tuple[Patch, Patch]:
-    cover = site.blob((2.0, 10.0), roughness=0.2)
-    if site.rng.random() < (0.7 if site.is_grey else 0.4):
-        gain = 1 + site.rng.choice([-1, 1]) * _log_uniform(site.rng, (0.10, 0.45))
-        return site.patch * np.float32(gain), cover
-    shift = site.rng.normal(size=3)
+def _draw_colour_shift(window: _DefectWindow) -> tuple[Patch, Patch]:
+    cover = window.draw_blob_mask((2.0, 10.0), roughness=0.2)
+    if window.rng.random() < (0.7 if window.is_grey else 0.4):
+        gain = 1 + window.rng.choice([-1, 1]) * _draw_log_uniform(window.rng, (0.10, 0.45))
+        return window.patch * np.float32(gain), cover
+    shift = window.rng.normal(size=3)
     shift -= shift.mean()
-    shift *= _log_uniform(site.rng, CONTRAST_RANGE) * (0.3 if site.is_grey else 0.6) / np.abs(shift).max()
-    return site.patch + shift.astype(np.float32), cover
+    shift *= _draw_log_uniform(window.rng, CONTRAST_RANGE) * (0.3 if window.is_grey else 0.6) / np.abs(shift).max()
+    return window.patch + shift.astype(np.float32), cover
 
 
-def _missing(site: _Site) -> tuple[Patch, Patch]:
-    cover = site.blob((0.8, 2.5))
+def _draw_missing_piece(window: _DefectWindow) -> tuple[Patch, Patch]:
+    cover = window.draw_blob_mask((0.8, 2.5))
     outside = (1 - ndimage.grey_dilation(cover, size=(5, 5)))[..., None]
-    image, foreground = site.picture
-    if site.rng.random() < 0.5 and not foreground.all():
+    image, foreground = window.picture
+    if window.rng.random() < 0.5 and not foreground.all():
         # fill with the background: its texture from another location of the picture
         background_pixels = np.argwhere(~foreground)
-        y, x = background_pixels[site.rng.integers(len(background_pixels))]
-        rows = np.clip(np.round(y + site.dy).astype(int), 0, image.shape[0] - 1)
-        columns = np.clip(np.round(x + site.dx).astype(int), 0, image.shape[1] - 1)
+        y, x = background_pixels[window.rng.integers(len(background_pixels))]
+        rows = np.clip(np.round(y + window.dy).astype(int), 0, image.shape[0] - 1)
+        columns = np.clip(np.round(x + window.dx).astype(int), 0, image.shape[1] - 1)
         filling = image[rows, columns].astype(np.float32)
         filling[foreground[rows, columns]] = np.median(image[~foreground], axis=0)
         return filling, cover
-    sigma = (max(1.5, 0.5 * site.radius),) * 2 + (0,)
+    sigma = (max(1.5, 0.5 * window.radius),) * 2 + (0,)
     weight = ndimage.gaussian_filter(outside, sigma) + 1e-4
-    filling = (ndimage.gaussian_filter(site.patch * outside, sigma) + 1e-4 * site.patch.mean(axis=(0, 1))) / weight
-    grain = (site.patch - ndimage.gaussian_filter(site.patch, (1, 1, 0))).std()
-    return (filling + site.rng.normal(0, 0.5 * grain, size=filling.shape)).astype(np.float32), cover
+    filling = (ndimage.gaussian_filter(window.patch * outside, sigma) + 1e-4 * window.patch.mean(axis=(0, 1))) / weight
+    grain = (window.patch - ndimage.gaussian_filter(window.patch, (1, 1, 0))).std()
+    return (filling + window.rng.normal(0, 0.5 * grain, size=filling.shape)).astype(np.float32), cover
 
 
-_KINDS: dict[str, Callable[[_Site], tuple[Patch, Patch]]] = {
-    "cut_paste": _cut_paste,
-    "scar": _scar,
-    "blob": _blob,
-    "texture": _texture,
-    "colour": _colour,
-    "missing": _missing,
+_KINDS: dict[str, Callable[[_DefectWindow], tuple[Patch, Patch]]] = {
+    "cut_paste": _draw_cut_paste,
+    "scar": _draw_scar,
+    "blob": _draw_blob,
+    "texture": _draw_texture,
+    "colour": _draw_colour_shift,
+    "missing": _draw_missing_piece,
 }
 
 KINDS: tuple[str, ...] = tuple(_KINDS)
 """The kinds of defects that `draw_defective_copies` draws."""
 
 
-def _visible_change(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> NDArray[np.bool_]:
+def _find_visible_change(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Returns the mask (H, W) of visibly changed pixels, with gaps of up to two pixels closed."""
     differ = np.abs(before.astype(np.int16) - after.astype(np.int16)).max(axis=2)
     disc = ndimage.iterate_structure(ndimage.generate_binary_structure(2, 1), 2)
@@ -390,7 +394,7 @@ def _visible_change(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> NDAr
     return np.asarray(closed & (differ > 0))
 
 
-def _draw_location(foreground: NDArray[np.bool_], rng: np.random.Generator, on_object: float) -> tuple[int, int]:
+def _draw_position(foreground: NDArray[np.bool_], rng: np.random.Generator, on_object: float) -> tuple[int, int]:
     """Draws row and column of a pixel: of the object with probability `on_object`, otherwise of the whole picture."""
     height, width = foreground.shape
     if rng.random() < on_object:
@@ -400,13 +404,13 @@ def _draw_location(foreground: NDArray[np.bool_], rng: np.random.Generator, on_o
     return int(rng.integers(height)), int(rng.integers(width))
 
 
-def _ramp(distance_px: NDArray[Any], softness_px: float) -> Patch:
+def _compute_smooth_step(distance_px: NDArray[Any], softness_px: float) -> Patch:
     """Maps signed distances to the edge of a shape (positive inside) to mask values in [0, 1] with a smooth step."""
     t = np.clip(distance_px / softness_px + 0.5, 0, 1)
     return np.asarray(t * t * (3 - 2 * t), np.float32)
 
 
-def _otsu(values: NDArray[np.float32]) -> float:
+def _compute_otsu_threshold(values: NDArray[np.float32]) -> float:
     """Returns the threshold that splits the values into two classes with the largest variance between them (Otsu, 1979)."""
     counts, edges = np.histogram(values, bins=128)
     middles = 0.5 * (edges[1:] + edges[:-1])
@@ -417,6 +421,6 @@ def _otsu(values: NDArray[np.float32]) -> float:
     return float(edges[int(np.argmax(variance_between)) + 1])
 
 
-def _log_uniform(rng: np.random.Generator, bounds: Sequence[float]) -> float:
+def _draw_log_uniform(rng: np.random.Generator, bounds: Sequence[float]) -> float:
     """Draws a number between two bounds, uniform on a logarithmic scale."""
     return float(np.exp(rng.uniform(np.log(bounds[0]), np.log(bounds[1]))))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
+def choose_compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
     """Returns the data type of a precision setting on a device. `auto` means bfloat16 if the device has native support."""
     if precision == "auto":
         precision = "bf16" if has_native_bfloat16(torch.device(device)) else "fp32"

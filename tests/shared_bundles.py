@@ -22,8 +22,8 @@ def part_bundles(parts: str, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """Category -> its bundle, without alignment and with the hashes of its training images. Tests must not change them."""
     from small_set import CATEGORIES, make_bundle, small_config
 
-    from focus_ray.fitting.split import plan_category
+    from focus_ray.fitting.split import compute_split_plan
 
     config = small_config(parts, tmp_path_factory.mktemp("runs"), model=PLAIN)
-    hashes = {category: plan_category(config, category).fit_hashes.tolist() for category in CATEGORIES}
+    hashes = {category: compute_split_plan(config, category).fit_hashes.tolist() for category in CATEGORIES}
     return {category: make_bundle(config, category, fit_hashes=hashes[category]) for category in CATEGORIES}

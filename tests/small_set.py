@@ -14,7 +14,7 @@ from focus_ray.data.schema import SCHEMA
 from focus_ray.fitting.fit import FitResult, fit
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.shards import build_shard
-from focus_ray.fitting.split import plan_category
+from focus_ray.fitting.split import compute_split_plan
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.samples.write import write_samples
 from focus_ray.storage.files import join_path
@@ -65,7 +65,7 @@ def small_config(uri: str, storage: Path | str, **sections: dict[str, Any]) -> C
 
 def fit_alone(config: Config, category: str = "gear") -> FitResult:
     """Trains a category in this process."""
-    plan = plan_category(config, category)
+    plan = compute_split_plan(config, category)
     shard = build_shard(config, category, plan, 0, 1)
     return fit(config, shard, len(plan.fit_rows), torch.device("cpu"))
 

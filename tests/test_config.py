@@ -104,7 +104,7 @@ def test_an_unknown_key_or_invalid_value_is_refused_with_the_valid_ones(changes:
 def test_the_default_size_is_valid_for_every_backbone_and_gives_the_expected_map() -> None:
     for name in BACKBONES:
         model = parse_config({"data": {"uri": "x"}, "model": {"backbone": name}}).model
-        places = {stride: model.place_px(DensityConfig(map_stride_px=stride).map_layer) for stride in (4, 8)}
+        places = {stride: model.location_side_px(DensityConfig(map_stride_px=stride).map_layer) for stride in (4, 8)}
         assert places == ({4: 14, 8: 14} if name.startswith("dinov2") else {4: 4, 8: 8})
     small = {"backbone": "convnext_tiny", "image_size_px": 48, "padding": "zeros"}
     assert parse_config({"data": {"uri": "x"}, "model": small}).model.image_size_px == 48

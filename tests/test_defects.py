@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from places import SHARED
 
-from focus_ray.defects import KINDS, VISIBLE_CHANGE, find_foreground, merge_copies, synthetic_validation_set
+from focus_ray.defects import KINDS, VISIBLE_CHANGE, find_foreground, make_defective_copies, merge_defective_copies
 from focus_ray.samples.write import draw_sample
 
 MVTEC = SHARED / "data" / "mvtec"
@@ -28,7 +28,7 @@ def textured(seed: int, height: int = 64, width: int = 80) -> np.ndarray:
 @given(st.integers(0, 2**31))
 def test_a_set_has_every_kind_equally_often_with_masks_of_all_changes_and_nothing_else(seed):
     images = np.stack([textured(number) for number in range(6)])
-    copies, masks, kinds = synthetic_validation_set(images, seed, per_image=2)
+    copies, masks, kinds = make_defective_copies(images, seed, per_image=2)
     change = np.abs(copies.astype(int) - np.repeat(images, 2, axis=0)).max(axis=3)
     assert np.array_equal(images[3], textured(3))
     assert (copies.dtype, masks.dtype) == (np.uint8, np.bool_)
@@ -40,7 +40,7 @@ def test_a_set_has_every_kind_equally_often_with_masks_of_all_changes_and_nothin
 
 def test_a_set_depends_on_its_seed_only():
     images = np.stack([textured(seed) for seed in range(3)])
-    first, again, other = (synthetic_validation_set(images, seed) for seed in (1, 1, 2))
+    first, again, other = (make_defective_copies(images, seed) for seed in (1, 1, 2))
     assert np.array_equal(first[0], again[0])
     assert np.array_equal(first[1], again[1])
     assert not np.array_equal(first[0], other[0])
@@ -48,8 +48,8 @@ def test_a_set_depends_on_its_seed_only():
 
 def test_merged_copies_keep_every_defect_separate():
     image = draw_sample("board", 0, "train", 0)[0]
-    copies, masks, _ = synthetic_validation_set(image[None], seed=1, per_image=6)
-    merged, merged_masks = merge_copies(image, copies, masks)
+    copies, masks, _ = make_defective_copies(image[None], seed=1, per_image=6)
+    merged, merged_masks = merge_defective_copies(image, copies, masks)
     assert 1 <= len(merged) < 6
     assert merged_masks.sum() == masks.sum()  # overlapping defects are on different copies
     for copy, mask in zip(copies, masks, strict=True):
@@ -61,14 +61,14 @@ def test_merged_copies_keep_every_defect_separate():
 
 @pytest.mark.parametrize("value", [0, 128, 255])
 def test_uniform_images_get_the_kinds_that_are_visible_on_them(value):
-    _, masks, kinds = synthetic_validation_set(np.full((12, 32, 32, 3), value, np.uint8), seed=0)
+    _, masks, kinds = make_defective_copies(np.full((12, 32, 32, 3), value, np.uint8), seed=0)
     assert masks.any(axis=(1, 2)).all()
     assert ("cut_paste" in kinds) == (value > 0)  # a pasted patch may be a little brighter or darker, black cannot
 
 
 def test_defects_reach_from_barely_visible_to_plain_and_from_small_to_large():
     images = np.stack([draw_sample("board", 0, "train", index)[0] for index in range(4)])
-    copies, masks, _ = synthetic_validation_set(images, seed=0, per_image=30)
+    copies, masks, _ = make_defective_copies(images, seed=0, per_image=30)
     change = np.abs(copies.astype(int) - np.repeat(images, 30, axis=0)).max(axis=3)
     contrast = np.array([np.median(change_of_copy[mask]) for change_of_copy, mask in zip(change, masks, strict=True)])
     area = masks.mean(axis=(1, 2))
@@ -81,7 +81,7 @@ def test_defects_reach_from_barely_visible_to_plain_and_from_small_to_large():
 def test_defects_fall_on_the_object_more_often_than_beside_it():
     image = draw_sample("gear", 0, "train", 0)[0]
     foreground = find_foreground(image)
-    masks = synthetic_validation_set(image[None], seed=0, per_image=60)[1]
+    masks = make_defective_copies(image[None], seed=0, per_image=60)[1]
     assert foreground.mean() < 0.6
     assert np.mean([foreground[mask].mean() > 0.5 for mask in masks]) > 0.75
 

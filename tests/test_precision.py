@@ -12,14 +12,14 @@ from small_set import fit_alone, ingest_parts, make_bundle, small_config
 from focus_ray.bundle.bundle import read_bundle, read_manifest
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import read_test_rows
-from focus_ray.density.bank import to_bank_rows
-from focus_ray.density.base import Statistics, build_density
+from focus_ray.density.bank import convert_to_bank_rows
+from focus_ray.density.base import NormalStatistics, build_density
 from focus_ray.density.coreset import Coreset
 from focus_ray.density.moments import Moments
 from focus_ray.density.settings import DensityConfig
 from focus_ray.detect.calibration import PRECISION_SHIFT, Calibration
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.precision import compute_dtype
+from focus_ray.precision import choose_compute_dtype
 
 CPU = torch.device("cpu")
 
@@ -27,9 +27,9 @@ CPU = torch.device("cpu")
 def test_auto_is_bfloat16_only_on_devices_with_native_support(monkeypatch: pytest.MonkeyPatch) -> None:
     for is_native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr("focus_ray.precision.has_native_bfloat16", lambda device, is_native=is_native: is_native)
-        assert compute_dtype("auto", CPU) == dtype
-        assert compute_dtype("fp32", "cpu") == torch.float32
-        assert compute_dtype("bf16", "cpu") == torch.bfloat16
+        assert choose_compute_dtype("auto", CPU) == dtype
+        assert choose_compute_dtype("fp32", "cpu") == torch.float32
+        assert choose_compute_dtype("bf16", "cpu") == torch.bfloat16
 
 
 @pytest.mark.parametrize("window", [1, 3])
@@ -39,8 +39,8 @@ def test_a_bank_in_bfloat16_takes_half_the_memory_and_gives_nearly_the_same_dist
     means = 30 * torch.randn(16, 6, 5, generator=generator)
     images, queries = (means + torch.randn(count, 16, 6, 5, generator=generator) for count in (12, 4))
     moments = Moments(6, 5, 16)
-    moments.update(images)
-    statistics = Statistics(moments, to_bank_rows(images))
+    moments.add_embeddings(images)
+    statistics = NormalStatistics(moments, convert_to_bank_rows(images))
     exact, rounded = (
         build_density(DensityConfig(coreset=0, window=window, precision=precision), statistics)
         for precision in ("fp32", "bf16")
@@ -73,7 +73,7 @@ def test_a_bundle_in_bfloat16_scores_as_its_fit_and_nearly_as_in_float32(tmp_pat
         )
         result = fit_alone(config)
         inspector = Inspector.load(make_bundle(config, result=result), "cpu")
-        assert next(inspector.bundle.detector.net.backbone.parameters()).dtype == compute_dtype(precision, CPU)
+        assert next(inspector.bundle.detector.net.backbone.parameters()).dtype == choose_compute_dtype(precision, CPU)
         embedding = torch.randn(2, 32 + config.density.coreset_channels, 8, 8)
         read, fitted = inspector.bundle.detector.density, result.detector.density
         torch.testing.assert_close(read.score(embedding), fitted.score(embedding), rtol=0, atol=0)

@@ -23,7 +23,7 @@ from benchmarks.plant.watch import ROOT
 from focus_ray.data.schema import INDEX_COLUMNS, SCHEMA
 from focus_ray.data.store import open_data_set
 from focus_ray.fitting.settings import parse_config
-from focus_ray.fitting.split import split_category
+from focus_ray.fitting.split import compute_split_rule
 
 
 def write_light(root: Path, count: int) -> int:
@@ -78,7 +78,7 @@ def of_count(count: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         num_bytes = write_light(Path(folder), count)
         config = parse_config({"data": {"uri": folder}})
-        split, split_s, split_mb = measured(lambda: split_category(config, "part"))
+        split, split_s, split_mb = measured(lambda: compute_split_rule(config, "part"))
         plan, plan_s, plan_mb = measured(lambda: split.plan(config))
     return {
         "images": count,

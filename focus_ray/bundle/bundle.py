@@ -36,9 +36,15 @@ from focus_ray.bundle.contents import (
     read_header,
 )
 from focus_ray.data.framing import InputFrame
-from focus_ray.density.base import Statistics, density_tensors, load_density, restore_bank, restore_moments
+from focus_ray.density.base import (
+    NormalStatistics,
+    collect_density_tensors,
+    restore_bank,
+    restore_density,
+    restore_moments,
+)
 from focus_ray.density.reduction import ChannelReduction
-from focus_ray.density.relations import Relations
+from focus_ray.density.relations import ImageRelations
 from focus_ray.detect.calibration import Calibration
 from focus_ray.detect.detector import Detector
 from focus_ray.detect.profile import ImageScoreProfile
@@ -47,7 +53,7 @@ from focus_ray.features.backbones.base import build_meta_backbone
 from focus_ray.features.network import FocusNet
 from focus_ray.fitting.regions import load_frame, make_frame
 from focus_ray.fitting.settings import Config, parse_config
-from focus_ray.precision import compute_dtype
+from focus_ray.precision import choose_compute_dtype
 from focus_ray.storage.files import (
     FileStat,
     file_exists,
@@ -95,9 +101,9 @@ class Bundle(NamedTuple):
             (`Calibration.convert_to_precision`).
         frame: the size to which every image is brought before it is scored, the method (stretch or pad), and the region of
             interest.
-        fit_hashes: `short_hash` of every training image in the density; empty if the bundle does not store hashes.
+        fit_hashes: `shorten_hash` of every training image in the density; empty if the bundle does not store hashes.
         descriptors, same_part_distance: vectors of the training images, and the distance up to which two vectors may show the
-            same part (see `Statistics`); None if the bundle does not store them.
+            same part (see `NormalStatistics`); None if the bundle does not store them.
     """
 
     manifest: dict[str, Any]
@@ -126,7 +132,7 @@ def write_bundle(
     config: Config,
     category: str,
     detector: Detector,
-    statistics: Statistics,
+    statistics: NormalStatistics,
     calibration: Calibration,
     data: dict[str, Any],
     metrics: dict[str, Any],
@@ -142,7 +148,7 @@ def write_bundle(
         calibration: if its `precision` is None, the stored copy gets the number format in which `detector` computes.
         data: provenance of the images, the manifest's entry "data": uri, fingerprint, num_fit, num_holdout.
         metrics: the manifest's entry "metrics": losses, indicators of a collapsed network, seconds of each stage.
-        fit_hashes: `short_hash` of every training image from which the density was fitted. With these hashes an inspection
+        fit_hashes: `shorten_hash` of every training image from which the density was fitted. With these hashes an inspection
             recognises training images, and joining two bundles counts a shared image once.
         frame: its region of interest is stored; size and padding come from `config`. None: the region of interest comes from
             `config` too.
@@ -156,7 +162,7 @@ def write_bundle(
         calibration = replace(calibration, precision=describe_precision(config, detector.density.device))
     network = detector.net.state_dict()
     network.update({f"reduction.{name}": value for name, value in detector.reduction.state_dict().items()})
-    density = density_tensors(config.density, statistics, detector.density)
+    density = collect_density_tensors(config.density, statistics, detector.density)
     if statistics.thetas is not None:
         density["thetas"] = statistics.thetas
     if statistics.shown is not None:
@@ -171,9 +177,9 @@ def write_bundle(
         density[_FIT_HASHES] = torch.tensor(sorted(fit_hashes), dtype=torch.int64)
     parts: dict[str, dict[str, Tensor]] = {"network": network, "density": density}
     if config.density.keep_moments:
-        parts["moments"] = statistics.tensors(density)
-        if statistics.scatter is not None:
-            parts["moments"]["metric_scatter"] = statistics.scatter
+        parts["moments"] = statistics.collect_tensors(density)
+        if statistics.residual_scatter is not None:
+            parts["moments"]["metric_scatter"] = statistics.residual_scatter
     files = {}
     for part, tensors in parts.items():
         content = save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
@@ -366,7 +372,7 @@ def _read_bundle_of_manifest(
             raise BundleError(f"{uri}: network tensors missing {missing[:3]}, unknown {unexpected[:3]}")
         shape = manifest["moments"]
         grid = config.model.shared_tile_grid
-        fitted = load_density(config.density, density, shape["height"], shape["width"], device, grid)
+        fitted = restore_density(config.density, density, shape["height"], shape["width"], device, grid)
         region = density["region"].numpy() if category in config.data.regions else None
         frame = make_frame(config, region)
         net = net.to(device).to(memory_format=torch.channels_last)
@@ -391,7 +397,7 @@ def add_missing_settings(manifest: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def read_statistics(uri: str | Path) -> Statistics:
+def read_statistics(uri: str | Path) -> NormalStatistics:
     """Reads a bundle's statistics of its training images, from which the density is built.
 
     Images can be added to the statistics and removed from them, and statistics of several bundles can be joined.
@@ -403,7 +409,7 @@ def read_statistics(uri: str | Path) -> Statistics:
     return _read_with_retry(uri, lambda manifest: _read_statistics_of_manifest(uri, manifest))
 
 
-def _read_statistics_of_manifest(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
+def _read_statistics_of_manifest(uri: str | Path, manifest: dict[str, Any]) -> NormalStatistics:
     """Reads the statistics of the bundle that `manifest` describes. Raises: BundleError, ConfigError: see `read_statistics`."""
     if "moments" not in manifest["files"]:
         raise BundleError(
@@ -419,13 +425,15 @@ def _read_statistics_of_manifest(uri: str | Path, manifest: dict[str, Any]) -> S
     grid = parse_config(add_missing_settings(manifest), f"{uri}/{MANIFEST}", is_fitted=True).model.shared_tile_grid
     bank = restore_bank(moments, grid, tensors, density)
     scatter, shown = tensors.get("metric_scatter"), density.get("shown")
-    return Statistics(moments, bank, density.get("thetas"), scatter, shown, grid, *_unpack_same_part_tensors(density))
+    return NormalStatistics(
+        moments, bank, density.get("thetas"), scatter, shown, grid, *_unpack_same_part_tensors(density)
+    )
 
 
-def _pack_same_part_tensors(statistics: Statistics) -> dict[str, Tensor]:
+def _pack_same_part_tensors(statistics: NormalStatistics) -> dict[str, Tensor]:
     """Returns name -> tensor for the tensors that tell which images show the same physical part.
 
-    These are the relations between images, the descriptors, and `same_part_distance` (see `Statistics`). Missing values are
+    These are the relations between images, the descriptors, and `same_part_distance` (see `NormalStatistics`). Missing values are
     left out.
     """
     tensors = {}
@@ -438,11 +446,11 @@ def _pack_same_part_tensors(statistics: Statistics) -> dict[str, Tensor]:
     return tensors
 
 
-def _unpack_same_part_tensors(density: dict[str, Tensor]) -> tuple[Relations | None, Tensor | None, float | None]:
+def _unpack_same_part_tensors(density: dict[str, Tensor]) -> tuple[ImageRelations | None, Tensor | None, float | None]:
     """Returns (relations, descriptors, same_part_distance) from the tensors of a density file; None for a missing value."""
     relations = None
     if "relations.related" in density:
-        relations = Relations(density["relations.related"].bool(), density["relations.groups"])
+        relations = ImageRelations(density["relations.related"].bool(), density["relations.groups"])
     distance = float(density["same_part_distance"]) if "same_part_distance" in density else None
     return relations, density.get("descriptors"), distance
 
@@ -540,5 +548,5 @@ def describe_precision(config: Config, device: torch.device | str) -> str:
     If the two formats differ, the text names both, the backbone first: "float32 and bfloat16".
     """
     settings = (config.model.precision, config.density.precision)
-    names = [str(compute_dtype(precision, device)).removeprefix("torch.") for precision in settings]
+    names = [str(choose_compute_dtype(precision, device)).removeprefix("torch.") for precision in settings]
     return names[0] if names[0] == names[1] else " and ".join(names)

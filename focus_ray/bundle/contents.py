@@ -22,7 +22,7 @@ from focus_ray.detect.profile import SHARES
 from focus_ray.errors import BundleError
 from focus_ray.features.backbones.base import build_meta_backbone
 from focus_ray.features.network import FocusNet
-from focus_ray.fitting.regions import map_cells
+from focus_ray.fitting.regions import compute_map_cells
 from focus_ray.fitting.settings import Config
 
 MAX_MANIFEST_BYTES = 16 * 2**20  # calibration scores of 700,000 images
@@ -173,7 +173,7 @@ def check_tensor_shapes(config: Config, moments: Mapping[str, int], network: Hea
 
     Raises: BundleError: the map has another size, or a tensor another shape. The message names the first such tensor.
     """
-    cells = map_cells(config)
+    cells = compute_map_cells(config)
     grid = config.model.shared_tile_grid
     size = len(cells.tops) // grid[0], len(cells.lefts) // grid[1]
     if (moments["height"], moments["width"]) != size:
@@ -190,7 +190,7 @@ def check_tensor_shapes(config: Config, moments: Mapping[str, int], network: Hea
         if name in expected and tensor.shape != expected[name]:
             raise BundleError(f"{uri}: tensor {name} has the shape {tensor.shape}, expected {expected[name]}")
     try:
-        DENSITIES[config.density.kind].check_shapes(config.density, _get_shapes(density))
+        DENSITIES[config.density.kind].check_tensor_shapes(config.density, _get_shapes(density))
     except ValueError as error:
         raise BundleError(f"{uri}: {error}") from None
 
@@ -225,7 +225,7 @@ def check_memory_limit(config: Config, network: Header, density: Header, max_byt
     Raises: BundleError: the tensors or a step need more memory. The message names the step.
     """
     height, width = config.model.resized_image_px
-    cells, grid = map_cells(config), config.model.shared_tile_grid
+    cells, grid = compute_map_cells(config), config.model.shared_tile_grid
     rows, columns = len(cells.tops), len(cells.lefts)
     tile = rows // grid[0], columns // grid[1]
     required_bytes = {
@@ -233,7 +233,7 @@ def check_memory_limit(config: Config, network: Header, density: Header, max_byt
         f"a batch of {FRAMES_AT_ONCE} images of {height} x {width} pixels": height * width * 4 * FRAMES_AT_ONCE,
         # float64, in three copies while they are smoothed
         "the matrices that upsample anomaly maps": 24 * (height * rows + width * columns),
-        **DENSITIES[config.density.kind].scoring_memory_bytes(
+        **DENSITIES[config.density.kind].estimate_scoring_memory_bytes(
             config.density, _get_shapes(density), *tile, FRAMES_AT_ONCE
         ),
     }

@@ -31,14 +31,14 @@ from focus_ray.bundle.engine import (
 from focus_ray.data.images import ImageError, ImageInfo, decode_batch, decode_batch_with_info, decode_mask
 from focus_ray.data.prefetch import prefetch_items
 from focus_ray.data.schema import Row
-from focus_ray.density.base import sample_evenly
+from focus_ray.density.base import choose_evenly_spaced
 from focus_ray.detect.inspection import Inspection, find_regions, resize_anomaly_map
 from focus_ray.detect.shift import compare_with_calibration_scores, describe_test_shift
 from focus_ray.errors import ConfigError, DataError, ScoreError
 from focus_ray.features.batch_norm import fuse_batch_norms, prepare_backbone_for_inference
 from focus_ray.features.network import convert_to_float_images
-from focus_ray.fitting.duplicates import RepeatFinder, describe_repeats
-from focus_ray.fitting.split import short_hash
+from focus_ray.fitting.duplicates import RepeatedPartFinder, format_repeat_warning
+from focus_ray.fitting.split import shorten_hash
 from focus_ray.metrics.evaluate import (
     EXACT_PIXELS,
     MAX_SIDE_PX,
@@ -48,7 +48,7 @@ from focus_ray.metrics.evaluate import (
     compute_metrics,
     describe_training_images,
 )
-from focus_ray.precision import compute_dtype
+from focus_ray.precision import choose_compute_dtype
 
 _NUM_DECODE_THREADS = 2  # they decode the next batch during a forward pass
 
@@ -87,7 +87,7 @@ class Inspector:
         if engine != TORCH:
             fuse_batch_norms(net.backbone)
             self._compile_backbone(engine, examples)
-        prepare_backbone_for_inference(net.backbone, compute_dtype(net.config.precision, device))
+        prepare_backbone_for_inference(net.backbone, choose_compute_dtype(net.config.precision, device))
 
     @classmethod
     def load(cls, uri: str | Path, device: torch.device | str = "auto", **options: Any) -> Inspector:
@@ -106,7 +106,7 @@ class Inspector:
         return cls(read_bundle(uri, device), device, **options)
 
     def _score_images(
-        self, images: Iterable[tuple[str, bytes]], hashed: bool = False, repeats: RepeatFinder | None = None
+        self, images: Iterable[tuple[str, bytes]], hashed: bool = False, repeats: RepeatedPartFinder | None = None
     ) -> Iterator[tuple[ImageInfo, float, NDArray[np.float32], bool]]:
         """Generator: scores images in batches. The next batch is decoded while the current batch is scored.
 
@@ -133,7 +133,7 @@ class Inspector:
             repeated = [False] * len(names)
             if repeats is not None:
                 assert scored.descriptors is not None
-                repeated = repeats.find(scored.descriptors).tolist()
+                repeated = repeats.find_repeats(scored.descriptors).tolist()
             for name, info, score, anomaly_map, repeat in zip(names, infos, scores, maps, repeated, strict=True):
                 try:
                     self._check_finite(score, anomaly_map, info.width, info.height)
@@ -180,7 +180,7 @@ class Inspector:
         )
         for info, score, anomaly_map, _ in self._score_images(named_images, hashed):
             inspection = self.compare_with_thresholds(score, anomaly_map, info.width, info.height)
-            trained_on = info.content_hash is not None and short_hash(info.content_hash) in fit_hashes
+            trained_on = info.content_hash is not None and shorten_hash(info.content_hash) in fit_hashes
             yield replace(inspection, trained_on=trained_on), info.content_hash
 
     def inspect_or_return_errors(self, images: Sequence[bytes]) -> list[Inspection | DataError]:
@@ -277,7 +277,7 @@ class Inspector:
         except DataError as error:
             shift, metrics["reasons"]["shift"] = None, str(error)
         shift_entry = None if shift is None else {**shift.to_dict(), "notice": describe_test_shift(shift)}
-        repeats_notice = describe_repeats(labelled.num_repeats, len(labelled.types))
+        repeats_notice = format_repeat_warning(labelled.num_repeats, len(labelled.types))
         repeats_entry = {"num_images": labelled.num_repeats, "notice": repeats_notice}
         num_trained_on = labelled.num_trained_on
         notice = describe_training_images(num_trained_on, num_trained_on + len(labelled.types))
@@ -343,19 +343,21 @@ class Inspector:
                 self.frame.crop_padding(anomaly_map, image_width, image_height), height, width
             )
             region = self.frame.resize_region(height, width)
-            trained_on = bool(content_hash) and short_hash(content_hash) in self.bundle.fit_hashes
+            trained_on = bool(content_hash) and shorten_hash(content_hash) in self.bundle.fit_hashes
             into.reduced |= max(image_height, image_width) > max_side_px
             into.num_repeats += repeat and not trained_on
             into.add(label, str(record["defect_type"]), score, resized_map, mask, region, trained_on)
             yield {**record, "score": score, "trained_on": trained_on}
 
     @cached_property
-    def _repeat_finder(self) -> RepeatFinder | None:
+    def _repeat_finder(self) -> RepeatedPartFinder | None:
         """Finder of images that show the same part as a training image; None if the bundle stores no descriptors."""
         bundle = self.bundle
         if bundle.descriptors is None or bundle.same_part_distance is None:
             return None
-        return RepeatFinder(bundle.descriptors.to(bundle.detector.density.device).float(), bundle.same_part_distance)
+        return RepeatedPartFinder(
+            bundle.descriptors.to(bundle.detector.density.device).float(), bundle.same_part_distance
+        )
 
     @torch.inference_mode()
     def align_images(self, image: bytes) -> NDArray[np.uint8] | None:
@@ -380,12 +382,12 @@ class Inspector:
             DataError: an example cannot be read or decoded.
         """
         detector, fit_hashes = self.bundle.detector, self.bundle.fit_hashes
-        numbers = sorted(sample_evenly(len(examples), MAX_EXAMPLES))
+        numbers = sorted(choose_evenly_spaced(len(examples), MAX_EXAMPLES))
         encoded = [_read_image_bytes(examples[number], number) for number in numbers]
         names = [_get_image_name(examples[number], number) for number in numbers]
         infos, pixels = decode_batch_with_info(encoded, self.frame, _NUM_DECODE_THREADS, with_hash=True, names=names)
         # training images score near 0, where a relative change has no meaning
-        is_new = [info.content_hash is None or short_hash(info.content_hash) not in fit_hashes for info in infos]
+        is_new = [info.content_hash is None or shorten_hash(info.content_hash) not in fit_hashes for info in infos]
         if sum(is_new) < MIN_EXAMPLES:
             raise ConfigError(
                 f"engine={engine}: the model was not trained on {sum(is_new)} of {len(is_new)} examples, but the check of the "
@@ -393,7 +395,7 @@ class Inspector:
             )
         batch = torch.from_numpy(pixels)
         expected = detector(batch).score
-        tiles = detector.tiles.cut(convert_to_float_images(batch, "cpu"))
+        tiles = detector.tiles.cut_images(convert_to_float_images(batch, "cpu"))
         compiled = compile_feature_extractor(
             detector.net, engine, detector.net.align_images(tiles[:MAX_EXAMPLES])[0].contiguous()
         )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from focus_ray.bundle.bundle import find_bundles, read_manifest, read_statistics
 from focus_ray.errors import BundleError
 from focus_ray.fitting.settings import Config, parse_config
-from focus_ray.fitting.shared_metric import matching_settings, write_shared_metric
+from focus_ray.fitting.shared_metric import get_compatibility_settings, write_shared_scatter
 
 
 def average_projections(places: Sequence[str], output: str) -> list[str]:
@@ -33,7 +33,7 @@ def average_projections(places: Sequence[str], output: str) -> list[str]:
     for uri in (uri for place in places for uri in find_bundles(place).values()):
         manifest = read_manifest(uri)
         config = parse_config(manifest["config"], uri, is_fitted=True)
-        scatter = read_statistics(uri).scatter
+        scatter = read_statistics(uri).residual_scatter
         if scatter is None or config.density.metric is not None:
             raise BundleError(
                 f"{uri}: the bundle stores no metric of its own: train it with density.reduction=discriminant and without "
@@ -44,13 +44,13 @@ def average_projections(places: Sequence[str], output: str) -> list[str]:
                 f"{uri}: another bundle has the same category {manifest['category']!r}: give a single bundle for each category"
             )
         reference = reference or (uri, config)
-        expected = matching_settings(reference[1])
-        differing = [key for key, value in matching_settings(config).items() if expected[key] != value]
+        expected = get_compatibility_settings(reference[1])
+        differing = [key for key, value in get_compatibility_settings(config).items() if expected[key] != value]
         if differing:
             raise BundleError(
                 f"{uri}: {', '.join(differing)} differs from {reference[0]}: give bundles with the same network settings"
             )
         scatters[str(manifest["category"])] = scatter
     assert reference is not None
-    write_shared_metric(output, scatters, reference[1])
+    write_shared_scatter(output, scatters, reference[1])
     return sorted(scatters)

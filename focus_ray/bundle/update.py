@@ -21,20 +21,20 @@ from torch import Tensor
 
 from focus_ray.bundle.bundle import Bundle, read_bundle, read_statistics, write_bundle
 from focus_ray.data.read import data_fingerprint, decode_rows, index_version, read_index
-from focus_ray.density.base import Statistics, supports_leave_one_out
+from focus_ray.density.base import NormalStatistics, supports_leave_one_out
 from focus_ray.density.moments import Moments
 from focus_ray.density.registry import DENSITIES
-from focus_ray.density.relations import Relations
-from focus_ray.density.tiles import split_maps
+from focus_ray.density.relations import ImageRelations
+from focus_ray.density.tiles import split_into_tile_maps
 from focus_ray.errors import BundleError, DataError
 from focus_ray.features.batch_norm import use_inference_backbone
-from focus_ray.fitting.duplicates import describe_statistics, relate_duplicates
+from focus_ray.fitting.duplicates import add_duplicate_relations, compute_bank_descriptors
 from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
 from focus_ray.fitting.passes import collect_calibration_scores, compute_statistics
-from focus_ray.fitting.split import plan_category, short_hash
+from focus_ray.fitting.split import compute_split_plan, shorten_hash
 from focus_ray.names import Log
-from focus_ray.precision import compute_dtype
+from focus_ray.precision import choose_compute_dtype
 
 ONLY = "focus-ray update BUNDLE NEW --only DATA"
 # Two bundles join only if these settings are equal: they decide how an embedding is computed and stored. The tensors of the
@@ -51,7 +51,7 @@ class _NormalImages(NamedTuple):
     Attributes:
         uri: address of the data set.
         version: version of the category in the data set.
-        hashes: row number of the image in the category -> `short_hash` of its pixels.
+        hashes: row number of the image in the category -> `shorten_hash` of its pixels.
         groups: row number -> group name; images of one physical part have the same name. An empty name: the image is a group
             of its own.
     """
@@ -72,12 +72,12 @@ class _DensityUpdate:
 
     Attributes:
         statistics: statistics of the images in the density.
-        fit_hashes: `short_hash` of these images; empty if the bundle does not store hashes.
+        fit_hashes: `shorten_hash` of these images; empty if the bundle does not store hashes.
         changes: provenance entries for the manifest, one for each change.
         log: receives a message about ignored images.
     """
 
-    statistics: Statistics
+    statistics: NormalStatistics
     fit_hashes: frozenset[int]
     changes: list[dict[str, Any]] = field(default_factory=list)
     log: Log = lambda message: None
@@ -163,8 +163,8 @@ def update_bundle(
             _remove_images(update, bundle, remove)
         provenance = {**data, "updates": [*data.get("updates", []), *update.changes]}
     statistics = update.statistics
-    statistics.limit_bank(config.density.max_images)
-    relate_duplicates(statistics)
+    statistics.limit_bank_size(config.density.max_images)
+    add_duplicate_relations(statistics)
     detector = build_detector(config, bundle.detector.net, bundle.detector.reduction, _move_moments(statistics, device))
     has_new_sources = bool(joined) or only is not None
     num_holdout = 0
@@ -173,7 +173,7 @@ def update_bundle(
     else:
         holdout = _choose_calibration_images(bundle, calibrate, update.fit_hashes, only is not None)
         num_holdout = len(holdout.hashes)
-        with use_inference_backbone(bundle.detector.net, compute_dtype(config.model.precision, device)):
+        with use_inference_backbone(bundle.detector.net, choose_compute_dtype(config.model.precision, device)):
             images = _decode_images(bundle, holdout)
             builder = collect_calibration_scores(detector, images, config.calibration, "split")
     return write_bundle(
@@ -190,7 +190,7 @@ def update_bundle(
     )
 
 
-def _calibrates_by_leave_one_out(bundle: Bundle, statistics: Statistics, has_new_sources: bool) -> bool:
+def _calibrates_by_leave_one_out(bundle: Bundle, statistics: NormalStatistics, has_new_sources: bool) -> bool:
     """Returns whether leave-one-out scores set the thresholds. has_new_sources: whether images were joined or replaced."""
     if statistics.bank is None or not supports_leave_one_out(
         bundle.config.density, bundle.config.model.shared_tile_grid
@@ -265,7 +265,7 @@ def _check_joinable(bundle: Bundle, other: Bundle, name: str) -> None:
         raise BundleError(f"{name}: this bundle has another region of interest than the bundle to be changed: {advice}")
 
 
-def _remove_shared_images(other: Statistics, statistics: Statistics, count: int, place: str) -> None:
+def _remove_shared_images(other: NormalStatistics, statistics: NormalStatistics, count: int, place: str) -> None:
     """Removes from the statistics `other`, in place, the images that `statistics` contains too.
 
     Two stored embeddings belong to the same image if they are equal except for rounding.
@@ -293,7 +293,7 @@ def _remove_shared_images(other: Statistics, statistics: Statistics, count: int,
     other.select_bank_images([number for number in range(len(other.bank)) if number not in shared])
 
 
-def _compute_moments(statistics: Statistics, rows: Sequence[int]) -> Moments:
+def _compute_moments(statistics: NormalStatistics, rows: Sequence[int]) -> Moments:
     """Computes the moments (count, mean, scatter) of some images from their stored embeddings, `statistics.bank`.
 
     Args: rows: indices of the images in the bank.
@@ -305,11 +305,11 @@ def _compute_moments(statistics: Statistics, rows: Sequence[int]) -> Moments:
         # (8, H * W, C) -> (8, C, H * W) -> (8, C, H, W)
         part = statistics.bank[list(rows[start : start + 8]), :, : all_moments.channels].float().transpose(1, 2)
         maps = part.unflatten(2, (all_moments.height * grid[0], all_moments.width * grid[1]))
-        moments.update(split_maps(maps, *grid))
+        moments.add_embeddings(split_into_tile_maps(maps, *grid))
     return moments
 
 
-def find_shared_images(uri: str | Path, statistics: Statistics) -> list[int]:
+def find_shared_images(uri: str | Path, statistics: NormalStatistics) -> list[int]:
     """Returns the indices of the images in `statistics.bank` whose embedding the bundle at `uri` stores too, bit for bit.
 
     A bank holds the stored embeddings of normal images. The bundle must have the same network as the statistics. The result is
@@ -385,7 +385,7 @@ def _list_normal_images(uri: str, category: str) -> _NormalImages:
     """
     index = read_index(uri, category, split="train")
     columns = (index[name].to_pylist() for name in ("row", "label", "content_hash"))
-    hashes = {row: short_hash(content_hash) for row, label, content_hash in zip(*columns, strict=True) if label == 0}
+    hashes = {row: shorten_hash(content_hash) for row, label, content_hash in zip(*columns, strict=True) if label == 0}
     groups = dict(zip(index["row"].to_pylist(), index["group"].to_pylist(), strict=True))
     if not hashes:
         raise DataError(f"{uri}: category {category!r} has no normal training image")
@@ -399,31 +399,31 @@ def _decode_images(bundle: Bundle, images: _NormalImages) -> Iterator[Tensor]:
         yield torch.from_numpy(batch)
 
 
-def _compute_statistics(bundle: Bundle, images: _NormalImages) -> Statistics:
+def _compute_statistics(bundle: Bundle, images: _NormalImages) -> NormalStatistics:
     """Computes the statistics of images with the bundle's network on its device, and returns them in RAM."""
     bank_images = range(len(images.hashes)) if DENSITIES[bundle.config.density.kind].keeps_bank else None
     net, reduction, device = bundle.detector.net, bundle.detector.reduction, bundle.detector.density.device
-    with use_inference_backbone(net, compute_dtype(bundle.config.model.precision, device)):
+    with use_inference_backbone(net, choose_compute_dtype(bundle.config.model.precision, device)):
         batches = _decode_images(bundle, images)
         statistics = _move_moments(compute_statistics(net, reduction, batches, device, bank_images), "cpu")
     if statistics.bank is not None:
-        statistics.descriptors = describe_statistics(statistics, reduction)
+        statistics.descriptors = compute_bank_descriptors(statistics, reduction)
         statistics.relations = _relate_groups([images.groups[row] for row in images.hashes])
     return statistics
 
 
-def _relate_groups(names: Sequence[str]) -> Relations | None:
+def _relate_groups(names: Sequence[str]) -> ImageRelations | None:
     """Relates images with the same group name; returns None if no two images are related.
 
     Args: names: group name of each image. An image with an empty name is related to no other image.
     """
     numbers: dict[str, int] = {}
     groups = [numbers.setdefault(name or f"/{index}", len(numbers)) for index, name in enumerate(names)]
-    relations = Relations.from_groups(torch.tensor(groups, dtype=torch.long))
+    relations = ImageRelations.from_groups(torch.tensor(groups, dtype=torch.long))
     return None if relations.is_trivial else relations
 
 
-def _move_moments(statistics: Statistics, device: torch.device | str) -> Statistics:
+def _move_moments(statistics: NormalStatistics, device: torch.device | str) -> NormalStatistics:
     """Moves the moments of statistics to a device in place, and returns the statistics."""
     moments = statistics.moments
     moments.mean, moments.scatter = moments.mean.to(device), moments.scatter.to(device)
@@ -463,7 +463,7 @@ def _choose_calibration_images(
 
     Args:
         calibrate: see `update_bundle`.
-        fit_hashes: `short_hash` of the images in the density.
+        fit_hashes: `shorten_hash` of the images in the density.
         is_replaced: whether all images of the bundle were replaced, so that its data set cannot calibrate it.
 
     Raises: DataError: there is no such image, or without `calibrate` the bundle's holdout images are unknown: it has none, its
@@ -490,7 +490,7 @@ def _choose_calibration_images(
         raise DataError(f"the bundle's own held-out images cannot be read ({error}): {hint}") from None
     if not is_unchanged:
         raise DataError(f"{uri} has changed since the bundle was made, so its holdout images are unknown: {hint}")
-    holdout_rows = set(plan_category(bundle.config, bundle.category).holdout_rows.tolist())
+    holdout_rows = set(compute_split_plan(bundle.config, bundle.category).holdout_rows.tolist())
     holdout = _list_normal_images(uri, bundle.category).select_by_hash(fit_hashes, included=False)
     holdout = holdout._replace(hashes={row: value for row, value in holdout.hashes.items() if row in holdout_rows})
     if not holdout.hashes:

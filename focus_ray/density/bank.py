@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 
-def to_bank_rows(embedding: Tensor) -> Tensor:
+def convert_to_bank_rows(embedding: Tensor) -> Tensor:
     """Converts an embedding (B, C, H, W) to rows of a bank (B, L, C), float16 on the CPU."""
     batch, channels, height, width = embedding.shape
     return embedding.permute(0, 2, 3, 1).reshape(batch, height * width, channels).to("cpu", torch.float16)
 
 
-def select_unused_embeddings(bank: Tensor, images: Tensor) -> Tensor:
+def select_embeddings_outside_coresets(bank: Tensor, images: Tensor) -> Tensor:
     """Returns the embeddings of a bank that are not in the coreset of their location.
 
     Args:
@@ -25,27 +25,27 @@ def select_unused_embeddings(bank: Tensor, images: Tensor) -> Tensor:
 
     Returns: (L * (N - M), C), in the order of the bank: image by image.
     """
-    return bank[_is_unused(len(bank), images)]
+    return bank[_mask_unused_embeddings(len(bank), images)]
 
 
-def restore_bank_rows(coreset: Tensor, images: Tensor, unused: Tensor) -> Tensor:
+def restore_bank_from_coresets(coreset: Tensor, images: Tensor, unused: Tensor) -> Tensor:
     """Rebuilds a whole bank from the coresets of all locations and the remaining embeddings.
 
     Args:
         coreset: (M, L, C), the M embeddings in the coreset of each location.
         images: (M, L), position in the bank of the image of each embedding in `coreset`.
-        unused: (L * (N - M), C), the result of `select_unused_embeddings`.
+        unused: (L * (N - M), C), the result of `select_embeddings_outside_coresets`.
 
     Returns: (N, L, C), in the original order of the images.
     """
     size, num_locations, channels = coreset.shape
     bank = coreset.new_empty(size + len(unused) // num_locations, num_locations, channels)
     bank[images.long(), torch.arange(num_locations)] = coreset
-    bank[_is_unused(len(bank), images)] = unused
+    bank[_mask_unused_embeddings(len(bank), images)] = unused
     return bank
 
 
-def _is_unused(num_images: int, images: Tensor) -> Tensor:
+def _mask_unused_embeddings(num_images: int, images: Tensor) -> Tensor:
     """Returns a mask (N, L) that is False where the embedding of image n is in the coreset of location l.
 
     Args: images: (M, L), for each location the positions in the bank of the images whose embeddings are in the coreset.

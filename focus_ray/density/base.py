@@ -14,12 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from focus_ray.density.bank import restore_bank_rows, select_unused_embeddings
-from focus_ray.density.moments import Moments, pack_lower, unpack_lower
+from focus_ray.density.bank import restore_bank_from_coresets, select_embeddings_outside_coresets
+from focus_ray.density.moments import Moments, pack_lower_triangles, unpack_lower_triangles
 from focus_ray.density.registry import DENSITIES
-from focus_ray.density.relations import Relations, join_relations
+from focus_ray.density.relations import ImageRelations, join_relations
 from focus_ray.density.settings import DensityConfig
-from focus_ray.density.tiles import TiledDensity, join_bank_of_tiles, split_bank_into_tiles
+from focus_ray.density.tiles import TiledDensity, join_bank_tiles, split_bank_into_tiles
 
 
 class Density(Protocol):
@@ -65,11 +65,11 @@ _PER_IMAGE = (
     "thetas",
     "shown",
     "descriptors",
-)  # attributes of `Statistics` with a row for each image of the bank
+)  # attributes of `NormalStatistics` with a row for each image of the bank
 
 
 @dataclass
-class Statistics:
+class NormalStatistics:
     """Statistics of normal images, from which a density is built. Statistics of several sites can be joined.
 
     moments: count, mean and scatter of the embeddings of all images.
@@ -77,7 +77,7 @@ class Statistics:
         small subset of representative patches (K is 0 without a coreset). None if no embeddings are stored.
     thetas: (N, 2, 3), alignment of each image of the bank; None without image alignment.
     shown: (N, L) bool, True at locations of the bank's images that are scored; None if all locations are scored.
-    scatter: (2, C, C), scatter matrices of normal and defective residuals from which the projection was computed
+    residual_scatter: (2, C, C), scatter matrices of normal and defective residuals from which the projection was computed
         (`fitting.projection`); None if no projection was learnt.
     grid: (rows, columns) of tiles of one image. All tiles share the locations of the moments, and each tile counts as an image
         in `moments.count`. A row of the bank contains all tiles of an image.
@@ -91,10 +91,10 @@ class Statistics:
     moments: Moments
     bank: Tensor | None = None
     thetas: Tensor | None = None
-    scatter: Tensor | None = None
+    residual_scatter: Tensor | None = None
     shown: Tensor | None = None
     grid: tuple[int, int] = (1, 1)
-    relations: Relations | None = None
+    relations: ImageRelations | None = None
     descriptors: Tensor | None = None
     same_part_distance: float | None = None
 
@@ -104,7 +104,7 @@ class Statistics:
         return self.moments.count // (self.grid[0] * self.grid[1])
 
     @property
-    def per_tile(self) -> Statistics:
+    def tile_statistics(self) -> NormalStatistics:
         """Statistics in which each tile counts as one image, with only moments, bank and relations.
 
         If images have a single tile, this is the object itself, with all attributes.
@@ -113,20 +113,20 @@ class Statistics:
             return self
         moments = self.moments
         bank = None if self.bank is None else split_bank_into_tiles(self.bank, self.grid, moments.height, moments.width)
-        relations = None if self.relations is None else self.relations.repeat(self.grid[0] * self.grid[1])
-        return Statistics(moments, bank, relations=relations)
+        relations = None if self.relations is None else self.relations.repeat_for_tiles(self.grid[0] * self.grid[1])
+        return NormalStatistics(moments, bank, relations=relations)
 
-    def images_to_exclude(self, images: Tensor) -> Tensor:
+    def find_images_to_exclude(self, images: Tensor) -> Tensor:
         """Returns the positions of the images to exclude from the bank when images of the bank are scored.
 
         Args: images: (B,), positions of the scored images in the bank.
 
         Returns: without relations, `images`, so that each image excludes itself. With relations, (B, K): each image excludes
-            itself and its related images; see `Relations.relatives`.
+            itself and its related images; see `ImageRelations.find_related_images`.
         """
-        return images if self.relations is None else self.relations.relatives(images)
+        return images if self.relations is None else self.relations.find_related_images(images)
 
-    def join(self, other: Statistics) -> Statistics:
+    def join(self, other: NormalStatistics) -> NormalStatistics:
         """Adds the statistics of another site, in place, and returns self.
 
         Data per bank image that one side lacks become None, for instance `descriptors`.
@@ -147,10 +147,10 @@ class Statistics:
             self.same_part_distance = other.same_part_distance
         return self
 
-    def limit_bank(self, num_images: int) -> None:
+    def limit_bank_size(self, num_images: int) -> None:
         """Reduces the bank to at most `num_images` evenly spaced images, in place; the moments do not change."""
         if self.bank is not None and len(self.bank) > num_images:
-            self.select_bank_images(sorted(sample_evenly(len(self.bank), num_images)))
+            self.select_bank_images(sorted(choose_evenly_spaced(len(self.bank), num_images)))
 
     def select_bank_images(self, images: list[int]) -> None:
         """Reduces the bank and all data per bank image to the images at these positions, in place; the moments do not change."""
@@ -158,26 +158,26 @@ class Statistics:
             rows = getattr(self, name)
             setattr(self, name, None if rows is None else rows[images])
         if self.relations is not None:
-            self.relations = self.relations.subset(images)
+            self.relations = self.relations.select_images(images)
 
-    def tensors(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def collect_tensors(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the tensors, by name, from which `restore_moments` and `restore_bank` rebuild moments and bank.
 
-        Args: stored: the result of `density_tensors`. Embeddings that it contains are left out, so that a bundle stores every
+        Args: stored: the result of `collect_density_tensors`. Embeddings that it contains are left out, so that a bundle stores every
             embedding once.
         """
         moments, channels = self.moments, self.moments.channels
-        tensors = {"mean": moments.mean, "scatter": pack_lower(moments.scatter)}
-        tiles = self.per_tile.bank
+        tensors = {"mean": moments.mean, "scatter": pack_lower_triangles(moments.scatter)}
+        tiles = self.tile_statistics.bank
         if "bank.images" in stored and tiles is not None:
-            tensors["bank.rest"] = select_unused_embeddings(tiles[:, :, :channels], stored["bank.images"])
+            tensors["bank.rest"] = select_embeddings_outside_coresets(tiles[:, :, :channels], stored["bank.images"])
         if self.bank is not None and self.bank.shape[2] > channels:
             tensors["coreset_bank"] = self.bank[:, :, channels:]
         return tensors
 
 
 def restore_moments(count: int, height: int, width: int, tensors: Mapping[str, Tensor]) -> Moments:
-    """Rebuilds moments from the result of `Statistics.tensors`.
+    """Rebuilds moments from the result of `NormalStatistics.collect_tensors`.
 
     Args:
         count: number of images in the moments; every tile counts if tiles share the locations.
@@ -185,7 +185,7 @@ def restore_moments(count: int, height: int, width: int, tensors: Mapping[str, T
     """
     moments = Moments(0, 0, 0)
     moments.count, moments.height, moments.width, moments.channels = count, height, width, tensors["mean"].shape[1]
-    moments.mean, moments.scatter = tensors["mean"], unpack_lower(tensors["scatter"], symmetric=True)
+    moments.mean, moments.scatter = tensors["mean"], unpack_lower_triangles(tensors["scatter"], symmetric=True)
     return moments
 
 
@@ -197,19 +197,19 @@ def restore_bank(
     Args:
         moments: the rebuilt moments, which set the size of the map.
         grid: (rows, columns) of tiles of an image.
-        tensors: the result of `Statistics.tensors`.
-        stored: the result of `density_tensors`.
+        tensors: the result of `NormalStatistics.collect_tensors`.
+        stored: the result of `collect_density_tensors`.
     """
     bank = stored.get("bank")
     if bank is None:
         return None
     if "bank.rest" in tensors:
-        bank = restore_bank_rows(bank, stored["bank.images"], tensors["bank.rest"])
-    bank = join_bank_of_tiles(bank, grid, moments.height, moments.width)
+        bank = restore_bank_from_coresets(bank, stored["bank.images"], tensors["bank.rest"])
+    bank = join_bank_tiles(bank, grid, moments.height, moments.width)
     return torch.cat([bank, tensors["coreset_bank"]], dim=2) if "coreset_bank" in tensors else bank
 
 
-def build_density(config: DensityConfig, statistics: Statistics) -> Density:
+def build_density(config: DensityConfig, statistics: NormalStatistics) -> Density:
     """Fits a density of the configured kind to the statistics.
 
     Raises: ValueError: fewer than two images, or the kind needs a bank and the statistics have none.
@@ -217,7 +217,9 @@ def build_density(config: DensityConfig, statistics: Statistics) -> Density:
     kind = DENSITIES[config.kind]
     if kind.keeps_bank and statistics.bank is None:
         raise ValueError(f"density.kind={config.kind} needs statistics with a bank of normal embeddings, got none")
-    return _of_images(kind.build(_tile_config(config, statistics.grid), statistics.per_tile), statistics.grid)
+    return _wrap_tile_density(
+        kind.build(_get_tile_config(config, statistics.grid), statistics.tile_statistics), statistics.grid
+    )
 
 
 def supports_leave_one_out(config: DensityConfig, grid: tuple[int, int] = (1, 1)) -> bool:
@@ -232,7 +234,9 @@ def supports_leave_one_out(config: DensityConfig, grid: tuple[int, int] = (1, 1)
     return kind.supports_leave_one_out and (grid == (1, 1) or kind.keeps_bank)
 
 
-def leave_one_out_scorer(config: DensityConfig, statistics: Statistics, density: Density) -> LeaveOneOutScorer:
+def build_leave_one_out_scorer(
+    config: DensityConfig, statistics: NormalStatistics, density: Density
+) -> LeaveOneOutScorer:
     """Builds a scorer that computes the distances of training images, each without the image's own embeddings.
 
     Args:
@@ -241,14 +245,16 @@ def leave_one_out_scorer(config: DensityConfig, statistics: Statistics, density:
 
     Raises: ValueError: a density of kind `gaussian` was fitted to fewer than three images.
     """
-    scorer = DENSITIES[config.kind].leave_one_out_scorer(config, statistics.per_tile, _of_tile(density))
-    return _of_images(scorer, statistics.grid)
+    scorer = DENSITIES[config.kind].build_leave_one_out_scorer(
+        config, statistics.tile_statistics, _unwrap_tile_density(density)
+    )
+    return _wrap_tile_density(scorer, statistics.grid)
 
 
-def leave_one_out_refits(
+def compute_leave_one_out_distances_per_projection(
     config: DensityConfig,
     density: Density,
-    statistics: Iterable[Statistics],
+    statistics: Iterable[NormalStatistics],
     score: Callable[[LeaveOneOutScorer, Tensor], Tensor],
 ) -> Iterator[Tensor]:
     """Generator: yields the leave-one-out distances of all images, once for each of several projections of these images.
@@ -266,22 +272,25 @@ def leave_one_out_refits(
     grid = density.grid if isinstance(density, TiledDensity) else (1, 1)
 
     def score_tiles(scorer: LeaveOneOutScorer, bank: Tensor) -> Tensor:
-        return score(_of_images(scorer, grid), join_bank_of_tiles(bank, grid, scorer.height, scorer.width))
+        return score(_wrap_tile_density(scorer, grid), join_bank_tiles(bank, grid, scorer.height, scorer.width))
 
-    return DENSITIES[config.kind].leave_one_out_refits(
-        _tile_config(config, grid), _of_tile(density), (each.per_tile for each in statistics), score_tiles
+    return DENSITIES[config.kind].compute_leave_one_out_distances_per_projection(
+        _get_tile_config(config, grid),
+        _unwrap_tile_density(density),
+        (each.tile_statistics for each in statistics),
+        score_tiles,
     )
 
 
-def density_tensors(config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:
-    """Returns the tensors that a bundle stores for `load_density`, by name. In these tensors, each tile counts as one image.
+def collect_density_tensors(config: DensityConfig, statistics: NormalStatistics, density: Density) -> dict[str, Tensor]:
+    """Returns the tensors that a bundle stores for `restore_density`, by name. In these tensors, each tile counts as one image.
 
     Args: density: the result of `build_density` for the same statistics.
     """
-    return DENSITIES[config.kind].tensors(config, statistics.per_tile, _of_tile(density))
+    return DENSITIES[config.kind].collect_tensors(config, statistics.tile_statistics, _unwrap_tile_density(density))
 
 
-def load_density(
+def restore_density(
     config: DensityConfig,
     tensors: Mapping[str, Tensor],
     height: int,
@@ -289,7 +298,7 @@ def load_density(
     device: torch.device | str,
     grid: tuple[int, int] = (1, 1),
 ) -> Density:
-    """Rebuilds a density from the result of `density_tensors`.
+    """Rebuilds a density from the result of `collect_density_tensors`.
 
     Args:
         height, width: rows and columns of locations of one tile.
@@ -298,21 +307,21 @@ def load_density(
     Raises: KeyError: a tensor is missing. ValueError: the shapes do not fit together.
     """
     on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return _of_images(DENSITIES[config.kind].load(config, on_device, height, width), grid)
+    return _wrap_tile_density(DENSITIES[config.kind].restore(config, on_device, height, width), grid)
 
 
-def exportable_density(config: DensityConfig, density: Density, half: bool) -> Density:
+def build_exportable_density(config: DensityConfig, density: Density, half: bool) -> Density:
     """Returns a density that `torch.export` can trace. It computes in float32, also from tensors that are stored in float16.
 
     Args:
         density: computes in float32.
-        half: round the stored tensors to float16, see `shrink_for_export`.
+        half: round the stored tensors to float16, see `shrink_tensor_for_export`.
     """
-    exportable = DENSITIES[config.kind].exportable(_of_tile(density), half)
-    return _of_images(exportable, density.grid if isinstance(density, TiledDensity) else (1, 1))
+    exportable = DENSITIES[config.kind].make_exportable(_unwrap_tile_density(density), half)
+    return _wrap_tile_density(exportable, density.grid if isinstance(density, TiledDensity) else (1, 1))
 
 
-def shrink_for_export(values: Tensor, half: bool) -> Tensor:
+def shrink_tensor_for_export(values: Tensor, half: bool) -> Tensor:
     """Converts values to float16 where this is allowed; otherwise the values keep their type.
 
     Args: half: True: convert unless a value overflows. False: convert only if float16 represents all values exactly.
@@ -322,27 +331,27 @@ def shrink_for_export(values: Tensor, half: bool) -> Tensor:
     return (half_values if fits else values).contiguous()
 
 
-def _tile_config(config: DensityConfig, grid: tuple[int, int]) -> DensityConfig:
+def _get_tile_config(config: DensityConfig, grid: tuple[int, int]) -> DensityConfig:
     """Returns the settings of a density of single tiles that all tiles of an image share."""
-    return config if grid == (1, 1) else DENSITIES[config.kind].for_tiles(config, grid[0] * grid[1])
+    return config if grid == (1, 1) else DENSITIES[config.kind].adapt_settings_to_tiles(config, grid[0] * grid[1])
 
 
-def _of_tile(density: Any) -> Any:
+def _unwrap_tile_density(density: Any) -> Any:
     """Returns the density of single tiles inside a density of whole images; a density without tiles is returned unchanged."""
     return density.tile_density if isinstance(density, TiledDensity) else density
 
 
-def _of_images(density: Any, grid: tuple[int, int]) -> Any:
+def _wrap_tile_density(density: Any, grid: tuple[int, int]) -> Any:
     """Wraps a density, or leave-one-out scorer, of single tiles so that it scores whole images; unchanged without tiles."""
     return density if grid == (1, 1) else TiledDensity(density, grid)
 
 
 def choose_bank_images(config: DensityConfig, num_images: int) -> set[int] | None:
     """Chooses at most density.max_images of the images 0 to num_images - 1 for the bank; None if the kind needs no bank."""
-    return sample_evenly(num_images, config.max_images) if DENSITIES[config.kind].keeps_bank else None
+    return choose_evenly_spaced(num_images, config.max_images) if DENSITIES[config.kind].keeps_bank else None
 
 
-def sample_evenly(count: int, limit: int) -> set[int]:
+def choose_evenly_spaced(count: int, limit: int) -> set[int]:
     """Chooses at most `limit` evenly spaced numbers from 0 to count - 1; all numbers if count <= limit."""
     if count <= limit:
         return set(range(count))

@@ -18,10 +18,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from focus_ray.density.base import Statistics, sample_evenly
+from focus_ray.density.base import NormalStatistics, choose_evenly_spaced
 from focus_ray.density.gaussian import Gaussian, LeaveOneOutGaussian, fit_gaussian
-from focus_ray.density.moments import mean_variance, pack_lower, unpack_lower
-from focus_ray.density.nearest import JointMemory
+from focus_ray.density.moments import compute_mean_variance, pack_lower_triangles, unpack_lower_triangles
+from focus_ray.density.nearest import LocationAndCoresetMemory
 
 RIDGE = 0.1  # as a share of the embedding's mean variance: ten times more blurs Gaussians of locations with little variation
 MIN_IMAGES = 16  # images that remain without one part: with fewer images, a covariance consists mostly of its ridge
@@ -29,7 +29,7 @@ MAX_FACTOR_VALUES = 2**24  # in all packed precision factors: 128 MiB of memory;
 _TYPICAL_IMAGES = 16
 
 
-class CheckedMemory:
+class GaussianCappedMemory:
     """Combines a memory with one Gaussian per location: a patch has a high distance only if both find it far away.
 
     The distance is the smaller of the memory's distance and the scaled distance of the Gaussian. An object is a density or a
@@ -41,7 +41,9 @@ class CheckedMemory:
         scale: (), factor for a Gaussian's distance: density.gaussian_share / mean leave-one-out distance of good images.
     """
 
-    def __init__(self, memory: JointMemory, gaussian: Gaussian | LeaveOneOutGaussian, scale: Tensor) -> None:
+    def __init__(
+        self, memory: LocationAndCoresetMemory, gaussian: Gaussian | LeaveOneOutGaussian, scale: Tensor
+    ) -> None:
         self.memory, self.gaussian, self.scale = memory, gaussian, scale
         self.height, self.width = memory.height, memory.width
 
@@ -64,8 +66,8 @@ class CheckedMemory:
         return torch.minimum(self.memory.score(embedding, *excluded_images), distance * self.scale)
 
 
-def can_build_checked_memory(statistics: Statistics, gaussian_share: float) -> bool:
-    """Returns whether a `CheckedMemory` is wanted and can be built.
+def can_fit_gaussians(statistics: NormalStatistics, gaussian_share: float) -> bool:
+    """Returns whether a `GaussianCappedMemory` is wanted and can be built.
 
     Conditions: `gaussian_share` (density.gaussian_share) is above 0; at least `MIN_IMAGES` images remain when an image and all
     images of the same physical part are left out; the precision factors have at most `MAX_FACTOR_VALUES` values.
@@ -76,51 +78,55 @@ def can_build_checked_memory(statistics: Statistics, gaussian_share: float) -> b
     return gaussian_share > 0 and moments.count - num_excluded >= MIN_IMAGES and num_values <= MAX_FACTOR_VALUES
 
 
-def build_checked_memory(memory: JointMemory, statistics: Statistics, gaussian_share: float) -> CheckedMemory:
+def cap_memory_by_gaussians(
+    memory: LocationAndCoresetMemory, statistics: NormalStatistics, gaussian_share: float
+) -> GaussianCappedMemory:
     """Fits a Gaussian for each location, and combines the Gaussians with the memory of the same statistics.
 
     Args:
         statistics: with a bank of at least three images.
-        gaussian_share: density.gaussian_share, see `CheckedMemory.scale`.
+        gaussian_share: density.gaussian_share, see `GaussianCappedMemory.scale`.
 
     Raises: ValueError: fewer than three images, or fewer than two without an image and its related images.
     """
     moments = statistics.moments
-    mean, factor = fit_gaussian(moments, _ridge(statistics))
-    gaussian = Gaussian(mean, _round_to_half(factor).float(), moments.height, moments.width)
-    return CheckedMemory(
-        memory, gaussian, measure_scale(statistics, leave_one_out_gaussian(statistics), gaussian_share)
+    mean, factor = fit_gaussian(moments, _compute_ridge(statistics))
+    gaussian = Gaussian(mean, _round_to_float16(factor).float(), moments.height, moments.width)
+    return GaussianCappedMemory(
+        memory, gaussian, measure_gaussian_scale(statistics, build_leave_one_out_gaussian(statistics), gaussian_share)
     )
 
 
-def leave_one_out_gaussian(statistics: Statistics) -> LeaveOneOutGaussian:
-    """Builds the leave-one-out scorer of the Gaussians of a `CheckedMemory`, with the same ridge and without pooling.
+def build_leave_one_out_gaussian(statistics: NormalStatistics) -> LeaveOneOutGaussian:
+    """Builds the leave-one-out scorer of the Gaussians of a `GaussianCappedMemory`, with the same ridge and without pooling.
 
     Raises: ValueError: the statistics are of fewer than three images.
     """
-    return LeaveOneOutGaussian(statistics.moments, _ridge(statistics), 0.0, statistics.bank)
+    return LeaveOneOutGaussian(statistics.moments, _compute_ridge(statistics), 0.0, statistics.bank)
 
 
-def measure_scale(statistics: Statistics, gaussian: LeaveOneOutGaussian, gaussian_share: float) -> Tensor:
-    """Computes `CheckedMemory.scale`, a scalar, from the leave-one-out distances of at most `_TYPICAL_IMAGES` bank images.
+def measure_gaussian_scale(
+    statistics: NormalStatistics, gaussian: LeaveOneOutGaussian, gaussian_share: float
+) -> Tensor:
+    """Computes `GaussianCappedMemory.scale`, a scalar, from the leave-one-out distances of at most `_TYPICAL_IMAGES` bank images.
 
     Raises: ValueError: fewer than two images would remain when an image and its related images are left out.
     """
     bank, moments = statistics.bank, statistics.moments
     assert bank is not None
     total = torch.zeros((), device=moments.mean.device)
-    sampled = torch.tensor(sorted(sample_evenly(len(bank), _TYPICAL_IMAGES)))
+    sampled = torch.tensor(sorted(choose_evenly_spaced(len(bank), _TYPICAL_IMAGES)))
     for numbers in sampled.split(8):
         rows = bank[numbers, :, : moments.channels].to(moments.mean).transpose(1, 2)
         embedding = rows.unflatten(2, (moments.height, moments.width))
-        total += gaussian.score(embedding, statistics.images_to_exclude(numbers)).mean() * len(numbers)
+        total += gaussian.score(embedding, statistics.find_images_to_exclude(numbers)).mean() * len(numbers)
     return gaussian_share / (total / len(sampled)).clamp_min(1e-12)
 
 
-def gaussian_tensors(density: CheckedMemory) -> dict[str, Tensor]:
-    """Returns the tensors that a bundle stores for the Gaussians of a `CheckedMemory`, by name."""
+def collect_gaussian_tensors(density: GaussianCappedMemory) -> dict[str, Tensor]:
+    """Returns the tensors that a bundle stores for the Gaussians of a `GaussianCappedMemory`, by name."""
     assert isinstance(density.gaussian, Gaussian)
-    factor = _round_to_half(pack_lower(density.gaussian.precision_factor))
+    factor = _round_to_float16(pack_lower_triangles(density.gaussian.precision_factor))
     return {
         "gaussian.mean": density.gaussian.mean,
         "gaussian.precision_factor": factor,
@@ -128,19 +134,19 @@ def gaussian_tensors(density: CheckedMemory) -> dict[str, Tensor]:
     }
 
 
-def load_checked_memory(memory: JointMemory, tensors: Mapping[str, Tensor]) -> CheckedMemory:
-    """Rebuilds a `CheckedMemory` from a memory and the tensors that `gaussian_tensors` returned."""
-    factor = unpack_lower(tensors["gaussian.precision_factor"].float())
+def restore_capped_memory(memory: LocationAndCoresetMemory, tensors: Mapping[str, Tensor]) -> GaussianCappedMemory:
+    """Rebuilds a `GaussianCappedMemory` from a memory and the tensors that `collect_gaussian_tensors` returned."""
+    factor = unpack_lower_triangles(tensors["gaussian.precision_factor"].float())
     gaussian = Gaussian(tensors["gaussian.mean"], factor, memory.height, memory.width)
-    return CheckedMemory(memory, gaussian, tensors["gaussian.scale"])
+    return GaussianCappedMemory(memory, gaussian, tensors["gaussian.scale"])
 
 
-def _ridge(statistics: Statistics) -> float:
+def _compute_ridge(statistics: NormalStatistics) -> float:
     """Returns the number to add to the diagonal of each Gaussian's covariance."""
-    return max(RIDGE * mean_variance(statistics.moments), 1e-12)
+    return max(RIDGE * compute_mean_variance(statistics.moments), 1e-12)
 
 
-def _round_to_half(factor: Tensor) -> Tensor:
+def _round_to_float16(factor: Tensor) -> Tensor:
     """Rounds precision factors to float16, as bundles store them; returns them unchanged if a value overflows float16."""
     half = factor.half()
     return half if bool(torch.isfinite(half).all()) else factor

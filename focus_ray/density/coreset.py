@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from focus_ray.density.base import shrink_for_export
+from focus_ray.density.base import shrink_tensor_for_export
 
 MAX_CANDIDATES = 32768  # patches among which the coreset is chosen: the cost of the choice grows with their number
 _SEARCH_CHANNELS = 64  # of the random projection in which the coreset is chosen [kin: Johnson-Lindenstrauss]
@@ -92,14 +92,14 @@ def choose_coreset(
     """
     num_images, num_locations, channels = bank.shape
     generator = torch.Generator().manual_seed(0)
-    candidates = choose_candidates(num_images, num_locations, generator)
+    candidates = choose_coreset_candidates(num_images, num_locations, generator)
     patches = bank.reshape(-1, channels)[candidates].to(device, torch.float32)
     projection = torch.randn(channels, _SEARCH_CHANNELS, generator=generator).to(device)
-    chosen = greedy_coreset(patches @ projection, num_patches).cpu()
+    chosen = choose_farthest_points(patches @ projection, num_patches).cpu()
     return Coreset(patches[chosen.to(device)], (candidates[chosen] // num_locations).to(device), dtype)
 
 
-def choose_candidates(num_images: int, num_locations: int, generator: torch.Generator) -> Tensor:
+def choose_coreset_candidates(num_images: int, num_locations: int, generator: torch.Generator) -> Tensor:
     """Chooses at most MAX_CANDIDATES patches of a bank of N images and L locations, spread evenly over images and locations.
 
     Args:
@@ -121,7 +121,7 @@ def choose_candidates(num_images: int, num_locations: int, generator: torch.Gene
     return images * num_locations + shuffled[candidates % num_locations]
 
 
-def greedy_coreset(points: Tensor, count: int) -> Tensor:
+def choose_farthest_points(points: Tensor, count: int) -> Tensor:
     """Chooses at most `count` of the points (P, D) by farthest-point sampling, and returns their indices.
 
     The first chosen point is farthest from the mean of all points. Every next point is farthest from the points that are chosen
@@ -140,8 +140,8 @@ def greedy_coreset(points: Tensor, count: int) -> Tensor:
     return chosen
 
 
-def greedy_coresets(points: Tensor, count: int) -> Tensor:
-    """Runs `greedy_coreset` on S sets of points at once, without choosing a point twice.
+def choose_farthest_points_per_set(points: Tensor, count: int) -> Tensor:
+    """Runs `choose_farthest_points` on S sets of points at once, without choosing a point twice.
 
     Args:
         points: (S, P, D).
@@ -167,9 +167,9 @@ class ExportableCoreset(Coreset):
     """A coreset that `torch.export` can trace: without chunks and in-place writes, with patches in float16 where possible."""
 
     def __init__(self, coreset: Coreset, half: bool) -> None:
-        """Args: coreset: computes in float32. half: see `shrink_for_export`."""
+        """Args: coreset: computes in float32. half: see `shrink_tensor_for_export`."""
         assert coreset.centre is None
-        self.patches = shrink_for_export(coreset.patches.t(), half)  # (K, M)
+        self.patches = shrink_tensor_for_export(coreset.patches.t(), half)  # (K, M)
         self.half_squares = self.patches.float().square().sum(dim=0) / 2
 
     def score(self, embedding: Tensor, excluded_images: Tensor | None = None) -> Tensor:

@@ -8,8 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from focus_ray.density.base import shrink_for_export
-from focus_ray.density.moments import Moments, check_num_images, location_chunks, locations_first, pooled_covariance
+from focus_ray.density.base import shrink_tensor_for_export
+from focus_ray.density.moments import (
+    Moments,
+    check_enough_images,
+    compute_pooled_covariance,
+    move_locations_first,
+    split_locations_into_chunks,
+)
 
 
 class Gaussian:
@@ -41,11 +47,11 @@ class Gaussian:
     def score(self, embedding: Tensor) -> Tensor:
         """Computes the Mahalanobis distances (B, H, W), >= 0, of the patches of B embeddings (B, C, H, W)."""
         assert embedding.shape[2:] == (self.height, self.width)
-        return mahalanobis(embedding, self.mean, self.precision_factor)
+        return compute_mahalanobis_distances(embedding, self.mean, self.precision_factor)
 
-    def exportable(self, half: bool) -> Gaussian:
-        """Returns a copy for export, whose precision factor is float16 if `shrink_for_export(..., half)` allows it."""
-        return Gaussian(self.mean, shrink_for_export(self.precision_factor, half), self.height, self.width)
+    def make_exportable(self, half: bool) -> Gaussian:
+        """Returns a copy for export, whose precision factor is float16 if `shrink_tensor_for_export(..., half)` allows it."""
+        return Gaussian(self.mean, shrink_tensor_for_export(self.precision_factor, half), self.height, self.width)
 
 
 @torch.no_grad()
@@ -70,21 +76,21 @@ def fit_gaussian(
 
     Raises: ValueError: fewer than two images.
     """
-    check_num_images(moments)
+    check_enough_images(moments)
     num_locations, channels = moments.mean.shape
     factors = torch.empty_like(moments.scatter)
     identity = torch.eye(channels, device=moments.mean.device)
     base = ridge * identity
     if pooling:
-        base = base + pooling * pooled_covariance(moments)
-    for part in location_chunks(num_locations, channels):
+        base = base + pooling * compute_pooled_covariance(moments)
+    for part in split_locations_into_chunks(num_locations, channels):
         covariance = torch.add(base, moments.scatter[part], alpha=(1 - pooling) / (divisor or moments.count - 1))
         root = torch.linalg.cholesky(covariance)
         factors[part] = torch.linalg.solve_triangular(root, identity.expand_as(root), upper=False)
     return moments.mean.clone(), factors
 
 
-def mahalanobis(embedding: Tensor, mean: Tensor, precision_factor: Tensor) -> Tensor:
+def compute_mahalanobis_distances(embedding: Tensor, mean: Tensor, precision_factor: Tensor) -> Tensor:
     """Computes the Mahalanobis distance of each patch to the Gaussian of its location (PaDiM, arXiv 2011.08785, eq. 2).
 
     Args:
@@ -95,7 +101,7 @@ def mahalanobis(embedding: Tensor, mean: Tensor, precision_factor: Tensor) -> Te
     Returns: (B, H, W), >= 0, not squared (scikit-learn's function of this name returns the square).
     """
     batch, channels, height, width = embedding.shape
-    centred = locations_first(embedding) - mean[:, None].to(embedding.dtype)
+    centred = move_locations_first(embedding) - mean[:, None].to(embedding.dtype)
     factor = precision_factor.to(embedding.dtype).transpose(1, 2)
     half = channels // 2  # two products skip the quarter of the factor above the diagonal that is zero
     first = torch.bmm(centred[:, :, :half], factor[:, :half, :half])
@@ -137,7 +143,7 @@ class LeaveOneOutGaussian:
         self.moments, self.ridge, self.pooling, self.bank = moments, ridge, pooling, bank
         self.fits: dict[int, Gaussian] = {}  # by the number of excluded images
 
-    def _fit_for_exclusion(self, num_excluded: int) -> Gaussian:
+    def _get_gaussian_for_exclusion(self, num_excluded: int) -> Gaussian:
         """Returns the Gaussian from which leave-one-out distances are computed if `num_excluded` images are excluded together.
 
         Mean and scatter are computed from all n images. The covariance is computed as in `fit_gaussian`, but with the divisor n
@@ -172,17 +178,17 @@ class LeaveOneOutGaussian:
         """
         excluded_sets = [tuple(numbers.unique().tolist()) for numbers in excluded_images.view(len(excluded_images), -1)]
         if all(len(numbers) == 1 for numbers in excluded_sets):
-            return self._score_without_itself(embedding)
+            return self._score_without_own_image(embedding)
         distances = torch.empty(len(excluded_images), self.height, self.width, device=embedding.device)
         for numbers in sorted(set(excluded_sets), key=len):  # all sets of one size share a fit
             images = [image for image, excluded in enumerate(excluded_sets) if excluded == numbers]
             if len(numbers) == 1:
-                distances[images] = self._score_without_itself(embedding[images])
+                distances[images] = self._score_without_own_image(embedding[images])
             else:
-                distances[images] = self._score_without_images(embedding[images], torch.tensor(numbers))
+                distances[images] = self._score_without_excluded_images(embedding[images], torch.tensor(numbers))
         return distances
 
-    def _score_without_itself(self, embedding: Tensor) -> Tensor:
+    def _score_without_own_image(self, embedding: Tensor) -> Tensor:
         """Computes the distances (B, H, W) of B training images to the Gaussian of all images except the scored image.
 
         It uses the Sherman-Morrison formula.
@@ -190,12 +196,12 @@ class LeaveOneOutGaussian:
         Args: embedding: (B, C, H, W), embeddings of the training images.
         """
         n = self.moments.count
-        square = self._fit_for_exclusion(1).score(embedding).square()  # v^T A^-1 v
+        square = self._get_gaussian_for_exclusion(1).score(embedding).square()  # v^T A^-1 v
         c = (1 - self.pooling) * n / ((n - 1) * (n - 2))
         # y = x - left-out mean = n / (n - 1) v, and v^T (A - c v v^T)^-1 v = square / (1 - c square)
         return n / (n - 1) * (square / (1 - c * square).clamp_min(1e-6)).sqrt()
 
-    def _score_without_images(self, embedding: Tensor, numbers: Tensor) -> Tensor:
+    def _score_without_excluded_images(self, embedding: Tensor, numbers: Tensor) -> Tensor:
         """Computes the distances (B, H, W) of B training images to the Gaussian of all images except k images of the bank.
 
         Args:
@@ -212,12 +218,12 @@ class LeaveOneOutGaussian:
         """
         assert self.bank is not None, "only a density with a bank can leave out several images together"
         n, k = self.moments.count, len(numbers)
-        gaussian = self._fit_for_exclusion(k)
+        gaussian = self._get_gaussian_for_exclusion(k)
         factor, mean = gaussian.precision_factor, gaussian.mean
         rows = self.bank[numbers].to(mean).transpose(0, 1)[:, :, : mean.shape[1]]  # (L, k, C)
         centred = rows - mean[:, None]
         # (L, B, C)
-        query = locations_first(embedding.to(mean)) - mean[:, None] + centred.sum(dim=1, keepdim=True) / (n - k)
+        query = move_locations_first(embedding.to(mean)) - mean[:, None] + centred.sum(dim=1, keepdim=True) / (n - k)
         whitened = torch.bmm(centred, factor.transpose(1, 2)).double()
         whitened_query = torch.bmm(query, factor.transpose(1, 2)).double()
         gram = whitened @ whitened.transpose(1, 2)  # V^T A^-1 V, (L, k, k)

@@ -36,7 +36,7 @@ class Moments:
         self.scatter = torch.zeros(height * width, channels, channels, device=device)
 
     @torch.no_grad()
-    def update(self, embedding: Tensor) -> None:
+    def add_embeddings(self, embedding: Tensor) -> None:
         """Adds the embeddings (B, C, H, W) of B images, in place.
 
         Raises: ValueError: C, H or W differs, or a value is not finite.
@@ -51,10 +51,10 @@ class Moments:
         batch = len(embedding)
         if batch == 0:
             return
-        values = locations_first(embedding.float())  # (L, B, C)
+        values = move_locations_first(embedding.float())  # (L, B, C)
         total = self.count + batch
         weight = (self.count * batch / total) ** 0.5
-        for part in location_chunks(len(values), self.channels):
+        for part in split_locations_into_chunks(len(values), self.channels):
             batch_mean = values[part].mean(dim=1)
             difference = batch_mean - self.mean[part]
             # the shift between the two means is one more row of the same matrix product, which saves a second product
@@ -66,7 +66,7 @@ class Moments:
     @torch.no_grad()
     def merge(self, other: Moments) -> Moments:
         """Adds other moments to these, in place, and returns self. Raises: ValueError: the shapes differ."""
-        self._check_shape(other)
+        self._check_same_shape(other)
         total = self.count + other.count
         if other.count:
             difference = other.mean - self.mean
@@ -83,7 +83,7 @@ class Moments:
 
         Raises: ValueError: the shapes differ, or `other` has more images.
         """
-        self._check_shape(other)
+        self._check_same_shape(other)
         if other.count > self.count:
             raise ValueError(f"cannot remove moments of {other.count} images from the moments of {self.count} images")
         remaining = self.count - other.count
@@ -100,58 +100,58 @@ class Moments:
         self.count = remaining
         return self
 
-    def _check_shape(self, other: Moments) -> None:
+    def _check_same_shape(self, other: Moments) -> None:
         """Raises ValueError if other moments have a different C, H or W."""
         shapes = [(moments.height, moments.width, moments.channels) for moments in (self, other)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"moments with (H, W, C) = {shapes[1]} do not fit moments with (H, W, C) = {shapes[0]}")
 
 
-def pooled_covariance(moments: Moments) -> Tensor:
+def compute_pooled_covariance(moments: Moments) -> Tensor:
     """Computes the mean (C, C) of the covariances of all locations. Raises: ValueError: fewer than two images."""
-    check_num_images(moments)
+    check_enough_images(moments)
     return moments.scatter.mean(dim=0) / (moments.count - 1)
 
 
-def mean_variance(moments: Moments) -> float:
+def compute_mean_variance(moments: Moments) -> float:
     """Computes the variance between images, averaged over locations and channels. Raises: ValueError: fewer than two images."""
-    check_num_images(moments)
+    check_enough_images(moments)
     return float(moments.scatter.diagonal(dim1=1, dim2=2).mean()) / (moments.count - 1)
 
 
-def absolute_ridge(config: DensityConfig, moments: Moments) -> float:
+def compute_absolute_ridge(config: DensityConfig, moments: Moments) -> float:
     """Converts density.shrinkage to the number to add to a covariance's diagonal, in the squared unit of the embeddings.
 
     Raises: ValueError: density.shrinkage_unit is mean_variance, and there are fewer than two images.
     """
-    scale = mean_variance(moments) if config.shrinkage_unit == "mean_variance" else 1.0
+    scale = compute_mean_variance(moments) if config.shrinkage_unit == "mean_variance" else 1.0
     return max(config.shrinkage * scale, 1e-12)
 
 
-def check_num_images(moments: Moments) -> None:
+def check_enough_images(moments: Moments) -> None:
     """Raises ValueError if the moments have fewer than two images, because then they have no variance."""
     if moments.count < 2:
         raise ValueError(f"a density needs at least 2 normal images, got {moments.count}: add training images")
 
 
-def locations_first(embedding: Tensor) -> Tensor:
+def move_locations_first(embedding: Tensor) -> Tensor:
     """Copies an embedding (B, C, H, W) to a contiguous tensor (H*W, B, C), which is faster in a batched product than a view."""
     batch, channels, height, width = embedding.shape
     return embedding.permute(2, 3, 0, 1).reshape(height * width, batch, channels).contiguous()
 
 
-def pack_lower(matrices: Tensor) -> Tensor:
+def pack_lower_triangles(matrices: Tensor) -> Tensor:
     """Extracts the lower triangles of matrices (L, C, C), row by row: (L, C (C + 1) / 2)."""
     channels = matrices.shape[1]
     rows, columns = torch.tril_indices(channels, channels, device=matrices.device)
     packed = matrices.new_empty(matrices.shape[0], len(rows))
-    for part in location_chunks(matrices.shape[0], channels):
+    for part in split_locations_into_chunks(matrices.shape[0], channels):
         packed[part] = matrices[part][:, rows, columns]
     return packed
 
 
-def unpack_lower(packed: Tensor, symmetric: bool = False) -> Tensor:
-    """Rebuilds matrices (L, C, C) from the result of `pack_lower` (L, C (C + 1) / 2).
+def unpack_lower_triangles(packed: Tensor, symmetric: bool = False) -> Tensor:
+    """Rebuilds matrices (L, C, C) from the result of `pack_lower_triangles` (L, C (C + 1) / 2).
 
     Args: symmetric: True: mirror the lower triangle to the upper one. False: fill the upper triangle with zeros.
     """
@@ -164,7 +164,7 @@ def unpack_lower(packed: Tensor, symmetric: bool = False) -> Tensor:
     return matrices
 
 
-def location_chunks(num_locations: int, channels: int) -> Iterator[slice]:
+def split_locations_into_chunks(num_locations: int, channels: int) -> Iterator[slice]:
     """Generator: yields slices that cover all locations; the covariances (n, C, C) of a slice take at most _CHUNK_BYTES.
 
     If a single covariance is larger, a slice has one location.

@@ -22,10 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focus_ray.density.base import Statistics, sample_evenly, shrink_for_export
-from focus_ray.density.coreset import Coreset, greedy_coresets
-from focus_ray.density.moments import absolute_ridge, check_num_images, locations_first, pooled_covariance
-from focus_ray.precision import compute_dtype
+from focus_ray.density.base import NormalStatistics, choose_evenly_spaced, shrink_tensor_for_export
+from focus_ray.density.coreset import Coreset, choose_farthest_points_per_set
+from focus_ray.density.moments import (
+    check_enough_images,
+    compute_absolute_ridge,
+    compute_pooled_covariance,
+    move_locations_first,
+)
+from focus_ray.precision import choose_compute_dtype
 
 if TYPE_CHECKING:
     from focus_ray.density.kinds.nearest import NearestSettings
@@ -36,7 +41,7 @@ _LOCATIONS_AT_ONCE = 64
 _SEARCH_CHANNELS = 32  # of the random projection in which a location's coreset is chosen
 
 
-class NearestMemory:
+class LocationMemory:
     """A fitted memory of normal embeddings for each location.
 
     Attributes:
@@ -95,7 +100,7 @@ class NearestMemory:
         self.whitening, self.height, self.width, self.window = whitening, height, width, window
         self.channels = channels
         self.image_numbers = None if image_numbers is None else image_numbers.to(whitening.device, torch.int32)
-        self.is_unwhitened = _is_identity(whitening)
+        self.is_unwhitened = _is_identity_matrix(whitening)
         norms = torch.linalg.vector_norm(bank, dim=2, dtype=torch.float32)
         self.half_squares = (norms.square() / 2).to(dtype)  # (L, M)
 
@@ -116,7 +121,7 @@ class NearestMemory:
         """
         batch, channels, height, width = embedding.shape
         assert (height, width) == (self.height, self.width)
-        queries = locations_first(embedding).to(self.whitening.dtype)  # (L, B, C)
+        queries = move_locations_first(embedding).to(self.whitening.dtype)  # (L, B, C)
         if not self.is_unwhitened:
             queries = queries @ self.whitening.t()
         # |q - b|^2 / 2 = |q|^2 / 2 - (q b - |b|^2 / 2): the nearest b has the largest agreement q b - |b|^2 / 2
@@ -145,7 +150,7 @@ class NearestMemory:
             for down in range(self.window):
                 for right in range(self.window):
                     # best[r, c, down, right]: the bank of (r, c) and the query at (r + down - reach, c + right - reach)
-                    maximum_into(closest, best[:, :, down, right], rows.start + down - reach, right - reach)
+                    update_maximum(closest, best[:, :, down, right], rows.start + down - reach, right - reach)
         squares = 0 if self.centre is not None else queries.square().sum(dim=2).view(height, width, batch)
         return (squares - 2 * closest).clamp_min_(0).sqrt_().permute(2, 0, 1)
 
@@ -169,7 +174,7 @@ class NearestMemory:
         agreement.masked_fill_(is_excluded_PBM[:, None], -torch.inf)
 
 
-class JointMemory:
+class LocationAndCoresetMemory:
     """A density that averages the distances of a memory of locations and of a coreset [ours].
 
     Before that, each distance is divided by the typical distance of good images.
@@ -180,7 +185,7 @@ class JointMemory:
         typical_distance: (2,), mean leave-one-out distance of good images in `location_memory` and in `coreset`.
     """
 
-    def __init__(self, location_memory: NearestMemory, coreset: Coreset, typical_distance: Tensor) -> None:
+    def __init__(self, location_memory: LocationMemory, coreset: Coreset, typical_distance: Tensor) -> None:
         self.location_memory, self.coreset, self.typical_distance = location_memory, coreset, typical_distance
         self.height, self.width = location_memory.height, location_memory.width
 
@@ -203,10 +208,10 @@ class JointMemory:
         ) / 2
 
 
-class LeaveOneOutCoreset:
+class CoresetScorer:
     """Scores images with the coreset of a joint memory alone (a `LeaveOneOutScorer`)."""
 
-    def __init__(self, memory: JointMemory) -> None:
+    def __init__(self, memory: LocationAndCoresetMemory) -> None:
         self.height, self.width, self.coreset = memory.height, memory.width, memory.coreset
 
     def score(self, embedding: Tensor, excluded_images: Tensor) -> Tensor:
@@ -214,7 +219,9 @@ class LeaveOneOutCoreset:
         return self.coreset.score(embedding, excluded_images)
 
 
-def measure_typical_distances(location_memory: NearestMemory, coreset: Coreset, statistics: Statistics) -> Tensor:
+def measure_typical_distances(
+    location_memory: LocationMemory, coreset: Coreset, statistics: NormalStatistics
+) -> Tensor:
     """Computes the mean leave-one-out distance of a sample of normal images in both memories.
 
     The sample has at most `_TYPICAL_IMAGES` images of the bank.
@@ -227,18 +234,18 @@ def measure_typical_distances(location_memory: NearestMemory, coreset: Coreset, 
     assert bank is not None
     if len(bank) < 2:
         return torch.ones(2, device=location_memory.device)
-    sampled = torch.tensor(sorted(sample_evenly(len(bank), _TYPICAL_IMAGES)))
+    sampled = torch.tensor(sorted(choose_evenly_spaced(len(bank), _TYPICAL_IMAGES)))
     totals = torch.zeros(2, device=location_memory.device)
     for numbers in sampled.split(8):  # 8 images together, so that the bank is read only once for them
         rows = bank[numbers].to(location_memory.device, torch.float32).transpose(1, 2)
         rows = rows.unflatten(2, (location_memory.height, location_memory.width))
-        excluded = statistics.images_to_exclude(numbers)
+        excluded = statistics.find_images_to_exclude(numbers)
         distances = location_memory.score(rows[:, :channels], excluded), coreset.score(rows[:, channels:], excluded)
         totals += torch.stack([distance.mean() for distance in distances]) * len(numbers)
     return (totals / len(sampled)).clamp_min_(1e-12)
 
 
-def maximum_into(target: Tensor, values: Tensor, top: int, left_edge: int) -> None:
+def update_maximum(target: Tensor, values: Tensor, top: int, left_edge: int) -> None:
     """Replaces elements of a target by values that are larger, in place.
 
     Args:
@@ -256,7 +263,7 @@ def maximum_into(target: Tensor, values: Tensor, top: int, left_edge: int) -> No
 
 
 @torch.no_grad()
-def build_memory(config: NearestSettings, statistics: Statistics) -> NearestMemory:
+def build_location_memory(config: NearestSettings, statistics: NormalStatistics) -> LocationMemory:
     """Builds a memory of locations from the stored embeddings of normal images.
 
     With density.reduction=discriminant, embeddings are not whitened, because the learnt projection already defines the metric.
@@ -269,18 +276,22 @@ def build_memory(config: NearestSettings, statistics: Statistics) -> NearestMemo
     assert statistics.bank is not None
     if len(statistics.bank) == 0:
         raise ValueError("a memory needs at least 1 normal image, got 0: add training images")
-    check_num_images(moments)
+    check_enough_images(moments)
     whitening = torch.eye(moments.channels, device=device)
     if config.reduction != "discriminant":
-        whitening = whitening_matrix(pooled_covariance(moments), absolute_ridge(config, moments))
-    whitened = whiten(statistics.bank[:, :, : moments.channels], whitening)
-    coreset, images = subsample_coreset(whitened, config.per_place, device)
-    dtype = compute_dtype(config.precision, device)
-    return NearestMemory(coreset, whitening, moments.height, moments.width, config.window, dtype, images)
+        whitening = compute_whitening_matrix(
+            compute_pooled_covariance(moments), compute_absolute_ridge(config, moments)
+        )
+    whitened = whiten_bank(statistics.bank[:, :, : moments.channels], whitening)
+    coreset, images = subsample_location_coresets(whitened, config.per_place, device)
+    dtype = choose_compute_dtype(config.precision, device)
+    return LocationMemory(coreset, whitening, moments.height, moments.width, config.window, dtype, images)
 
 
 @torch.no_grad()
-def subsample_coreset(bank: Tensor, limit: int | None, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
+def subsample_location_coresets(
+    bank: Tensor, limit: int | None, device: torch.device | str
+) -> tuple[Tensor, Tensor | None]:
     """Reduces a whitened bank to a coreset of at most `limit` embeddings at each location. The choice is deterministic.
 
     Args:
@@ -299,30 +310,30 @@ def subsample_coreset(bank: Tensor, limit: int | None, device: torch.device | st
     projection = torch.randn(channels, _SEARCH_CHANNELS, generator=generator).to(device)
     images = torch.cat(
         [
-            greedy_coresets(part.to(device, torch.float32) @ projection, limit).sort(dim=1).values.cpu()
+            choose_farthest_points_per_set(part.to(device, torch.float32) @ projection, limit).sort(dim=1).values.cpu()
             for part in bank.split(_LOCATIONS_AT_ONCE)
         ]
     )
     return bank[torch.arange(num_locations)[:, None], images.to(bank.device)], images.int()
 
 
-def whitening_matrix(covariance: Tensor, ridge: float) -> Tensor:
+def compute_whitening_matrix(covariance: Tensor, ridge: float) -> Tensor:
     """Computes the lower triangular W (C, C) with W^T W = (covariance + ridge I)^-1 for a covariance (C, C)."""
     identity = torch.eye(len(covariance), device=covariance.device, dtype=covariance.dtype)
     return torch.linalg.solve_triangular(torch.linalg.cholesky(covariance + ridge * identity), identity, upper=False)
 
 
-def _is_identity(whitening: Tensor) -> bool:
+def _is_identity_matrix(whitening: Tensor) -> bool:
     """Returns whether a whitening matrix (C, C) is exactly the identity."""
     return bool((whitening == torch.eye(len(whitening), device=whitening.device)).all())
 
 
-def whiten(bank: Tensor, whitening: Tensor) -> Tensor:
+def whiten_bank(bank: Tensor, whitening: Tensor) -> Tensor:
     """Whitens a bank (N, L, C) and returns it as (L, N, C), in float32 and on the device of the whitening matrix.
 
     If the whitening matrix (C, C) is the identity, returns a view of the bank in its own type and on its own device.
     """
-    if _is_identity(whitening):
+    if _is_identity_matrix(whitening):
         return bank.transpose(0, 1)
     whitened = torch.empty(bank.shape[1], bank.shape[0], bank.shape[2], device=whitening.device)
     for number, image in enumerate(bank):
@@ -333,14 +344,14 @@ def whiten(bank: Tensor, whitening: Tensor) -> Tensor:
 _LOWEST = -3e38  # agreement of a missing neighbour; not -inf, because not every runtime supports infinity
 
 
-class ExportableMemory(NearestMemory):
+class ExportableLocationMemory(LocationMemory):
     """A memory that `torch.export` can trace: without chunks and in-place writes.
 
-    The bank has the shape (L, C, M), and is float16 where `shrink_for_export` allows it.
+    The bank has the shape (L, C, M), and is float16 where `shrink_tensor_for_export` allows it.
     """
 
-    def __init__(self, memory: NearestMemory, half: bool) -> None:
-        """Args: memory: computes in float32. half: see `shrink_for_export`."""
+    def __init__(self, memory: LocationMemory, half: bool) -> None:
+        """Args: memory: computes in float32. half: see `shrink_tensor_for_export`."""
         assert memory.centre is None
         self.height, self.width, self.window, self.channels = (
             memory.height,
@@ -348,14 +359,14 @@ class ExportableMemory(NearestMemory):
             memory.window,
             memory.channels,
         )
-        self.bank = shrink_for_export(memory.bank.transpose(1, 2), half)
+        self.bank = shrink_tensor_for_export(memory.bank.transpose(1, 2), half)
         self.half_squares = self.bank.float().square().sum(dim=1)[:, None] / 2
         self.whitening, self.is_unwhitened = memory.whitening, memory.is_unwhitened
 
     def score(self, embedding: Tensor, excluded_images: Tensor | None = None) -> Tensor:
         """Computes distances (B, H, W) of embeddings (B, C, H, W); `excluded_images` is ignored."""
         batch, channels, height, width = embedding.shape
-        queries = locations_first(embedding)  # (L, B, C)
+        queries = move_locations_first(embedding)  # (L, B, C)
         if not self.is_unwhitened:
             queries = queries @ self.whitening.t()
         reach = self.window // 2

@@ -59,15 +59,17 @@ class ChannelReduction(nn.Module):
         # a discriminant projection is semi-orthogonal until it is learnt
         self.has_projection = config.reduction in ("semi_orthogonal", "discriminant")
         if self.has_projection:
-            self.register_buffer("projection", _semi_orthogonal(total, config.num_channels, generator))
+            self.register_buffer("projection", _draw_semi_orthogonal_projection(total, config.num_channels, generator))
         self.widths = widths
         self.num_coreset_channels = 0
-        limit = DENSITIES[config.kind].num_coreset_channels(config)
+        limit = DENSITIES[config.kind].count_coreset_channels(config)
         if limit:
             total = sum(channels[1:])
             self.num_coreset_channels = min(limit, total)
             self.coreset_projection: Tensor
-            self.register_buffer("coreset_projection", _semi_orthogonal(total, self.num_coreset_channels, generator))
+            self.register_buffer(
+                "coreset_projection", _draw_semi_orthogonal_projection(total, self.num_coreset_channels, generator)
+            )
 
     def forward(self, levels: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Computes the embedding (B, C + K, H/stride, W/stride) from three levels (B, C_i, H_i, W_i) with the same alignment."""
@@ -95,7 +97,7 @@ class ChannelReduction(nn.Module):
                 level = F.avg_pool2d(level, 3, stride=1, padding=1, count_include_pad=False)
             reduced.append(self._resample(level, size))
             start += width
-        return _add(reduced) if self.has_projection else torch.cat(reduced, dim=1)
+        return _sum_tensors(reduced) if self.has_projection else torch.cat(reduced, dim=1)
 
     def _reduce_for_coreset(self, levels: tuple[Tensor, Tensor, Tensor], size: tuple[int, int]) -> Tensor:
         """Computes the K channels for the coreset: (B, K, *size)."""
@@ -105,7 +107,7 @@ class ChannelReduction(nn.Module):
             weight = self.coreset_projection[:, start : start + level.shape[1], None, None].to(level.dtype)
             start += level.shape[1]
             parts.append(self._resample(F.avg_pool2d(F.conv2d(level, weight), 3, stride=1, padding=1), size))
-        return _add(parts)
+        return _sum_tensors(parts)
 
     def _resample(self, level: Tensor, size: tuple[int, int]) -> Tensor:
         """Resamples a level (B, C, h, w) to the map's size: (B, C, *size)."""
@@ -118,12 +120,12 @@ class ChannelReduction(nn.Module):
         return F.interpolate(level, size=size, mode="bilinear", align_corners=False)
 
 
-def _semi_orthogonal(num_inputs: int, num_outputs: int, generator: torch.Generator) -> Tensor:
+def _draw_semi_orthogonal_projection(num_inputs: int, num_outputs: int, generator: torch.Generator) -> Tensor:
     """Draws a random projection (num_outputs, num_inputs) whose rows are orthonormal; num_outputs is at most num_inputs."""
     gaussian = torch.randn(num_inputs, num_outputs, generator=generator, dtype=torch.float64)
     return torch.linalg.qr(gaussian).Q.float().t().contiguous()
 
 
-def _add(parts: list[Tensor]) -> Tensor:
+def _sum_tensors(parts: list[Tensor]) -> Tensor:
     """Adds tensors, from the first to the last."""
     return functools.reduce(torch.add, parts)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-class Relations(NamedTuple):
+class ImageRelations(NamedTuple):
     """Says which of the N images of a bank show the same physical part. Leave-one-out leaves these images out together.
 
     Attributes:
@@ -26,7 +26,7 @@ class Relations(NamedTuple):
     groups: Tensor
 
     @classmethod
-    def from_groups(cls, groups: Tensor) -> Relations:
+    def from_groups(cls, groups: Tensor) -> ImageRelations:
         """Builds relations in which images with the same group number (N,) are related."""
         return cls(groups[:, None] == groups[None, :], groups)
 
@@ -40,7 +40,7 @@ class Relations(NamedTuple):
         """Whether no two images are related."""
         return int(self.related.sum()) == len(self.groups)
 
-    def relatives(self, images: Tensor) -> Tensor:
+    def find_related_images(self, images: Tensor) -> Tensor:
         """Returns the positions of the images that are related to each of B images, including the image itself.
 
         Args: images: (B,), positions in the bank.
@@ -54,20 +54,20 @@ class Relations(NamedTuple):
         filled = torch.arange(order.shape[1]) < counts[:, None]
         return torch.where(filled, order, images[:, None])
 
-    def subset(self, images: list[int]) -> Relations:
+    def select_images(self, images: list[int]) -> ImageRelations:
         """Returns the relations between the images with these numbers, renumbered in this order."""
         chosen = torch.tensor(images, dtype=torch.long)
-        return Relations(self.related[chosen][:, chosen], self.groups[chosen])
+        return ImageRelations(self.related[chosen][:, chosen], self.groups[chosen])
 
-    def repeat(self, count: int) -> Relations:
+    def repeat_for_tiles(self, count: int) -> ImageRelations:
         """Returns relations between tiles instead of images. Each image becomes `count` consecutive tiles with its relations."""
         related = self.related.repeat_interleave(count, dim=0).repeat_interleave(count, dim=1)
-        return Relations(related, self.groups.repeat_interleave(count))
+        return ImageRelations(related, self.groups.repeat_interleave(count))
 
 
 def join_relations(
-    first: Relations | None, num_first: int, second: Relations | None, num_second: int
-) -> Relations | None:
+    first: ImageRelations | None, num_first: int, second: ImageRelations | None, num_second: int
+) -> ImageRelations | None:
     """Returns the relations between the images of two concatenated banks.
 
     No image of the first bank is related to an image of the second bank. Group numbers of the second bank are increased, so that
@@ -82,12 +82,12 @@ def join_relations(
     if first is None and second is None:
         return None
     parts = [
-        Relations.from_groups(torch.arange(count)) if part is None else part
+        ImageRelations.from_groups(torch.arange(count)) if part is None else part
         for part, count in ((first, num_first), (second, num_second))
     ]
     offset = int(parts[0].groups.max()) + 1 if num_first else 0
     related = torch.block_diag(*(part.related.to(torch.uint8) for part in parts)).bool()
-    return Relations(related, torch.cat([parts[0].groups, parts[1].groups + offset]))
+    return ImageRelations(related, torch.cat([parts[0].groups, parts[1].groups + offset]))
 
 
 def assign_folds(groups: Tensor, num_folds: int) -> Tensor:

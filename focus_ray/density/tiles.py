@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from focus_ray.density.base import Density, LeaveOneOutScorer
 
 
-class Tiles(NamedTuple):
+class TileGrid(NamedTuple):
     """A grid of rows x columns square tiles with the side side_px, in which neighbours overlap by overlap_px pixels.
 
     A grid of 1 x 1 is the whole image.
@@ -30,7 +30,7 @@ class Tiles(NamedTuple):
         """The number of tiles of an image."""
         return self.rows * self.columns
 
-    def cut(self, images: Tensor) -> Tensor:
+    def cut_images(self, images: Tensor) -> Tensor:
         """Cuts images (B, C, H, W) into tiles (B * num_tiles, C, side_px, side_px), the tiles of an image row by row."""
         if self.num_tiles == 1:
             return images
@@ -38,11 +38,11 @@ class Tiles(NamedTuple):
         tiles = images.unfold(2, side, step).unfold(3, side, step)  # (B, C, rows, columns, side, side)
         return tiles.permute(0, 2, 3, 1, 4, 5).reshape(-1, images.shape[1], side, side)
 
-    def cut_batch(self, batch: Tensor) -> Tensor:
-        """Cuts images with channels last (B, H, W, C) into tiles (B * num_tiles, side_px, side_px, C), in the order of `cut`."""
-        return batch if self.num_tiles == 1 else self.cut(batch.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    def cut_channels_last_images(self, batch: Tensor) -> Tensor:
+        """Cuts images with channels last (B, H, W, C) into tiles (B * num_tiles, side_px, side_px, C), in the order of `cut_images`."""
+        return batch if self.num_tiles == 1 else self.cut_images(batch.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
-    def cut_tile(self, batch: Tensor, tile_number: int) -> Tensor:
+    def cut_one_tile(self, batch: Tensor, tile_number: int) -> Tensor:
         """Cuts one tile (B, side_px, side_px, C) out of each image (B, H, W, C).
 
         Args: tile_number: index of the tile in the grid, from 0, counted row by row.
@@ -51,12 +51,12 @@ class Tiles(NamedTuple):
         top, left_edge = (number * step for number in divmod(tile_number, self.columns))
         return batch[:, top : top + self.side_px, left_edge : left_edge + self.side_px]
 
-    def join(self, tiles: Tensor) -> Tensor:
+    def join_tile_maps(self, tiles: Tensor) -> Tensor:
         """Places the maps of tiles (B * num_tiles, C, h, w) side by side to maps of images (B, C, rows * h, columns * w)."""
-        return join_maps(tiles, self.rows, self.columns)
+        return join_tile_maps(tiles, self.rows, self.columns)
 
 
-def join_maps(tiles: Tensor, rows: int, columns: int) -> Tensor:
+def join_tile_maps(tiles: Tensor, rows: int, columns: int) -> Tensor:
     """Places the maps of tiles (B * rows * columns, C, h, w) side by side to maps of images (B, C, rows * h, columns * w)."""
     if rows == columns == 1:
         return tiles
@@ -65,8 +65,8 @@ def join_maps(tiles: Tensor, rows: int, columns: int) -> Tensor:
     return tiles.reshape(shape).permute(0, 3, 1, 4, 2, 5).reshape(shape[0], channels, rows * height, columns * width)
 
 
-def split_maps(maps: Tensor, rows: int, columns: int) -> Tensor:
-    """Splits maps of images (B, C, H, W) into maps of their tiles; the inverse of `join_maps`.
+def split_into_tile_maps(maps: Tensor, rows: int, columns: int) -> Tensor:
+    """Splits maps of images (B, C, H, W) into maps of their tiles; the inverse of `join_tile_maps`.
 
     Returns: (B * rows * columns, C, H / rows, W / columns), the tiles of an image row by row.
     """
@@ -94,7 +94,7 @@ def split_bank_into_tiles(bank: Tensor, grid: tuple[int, int], height: int, widt
     return tiles.reshape(-1, height * width, channels)
 
 
-def join_bank_of_tiles(bank: Tensor, grid: tuple[int, int], height: int, width: int) -> Tensor:
+def join_bank_tiles(bank: Tensor, grid: tuple[int, int], height: int, width: int) -> Tensor:
     """Joins the maps of the tiles of each image, so that each row of the bank is one image; undoes `split_bank_into_tiles`.
 
     Args:
@@ -137,7 +137,7 @@ class TiledDensity:
             excluded_images: (B,) or (B, K), for each of the B images the positions in the bank of the images whose tiles are
                 ignored; only for a leave-one-out scorer. None ignores no image.
         """
-        tiles = split_maps(embedding, *self.grid)
+        tiles = split_into_tile_maps(embedding, *self.grid)
         if excluded_images is None:
             distances = self.tile_density.score(tiles)
         else:
@@ -147,4 +147,4 @@ class TiledDensity:
                 count, device=excluded_images.device
             )
             distances = self.tile_density.score(tiles, excluded_tiles.flatten(1).repeat_interleave(count, dim=0))
-        return join_maps(distances[:, None], *self.grid)[:, 0]
+        return join_tile_maps(distances[:, None], *self.grid)[:, 0]

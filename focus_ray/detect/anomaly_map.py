@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focus_ray.density.tiles import Tiles
+from focus_ray.density.tiles import TileGrid
 
 
 class AnomalyMapGenerator(NamedTuple):
@@ -26,7 +26,7 @@ class AnomalyMapGenerator(NamedTuple):
 
     @classmethod
     def build_for_tiles(
-        cls, tiles: Tiles, locations_per_side: int, sigma_px: float, device: torch.device | str = "cpu"
+        cls, tiles: TileGrid, locations_per_side: int, sigma_px: float, device: torch.device | str = "cpu"
     ) -> AnomalyMapGenerator:
         """Builds the generator for images that are divided into tiles.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from focus_ray.density.base import Density
 from focus_ray.density.reduction import ChannelReduction
-from focus_ray.density.tiles import Tiles
+from focus_ray.density.tiles import TileGrid
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator
 from focus_ray.detect.profile import ImageScoreProfile, zero_unscored_locations
 from focus_ray.detect.settings import ScoringConfig
@@ -72,7 +72,7 @@ class Detector:
         self.profile_distances: Tensor | None = None
         self.net, self.reduction, self.density, self.scoring = net.eval(), reduction.eval(), density, scoring
         self.coverage_mask = compute_training_coverage_mask(net, density.height, density.width)
-        self.tiles = Tiles(*net.config.tile_layout)
+        self.tiles = TileGrid(*net.config.tile_layout)
         locations_per_side = density.height // self.tiles.rows
         self.map_generator = AnomalyMapGenerator.build_for_tiles(
             self.tiles, locations_per_side, SMOOTHING_SIGMA_PX, density.device
@@ -181,7 +181,7 @@ def score_with_shared_backbone(parts: Sequence[tuple[Detector, Tensor]]) -> list
         return [parts[0][0](parts[0][1])]
     assert all(can_share_backbone_pass(parts[0][0], detector) for detector, _ in parts)
     aligned = [
-        detector.net.align_images(detector.tiles.cut(convert_to_float_images(images, detector.density.device)))
+        detector.net.align_images(detector.tiles.cut_images(convert_to_float_images(images, detector.density.device)))
         for detector, images in parts
     ]
     net = parts[0][0].net
@@ -193,7 +193,7 @@ def score_with_shared_backbone(parts: Sequence[tuple[Detector, Tensor]]) -> list
     scores = []
     for (detector, images), part_levels, (image, theta) in zip(parts, levels_by_part, aligned, strict=True):
         common_levels, theta = warp_features_to_common_frame(AlignedFeatures(part_levels, no_thetas, image, theta))
-        embedding = detector.tiles.join(detector.reduction(common_levels))
+        embedding = detector.tiles.join_tile_maps(detector.reduction(common_levels))
         scores.append(
             detector.score_embeddings(embedding, theta, extract_scored_pixel_mask(images, detector.density.device))
         )
@@ -212,7 +212,7 @@ def extract_scored_pixel_mask(batch: Tensor, device: torch.device | str) -> Tens
     return batch[..., 3].to(device) > 0
 
 
-def compute_scored_pixels(locations: Tensor, theta: Tensor | None, tiles: Tiles) -> Tensor:
+def compute_scored_pixels(locations: Tensor, theta: Tensor | None, tiles: TileGrid) -> Tensor:
     """Computes which pixels of the input images are scored from the locations that are scored.
 
     This is an approximate inverse of `compute_scored_locations`. It is needed for images of the bank (the stored embeddings of normal
@@ -230,7 +230,7 @@ def compute_scored_pixels(locations: Tensor, theta: Tensor | None, tiles: Tiles)
     return (pixels if theta is None else warp_images(pixels[:, None], invert_theta(theta), "zeros")[:, 0]) >= 0.5
 
 
-def compute_scored_locations(shown: Tensor, theta: Tensor | None, tiles: Tiles, size: Sequence[int]) -> Tensor:
+def compute_scored_locations(shown: Tensor, theta: Tensor | None, tiles: TileGrid, size: Sequence[int]) -> Tensor:
     """Computes which locations of the aligned frame are scored: those with at least half of their pixels scored.
 
     Args:
@@ -244,8 +244,8 @@ def compute_scored_locations(shown: Tensor, theta: Tensor | None, tiles: Tiles, 
     pixels = shown[:, None].float()
     if theta is not None:
         pixels = warp_images(pixels, theta, "zeros")
-    shares = F.adaptive_avg_pool2d(tiles.cut(pixels), (size[0] // tiles.rows, size[1] // tiles.columns))
-    return tiles.join(shares)[:, 0] >= 0.5
+    shares = F.adaptive_avg_pool2d(tiles.cut_images(pixels), (size[0] // tiles.rows, size[1] // tiles.columns))
+    return tiles.join_tile_maps(shares)[:, 0] >= 0.5
 
 
 def embed_images(
@@ -260,9 +260,9 @@ def embed_images(
     Returns: embedding (B, C + K, H/stride, W/stride), with the maps of tiles side by side; theta (B, 2, 3), or None without
         image alignment.
     """
-    tiles = Tiles(*net.config.tile_layout)
-    embedding, theta = embed_tiles(net, reduction, tiles.cut(images), pad_batches)
-    return tiles.join(embedding), theta
+    tiles = TileGrid(*net.config.tile_layout)
+    embedding, theta = embed_tiles(net, reduction, tiles.cut_images(images), pad_batches)
+    return tiles.join_tile_maps(embedding), theta
 
 
 def embed_tiles(

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focus_ray.density.base import LeaveOneOutScorer, Statistics, sample_evenly
+from focus_ray.density.base import LeaveOneOutScorer, NormalStatistics, choose_evenly_spaced
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator
 from focus_ray.features.alignment.theta import compute_valid_mask
 
@@ -68,7 +68,10 @@ def average_highest_map_values(distance: Tensor, map_generator: AnomalyMapGenera
 
 @torch.no_grad()
 def fit_profile(
-    density: LeaveOneOutScorer, statistics: Statistics, coverage_mask: Tensor | None, map_generator: AnomalyMapGenerator
+    density: LeaveOneOutScorer,
+    statistics: NormalStatistics,
+    coverage_mask: Tensor | None,
+    map_generator: AnomalyMapGenerator,
 ) -> tuple[ImageScoreProfile, Tensor | None]:
     """Fits the profile of good images to the leave-one-out distances of at most `MAX_IMAGES` images of the bank.
 
@@ -88,7 +91,7 @@ def fit_profile(
     if len(bank) < 2:
         weight = torch.ones(density.height, density.width, device=device)
         return ImageScoreProfile(weight, torch.ones(len(SHARES), device=device)), None
-    images = torch.tensor(sorted(sample_evenly(len(bank), MAX_IMAGES)))
+    images = torch.tensor(sorted(choose_evenly_spaced(len(bank), MAX_IMAGES)))
     distances = compute_leave_one_out_distances(density, statistics, bank, coverage_mask, images, device)
     return compute_profile_from_distances(distances, map_generator, statistics.shown), distances
 
@@ -96,7 +99,7 @@ def fit_profile(
 @torch.no_grad()
 def compute_leave_one_out_distances(
     density: LeaveOneOutScorer,
-    statistics: Statistics,
+    statistics: NormalStatistics,
     bank: Tensor,
     coverage_mask: Tensor | None,
     images: Tensor,
@@ -120,7 +123,7 @@ def compute_leave_one_out_distances(
     thetas, shown = statistics.thetas, statistics.shown
     for numbers in images.split(_IMAGES_AT_ONCE) if len(images) else ():
         rows = bank[numbers].to(device, torch.float32)  # (B, L, C)
-        excluded = statistics.images_to_exclude(numbers)
+        excluded = statistics.find_images_to_exclude(numbers)
         distance = density.score(rows.transpose(1, 2).unflatten(2, (density.height, density.width)), excluded)
         if shown is not None:
             distance = distance * shown[numbers].to(device).view_as(distance)

@@ -18,7 +18,7 @@ from focus_ray.detect.calibration import Calibration
 from focus_ray.errors import DataError, ExportError
 from focus_ray.export.examples import ExportExample
 from focus_ray.export.formats import RunModel
-from focus_ray.fitting.split import short_hash
+from focus_ray.fitting.split import shorten_hash
 from focus_ray.metrics.metrics import image_auroc
 
 MIN_EXAMPLES = 4  # least number of examples that the model was not trained on
@@ -94,7 +94,9 @@ def score_examples_with_pytorch(bundle: Bundle, examples: Sequence[ExportExample
         DataError: an example cannot be decoded, or has no scored pixel; the message names the example.
     """
     decoded = [(example, decode_example(example)) for example in examples]
-    new = [(example, pixels) for example, pixels in decoded if short_hash(hash_pixels(pixels)) not in bundle.fit_hashes]
+    new = [
+        (example, pixels) for example, pixels in decoded if shorten_hash(hash_pixels(pixels)) not in bundle.fit_hashes
+    ]
     if len(new) < MIN_EXAMPLES:
         raise ExportError(
             f"{len(new)} of {len(examples)} examples are not among the images that the model was trained on, but the check of "

@@ -11,7 +11,7 @@ from focus_ray.data.images import ImageError, refuse_generated_picture
 from focus_ray.data.importers.vocabulary import means_defective_parts, means_good_parts
 from focus_ray.data.listing import find_image_files, is_hidden
 from focus_ray.data.read import index_version, list_categories, read_index, read_rows
-from focus_ray.density.base import sample_evenly
+from focus_ray.density.base import choose_evenly_spaced
 from focus_ray.errors import DataError, ExportError
 from focus_ray.storage.files import is_s3_uri
 
@@ -95,7 +95,7 @@ def _read_file_examples(paths: Sequence[Path], label: int | None, max_images: in
     """
     examples = []
     for is_for_int8, limit in ((False, max_images), (True, 0 if label else MAX_INT8_EXAMPLES)):
-        for number in sorted(sample_evenly(len(paths), limit)):
+        for number in sorted(choose_evenly_spaced(len(paths), limit)):
             path = paths[number]
             try:
                 content = path.read_bytes()
@@ -124,7 +124,7 @@ def _read_data_set_examples(uri: str, category: str, max_images: int) -> list[Ex
         ("train", 0, MAX_INT8_EXAMPLES),
     ):
         matching_rows = [row["row"] for row in rows if row["split"] == split and row["label"] == label]
-        chosen = [matching_rows[number] for number in sorted(sample_evenly(len(matching_rows), limit))]
+        chosen = [matching_rows[number] for number in sorted(choose_evenly_spaced(len(matching_rows), limit))]
         for record in read_rows(uri, category, chosen, ("id", "image"), version):
             examples.append(ExportExample(str(record["id"]), record["image"], label, split == "train"))
     return examples

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from focus_ray.bundle.bundle import Bundle
-from focus_ray.density.base import exportable_density
-from focus_ray.density.tiles import Tiles
+from focus_ray.density.base import build_exportable_density
+from focus_ray.density.tiles import TileGrid
 from focus_ray.detect.calibration import Calibration
 from focus_ray.detect.detector import compute_scored_locations, set_nan_if_uninspected
 from focus_ray.detect.profile import zero_unscored_locations
@@ -54,8 +54,8 @@ class ExportableScorer(nn.Module):
         fuse_batch_norms(detector.net.backbone)
         if half:
             detector.net.backbone.half()
-        self.tiles = Tiles(*detector.net.config.tile_layout)
-        self.density = exportable_density(bundle.config.density, detector.density, half)
+        self.tiles = TileGrid(*detector.net.config.tile_layout)
+        self.density = build_exportable_density(bundle.config.density, detector.density, half)
         self.map_generator, self.profile, self.coverage_mask = (
             detector.map_generator,
             detector.profile,
@@ -74,7 +74,7 @@ class ExportableScorer(nn.Module):
         aligned = pixels if theta is None else warp_images(pixels, theta, ALIGNED_IMAGE_PADDING)
         levels, thetas = self.net.compute_features(_cut_into_tiles(aligned, self.tiles))
         features, total_theta = warp_features_to_common_frame(AlignedFeatures(levels, thetas, aligned, theta))
-        distance = self.density.score(self.tiles.join(self.reduction(features)))
+        distance = self.density.score(self.tiles.join_tile_maps(self.reduction(features)))
         inspected = torch.ones_like(distance)
         if shown is not None:
             shown_per_image = shown.expand(images.shape[0], *shown.shape)
@@ -150,8 +150,8 @@ class VerdictModule(nn.Module):
         return p_value, is_normal.logical_not()
 
 
-def _cut_into_tiles(images: Tensor, tiles: Tiles) -> Tensor:
-    """Cuts images (B, C, H, W) into tiles (B * num_tiles, C, side, side), as `Tiles.cut`, with slices that can be traced."""
+def _cut_into_tiles(images: Tensor, tiles: TileGrid) -> Tensor:
+    """Cuts images (B, C, H, W) into tiles (B * num_tiles, C, side, side), as `TileGrid.cut_images`, with slices that can be traced."""
     if tiles.num_tiles == 1:
         return images
     side, step = tiles.side_px, tiles.side_px - tiles.overlap_px

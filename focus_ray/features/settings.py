@@ -159,7 +159,7 @@ class ModelConfig(ConfigSection):
         """(rows, columns) of tiles of an image; (1, 1) without tiling."""
         return self.tiling.grid if self.tiling is not None else (1, 1)
 
-    def place_px(self, map_layer: int) -> int:
+    def location_side_px(self, map_layer: int) -> int:
         """Returns the side of a location (a cell of the feature map), in pixels of the network's input.
 
         Args: map_layer: 0, 1 or 2 for layer 1, 2 or 3: the layer whose feature map sets the grid of locations.
@@ -178,7 +178,7 @@ class ModelConfig(ConfigSection):
 
     @property
     def tile_layout(self) -> tuple[int, int, int, int]:
-        """(rows, columns, side in pixels, overlap in pixels) of the tiles: the arguments of `density.tiles.Tiles`."""
+        """(rows, columns, side in pixels, overlap in pixels) of the tiles: the arguments of `density.tiles.TileGrid`."""
         return *self.tile_grid, self.image_size_px, self.overlap_px
 
     @property

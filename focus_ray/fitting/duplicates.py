@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focus_ray.density.base import Statistics
+from focus_ray.density.base import NormalStatistics
 from focus_ray.density.reduction import ChannelReduction
-from focus_ray.density.relations import Relations
+from focus_ray.density.relations import ImageRelations
 from focus_ray.detect.detector import GRID, compute_descriptors, embed_images, select_descriptor_channels
 from focus_ray.features.network import FocusNet, convert_to_float_images
 
@@ -52,7 +52,7 @@ PERMUTATIONS = 199
 SEQUENCE_LEVEL = 0.005  # of the permutation test: the smallest p-value that 199 permutations can give
 
 
-class ImageOrigins(NamedTuple):
+class ImageGroupsAndOrder(NamedTuple):
     """Groups and order of N images, from which relations between images are derived.
 
     Attributes:
@@ -66,7 +66,7 @@ class ImageOrigins(NamedTuple):
     same_part_distance: float | None = None
 
 
-def describe_images(net: FocusNet, reduction: ChannelReduction, images: Tensor) -> Tensor:
+def compute_image_descriptors(net: FocusNet, reduction: ChannelReduction, images: Tensor) -> Tensor:
     """Computes descriptors of images with the network: embeddings that are averaged over a coarse grid.
 
     Args: images: (N, 3, H, W) in 0..1, on the device of the network.
@@ -77,7 +77,7 @@ def describe_images(net: FocusNet, reduction: ChannelReduction, images: Tensor) 
     return compute_descriptors(select_descriptor_channels(embedding, reduction))
 
 
-def describe_statistics(statistics: Statistics, reduction: ChannelReduction) -> Tensor:
+def compute_bank_descriptors(statistics: NormalStatistics, reduction: ChannelReduction) -> Tensor:
     """Computes descriptors (N, GRID * GRID, K), float16, of N images from their embeddings in the bank of the statistics.
 
     The statistics need a bank.
@@ -92,7 +92,7 @@ def describe_statistics(statistics: Statistics, reduction: ChannelReduction) -> 
     return torch.cat(parts).half()
 
 
-def descriptor_distances(first: Tensor, second: Tensor) -> Tensor:
+def compute_descriptor_distances(first: Tensor, second: Tensor) -> Tensor:
     """Computes the distances between two sets of descriptors: Euclidean distances of the cells, averaged over the cells.
 
     Args:
@@ -118,22 +118,22 @@ def measure_same_part_distance(
 
     Args: images: (N, H, W, C) uint8, a few images of the category; only the first three channels are used.
 
-    Returns: the distance, see `descriptor_distances`; None without images.
+    Returns: the distance, see `compute_descriptor_distances`; None without images.
     """
     if not len(images):
         return None
     distances = []
     generator = torch.Generator().manual_seed(0)
     for number, image in enumerate(images[..., :3].float()):
-        shifted = _shift(image, *SHIFTS_PX[number % len(SHIFTS_PX)])
+        shifted = _shift_image(image, *SHIFTS_PX[number % len(SHIFTS_PX)])
         pair = torch.stack([image, shifted]) + NOISE * torch.randn(2, *image.shape, generator=generator)
         batch = convert_to_float_images(pair.clamp(0, 255).round().to(torch.uint8), device)
-        descriptors = describe_images(net, reduction, batch)
-        distances.append(float(descriptor_distances(descriptors[:1], descriptors[1:])))
+        descriptors = compute_image_descriptors(net, reduction, batch)
+        distances.append(float(compute_descriptor_distances(descriptors[:1], descriptors[1:])))
     return TOLERANCE * float(torch.tensor(distances).median())
 
 
-def _shift(image: Tensor, down: int, right: int) -> Tensor:
+def _shift_image(image: Tensor, down: int, right: int) -> Tensor:
     """Shifts an image (H, W, C) by up to two pixels and repeats its border."""
     height, width = image.shape[:2]
     padded = F.pad(image.permute(2, 0, 1)[None], (2, 2, 2, 2), mode="replicate")[0].permute(1, 2, 0)
@@ -141,40 +141,44 @@ def _shift(image: Tensor, down: int, right: int) -> Tensor:
 
 
 @torch.no_grad()
-def find_relations(descriptors: Tensor, origins: ImageOrigins) -> Relations | None:
+def find_related_images(descriptors: Tensor, groups_and_order: ImageGroupsAndOrder) -> ImageRelations | None:
     """Finds which of N images are related, from their descriptors (N, P, C), user groups and order.
 
     Returns: the relations. None if no two images are related, or if an image is related to all other images, because no image
         would then remain to compare it with.
     """
-    distances = descriptor_distances(descriptors, descriptors).cpu()
-    groups = origins.groups.cpu()
-    if origins.same_part_distance is not None:
-        groups = _merge(groups, find_duplicates(distances, origins.same_part_distance))
-    return _none_if_useless(relate_sequence(distances, Relations.from_groups(groups), origins.order.cpu()))
+    distances = compute_descriptor_distances(descriptors, descriptors).cpu()
+    groups = groups_and_order.groups.cpu()
+    if groups_and_order.same_part_distance is not None:
+        groups = _merge_groupings(groups, group_near_duplicates(distances, groups_and_order.same_part_distance))
+    return _drop_uninformative_relations(
+        relate_sequence_neighbours(distances, ImageRelations.from_groups(groups), groups_and_order.order.cpu())
+    )
 
 
-def _none_if_useless(relations: Relations) -> Relations | None:
+def _drop_uninformative_relations(relations: ImageRelations) -> ImageRelations | None:
     """Returns the relations; None if no two images are related, or if at least one image is related to all others."""
     return None if relations.is_trivial or bool(relations.related.all(dim=1).any()) else relations
 
 
-def relate_duplicates(statistics: Statistics) -> None:
+def add_duplicate_relations(statistics: NormalStatistics) -> None:
     """Adds relations between near-duplicates to the statistics, in place. Use it after banks of several sites were joined.
 
-    Nothing happens without descriptors, `same_part_distance` or bank. The relations become None if `find_relations` would
+    Nothing happens without descriptors, `same_part_distance` or bank. The relations become None if `find_related_images` would
     return None for this reason: no two images, or one image and all others, are related.
     """
     if statistics.descriptors is None or statistics.same_part_distance is None or statistics.bank is None:
         return
     descriptors = statistics.descriptors.float()
-    distances = descriptor_distances(descriptors, descriptors)
-    relations = statistics.relations or Relations.from_groups(torch.arange(len(descriptors)))
-    groups = _merge(relations.groups, find_duplicates(distances, statistics.same_part_distance))
-    statistics.relations = _none_if_useless(Relations(relations.related | (groups[:, None] == groups), groups))
+    distances = compute_descriptor_distances(descriptors, descriptors)
+    relations = statistics.relations or ImageRelations.from_groups(torch.arange(len(descriptors)))
+    groups = _merge_groupings(relations.groups, group_near_duplicates(distances, statistics.same_part_distance))
+    statistics.relations = _drop_uninformative_relations(
+        ImageRelations(relations.related | (groups[:, None] == groups), groups)
+    )
 
 
-def find_duplicates(distances: Tensor, same_part_distance: float) -> Tensor:
+def group_near_duplicates(distances: Tensor, same_part_distance: float) -> Tensor:
     """Finds groups of near-duplicates.
 
     Args:
@@ -199,14 +203,14 @@ def find_duplicates(distances: Tensor, same_part_distance: float) -> Tensor:
     is_close = nearest[:, :max_duplicates] <= same_part_distance
     linked.scatter_(1, numbers[:, :max_duplicates], is_before_gap & (gap <= GAP)[:, None] & is_close)
     # two images are duplicates only if each is among the other's nearest images
-    groups = connected_components(linked & linked.t())
+    groups = find_connected_components(linked & linked.t())
     sizes = torch.bincount(groups, minlength=num_images)[groups]
     if float((sizes > 1).float().mean()) < MIN_DUPLICATE_SHARE or int(sizes.max()) > MAX_GROUP_SHARE * num_images + 1:
         return single_groups
     return groups
 
 
-def connected_components(linked: Tensor) -> Tensor:
+def find_connected_components(linked: Tensor) -> Tensor:
     """Returns the connected component of each node of a graph.
 
     Args: linked: (N, N) bool, symmetric; True where two nodes are linked.
@@ -223,12 +227,12 @@ def connected_components(linked: Tensor) -> Tensor:
         groups = merged
 
 
-def _merge(first: Tensor, second: Tensor) -> Tensor:
+def _merge_groupings(first: Tensor, second: Tensor) -> Tensor:
     """Merges two groupings (N,) of the same images: images that share a group in a grouping share a group in the result."""
-    return connected_components((first[:, None] == first) | (second[:, None] == second))
+    return find_connected_components((first[:, None] == first) | (second[:, None] == second))
 
 
-def relate_sequence(distances: Tensor, relations: Relations, order: Tensor) -> Relations:
+def relate_sequence_neighbours(distances: Tensor, relations: ImageRelations, order: Tensor) -> ImageRelations:
     """Relates neighbours in the order of file names if their distances show a sequence.
 
     Pairs that are already related, such as photographs of one part, are not used. Otherwise every burst would look like a
@@ -251,15 +255,15 @@ def relate_sequence(distances: Tensor, relations: Relations, order: Tensor) -> R
     if mean <= 0:
         return relations
 
-    def lag_mean(lag: int) -> float:
+    def compute_mean_distance_at_lag(lag: int) -> float:
         """Returns the mean distance of unrelated images at a lag, as a share of the overall mean; nan if there are none."""
         values = ordered.diagonal(lag)[unrelated.diagonal(lag)]
         return float(values.mean()) / mean if len(values) else math.nan
 
     max_lag = max(1, int(MAX_BLOCK_SHARE * num_images))
-    lags = [lag_mean(lag) for lag in range(1, max_lag + 1)]
+    lags = [compute_mean_distance_at_lag(lag) for lag in range(1, max_lag + 1)]
     nearest = next((value for value in lags if not math.isnan(value)), math.nan)
-    if not nearest < SEQUENCE_DISTANCE or not _is_significant(ordered, unrelated):
+    if not nearest < SEQUENCE_DISTANCE or not _is_sequence_significant(ordered, unrelated):
         return relations
     reach = next((lag for lag, value in enumerate(lags) if value >= PLATEAU), max_lag)
     # 1 - value is the similarity of images at a lag; the sum estimates how many neighbours count as one observation
@@ -271,13 +275,13 @@ def relate_sequence(distances: Tensor, relations: Relations, order: Tensor) -> R
     # blocked cross-validation: the images of a block leave out the block and its neighbours on both sides
     first, last = blocks * width - reach, (blocks + 1) * width - 1 + reach
     is_left_out = (ranks[None, :] >= first[:, None]) & (ranks[None, :] <= last[:, None])
-    groups = _merge(relations.groups, blocks)
+    groups = _merge_groupings(relations.groups, blocks)
     if len(groups.unique()) < 2:
         groups = blocks
-    return Relations(relations.related | is_left_out, groups)
+    return ImageRelations(relations.related | is_left_out, groups)
 
 
-def _is_significant(ordered: Tensor, unrelated: Tensor) -> bool:
+def _is_sequence_significant(ordered: Tensor, unrelated: Tensor) -> bool:
     """Returns whether neighbours are significantly closer than after random permutations of the order.
 
     Args:
@@ -300,7 +304,7 @@ def _is_significant(ordered: Tensor, unrelated: Tensor) -> bool:
 REPEAT_SHARE = 0.2  # repeats are reported if at least this share of the test images repeats training images
 
 
-class RepeatFinder:
+class RepeatedPartFinder:
     """Finds test images that show the same part as a training image.
 
     Args:
@@ -314,23 +318,23 @@ class RepeatFinder:
     def __init__(self, descriptors: Tensor, same_part_distance: float) -> None:
         self.descriptors = descriptors
         # if a category varies little, different parts are close too: a repeat must be closer than different parts usually are
-        distances = descriptor_distances(descriptors, descriptors)
+        distances = compute_descriptor_distances(descriptors, descriptors)
         to_other_parts = distances.masked_fill(distances <= same_part_distance, torch.inf).amin(dim=1)
         is_finite = to_other_parts.isfinite()
         usual = float(to_other_parts[is_finite].median()) if bool(is_finite.any()) else 0.0
         self.limit = min(same_part_distance, GAP * usual)
 
-    def find(self, descriptors: Tensor) -> Tensor:
+    def find_repeats(self, descriptors: Tensor) -> Tensor:
         """Returns which of B images show the same physical part as a training image.
 
         Args: descriptors: (B, P, K), of the B images.
 
         Returns: (B,) bool, on the CPU.
         """
-        return (descriptor_distances(descriptors, self.descriptors).amin(dim=1) <= self.limit).cpu()
+        return (compute_descriptor_distances(descriptors, self.descriptors).amin(dim=1) <= self.limit).cpu()
 
 
-def describe_repeats(num_repeats: int, num_images: int) -> str | None:
+def format_repeat_warning(num_repeats: int, num_images: int) -> str | None:
     """Returns a warning if at least one and at least `REPEAT_SHARE` of the test images repeat training images, else None."""
     if num_repeats < max(1.0, REPEAT_SHARE * num_images):
         return None

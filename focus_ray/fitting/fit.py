@@ -23,17 +23,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from focus_ray.density.base import (
-    Statistics,
+    NormalStatistics,
     build_density,
+    build_leave_one_out_scorer,
     choose_bank_images,
-    leave_one_out_scorer,
-    sample_evenly,
+    choose_evenly_spaced,
     supports_leave_one_out,
 )
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.registry import DENSITIES
-from focus_ray.density.relations import Relations, assign_folds
-from focus_ray.density.tiles import Tiles
+from focus_ray.density.relations import ImageRelations, assign_folds
+from focus_ray.density.tiles import TileGrid
 from focus_ray.detect.calibration import Calibration, CalibrationBuilder, Method
 from focus_ray.detect.detector import GRID, Detector
 from focus_ray.detect.profile import fit_profile
@@ -44,27 +44,27 @@ from focus_ray.features.batch_norm import use_inference_backbone
 from focus_ray.features.network import FocusNet, build_network, convert_to_float_images
 from focus_ray.fitting.duplicates import (
     SHIFTS_PX,
-    ImageOrigins,
-    describe_images,
-    describe_statistics,
-    find_relations,
+    ImageGroupsAndOrder,
+    compute_bank_descriptors,
+    compute_image_descriptors,
+    find_related_images,
     measure_same_part_distance,
 )
 from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
 from focus_ray.fitting.passes import (
     collect_calibration_scores,
     compute_statistics,
-    compute_validation_figures,
     fit_aligner,
+    validate_detector,
 )
 from focus_ray.fitting.projection import DiscriminantProjection, choose_projection_images, learn_projection
-from focus_ray.fitting.selection import MIN_GAIN, validation_images
+from focus_ray.fitting.selection import MIN_GAIN, make_validation_images
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import BatchSchedule, Shard
-from focus_ray.fitting.shared_metric import read_shared_metric
+from focus_ray.fitting.shared_metric import read_shared_scatter
 from focus_ray.fitting.split import MAX_CALIBRATION_IMAGES, NUM_CALIBRATION_FOLDS
-from focus_ray.fitting.state import BestNetwork, FitNotes, OnEpoch, TrainState
-from focus_ray.precision import compute_dtype
+from focus_ray.fitting.state import BestNetwork, EpochCallback, FitNotes, TrainState
+from focus_ray.precision import choose_compute_dtype
 from focus_ray.progress import track_progress
 from focus_ray.seeds import derive_seed
 
@@ -89,7 +89,7 @@ class FitResult:
     """
 
     detector: Detector
-    statistics: Statistics
+    statistics: NormalStatistics
     calibration: Calibration
     notes: FitNotes = field(default_factory=FitNotes)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -114,7 +114,7 @@ def fit(
     net: FocusNet | None = None,
     rank: int = 0,
     state: TrainState | None = None,
-    on_epoch: OnEpoch | None = None,
+    on_epoch: EpochCallback | None = None,
     log: Callable[[str], None] = lambda message: None,
 ) -> FitResult:
     """Fits the detector of one category: aligns, trains, computes statistics, and calibrates.
@@ -128,7 +128,7 @@ def fit(
         device: device of the network and the density.
         rank: number of this worker, from 0.
         state: saved state from which training resumes; None starts a new fit.
-        on_epoch: called by every worker after every epoch, with a function that returns the state to save; see `state.OnEpoch`.
+        on_epoch: called by every worker after every epoch, with a function that returns the state to save; see `state.EpochCallback`.
         log: called with each message.
 
     Returns: the detector, its statistics and its calibration.
@@ -137,14 +137,14 @@ def fit(
         DataError: there are too few images, no loss trains a parameter, or the mask of a region cannot be used.
         ValueError: too few images remain for the density, its calibration or the image aligner.
         FloatingPointError: the loss, or a weight after an epoch, is not finite.
-        WeightsError, ConfigError: see `check_prerequisites`.
+        WeightsError, ConfigError: see `check_fit_prerequisites`.
     """
-    category_fit = CategoryFit(config, shard, num_images, device, net=net, rank=rank, log=log)
-    category_fit.align_and_train(state, on_epoch)
-    return category_fit.finish()
+    fitter = DetectorFitter(config, shard, num_images, device, net=net, rank=rank, log=log)
+    fitter.align_and_train(state, on_epoch)
+    return fitter.finish()
 
 
-def check_prerequisites(config: Config) -> None:
+def check_fit_prerequisites(config: Config) -> None:
     """Checks before a fit that the backbone weights, the shared metric and the calibration method can be used.
 
     Call it once before the workers start. Otherwise the same error would appear once for each worker. A shared metric is a file
@@ -163,10 +163,12 @@ def check_prerequisites(config: Config) -> None:
             "calibration.method=cross"
         )
     build_network(config.model)
-    read_shared_metric(config)
+    read_shared_scatter(config)
 
 
-def build_detector(config: Config, net: FocusNet, reduction: ChannelReduction, statistics: Statistics) -> Detector:
+def build_detector(
+    config: Config, net: FocusNet, reduction: ChannelReduction, statistics: NormalStatistics
+) -> Detector:
     """Builds a detector: fits its density and, if scoring.image_score is "profile", its profile of good images.
 
     Args: statistics: statistics of the normal images. Without a bank, the detector has no profile.
@@ -176,14 +178,14 @@ def build_detector(config: Config, net: FocusNet, reduction: ChannelReduction, s
     density = build_density(config.density, statistics)
     detector = Detector(net, reduction, density, config.scoring)
     if config.scoring.image_score == "profile" and statistics.bank is not None:
-        scorer = leave_one_out_scorer(config.density, statistics, density)
+        scorer = build_leave_one_out_scorer(config.density, statistics, density)
         detector.profile, detector.profile_distances = fit_profile(
             scorer, statistics, detector.coverage_mask, detector.map_generator
         )
     return detector
 
 
-class CategoryFit:
+class DetectorFitter:
     """The fit of the detector of one category; it holds the state that the stages share. `fit` describes the arguments.
 
     Attributes:
@@ -234,12 +236,12 @@ class CategoryFit:
         # a few training images (N, H, W, 3), from which the distance between two photographs of one part is measured
         self._reference_images: Tensor | None = None
 
-    def _log_progress(self, stage: str, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    def _track_progress(self, stage: str, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """Generator: yields the batches unchanged, and logs from time to time how many images are finished."""
         return track_progress(batches, stage, self.num_images // get_world_size(), self.log, count=len)
 
     @contextmanager
-    def _measure_time(self, stage: str) -> Iterator[None]:
+    def _measure_stage_time(self, stage: str) -> Iterator[None]:
         """Context manager: stores the duration of the with block in `seconds`, under the name of the stage."""
         start = time.perf_counter()
         yield
@@ -255,24 +257,24 @@ class CategoryFit:
         """
         if not self.config.selection.enabled:
             return None
-        normals = self._join_batches(self.shard.validation_batches()).numpy()
+        normals = self._concatenate_batches(self.shard.read_batches("validation")).numpy()
         if not len(normals):
             return normals, np.empty(normals.shape[:3], bool)
-        return validation_images(normals, derive_seed(self.config.train.seed, "synthetic defects", self.rank))
+        return make_validation_images(normals, derive_seed(self.config.train.seed, "synthetic defects", self.rank))
 
-    def _join_batches(self, batches: Iterable[Tensor]) -> Tensor:
+    def _concatenate_batches(self, batches: Iterable[Tensor]) -> Tensor:
         """Concatenates batches to images (N, H, W, C) uint8; without batches, N is 0."""
         parts = list(batches)
         return torch.cat(parts) if parts else torch.empty(0, *self.config.model.resized_image_px, 3, dtype=torch.uint8)
 
-    def _validate(self, choice: dict[str, float | str]) -> float:
+    def _validate_network(self, choice: dict[str, float | str]) -> float:
         """Computes the validation score of the current network, adds the validation metrics to the notes, and logs them.
 
         Args: choice: describes the network in notes and logs, for instance {"epoch": 3}.
         """
         assert self.validation is not None
-        detector = build_detector(self.config, self.net, self.reduction, self.training_statistics())
-        figures = compute_validation_figures(detector, *self.validation)
+        detector = build_detector(self.config, self.net, self.reduction, self.compute_training_statistics())
+        figures = validate_detector(detector, *self.validation)
         self.notes.selection.append({**choice, **figures})
         self.log(
             ", ".join(f"{key} {value}" for key, value in choice.items())
@@ -281,7 +283,7 @@ class CategoryFit:
         )
         return figures["score"]
 
-    def _own_rows(self, images: set[int]) -> list[int]:
+    def _select_own_positions(self, images: set[int]) -> list[int]:
         """Converts image numbers to ascending positions in this worker's shard; drops the images of other workers."""
         return [number - self.offset for number in sorted(images) if number - self.offset in range(self.num_own)]
 
@@ -292,8 +294,8 @@ class CategoryFit:
         A network without a congealing aligner does not change. With selection, the aligner stays on only if it raises the
         validation score.
         """
-        chosen = sample_evenly(self.num_images, MAX_ALIGNMENT_IMAGES)
-        batches = self.shard.fit_batches(positions=self._own_rows(chosen))
+        chosen = choose_evenly_spaced(self.num_images, MAX_ALIGNMENT_IMAGES)
+        batches = self.shard.read_batches("fit", positions=self._select_own_positions(chosen))
         report = fit_aligner(self.net, batches, self.device, self.config.train.seed)
         if report is None:
             return
@@ -302,16 +304,16 @@ class CategoryFit:
             aligner = self.net.image_aligner
             assert isinstance(aligner, CongealingAligner)
             group = self.config.model.image_alignment.group
-            aligned_score = self._validate({"image_alignment": group})
+            aligned_score = self._validate_network({"image_alignment": group})
             aligner.enabled.fill_(False)
-            unaligned_score = self._validate({"image_alignment": "none"})
+            unaligned_score = self._validate_network({"image_alignment": "none"})
             report.enabled = compute_on_rank0_and_broadcast(lambda: aligned_score > unaligned_score)
             aligner.enabled.fill_(report.enabled)
         on_or_off = "on" if report.enabled else "off"
         self.log(f"image alignment {on_or_off} (pairwise L2 of held-out images falls by {report.drop:.0%})")
 
     # ---- training
-    def align_and_train(self, state: TrainState | None = None, on_epoch: OnEpoch | None = None) -> None:
+    def align_and_train(self, state: TrainState | None = None, on_epoch: EpochCallback | None = None) -> None:
         """Fits the image aligner and trains the network, or resumes training from a saved state.
 
         The arguments are described in `fit`.
@@ -319,19 +321,19 @@ class CategoryFit:
         if state is not None:
             self.restore(state)
         else:
-            with self._measure_time("alignment"):
+            with self._measure_stage_time("alignment"):
                 self.fit_image_aligner()
-        with self._measure_time("train"):
+        with self._measure_stage_time("train"):
             if self.training is not None:
                 self.train(self.training, state, on_epoch)
 
     def restore(self, state: TrainState) -> None:
         """Restores the network's weights, the notes (`FitNotes`) and the best network so far from a saved state."""
         assert self.training is not None
-        self.training.load_network(state.net)
+        self.training.load_network_weights(state.net)
         self.notes, self.best = state.notes, state.best
 
-    def train(self, training: FydTraining, state: TrainState | None, on_epoch: OnEpoch | None) -> None:
+    def train(self, training: FydTraining, state: TrainState | None, on_epoch: EpochCallback | None) -> None:
         """Trains for train.epochs epochs. With selection, the network then gets the weights of `best`.
 
         The arguments are described in `fit`.
@@ -341,46 +343,46 @@ class CategoryFit:
             TrainingError: the stream of images ended too early.
             FloatingPointError: the loss, or a weight after an epoch, is not finite.
         """
-        from focus_ray.fyd.training import cut_tiles
+        from focus_ray.fyd.training import cut_one_tile_per_image
 
-        train, tiles = self.config.train, Tiles(*self.config.model.tile_layout)
-        steps = BatchSchedule.agree(self.num_images, get_world_size(), train.batch_size_per_worker)
-        training.start(steps.steps)
+        train, tiles = self.config.train, TileGrid(*self.config.model.tile_layout)
+        steps = BatchSchedule.from_smallest_share(self.num_images, get_world_size(), train.batch_size_per_worker)
+        training.build_optimizer_and_schedule(steps.steps)
         if state is None:
-            self._keep_best(-1)
+            self._keep_best_network(-1)
         else:
-            training.resume(state.optimizer, state.schedule, state.epoch)
+            training.restore_optimizer(state.optimizer, state.schedule, state.epoch)
         for epoch in range(0 if state is None else state.epoch + 1, train.epochs):
             generator = torch.Generator().manual_seed(derive_seed(train.seed, "epoch", epoch, self.rank))
             start = time.perf_counter()
-            batches = self.shard.train_batches(steps.batch_size, steps.steps, generator)
-            figures = training.run_epoch(cut_tiles(batches, tiles, train.seed, epoch), generator)
+            batches = self.shard.read_train_batches(steps.batch_size, steps.steps, generator)
+            figures = training.run_epoch(cut_one_tile_per_image(batches, tiles, train.seed, epoch), generator)
             figures = {"epoch": float(epoch), **figures, "seconds": time.perf_counter() - start}
-            self._note_epoch(figures)
-            self._keep_best(epoch)
+            self._record_epoch_metrics(figures)
+            self._keep_best_network(epoch)
             if on_epoch is not None:
 
-                def snapshot(epoch: int = epoch) -> TrainState:
-                    return TrainState(epoch, *training.state(), copy.deepcopy(self.notes), self.best)
+                def build_train_state(epoch: int = epoch) -> TrainState:
+                    return TrainState(epoch, *training.get_state_dicts(), copy.deepcopy(self.notes), self.best)
 
-                on_epoch(epoch, figures, snapshot)
+                on_epoch(epoch, figures, build_train_state)
         if self.best is not None:
             self.net.load_state_dict(self.best.net)
             self.log(f"kept the network after epoch {self.best.epoch + 1} of {train.epochs} (0: untrained)")
 
-    def _note_epoch(self, figures: dict[str, float]) -> None:
+    def _record_epoch_metrics(self, figures: dict[str, float]) -> None:
         """Adds the metrics of an epoch to the notes, logs them, and warns if they show that the features have collapsed."""
-        from focus_ray.fyd.training import collapse_warning
+        from focus_ray.fyd.training import format_collapse_warning
 
         self.notes.history.append(figures)
         epoch, epochs = int(figures["epoch"]) + 1, self.config.train.epochs
         shown = ", ".join(f"{key} {value:.4g}" for key, value in figures.items() if key != "epoch")
         self.log(f"epoch {epoch}/{epochs}: {shown}")
-        warning = collapse_warning(figures)
+        warning = format_collapse_warning(figures)
         if warning is not None:
-            self._warn(f"epoch {epoch}: {warning}")
+            self._add_warning(f"epoch {epoch}: {warning}")
 
-    def _keep_best(self, epoch: int) -> None:
+    def _keep_best_network(self, epoch: int) -> None:
         """Validates the network, and stores a copy as `best` if `best` is empty or its score is exceeded by more than MIN_GAIN.
 
         Without selection, nothing happens.
@@ -390,7 +392,7 @@ class CategoryFit:
         if self.validation is None:
             return
         self.net.eval()
-        score = self._validate({"epoch": epoch + 1})
+        score = self._validate_network({"epoch": epoch + 1})
         best = self.best
         if best is None or compute_on_rank0_and_broadcast(lambda: score > best.score + MIN_GAIN):
             network = {name: value.detach().cpu().clone() for name, value in self.net.state_dict().items()}
@@ -406,24 +408,24 @@ class CategoryFit:
         """
         if self.config.density.reduction != "discriminant":
             return
-        chosen = choose_projection_images(self.num_images, Tiles(*self.config.model.tile_layout).num_tiles)
-        rows = self._own_rows(chosen)
+        chosen = choose_projection_images(self.num_images, TileGrid(*self.config.model.tile_layout).num_tiles)
+        rows = self._select_own_positions(chosen)
         self.projection = learn_projection(
             self.net,
             self.reduction,
-            self.shard.fit_batches(positions=rows),
+            self.shard.read_batches("fit", positions=rows),
             self.device,
             self.num_images,
             [self.offset + row for row in rows],
             self.config.train.seed,
-            read_shared_metric(self.config),
-            with_folds=self.method == "leave_one_out",
-            origins=self._fit_origins(sorted(chosen)),
+            read_shared_scatter(self.config),
+            has_folds=self.method == "leave_one_out",
+            groups_and_order=self._collect_groups_and_order(sorted(chosen)),
             log=self.log,
         )
         self.reduction.projection.copy_(self.projection.projection)
 
-    def training_statistics(self, for_calibration: bool = False) -> Statistics:
+    def compute_training_statistics(self, for_calibration: bool = False) -> NormalStatistics:
         """Learns the projection, and then computes the statistics of the training images of all workers.
 
         Args: for_calibration: True: store the embeddings of some images in a bank even if the density needs no bank.
@@ -433,49 +435,49 @@ class CategoryFit:
         self.net.eval()
         self.learn_projection()
         bank_images = self._choose_bank_images(for_calibration)
-        batches = self._log_progress("statistics", self.shard.fit_batches())
+        batches = self._track_progress("statistics", self.shard.read_batches("fit"))
         cache = None if self.projection is None else self.projection.cache
         statistics = compute_statistics(self.net, self.reduction, batches, self.device, bank_images, self.offset, cache)
         if self.projection is not None:
             self.projection = self.projection._replace(cache=None)  # frees its memory
         if bank_images is not None:
-            statistics.descriptors = describe_statistics(statistics, self.reduction)
-            origins = self._fit_origins(sorted(bank_images))
-            statistics.same_part_distance = origins.same_part_distance
-            statistics.relations = _find_relations(statistics.descriptors.float(), origins)
+            statistics.descriptors = compute_bank_descriptors(statistics, self.reduction)
+            groups_and_order = self._collect_groups_and_order(sorted(bank_images))
+            statistics.same_part_distance = groups_and_order.same_part_distance
+            statistics.relations = _find_related_images(statistics.descriptors.float(), groups_and_order)
         return statistics
 
     def _choose_bank_images(self, for_calibration: bool) -> set[int] | None:
         """Chooses the image numbers of the images whose embeddings are stored in the bank; None: there is no bank.
 
-        Args: for_calibration: see `training_statistics`.
+        Args: for_calibration: see `compute_training_statistics`.
         """
         images = choose_bank_images(self.config.density, self.num_images)
         if images is None and for_calibration:
-            return sample_evenly(self.num_images, _MAX_LEAVE_ONE_OUT_IMAGES)
+            return choose_evenly_spaced(self.num_images, _MAX_LEAVE_ONE_OUT_IMAGES)
         return images
 
     # ---- images that show the same part
-    def _fit_origins(self, positions: Sequence[int]) -> ImageOrigins:
+    def _collect_groups_and_order(self, positions: Sequence[int]) -> ImageGroupsAndOrder:
         """Returns the groups and the order of some training images of all workers. Args: positions: their image numbers."""
-        groups, order = _join_workers(self.shard.fit_groups()), _join_workers(self.shard.fit_order())
-        return ImageOrigins(groups[list(positions)], order[list(positions)], self._same_part_distance())
+        groups, order = _gather_from_workers(self.shard.fit_groups()), _gather_from_workers(self.shard.fit_order())
+        return ImageGroupsAndOrder(groups[list(positions)], order[list(positions)], self._measure_same_part_distance())
 
-    def _same_part_distance(self) -> float | None:
+    def _measure_same_part_distance(self) -> float | None:
         """Measures how different two photographs of one physical part may be; the result is the same on every worker.
 
         `measure_same_part_distance` explains the result. The images for the measurement are gathered once and then kept.
         """
         if self._reference_images is None:
-            rows = self._own_rows(sample_evenly(self.num_images, len(SHIFTS_PX)))
-            own_images = self._join_batches(self.shard.fit_batches(positions=rows))[..., :3]
+            rows = self._select_own_positions(choose_evenly_spaced(self.num_images, len(SHIFTS_PX)))
+            own_images = self._concatenate_batches(self.shard.read_batches("fit", positions=rows))[..., :3]
             self._reference_images = all_gather_rows(own_images)
         images = self._reference_images
         return compute_on_rank0_and_broadcast(
             lambda: measure_same_part_distance(self.net, self.reduction, images, self.device)
         )
 
-    def _describe(self, batches: Iterable[Tensor]) -> Tensor:
+    def _compute_descriptors(self, batches: Iterable[Tensor]) -> Tensor:
         """Computes descriptors (n, P, K), coarse features, of the images of all workers.
 
         Args: batches: this worker's images.
@@ -483,13 +485,13 @@ class CategoryFit:
         num_channels = self.reduction.num_coreset_channels or self.reduction.num_channels
         parts = [torch.empty(0, GRID * GRID, num_channels)]
         parts += [
-            describe_images(self.net, self.reduction, convert_to_float_images(batch, self.device)).cpu()
+            compute_image_descriptors(self.net, self.reduction, convert_to_float_images(batch, self.device)).cpu()
             for batch in batches
         ]
         return all_gather_rows(torch.cat(parts))
 
     @torch.inference_mode()
-    def _unrelated_holdout(self, statistics: Statistics) -> list[int] | None:
+    def _find_unrelated_holdout(self, statistics: NormalStatistics) -> list[int] | None:
         """Finds this worker's held-out images that show other physical parts than the images of the bank.
 
         If some held-out images show the same parts, it adds a warning to the notes and logs it.
@@ -501,18 +503,23 @@ class CategoryFit:
         bank_images = self._choose_bank_images(for_calibration=True)
         assert bank_images is not None
         assert statistics.descriptors is not None
-        bank = self._fit_origins(sorted(bank_images))
-        groups, order = _join_workers(self.shard.holdout_groups()), _join_workers(self.shard.holdout_order())
-        origins = ImageOrigins(
+        bank = self._collect_groups_and_order(sorted(bank_images))
+        groups, order = (
+            _gather_from_workers(self.shard.holdout_groups()),
+            _gather_from_workers(self.shard.holdout_order()),
+        )
+        groups_and_order = ImageGroupsAndOrder(
             torch.cat([bank.groups, groups]), torch.cat([bank.order, order]), bank.same_part_distance
         )
-        holdout_descriptors = self._describe(self.shard.holdout_batches())
-        relations = _find_relations(torch.cat([statistics.descriptors.float(), holdout_descriptors]), origins)
+        holdout_descriptors = self._compute_descriptors(self.shard.read_batches("holdout"))
+        relations = _find_related_images(
+            torch.cat([statistics.descriptors.float(), holdout_descriptors]), groups_and_order
+        )
         is_related = torch.zeros(sum(counts), dtype=torch.bool)
         if relations is not None:
             is_related = relations.related[len(bank_images) :, : len(bank_images)].any(dim=1)
         if num_related := int(is_related.sum()):
-            self._warn(
+            self._add_warning(
                 f"{num_related} of {len(is_related)} held-out photographs show parts that training photographs also show: these "
                 "photographs are not used for the threshold"
             )
@@ -521,22 +528,22 @@ class CategoryFit:
         first = sum(counts[: self.rank])
         return [row for row in range(self.shard.num_holdout()) if not is_related[first + row]]
 
-    def _note_relations(self, relations: Relations) -> None:
+    def _record_related_images(self, relations: ImageRelations) -> None:
         """Adds the number of physical parts that the photographs show to the notes, and logs it."""
         count, num_parts = len(relations.groups), relations.num_groups
         self.notes.parts = {"num_images": count, "num_parts": num_parts}
         self.log(f"{count} photographs show about {num_parts} parts: photographs of one part are left out together")
 
-    def _warn(self, message: str) -> None:
+    def _add_warning(self, message: str) -> None:
         """Adds a warning to the notes, and logs it."""
         self.notes.warnings.append(message)
         self.log(f"WARNING: {message}")
 
-    def _join_validation(self) -> None:
+    def _add_validation_to_training(self) -> None:
         """Adds the validation images to the training images. Call it after the last validation."""
         if self.validation is None:
             return
-        self.shard = self.shard.join_validation()
+        self.shard = self.shard.merge_validation_into_fit()
         counts = all_gather_objects(len(self.shard.fit_groups()))
         self.num_images, self.num_own = sum(counts), counts[self.rank]
         self.offset = sum(counts[: self.rank])
@@ -546,9 +553,9 @@ class CategoryFit:
         method = self.config.calibration.method
         if method != "auto":
             return method
-        return "split" if sum(all_gather_objects(self.shard.num_holdout())) else self._method_without_holdout()
+        return "split" if sum(all_gather_objects(self.shard.num_holdout())) else self._choose_method_without_holdout()
 
-    def _method_without_holdout(self) -> Method:
+    def _choose_method_without_holdout(self) -> Method:
         """Returns the calibration method that uses training images: leave_one_out if the density supports it, else cross."""
         config = self.config
         return "leave_one_out" if supports_leave_one_out(config.density, config.model.shared_tile_grid) else "cross"
@@ -562,51 +569,51 @@ class CategoryFit:
             ConfigError: density.metric cannot be used.
         """
         self.net.eval()
-        with use_inference_backbone(self.net, compute_dtype(self.config.model.precision, self.device)):
-            return self._finish()
+        with use_inference_backbone(self.net, choose_compute_dtype(self.config.model.precision, self.device)):
+            return self._build_and_calibrate_prepared()
 
-    def _finish(self) -> FitResult:
+    def _build_and_calibrate_prepared(self) -> FitResult:
         """Computes the result of `finish` with a network that is already prepared for inference."""
-        folds: list[_Fold] = []
+        folds: list[_CrossValidationFold] = []
         holdout_rows: list[int] | None = None
-        self._join_validation()
-        with self._measure_time("statistics"):
+        self._add_validation_to_training()
+        with self._measure_stage_time("statistics"):
             if self.method == "split":
-                statistics = self.training_statistics(for_calibration=True)
-                holdout_rows = self._unrelated_holdout(statistics)
+                statistics = self.compute_training_statistics(for_calibration=True)
+                holdout_rows = self._find_unrelated_holdout(statistics)
                 if holdout_rows is None:
-                    self.method = self._method_without_holdout()
-                    self._warn(
+                    self.method = self._choose_method_without_holdout()
+                    self._add_warning(
                         "the threshold is set from training photographs instead, each scored without the photographs of its part"
                     )
             if self.method == "cross":
                 self.learn_projection()
-                folds = self._compute_folds()
-                statistics = _join_all([fold.statistics for fold in folds])
+                folds = self._compute_fold_statistics()
+                statistics = _join_statistics([fold.statistics for fold in folds])
             elif self.method == "leave_one_out":
-                statistics = self.training_statistics(for_calibration=True)
-            statistics.limit_bank(self.config.density.max_images)
-            statistics.scatter = None if self.projection is None else self.projection.scatters
+                statistics = self.compute_training_statistics(for_calibration=True)
+            statistics.limit_bank_size(self.config.density.max_images)
+            statistics.residual_scatter = None if self.projection is None else self.projection.scatters
         if statistics.relations is not None:
-            self._note_relations(statistics.relations)
-        with self._measure_time("calibration"):
+            self._record_related_images(statistics.relations)
+        with self._measure_stage_time("calibration"):
             statistics_with_bank = statistics
             if not DENSITIES[self.config.density.kind].keeps_bank:
                 statistics = dataclasses.replace(statistics, bank=None, thetas=None, shown=None, relations=None)
             detector = build_detector(self.config, self.net, self.reduction, statistics)
             if self.method == "cross":
-                builder = self._cross_calibrate(folds)
+                builder = self._calibrate_by_cross_validation(folds)
             elif self.method == "leave_one_out":
                 builder = collect_leave_one_out_scores(
                     detector, statistics_with_bank, self.config, self.projection, self.log
                 )
             else:
-                batches = self._log_progress("calibration", self.shard.holdout_batches(holdout_rows))
+                batches = self._track_progress("calibration", self.shard.read_batches("holdout", holdout_rows))
                 groups = self.shard.holdout_groups()[holdout_rows]
                 builder = collect_calibration_scores(detector, batches, self.config.calibration, "split", groups)
         return FitResult(detector, statistics, builder.build_calibration(), self.notes, self.seconds)
 
-    def _compute_folds(self) -> list[_Fold]:
+    def _compute_fold_statistics(self) -> list[_CrossValidationFold]:
         """Divides the training images into folds for cross calibration, and computes the statistics of each fold.
 
         Recognised photographs of one physical part are in one fold. The bank of each fold is so small that
@@ -614,10 +621,12 @@ class CategoryFit:
         """
         fold_of, groups = self.shard.fit_folds(), self.shard.fit_groups()
         if self.num_images <= _MAX_COMPARED_IMAGES:
-            origins = self._fit_origins(range(self.num_images))
-            relations = _find_relations(self._describe(self.shard.fit_batches()), origins)
+            groups_and_order = self._collect_groups_and_order(range(self.num_images))
+            relations = _find_related_images(
+                self._compute_descriptors(self.shard.read_batches("fit")), groups_and_order
+            )
             if relations is not None:
-                self._note_relations(relations)
+                self._record_related_images(relations)
                 own_images = slice(self.offset, self.offset + self.num_own)
                 fold_of = assign_folds(relations.groups, NUM_CALIBRATION_FOLDS).numpy()[own_images]
                 groups = relations.groups.numpy()[own_images]
@@ -627,13 +636,13 @@ class CategoryFit:
             rows = np.flatnonzero(fold_of == number)
             sizes = all_gather_objects(len(rows))
             first, num_images = sum(sizes[: self.rank]), sum(sizes)
-            bank_images = sample_evenly(num_images, limit) if DENSITIES[config.kind].keeps_bank else None
-            batches = self.shard.fit_batches(rows.tolist())
+            bank_images = choose_evenly_spaced(num_images, limit) if DENSITIES[config.kind].keeps_bank else None
+            batches = self.shard.read_batches("fit", rows.tolist())
             statistics = compute_statistics(self.net, self.reduction, batches, self.device, bank_images, first)
-            folds.append(_Fold(rows, groups[rows], first, num_images, statistics))
+            folds.append(_CrossValidationFold(rows, groups[rows], first, num_images, statistics))
         return folds
 
-    def _cross_calibrate(self, folds: Sequence[_Fold]) -> CalibrationBuilder:
+    def _calibrate_by_cross_validation(self, folds: Sequence[_CrossValidationFold]) -> CalibrationBuilder:
         """Scores the training images of each fold with a density of the other folds.
 
         This density's bank is not larger than the bank of the final density.
@@ -643,19 +652,19 @@ class CategoryFit:
         for fold in folds:
             if not fold.num_images:
                 continue
-            remaining = _join_all([other.statistics for other in folds if other is not fold])
-            remaining.limit_bank(self.config.density.max_images)
+            remaining = _join_statistics([other.statistics for other in folds if other is not fold])
+            remaining.limit_bank_size(self.config.density.max_images)
             detector = build_detector(self.config, self.net, self.reduction, remaining)
-            chosen = sample_evenly(fold.num_images, images_per_fold)
+            chosen = choose_evenly_spaced(fold.num_images, images_per_fold)
             used = [number for number in range(len(fold.rows)) if fold.first + number in chosen]
-            batches = self.shard.fit_batches(fold.rows[used].tolist())
+            batches = self.shard.read_batches("fit", fold.rows[used].tolist())
             builders.append(
                 collect_calibration_scores(detector, batches, self.config.calibration, "cross", fold.groups[used])
             )
         return functools.reduce(CalibrationBuilder.merge, builders)
 
 
-class _Fold(NamedTuple):
+class _CrossValidationFold(NamedTuple):
     """A fold of the training images for cross calibration.
 
     rows: (n,) positions in this worker's shard of the n images that belong to the fold.
@@ -669,19 +678,19 @@ class _Fold(NamedTuple):
     groups: NDArray[np.int64]
     first: int
     num_images: int
-    statistics: Statistics
+    statistics: NormalStatistics
 
 
-def _join_workers(numbers: NDArray[np.int64]) -> Tensor:
+def _gather_from_workers(numbers: NDArray[np.int64]) -> Tensor:
     """Concatenates arrays (n,) of all workers, in the order of their ranks."""
     return torch.from_numpy(np.concatenate(all_gather_objects(numbers)))
 
 
-def _find_relations(descriptors: Tensor, origins: ImageOrigins) -> Relations | None:
-    """Runs `find_relations` on the worker with rank 0, and returns the result on every worker."""
-    return compute_on_rank0_and_broadcast(lambda: find_relations(descriptors, origins))
+def _find_related_images(descriptors: Tensor, groups_and_order: ImageGroupsAndOrder) -> ImageRelations | None:
+    """Runs `find_related_images` on the worker with rank 0, and returns the result on every worker."""
+    return compute_on_rank0_and_broadcast(lambda: find_related_images(descriptors, groups_and_order))
 
 
-def _join_all(parts: Sequence[Statistics]) -> Statistics:
+def _join_statistics(parts: Sequence[NormalStatistics]) -> NormalStatistics:
     """Joins several statistics into a new object; the arguments do not change."""
-    return functools.reduce(Statistics.join, parts[1:], copy.deepcopy(parts[0]))
+    return functools.reduce(NormalStatistics.join, parts[1:], copy.deepcopy(parts[0]))

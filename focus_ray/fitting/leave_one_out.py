@@ -7,7 +7,7 @@ lower than the score of a new image. With 20 images and a target of 0.05, the re
 of the image are left out of the profile too. If there are few images, each image is also scored with a projection that was
 learnt without the image's cross-validation fold.
 
-Images that show the same part (`Statistics.relations`) are left out of density, profile and projection together.
+Images that show the same part (`NormalStatistics.relations`) are left out of density, profile and projection together.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from focus_ray.density.bank import to_bank_rows
+from focus_ray.density.bank import convert_to_bank_rows
 from focus_ray.density.base import (
     LeaveOneOutScorer,
-    Statistics,
-    leave_one_out_refits,
-    leave_one_out_scorer,
-    sample_evenly,
+    NormalStatistics,
+    build_leave_one_out_scorer,
+    choose_evenly_spaced,
+    compute_leave_one_out_distances_per_projection,
 )
 from focus_ray.density.moments import Moments
 from focus_ray.density.settings import DensityConfig
-from focus_ray.density.tiles import split_maps
+from focus_ray.density.tiles import split_into_tile_maps
 from focus_ray.detect.calibration import CalibrationBuilder
 from focus_ray.detect.detector import Detector, ScoredImages, compute_scored_pixels
 from focus_ray.detect.profile import MAX_IMAGES, compute_leave_one_out_distances, compute_profile_from_distances
 from focus_ray.distributed import compute_worker_range
-from focus_ray.fitting.passes import calibration_pixels, merge_over_workers
+from focus_ray.fitting.passes import merge_calibration_builders, select_scored_pixels
 from focus_ray.fitting.projection import NUM_FOLDS, DiscriminantProjection
 from focus_ray.fitting.settings import Config
 from focus_ray.progress import track_progress
@@ -47,7 +47,7 @@ _IMAGES_AT_ONCE = 8
 @torch.inference_mode()
 def collect_leave_one_out_scores(
     detector: Detector,
-    statistics: Statistics,
+    statistics: NormalStatistics,
     config: Config,
     projection: DiscriminantProjection | None = None,
     log: Callable[[str], None] = lambda message: None,
@@ -72,27 +72,27 @@ def collect_leave_one_out_scores(
     calibration = config.calibration
     builder = CalibrationBuilder("leave_one_out", calibration.target_fpr, calibration.target_pixel_fpr)
     assert statistics.bank is not None
-    if projection is not None and _has_folds(projection, len(statistics.bank)):
+    if projection is not None and _can_score_by_folds(projection, len(statistics.bank)):
         assert images is None
-        results = _score_by_folds(detector, statistics, projection, config.density)
+        results = _score_with_fold_projections(detector, statistics, projection, config.density)
     else:
-        scorer = leave_one_out_scorer(config.density, statistics, detector.density)
-        results = _score_without_folds(detector, scorer, statistics, images)
+        scorer = build_leave_one_out_scorer(config.density, statistics, detector.density)
+        results = _score_with_one_projection(detector, scorer, statistics, images)
     count = len(statistics.bank if images is None else images)
-    for numbers, scored, shown in track_progress(results, "calibration", len(_own_numbers(count)), log):
+    for numbers, scored, shown in track_progress(results, "calibration", len(_get_own_share(count)), log):
         groups = None if statistics.relations is None else statistics.relations.groups[numbers].numpy()
-        builder.add(scored.score.cpu().numpy(), calibration_pixels(scored, shown), groups)
-    return merge_over_workers(builder)
+        builder.add(scored.score.cpu().numpy(), select_scored_pixels(scored, shown), groups)
+    return merge_calibration_builders(builder)
 
 
-def _has_folds(projection: DiscriminantProjection, num_images: int) -> bool:
+def _can_score_by_folds(projection: DiscriminantProjection, num_images: int) -> bool:
     """Returns whether the projection has folds and was learnt from as many images as the bank has."""
     embeddings = projection.embeddings
     return projection.fold_projections is not None and embeddings is not None and len(embeddings) == num_images
 
 
-def _score_without_folds(
-    detector: Detector, scorer: LeaveOneOutScorer, statistics: Statistics, images: Sequence[int] | None = None
+def _score_with_one_projection(
+    detector: Detector, scorer: LeaveOneOutScorer, statistics: NormalStatistics, images: Sequence[int] | None = None
 ) -> Iterator[LeaveOneOutResult]:
     """Generator: yields the scores of this worker's share of the bank's images, with the detector's own projection.
 
@@ -106,26 +106,26 @@ def _score_without_folds(
     # distances of the profile's images: taken from the fit of the profile if it was fitted in this process
     profile_images, profile_distances = torch.empty(0, dtype=torch.long), detector.profile_distances
     if detector.profile is not None:
-        profile_images = torch.tensor(sorted(sample_evenly(len(bank), MAX_IMAGES)))
+        profile_images = torch.tensor(sorted(choose_evenly_spaced(len(bank), MAX_IMAGES)))
     if profile_distances is None:
         profile_distances = compute_leave_one_out_distances(
             scorer, statistics, bank, detector.coverage_mask, profile_images, device
         )
     profile_rows = {int(number): row for row, number in enumerate(profile_images)}
     numbers = torch.arange(len(bank)) if images is None else torch.tensor(images, dtype=torch.long)
-    for part in numbers[_own_numbers(len(numbers))].split(_IMAGES_AT_ONCE):  # together, so that the bank is read once
+    for part in numbers[_get_own_share(len(numbers))].split(_IMAGES_AT_ONCE):  # together, so that the bank is read once
         new = torch.tensor([int(number) for number in part if int(number) not in profile_rows], dtype=torch.long)
         new_distances = compute_leave_one_out_distances(scorer, statistics, bank, detector.coverage_mask, new, device)
         distances = {int(number): new_distances[row : row + 1] for row, number in enumerate(new)}
         for number in part.split(1):
             row = profile_rows.get(int(number))
             distance = distances[int(number)] if row is None else profile_distances[row : row + 1]
-            other_distances = profile_distances[_unrelated_positions(statistics, number, profile_images)]
-            yield _score_with_profile(other_distances, detector, distance, statistics, number)
+            other_distances = profile_distances[_find_unrelated_positions(statistics, number, profile_images)]
+            yield _score_left_out_image(other_distances, detector, distance, statistics, number)
 
 
-def _score_by_folds(
-    detector: Detector, statistics: Statistics, projection: DiscriminantProjection, config: DensityConfig
+def _score_with_fold_projections(
+    detector: Detector, statistics: NormalStatistics, projection: DiscriminantProjection, config: DensityConfig
 ) -> Iterator[LeaveOneOutResult]:
     """Generator: yields the scores of this worker's share of the bank's images.
 
@@ -135,23 +135,25 @@ def _score_by_folds(
     assert bank is not None
     assert projection.fold_of is not None
     all_images, device = torch.arange(len(bank)), detector.density.device
-    projected = (_project_statistics(statistics, projection, fold, device) for fold in range(NUM_FOLDS))
+    projected = (_compute_projected_statistics(statistics, projection, fold, device) for fold in range(NUM_FOLDS))
 
     def score(scorer: LeaveOneOutScorer, rows: Tensor) -> Tensor:
         return compute_leave_one_out_distances(scorer, statistics, rows, detector.coverage_mask, all_images, device)
 
-    for fold, distances in enumerate(leave_one_out_refits(config, detector.density, projected, score)):
-        for image in _own_numbers(len(bank)).split(1):
+    for fold, distances in enumerate(
+        compute_leave_one_out_distances_per_projection(config, detector.density, projected, score)
+    ):
+        for image in _get_own_share(len(bank)).split(1):
             number = int(image)
             if int(projection.fold_of[number]) == fold:
-                other_distances = distances[_unrelated_positions(statistics, image, all_images)]
+                other_distances = distances[_find_unrelated_positions(statistics, image, all_images)]
                 distance = distances[number : number + 1]
-                yield _score_with_profile(other_distances, detector, distance, statistics, image)
+                yield _score_left_out_image(other_distances, detector, distance, statistics, image)
 
 
-def _project_statistics(
-    statistics: Statistics, projection: DiscriminantProjection, fold: int, device: torch.device
-) -> Statistics:
+def _compute_projected_statistics(
+    statistics: NormalStatistics, projection: DiscriminantProjection, fold: int, device: torch.device
+) -> NormalStatistics:
     """Computes new statistics of all images with the projection that was learnt without the images of one fold."""
     assert projection.fold_projections is not None
     assert projection.embeddings is not None
@@ -161,13 +163,13 @@ def _project_statistics(
     rows = []
     for part in projection.embeddings.split(_IMAGES_AT_ONCE):
         embedding = torch.einsum("kc,nchw->nkhw", projection.fold_projections[fold], part.to(device, torch.float32))
-        moments.update(split_maps(embedding, *statistics.grid))
-        rows.append(to_bank_rows(embedding))
+        moments.add_embeddings(split_into_tile_maps(embedding, *statistics.grid))
+        rows.append(convert_to_bank_rows(embedding))
     coreset_bank = statistics.bank[:, :, moments.channels :]
     return dataclasses.replace(statistics, moments=moments, bank=torch.cat([torch.cat(rows), coreset_bank], dim=2))
 
 
-def _unrelated_positions(statistics: Statistics, image: Tensor, numbers: Tensor) -> Tensor:
+def _find_unrelated_positions(statistics: NormalStatistics, image: Tensor, numbers: Tensor) -> Tensor:
     """Returns the positions in `numbers` of all images except one image and its related images.
 
     Args:
@@ -176,12 +178,12 @@ def _unrelated_positions(statistics: Statistics, image: Tensor, numbers: Tensor)
 
     Returns: (m,) int64, ascending positions in `numbers`.
     """
-    excluded = statistics.images_to_exclude(image).view(-1)
+    excluded = statistics.find_images_to_exclude(image).view(-1)
     return (~torch.isin(numbers, excluded)).nonzero()[:, 0]
 
 
-def _score_with_profile(
-    other_distances: Tensor, detector: Detector, distance: Tensor, statistics: Statistics, image: Tensor
+def _score_left_out_image(
+    other_distances: Tensor, detector: Detector, distance: Tensor, statistics: NormalStatistics, image: Tensor
 ) -> LeaveOneOutResult:
     """Computes score and anomaly map of one image from the image's leave-one-out distances.
 
@@ -206,7 +208,7 @@ def _score_with_profile(
     return image, detector.score_distances(distance, theta, profile, shown), shown
 
 
-def _own_numbers(count: int) -> Tensor:
+def _get_own_share(count: int) -> Tensor:
     """Returns this worker's share of the integers 0 to count - 1."""
     part = compute_worker_range(count)
     return torch.arange(part.start, part.stop)

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from focus_ray.density.bank import to_bank_rows
-from focus_ray.density.base import Statistics
+from focus_ray.density.bank import convert_to_bank_rows
+from focus_ray.density.base import NormalStatistics
 from focus_ray.density.moments import Moments
 from focus_ray.density.reduction import ChannelReduction
-from focus_ray.density.tiles import Tiles, split_maps
+from focus_ray.density.tiles import TileGrid, split_into_tile_maps
 from focus_ray.detect.calibration import CalibrationBuilder, Method
 from focus_ray.detect.detector import (
     Detector,
@@ -30,7 +30,7 @@ from focus_ray.distributed import all_gather_objects, all_gather_rows, compute_o
 from focus_ray.features.alignment.congealing import AlignmentReport, CongealingAligner
 from focus_ray.features.network import FocusNet, convert_to_float_images
 from focus_ray.fitting.projection import CachedEmbeddings
-from focus_ray.fitting.selection import validation_figures
+from focus_ray.fitting.selection import compute_validation_metrics
 
 
 @torch.no_grad()  # not inference_mode: statistics are joined in place later
@@ -42,7 +42,7 @@ def compute_statistics(
     bank_images: Container[int] | None = None,
     first_image: int = 0,
     cache: CachedEmbeddings | None = None,
-) -> Statistics:
+) -> NormalStatistics:
     """Computes the statistics of the images of all workers; the result is the same on every worker.
 
     Moments (count, mean and scatter) are added up batch by batch. Only the embeddings of the bank's images stay in RAM.
@@ -55,7 +55,7 @@ def compute_statistics(
     """
     net.eval()
     pad_batches = reduction.num_coreset_channels > 0
-    tiles = Tiles(*net.config.tile_layout)
+    tiles = TileGrid(*net.config.tile_layout)
 
     def embed_batch(batch: Tensor, position: int) -> tuple[Tensor, Tensor | None]:
         """Returns embedding and theta of a batch whose first image has the number `position`, from the cache where possible."""
@@ -63,7 +63,7 @@ def compute_statistics(
         cached = [number for number in range(len(batch)) if position + number in cached_rows]
         if cache is None or not cached:
             return embed_images(net, reduction, convert_to_float_images(batch, device), pad_batches)
-        embedding, theta = cache.embedding([position + number for number in cached], reduction.projection)
+        embedding, theta = cache.project_embeddings([position + number for number in cached], reduction.projection)
         new = [number for number in range(len(batch)) if position + number not in cached_rows]
         if new:
             new_embedding, new_theta = embed_images(
@@ -84,7 +84,7 @@ def compute_statistics(
                 shown = compute_scored_locations(shown, theta, tiles, embedding.shape[2:]).flatten(1)
             yield EmbeddedBatch(embedding, theta, shown)
 
-    size = net.config.image_size_px // net.config.place_px(reduction.config.map_layer)
+    size = net.config.image_size_px // net.config.location_side_px(reduction.config.map_layer)
     grid = net.config.shared_tile_grid
     # moments cover one tile if tiles share their locations, otherwise the whole image
     map_size = (size, size) if grid == tiles[:2] else (tiles.rows * size, tiles.columns * size)
@@ -113,7 +113,7 @@ def compute_embedding_statistics(
     bank_images: Container[int] | None = None,
     first_image: int = 0,
     grid: tuple[int, int] = (1, 1),
-) -> Statistics:
+) -> NormalStatistics:
     """Computes the statistics of the embeddings of all workers' images; the result is the same on every worker.
 
     Args:
@@ -134,24 +134,24 @@ def compute_embedding_statistics(
     shown_parts = [torch.empty(0, num_locations, dtype=torch.uint8)]
     position = first_image
     for embedding, theta, shown in batches:
-        moments.update(split_maps(embedding[:, :num_channels], *grid))
+        moments.add_embeddings(split_into_tile_maps(embedding[:, :num_channels], *grid))
         chosen = [number for number in range(len(embedding)) if position + number in (bank_images or ())]
-        bank_parts.append(to_bank_rows(embedding[chosen]))
+        bank_parts.append(convert_to_bank_rows(embedding[chosen]))
         if theta is not None:
             theta_parts.append(theta[chosen].float().cpu())
         if shown is not None:
             shown_parts.append(shown[chosen].byte().cpu())
         position += len(embedding)
-    _reduce_moments(moments)
+    _sum_moments_over_workers(moments)
     if bank_images is None:
-        return Statistics(moments, grid=grid)
+        return NormalStatistics(moments, grid=grid)
     bank, thetas, shown = (all_gather_rows(torch.cat(parts)) for parts in (bank_parts, theta_parts, shown_parts))
-    return Statistics(
+    return NormalStatistics(
         moments, bank, thetas if len(thetas) else None, shown=shown > 0 if len(shown) else None, grid=grid
     )
 
 
-def _reduce_moments(moments: Moments) -> None:
+def _sum_moments_over_workers(moments: Moments) -> None:
     """Replaces this worker's moments, in place, by the moments of the images of all workers."""
     if get_world_size() == 1:
         return
@@ -219,13 +219,13 @@ def collect_calibration_scores(
         batch_groups = None if groups is None else groups[builder.num_images : builder.num_images + len(batch)]
         builder.add(
             scored.score.cpu().numpy(),
-            calibration_pixels(scored, extract_scored_pixel_mask(batch, "cpu")),
+            select_scored_pixels(scored, extract_scored_pixel_mask(batch, "cpu")),
             batch_groups,
         )
-    return merge_over_workers(builder)
+    return merge_calibration_builders(builder)
 
 
-def calibration_pixels(scored: ScoredImages, shown: Tensor | None) -> NDArray[np.float32] | list[NDArray[np.float32]]:
+def select_scored_pixels(scored: ScoredImages, shown: Tensor | None) -> NDArray[np.float32] | list[NDArray[np.float32]]:
     """Returns the scored pixels of anomaly maps in the form that `CalibrationBuilder.add` needs.
 
     Args: shown: (B, H, W) bool, pixels that are scored; None: all pixels.
@@ -238,34 +238,34 @@ def calibration_pixels(scored: ScoredImages, shown: Tensor | None) -> NDArray[np
     return [anomaly_map[is_shown][None] for anomaly_map, is_shown in zip(maps, shown.cpu().numpy(), strict=True)]
 
 
-def merge_over_workers(builder: CalibrationBuilder) -> CalibrationBuilder:
+def merge_calibration_builders(builder: CalibrationBuilder) -> CalibrationBuilder:
     """Merges the calibration builders of all workers, with the same result on every worker."""
     return functools.reduce(CalibrationBuilder.merge, all_gather_objects(builder))
 
 
 @torch.inference_mode()
-def compute_validation_figures(
+def validate_detector(
     detector: Detector, images: NDArray[np.uint8], masks: NDArray[np.bool_], batch_size: int = 32
 ) -> dict[str, float]:
     """Computes the validation metrics of a detector over the images of all workers, with the same result on every worker.
 
     Args:
-        images: (N, H, W, 3 or 4) uint8, this worker's images from `selection.validation_images`.
+        images: (N, H, W, 3 or 4) uint8, this worker's images from `selection.make_validation_images`.
         masks: (N, H, W) bool, True at pixels of synthetic defects.
         batch_size: images per batch.
 
-    Returns: name of a metric -> value, see `selection.validation_figures`.
+    Returns: name of a metric -> value, see `selection.compute_validation_metrics`.
 
     Raises: DataError: a metric cannot be computed, because there is no defect or every image has one.
     """
     batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
-    scores, maps = collect_scores((detector(torch.from_numpy(batch)) for batch in batches), masks.shape[1:])
-    return validation_figures(
+    scores, maps = concatenate_scores((detector(torch.from_numpy(batch)) for batch in batches), masks.shape[1:])
+    return compute_validation_metrics(
         *(np.concatenate(parts) for parts in zip(*all_gather_objects((masks, scores, maps)), strict=True))
     )
 
 
-def collect_scores(
+def concatenate_scores(
     scored: Iterable[ScoredImages], size_px: tuple[int, ...]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Concatenates the scores (N,) and anomaly maps (N, *size_px) of several batches.

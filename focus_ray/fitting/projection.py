@@ -28,18 +28,18 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from focus_ray.defects import SegmentedImage, draw_defective_copies, find_objects, merge_copies
-from focus_ray.density.base import sample_evenly
-from focus_ray.density.nearest import whitening_matrix
+from focus_ray.defects import SegmentedImage, draw_defective_copies, merge_defective_copies, segment_images
+from focus_ray.density.base import choose_evenly_spaced
+from focus_ray.density.nearest import compute_whitening_matrix
 from focus_ray.density.reduction import ChannelReduction
-from focus_ray.density.relations import Relations, assign_folds
+from focus_ray.density.relations import ImageRelations, assign_folds
 from focus_ray.density.settings import DensityConfig
-from focus_ray.density.tiles import Tiles
+from focus_ray.density.tiles import TileGrid
 from focus_ray.detect.detector import compute_descriptors, compute_scored_locations, embed_tiles
 from focus_ray.distributed import all_gather_rows, compute_worker_range, get_world_size
 from focus_ray.features.alignment.theta import warp_images
 from focus_ray.features.network import FocusNet, convert_to_float_images
-from focus_ray.fitting.duplicates import ImageOrigins, find_relations
+from focus_ray.fitting.duplicates import ImageGroupsAndOrder, find_related_images
 from focus_ray.progress import track_progress
 from focus_ray.seeds import derive_seed
 
@@ -91,7 +91,7 @@ class CachedEmbeddings(NamedTuple):
     coreset: Tensor
     thetas: Tensor | None
 
-    def embedding(self, numbers: Sequence[int], projection: Tensor) -> tuple[Tensor, Tensor | None]:
+    def project_embeddings(self, numbers: Sequence[int], projection: Tensor) -> tuple[Tensor, Tensor | None]:
         """Projects the cached embeddings of B images. Up to the rounding of float16, `detector.embed_images` gives the same result.
 
         Args:
@@ -106,7 +106,7 @@ class CachedEmbeddings(NamedTuple):
         return embedding, None if self.thetas is None else self.thetas[rows].to(device)
 
 
-def build_full_reduction(reduction: ChannelReduction, channels: tuple[int, ...]) -> ChannelReduction:
+def build_reduction_with_all_channels(reduction: ChannelReduction, channels: tuple[int, ...]) -> ChannelReduction:
     """Builds a channel reduction that keeps all channels of the used layers of the backbone.
 
     Args:
@@ -121,7 +121,7 @@ def build_full_reduction(reduction: ChannelReduction, channels: tuple[int, ...])
 
 def choose_projection_images(num_images: int, num_tiles: int) -> set[int]:
     """Chooses from which of the images 0 to num_images - 1 a projection is learnt; each image has `num_tiles` tiles."""
-    return sample_evenly(num_images, max(MIN_TILED_IMAGES, MAX_NEIGHBOURS // num_tiles))
+    return choose_evenly_spaced(num_images, max(MIN_TILED_IMAGES, MAX_NEIGHBOURS // num_tiles))
 
 
 @torch.no_grad()
@@ -134,8 +134,8 @@ def learn_projection(
     numbers: Sequence[int],
     seed: int,
     shared: Tensor | None = None,
-    with_folds: bool = False,
-    origins: ImageOrigins | None = None,
+    has_folds: bool = False,
+    groups_and_order: ImageGroupsAndOrder | None = None,
     log: Callable[[str], None] = lambda message: None,
 ) -> DiscriminantProjection:
     """Learns the projection for density.reduction=discriminant; only `cache` of the result differs between workers.
@@ -147,69 +147,71 @@ def learn_projection(
         seed: seed of the synthetic defects and of the random projection.
         shared: (2, C, C), scatter matrices of other categories. The directions are then computed from these matrices, without
             synthetic defects. None: learn from synthetic defects.
-        with_folds: also learn a projection without each cross-validation fold. This is done only if all images are used, their
+        has_folds: also learn a projection without each cross-validation fold. This is done only if all images are used, their
             number is at least 2 * NUM_FOLDS, and `shared` is None.
-        origins: groups and order of the chosen images of all workers. Neighbours are then searched only among images of other
+        groups_and_order: groups and order of the chosen images of all workers. Neighbours are then searched only among images of other
             physical parts. None: every image shows a different part.
         log: called with each message.
 
     Raises: ValueError: fewer than two images (or tiles, if images have tiles).
     """
     net.eval()
-    tiles = Tiles(*net.config.tile_layout)
+    tiles = TileGrid(*net.config.tile_layout)
     size = net.config.image_size_px
     own_parts = [torch.empty(0, size, size, 4, dtype=torch.uint8)]
     for batch in batches:
         # without a fourth channel (`data.framing`), all pixels are scored
         framed = batch if batch.shape[3] > 3 else F.pad(batch, (0, 1), value=255)
-        own_parts.append(tiles.cut_batch(framed))
+        own_parts.append(tiles.cut_channels_last_images(framed))
     own_images = torch.cat(own_parts)  # (n, S, S, 4), tiles count as images
-    full_reduction = build_full_reduction(reduction, net.backbone.spec.channels).to(device)
+    full_reduction = build_reduction_with_all_channels(reduction, net.backbone.spec.channels).to(device)
     # every worker needs all chosen images, because synthetic defects contain pieces of other images
     images = all_gather_rows(own_images)
     embedding, theta = _embed_all_channels(net, full_reduction, own_images, device)
     num_channels = full_reduction.num_channels
     full, coreset = embedding.cpu().split([num_channels, full_reduction.num_coreset_channels], dim=1)
     rows = {number: row for row, number in enumerate(numbers)}
-    cache = CachedEmbeddings(rows, tiles.join(full), tiles.join(coreset), theta)
+    cache = CachedEmbeddings(rows, tiles.join_tile_maps(full), tiles.join_tile_maps(coreset), theta)
     bank = all_gather_rows(full)
     # (n, H, W) bool, locations of the aligned frame that are scored
-    scored = compute_scored_locations(own_images[..., 3].to(device) > 0, theta, Tiles(1, 1, size, 0), full.shape[2:])
+    scored = compute_scored_locations(own_images[..., 3].to(device) > 0, theta, TileGrid(1, 1, size, 0), full.shape[2:])
     scored = all_gather_rows(scored.cpu())
     if len(images) < 2:
         raise ValueError(
             f"density.reduction=discriminant needs at least 2 normal images, got {len(images)}: add training images"
         )
     relations = None
-    if origins is not None:
+    if groups_and_order is not None:
         # same_part_distance was measured on the channels of the coreset and is not valid for all channels
-        origins = origins if coreset.shape[1] else origins._replace(same_part_distance=None)
-        compared = tiles.join(all_gather_rows(coreset if coreset.shape[1] else full))
-        relations = find_relations(compute_descriptors(compared), origins)
+        groups_and_order = groups_and_order if coreset.shape[1] else groups_and_order._replace(same_part_distance=None)
+        compared = tiles.join_tile_maps(all_gather_rows(coreset if coreset.shape[1] else full))
+        relations = find_related_images(compute_descriptors(compared), groups_and_order)
     scatter = ResidualScatter(bank.to(device), reduction.config, seed, tiles.num_tiles, relations)
-    queries = _choose_queries(len(images), tiles.num_tiles, use_all=len(images) == num_images)
+    queries = _choose_query_images(len(images), tiles.num_tiles, use_all=len(images) == num_images)
     own_queries = compute_worker_range(len(queries))
     defects_per_image = max(3, min(8, -(-NUM_DEFECTS // len(queries))))
-    pictures = [] if shared is not None else find_objects(images[queries, ..., :3].numpy())
+    pictures = [] if shared is not None else segment_images(images[queries, ..., :3].numpy())
     groups = [own_queries[start : start + _IMAGES_AT_ONCE] for start in range(0, len(own_queries), _IMAGES_AT_ONCE)]
     for group in track_progress(groups, "metric: images with defects", len(own_queries), log, count=len):
         group_images = torch.tensor([queries[number] for number in group])
-        scatter.add(0, scatter.bank[group_images].float(), group_images, scored[group_images].to(device))
+        scatter.add_residuals(0, scatter.bank[group_images].float(), group_images, scored[group_images].to(device))
         if shared is not None:
             continue
         copies, masks, sources = _paint_defects(pictures, group, derive_seed(seed, "metric"), defects_per_image)
         source_images = torch.tensor(queries)[sources]
         masks &= images[source_images, ..., 3].numpy() > 0
         embedding, theta = _embed_all_channels(net, full_reduction, torch.from_numpy(copies), device)
-        covered = _covered_locations(masks, theta, bank.shape[2], device)
+        covered = _find_covered_locations(masks, theta, bank.shape[2], device)
         for part in torch.arange(len(copies)).split(_IMAGES_AT_ONCE):
-            scatter.add(1, embedding[part, :num_channels].float(), source_images[part], covered[part])
+            scatter.add_residuals(1, embedding[part, :num_channels].float(), source_images[part], covered[part])
     projection, scatters = scatter.compute_projection(reduction.num_channels, shared)
     num_used = len(queries) if tiles.num_tiles == 1 else len(images) // tiles.num_tiles
-    if not with_folds or shared is not None or num_used < num_images or num_images < 2 * NUM_FOLDS:
+    if not has_folds or shared is not None or num_used < num_images or num_images < 2 * NUM_FOLDS:
         return DiscriminantProjection(projection, scatters, cache=cache)
     fold_projections = scatter.compute_fold_projections(reduction.num_channels)
-    return DiscriminantProjection(projection, scatters, fold_projections, tiles.join(bank), cache, scatter.fold_of)
+    return DiscriminantProjection(
+        projection, scatters, fold_projections, tiles.join_tile_maps(bank), cache, scatter.fold_of
+    )
 
 
 def _paint_defects(
@@ -227,7 +229,7 @@ def _paint_defects(
     painted, masks, sources = [], [], []
     for number in numbers:
         copies, covered, _ = draw_defective_copies(pictures, number, seed, defects_per_image)
-        copies, covered = merge_copies(pictures[number].pixels, copies, covered)
+        copies, covered = merge_defective_copies(pictures[number].pixels, copies, covered)
         painted.append(copies)
         masks.append(covered)
         sources += [number] * len(copies)
@@ -242,14 +244,14 @@ def _embed_all_channels(
     The result for an image does not depend on the number of workers.
 
     Args:
-        full_reduction: the result of `build_full_reduction`.
+        full_reduction: the result of `build_reduction_with_all_channels`.
         images: (B, S, S, 3 or 4) uint8, images or tiles of the network's input size.
 
     Returns: embeddings (B, C + K, H, W) float16, C channels of all used layers and K channels for the coreset (K is 0 without a
         coreset); theta (B, 2, 3), or None without image alignment or without images.
     """
     if not len(images):
-        side = net.config.image_size_px // net.config.place_px(full_reduction.config.map_layer)
+        side = net.config.image_size_px // net.config.location_side_px(full_reduction.config.map_layer)
         num_channels = full_reduction.num_channels + full_reduction.num_coreset_channels
         return torch.empty(0, num_channels, side, side, device=device, dtype=torch.float16), None
     parts = [
@@ -260,7 +262,7 @@ def _embed_all_channels(
     return torch.cat([embedding.half() for embedding, _ in parts]), torch.cat(thetas) if thetas else None
 
 
-def _choose_queries(num_images: int, num_tiles: int, use_all: bool) -> list[int]:
+def _choose_query_images(num_images: int, num_tiles: int, use_all: bool) -> list[int]:
     """Chooses the images, or tiles, whose residuals are computed, and returns their ascending indices.
 
     Tiles are chosen at random, because every n-th tile could be the same tile of each image.
@@ -271,12 +273,12 @@ def _choose_queries(num_images: int, num_tiles: int, use_all: bool) -> list[int]
         use_all: choose all images, because calibration by folds needs all residuals. It has no effect on tiles.
     """
     if num_tiles == 1:
-        return sorted(sample_evenly(num_images, num_images if use_all else MAX_QUERIES))
+        return sorted(choose_evenly_spaced(num_images, num_images if use_all else MAX_QUERIES))
     order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
     return sorted(order[:MAX_NEIGHBOURS].tolist())
 
 
-def _covered_locations(masks: np.ndarray, theta: Tensor | None, side: int, device: torch.device) -> Tensor:
+def _find_covered_locations(masks: np.ndarray, theta: Tensor | None, side: int, device: torch.device) -> Tensor:
     """Returns which locations of the feature map are covered by a defect on more than `COVERED_SHARE` of their area.
 
     Args:
@@ -317,13 +319,13 @@ class ResidualScatter:
         config: DensityConfig,
         seed: int,
         tiles_per_image: int = 1,
-        relations: Relations | None = None,
+        relations: ImageRelations | None = None,
     ) -> None:
         self.bank, self.window, self.tiles_per_image = bank, config.window, tiles_per_image
         num_images = len(bank) // tiles_per_image
         groups = torch.arange(num_images) if relations is None else relations.groups
         self.fold_of = assign_folds(groups, NUM_FOLDS)
-        self.relations = None if relations is None else relations.repeat(tiles_per_image)
+        self.relations = None if relations is None else relations.repeat_for_tiles(tiles_per_image)
         channels = bank.shape[1]
         generator = torch.Generator().manual_seed(derive_seed(seed, "metric's search"))
         num_search = min(config.num_channels, channels)
@@ -334,13 +336,13 @@ class ResidualScatter:
         centred = (reduced - reduced.mean(dim=0)).transpose(1, 2).reshape(-1, num_search)
         covariance = centred.t() @ centred / max(1, (len(bank) - 1) * bank.shape[2] * bank.shape[3])
         ridge = SEARCH_RIDGE * float(covariance.diagonal().mean())
-        self.search = whitening_matrix(covariance, max(ridge, 1e-12)) @ search  # (K, C)
+        self.search = compute_whitening_matrix(covariance, max(ridge, 1e-12)) @ search  # (K, C)
         reduced = torch.stack([self.search @ image.flatten(1).float() for image in bank]).permute(2, 1, 0)
         self.reduced_LKN, self.squares_LN = reduced.contiguous(), reduced.square().sum(dim=1)
         self.sums = torch.zeros(NUM_FOLDS, 2, channels, channels, dtype=torch.float64, device=bank.device)
         self.counts = torch.zeros(NUM_FOLDS, 2, dtype=torch.float64, device=bank.device)
 
-    def add(self, kind: int, embedding: Tensor, images: Tensor, used: Tensor) -> None:
+    def add_residuals(self, kind: int, embedding: Tensor, images: Tensor, used: Tensor) -> None:
         """Adds residuals to the normal (kind 0) or defective (kind 1) sums.
 
         The residual of a patch is its difference to the most similar patch of another normal image.
@@ -387,9 +389,14 @@ class ResidualScatter:
             direction_scatters: (2, C, C), normal and defective scatter from which the directions are learnt.
         """
         num_whitened = int(WHITENED_SHARE * num_channels)
-        learnt = discriminant_directions(direction_scatters[0], direction_scatters[1], num_channels - num_whitened)
+        learnt = compute_discriminant_directions(
+            direction_scatters[0], direction_scatters[1], num_channels - num_whitened
+        )
         projection = torch.cat(
-            [_scale_to_unit(learnt, scale_scatters[0]), _scale_to_unit(self.search[:num_whitened], scale_scatters[0])]
+            [
+                _scale_to_unit_residuals(learnt, scale_scatters[0]),
+                _scale_to_unit_residuals(self.search[:num_whitened], scale_scatters[0]),
+            ]
         )
         if get_world_size() > 1:  # different machines may give an eigenvector the opposite sign
             dist.broadcast(projection, 0)
@@ -414,7 +421,7 @@ class ResidualScatter:
         distance = torch.baddbmm(
             self.squares_LN[:, None], around.reshape(height * width, -1, query.shape[3]), self.reduced_LKN, alpha=-2
         )
-        excluded = (images if self.relations is None else self.relations.relatives(images)).view(batch, -1)
+        excluded = (images if self.relations is None else self.relations.find_related_images(images)).view(batch, -1)
         by_query = distance.view(height * width, window**2, batch, -1)
         by_query[:, :, torch.arange(batch)[:, None], excluded.to(query.device)] = torch.inf
         value, image = (minimum.view(height, width, window, window, batch) for minimum in distance.min(dim=2))
@@ -438,7 +445,7 @@ class ResidualScatter:
         return (embedding.permute(2, 3, 0, 1) - neighbour).permute(2, 0, 1, 3)
 
 
-def _scale_to_unit(rows: Tensor, normal: Tensor) -> Tensor:
+def _scale_to_unit_residuals(rows: Tensor, normal: Tensor) -> Tensor:
     """Scales a projection (k, C) by one factor, so that projected normal residuals have a mean squared norm of 1.
 
     Args: normal: (C, C), scatter per patch of the normal residuals.
@@ -447,7 +454,7 @@ def _scale_to_unit(rows: Tensor, normal: Tensor) -> Tensor:
     return rows / square.clamp_min(1e-24).sqrt().float()
 
 
-def discriminant_directions(normal: Tensor, defective: Tensor, num_channels: int) -> Tensor:
+def compute_discriminant_directions(normal: Tensor, defective: Tensor, num_channels: int) -> Tensor:
     """Computes the scaled leading eigenvectors of `defective v = lambda normal v`.
 
     Args:

@@ -35,12 +35,12 @@ def make_frame(config: Config, region: NDArray[np.bool_] | None) -> InputFrame:
 
     Args: region: (height, width) bool, the pixels that are scored, from `read_region`; None scores all pixels.
     """
-    return InputFrame(*config.model.resized_image_px, config.model.resize, region, map_cells(config))
+    return InputFrame(*config.model.resized_image_px, config.model.resize, region, compute_map_cells(config))
 
 
-def map_cells(config: Config) -> AnomalyMapCells:
+def compute_map_cells(config: Config) -> AnomalyMapCells:
     """Returns the squares of the frame, in pixels, that the locations of the feature map describe."""
-    model, side_px = config.model, config.model.place_px(config.density.map_layer)
+    model, side_px = config.model, config.model.location_side_px(config.density.map_layer)
     starts_in_tile = np.arange(0, model.image_size_px, side_px)
     tile_step = model.image_size_px - model.overlap_px
     tops, lefts = (
@@ -63,8 +63,10 @@ def read_region(config: Config, category: str) -> NDArray[np.bool_] | None:
     if region is None:
         return None
     height, width = config.model.resized_image_px
-    pixels = _read_mask(region, height, width) if isinstance(region, str) else draw_polygons(region, height, width)
-    if not map_cells(config).has_scored_cell(pixels):
+    pixels = (
+        _read_mask_image(region, height, width) if isinstance(region, str) else draw_polygon_mask(region, height, width)
+    )
+    if not compute_map_cells(config).has_scored_cell(pixels):
         area = f"the white area of the mask {region}" if isinstance(region, str) else "the area of the polygons"
         raise DataError(
             f"data.regions.{category}: {area} covers {pixels.sum()} of the {height} x {width} pixels of a resized image, too few "
@@ -73,7 +75,7 @@ def read_region(config: Config, category: str) -> NDArray[np.bool_] | None:
     return pixels
 
 
-def draw_polygons(polygons: Sequence[Polygon], height: int, width: int) -> NDArray[np.bool_]:
+def draw_polygon_mask(polygons: Sequence[Polygon], height: int, width: int) -> NDArray[np.bool_]:
     """Draws polygons into a mask (height, width), bool: True at pixels that lie with at least half of their area inside.
 
     Args: polygons: lists of corners [x, y] from 0 to 1, as shares of width and height.
@@ -85,7 +87,7 @@ def draw_polygons(polygons: Sequence[Polygon], height: int, width: int) -> NDArr
     return np.asarray(canvas.resize((width, height), Image.Resampling.BOX)) >= 128
 
 
-def _read_mask(uri: str, height: int, width: int) -> NDArray[np.bool_]:
+def _read_mask_image(uri: str, height: int, width: int) -> NDArray[np.bool_]:
     """Reads a mask image and stretches it to a mask (height, width), bool, that is True in white areas.
 
     Raises: DataError: the file does not exist, or is no image that can be decoded.

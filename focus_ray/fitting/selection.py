@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from focus_ray.defects import synthetic_validation_set
+from focus_ray.defects import make_defective_copies
 from focus_ray.errors import DataError
 from focus_ray.metrics.metrics import ScoredTestImages
 from focus_ray.metrics.registry import METRICS
@@ -25,7 +25,7 @@ JUDGED_BY = {
 }
 
 
-def validation_images(normals: NDArray[np.uint8], seed: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+def make_validation_images(normals: NDArray[np.uint8], seed: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Makes a validation set: N normal images, followed by `DEFECTS_PER_IMAGE` copies of each image with synthetic defects.
 
     Args:
@@ -39,7 +39,7 @@ def validation_images(normals: NDArray[np.uint8], seed: int) -> tuple[NDArray[np
     """
     if len(normals) < 2:
         raise DataError(f"a validation score needs at least 2 held-out normal images, got {len(normals)}")
-    defective, masks, _ = synthetic_validation_set(normals[..., :3], seed, DEFECTS_PER_IMAGE)
+    defective, masks, _ = make_defective_copies(normals[..., :3], seed, DEFECTS_PER_IMAGE)
     clean = np.zeros(normals.shape[:3], dtype=bool)
     if normals.shape[3] > 3:
         scored_pixels = np.repeat(normals[..., 3:], DEFECTS_PER_IMAGE, axis=0)
@@ -47,7 +47,7 @@ def validation_images(normals: NDArray[np.uint8], seed: int) -> tuple[NDArray[np
     return np.concatenate([normals, defective]), np.concatenate([clean, masks])
 
 
-def validation_figures(
+def compute_validation_metrics(
     masks: NDArray[np.bool_], scores: NDArray[np.float32], maps: NDArray[np.float32]
 ) -> dict[str, float]:
     """Computes validation metrics: how well image scores and anomaly maps detect synthetic defects.

@@ -74,14 +74,14 @@ class Config(ConfigSection):
 
     @field_validator("trackers", mode="before")
     @classmethod
-    def _by_defaults(cls, value: Any) -> Any:
+    def _replace_none_by_defaults(cls, value: Any) -> Any:
         """Replaces None, the settings of a tracker without settings, by an empty dictionary, which gives the defaults."""
         if not isinstance(value, dict):
             return value
         return {name: {} if settings is None else settings for name, settings in value.items()}
 
     @model_validator(mode="after")
-    def _consistent(self) -> Config:
+    def _check_consistency(self) -> Config:
         if self.calibration.method == "split" and self.data.holdout_fraction == 0.0:
             raise ValueError(
                 "calibration.method=split needs held-out images: set data.holdout_fraction above 0, "

@@ -17,7 +17,7 @@ from focus_ray.data.read import decode_rows
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config
-from focus_ray.fitting.split import NO_ROWS, Split, SplitPlan, SplitRows
+from focus_ray.fitting.split import NO_ROWS, SplitPlan, SplitRows, SplitRule
 
 _SHUFFLE_ROWS = 512  # rows of a local stream that are decoded and shuffled together
 
@@ -38,28 +38,28 @@ class Shard(ABC):
 
     Attributes:
         share: which images of this worker are fit, validation and held-out images, with their groups and order.
-        batch_size: images per batch, except in `train_batches`.
+        batch_size: images per batch, except in `read_train_batches`.
     """
 
     share: SplitPlan
     batch_size: int
 
     @abstractmethod
-    def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+    def read_train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
         """Generator: yields exactly `steps` shuffled batches of exactly `batch_size` fit images.
 
         Raises: TrainingError: a stream of images ended too early.
         """
 
     @abstractmethod
-    def _read(self, part: _Part, positions: Sequence[int] | None) -> Iterator[Tensor]:
+    def read_batches(self, part: _Part, positions: Sequence[int] | None) -> Iterator[Tensor]:
         """Generator: yields batches of the fit, validation or held-out images.
 
         Args: positions: ascending positions of the images to read; None: all images.
         """
 
     @abstractmethod
-    def join_validation(self) -> Shard:
+    def merge_validation_into_fit(self) -> Shard:
         """Returns a new shard in which the validation images are fit images too; it has no validation images."""
 
     def fit_batches(self, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
@@ -67,21 +67,21 @@ class Shard(ABC):
 
         Args: positions: yields only the fit images at these ascending positions; the others are not read.
         """
-        return self._read("fit", positions)
+        return self.read_batches("fit", positions)
 
     def validation_batches(self) -> Iterator[Tensor]:
         """Generator: yields every validation image once, in batches."""
-        return self._read("validation", None)
+        return self.read_batches("validation", None)
 
     def holdout_batches(self, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Generator: yields every held-out image once, in batches.
 
         Args: positions: yields only the held-out images at these ascending positions; the others are not read.
         """
-        return self._read("holdout", positions)
+        return self.read_batches("holdout", positions)
 
     def fit_folds(self) -> NDArray[np.int64]:
-        """Returns the cross-validation fold (N,) of each fit image, in the order of `fit_batches()`.
+        """Returns the cross-validation fold (N,) of each fit image, in the order of `read_batches("fit")`.
 
         Raises: ValueError: the shard has no fold numbers.
         """
@@ -94,7 +94,7 @@ class Shard(ABC):
         return len(self.share.holdout)
 
     def fit_groups(self) -> NDArray[np.int64]:
-        """Returns the group number (N,) of each fit image, in the order of `fit_batches()`.
+        """Returns the group number (N,) of each fit image, in the order of `read_batches("fit")`.
 
         Images with the same named group have equal numbers, in all workers and also in `holdout_groups`. The images of a group
         may be spread over several workers.
@@ -102,7 +102,7 @@ class Shard(ABC):
         return self.share.fit.groups
 
     def holdout_groups(self) -> NDArray[np.int64]:
-        """Returns the group number (M,) of each held-out image, in the order of `holdout_batches()`."""
+        """Returns the group number (M,) of each held-out image, in the order of `read_batches("holdout")`."""
         return self.share.holdout.groups
 
     def fit_order(self) -> NDArray[np.int64]:
@@ -134,7 +134,7 @@ class MemoryShard(Shard):
             images: (N, H, W, C) uint8, the fit images, for training and density.
             holdout: (M, H, W, C) uint8, held-out images, for calibration; None: no images.
             folds: (N,) fold number of each fit image, for cross calibration; None: cross calibration is not possible.
-            batch_size: images per batch, except in `train_batches`.
+            batch_size: images per batch, except in `read_train_batches`.
             validation: (V, H, W, C) uint8, for the selection of a network without labels; None: no images.
             groups: (N,) group number of each fit image. None: each image is its own group.
             order: (N,) rank of each fit image in natural order of file names. None: the order of `images`.
@@ -158,8 +158,8 @@ class MemoryShard(Shard):
             fingerprint="",
         )
 
-    def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Generator: see `Shard.train_batches`. If there are too few images, they are used more than once."""
+    def read_train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Generator: see `Shard.read_train_batches`. If there are too few images, they are used more than once."""
         order = torch.empty(0, dtype=torch.long)
         for _ in range(steps):
             while len(order) < batch_size:
@@ -167,15 +167,15 @@ class MemoryShard(Shard):
             yield self.images[order[:batch_size]]
             order = order[batch_size:]
 
-    def _read(self, part: _Part, positions: Sequence[int] | None) -> Iterator[Tensor]:
+    def read_batches(self, part: _Part, positions: Sequence[int] | None) -> Iterator[Tensor]:
         images = {"fit": self.images, "validation": self.validation, "holdout": self.holdout}[part]
         if positions is not None:
             images = images[torch.tensor(positions, dtype=torch.long)]
         yield from (batch for batch in images.split(self.batch_size) if len(batch))
 
-    def join_validation(self) -> MemoryShard:
+    def merge_validation_into_fit(self) -> MemoryShard:
         """Returns a new shard in which the validation images are fit images too, after the other fit images."""
-        images, share = torch.cat([self.images, self.validation]), self.share.join_validation()
+        images, share = torch.cat([self.images, self.validation]), self.share.merge_validation_into_fit()
         return MemoryShard(images, self.holdout, batch_size=self.batch_size, share=share)
 
 
@@ -187,7 +187,7 @@ class BatchSchedule:
     steps: int
 
     @classmethod
-    def agree(cls, num_images: int, num_workers: int, batch_size_per_worker: int) -> BatchSchedule:
+    def from_smallest_share(cls, num_images: int, num_workers: int, batch_size_per_worker: int) -> BatchSchedule:
         """Computes the schedule, the same on every worker, from the smallest share of images that a worker has.
 
         Raises: DataError: a worker would get fewer than two images.
@@ -202,7 +202,7 @@ class BatchSchedule:
         return cls(size, share // size)
 
 
-def local_stream(config: Config, category: str, plan: SplitPlan, num_threads: int = 1) -> BatchStream:
+def build_local_stream(config: Config, category: str, plan: SplitPlan, num_threads: int = 1) -> BatchStream:
     """Returns a function that yields shuffled batches of a category's fit images; every call decodes the images again.
 
     The images are shuffled and divided into blocks of `_SHUFFLE_ROWS`. A block is read in ascending order of rows, decoded, and
@@ -249,8 +249,8 @@ class StreamShard(Shard):
         self.batch_size = config.train.batch_size_per_worker
         self.frame = load_frame(config, category)
 
-    def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Generator: see `Shard.train_batches`. It needs a stream.
+    def read_train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Generator: see `Shard.read_train_batches`. It needs a stream.
 
         Raises: TrainingError: the stream ended too early, for instance because the data was changed.
         """
@@ -273,21 +273,21 @@ class StreamShard(Shard):
                 "was changed during the training"
             )
 
-    def _read(self, part: _Part, positions: Sequence[int] | None) -> Iterator[Tensor]:
+    def read_batches(self, part: _Part, positions: Sequence[int] | None) -> Iterator[Tensor]:
         share: SplitRows = getattr(self.share, part)
         rows = share.rows if positions is None else share.rows[np.asarray(positions, dtype=np.int64)]
         uri, version = self.config.data.uri, self.share.version
         for images in decode_rows(uri, self.category, rows, self.frame, self.batch_size, self.num_threads, version):
             yield torch.from_numpy(images)
 
-    def join_validation(self) -> StreamShard:
+    def merge_validation_into_fit(self) -> StreamShard:
         """Returns a new shard in which the validation images are fit images too, all in the order of their rows."""
-        joined = self.share.join_validation()
-        share = joined.take_fit(np.argsort(joined.fit.rows))
+        joined = self.share.merge_validation_into_fit()
+        share = joined.select_fit_images(np.argsort(joined.fit.rows))
         return StreamShard(self.config, self.category, share, self.stream, self.num_threads)
 
 
-def fits_memory(config: Config, plan: SplitPlan | Split) -> bool:
+def fits_in_memory(config: Config, plan: SplitPlan | SplitRule) -> bool:
     """Returns whether the decoded images of each worker fit into the RAM that data.memory_budget_mb allows.
 
     It assumes the smallest number of workers that the settings allow, because each worker then has the most images.
@@ -308,7 +308,7 @@ def build_shard(
     stream: BatchStream | None = None,
     num_threads: int = 1,
 ) -> Shard:
-    """Builds the shard of a worker: it keeps the images in RAM if `fits_memory`, otherwise it reads them again on every pass.
+    """Builds the shard of a worker: it keeps the images in RAM if `fits_in_memory`, otherwise it reads them again on every pass.
 
     Args:
         plan: the split of the images of all workers.
@@ -319,11 +319,11 @@ def build_shard(
     Raises: DataError: the region of interest of the category cannot be used.
     """
     share = plan.share(rank, num_workers)
-    if not fits_memory(config, plan):
+    if not fits_in_memory(config, plan):
         return StreamShard(config, category, share, stream, num_threads)
     frame = load_frame(config, category)
 
-    def load(row_numbers: NDArray[np.int64]) -> Tensor:
+    def load_images(row_numbers: NDArray[np.int64]) -> Tensor:
         images = torch.empty(len(row_numbers), *frame.shape, dtype=torch.uint8)
         start = 0
         uri, version = config.data.uri, plan.version
@@ -333,9 +333,9 @@ def build_shard(
         return images
 
     return MemoryShard(
-        load(share.fit.rows),
-        load(share.holdout.rows),
+        load_images(share.fit.rows),
+        load_images(share.holdout.rows),
         batch_size=config.train.batch_size_per_worker,
-        validation=load(share.validation.rows),
+        validation=load_images(share.validation.rows),
         share=share,
     )

@@ -25,7 +25,7 @@ from focus_ray.storage.files import read_bytes, write_bytes
 FORMAT = "focus_ray metric 1"
 
 
-def matching_settings(config: Config) -> dict[str, Any]:
+def get_compatibility_settings(config: Config) -> dict[str, Any]:
     """Returns the settings that must be equal so that the channels of two networks have the same meaning: key -> value."""
     return {
         "model.backbone": config.model.backbone,
@@ -36,24 +36,24 @@ def matching_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def write_shared_metric(uri: str, scatters: Mapping[str, Tensor], config: Config) -> None:
+def write_shared_scatter(uri: str, scatters: Mapping[str, Tensor], config: Config) -> None:
     """Writes a shared metric: the mean of the scatter matrices, each divided by the mean variance of its normal residuals.
 
     Args:
         uri: path or URI of the file to write.
         scatters: name of a category -> scatter matrices (2, C, C), normal and defective.
-        config: a configuration; its `matching_settings` hold for the networks of all categories.
+        config: a configuration; its `get_compatibility_settings` hold for the networks of all categories.
     """
     metadata = {
         "format": FORMAT,
         "categories": json.dumps(sorted(scatters)),
-        "fits": json.dumps(matching_settings(config)),
+        "fits": json.dumps(get_compatibility_settings(config)),
     }
     scaled = [scatter / scatter[0].diagonal().mean().clamp_min(1e-24) for scatter in scatters.values()]
     write_bytes(uri, save_tensors({"scatter": torch.stack(scaled).mean(dim=0)}, metadata=metadata))
 
 
-def read_shared_metric(config: Config) -> Tensor | None:
+def read_shared_scatter(config: Config) -> Tensor | None:
     """Reads the scatter matrices (2, C, C) of the file that density.metric names; returns None if density.metric is None.
 
     Raises: ConfigError: the file cannot be read, is no shared metric, or belongs to a different kind of network.
@@ -74,7 +74,7 @@ def read_shared_metric(config: Config) -> Tensor | None:
         raise ConfigError(
             f"density.metric={uri}: the file cannot be read as a shared metric ({error}): {advice}"
         ) from None
-    for key, value in {"format": FORMAT, **matching_settings(config)}.items():
+    for key, value in {"format": FORMAT, **get_compatibility_settings(config)}.items():
         if file_settings.get(key) != value:
             raise ConfigError(
                 f"density.metric={uri}: the file was made with {key}={file_settings.get(key)}, but this run has {key}={value}: "

@@ -38,11 +38,11 @@ NO_ROWS = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
-class Split:
+class SplitRule:
     """The rule that splits the images of one category. It is small, so it can be sent to any number of workers.
 
     Attributes:
-        seed: seed of the keys of the images, see `split_key`.
+        seed: seed of the keys of the images, see `compute_split_key`.
         fingerprint: hash that identifies the images of the category.
         version: name of the stored version of the category's data for which the rule was made. A replaced version stays readable
             for a day.
@@ -66,14 +66,14 @@ class Split:
         """The number of fit, validation and held-out images together."""
         return self.num_fit + self.num_validation + self.num_holdout
 
-    def part_of(self, content_hash: str, group: str = "") -> Literal["fit", "validation", "holdout"]:
+    def find_subset(self, content_hash: str, group: str = "") -> Literal["fit", "validation", "holdout"]:
         """Returns whether a normal training image is a fit, validation or held-out image.
 
         Args:
             content_hash: hash of the image content.
             group: group of the image; empty if the image is its own group.
         """
-        key = split_key(self.seed, content_hash, group)
+        key = compute_split_key(self.seed, content_hash, group)
         return "holdout" if key < self.validation_from else "validation" if key < self.fit_from else "fit"
 
     def plan(self, config: Config) -> SplitPlan:
@@ -82,7 +82,7 @@ class Split:
         Raises: DataError: this version does not exist any more.
         """
         table = read_index(config.data.uri, self.category, version=self.version)
-        return _apply_split(self, _normal_images(table, self.seed))
+        return _apply_split_rule(self, _collect_normal_images(table, self.seed))
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,13 +121,13 @@ class SplitRows:
 class SplitPlan:
     """The fit, validation and held-out images of a category, or the share of one worker.
 
-    The rows of each subset are ascending, except after `join_validation`.
+    The rows of each subset are ascending, except after `merge_validation_into_fit`.
 
     Attributes:
         folds: (n,) int64, fold number of each fit image, for cross calibration. All images of a group have the same fold.
         fingerprint: hash that identifies the images of the whole category.
         version: name of the stored version of the category's data; None: the current version.
-        fit_hashes: `short_hash` of the fit and validation images, int64, sorted; empty in the share of a worker.
+        fit_hashes: `shorten_hash` of the fit and validation images, int64, sorted; empty in the share of a worker.
     """
 
     fit: SplitRows
@@ -158,12 +158,12 @@ class SplitPlan:
         """The number of fit, validation and held-out images together."""
         return len(self.fit) + len(self.validation) + len(self.holdout)
 
-    def take_fit(self, positions: NDArray[np.int64] | Sequence[int]) -> SplitPlan:
+    def select_fit_images(self, positions: NDArray[np.int64] | Sequence[int]) -> SplitPlan:
         """Returns a plan with only some of the fit images. Args: positions: positions of these images among the fit images."""
         chosen = np.asarray(positions, dtype=np.int64)
         return replace(self, fit=self.fit.take(chosen), folds=self.folds[chosen])
 
-    def join_validation(self) -> SplitPlan:
+    def merge_validation_into_fit(self) -> SplitPlan:
         """Returns a plan in which the validation images are fit images too, after the others, and no image validates."""
         num_folds = int(self.folds.max(initial=0)) + 1
         return replace(
@@ -173,7 +173,7 @@ class SplitPlan:
             validation=self.validation.take(NO_ROWS),
         )
 
-    def without_holdout(self) -> SplitPlan:
+    def drop_holdout(self) -> SplitPlan:
         """Returns a plan without held-out images."""
         return replace(self, holdout=self.holdout.take(NO_ROWS))
 
@@ -185,15 +185,15 @@ class SplitPlan:
         Args: rank: number of the worker, from 0.
         """
 
-        def piece(length: int) -> slice:
+        def slice_of_worker(length: int) -> slice:
             return slice(length * rank // num_workers, length * (rank + 1) // num_workers)
 
         return replace(
             self,
-            fit=self.fit.take(piece(len(self.fit))),
-            folds=self.folds[piece(len(self.folds))],
-            validation=self.validation.take(piece(len(self.validation))),
-            holdout=self.holdout.take(piece(len(self.holdout))),
+            fit=self.fit.take(slice_of_worker(len(self.fit))),
+            folds=self.folds[slice_of_worker(len(self.folds))],
+            validation=self.validation.take(slice_of_worker(len(self.validation))),
+            holdout=self.holdout.take(slice_of_worker(len(self.holdout))),
             fit_hashes=NO_ROWS,
         )
 
@@ -215,25 +215,25 @@ class _NormalImages:
     group_sizes: NDArray[np.int64]
 
 
-def split_category(config: Config, category: str) -> Split:
+def compute_split_rule(config: Config, category: str) -> SplitRule:
     """Computes the split rule of a category. It depends only on the images, the seed and the settings.
 
     Raises: DataError: the category does not exist, it has too few normal training images, the region of interest cannot be used,
         or some images have a size at which no pixel would be inspected.
     """
-    return _compute_split(config, category)[0]
+    return _compute_rule_and_images(config, category)[0]
 
 
-def plan_category(config: Config, category: str) -> SplitPlan:
-    """Splits a category by the rule of `split_category`, and returns the images of each subset.
+def compute_split_plan(config: Config, category: str) -> SplitPlan:
+    """Splits a category by the rule of `compute_split_rule`, and returns the images of each subset.
 
-    Raises: DataError: see `split_category`.
+    Raises: DataError: see `compute_split_rule`.
     """
-    split, normal = _compute_split(config, category)
-    return _apply_split(split, normal)
+    split, normal = _compute_rule_and_images(config, category)
+    return _apply_split_rule(split, normal)
 
 
-def split_key(seed: int, content_hash: str, group: str = "") -> str:
+def compute_split_key(seed: int, content_hash: str, group: str = "") -> str:
     """Computes the key by which images are split: the SHA-256 in hex of seed and group, or of seed and content hash.
 
     Sorting by this key puts the groups into a random order that depends only on the seed.
@@ -242,58 +242,58 @@ def split_key(seed: int, content_hash: str, group: str = "") -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def short_hash(content_hash: str) -> int:
+def shorten_hash(content_hash: str) -> int:
     """Converts the first 8 bytes of a hex content hash to a signed 64-bit integer."""
     return int.from_bytes(bytes.fromhex(content_hash[:16]), "big", signed=True)
 
 
-def _normal_images(table: pa.Table, seed: int) -> _NormalImages:
+def _collect_normal_images(table: pa.Table, seed: int) -> _NormalImages:
     """Returns the normal training images of a category, with groups, ranks and keys.
 
     Args:
         table: index of all training and test images of the category.
         seed: seed of the keys.
     """
-    index = _normal_rows(table)
+    index = _filter_normal_rows(table)
     hashes = index["content_hash"].to_pylist()
     numbers: dict[str, int] = {}
     groups, keys = [], []
     for content_hash, name in zip(hashes, index["group"].to_pylist(), strict=True):
         if name not in numbers:
-            keys.append(split_key(seed, content_hash, name))
+            keys.append(compute_split_key(seed, content_hash, name))
             if name:
                 numbers[name] = len(keys) - 1
         groups.append(numbers.get(name, len(keys) - 1))
     group_numbers = np.array(groups, dtype=np.int64)
-    images = SplitRows(index["row"].to_numpy(), group_numbers, _natural_ranks(index["id"]))
+    images = SplitRows(index["row"].to_numpy(), group_numbers, _compute_natural_ranks(index["id"]))
     return _NormalImages(images, hashes, np.array(keys, dtype=np.str_), np.bincount(group_numbers, minlength=len(keys)))
 
 
-def _normal_rows(table: pa.Table) -> pa.Table:
+def _filter_normal_rows(table: pa.Table) -> pa.Table:
     """Returns the part of an index table that lists the normal training images."""
     return table.filter(pc.and_(pc.equal(table["split"], "train"), pc.equal(table["label"], 0)))
 
 
-def _natural_ranks(ids: pa.ChunkedArray) -> NDArray[np.int64]:
+def _compute_natural_ranks(ids: pa.ChunkedArray) -> NDArray[np.int64]:
     """Returns the rank (N,) of each id in natural order: digits compare by their value, so img_2 comes before img_10."""
 
-    def with_length(match: re.Match[str]) -> str:
+    def prefix_length(match: re.Match[str]) -> str:
         digits = match.group().lstrip("0")
         return f"{len(digits):03}{digits}"  # the number with more digits is larger, so the length comes first
 
-    keys = [(re.sub("[0-9]+", with_length, name), name) for name in ids.to_pylist()]
+    keys = [(re.sub("[0-9]+", prefix_length, name), name) for name in ids.to_pylist()]
     in_order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
     return np.argsort(in_order)  # the inverse permutation
 
 
-def _compute_split(config: Config, category: str) -> tuple[Split, _NormalImages]:
-    """Computes the rule of `split_category`, and returns it with the normal training images of the category.
+def _compute_rule_and_images(config: Config, category: str) -> tuple[SplitRule, _NormalImages]:
+    """Computes the rule of `compute_split_rule`, and returns it with the normal training images of the category.
 
-    Raises: DataError: see `split_category`.
+    Raises: DataError: see `compute_split_rule`.
     """
     table = read_index(config.data.uri, category)
-    normal = _normal_images(table, config.train.seed)
-    _check_sizes(config, category, table)
+    normal = _collect_normal_images(table, config.train.seed)
+    _check_image_sizes(config, category, table)
     count, num_groups = len(normal.images), len(normal.group_keys)
     parts = " parts" if num_groups < count else ""
     count_text = f"{count} normal training images" + (f" of {num_groups}{parts}" if parts else "")
@@ -302,12 +302,14 @@ def _compute_split(config: Config, category: str) -> tuple[Split, _NormalImages]
     in_order = np.argsort(normal.group_keys, kind="stable")
     sizes = normal.group_sizes[in_order]
     # From here on the counts are groups: twenty photographs of two parts count as two.
-    num_holdout = min(num_groups - 2, num_held_out(config, num_groups))
-    num_holdout = _limit_groups(sizes, num_holdout, MAX_CALIBRATION_IMAGES, 1)
+    num_holdout = min(num_groups - 2, choose_num_holdout(config, num_groups))
+    num_holdout = _count_groups_within_limit(sizes, num_holdout, MAX_CALIBRATION_IMAGES, 1)
     num_validation = 0
     if config.selection.enabled:
         num_requested = min(MAX_VALIDATION_IMAGES, round(config.selection.fraction * num_groups))
-        num_validation = _limit_groups(sizes[num_holdout:], max(2, num_requested), MAX_VALIDATION_IMAGES, 2)
+        num_validation = _count_groups_within_limit(
+            sizes[num_holdout:], max(2, num_requested), MAX_VALIDATION_IMAGES, 2
+        )
         if num_groups - num_holdout - num_validation < 2:
             raise DataError(
                 f"category {category!r} has {count_text}: {num_holdout}{parts} calibrate and {num_validation}{parts} validate, "
@@ -316,7 +318,7 @@ def _compute_split(config: Config, category: str) -> tuple[Split, _NormalImages]
     limits = [str(normal.group_keys[in_order[rank]]) for rank in (num_holdout, num_holdout + num_validation)]
     # Count the images below each key limit. Two files with the same content have the same key, so they are in the same part.
     num_below = [int(normal.group_sizes[normal.group_keys < limit].sum()) for limit in limits]
-    split = Split(
+    split = SplitRule(
         category,
         config.train.seed,
         compute_index_fingerprint(table),
@@ -330,7 +332,7 @@ def _compute_split(config: Config, category: str) -> tuple[Split, _NormalImages]
     return split, normal
 
 
-def _check_sizes(config: Config, category: str, table: pa.Table) -> None:
+def _check_image_sizes(config: Config, category: str, table: pa.Table) -> None:
     """Checks that at least one pixel of each normal training image would be inspected.
 
     Raises: DataError: some images have a size at which no pixel would be inspected; the message names these images. Or the
@@ -339,7 +341,7 @@ def _check_sizes(config: Config, category: str, table: pa.Table) -> None:
     frame = load_frame(config, category)
     if not frame.has_scored_channel:
         return
-    index = _normal_rows(table)
+    index = _filter_normal_rows(table)
     sizes = list(zip(index["width"].to_pylist(), index["height"].to_pylist(), strict=True))
     reasons = {}
     for size in sorted(set(sizes)):
@@ -357,7 +359,7 @@ def _check_sizes(config: Config, category: str, table: pa.Table) -> None:
         )
 
 
-def _limit_groups(sizes: NDArray[np.int64], num_groups: int, max_images: int, min_groups: int) -> int:
+def _count_groups_within_limit(sizes: NDArray[np.int64], num_groups: int, max_images: int, min_groups: int) -> int:
     """Returns the largest number of groups, at most `num_groups`, that together contain at most `max_images` images.
 
     The result is not below the smaller of `min_groups` and `num_groups`, even if these groups contain more images.
@@ -368,13 +370,13 @@ def _limit_groups(sizes: NDArray[np.int64], num_groups: int, max_images: int, mi
     return max(fitting, min(min_groups, num_groups))
 
 
-def _apply_split(split: Split, normal: _NormalImages) -> SplitPlan:
+def _apply_split_rule(split: SplitRule, normal: _NormalImages) -> SplitPlan:
     """Applies a rule to the normal training images of a category, and returns the images of each subset."""
     groups = normal.images.groups
     group_ranks = np.argsort(np.argsort(normal.group_keys, kind="stable"))
     keys = normal.group_keys[groups]  # (N,)
     is_fit, is_holdout = keys >= split.fit_from, keys < split.validation_from
-    hashes = [short_hash(normal.hashes[position]) for position in np.flatnonzero(~is_holdout).tolist()]
+    hashes = [shorten_hash(normal.hashes[position]) for position in np.flatnonzero(~is_holdout).tolist()]
     return SplitPlan(
         normal.images.take(is_fit),
         group_ranks[groups[is_fit]] % NUM_CALIBRATION_FOLDS,
@@ -386,7 +388,7 @@ def _apply_split(split: Split, normal: _NormalImages) -> SplitPlan:
     )
 
 
-def num_held_out(config: Config, num_images: int) -> int:
+def choose_num_holdout(config: Config, num_images: int) -> int:
     """Returns how many normal images of a category are held out: they are used for the calibration only.
 
     The result is 0 if the calibration uses training images instead.

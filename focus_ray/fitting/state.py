@@ -10,8 +10,8 @@ from torch import Tensor
 
 from focus_ray.features.alignment.congealing import AlignmentReport
 
-Figures = dict[str, float]
-"""Figures of an epoch or of a validation, by name."""
+Metrics = dict[str, float]
+"""Metrics of an epoch or of a validation, by name."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class FitNotes:
     """
 
     alignment: AlignmentReport | None = None
-    history: list[Figures] = field(default_factory=list)
+    history: list[Metrics] = field(default_factory=list)
     selection: list[dict[str, float | str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     parts: dict[str, int] | None = None
@@ -77,5 +77,5 @@ class TrainState:
         return TrainState(**{**tree, "notes": notes, "best": best})
 
 
-OnEpoch = Callable[[int, Figures, Callable[[], TrainState]], None]
+EpochCallback = Callable[[int, Metrics, Callable[[], TrainState]], None]
 """Called after an epoch with its number, its figures, and a function that returns the state to save."""

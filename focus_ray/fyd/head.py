@@ -10,7 +10,7 @@ from focus_ray.features.network import FocusNet
 PROJECTOR_WIDTH = 256  # channels of the projector f [kin: RegAD]
 
 
-class Head(nn.Module):
+class ProjectorPredictorHead(nn.Module):
     """The projector f (the encoder of RegAD [kin]), which transforms the features of layer 3, and the predictor g after it."""
 
     def __init__(self, net: FocusNet) -> None:

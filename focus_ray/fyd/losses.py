@@ -12,7 +12,7 @@ from torch import Tensor
 from focus_ray.features.alignment.theta import disable_autocast
 
 
-def draw_pairs(batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+def draw_image_pairs(batch_size: int, generator: torch.Generator | None = None) -> Tensor:
     """Draws a partner for each of B images: a random permutation (B,) in which no image is its own partner [ours].
 
     Raises: ValueError: fewer than two images.
@@ -25,7 +25,7 @@ def draw_pairs(batch_size: int, generator: torch.Generator | None = None) -> Ten
     return pairs
 
 
-def coarse_loss(aligned: Tensor, pairs: Tensor, valid: Tensor | None = None) -> Tensor:
+def compute_image_alignment_loss(aligned: Tensor, pairs: Tensor, valid: Tensor | None = None) -> Tensor:
     """Computes the image alignment loss L_ICA: the L2 distance between pixels of paired aligned images [paper], averaged [ours].
 
     Every pair has the same weight, however many valid pixels it has. So the mean over workers equals the mean over the joined
@@ -33,7 +33,7 @@ def coarse_loss(aligned: Tensor, pairs: Tensor, valid: Tensor | None = None) -> 
 
     Args:
         aligned: (B, 3, H, W), images after image alignment.
-        pairs: (B,), from `draw_pairs`.
+        pairs: (B,), from `draw_image_pairs`.
         valid: (B, H, W), True at pixels that come from inside the image; other pixels are ignored [ours]. None: all are valid.
 
     Returns: scalar, >= 0.
@@ -47,7 +47,7 @@ def coarse_loss(aligned: Tensor, pairs: Tensor, valid: Tensor | None = None) -> 
     return ((distance * is_valid).sum(dim=(1, 2)) / is_valid.sum(dim=(1, 2)).clamp_min(1.0)).mean()
 
 
-def fine_loss(predicted: Tensor, projected: Tensor, pairs: Tensor) -> Tensor:
+def compute_fine_feature_loss(predicted: Tensor, projected: Tensor, pairs: Tensor) -> Tensor:
     """Computes L_fine: negative cosine similarity to the features of the partner image, averaged over all locations [paper].
 
     No gradient flows through the features of the other image (stop-gradient, SimSiam, arXiv 2011.10566).
@@ -55,7 +55,7 @@ def fine_loss(predicted: Tensor, projected: Tensor, pairs: Tensor) -> Tensor:
     Args:
         predicted: (B, C, H, W), g(f(x)): output of the predictor g for images x.
         projected: (B, C, H, W), f(x): output of the projector f for the same images.
-        pairs: (B,), from `draw_pairs`.
+        pairs: (B,), from `draw_image_pairs`.
 
     Returns: scalar in -1..1; -1 means that the predictions have the same directions as the projected features of the partners.
     """
@@ -63,7 +63,7 @@ def fine_loss(predicted: Tensor, projected: Tensor, pairs: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def feature_std(features: Tensor) -> Tensor:
+def compute_feature_std(features: Tensor) -> Tensor:
     """Computes how much features differ between images: about 1 for evenly distributed features, 0 after a full collapse.
 
     This is the standard deviation over the batch of L2-normalised features, averaged over channels and locations, times sqrt(C)
@@ -78,7 +78,7 @@ def feature_std(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def effective_rank(features: Tensor) -> Tensor:
+def compute_effective_rank(features: Tensor) -> Tensor:
     """Computes the effective rank of features (B, C, H, W): about how many directions they use (Roy and Vetterli, 2007).
 
     It is exp(entropy) of the normalised eigenvalues of the covariance over batch and locations.

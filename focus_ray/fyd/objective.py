@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from focus_ray.features.alignment.theta import compute_valid_mask
 from focus_ray.features.network import FocusNet
-from focus_ray.fyd.head import Head
-from focus_ray.fyd.losses import coarse_loss, feature_std, fine_loss
+from focus_ray.fyd.head import ProjectorPredictorHead
+from focus_ray.fyd.losses import compute_feature_std, compute_fine_feature_loss, compute_image_alignment_loss
 from focus_ray.fyd.settings import TrainConfig
 
 LAST_LEVEL = "last level"  # key of the features (B, C, H, W) whose effective rank is computed once an epoch
@@ -21,17 +21,17 @@ class TrainingObjective(nn.Module):
     The constructor also freezes the parameters of `net` and `head` that no loss trains.
     """
 
-    def __init__(self, net: FocusNet, head: Head, config: TrainConfig) -> None:
+    def __init__(self, net: FocusNet, head: ProjectorPredictorHead, config: TrainConfig) -> None:
         super().__init__()
         self.net, self.head, self.config = net, head, config
-        self.coarse = config.lambda_ica > 0 and has_trainable_aligner(net)
-        self.fine = config.lambda_fine > 0
-        if not self.fine:
+        self.uses_alignment_loss = config.lambda_ica > 0 and has_trainable_aligner(net)
+        self.uses_fine_loss = config.lambda_fine > 0
+        if not self.uses_fine_loss:
             # DDP expects a gradient for every parameter that requires one, so freeze those that no loss reaches
-            for name, parameter in named_parameters(net, head):
+            for name, parameter in iterate_all_parameters(net, head):
                 if not name.startswith("image_aligner."):
                     parameter.requires_grad_(False)
-        if not self.coarse and not self.fine and net.image_aligner is not None:
+        if not self.uses_alignment_loss and not self.uses_fine_loss and net.image_aligner is not None:
             net.image_aligner.requires_grad_(False)
 
     def forward(self, images: Tensor, pairs: Tensor) -> dict[str, Tensor]:
@@ -47,17 +47,17 @@ class TrainingObjective(nn.Module):
         aligned = self.net(images)
         parts: dict[str, Tensor] = {}
         total = images.new_zeros(())
-        if self.coarse:
+        if self.uses_alignment_loss:
             theta, size = aligned.theta_image, aligned.image.shape[2:]
-            parts["loss_ica"] = coarse_loss(
+            parts["loss_ica"] = compute_image_alignment_loss(
                 aligned.image, pairs, None if theta is None else compute_valid_mask(theta, *size)
             )
             total = total + self.config.lambda_ica * parts["loss_ica"]
-        if self.fine:
+        if self.uses_fine_loss:
             projected, predicted = self.head(aligned.levels[2])
-            parts["loss_fine"] = fine_loss(predicted.float(), projected.float(), pairs)
+            parts["loss_fine"] = compute_fine_feature_loss(predicted.float(), projected.float(), pairs)
             total = total + self.config.lambda_fine * parts["loss_fine"]
-            parts["feature_std"] = feature_std(projected)
+            parts["feature_std"] = compute_feature_std(projected)
             parts[LAST_LEVEL] = aligned.levels[2].detach()
         return {"loss": total, **parts}
 
@@ -67,7 +67,7 @@ def has_trainable_aligner(net: FocusNet) -> bool:
     return net.image_aligner is not None and any(p.requires_grad for p in net.image_aligner.parameters())
 
 
-def named_parameters(net: FocusNet, head: Head) -> Iterator[tuple[str, nn.Parameter]]:
+def iterate_all_parameters(net: FocusNet, head: ProjectorPredictorHead) -> Iterator[tuple[str, nn.Parameter]]:
     """Generator: yields (name, parameter) for all parameters of the network, then for all parameters of the head."""
     yield from net.named_parameters()
     yield from head.named_parameters()

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from focus_ray.density.tiles import Tiles
+from focus_ray.density.tiles import TileGrid
 from focus_ray.distributed import get_world_size
 from focus_ray.errors import DataError
 from focus_ray.features.network import FocusNet, convert_to_float_images
-from focus_ray.fyd.head import Head
-from focus_ray.fyd.losses import draw_pairs, effective_rank
-from focus_ray.fyd.objective import LAST_LEVEL, TrainingObjective, named_parameters
+from focus_ray.fyd.head import ProjectorPredictorHead
+from focus_ray.fyd.losses import compute_effective_rank, draw_image_pairs
+from focus_ray.fyd.objective import LAST_LEVEL, TrainingObjective, iterate_all_parameters
 from focus_ray.fyd.settings import TrainConfig
 from focus_ray.seeds import derive_seed
 
@@ -41,10 +41,10 @@ class FydTraining:
 
     def __init__(self, net: FocusNet, device: torch.device, config: TrainConfig) -> None:
         self.net, self.device, self.config = net, device, config
-        self.head = Head(net).to(device).to(memory_format=torch.channels_last)
+        self.head = ProjectorPredictorHead(net).to(device).to(memory_format=torch.channels_last)
 
-    def start(self, steps_per_epoch: int) -> None:
-        """Builds objective, optimiser and schedule; call it before `state`, `resume` and `run_epoch`.
+    def build_optimizer_and_schedule(self, steps_per_epoch: int) -> None:
+        """Builds objective, optimiser and schedule; call it before `get_state_dicts`, `restore_optimizer` and `run_epoch`.
 
         Parameters of the network that no loss trains are frozen.
 
@@ -56,7 +56,7 @@ class FydTraining:
                 "train.epochs is above 0, but no loss trains anything: set train.lambda_fine or lambda_ica above 0"
             )
         self.optimizer = build_optimizer(self.net, self.head, self.config)
-        self.schedule = build_schedule(self.optimizer, self.config, steps_per_epoch)
+        self.schedule = build_learning_rate_schedule(self.optimizer, self.config, steps_per_epoch)
         self.steps_per_epoch = steps_per_epoch
         self.objective: nn.Module = objective
         if get_world_size() > 1:
@@ -64,22 +64,22 @@ class FydTraining:
             self.objective = nn.parallel.DistributedDataParallel(objective, device_ids=devices)
         self.autocast = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    def get_state_dicts(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
         """Returns three state dicts: of network and head together, of the optimiser, and of the schedule."""
         network = {**self.net.state_dict(), **self.head.state_dict()}
         return network, self.optimizer.state_dict(), self.schedule.state_dict()
 
-    def load_network(self, state: dict[str, Tensor]) -> None:
-        """Loads the weights of network and head, in place, from the first state dict that `state` returned."""
+    def load_network_weights(self, state: dict[str, Tensor]) -> None:
+        """Loads the weights of network and head, in place, from the first state dict that `get_state_dicts` returned."""
         names = self.head.state_dict().keys()
         self.head.load_state_dict({name: state[name] for name in names})
         self.net.load_state_dict({name: value for name, value in state.items() if name not in names})
 
-    def resume(self, optimizer: dict[str, Any], schedule: dict[str, Any], epoch: int) -> None:
+    def restore_optimizer(self, optimizer: dict[str, Any], schedule: dict[str, Any], epoch: int) -> None:
         """Restores optimiser and schedule to their states after an epoch.
 
         Args:
-            optimizer, schedule: state dicts from `state`.
+            optimizer, schedule: state dicts from `get_state_dicts`.
             epoch: number of this epoch, from 0.
         """
         self.optimizer.load_state_dict(optimizer)
@@ -106,7 +106,7 @@ class FydTraining:
         )
 
 
-def cut_tiles(batches: Iterable[Tensor], tiles: Tiles, seed: int, epoch: int) -> Iterator[Tensor]:
+def cut_one_tile_per_image(batches: Iterable[Tensor], tiles: TileGrid, seed: int, epoch: int) -> Iterator[Tensor]:
     """Generator: cuts one tile out of each image of each batch, and yields the batches of tiles.
 
     The tile is the same for all images of a batch and on all workers. The next batch uses the next tile, in random order.
@@ -119,10 +119,10 @@ def cut_tiles(batches: Iterable[Tensor], tiles: Tiles, seed: int, epoch: int) ->
     generator = torch.Generator().manual_seed(derive_seed(seed, "tiles", epoch))
     order = torch.randperm(tiles.num_tiles, generator=generator).tolist()
     for number, batch in enumerate(batches):
-        yield batch if tiles.num_tiles == 1 else tiles.cut_tile(batch, order[number % len(order)])
+        yield batch if tiles.num_tiles == 1 else tiles.cut_one_tile(batch, order[number % len(order)])
 
 
-def collapse_warning(figures: dict[str, float]) -> str | None:
+def format_collapse_warning(figures: dict[str, float]) -> str | None:
     """Returns a warning if the metrics of an epoch show a collapse, or None.
 
     Args: figures: the result of `train_epoch`; without 'feature_std' there is no warning.
@@ -135,7 +135,7 @@ def collapse_warning(figures: dict[str, float]) -> str | None:
     )
 
 
-def build_optimizer(net: FocusNet, head: Head, config: TrainConfig) -> torch.optim.SGD:
+def build_optimizer(net: FocusNet, head: ProjectorPredictorHead, config: TrainConfig) -> torch.optim.SGD:
     """Builds SGD for all trainable parameters; image aligner, feature aligners, head and backbone have own learning rates."""
     rates = {
         "image_aligner": LEARNING_RATE_IMAGE_ALIGNER,
@@ -144,7 +144,7 @@ def build_optimizer(net: FocusNet, head: Head, config: TrainConfig) -> torch.opt
         "predictor": LEARNING_RATE_HEAD,
     }
     groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in named_parameters(net, head):
+    for name, parameter in iterate_all_parameters(net, head):
         if parameter.requires_grad:
             groups.setdefault(rates.get(name.partition(".")[0], config.learning_rate), []).append(parameter)
     # the group of the backbone first, because logs show the rate of the first group
@@ -155,16 +155,16 @@ def build_optimizer(net: FocusNet, head: Head, config: TrainConfig) -> torch.opt
     )
 
 
-def build_schedule(
+def build_learning_rate_schedule(
     optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Builds a learning rate schedule that falls to zero over all epochs like a cosine. Step it after every optimiser step."""
     total = max(1, config.epochs * steps_per_epoch)
 
-    def factor(step: int) -> float:
+    def compute_rate_factor(step: int) -> float:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, compute_rate_factor)
 
 
 def train_epoch(
@@ -198,7 +198,7 @@ def train_epoch(
     level: Tensor | None = None
     for batch in batches:
         images = convert_to_float_images(batch, device)
-        pairs = draw_pairs(images.shape[0], generator).to(device)
+        pairs = draw_image_pairs(images.shape[0], generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             parts = objective(images, pairs)
         level = parts.pop(LAST_LEVEL, None)
@@ -216,19 +216,19 @@ def train_epoch(
             "an epoch needs at least 1 batch, got 0: add training images or lower train.batch_size_per_worker"
         )
     keys = sorted(sums)
-    means = _mean_over_workers(torch.stack([sums[key] for key in keys]) / steps)
+    means = _average_over_workers(torch.stack([sums[key] for key in keys]) / steps)
     result = dict(zip(keys, means.tolist(), strict=True))
     weights = [p for group in optimizer.param_groups for p in group["params"]]
-    broken = _mean_over_workers(torch.stack([~p.detach().isfinite().all() for p in weights]).any().float())
+    broken = _average_over_workers(torch.stack([~p.detach().isfinite().all() for p in weights]).any().float())
     if not math.isfinite(result["loss"]) or float(broken) > 0:
         problem = f"the loss is {result['loss']}" if not math.isfinite(result["loss"]) else "weights are not finite"
         raise FloatingPointError(f"{problem} after {steps} steps: lower train.learning_rate")
     if level is not None:
-        result["effective_rank"] = float(_mean_over_workers(effective_rank(level)))
+        result["effective_rank"] = float(_average_over_workers(compute_effective_rank(level)))
     return {**result, "steps": float(steps), "learning_rate": rate}
 
 
-def _mean_over_workers(figures: Tensor) -> Tensor:
+def _average_over_workers(figures: Tensor) -> Tensor:
     """Averages a tensor over all workers. With several workers, the argument is overwritten."""
     if get_world_size() > 1:
         dist.all_reduce(figures)

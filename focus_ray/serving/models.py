@@ -20,7 +20,7 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.registry import Version
 from focus_ray.detect.detector import Detector
 from focus_ray.errors import BundleError
-from focus_ray.precision import compute_dtype
+from focus_ray.precision import choose_compute_dtype
 from focus_ray.serving.source import version_key
 
 
@@ -145,7 +145,7 @@ class ModelCache:
         bundle = read_bundle(version.uri, self.device, max_bytes=self.budget_bytes)
         if bundle.version != version.sha256:
             raise BundleError(f"{version.uri}: not the bundle that was published as {version.name}: publish it again")
-        self._backbones.share(bundle.detector, compute_dtype(bundle.config.model.precision, self.device))
+        self._backbones.share(bundle.detector, choose_compute_dtype(bundle.config.model.precision, self.device))
         inspector = Inspector(bundle, self.device)
         return LoadedModel(
             version, inspector, sum(tensor.nbytes for tensor in tensors_without_backbone(bundle.detector))

@@ -35,10 +35,10 @@ from focus_ray.cluster.ray_private import remove_tune_folders
 from focus_ray.data.read import list_categories
 from focus_ray.data.schema import COMMIT_NAME
 from focus_ray.errors import ConfigError, DataError, SweepError
-from focus_ray.fitting.fit import check_prerequisites
+from focus_ray.fitting.fit import check_fit_prerequisites
 from focus_ray.fitting.settings import Config
-from focus_ray.fitting.shards import BatchSchedule, fits_memory
-from focus_ray.fitting.split import Split
+from focus_ray.fitting.shards import BatchSchedule, fits_in_memory
+from focus_ray.fitting.split import SplitRule
 from focus_ray.names import Log, make_unique_name
 from focus_ray.storage.files import join_path, read_bytes, remove_folder
 from focus_ray.sweep import records
@@ -140,7 +140,7 @@ def resume_sweep(folder: str, log: Log = lambda message: None) -> SweepOutcome:
     return _run_and_report_sweep(config, root, splits, log, lambda: None)
 
 
-def _split_categories(config: SweepConfig, base: Config) -> dict[str, Split]:
+def _split_categories(config: SweepConfig, base: Config) -> dict[str, SplitRule]:
     """Divides the images of each category into images for training and for scoring trials. Returns category -> split.
 
     The categories are in the order in which trials go through them: first the categories of `race.order`.
@@ -162,7 +162,7 @@ def _split_categories(config: SweepConfig, base: Config) -> dict[str, Split]:
     return {category: split_for_scoring(base, category, config.objective) for category in ordered}
 
 
-def _check_trial_configs(config: SweepConfig, base: Config, splits: Mapping[str, Split]) -> None:
+def _check_trial_configs(config: SweepConfig, base: Config, splits: Mapping[str, SplitRule]) -> None:
     """Checks before the sweep that the settings of the search space work with the data and the network.
 
     For the searcher `optuna`, checks the values of each setting alone.
@@ -183,7 +183,7 @@ def _check_trial_configs(config: SweepConfig, base: Config, splits: Mapping[str,
         settings = config.make_trial_config(point)
         ingredients = (settings.model.backbone, settings.model.weights, settings.density.metric)
         if ingredients not in checked:
-            check_prerequisites(settings)
+            check_fit_prerequisites(settings)
             checked.add(ingredients)
         try:
             check_trial_settings(settings)
@@ -192,13 +192,13 @@ def _check_trial_configs(config: SweepConfig, base: Config, splits: Mapping[str,
             raise ConfigError(f"space: at {settings_text}: {error}") from None
     for category, split in splits.items():
         try:
-            BatchSchedule.agree(split.num_fit, base.cluster.num_workers, base.train.batch_size_per_worker)
+            BatchSchedule.from_smallest_share(split.num_fit, base.cluster.num_workers, base.train.batch_size_per_worker)
         except DataError as error:
             raise DataError(f"category {category!r}: {error}") from None
 
 
 def _run_and_report_sweep(
-    config: SweepConfig, root: str, splits: dict[str, Split], log: Log, claim: Callable[[], None]
+    config: SweepConfig, root: str, splits: dict[str, SplitRule], log: Log, claim: Callable[[], None]
 ) -> SweepOutcome:
     """Runs the trials of a new or resumed sweep and writes its report.
 
@@ -222,7 +222,7 @@ def _run_and_report_sweep(
     is_private = connect_to_ray()
 
     try:
-        streams = config.max_epochs > 0 and any(not fits_memory(base, split) for split in splits.values())
+        streams = config.max_epochs > 0 and any(not fits_in_memory(base, split) for split in splits.values())
         limit = count_concurrent_trainings(
             base.cluster,
             is_private,
@@ -276,7 +276,7 @@ class _SweepDriver:
 
     config: SweepConfig
     root: str
-    splits: dict[str, Split]
+    splits: dict[str, SplitRule]
     streams: bool
     limit: int
     log: Log

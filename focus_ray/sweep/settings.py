@@ -98,7 +98,7 @@ def find_settings_without_effect(config: Config) -> dict[str, str]:
     if alignment.group == "none":
         why = "model.image_alignment.group is none"
         reasons.update({f"model.image_alignment.{key}": why for key in ("method", "min_drop")})
-    inert_in_density = DENSITIES[density.kind].inert_settings(density)
+    inert_in_density = DENSITIES[density.kind].find_unused_settings(density)
     reasons.update({f"density.{key}": why for key, why in inert_in_density.items()})
     if density.reduction != "discriminant":
         reasons["density.metric"] = "density.reduction is not discriminant"

@@ -14,8 +14,8 @@ from focus_ray.cluster.failures import describe_root_cause
 from focus_ray.cluster.pool import make_worker_options
 from focus_ray.errors import DataError
 from focus_ray.fitting.settings import Config
-from focus_ray.fitting.shards import fits_memory
-from focus_ray.fitting.split import Split
+from focus_ray.fitting.shards import fits_in_memory
+from focus_ray.fitting.split import SplitRule
 from focus_ray.names import Log
 from focus_ray.sweep.settings import SweepConfig, list_grid_points
 from focus_ray.sweep.trial_inputs import compute_feature_bytes, compute_image_bytes, make_features_key
@@ -38,7 +38,7 @@ class SharedInputs:
 
 
 def compute_shared_inputs(
-    sweep: SweepConfig, splits: Mapping[str, Split], use_gpu: bool, stopping: threading.Event, log: Log
+    sweep: SweepConfig, splits: Mapping[str, SplitRule], use_gpu: bool, stopping: threading.Event, log: Log
 ) -> SharedInputs:
     """Decodes images and computes features for all trials in Ray tasks, as far as the memory budget allows. Waits for the tasks.
 
@@ -84,7 +84,7 @@ def compute_shared_inputs(
     )
     for category, split in sorted(splits.items()):
         for size_px in sorted(set(sweep.list_setting_values("model.image_size_px"))):
-            if not fits_memory(sweep.make_trial_config({"model.image_size_px": size_px}), split):
+            if not fits_in_memory(sweep.make_trial_config({"model.image_size_px": size_px}), split):
                 log(f"shared work: {category} is over data.memory_budget_mb: every trial streams it")
             elif reserve_budget(
                 f"images of {category} at {size_px} px",

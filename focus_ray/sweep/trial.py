@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from focus_ray.density.base import Statistics, choose_bank_images
+from focus_ray.density.base import NormalStatistics, choose_bank_images
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.registry import DENSITIES
 from focus_ray.detect.detector import ScoredImages
@@ -28,9 +28,9 @@ from focus_ray.features.backbones.base import build_meta_backbone
 from focus_ray.features.backbones.registry import BACKBONES
 from focus_ray.features.network import FocusNet
 from focus_ray.features.settings import ModelConfig
-from focus_ray.fitting.fit import CategoryFit, build_detector
-from focus_ray.fitting.passes import EmbeddedBatch, collect_scores, compute_embedding_statistics
-from focus_ray.fitting.selection import validation_figures
+from focus_ray.fitting.fit import DetectorFitter, build_detector
+from focus_ray.fitting.passes import EmbeddedBatch, compute_embedding_statistics, concatenate_scores
+from focus_ray.fitting.selection import compute_validation_metrics
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import Shard
 from focus_ray.fitting.state import TrainState
@@ -142,7 +142,7 @@ def score_category(
             report_score(0, _score_features(config, images, features, objective, device), True)
         else:
             own_images = shard or make_worker_shard(config, images, rank)
-            run = CategoryFit(config, own_images, num_images or len(images.fit), device, rank=rank)
+            run = DetectorFitter(config, own_images, num_images or len(images.fit), device, rank=rank)
             _train_and_score(run, images.scored, objective, result, report_score)
     except TrialPruned as pruned:
         result.cut = str(pruned)
@@ -153,7 +153,7 @@ def score_category(
 
 
 def _train_and_score(
-    run: CategoryFit,
+    run: DetectorFitter,
     scored: ScoringImages,
     objective: Objective,
     result: CategoryResult,
@@ -180,11 +180,13 @@ def _train_and_score(
 
     def score_model() -> dict[str, float | None]:
         """Fits the density (the model of normal embeddings), scores the scoring images and returns metric -> value."""
-        detector = build_detector(config, run.net, run.reduction, run.training_statistics())
+        detector = build_detector(config, run.net, run.reduction, run.compute_training_statistics())
         batches = (
             own_images[start : start + SCORING_BATCH_SIZE] for start in range(0, len(own_images), SCORING_BATCH_SIZE)
         )
-        own_scores = collect_scores((detector(torch.from_numpy(batch)) for batch in batches), scored.masks.shape[1:])
+        own_scores = concatenate_scores(
+            (detector(torch.from_numpy(batch)) for batch in batches), scored.masks.shape[1:]
+        )
         scores, maps = (np.concatenate(parts) for parts in zip(*all_gather_objects(own_scores), strict=True))
         return _compute_trial_metrics(scored, scores, maps, objective)
 
@@ -226,11 +228,11 @@ def _score_features(
             start += len(embedding)
 
     return _compute_trial_metrics(
-        images.scored, *collect_scores(score_batches(), images.scored.masks.shape[1:]), objective
+        images.scored, *concatenate_scores(score_batches(), images.scored.masks.shape[1:]), objective
     )
 
 
-_reductions: dict[str, tuple[Statistics, ChannelReduction, list[Tensor]]] = {}  # of recent trials
+_reductions: dict[str, tuple[NormalStatistics, ChannelReduction, list[Tensor]]] = {}  # of recent trials
 _MAX_REDUCTIONS = 2  # consecutive trials often differ only in settings that are used later
 
 
@@ -261,7 +263,7 @@ def _build_untrained_network(config: ModelConfig, features: FrozenFeatures, devi
 
 def _reduce_features(
     config: Config, features: FrozenFeatures, device: torch.device
-) -> tuple[Statistics, ChannelReduction, list[Tensor]]:
+) -> tuple[NormalStatistics, ChannelReduction, list[Tensor]]:
     """Reduces the channels of the shared features and collects the statistics of the training images. The result is cached.
 
     Returns:
@@ -270,7 +272,7 @@ def _reduce_features(
     density = config.density
     keys = ("layers", "map_stride_px", "smooth_layers", "reduction", "num_channels", "max_images", "kind")
     cache_settings = {key: getattr(density, key) for key in keys}
-    cache_settings["coreset"] = DENSITIES[density.kind].num_coreset_channels(density)
+    cache_settings["coreset"] = DENSITIES[density.kind].count_coreset_channels(density)
     cache_key = f"{features.uid} {cache_settings} {device}"
     if cache_key in _reductions:
         return _reductions[cache_key]
@@ -284,7 +286,7 @@ def _reduce_features(
             yield reduction(tuple(torch.from_numpy(level).to(device).permute(0, 3, 1, 2) for level in batch))
 
     kept_positions = choose_bank_images(density, len(features.fit[0]))
-    size = config.model.image_size_px // config.model.place_px(density.map_layer)
+    size = config.model.image_size_px // config.model.location_side_px(density.map_layer)
     batch_size = config.train.batch_size_per_worker
     thetas = None if features.fit_theta is None else torch.from_numpy(np.array(features.fit_theta)).split(batch_size)
     batches = map(EmbeddedBatch, embeddings(features.fit, batch_size), thetas or itertools.repeat(None))
@@ -316,7 +318,7 @@ def _compute_trial_metrics(
         raise FloatingPointError("the anomaly maps are not finite: lower the learning rates")
     key = get_objective_metric(objective)
     if key is None:
-        return {**validation_figures(scored.masks, scores, maps)}
+        return {**compute_validation_metrics(scored.masks, scores, maps)}
     masks = [mask if has_mask else None for mask, has_mask in zip(scored.masks, scored.has_mask, strict=True)]
     kinds = ["anomalous" if label else "good" for label in scored.labels]
     measured = ScoredTestImages(scored.labels, scores.astype(np.float64), masks, list(maps), 0.0)

@@ -24,11 +24,11 @@ from focus_ray.errors import DataError
 from focus_ray.features.alignment.congealing import AlignmentReport
 from focus_ray.features.backbones.registry import BACKBONES
 from focus_ray.features.network import convert_to_float_images, warp_features_to_common_frame
-from focus_ray.fitting.fit import CategoryFit
-from focus_ray.fitting.selection import DEFECTS_PER_IMAGE, validation_images
+from focus_ray.fitting.fit import DetectorFitter
+from focus_ray.fitting.selection import DEFECTS_PER_IMAGE, make_validation_images
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import MemoryShard
-from focus_ray.fitting.split import Split, SplitPlan, split_category
+from focus_ray.fitting.split import SplitPlan, SplitRule, compute_split_rule
 from focus_ray.seeds import derive_seed
 from focus_ray.sweep.settings import Objective
 
@@ -94,7 +94,7 @@ class FrozenFeatures:
     uid: str
 
 
-def split_for_scoring(config: Config, category: str, objective: Objective) -> Split:
+def split_for_scoring(config: Config, category: str, objective: Objective) -> SplitRule:
     """Divides the images of a category into images for training and for scoring trials.
 
     If the objective is `validation`, good images are held out for scoring; otherwise trials are scored on test images.
@@ -105,7 +105,7 @@ def split_for_scoring(config: Config, category: str, objective: Objective) -> Sp
     if objective == "validation":
         selection = config.selection.model_copy(update={"enabled": True})
         config = config.model_copy(update={"selection": selection})
-    return split_category(config, category)
+    return compute_split_rule(config, category)
 
 
 def load_category_images(
@@ -131,7 +131,7 @@ def load_category_images(
 
     if objective == "validation":
         normals = decode(plan.validation_rows, config.model.image_size_px)
-        images, masks = validation_images(normals, seed=derive_seed(config.train.seed, "synthetic defects", 0))
+        images, masks = make_validation_images(normals, seed=derive_seed(config.train.seed, "synthetic defects", 0))
         labels = np.asarray(masks.any(axis=(1, 2)), dtype=np.int64)
         images, masks = _downscale_images_and_masks(images, masks, size_px)
         scored = ScoringImages(images, masks, labels, np.ones(len(images), dtype=bool))
@@ -141,13 +141,13 @@ def load_category_images(
     return CategoryImages(fit, validation, scored, plan.fit.groups, plan.fit.order)
 
 
-def compute_image_bytes(config: Config, split: Split, objective: Objective, size_px: int) -> int:
+def compute_image_bytes(config: Config, split: SplitRule, objective: Objective, size_px: int) -> int:
     """Returns how many bytes of RAM the images of `load_category_images` need, without labels and groups."""
     rows = split.num_fit + split.num_validation
     return (rows * 3 + count_scoring_images(config, split, objective) * 4) * size_px**2
 
 
-def compute_feature_bytes(config: Config, split: Split, objective: Objective) -> int:
+def compute_feature_bytes(config: Config, split: SplitRule, objective: Objective) -> int:
     """Returns how many bytes of RAM the features of `compute_frozen_features` need, without alignments."""
     size = config.model.image_size_px
     spec = BACKBONES[config.model.backbone]
@@ -157,7 +157,7 @@ def compute_feature_bytes(config: Config, split: Split, objective: Objective) ->
     return (split.num_fit + count_scoring_images(config, split, objective)) * bytes_per_image
 
 
-def count_scoring_images(config: Config, split: Split, objective: Objective) -> int:
+def count_scoring_images(config: Config, split: SplitRule, objective: Objective) -> int:
     """Returns the number of images on which the trials of a category are scored.
 
     Raises: DataError: the data set or category does not exist.
@@ -209,7 +209,7 @@ def compute_frozen_features(config: Config, images: CategoryImages, device: torc
     Raises:
         DataError: The images cannot be aligned, for the reasons of `fitting.fit.fit`.
     """
-    run = CategoryFit(config, make_worker_shard(config, images), len(images.fit), device)
+    run = DetectorFitter(config, make_worker_shard(config, images), len(images.fit), device)
     run.fit_image_aligner()
     run.net.eval()
 

@@ -19,8 +19,8 @@ import torch
 
 from focus_ray.cluster.failures import describe_root_cause
 from focus_ray.fitting.settings import Config
-from focus_ray.fitting.shards import Shard, StreamShard, build_shard, fits_memory
-from focus_ray.fitting.split import NO_ROWS, Split, SplitPlan
+from focus_ray.fitting.shards import Shard, StreamShard, build_shard, fits_in_memory
+from focus_ray.fitting.split import NO_ROWS, SplitPlan, SplitRule
 from focus_ray.storage.files import join_path
 from focus_ray.sweep import records
 from focus_ray.sweep.records import TrialRecord
@@ -59,7 +59,7 @@ class StageJob:
 
     sweep: SweepConfig
     stage: str | None
-    splits: Mapping[str, Split]
+    splits: Mapping[str, SplitRule]
     root: str
     use_gpu: bool
     images: Mapping[tuple[str, int], Any]
@@ -80,7 +80,9 @@ class TrialJob(TrainerJob):
     stage: StageJob
 
 
-def load_images_task(config: Config, split: Split, objective: Objective, size_px: int) -> tuple[CategoryImages, None]:
+def load_images_task(
+    config: Config, split: SplitRule, objective: Objective, size_px: int
+) -> tuple[CategoryImages, None]:
     """Ray task: decodes the images of a category. Returns the images, and None, which shows the end of the task.
 
     Raises: DataError: see `load_category_images`.
@@ -157,7 +159,7 @@ def _run_trial_job(job: TrialJob) -> CategoryResult:
 
     It runs in this process, or on Ray Train workers if several workers are configured or images are streamed.
     """
-    streams = job.config.train.epochs > 0 and not fits_memory(job.config, job.split)
+    streams = job.config.train.epochs > 0 and not fits_in_memory(job.config, job.split)
     if job.config.cluster.num_workers == 1 and not streams:
         return _score_on_worker(job, torch.device("cuda" if job.use_gpu else "cpu"))
     name = f"{job.number:05d}-{job.category}-{uuid.uuid4().hex[:6]}"
@@ -241,11 +243,11 @@ def split_images_for_worker(
         rank: Rank of the worker.
         num_workers: Number of workers.
     """
-    if settings.train.epochs and not fits_memory(settings, plan):
+    if settings.train.epochs and not fits_in_memory(settings, plan):
         shard: Shard = StreamShard(settings, category, plan.share(rank, num_workers), iterate_worker_batches)
     else:
-        shard = build_shard(settings, category, plan.without_holdout(), rank, num_workers)
-    return shard, plan.take_fit(NO_ROWS)
+        shard = build_shard(settings, category, plan.drop_holdout(), rank, num_workers)
+    return shard, plan.select_fit_images(NO_ROWS)
 
 
 def _fetch_shared_input(reference: Any) -> Any:

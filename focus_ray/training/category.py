@@ -18,9 +18,9 @@ from focus_ray.bundle.bundle import write_bundle
 from focus_ray.distributed import compute_on_rank0_and_broadcast, get_world_size
 from focus_ray.fitting.fit import fit
 from focus_ray.fitting.settings import Config
-from focus_ray.fitting.shards import BatchStream, build_shard, local_stream
-from focus_ray.fitting.split import Split
-from focus_ray.fitting.state import Figures, TrainState
+from focus_ray.fitting.shards import BatchStream, build_local_stream, build_shard
+from focus_ray.fitting.split import SplitRule
+from focus_ray.fitting.state import Metrics, TrainState
 from focus_ray.names import Log
 from focus_ray.storage.files import file_exists, join_path, list_folder_entries, read_bytes, remove_file, write_bytes
 
@@ -46,11 +46,11 @@ def get_checkpoint_folder(root: str, category: str) -> str:
 
 def fit_category(
     config: Config,
-    split: Split,
+    split: SplitRule,
     root: str,
     log: Log,
     *,
-    on_epoch_metrics: Callable[[Figures], None] = lambda figures: None,
+    on_epoch_metrics: Callable[[Metrics], None] = lambda figures: None,
     device: torch.device | None = None,
     num_threads: int | None = None,
     stream: BatchStream | None = None,
@@ -91,7 +91,7 @@ def fit_category(
         if rank == 0:
             log(f"{category}: {message}")
 
-    def on_epoch(epoch: int, figures: Figures, snapshot: Callable[[], TrainState]) -> None:
+    def on_epoch(epoch: int, figures: Metrics, snapshot: Callable[[], TrainState]) -> None:
         if rank > 0:
             return
         on_epoch_metrics(figures)
@@ -100,7 +100,7 @@ def fit_category(
     start = time.perf_counter()
     log_line(f"reading {split.num_images} images")
     plan = split.plan(config)
-    stream = stream or local_stream(config, category, plan, num_threads)
+    stream = stream or build_local_stream(config, category, plan, num_threads)
     shard = build_shard(config, category, plan, rank, num_workers, stream, num_threads)
     load_s = time.perf_counter() - start
     result = fit(

@@ -15,7 +15,7 @@ from focus_ray.data.store import open_data_set
 from focus_ray.errors import DataError
 from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config
-from focus_ray.fitting.split import Split
+from focus_ray.fitting.split import SplitRule
 
 if TYPE_CHECKING:
     import ray.data
@@ -57,7 +57,7 @@ def read_ray_dataset(
     return dataset.select_columns(list(columns)) if columns is not None else dataset
 
 
-def stream_training_images(config: Config, split: Split) -> Any:
+def stream_training_images(config: Config, split: SplitRule) -> Any:
     """Returns a Ray Data dataset with the decoded good images of a category that are used to fit the model.
 
     The images are uint8 in the column "image". `split` selects them while Ray reads the rows; images for validation and
@@ -72,7 +72,7 @@ def stream_training_images(config: Config, split: Split) -> Any:
         images = {
             name: bytes(image)
             for name, label, content_hash, group, image in rows
-            if not label and split.part_of(content_hash, group or "") == "fit"
+            if not label and split.find_subset(content_hash, group or "") == "fit"
         }
         if not images:
             return {"image": np.empty((0, *frame.shape), dtype=np.uint8)}

@@ -11,8 +11,8 @@ import torch
 
 from focus_ray.cluster.connect import compute_worker_resources
 from focus_ray.fitting.settings import Config
-from focus_ray.fitting.shards import fits_memory
-from focus_ray.fitting.split import Split
+from focus_ray.fitting.shards import fits_in_memory
+from focus_ray.fitting.split import SplitRule
 from focus_ray.storage.files import is_s3_uri, join_path, open_filesystem, remove_folder
 from focus_ray.training.category import make_cudnn_deterministic
 from focus_ray.training.streams import stream_training_images
@@ -28,7 +28,7 @@ class TrainerJob:
     """
 
     config: Config
-    split: Split
+    split: SplitRule
     use_gpu: bool
 
     @property
@@ -62,7 +62,7 @@ def run_on_train_workers(worker: Callable[[J, torch.device], Any], job: J, scrat
     config = job.config
     cluster = config.cluster
     datasets = {}
-    if config.train.epochs and not fits_memory(config, job.split):
+    if config.train.epochs and not fits_in_memory(config, job.split):
         datasets["train"] = stream_training_images(config, job.split)
     filesystem, path = open_filesystem(scratch)
     trainer = TorchTrainer(

@@ -21,11 +21,11 @@ from focus_ray.cluster.preflight import check_storage_on_nodes, count_concurrent
 from focus_ray.data.read import list_categories
 from focus_ray.data.schema import COMMIT_NAME
 from focus_ray.errors import DataError, TrainingError
-from focus_ray.fitting.fit import check_prerequisites
+from focus_ray.fitting.fit import check_fit_prerequisites
 from focus_ray.fitting.regions import check_regions
 from focus_ray.fitting.settings import Config, parse_config
-from focus_ray.fitting.shards import BatchSchedule, fits_memory
-from focus_ray.fitting.split import Split, split_category
+from focus_ray.fitting.shards import BatchSchedule, fits_in_memory
+from focus_ray.fitting.split import SplitRule, compute_split_rule
 from focus_ray.names import Log, make_unique_name
 from focus_ray.settings.sections import config_to_yaml, parse_yaml_mapping
 from focus_ray.storage.files import (
@@ -96,7 +96,7 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
             raise TrainingError("--resume needs the name of the run to continue: name=...")
         config = config.model_copy(update={"name": make_unique_name(config.cluster.team or "run")})
         log(f"name: {config.name}")
-    check_prerequisites(config)
+    check_fit_prerequisites(config)
     available = list_categories(config.data.uri)
     categories = list(config.data.categories or available)
     unknown = sorted(set(categories) - set(available))
@@ -104,10 +104,12 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
         raise DataError(f"{config.data.uri} has no category {', '.join(unknown)}; it has {', '.join(available)}")
     check_regions(config, available)
     root = join_path(config.storage, config.name)
-    splits = {category: split_category(config, category) for category in categories}
+    splits = {category: compute_split_rule(config, category) for category in categories}
     for category, split in splits.items():
         try:
-            BatchSchedule.agree(split.num_fit, config.cluster.num_workers, config.train.batch_size_per_worker)
+            BatchSchedule.from_smallest_share(
+                split.num_fit, config.cluster.num_workers, config.train.batch_size_per_worker
+            )
         except DataError as error:
             raise DataError(f"category {category!r}: {error}") from None
     fingerprints = {category: split.fingerprint for category, split in splits.items()}
@@ -136,7 +138,7 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
     return bundles
 
 
-def _connect_and_check_cluster(config: Config, root: str, splits: Mapping[str, Split], log: Log) -> int:
+def _connect_and_check_cluster(config: Config, root: str, splits: Mapping[str, SplitRule], log: Log) -> int:
     """Connects to the Ray cluster or starts Ray, checks resources and storage, and returns how many categories can run at once.
 
     Args:
@@ -149,7 +151,7 @@ def _connect_and_check_cluster(config: Config, root: str, splits: Mapping[str, S
     """
     team = config.cluster.team
     is_private = connect_to_ray(namespace=f"focus-ray-{team}" if team else None)
-    streams = config.train.epochs > 0 and any(not fits_memory(config, split) for split in splits.values())
+    streams = config.train.epochs > 0 and any(not fits_in_memory(config, split) for split in splits.values())
     limit = count_concurrent_trainings(
         config.cluster,
         is_private,
@@ -174,7 +176,7 @@ def learns_averageable_metric(config: Config) -> bool:
 
 
 def _train_categories(
-    config: Config, all_splits: Mapping[str, Split], categories: Sequence[str], root: str, resume: bool, log: Log
+    config: Config, all_splits: Mapping[str, SplitRule], categories: Sequence[str], root: str, resume: bool, log: Log
 ) -> dict[str, str]:
     """Trains categories in this process or on the cluster, and writes their metrics to the experiment trackers.
 
@@ -251,7 +253,7 @@ def _train_in_this_process(jobs: Sequence[CategoryJob]) -> Iterator[tuple[str, f
 
 
 def _train_on_cluster(
-    config: Config, splits: Mapping[str, Split], root: str, limit: int, show: Callable[[Message], None]
+    config: Config, splits: Mapping[str, SplitRule], root: str, limit: int, show: Callable[[Message], None]
 ) -> Iterator[tuple[str, float | FailedPiece]]:
     """Generator: trains categories on the cluster, and yields (category, seconds or `FailedPiece`) whenever a category ends.
 

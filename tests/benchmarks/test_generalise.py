@@ -22,7 +22,7 @@ from benchmarks.generalise import (
 )
 from benchmarks.harness import base_tree, merged
 from benchmarks.intervals import NUM_PIXEL_DRAWS
-from benchmarks.patchcore import greedy_coreset, left_out_distances
+from benchmarks.patchcore import choose_farthest_points, left_out_distances
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,8 @@ def test_a_good_image_is_left_out_of_patchcores_coreset_with_its_own_patches() -
 def test_a_larger_coreset_begins_with_the_smaller_one() -> None:
     bank = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
     small, large = (
-        greedy_coreset(bank, PATCHCORE[name].get("share", 0.05), 0) for name in ("PatchCore 1 %", "PatchCore 10 %")
+        choose_farthest_points(bank, PATCHCORE[name].get("share", 0.05), 0)
+        for name in ("PatchCore 1 %", "PatchCore 10 %")
     )
     assert (len(small), len(large)) == (10, 20)
     assert torch.equal(small, large[:10])

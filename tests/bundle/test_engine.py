@@ -19,7 +19,7 @@ from focus_ray.data.images import decode_image, hash_pixels
 from focus_ray.data.read import read_test_rows
 from focus_ray.drawing.png import encode_png
 from focus_ray.errors import ConfigError, MissingPackageError
-from focus_ray.fitting.split import short_hash
+from focus_ray.fitting.split import shorten_hash
 from focus_ray.samples.write import draw_sample
 
 pytest.importorskip("onnxruntime")
@@ -77,7 +77,7 @@ def test_an_unusable_engine_is_refused_with_the_reason(
 
 
 def test_training_images_cannot_check_an_engine(bundle: str, examples: list[bytes]) -> None:
-    fit_hashes = frozenset(short_hash(hash_pixels(decode_image(image, None))) for image in examples[:3])
+    fit_hashes = frozenset(shorten_hash(hash_pixels(decode_image(image, None))) for image in examples[:3])
     with pytest.raises(ConfigError, match=r"3 of 6 examples.* 4 "):
         Inspector(read_bundle(bundle)._replace(fit_hashes=fit_hashes), "cpu", engine="onnxruntime", examples=examples)
 

@@ -17,11 +17,11 @@ from focus_ray.bundle.recalibrate import calibrate_for_site
 from focus_ray.bundle.update import update_bundle
 from focus_ray.cli.main import main
 from focus_ray.data.read import decode_rows, read_index
-from focus_ray.density.base import Statistics
+from focus_ray.density.base import NormalStatistics
 from focus_ray.errors import BundleError, DataError
 from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.passes import compute_statistics
-from focus_ray.fitting.split import plan_category, short_hash
+from focus_ray.fitting.split import compute_split_plan, shorten_hash
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.samples.write import write_samples
 
@@ -49,7 +49,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def make(data: str, place: Path, kind: str, seed: int = 0, method: str = "split", **density: Any) -> str:
     sections = {"model": PLAIN, "train": {"seed": seed}, "calibration": {"method": method}}
     config = small_config(data, "unused", density={**KINDS[kind], **density}, **sections)
-    plan = plan_category(config, "gear")
+    plan = compute_split_plan(config, "gear")
     return make_bundle(config, place=place, fingerprint=plan.fingerprint, fit_hashes=plan.fit_hashes.tolist())
 
 
@@ -96,21 +96,21 @@ def images_of(uri: str, rows: Any = None) -> list[Tensor]:
 
 
 def fit_images(place: str, data: str) -> list[Tensor]:
-    return images_of(data, plan_category(read_bundle(place).config, "gear").fit_rows)
+    return images_of(data, compute_split_plan(read_bundle(place).config, "gear").fit_rows)
 
 
 def hashes_of(uri: str) -> set[int]:
-    return {short_hash(text) for text in read_index(uri, "gear", split="train")["content_hash"].to_pylist()}
+    return {shorten_hash(text) for text in read_index(uri, "gear", split="train")["content_hash"].to_pylist()}
 
 
-def fresh_statistics(place: str, images: list[Tensor]) -> Statistics:
+def fresh_statistics(place: str, images: list[Tensor]) -> NormalStatistics:
     """Computes the statistics of images in a single pass with the bundle's network."""
     bundle = read_bundle(place)
     positions = range(10_000) if bundle.config.density.kind == "nearest" else None
     return compute_statistics(bundle.detector.net, bundle.detector.reduction, images, torch.device("cpu"), positions)
 
 
-def assert_same_moments(statistics: Statistics, expected: Statistics, tolerance: float = 1e-5) -> None:
+def assert_same_moments(statistics: NormalStatistics, expected: NormalStatistics, tolerance: float = 1e-5) -> None:
     assert statistics.moments.count == expected.moments.count
     for name in ("mean", "scatter"):
         value, expected_value = getattr(statistics.moments, name), getattr(expected.moments, name)

@@ -22,7 +22,7 @@ from focus_ray.data import store
 from focus_ray.data.read import data_fingerprint, list_categories, read_index, read_rows
 from focus_ray.data.schema import INDEX_COLUMNS, SCHEMA
 from focus_ray.errors import DataError
-from focus_ray.fitting.split import plan_category, split_category
+from focus_ray.fitting.split import compute_split_plan, compute_split_rule
 from focus_ray.training.streams import read_ray_dataset
 
 
@@ -278,15 +278,15 @@ def test_a_plan_reads_the_commit_and_the_index_once_and_no_part_file(
     small_groups: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_config(str(small_groups), tmp_path)
-    split, opened = split_category(config, "bolt"), []
+    split, opened = compute_split_rule(config, "bolt"), []
     read, open_file_for_reading = store.read_file, store.open_file_for_reading
     monkeypatch.setattr(store, "read_file", lambda *at: opened.append(at[1]) or read(*at))
     monkeypatch.setattr(store, "open_file_for_reading", lambda *at: opened.append(at[1]) or open_file_for_reading(*at))
-    plan = plan_category(config, "bolt")
+    plan = compute_split_plan(config, "bolt")
     assert [name[:6] for name in map(os.path.basename, opened)] == ["_commi", "_index"]
     assert plan.fingerprint == split.fingerprint == data_fingerprint(small_groups, "bolt")
     remove_index(small_groups)
-    assert split_category(config, "bolt") == split
+    assert compute_split_rule(config, "bolt") == split
 
 
 def test_part_files_are_read_in_parallel_and_keep_their_order(

@@ -19,7 +19,7 @@ from focus_ray.data.read import data_fingerprint, read_index, read_rows
 from focus_ray.data.schema import INDEX_COLUMNS
 from focus_ray.data.store import CommitDraft, open_data_set
 from focus_ray.errors import DataError
-from focus_ray.fitting.split import SplitPlan, plan_category, split_category, split_key
+from focus_ray.fitting.split import SplitPlan, compute_split_key, compute_split_plan, compute_split_rule
 from focus_ray.ingestion.change import compact_part_files, remove_rows
 
 PARTS = ("fit", "validation", "holdout")
@@ -79,7 +79,7 @@ def test_images_are_appended_to_and_removed_from_an_older_data_set(old_root: Pat
 def test_an_older_data_set_has_the_same_split_as_a_new_one(old_root: Path, source: Path, tmp_path: Path) -> None:
     ingest_quietly(source, tmp_path / "new")
     assert data_fingerprint(old_root, "bolt") == data_fingerprint(tmp_path / "new", "bolt")
-    old, new = (plan_category(small_config(str(root), "unused"), "bolt") for root in (old_root, tmp_path / "new"))
+    old, new = (compute_split_plan(small_config(str(root), "unused"), "bolt") for root in (old_root, tmp_path / "new"))
     for part in PARTS:
         for name in ("rows", "groups", "order"):
             assert getattr(getattr(old, part), name).tolist() == getattr(getattr(new, part), name).tolist()
@@ -124,13 +124,13 @@ def test_all_images_of_a_group_are_in_the_same_part_and_fold(
     groups = [f"p{number % 9}" for number in range(40)] + ["", "", "", ""] + ["large"] * 13
     uri = write_set(tmp_path / "set", groups)
     config = small_config(uri, "unused", train={"seed": seed}, calibration={"method": method}, selection=selection)
-    plan, split = plan_category(config, "bolt"), split_category(config, "bolt")
+    plan, split = compute_split_plan(config, "bolt"), compute_split_rule(config, "bolt")
     hashes = read_index(uri, "bolt")["content_hash"].to_pylist()
     parts_of_group: dict[str, set[tuple[str, int]]] = defaultdict(set)
     folds = dict(zip(plan.fit.rows.tolist(), plan.folds.tolist(), strict=True))
     for part in PARTS:
         for row in getattr(plan, part).rows.tolist():
-            assert split.part_of(hashes[row], groups[row]) == part
+            assert split.find_subset(hashes[row], groups[row]) == part
             parts_of_group[groups[row] or f"row {row}"].add((part, folds.get(row, 0)))
     assert all(len(group_parts) == 1 for group_parts in parts_of_group.values())
     assert [split.num_fit, split.num_validation, split.num_holdout] == [len(getattr(plan, part)) for part in PARTS]
@@ -140,7 +140,7 @@ def test_all_images_of_a_group_are_in_the_same_part_and_fold(
 
 def test_group_numbers_are_equal_if_and_only_if_the_groups_are_equal(tmp_path: Path) -> None:
     groups = ["b", "a", "", "b", "", "a", "c", "d", "d", "", "e"]
-    plan = plan_category(small_config(write_set(tmp_path / "set", groups), "unused"), "bolt")
+    plan = compute_split_plan(small_config(write_set(tmp_path / "set", groups), "unused"), "bolt")
     assert by_row(plan, "groups") == [0, 1, 2, 0, 3, 1, 4, 5, 5, 6, 7]
 
 
@@ -150,19 +150,19 @@ def test_the_maximum_of_calibration_images_counts_images_but_never_divides_a_gro
 ) -> None:
     monkeypatch.setattr("focus_ray.fitting.split.MAX_CALIBRATION_IMAGES", 10)
     uri = write_set(tmp_path / "set", [f"p{number // group_size}" for number in range(num_images)])
-    split = split_category(small_config(uri, "unused"), "bolt")
+    split = compute_split_rule(small_config(uri, "unused"), "bolt")
     assert (split.num_fit, split.num_holdout) == (num_images - num_holdout, num_holdout)
 
 
 def test_photographs_of_three_parts_are_too_few(tmp_path: Path) -> None:
     uri = write_set(tmp_path / "set", [f"p{number % 3}" for number in range(60)])
     with pytest.raises(DataError, match="60 normal training images of 3 parts"):
-        split_category(small_config(uri, "unused"), "bolt")
+        compute_split_rule(small_config(uri, "unused"), "bolt")
 
 
 def test_rows_are_ranked_in_natural_order_of_their_names(tmp_path: Path) -> None:
     names = ["img_10", "img_2", "img_02", "img_1b", "img_1", "a99999999999999999999999", "a7"]
-    plan = plan_category(small_config(write_set(tmp_path / "set", [""] * 7, names), "unused"), "bolt")
+    plan = compute_split_plan(small_config(write_set(tmp_path / "set", [""] * 7, names), "unused"), "bolt")
     ordered = ["a7", "a99999999999999999999999", "img_1", "img_1b", "img_02", "img_2", "img_10"]
     assert by_row(plan, "order") == [ordered.index(name) for name in names]
 
@@ -177,8 +177,12 @@ def test_groups_change_the_fingerprint_but_empty_groups_do_not(tmp_path: Path) -
 
 
 def test_the_split_key_of_a_group_depends_on_seed_and_group_alone() -> None:
-    assert split_key(0, "a" * 64, "part") == hashlib.sha256(b"0:group:part").hexdigest()
-    assert split_key(0, "a" * 64, "part") == split_key(0, "b" * 64, "part") != split_key(1, "a" * 64, "part")
+    assert compute_split_key(0, "a" * 64, "part") == hashlib.sha256(b"0:group:part").hexdigest()
+    assert (
+        compute_split_key(0, "a" * 64, "part")
+        == compute_split_key(0, "b" * 64, "part")
+        != compute_split_key(1, "a" * 64, "part")
+    )
 
 
 def test_groups_survive_a_removal_and_a_compaction(tmp_path: Path) -> None:

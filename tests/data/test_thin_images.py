@@ -15,7 +15,7 @@ from small_set import ingest_parts, make_bundle, small_config
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import MAX_PIXELS, ImageError, decode_image, encode_png
-from focus_ray.density.tiles import Tiles
+from focus_ray.density.tiles import TileGrid
 from focus_ray.detect.detector import compute_scored_locations, embed_images
 from focus_ray.detect.inspection import Inspection
 from focus_ray.errors import DataError
@@ -24,7 +24,7 @@ from focus_ray.export.scorer import ExportableScorer
 from focus_ray.features.network import convert_to_float_images
 from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config
-from focus_ray.fitting.split import split_category
+from focus_ray.fitting.split import compute_split_rule
 from focus_ray.serving.decoders import Decoders
 from focus_ray.serving.scorer import Scores, _judge
 
@@ -58,8 +58,8 @@ def test_the_frame_refuses_exactly_the_sizes_without_an_inspected_cell(
     tiling: Any, region: Any, data: str, tmp_path: Path
 ) -> None:
     config = padded_config(data, tmp_path, region, tiling=tiling)
-    frame, tiles = load_frame(config, "gear"), Tiles(*config.model.tile_layout)
-    side = config.model.image_size_px // config.model.place_px(config.density.map_layer)
+    frame, tiles = load_frame(config, "gear"), TileGrid(*config.model.tile_layout)
+    side = config.model.image_size_px // config.model.location_side_px(config.density.map_layer)
     num_refused = 0
     for longer in (8, 16, 24, 32, 48, 64, 128):
         for width, height in ((longer * 8, 8), (8, longer * 8), (longer * 8, 17)):
@@ -124,8 +124,10 @@ def test_training_is_refused_with_the_names_of_thin_images(tmp_path: Path) -> No
     ingest_quietly(save_all(tmp_path / "belt", images), tmp_path / "data")
     config = padded_config(str(tmp_path / "data"), tmp_path)
     with pytest.raises(DataError, match=r"2 of 8 normal training images .*: belt/\S*02, belt/\S*05\."):
-        split_category(config, "belt")
-    assert split_category(small_config(str(tmp_path / "data"), tmp_path, model=NO_ALIGNMENT), "belt").num_images == 8
+        compute_split_rule(config, "belt")
+    assert (
+        compute_split_rule(small_config(str(tmp_path / "data"), tmp_path, model=NO_ALIGNMENT), "belt").num_images == 8
+    )
 
 
 def test_an_image_without_a_cell_after_alignment_has_no_score(data: str, tmp_path: Path) -> None:

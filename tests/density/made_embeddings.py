@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from focus_ray.density.bank import to_bank_rows
-from focus_ray.density.base import Statistics
+from focus_ray.density.bank import convert_to_bank_rows
+from focus_ray.density.base import NormalStatistics
 from focus_ray.density.moments import Moments
-from focus_ray.density.relations import Relations
+from focus_ray.density.relations import ImageRelations
 
 
 def make_embeddings(count: int, channels: int = 6, size: tuple[int, int] = (3, 4), seed: int = 0) -> Tensor:
@@ -26,12 +26,14 @@ def make_embeddings(count: int, channels: int = 6, size: tuple[int, int] = (3, 4
 def moments_of(*batches: Tensor) -> Moments:
     moments = Moments(*batches[0].shape[2:], batches[0].shape[1])
     for batch in batches:
-        moments.update(batch)
+        moments.add_embeddings(batch)
     return moments
 
 
-def statistics_of(images: Tensor, coreset_channels: int = 0, relations: Relations | None = None) -> Statistics:
+def statistics_of(
+    images: Tensor, coreset_channels: int = 0, relations: ImageRelations | None = None
+) -> NormalStatistics:
     """Returns statistics with a bank; the last channels of the images are for a coreset."""
-    return Statistics(
-        moments_of(images[:, : images.shape[1] - coreset_channels]), to_bank_rows(images), relations=relations
+    return NormalStatistics(
+        moments_of(images[:, : images.shape[1] - coreset_channels]), convert_to_bank_rows(images), relations=relations
     )

@@ -70,7 +70,7 @@ def test_a_gaussian_that_does_not_fit_its_map_is_refused() -> None:
 
 FIT = """
 import json, torch
-from focus_ray.density.moments import Moments, pack_lower
+from focus_ray.density.moments import Moments, pack_lower_triangles
 from focus_ray.density.gaussian import fit_gaussian
 
 def resident(key):
@@ -80,7 +80,7 @@ def resident(key):
 def run(size, channels):
     moments = Moments(size, size, channels)
     for start in range(0, 64, 32):
-        moments.update(torch.randn(32, channels, size, size))
+        moments.add_embeddings(torch.randn(32, channels, size, size))
     return moments, *fit_gaussian(moments, 0.01)
 
 run(4, 20)  # a small fit first, so that the memory that libraries allocate on first use does not count

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from focus_ray.density.moments import (
     Moments,
-    absolute_ridge,
-    mean_variance,
-    pack_lower,
-    pooled_covariance,
-    unpack_lower,
+    compute_absolute_ridge,
+    compute_mean_variance,
+    compute_pooled_covariance,
+    pack_lower_triangles,
+    unpack_lower_triangles,
 )
 from focus_ray.density.settings import DensityConfig
 
@@ -95,7 +95,7 @@ def broken(value: float) -> Tensor:
 def test_embeddings_that_do_not_fit_are_refused(embedding: Tensor, message: str) -> None:
     moments = moments_of(make_embeddings(20))
     with pytest.raises(ValueError, match=message):
-        moments.update(embedding)
+        moments.add_embeddings(embedding)
     assert_same(moments, moments_of(make_embeddings(20)))
 
 
@@ -112,20 +112,22 @@ def test_the_pooled_covariance_is_the_mean_over_locations() -> None:
     values = make_embeddings(20)
     covariances = [np.cov(values[:, :, place // 4, place % 4].numpy(), rowvar=False) for place in range(12)]
     np.testing.assert_allclose(
-        pooled_covariance(moments_of(values)), np.mean(covariances, axis=0), rtol=1e-4, atol=1e-4
+        compute_pooled_covariance(moments_of(values)), np.mean(covariances, axis=0), rtol=1e-4, atol=1e-4
     )
 
 
 def test_the_ridge_is_relative_to_the_mean_variance_or_absolute() -> None:
     moments = moments_of(make_embeddings(9))
-    assert absolute_ridge(DensityConfig(shrinkage=2.0), moments) == pytest.approx(2 * mean_variance(moments))
-    assert absolute_ridge(DensityConfig(shrinkage=0.01, shrinkage_unit="absolute"), moments) == 0.01
+    assert compute_absolute_ridge(DensityConfig(shrinkage=2.0), moments) == pytest.approx(
+        2 * compute_mean_variance(moments)
+    )
+    assert compute_absolute_ridge(DensityConfig(shrinkage=0.01, shrinkage_unit="absolute"), moments) == 0.01
 
 
 @given(st.sampled_from([*range(1, 12), 100, 448, 550]))
 def test_unpacking_undoes_packing(channels: int) -> None:
     full = torch.randn(3, channels, channels, generator=torch.Generator().manual_seed(channels))
-    packed = pack_lower(full)
+    packed = pack_lower_triangles(full)
     assert packed.shape == (3, channels * (channels + 1) // 2)
-    assert torch.equal(unpack_lower(packed), full.tril())
-    assert torch.equal(unpack_lower(packed, symmetric=True), full.tril() + full.tril(-1).mT)
+    assert torch.equal(unpack_lower_triangles(packed), full.tril())
+    assert torch.equal(unpack_lower_triangles(packed, symmetric=True), full.tril() + full.tril(-1).mT)

@@ -12,19 +12,19 @@ from hypothesis import strategies as st
 from made_embeddings import make_embeddings, moments_of, statistics_of
 from torch import Tensor
 
-from focus_ray.density.bank import restore_bank_rows, select_unused_embeddings, to_bank_rows
+from focus_ray.density.bank import convert_to_bank_rows, restore_bank_from_coresets, select_embeddings_outside_coresets
 from focus_ray.density.base import (
-    Statistics,
+    NormalStatistics,
     build_density,
-    density_tensors,
-    exportable_density,
-    leave_one_out_scorer,
-    load_density,
-    sample_evenly,
+    build_exportable_density,
+    build_leave_one_out_scorer,
+    choose_evenly_spaced,
+    collect_density_tensors,
+    restore_density,
 )
 from focus_ray.density.gaussian import Gaussian
-from focus_ray.density.nearest import NearestMemory, subsample_coreset, whiten
-from focus_ray.density.relations import Relations
+from focus_ray.density.nearest import LocationMemory, subsample_location_coresets, whiten_bank
+from focus_ray.density.relations import ImageRelations
 from focus_ray.density.settings import DensityConfig
 
 HEIGHT, WIDTH, CHANNELS = 3, 4, 6
@@ -36,13 +36,13 @@ def config_of(**settings: Any) -> DensityConfig:
     return DensityConfig.model_validate({"coreset": 0, "precision": "fp32", **settings})
 
 
-def build_memory(images: Tensor, **settings: Any) -> NearestMemory:
+def build_location_memory(images: Tensor, **settings: Any) -> LocationMemory:
     memory = build_density(config_of(**settings), statistics_of(images))
-    assert isinstance(memory, NearestMemory)
+    assert isinstance(memory, LocationMemory)
     return memory
 
 
-def pooled_covariance(images: Tensor) -> np.ndarray:
+def compute_pooled_covariance(images: Tensor) -> np.ndarray:
     locations = images.permute(2, 3, 0, 1).flatten(0, 1).double().numpy()
     return np.mean([np.cov(rows, rowvar=False) for rows in locations], axis=0)
 
@@ -72,8 +72,8 @@ def slow_scores(
 @pytest.mark.parametrize("window", [1, 3, 5])
 def test_scores_follow_the_definition(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     normal, queries = make_embeddings(9), make_embeddings(3, seed=1)
-    memory = build_memory(normal, window=window, **WHITENED)
-    metric = np.linalg.inv(pooled_covariance(normal) + 0.3 * np.eye(CHANNELS))
+    memory = build_location_memory(normal, window=window, **WHITENED)
+    metric = np.linalg.inv(compute_pooled_covariance(normal) + 0.3 * np.eye(CHANNELS))
     expected = slow_scores(queries, normal, window, metric)
     np.testing.assert_allclose(memory.score(queries).numpy(), expected, rtol=1e-3, atol=1e-3)
     whitening = memory.whitening.double().numpy()
@@ -87,7 +87,7 @@ def test_scores_follow_the_definition(window: int, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("window", [1, 3])
 def test_excluded_images_are_ignored(window: int, per_place: int | None) -> None:
     normal = make_embeddings(12)
-    memory = build_memory(normal, window=window, per_place=per_place, **LEARNT)
+    memory = build_location_memory(normal, window=window, per_place=per_place, **LEARNT)
     assert memory.bank.shape == (HEIGHT * WIDTH, per_place or 12, CHANNELS)
     for excluded in ([[number] for number in range(12)], [[1, 4, 6], [0, 0, 0]]):
         queries = normal[: len(excluded)]
@@ -99,14 +99,14 @@ def test_excluded_images_are_ignored(window: int, per_place: int | None) -> None
 def test_whitening_does_not_depend_on_the_images_in_the_bank() -> None:
     statistics = statistics_of(make_embeddings(12))
     assert statistics.bank is not None
-    part = Statistics(statistics.moments, statistics.bank[:2])
+    part = NormalStatistics(statistics.moments, statistics.bank[:2])
     first, second = (build_density(config_of(**WHITENED), each) for each in (statistics, part))
     assert torch.equal(first.whitening, second.whitening)  # type: ignore[attr-defined]
 
 
 def test_the_coreset_of_a_location_covers_it_better_than_evenly_spaced_images() -> None:
-    bank = whiten(to_bank_rows(make_embeddings(60)), torch.eye(CHANNELS)).float()
-    coreset, images = subsample_coreset(bank, 20, "cpu")
+    bank = whiten_bank(convert_to_bank_rows(make_embeddings(60)), torch.eye(CHANNELS)).float()
+    coreset, images = subsample_location_coresets(bank, 20, "cpu")
     assert images is not None
     assert torch.equal(coreset, bank[torch.arange(len(bank))[:, None], images])
     assert torch.cdist(bank, coreset).amin(dim=2).amax() < torch.cdist(bank, bank[:, ::3]).amin(dim=2).amax()
@@ -115,21 +115,21 @@ def test_the_coreset_of_a_location_covers_it_better_than_evenly_spaced_images() 
 def test_the_coreset_of_equal_images_contains_two_different_images() -> None:
     """Otherwise nothing would remain to compare an excluded image with."""
     equal = torch.ones(5, CHANNELS, HEIGHT, WIDTH)
-    assert build_memory(equal, per_place=2, **LEARNT).score(equal, torch.arange(5)).max() < 0.01
+    assert build_location_memory(equal, per_place=2, **LEARNT).score(equal, torch.arange(5)).max() < 0.01
 
 
 def test_coresets_and_unused_embeddings_restore_the_bank() -> None:
-    bank = to_bank_rows(make_embeddings(20))
-    coreset, images = subsample_coreset(bank.transpose(0, 1), 4, "cpu")
+    bank = convert_to_bank_rows(make_embeddings(20))
+    coreset, images = subsample_location_coresets(bank.transpose(0, 1), 4, "cpu")
     assert images is not None
-    unused = select_unused_embeddings(bank, images.t())
+    unused = select_embeddings_outside_coresets(bank, images.t())
     assert len(unused) == 16 * HEIGHT * WIDTH
-    assert torch.equal(restore_bank_rows(coreset.transpose(0, 1), images.t(), unused), bank)
+    assert torch.equal(restore_bank_from_coresets(coreset.transpose(0, 1), images.t(), unused), bank)
 
 
 def test_bank_rows_order_locations_row_by_row() -> None:
     images = make_embeddings(3)
-    rows = to_bank_rows(images)
+    rows = convert_to_bank_rows(images)
     assert (rows.shape, rows.dtype) == ((3, HEIGHT * WIDTH, CHANNELS), torch.float16)
     assert torch.equal(rows[0, 2 * WIDTH + 1].float(), images[0, :, 2, 1])
 
@@ -142,7 +142,7 @@ def test_bank_rows_order_locations_row_by_row() -> None:
 def test_tensors_that_do_not_fit_the_map_are_refused(bank: Any, whitening: Any, numbers: Any) -> None:
     numbers = None if numbers is None else torch.zeros(numbers)
     with pytest.raises(ValueError, match=r"needs"):
-        NearestMemory(torch.zeros(bank), torch.zeros(whitening), 2, 2, image_numbers=numbers)
+        LocationMemory(torch.zeros(bank), torch.zeros(whitening), 2, 2, image_numbers=numbers)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_statistics_of_too_few_images_are_refused(count: int, kept: int | None, 
     whole = statistics_of(make_embeddings(count))
     bank = None if kept is None or whole.bank is None else whole.bank[:kept]
     with pytest.raises(ValueError, match=message):
-        build_density(config_of(**WHITENED), Statistics(whole.moments, bank))
+        build_density(config_of(**WHITENED), NormalStatistics(whole.moments, bank))
 
 
 # Every kind behind one interface
@@ -177,16 +177,20 @@ def test_a_density_loaded_from_its_tensors_or_exported_scores_the_same(name: str
     config, (images, coreset_channels) = config_of(**KINDS[name]), images_of(name, 20)
     statistics, queries = statistics_of(images, coreset_channels), images_of(name, 4, seed=4)[0]
     built = build_density(config, statistics)
-    tensors = density_tensors(config, statistics, built)
-    loaded = load_density(config, tensors, HEIGHT, WIDTH, "cpu")
+    tensors = collect_density_tensors(config, statistics, built)
+    loaded = restore_density(config, tensors, HEIGHT, WIDTH, "cpu")
     expected = built.score(queries)
     torch.testing.assert_close(loaded.score(queries), expected, rtol=1e-5, atol=1e-5)
     left_out = [
-        leave_one_out_scorer(config, statistics, each).score(images, torch.arange(20)) for each in (built, loaded)
+        build_leave_one_out_scorer(config, statistics, each).score(images, torch.arange(20)) for each in (built, loaded)
     ]
     torch.testing.assert_close(*left_out, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(exportable_density(config, built, False).score(queries), expected, rtol=1e-3, atol=2e-3)
-    torch.testing.assert_close(exportable_density(config, built, True).score(queries), expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(
+        build_exportable_density(config, built, False).score(queries), expected, rtol=1e-3, atol=2e-3
+    )
+    torch.testing.assert_close(
+        build_exportable_density(config, built, True).score(queries), expected, rtol=0.02, atol=0.02
+    )
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -200,19 +204,19 @@ def test_joined_statistics_of_two_sites_equal_the_statistics_of_all_images(name:
 
 def test_the_setting_kind_selects_the_density() -> None:
     assert isinstance(build_density(config_of(kind="gaussian"), statistics_of(make_embeddings(9))), Gaussian)
-    assert build_memory(make_embeddings(9), window=5).window == 5
+    assert build_location_memory(make_embeddings(9), window=5).window == 5
 
 
 def test_statistics_that_do_not_fit_cannot_be_joined() -> None:
     with pytest.raises(ValueError, match="bank"):
-        statistics_of(make_embeddings(3)).join(Statistics(moments_of(make_embeddings(3))))
+        statistics_of(make_embeddings(3)).join(NormalStatistics(moments_of(make_embeddings(3))))
 
 
 def test_selecting_bank_images_selects_all_data_of_them() -> None:
-    statistics = statistics_of(make_embeddings(3), relations=Relations.from_groups(torch.tensor([0, 0, 1])))
+    statistics = statistics_of(make_embeddings(3), relations=ImageRelations.from_groups(torch.tensor([0, 0, 1])))
     bank, statistics.shown = statistics.bank, torch.eye(3) > 0
     assert bank is not None
-    assert statistics.images_to_exclude(torch.tensor([0])).tolist() == [[0, 1]]
+    assert statistics.find_images_to_exclude(torch.tensor([0])).tolist() == [[0, 1]]
     statistics.select_bank_images([0, 2])
     assert statistics.relations is not None
     assert statistics.relations.is_trivial
@@ -222,7 +226,7 @@ def test_selecting_bank_images_selects_all_data_of_them() -> None:
 
 @given(st.integers(0, 3000), st.integers(1, 600))
 def test_sample_evenly_returns_all_numbers_or_evenly_spaced_ones(count: int, limit: int) -> None:
-    chosen = sorted(sample_evenly(count, limit))
+    chosen = sorted(choose_evenly_spaced(count, limit))
     assert len(chosen) == min(count, limit)
     assert all(0 <= position < count for position in chosen)
     if count > limit:

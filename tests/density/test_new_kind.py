@@ -19,7 +19,7 @@ from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import read_test_rows
 from focus_ray.density.kinds.base import DensityKind
-from focus_ray.density.kinds.shared import SharedSettings
+from focus_ray.density.kinds.shared import SharedDensitySettings
 from focus_ray.density.registry import DENSITIES
 from focus_ray.export.export import export_bundle
 from focus_ray.features.backbones.registry import BACKBONES
@@ -27,17 +27,17 @@ from focus_ray.features.backbones.spec import BackboneSpec
 from focus_ray.fitting.settings import Config, parse_config
 
 
-class ToyDensity(DensityKind[SharedSettings]):
+class ToyDensity(DensityKind[SharedDensitySettings]):
     """The distance to the mean of the normal images: the kind, and the fitted density."""
 
     def build(self, config: Any, statistics: Any) -> Any:
         moments = statistics.moments
         return self.load(config, self.tensors(config, statistics, None), moments.height, moments.width)
 
-    def tensors(self, config: Any, statistics: Any, density: Any) -> dict[str, Tensor]:
+    def collect_tensors(self, config: Any, statistics: Any, density: Any) -> dict[str, Tensor]:
         return {"toy.mean": statistics.moments.mean}
 
-    def load(self, config: Any, tensors: Mapping[str, Tensor], height: int, width: int) -> Any:
+    def restore(self, config: Any, tensors: Mapping[str, Tensor], height: int, width: int) -> Any:
         density = ToyDensity()
         density.mean, density.height, density.width = tensors["toy.mean"], height, width
         density.device = density.mean.device
@@ -96,9 +96,9 @@ def test_a_new_backbone_is_fitted_stored_scored_and_exported(uri: str, tmp_path:
 OWN_SETTINGS = """
 from pydantic import Field
 from focus_ray.density.kinds.base import DensityKind
-from focus_ray.density.kinds.shared import SharedSettings
+from focus_ray.density.kinds.shared import SharedDensitySettings
 
-class ToySettings(SharedSettings):
+class ToySettings(SharedDensitySettings):
     power: float = Field(default=2.0, gt=0.0, description="toy: power of the differences.")
 
 class Toy(DensityKind[ToySettings]):
@@ -115,8 +115,8 @@ from focus_ray.settings.sections import config_to_yaml, parse_yaml_mapping
 config = parse_config({"data": {"uri": "x"}, "density": {"kind": "toy", "power": 3}})
 assert parse_config(parse_yaml_mapping(config_to_yaml(config), "yaml")).density.power == 3.0
 assert "toy: power" in explain_key("density.power")
-assert "power" in DENSITIES["nearest"].inert_settings(config.density)
-assert {"pooling", "window"} & set(DENSITIES["toy"].inert_settings(config.density)) == {"pooling"}
+assert "power" in DENSITIES["nearest"].find_unused_settings(config.density)
+assert {"pooling", "window"} & set(DENSITIES["toy"].find_unused_settings(config.density)) == {"pooling"}
 """
 
 

@@ -6,16 +6,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from focus_ray.density.relations import Relations, assign_folds, join_relations
+from focus_ray.density.relations import ImageRelations, assign_folds, join_relations
 
 
-def make_relations(groups: list[int]) -> Relations:
-    return Relations.from_groups(torch.tensor(groups))
+def make_relations(groups: list[int]) -> ImageRelations:
+    return ImageRelations.from_groups(torch.tensor(groups))
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=12))
 def test_relatives_are_the_images_of_the_same_group(groups: list[int]) -> None:
-    relatives = make_relations(groups).relatives(torch.arange(len(groups)))
+    relatives = make_relations(groups).find_related_images(torch.arange(len(groups)))
     for image, numbers in enumerate(relatives.tolist()):
         assert set(numbers) == {other for other, group in enumerate(groups) if group == groups[image]}
 

@@ -6,34 +6,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from focus_ray.density.bank import to_bank_rows
-from focus_ray.density.base import Statistics, build_density
+from focus_ray.density.bank import convert_to_bank_rows
+from focus_ray.density.base import NormalStatistics, build_density
 from focus_ray.density.moments import Moments
-from focus_ray.density.nearest import NearestMemory
+from focus_ray.density.nearest import LocationMemory
 from focus_ray.density.settings import DensityConfig
-from focus_ray.density.tiles import Tiles
+from focus_ray.density.tiles import TileGrid
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator
 from focus_ray.detect.profile import FLOOR, SHARES, ImageScoreProfile, average_highest_map_values, fit_profile
 
 SIDE, CHANNELS = 8, 5
-MAP_GENERATOR = AnomalyMapGenerator.build_for_tiles(Tiles(1, 1, 64, 0), SIDE, 4.0)
+MAP_GENERATOR = AnomalyMapGenerator.build_for_tiles(TileGrid(1, 1, 64, 0), SIDE, 4.0)
 
 
 def embeddings(count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
 
 
-def memory(values: Tensor, window: int = 1) -> NearestMemory:
+def memory(values: Tensor, window: int = 1) -> LocationMemory:
     moments = Moments(SIDE, SIDE, CHANNELS)
-    moments.update(values)
+    moments.add_embeddings(values)
     config = DensityConfig(coreset=0, reduction="discriminant", window=window, precision="fp32")
-    density = build_density(config, Statistics(moments, to_bank_rows(values)))
-    assert isinstance(density, NearestMemory)
+    density = build_density(config, NormalStatistics(moments, convert_to_bank_rows(values)))
+    assert isinstance(density, LocationMemory)
     return density
 
 
 def profile_of(values: Tensor, thetas: Tensor | None = None, coverage_mask: Tensor | None = None) -> ImageScoreProfile:
-    statistics = Statistics(Moments(SIDE, SIDE, CHANNELS), to_bank_rows(values), thetas)
+    statistics = NormalStatistics(Moments(SIDE, SIDE, CHANNELS), convert_to_bank_rows(values), thetas)
     return fit_profile(memory(embeddings(2) if len(values) < 2 else values), statistics, coverage_mask, MAP_GENERATOR)[
         0
     ]

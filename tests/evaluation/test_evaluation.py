@@ -28,7 +28,7 @@ from focus_ray.evaluation.measuring import (
 )
 from focus_ray.evaluation.run import EvaluationReport, EvaluationRun, evaluate_bundles
 from focus_ray.evaluation.work_items import open_worker_pool
-from focus_ray.fitting.split import short_hash
+from focus_ray.fitting.split import shorten_hash
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.metrics.pixels import PixelBins
 from focus_ray.samples.write import write_samples
@@ -256,7 +256,7 @@ def test_training_images_among_test_images_are_left_out_and_reported_first(
     tests = read_index(data, "gear", split="test").to_pylist()
     good, bad = ([row for row in tests if row["label"] == label] for label in (0, 1))
     trained_on = [*good[:10], bad[0]]
-    hashes = [short_hash(row["content_hash"]) for row in trained_on]
+    hashes = [shorten_hash(row["content_hash"]) for row in trained_on]
     bundle = make_bundle(small_config(data, tmp_path / "runs", model=PLAIN), fit_hashes=hashes)
     output = tmp_path / "report"
     report = evaluate({"gear": bundle}, output, exact_pixels)
@@ -278,7 +278,7 @@ def test_training_images_among_test_images_are_left_out_and_reported_first(
 
 @both_ways
 def test_an_evaluation_of_only_training_images_is_an_error(parts: str, tmp_path: Path, exact_pixels: int) -> None:
-    hashes = [short_hash(text) for text in read_index(parts, "gear", split="test")["content_hash"].to_pylist()]
+    hashes = [shorten_hash(text) for text in read_index(parts, "gear", split="test")["content_hash"].to_pylist()]
     bundle = make_bundle(small_config(parts, tmp_path / "runs", model=PLAIN), fit_hashes=hashes)
     report = evaluate({"gear": bundle}, tmp_path / "report", exact_pixels)
     assert f"all {NUM_TEST} test images" in report.results["gear"]["error"]

@@ -445,7 +445,7 @@ def test_a_density_that_branches_on_values_is_refused(
             distance = embedding.square().sum(dim=1)
             return distance if bool((distance.mean() > 1).item()) else -distance
 
-    monkeypatch.setattr("focus_ray.export.scorer.exportable_density", lambda config, density, half: Branching())
+    monkeypatch.setattr("focus_ray.export.scorer.build_exportable_density", lambda config, density, half: Branching())
     with pytest.raises(ExportError, match="branches on values"):
         export_bundle(bundle, "torch", tmp_path / "new")
     assert list(tmp_path.iterdir()) == []

@@ -30,7 +30,7 @@ from focus_ray.features.settings import ModelConfig
 from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.passes import compute_statistics
 from focus_ray.fitting.settings import Config, parse_config
-from focus_ray.fyd.head import Head
+from focus_ray.fyd.head import ProjectorPredictorHead
 from focus_ray.fyd.objective import TrainingObjective
 from focus_ray.fyd.settings import TrainConfig
 
@@ -82,7 +82,7 @@ def run_norm(norm: nn.Module, x: Tensor, factors: Tensor) -> dict[str, Tensor]:
 
 def build_objective(mode: str) -> TrainingObjective:
     net = build_network(aligned_config(mode))
-    return TrainingObjective(net, Head(net), TrainConfig()).train()
+    return TrainingObjective(net, ProjectorPredictorHead(net), TrainConfig()).train()
 
 
 def load_objective(folder: Path | str, mode: str) -> TrainingObjective:

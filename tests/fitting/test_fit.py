@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focus_ray.density.nearest import NearestMemory
+from focus_ray.density.nearest import LocationMemory
 from focus_ray.detect.detector import Detector
 from focus_ray.features.network import build_network
 from focus_ray.fitting.fit import FitResult, fit
@@ -149,7 +149,7 @@ def test_a_left_out_image_scores_like_with_the_memory_of_the_other_images() -> N
     density = whole.detector.density
     for number in range(6):
         other_images = [other for other in range(6) if other != number]
-        memory = NearestMemory(
+        memory = LocationMemory(
             density.bank[:, other_images], density.whitening, density.height, density.width, density.window
         )
         detector = Detector(whole.net, whole.reduction, memory, config.scoring)

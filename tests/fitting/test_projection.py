@@ -16,36 +16,36 @@ from torch import Tensor
 
 from focus_ray.bundle.bundle import read_bundle, read_statistics
 from focus_ray.bundle.metric import average_projections
-from focus_ray.defects import synthetic_validation_set
+from focus_ray.defects import make_defective_copies
 from focus_ray.density.settings import DensityConfig
 from focus_ray.detect.detector import embed_images
 from focus_ray.detect.settings import ScoringConfig
 from focus_ray.errors import BundleError, ConfigError
 from focus_ray.features.network import convert_to_float_images
-from focus_ray.fitting.fit import CategoryFit
+from focus_ray.fitting.fit import DetectorFitter
 from focus_ray.fitting.passes import compute_statistics
 from focus_ray.fitting.projection import (
     NUM_FOLDS,
     RIDGE,
     ResidualScatter,
-    build_full_reduction,
-    discriminant_directions,
+    build_reduction_with_all_channels,
+    compute_discriminant_directions,
     learn_projection,
 )
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import build_shard
-from focus_ray.fitting.shared_metric import read_shared_metric
-from focus_ray.fitting.split import plan_category
+from focus_ray.fitting.shared_metric import read_shared_scatter
+from focus_ray.fitting.split import compute_split_plan
 
 CPU = torch.device("cpu")
 
 
-def make_fit(data: str, storage: Path | str = "unused", group: str = "none", **density: Any) -> CategoryFit:
+def make_fit(data: str, storage: Path | str = "unused", group: str = "none", **density: Any) -> DetectorFitter:
     """Prepares a fit of the gears with a discriminant projection."""
     density = {"reduction": "discriminant", **density}
     config = small_config(data, storage, model={"image_alignment": {"group": group}}, density=density)
-    plan = plan_category(config, "gear")
-    return CategoryFit(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit_rows), CPU)
+    plan = compute_split_plan(config, "gear")
+    return DetectorFitter(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit_rows), CPU)
 
 
 def scatter(seed: int, channels: int = 6, samples: int = 200, scale: float = 1.0) -> Tensor:
@@ -55,7 +55,7 @@ def scatter(seed: int, channels: int = 6, samples: int = 200, scale: float = 1.0
 
 def test_the_directions_equal_those_of_the_generalised_eigenproblem_of_scipy() -> None:
     normal, defective = scatter(0), scatter(1, scale=3.0)
-    directions = discriminant_directions(normal, defective, 4).numpy()
+    directions = compute_discriminant_directions(normal, defective, 4).numpy()
     ridged = normal + RIDGE * normal.diagonal().mean() * torch.eye(6, dtype=torch.float64)
     values, vectors = scipy.linalg.eigh(defective.numpy(), ridged.numpy())
     expected = (vectors[:, ::-1][:, :4] * np.sqrt(np.log(values[::-1][:4]))).T
@@ -66,10 +66,10 @@ def test_the_directions_equal_those_of_the_generalised_eigenproblem_of_scipy() -
 def test_directions_in_which_defects_vary_no_more_than_normal_patches_are_0() -> None:
     normal = torch.eye(5, dtype=torch.float64)
     defective = torch.diag(torch.tensor([9.0, 0.5, 4.0, 0.1, 1.0], dtype=torch.float64))
-    directions = discriminant_directions(normal, defective, 5)
+    directions = compute_discriminant_directions(normal, defective, 5)
     assert (directions.norm(dim=1) > 0).tolist() == [True, True, False, False, False]
     assert directions[:2].abs().argmax(dim=1).tolist() == [0, 2]
-    assert discriminant_directions(normal, defective, 8).shape == (8, 5)
+    assert compute_discriminant_directions(normal, defective, 8).shape == (8, 5)
 
 
 BANK = torch.randn(6, 5, 4, 4, generator=torch.Generator().manual_seed(5))
@@ -81,7 +81,7 @@ def make_sums(images: Iterable[int] = ()) -> ResidualScatter:
     for number in images:
         image = torch.tensor([number])
         for kind, embedding in enumerate((BANK[image], 3 * BANK[image].flip(2))):
-            sums.add(kind, embedding, image, torch.ones(1, 4, 4, dtype=torch.bool))
+            sums.add_residuals(kind, embedding, image, torch.ones(1, 4, 4, dtype=torch.bool))
     return sums
 
 
@@ -115,9 +115,9 @@ def test_a_learnt_projection_separates_synthetic_defects_better_than_a_random_pr
     run.net.eval()
     random = run.reduction.projection.clone()
     run.learn_projection()
-    full_reduction = build_full_reduction(run.reduction, run.net.backbone.spec.channels)
-    images = torch.cat(list(run.shard.fit_batches()))
-    defective_images = torch.from_numpy(synthetic_validation_set(images.numpy(), 99, 1)[0])
+    full_reduction = build_reduction_with_all_channels(run.reduction, run.net.backbone.spec.channels)
+    images = torch.cat(list(run.shard.read_batches("fit")))
+    defective_images = torch.from_numpy(make_defective_copies(images.numpy(), 99, 1)[0])
     with torch.inference_mode():
         normal, defective = (
             embed_images(run.net, full_reduction, convert_to_float_images(batch, CPU))[0][
@@ -142,7 +142,7 @@ def test_the_same_seed_learns_the_same_projection_and_a_bundle_stores_it(data: s
     first, second = fit_alone(config), fit_alone(config)
     assert torch.equal(first.reduction.projection, second.reduction.projection)
     assert first.reduction.projection.shape == (32, 448)
-    images = torch.cat(list(make_fit(data).shard.holdout_batches()))
+    images = torch.cat(list(make_fit(data).shard.read_batches("holdout")))
     expected, read = first.detector(images), read_bundle(make_bundle(config, result=second)).detector(images)
     torch.testing.assert_close(read.score, expected.score, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(read.anomaly_map, expected.anomaly_map, rtol=1e-3, atol=1e-2)
@@ -150,7 +150,7 @@ def test_the_same_seed_learns_the_same_projection_and_a_bundle_stores_it(data: s
 
 def test_a_projection_of_one_image_is_refused(data: str) -> None:
     run = make_fit(data)
-    image = next(iter(run.shard.fit_batches()))[:1]
+    image = next(iter(run.shard.read_batches("fit")))[:1]
     with pytest.raises(ValueError, match="got 1"):
         learn_projection(run.net, run.reduction, [image], CPU, 1, [0], 0)
 
@@ -178,7 +178,7 @@ def test_a_shared_metric_is_the_mean_of_the_scatter_matrices_of_the_categories(
     assert average_projections(bundles, place) == sorted(CATEGORIES)
     scatters = [read_statistics(bundle).scatter for bundle in bundles]
     expected = sum(scatter / scatter[0].diagonal().mean() for scatter in scatters) / 2  # type: ignore[index,union-attr]
-    torch.testing.assert_close(read_shared_metric(with_metric(config, place)), expected)
+    torch.testing.assert_close(read_shared_scatter(with_metric(config, place)), expected)
 
 
 def test_a_category_with_a_shared_metric_uses_its_directions_and_paints_no_defects(
@@ -191,12 +191,14 @@ def test_a_category_with_a_shared_metric_uses_its_directions_and_paints_no_defec
     result = fit_alone(with_metric(config, place), CATEGORIES[1])
     shared = read_statistics(bundles[0]).scatter
     assert shared is not None
-    directions = discriminant_directions(shared[0].double(), shared[1].double(), config.density.num_channels // 2)
+    directions = compute_discriminant_directions(
+        shared[0].double(), shared[1].double(), config.density.num_channels // 2
+    )
     learnt = result.reduction.projection[: len(directions)]
     ratio = learnt.norm() / directions.norm()
     torch.testing.assert_close(learnt, directions * ratio, rtol=1e-3, atol=1e-3)
-    assert result.statistics.scatter is not None
-    assert not result.statistics.scatter[1].any()
+    assert result.statistics.residual_scatter is not None
+    assert not result.statistics.residual_scatter[1].any()
 
 
 def test_a_metric_of_another_network_or_a_file_that_is_no_metric_is_refused(
@@ -207,10 +209,10 @@ def test_a_metric_of_another_network_or_a_file_that_is_no_metric_is_refused(
     average_projections(bundles, str(place))
     (tmp_path / "text").write_text("no metric")
     with pytest.raises(ConfigError, match=r"model\.padding=reflect.* model\.padding=zeros"):
-        read_shared_metric(with_metric(config, place, padding="zeros"))
+        read_shared_scatter(with_metric(config, place, padding="zeros"))
     for name in ("nowhere", "text"):
         with pytest.raises(ConfigError, match=rf"density\.metric=.*{name}"):
-            read_shared_metric(with_metric(config, tmp_path / name))
+            read_shared_scatter(with_metric(config, tmp_path / name))
     with_shared = make_bundle(with_metric(config, place), CATEGORIES[0], place=tmp_path / "with_shared")
     with pytest.raises(BundleError, match="with_shared"):
         average_projections([with_shared], str(tmp_path / "other"))
@@ -224,7 +226,9 @@ def test_statistics_from_cached_embeddings_equal_statistics_from_a_new_pass(data
     cache = run.projection.cache
     partial_cache = cache._replace(row={number: row for number, row in cache.row.items() if number % 3})
     uncached, partly_cached, cached = (
-        compute_statistics(run.net, run.reduction, run.shard.fit_batches(), CPU, range(run.num_images), 0, entries)
+        compute_statistics(
+            run.net, run.reduction, run.shard.read_batches("fit"), CPU, range(run.num_images), 0, entries
+        )
         for entries in (None, partial_cache, cache)
     )
     for statistics in (partly_cached, cached):
@@ -239,7 +243,7 @@ def test_the_embedding_of_an_image_does_not_depend_on_the_other_images(data: str
     run.fit_image_aligner()
     run.net.image_aligner.enabled.fill_(True)
     run.net.eval()
-    images = convert_to_float_images(torch.cat(list(run.shard.fit_batches())), CPU)
+    images = convert_to_float_images(torch.cat(list(run.shard.read_batches("fit"))), CPU)
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(count))[:count]
     whole, theta = embed_images(run.net, run.reduction, images, pad_batches=True)
     embedding, chosen_theta = embed_images(run.net, run.reduction, images[chosen], pad_batches=True)

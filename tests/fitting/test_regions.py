@@ -19,12 +19,12 @@ from focus_ray.data.framing import InputFrame
 from focus_ray.data.images import ImageError, decode_batch, decode_image, decode_mask, encode_png
 from focus_ray.data.read import read_test_rows
 from focus_ray.errors import ConfigError, DataError
-from focus_ray.fitting.fit import CategoryFit, FitResult
+from focus_ray.fitting.fit import DetectorFitter, FitResult
 from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
-from focus_ray.fitting.regions import check_regions, draw_polygons, load_frame, read_region
+from focus_ray.fitting.regions import check_regions, draw_polygon_mask, load_frame, read_region
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.shards import build_shard
-from focus_ray.fitting.split import plan_category
+from focus_ray.fitting.split import compute_split_plan
 from focus_ray.metrics.pixels import PixelCurve
 from focus_ray.sweep.settings import parse_sweep_config
 from focus_ray.sweep.trial_inputs import check_trial_settings
@@ -60,8 +60,8 @@ def test_a_polygon_is_drawn_in_shares_of_width_and_height() -> None:
     expected = np.zeros((40, 80), bool)
     expected[10:30, 20:40] = True
     box = ((0.25, 0.25), (0.5, 0.25), (0.5, 0.75), (0.25, 0.75))
-    np.testing.assert_array_equal(draw_polygons([box], 40, 80), expected)
-    triangle = draw_polygons([((0, 0), (1, 0), (0, 1))], 40, 40)
+    np.testing.assert_array_equal(draw_polygon_mask([box], 40, 80), expected)
+    triangle = draw_polygon_mask([((0, 0), (1, 0), (0, 1))], 40, 40)
     assert triangle.mean() == pytest.approx(0.5, abs=0.02)
     assert triangle[2, 2]
     assert not triangle[37, 37]
@@ -69,7 +69,7 @@ def test_a_polygon_is_drawn_in_shares_of_width_and_height() -> None:
 
 def test_several_polygons_form_one_region() -> None:
     right = ((0.75, 0.0), (1.0, 0.0), (1.0, 1.0), (0.75, 1.0))
-    region = draw_polygons([tuple(map(tuple, LEFT)), right], 8, 8)  # type: ignore[list-item]
+    region = draw_polygon_mask([tuple(map(tuple, LEFT)), right], 8, 8)  # type: ignore[list-item]
     assert region.all(axis=0).tolist() == [True] * 4 + [False] * 2 + [True] * 2
 
 
@@ -198,8 +198,8 @@ def test_the_region_moves_with_the_image_when_images_are_aligned(data: str, tmp_
 
 def test_thresholds_are_computed_from_pixels_of_the_region_only(inspector: Inspector, data: str) -> None:
     config = inspector.bundle.config
-    shard = build_shard(config, "gear", plan_category(config, "gear"), 0, 1)
-    _, maps = inspector.score(torch.cat(list(shard.holdout_batches())).numpy())
+    shard = build_shard(config, "gear", compute_split_plan(config, "gear"), 0, 1)
+    _, maps = inspector.score(torch.cat(list(shard.read_batches("holdout"))).numpy())
     above = float((maps[:, :, :32] > inspector.bundle.calibration.pixel_threshold).mean())
     assert above == pytest.approx(
         config.calibration.target_pixel_fpr, rel=0.2
@@ -214,8 +214,8 @@ def test_leave_one_out_scores_count_only_pixels_of_the_region(data: str, tmp_pat
         "scoring": {"image_score": "profile"},
     }
     config = config_with(data, tmp_path, LEFT, **sections)
-    plan = plan_category(config, "gear")
-    run = CategoryFit(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit_rows), torch.device("cpu"))
+    plan = compute_split_plan(config, "gear")
+    run = DetectorFitter(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit_rows), torch.device("cpu"))
     result = run.finish()
     builder = collect_leave_one_out_scores(result.detector, result.statistics, config, run.projection)
     assert [image.num_pixels for image in builder._images] == [64 * 32] * len(plan.fit_rows)
@@ -253,9 +253,9 @@ def test_a_bundle_contains_its_region(data: str, tmp_path: Path) -> None:
 def test_a_streamed_shard_equals_a_shard_in_memory(data: str, tmp_path: Path) -> None:
     in_memory = config_with(data, tmp_path, LEFT)
     streamed = in_memory.model_copy(update={"data": in_memory.data.model_copy(update={"memory_budget_mb": 0.0})})
-    plan = plan_category(in_memory, "gear")
+    plan = compute_split_plan(in_memory, "gear")
     images, streamed_images = (
-        torch.cat(list(build_shard(config, "gear", plan, 0, 1).fit_batches())) for config in (in_memory, streamed)
+        torch.cat(list(build_shard(config, "gear", plan, 0, 1).read_batches("fit"))) for config in (in_memory, streamed)
     )
     assert images.shape[3] == 4
     assert torch.equal(images, streamed_images)

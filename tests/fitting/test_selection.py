@@ -12,11 +12,11 @@ from small_set import NUM_TRAIN, fit_alone, small_config
 from focus_ray.errors import DataError
 from focus_ray.features.network import build_network
 from focus_ray.fitting.fit import FitResult, build_detector
-from focus_ray.fitting.passes import compute_statistics, compute_validation_figures
-from focus_ray.fitting.selection import DEFECTS_PER_IMAGE, MIN_GAIN, validation_figures, validation_images
+from focus_ray.fitting.passes import compute_statistics, validate_detector
+from focus_ray.fitting.selection import DEFECTS_PER_IMAGE, MIN_GAIN, compute_validation_metrics, make_validation_images
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import build_shard
-from focus_ray.fitting.split import plan_category
+from focus_ray.fitting.split import compute_split_plan
 from focus_ray.metrics.metrics import image_auroc
 from focus_ray.metrics.pixels import PixelCurve
 from focus_ray.samples.write import draw_sample
@@ -43,7 +43,7 @@ def trained(data: str) -> tuple[Config, FitResult]:
 
 @pytest.mark.parametrize("method", ["split", "cross"])
 def test_validation_images_are_in_no_other_part(data: str, method: str) -> None:
-    plan = plan_category(selection_config(data, calibration={"method": method}), "gear")
+    plan = compute_split_plan(selection_config(data, calibration={"method": method}), "gear")
     together = [row for part in (plan.fit_rows, plan.validation_rows, plan.holdout_rows) for row in part]
     assert len(together) == len(set(together)) == NUM_TRAIN
     assert len(plan.validation_rows) == round(0.2 * NUM_TRAIN)
@@ -52,7 +52,7 @@ def test_validation_images_are_in_no_other_part(data: str, method: str) -> None:
 
 def test_without_selection_nothing_is_held_out_or_judged_and_the_calibration_images_are_the_same(data: str) -> None:
     config = small_config(data, "unused")
-    plain, selecting = plan_category(config, "gear"), plan_category(selection_config(data), "gear")
+    plain, selecting = compute_split_plan(config, "gear"), compute_split_plan(selection_config(data), "gear")
     assert len(plain.validation_rows) == 0
     assert selecting.holdout_rows.tolist() == plain.holdout_rows.tolist()
     assert fit_alone(config).notes.selection == []
@@ -60,13 +60,13 @@ def test_without_selection_nothing_is_held_out_or_judged_and_the_calibration_ima
 
 def test_validation_takes_no_more_images_than_it_may(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("focus_ray.fitting.split.MAX_VALIDATION_IMAGES", 3)
-    assert len(plan_category(selection_config(data), "gear").validation_rows) == 3
+    assert len(compute_split_plan(selection_config(data), "gear").validation_rows) == 3
 
 
 def test_a_set_too_small_to_validate_on_is_refused(data: str) -> None:
     config = selection_config(data, selection={"enabled": True, "fraction": 0.85})
     with pytest.raises(DataError, match=r"selection\.enabled=false"):
-        plan_category(config, "gear")
+        compute_split_plan(config, "gear")
 
 
 def test_every_epoch_and_the_untrained_network_are_judged_and_the_best_is_kept(
@@ -76,13 +76,13 @@ def test_every_epoch_and_the_untrained_network_are_judged_and_the_best_is_kept(
     scores = [entry["score"] for entry in result.notes.selection]
     assert [entry["epoch"] for entry in result.notes.selection] == list(range(EPOCHS + 1))
     assert len(set(scores)) > 1
-    shard = build_shard(config, "gear", plan_category(config, "gear"), 0, 1)
+    shard = build_shard(config, "gear", compute_split_plan(config, "gear"), 0, 1)
     bank_images = range(config.density.max_images)
-    statistics = compute_statistics(result.net, result.reduction, shard.fit_batches(), CPU, bank_images)
+    statistics = compute_statistics(result.net, result.reduction, shard.read_batches("fit"), CPU, bank_images)
     detector = build_detector(config, result.net, result.reduction, statistics)
-    normals = torch.cat(list(shard.validation_batches())).numpy()
-    images = validation_images(normals, derive_seed(config.train.seed, "synthetic defects", 0))
-    assert compute_validation_figures(detector, *images)["score"] == pytest.approx(max(scores), abs=1e-6)
+    normals = torch.cat(list(shard.read_batches("validation"))).numpy()
+    images = make_validation_images(normals, derive_seed(config.train.seed, "synthetic defects", 0))
+    assert validate_detector(detector, *images)["score"] == pytest.approx(max(scores), abs=1e-6)
 
 
 def test_the_untrained_network_is_kept_if_no_epoch_gains_enough(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_the_untrained_network_is_kept_if_no_epoch_gains_enough(data: str, monke
 @pytest.mark.parametrize("kind", ["gaussian", "nearest"])
 def test_validation_images_join_the_density(data: str, kind: str) -> None:
     config = selection_config(data, density={"kind": kind})
-    plan, statistics = plan_category(config, "gear"), fit_alone(config).statistics
+    plan, statistics = compute_split_plan(config, "gear"), fit_alone(config).statistics
     expected = len(plan.fit_rows) + len(plan.validation_rows)
     assert statistics.moments.count == expected
     assert statistics.bank is None or len(statistics.bank) == expected
@@ -114,14 +114,14 @@ def test_aligning_is_judged_against_not_aligning(data: str) -> None:
 
 
 def test_only_defective_copies_have_a_mask_and_they_depend_on_the_seed_only() -> None:
-    images, masks = validation_images(NORMALS, seed=1)
+    images, masks = make_validation_images(NORMALS, seed=1)
     assert images.shape == (4 * (1 + DEFECTS_PER_IMAGE), 64, 64, 3)
     assert np.array_equal(images[:4], NORMALS)
     assert masks.any(axis=(1, 2)).tolist() == [False] * 4 + [True] * 4 * DEFECTS_PER_IMAGE
-    assert np.array_equal(images, validation_images(NORMALS, seed=1)[0])
-    assert not np.array_equal(images, validation_images(NORMALS, seed=2)[0])
+    assert np.array_equal(images, make_validation_images(NORMALS, seed=1)[0])
+    assert not np.array_equal(images, make_validation_images(NORMALS, seed=2)[0])
     with pytest.raises(DataError, match="got 1"):
-        validation_images(NORMALS[:1], seed=0)
+        make_validation_images(NORMALS[:1], seed=0)
 
 
 def test_the_score_is_the_mean_of_image_auroc_and_aupro() -> None:
@@ -130,7 +130,7 @@ def test_the_score_is_the_mean_of_image_auroc_and_aupro() -> None:
     maps = (np.random.default_rng(0).random(masks.shape) + 0.4 * masks).astype(np.float32)
     scores = maps.max(axis=(1, 2))
     curve, auroc = PixelCurve.from_maps(masks, maps), image_auroc([0, 0, 0, 1, 1, 1], scores)
-    figures = validation_figures(masks, scores, maps)
+    figures = compute_validation_metrics(masks, scores, maps)
     assert (figures["image_auroc"], figures["aupro"], figures["pixel_auroc"]) == (
         auroc,
         curve.aupro(0.3),

@@ -39,14 +39,14 @@ def test_the_shares_of_all_workers_have_equal_sizes_and_together_are_the_plan(nu
 
 
 def test_a_plan_with_some_of_the_fit_images_keeps_their_groups_ranks_and_folds() -> None:
-    reduced = PLAN.take_fit([1, 4, 6])
+    reduced = PLAN.select_fit_images([1, 4, 6])
     assert columns_of(reduced.fit) == [[1, 4, 6], [0, 1, 0], [1, 9, 12]]
     assert reduced.folds.tolist() == [1, 4, 1]
     assert columns_of(reduced.holdout) == columns_of(PLAN.holdout)
 
 
 def test_validation_images_join_the_fit_images_with_one_fold_for_each_group() -> None:
-    joined = PLAN.join_validation()
+    joined = PLAN.merge_validation_into_fit()
     assert columns_of(joined.fit) == columns_of(PLAN.fit, PLAN.validation)
     assert joined.folds.tolist() == [0, 1, 2, 3, 4, 0, 1, 4, 4, 0]
     assert len(joined.validation) == 0

@@ -19,20 +19,20 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.update import update_bundle
 from focus_ray.data.images import decode_mask, encode_png
 from focus_ray.data.read import read_index, read_test_rows
-from focus_ray.density.bank import to_bank_rows
-from focus_ray.density.base import Statistics, build_density
+from focus_ray.density.bank import convert_to_bank_rows
+from focus_ray.density.base import NormalStatistics, build_density
 from focus_ray.density.moments import Moments
 from focus_ray.density.settings import DensityConfig
-from focus_ray.density.tiles import TiledDensity, Tiles, join_bank_of_tiles, split_bank_into_tiles, split_maps
+from focus_ray.density.tiles import TiledDensity, TileGrid, join_bank_tiles, split_bank_into_tiles, split_into_tile_maps
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator
 from focus_ray.detect.detector import ScoredImages, can_share_backbone_pass, score_with_shared_backbone
 from focus_ray.detect.inspection import resize_anomaly_map
 from focus_ray.errors import ConfigError
-from focus_ray.fitting.fit import FitResult, check_prerequisites, fit
+from focus_ray.fitting.fit import FitResult, check_fit_prerequisites, fit
 from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config, parse_config
-from focus_ray.fitting.shards import MemoryShard, build_shard, fits_memory
-from focus_ray.fitting.split import plan_category
+from focus_ray.fitting.shards import MemoryShard, build_shard, fits_in_memory
+from focus_ray.fitting.split import compute_split_plan
 
 SIDE = 32  # of a tile, in pixels
 DENSITIES = ("per_tile", "shared")
@@ -73,36 +73,36 @@ def fitted(
 
 
 def test_tiles_are_cut_at_their_positions_and_joined_again() -> None:
-    tiles = Tiles(2, 3, 8, 2)
+    tiles = TileGrid(2, 3, 8, 2)
     images = torch.rand(2, 3, 14, 20)
-    cut = tiles.cut(images)
+    cut = tiles.cut_images(images)
     assert cut.shape == (12, 3, 8, 8)
     torch.testing.assert_close(cut[6 + 4], images[1, :, 6:14, 6:14])  # second image, second row, second column
     batch = images.mul(255).byte().permute(0, 2, 3, 1)
-    assert torch.equal(tiles.cut_batch(batch)[[4, 10]], tiles.cut_tile(batch, 4))
-    assert torch.equal(split_maps(tiles.join(cut), tiles.rows, tiles.columns), cut)
-    assert tiles.join(cut).shape == (2, 3, 16, 24)
-    assert tiles.join(cut[:, :0]).shape == (2, 0, 16, 24)
+    assert torch.equal(tiles.cut_channels_last_images(batch)[[4, 10]], tiles.cut_one_tile(batch, 4))
+    assert torch.equal(split_into_tile_maps(tiles.join_tile_maps(cut), tiles.rows, tiles.columns), cut)
+    assert tiles.join_tile_maps(cut).shape == (2, 3, 16, 24)
+    assert tiles.join_tile_maps(cut[:, :0]).shape == (2, 0, 16, 24)
 
 
 def test_a_bank_of_images_is_folded_into_a_bank_of_tiles() -> None:
     embedding = torch.rand(5, 7, 2 * 4, 3 * 4)
-    bank = to_bank_rows(embedding)
+    bank = convert_to_bank_rows(embedding)
     folded = split_bank_into_tiles(bank, (2, 3), 4, 4)
-    assert torch.equal(folded, to_bank_rows(split_maps(embedding, 2, 3)))
-    assert torch.equal(join_bank_of_tiles(folded, (2, 3), 4, 4), bank)
+    assert torch.equal(folded, convert_to_bank_rows(split_into_tile_maps(embedding, 2, 3)))
+    assert torch.equal(join_bank_tiles(folded, (2, 3), 4, 4), bank)
 
 
 @pytest.mark.parametrize("overlap_px", [0, 1, 8, 16])
 def test_the_weights_of_overlapping_tiles_add_up_to_one(overlap_px: int) -> None:
-    map_generator = AnomalyMapGenerator.build_for_tiles(Tiles(2, 3, 32, overlap_px), 4, 4.0)
+    map_generator = AnomalyMapGenerator.build_for_tiles(TileGrid(2, 3, 32, overlap_px), 4, 4.0)
     anomaly_map = map_generator(torch.ones(1, 8, 12))
     assert anomaly_map.shape == (1, 64 - overlap_px, 96 - 2 * overlap_px)
     torch.testing.assert_close(anomaly_map, torch.ones_like(anomaly_map))
 
 
 def test_values_of_two_tiles_blend_linearly_in_their_overlap() -> None:
-    map_generator = AnomalyMapGenerator.build_for_tiles(Tiles(1, 2, 32, 8), 4, 0.0)
+    map_generator = AnomalyMapGenerator.build_for_tiles(TileGrid(1, 2, 32, 8), 4, 0.0)
     row = map_generator(torch.cat([torch.zeros(1, 4, 4), torch.ones(1, 4, 4)], dim=2))[0, 0]
     expected = torch.cat([torch.zeros(24), (torch.arange(8) + 0.5) / 8, torch.ones(24)])
     torch.testing.assert_close(row, expected)
@@ -161,9 +161,9 @@ def test_a_map_shows_a_defect_at_its_position_in_the_photograph(fitted: tuple[Fi
 def build_shared(images: Tensor, **settings: Any) -> TiledDensity:
     """Builds a density that the 2 x 3 tiles of images (N, 5 + K, 8, 12) share."""
     moments = Moments(4, 4, 5)
-    moments.update(split_maps(images[:, :5], 2, 3))
+    moments.add_embeddings(split_into_tile_maps(images[:, :5], 2, 3))
     config = DensityConfig(reduction="discriminant", precision="fp32", **settings)
-    density = build_density(config, Statistics(moments, to_bank_rows(images), grid=(2, 3)))
+    density = build_density(config, NormalStatistics(moments, convert_to_bank_rows(images), grid=(2, 3)))
     assert isinstance(density, TiledDensity)
     return density
 
@@ -171,7 +171,7 @@ def build_shared(images: Tensor, **settings: Any) -> TiledDensity:
 def test_a_shared_density_excludes_all_tiles_of_an_excluded_image() -> None:
     values = torch.randn(6, 5 + 4, 8, 12, generator=torch.Generator().manual_seed(0))
     whole, others = build_shared(values, coreset=16), build_shared(torch.cat([values[:2], values[3:]]), coreset=16)
-    tiles, numbers = split_maps(values[2:3, :5], 2, 3), (2 * 6 + torch.arange(6)).expand(6, 6)
+    tiles, numbers = split_into_tile_maps(values[2:3, :5], 2, 3), (2 * 6 + torch.arange(6)).expand(6, 6)
     distances = whole.tile_density.location_memory.score(tiles, numbers)
     torch.testing.assert_close(distances, others.tile_density.location_memory.score(tiles), atol=1e-3, rtol=1e-3)
     distance = whole.score(values[2:3], torch.tensor([2]))
@@ -189,7 +189,7 @@ def test_a_shared_location_keeps_as_many_embeddings_as_the_locations_it_replaces
 def test_statistics_and_calibration_count_whole_images(fitted: tuple[FitResult, str]) -> None:
     result, place = fitted
     bundle, statistics = read_bundle(place), read_statistics(place)
-    plan = plan_category(bundle.config, "gear")
+    plan = compute_split_plan(bundle.config, "gear")
     assert statistics.num_images == len(statistics.bank) == len(plan.fit_rows)
     assert statistics.bank.shape[1] == (2 * SIDE // 8) * (3 * SIDE // 8)
     assert bundle.calibration.image_scores == result.calibration.image_scores
@@ -246,7 +246,7 @@ def test_cross_calibration_selection_and_training_work_with_tiles(data: str, den
     config = tiled_config(
         data, density, (1, 2), train={"epochs": 1}, selection=selection, calibration=method, density=learnt
     )
-    result, plan = fit_alone(config), plan_category(config, "gear")
+    result, plan = fit_alone(config), compute_split_plan(config, "gear")
     # validation images calibrate too, after the last selection
     assert result.calibration.num_images == len(plan.fit_rows) + len(plan.validation_rows)
     assert (len(result.notes.history), len(result.notes.selection)) == (1, 2)
@@ -265,7 +265,7 @@ def test_leave_one_out_excludes_all_tiles_of_an_image(data: str, density: str, r
 def test_leave_one_out_is_refused_for_moments_that_tiles_share(data: str) -> None:
     config = tiled_config(data, "shared", density={"kind": "gaussian"}, calibration={"method": "leave_one_out"})
     with pytest.raises(ConfigError, match=r"calibration\.method=leave_one_out: density\.kind=gaussian"):
-        check_prerequisites(config)
+        check_fit_prerequisites(config)
     automatic = tiled_config(data, "shared", density={"kind": "gaussian"}, calibration={"method": "auto"})
     assert fit_alone(automatic).calibration.method == "cross"
 
@@ -274,11 +274,11 @@ def test_the_memory_budget_counts_images_at_the_size_of_all_tiles(data: str) -> 
     plain, limited = (
         tiled_config(data, "shared", **settings) for settings in ({}, {"data": {"memory_budget_mb": 0.25}})
     )
-    plan = plan_category(limited, "gear")
+    plan = compute_split_plan(limited, "gear")
     assert plan.num_images * SIDE**2 * 3 < 0.25 * 2**20 < plan.num_images * 56 * 80 * 3
-    assert not fits_memory(limited, plan)
+    assert not fits_in_memory(limited, plan)
     streamed, in_memory = (build_shard(config, "gear", plan, 0, 1) for config in (limited, plain))
-    assert torch.equal(torch.cat(list(streamed.fit_batches())), torch.cat(list(in_memory.fit_batches())))
+    assert torch.equal(torch.cat(list(streamed.read_batches("fit"))), torch.cat(list(in_memory.read_batches("fit"))))
     assert load_frame(limited, "gear").shape == (56, 80, 3)
 
 

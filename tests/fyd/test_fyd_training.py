@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from focus_ray.fyd.objective import LAST_LEVEL
 from focus_ray.fyd.settings import TrainConfig
-from focus_ray.fyd.training import build_schedule, collapse_warning, train_epoch
+from focus_ray.fyd.training import build_learning_rate_schedule, format_collapse_warning, train_epoch
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ class Slope(nn.Module):
 def run(slope: Slope, steps: int = 2, **settings: float) -> dict[str, float]:
     config = TrainConfig(epochs=1, **settings)
     optimizer = torch.optim.SGD(slope.parameters(), lr=config.learning_rate)
-    schedule = build_schedule(optimizer, config, steps)
+    schedule = build_learning_rate_schedule(optimizer, config, steps)
     batches = [torch.zeros(2, 8, 8, 3, dtype=torch.uint8)] * steps
     return train_epoch(slope, batches, optimizer, schedule, config, CPU, torch.Generator())
 
@@ -64,8 +64,8 @@ def test_the_reported_learning_rate_is_the_rate_of_the_last_step() -> None:
 
 
 def test_features_that_are_nearly_equal_give_a_warning() -> None:
-    assert collapse_warning({"feature_std": 0.9, "effective_rank": 20.0}) is None
-    assert "0.01" in str(collapse_warning({"feature_std": 0.01, "effective_rank": 1.0}))
+    assert format_collapse_warning({"feature_std": 0.9, "effective_rank": 20.0}) is None
+    assert "0.01" in str(format_collapse_warning({"feature_std": 0.01, "effective_rank": 1.0}))
 
 
 def _as_worker(rank: int, port: int, folder: str) -> None:

@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from focus_ray.fyd.losses import coarse_loss, draw_pairs, effective_rank, feature_std, fine_loss
+from focus_ray.fyd.losses import (
+    compute_effective_rank,
+    compute_feature_std,
+    compute_fine_feature_loss,
+    compute_image_alignment_loss,
+    draw_image_pairs,
+)
 
 
 def features(seed: int, channels: int = 5, size: int = 3) -> Tensor:
@@ -26,8 +32,8 @@ PAIRS = torch.tensor([2, 0, 3, 1])
 
 @given(st.integers(2, 60), st.integers(0, 2**31))
 def test_pairs_are_a_permutation_without_fixed_points(batch_size: int, seed: int) -> None:
-    pairs = draw_pairs(batch_size, torch.Generator().manual_seed(seed)).tolist()
-    assert pairs == draw_pairs(batch_size, torch.Generator().manual_seed(seed)).tolist()
+    pairs = draw_image_pairs(batch_size, torch.Generator().manual_seed(seed)).tolist()
+    assert pairs == draw_image_pairs(batch_size, torch.Generator().manual_seed(seed)).tolist()
     assert sorted(pairs) == list(range(batch_size))
     assert all(image != partner for image, partner in enumerate(pairs))
 
@@ -36,13 +42,13 @@ def test_every_image_is_paired_with_every_other_equally_often() -> None:
     generator = torch.Generator().manual_seed(0)
     counts = np.zeros((4, 4))
     for _ in range(3000):
-        counts[range(4), draw_pairs(4, generator).numpy()] += 1
+        counts[range(4), draw_image_pairs(4, generator).numpy()] += 1
     np.testing.assert_allclose(counts, (1 - np.eye(4)) * 1000, atol=5 * math.sqrt(3000 * 2 / 9))
 
 
 def test_one_image_has_no_partner() -> None:
     with pytest.raises(ValueError, match=r"got 1.*train\.batch_size_per_worker"):
-        draw_pairs(1)
+        draw_image_pairs(1)
 
 
 # Coarse loss
@@ -65,22 +71,24 @@ def test_the_coarse_loss_is_the_mean_distance_of_paired_pixels_inside_both_image
     images = features(0, channels=3)
     valid = torch.rand(4, 3, 3, generator=torch.Generator().manual_seed(1)) < 0.7
     for mask in (None, valid):
-        assert float(coarse_loss(images, PAIRS, mask)) == pytest.approx(slow_coarse_loss(images, PAIRS, mask), rel=1e-5)
-    assert float(coarse_loss(images, PAIRS, torch.zeros_like(valid))) == 0
+        assert float(compute_image_alignment_loss(images, PAIRS, mask)) == pytest.approx(
+            slow_coarse_loss(images, PAIRS, mask), rel=1e-5
+        )
+    assert float(compute_image_alignment_loss(images, PAIRS, torch.zeros_like(valid))) == 0
 
 
 def test_the_masked_coarse_loss_of_a_batch_equals_the_mean_over_workers() -> None:
     images, valid = features(0, channels=3), torch.zeros(4, 3, 3, dtype=torch.bool)
     valid[:2], valid[2:, 0] = True, True  # on the second worker, a third of the pixels is valid
     pairs = torch.tensor([1, 0])
-    shares = [coarse_loss(images[part], pairs, valid[part]) for part in (slice(0, 2), slice(2, 4))]
-    whole = coarse_loss(images, torch.tensor([1, 0, 3, 2]), valid)
+    shares = [compute_image_alignment_loss(images[part], pairs, valid[part]) for part in (slice(0, 2), slice(2, 4))]
+    whole = compute_image_alignment_loss(images, torch.tensor([1, 0, 3, 2]), valid)
     assert float(whole) == pytest.approx(float(sum(shares)) / 2, rel=1e-6)
 
 
 def test_equal_images_have_no_coarse_loss_and_a_finite_gradient() -> None:
     images = torch.ones(2, 3, 4, 4, requires_grad=True)
-    loss = coarse_loss(images, torch.tensor([1, 0]))
+    loss = compute_image_alignment_loss(images, torch.tensor([1, 0]))
     loss.backward()
     assert float(loss.detach()) == pytest.approx(0, abs=1e-5)
     assert bool(torch.isfinite(images.grad).all())
@@ -102,14 +110,14 @@ def slow_fine_loss(predicted: Tensor, projected: Tensor, pairs: Tensor) -> float
 
 def test_the_fine_loss_is_the_negative_mean_cosine_of_paired_locations() -> None:
     expected = slow_fine_loss(features(1), features(2), PAIRS)
-    assert float(fine_loss(features(1), features(2), PAIRS)) == pytest.approx(expected, abs=1e-6)
+    assert float(compute_fine_feature_loss(features(1), features(2), PAIRS)) == pytest.approx(expected, abs=1e-6)
     same = features(1)[:1].expand(4, -1, -1, -1)
-    assert float(fine_loss(same, 3 * same, PAIRS)) == pytest.approx(-1, abs=1e-6)
+    assert float(compute_fine_feature_loss(same, 3 * same, PAIRS)) == pytest.approx(-1, abs=1e-6)
 
 
 def test_no_gradient_flows_through_the_features_of_the_other_image() -> None:
     predicted, projected = features(1).requires_grad_(), features(2).requires_grad_()
-    fine_loss(predicted, projected, PAIRS).backward()
+    compute_fine_feature_loss(predicted, projected, PAIRS).backward()
     assert projected.grad is None
     assert float(predicted.grad.abs().min()) > 0
 
@@ -119,11 +127,11 @@ def test_no_gradient_flows_through_the_features_of_the_other_image() -> None:
 
 def test_feature_std_is_the_standard_deviation_of_normalised_features() -> None:
     unit = features(1).numpy() / np.linalg.norm(features(1).numpy(), axis=1, keepdims=True)
-    assert float(feature_std(features(1))) == pytest.approx(unit.std(axis=0).mean() * math.sqrt(5), rel=1e-5)
+    assert float(compute_feature_std(features(1))) == pytest.approx(unit.std(axis=0).mean() * math.sqrt(5), rel=1e-5)
     scaled = features(1)[:1] * torch.tensor([1.0, 2.0, 5.0, 0.1])[:, None, None, None]
-    assert float(feature_std(scaled)) == pytest.approx(0, abs=1e-6)  # the length of features is ignored
+    assert float(compute_feature_std(scaled)) == pytest.approx(0, abs=1e-6)  # the length of features is ignored
     even = torch.randn(512, 64, 2, 2, generator=torch.Generator().manual_seed(0))
-    assert float(feature_std(even)) == pytest.approx(1, abs=0.02)
+    assert float(compute_feature_std(even)) == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -139,10 +147,10 @@ def test_the_effective_rank_of_a_given_spectrum_follows_the_definition(variances
     axes = torch.diag(torch.tensor(variances).sqrt())
     rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0))).Q
     samples = torch.cat([axes, -axes]) @ rotation + 3  # mean 3, covariance of these variances
-    assert float(effective_rank(samples.reshape(8, 4, 1, 1))) == pytest.approx(rank, rel=1e-3)
+    assert float(compute_effective_rank(samples.reshape(8, 4, 1, 1))) == pytest.approx(rank, rel=1e-3)
 
 
 def test_the_effective_rank_counts_locations_as_samples_and_is_1_after_a_collapse() -> None:
     samples = torch.randn(2, 3, 30, 30, generator=torch.Generator().manual_seed(0))
-    assert float(effective_rank(samples)) == pytest.approx(3, rel=0.01)
-    assert float(effective_rank(torch.full((4, 6, 3, 3), 0.1))) == pytest.approx(1, abs=1e-6)
+    assert float(compute_effective_rank(samples)) == pytest.approx(3, rel=0.01)
+    assert float(compute_effective_rank(torch.full((4, 6, 3, 3), 0.1))) == pytest.approx(1, abs=1e-6)

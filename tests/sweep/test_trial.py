@@ -180,7 +180,7 @@ def test_a_worker_decodes_only_its_own_share_if_images_are_not_shared(
         shard, common_plan = split_images_for_worker(config, "gear", plan, rank, num_workers)
         assert len(load_category_images(config, "gear", common_plan, "validation", 64).fit) == 0
         rows_of_workers += sorted({*decoded} & {*plan.fit_rows})
-        own_images = torch.cat(list(shard.fit_batches())).numpy()
+        own_images = torch.cat(list(shard.read_batches("fit"))).numpy()
         count = len(plan.fit_rows)
         expected = all_images.fit[count * rank // num_workers : count * (rank + 1) // num_workers]
         assert np.array_equal(own_images, expected)

@@ -28,8 +28,8 @@ from focus_ray.data.read import decode_rows, read_index
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.passes import compute_statistics
 from focus_ray.fitting.settings import Config
-from focus_ray.fitting.shards import BatchSchedule, build_shard, fits_memory
-from focus_ray.fitting.split import plan_category, split_category, split_key
+from focus_ray.fitting.shards import BatchSchedule, build_shard, fits_in_memory
+from focus_ray.fitting.split import compute_split_key, compute_split_plan, compute_split_rule
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.training.category import fit_category
 from focus_ray.training.training import train
@@ -77,7 +77,7 @@ def test_a_plan_assigns_every_normal_training_image_and_fills_its_folds_evenly(
     data: str, monkeypatch: pytest.MonkeyPatch, method: str, max_images: int, num_holdout: int
 ) -> None:
     monkeypatch.setattr("focus_ray.fitting.split.MAX_CALIBRATION_IMAGES", max_images)
-    plan = plan_category(small_config(data, "unused", calibration={"method": method}), "gear")
+    plan = compute_split_plan(small_config(data, "unused", calibration={"method": method}), "gear")
     rows = read_index(data, "gear", split="train")["row"].to_pylist()
     assert sorted([*plan.fit_rows, *plan.holdout_rows]) == rows
     assert len(plan.holdout_rows) == num_holdout
@@ -87,19 +87,19 @@ def test_a_plan_assigns_every_normal_training_image_and_fills_its_folds_evenly(
 
 
 def test_another_seed_gives_another_plan(data: str) -> None:
-    plans = [plan_category(small_config(data, "unused", train={"seed": seed}), "gear") for seed in (0, 1)]
+    plans = [compute_split_plan(small_config(data, "unused", train={"seed": seed}), "gear") for seed in (0, 1)]
     assert plans[0].holdout_rows.tolist() != plans[1].holdout_rows.tolist()
 
 
 @pytest.mark.parametrize("settings", [{}, {"selection": {"enabled": True, "fraction": 0.2}}])
 def test_a_rule_gives_every_image_the_part_that_the_rows_say(data: str, settings: dict[str, Any]) -> None:
     config = small_config(data, "unused", **settings)
-    split, plan = split_category(config, "gear"), plan_category(config, "gear")
+    split, plan = compute_split_rule(config, "gear"), compute_split_plan(config, "gear")
     index = read_index(data, "gear", split="train")
     hashes = dict(zip(index["row"].to_pylist(), index["content_hash"].to_pylist(), strict=True))
     parts = {"fit": plan.fit_rows, "validation": plan.validation_rows, "holdout": plan.holdout_rows}
     assert {hashes[row]: part for part, rows in parts.items() for row in rows} == {
-        content_hash: split.part_of(content_hash) for content_hash in hashes.values()
+        content_hash: split.find_subset(content_hash) for content_hash in hashes.values()
     }
     assert [len(rows) for rows in parts.values()] == [split.num_fit, split.num_validation, split.num_holdout]
     assert split.num_images == plan.num_images
@@ -107,7 +107,7 @@ def test_a_rule_gives_every_image_the_part_that_the_rows_say(data: str, settings
 
 def test_a_rule_is_small_and_gives_the_rows_again_elsewhere(data: str) -> None:
     config = small_config(data, "unused")
-    split, plan = pickle.loads(pickle.dumps(split_category(config, "gear"))), plan_category(config, "gear")
+    split, plan = pickle.loads(pickle.dumps(compute_split_rule(config, "gear"))), compute_split_plan(config, "gear")
     assert len(pickle.dumps(split)) < 1000
     again = split.plan(config)
     for part in ("fit", "validation", "holdout"):
@@ -119,7 +119,7 @@ def test_a_rule_is_small_and_gives_the_rows_again_elsewhere(data: str) -> None:
 
 def test_the_split_of_a_fixed_set_does_not_change() -> None:
     """Keys of four contents under seed 0, found with sha256sum: another order would change every model's images."""
-    keys = {name: split_key(0, name)[:6] for name in "abcd"}
+    keys = {name: compute_split_key(0, name)[:6] for name in "abcd"}
     assert keys == {"a": "9df3c5", "b": "e02192", "c": "be086d", "d": "7d98c2"}
 
 
@@ -136,7 +136,7 @@ def test_a_plan_does_not_depend_on_the_order_of_the_rows(data: str, tmp_path: Pa
     ingest(images, tmp_path / "data", categories=["gear"], progress=False)
     parts = []
     for uri in (data, str(tmp_path / "data")):
-        plan = plan_category(small_config(uri, "unused"), "gear")
+        plan = compute_split_plan(small_config(uri, "unused"), "gear")
         index = read_index(uri, "gear")
         hashes = dict(zip(index["row"].to_pylist(), index["content_hash"].to_pylist(), strict=True))
         folds = {hashes[row]: fold for row, fold in zip(plan.fit_rows, plan.folds, strict=True)}
@@ -145,7 +145,7 @@ def test_a_plan_does_not_depend_on_the_order_of_the_rows(data: str, tmp_path: Pa
 
 
 def test_cross_calibration_holds_nothing_out_and_fills_its_folds_evenly(data: str) -> None:
-    plan = plan_category(small_config(data, "unused", calibration={"method": "cross"}), "gear")
+    plan = compute_split_plan(small_config(data, "unused", calibration={"method": "cross"}), "gear")
     assert (len(plan.fit_rows), len(plan.holdout_rows)) == (NUM_TRAIN, 0)
     assert sorted(np.bincount(plan.folds)) == [4, 5, 5, 5, 5]
 
@@ -155,9 +155,9 @@ def test_the_agreed_steps_fit_every_worker(num_images: int, num_workers: int, ba
     share = num_images // num_workers
     if share < 2:
         with pytest.raises(DataError, match=r"cluster\.num_workers"):
-            BatchSchedule.agree(num_images, num_workers, batch_size)
+            BatchSchedule.from_smallest_share(num_images, num_workers, batch_size)
         return
-    steps = BatchSchedule.agree(num_images, num_workers, batch_size)
+    steps = BatchSchedule.from_smallest_share(num_images, num_workers, batch_size)
     assert 2 <= steps.batch_size <= batch_size
     assert steps.steps >= 1
     assert steps.steps * steps.batch_size <= share
@@ -168,7 +168,7 @@ def test_the_agreed_steps_fit_every_worker(num_images: int, num_workers: int, ba
 
 def fit_in_this_process(config: Config) -> None:
     """Fits in this process, which may be one of several workers."""
-    fit_category(config, split_category(config, "gear"), f"{config.storage}/small", print)
+    fit_category(config, compute_split_rule(config, "gear"), f"{config.storage}/small", print)
 
 
 def fit_as_worker(rank: int, port: int, configs: list[Config], num_workers: int) -> None:
@@ -228,13 +228,13 @@ def test_three_workers_give_the_moments_and_scores_of_one(
 def test_a_streamed_share_gives_the_images_of_one_in_memory(data: str, method: str) -> None:
     config = small_config(data, "unused", calibration={"method": method})
     streamed = small_config(data, "unused", calibration={"method": method}, data={"uri": data, "memory_budget_mb": 0})
-    plan = plan_category(config, "gear")
-    assert fits_memory(config, plan)
-    assert not fits_memory(streamed, plan)
+    plan = compute_split_plan(config, "gear")
+    assert fits_in_memory(config, plan)
+    assert not fits_in_memory(streamed, plan)
     in_memory, from_stream = (build_shard(item, "gear", plan, 1, 2) for item in (config, streamed))
-    assert torch.equal(torch.cat(list(in_memory.fit_batches())), torch.cat(list(from_stream.fit_batches())))
+    assert torch.equal(torch.cat(list(in_memory.read_batches("fit"))), torch.cat(list(from_stream.read_batches("fit"))))
     in_fold = np.flatnonzero(in_memory.fit_folds() == 2).tolist()
-    for passes in (lambda shard: shard.fit_batches(in_fold), lambda shard: shard.holdout_batches()):
+    for passes in (lambda shard: shard.read_batches("fit", in_fold), lambda shard: shard.read_batches("holdout")):
         batches = [list(passes(shard)) for shard in (in_memory, from_stream)]
         assert [batch.tolist() for batch in batches[0]] == [batch.tolist() for batch in batches[1]]
 
@@ -326,8 +326,8 @@ def test_a_streamed_run_takes_the_agreed_steps_and_counts_every_image_once(
         cluster={"num_workers": 2, "use_gpu": False},
     ).model_copy(update={"name": "streamed"})
     place = train(config)["gear"]
-    plan = plan_category(config, "gear")
-    agreed = BatchSchedule.agree(len(plan.fit_rows), 2, 4)
+    plan = compute_split_plan(config, "gear")
+    agreed = BatchSchedule.from_smallest_share(len(plan.fit_rows), 2, 4)
     assert [entry["steps"] for entry in read_manifest(place)["metrics"]["history"]] == [agreed.steps] * 2
     detector = read_bundle(place).detector
     images = torch.cat([torch.from_numpy(b) for b in decode_rows(data, "gear", plan.fit_rows, 64)])
@@ -414,8 +414,8 @@ def test_an_elastic_training_over_two_nodes_continues_with_the_remaining_node(da
     command = [sys.executable, "-c", SPOT, json.dumps(config.model_dump(mode="json"))]
     process = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert process.returncode == 0, process.stderr[-3000:]
-    num_images = len(plan_category(config, "gear").fit_rows)
-    steps = sorted({BatchSchedule.agree(num_images, num_workers, 2).steps for num_workers in (1, 2)})
+    num_images = len(compute_split_plan(config, "gear").fit_rows)
+    steps = sorted({BatchSchedule.from_smallest_share(num_images, num_workers, 2).steps for num_workers in (1, 2)})
     assert json.loads(process.stdout.splitlines()[-1]) == {"workers": 1, "epochs": 30, "steps": steps}
 
 
@@ -426,7 +426,7 @@ def test_a_failing_category_is_named_the_other_is_trained_and_a_resume_finishes(
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     config = small_config(str(copy), tmp_path, data={"uri": str(copy), "categories": None}, cluster={"local": True})
-    corrupt_image(str(copy), "gear", plan_category(config, "gear").fit_rows[3])
+    corrupt_image(str(copy), "gear", compute_split_plan(config, "gear").fit_rows[3])
     lines: list[str] = []
     with pytest.raises(TrainingError, match=r"^1 of 2 categories failed; gear: .*image.*--resume$") as caught:
         train(config, log=lines.append)

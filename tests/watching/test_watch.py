@@ -35,7 +35,7 @@ from focus_ray.bundle.registry import Registry
 from focus_ray.cli.main import main
 from focus_ray.data.images import decode_image, hash_pixels
 from focus_ray.errors import DataError
-from focus_ray.fitting.split import short_hash
+from focus_ray.fitting.split import shorten_hash
 from focus_ray.samples.write import write_samples
 from focus_ray.watching.folder import ListedFile
 from focus_ray.watching.journal import VerdictJournal
@@ -56,7 +56,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("parts")
     config = small_config(ingest_parts(root), root / "runs", model={"image_alignment": {"group": "none"}})
     trained = decode_image((root / "images/gear/train/good/000.png").read_bytes(), None)
-    make_bundle(config, place=root / "bundle", fit_hashes=[short_hash(hash_pixels(trained))])
+    make_bundle(config, place=root / "bundle", fit_hashes=[shorten_hash(hash_pixels(trained))])
     set_thresholds(str(root / "bundle"), str(root / "strict"), image_threshold=0.001, by="test")
     return root
 

@@ -9,37 +9,37 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from focus_ray.density.kinds.shared import SharedSettings
+from focus_ray.density.kinds.shared import SharedDensitySettings
 from focus_ray.density.registry import DENSITIES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from focus_ray.density.base import Density, LeaveOneOutScorer, Statistics
+    from focus_ray.density.base import Density, LeaveOneOutScorer, NormalStatistics
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of each stored tensor, by name."""
-C = TypeVar("C", bound=SharedSettings)
+C = TypeVar("C", bound=SharedDensitySettings)
 
 
 class DensityKind(Generic[C]):
     """A kind of density: its settings, and how it is built, stored, loaded and exported.
 
-    The name of a kind in `DENSITIES` is the value of density.kind. A kind defines `build`, `tensors` and `load`; the other
+    The name of a kind in `DENSITIES` is the value of density.kind. A kind defines `build`, `collect_tensors` and `restore`; the other
     methods are optional. If the tiles of an image share one density, the kind gets statistics in which each tile is an image.
 
     Attributes:
         settings: model of the shared settings, plus the fields that the kind adds to the section `density`. Two kinds must not
             add the same field.
         keeps_bank: whether the density needs the stored embeddings of normal images (the bank), not only their moments.
-        supports_leave_one_out: whether `leave_one_out_scorer` is defined. A kind without it is calibrated by cross-validation.
+        supports_leave_one_out: whether `build_leave_one_out_scorer` is defined. A kind without it is calibrated by cross-validation.
     """
 
-    settings: type[SharedSettings] = SharedSettings
+    settings: type[SharedDensitySettings] = SharedDensitySettings
     keeps_bank = False
     supports_leave_one_out = False
 
-    def inert_settings(self, config: C) -> dict[str, str]:
+    def find_unused_settings(self, config: C) -> dict[str, str]:
         """Returns the settings of the section `density` that have no effect on scores, as a dictionary: key -> reason."""
         own_fields = self.settings.model_fields
         foreign_keys = [
@@ -49,23 +49,23 @@ class DensityKind(Generic[C]):
             foreign_keys if self.keeps_bank else [*foreign_keys, "max_images"], f"density.kind is {config.kind}"
         )
 
-    def num_coreset_channels(self, config: C) -> int:
+    def count_coreset_channels(self, config: C) -> int:
         """Returns the largest number of channels that are added to each embedding for a coreset; 0 without a coreset.
 
         A coreset is a representative set of patches of all normal images.
         """
         return 0
 
-    def for_tiles(self, config: C, num_tiles: int) -> C:
+    def adapt_settings_to_tiles(self, config: C, num_tiles: int) -> C:
         """Returns the settings for a density of single tiles, which all `num_tiles` tiles of an image share."""
         return config
 
-    def build(self, config: C, statistics: Statistics) -> Density:
+    def build(self, config: C, statistics: NormalStatistics) -> Density:
         """Fits the density to statistics of normal images. Raises: ValueError: the statistics are of too few images."""
         raise NotImplementedError
 
-    def tensors(self, config: C, statistics: Statistics, density: Any) -> dict[str, Tensor]:
-        """Returns the tensors, by name, that a bundle stores and from which `load` rebuilds the density.
+    def collect_tensors(self, config: C, statistics: NormalStatistics, density: Any) -> dict[str, Tensor]:
+        """Returns the tensors, by name, that a bundle stores and from which `restore` rebuilds the density.
 
         A kind with a bank stores it under 'bank', without the channels for a coreset. If only some embeddings of each location
         are stored, 'bank.images' (M, L) contains the position in the bank of the image of each embedding.
@@ -74,20 +74,20 @@ class DensityKind(Generic[C]):
         """
         raise NotImplementedError
 
-    def load(self, config: C, tensors: Mapping[str, Tensor], height: int, width: int) -> Density:
-        """Rebuilds the density, on the device of the tensors, from the result of `tensors`.
+    def restore(self, config: C, tensors: Mapping[str, Tensor], height: int, width: int) -> Density:
+        """Rebuilds the density, on the device of the tensors, from the result of `collect_tensors`.
 
         Raises: KeyError: a tensor is missing. ValueError: the shapes do not fit together.
         """
         raise NotImplementedError
 
-    def check_shapes(self, config: C, shapes: Shapes) -> None:
+    def check_tensor_shapes(self, config: C, shapes: Shapes) -> None:
         """Checks the shapes of stored tensors before their values are read.
 
         Raises: ValueError: a shape does not fit the settings. The default checks nothing.
         """
 
-    def scoring_memory_bytes(
+    def estimate_scoring_memory_bytes(
         self, config: C, shapes: Shapes, rows: int, columns: int, num_images: int
     ) -> dict[str, int]:
         """Estimates the RAM or GPU memory that scoring `num_images` maps of rows x columns locations needs.
@@ -96,7 +96,7 @@ class DensityKind(Generic[C]):
         """
         return {}
 
-    def leave_one_out_scorer(self, config: C, statistics: Statistics, density: Any) -> LeaveOneOutScorer:
+    def build_leave_one_out_scorer(self, config: C, statistics: NormalStatistics, density: Any) -> LeaveOneOutScorer:
         """Builds a scorer that scores each training image as if the density had not seen it.
 
         Args: density: the result of `build` for the same statistics.
@@ -105,11 +105,11 @@ class DensityKind(Generic[C]):
         """
         raise NotImplementedError
 
-    def leave_one_out_refits(
+    def compute_leave_one_out_distances_per_projection(
         self,
         config: C,
         density: Any,
-        statistics: Iterable[Statistics],
+        statistics: Iterable[NormalStatistics],
         score: Callable[[LeaveOneOutScorer, Tensor], Tensor],
     ) -> Iterator[Tensor]:
         """Generator: yields the leave-one-out distances of all images, once for each of several projections of these images.
@@ -126,9 +126,9 @@ class DensityKind(Generic[C]):
         """
         for each in statistics:
             assert each.bank is not None
-            yield score(self.leave_one_out_scorer(config, each, self.build(config, each)), each.bank)
+            yield score(self.build_leave_one_out_scorer(config, each, self.build(config, each)), each.bank)
 
-    def exportable(self, density: Any, half: bool) -> Density:
+    def make_exportable(self, density: Any, half: bool) -> Density:
         """Returns a density that `torch.export` can trace and that computes in float32.
 
         Args:

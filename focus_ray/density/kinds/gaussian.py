@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from focus_ray.density.kinds.base import DensityKind
-from focus_ray.density.kinds.shared import SharedSettings
+from focus_ray.density.kinds.shared import SharedDensitySettings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from focus_ray.density.base import Statistics
+    from focus_ray.density.base import NormalStatistics
     from focus_ray.density.gaussian import Gaussian, LeaveOneOutGaussian
 
 
-class GaussianSettings(SharedSettings):
+class GaussianSettings(SharedDensitySettings):
     """The shared settings of densities, plus the settings that only the kind `gaussian` has."""
 
     pooling: float = Field(
@@ -35,42 +35,44 @@ class GaussianKind(DensityKind[GaussianSettings]):
     settings = GaussianSettings
     supports_leave_one_out = True
 
-    def inert_settings(self, config: GaussianSettings) -> dict[str, str]:
-        reasons = super().inert_settings(config)
+    def find_unused_settings(self, config: GaussianSettings) -> dict[str, str]:
+        reasons = super().find_unused_settings(config)
         if config.reduction != "discriminant":  # otherwise the search for the projection uses the window
             reasons["window"] = "density.kind is gaussian"
         return reasons
 
-    def build(self, config: GaussianSettings, statistics: Statistics) -> Gaussian:
+    def build(self, config: GaussianSettings, statistics: NormalStatistics) -> Gaussian:
         from focus_ray.density.gaussian import Gaussian, fit_gaussian
-        from focus_ray.density.moments import absolute_ridge
+        from focus_ray.density.moments import compute_absolute_ridge
 
         moments = statistics.moments
-        mean, factor = fit_gaussian(moments, absolute_ridge(config, moments), config.pooling)
+        mean, factor = fit_gaussian(moments, compute_absolute_ridge(config, moments), config.pooling)
         return Gaussian(mean, factor, moments.height, moments.width)
 
-    def leave_one_out_scorer(
-        self, config: GaussianSettings, statistics: Statistics, density: Gaussian
+    def build_leave_one_out_scorer(
+        self, config: GaussianSettings, statistics: NormalStatistics, density: Gaussian
     ) -> LeaveOneOutGaussian:
         from focus_ray.density.gaussian import LeaveOneOutGaussian
-        from focus_ray.density.moments import absolute_ridge
+        from focus_ray.density.moments import compute_absolute_ridge
 
-        ridge = absolute_ridge(config, statistics.moments)
+        ridge = compute_absolute_ridge(config, statistics.moments)
         return LeaveOneOutGaussian(statistics.moments, ridge, config.pooling, statistics.bank)
 
-    def tensors(self, config: GaussianSettings, statistics: Statistics, density: Gaussian) -> dict[str, Tensor]:
-        from focus_ray.density.moments import pack_lower
+    def collect_tensors(
+        self, config: GaussianSettings, statistics: NormalStatistics, density: Gaussian
+    ) -> dict[str, Tensor]:
+        from focus_ray.density.moments import pack_lower_triangles
 
-        return {"mean": density.mean, "precision_factor": pack_lower(density.precision_factor)}
+        return {"mean": density.mean, "precision_factor": pack_lower_triangles(density.precision_factor)}
 
-    def load(self, config: GaussianSettings, tensors: Mapping[str, Tensor], height: int, width: int) -> Gaussian:
+    def restore(self, config: GaussianSettings, tensors: Mapping[str, Tensor], height: int, width: int) -> Gaussian:
         from focus_ray.density.gaussian import Gaussian
-        from focus_ray.density.moments import unpack_lower
+        from focus_ray.density.moments import unpack_lower_triangles
 
-        return Gaussian(tensors["mean"], unpack_lower(tensors["precision_factor"]), height, width)
+        return Gaussian(tensors["mean"], unpack_lower_triangles(tensors["precision_factor"]), height, width)
 
-    def exportable(self, density: Gaussian, half: bool) -> Gaussian:
-        return density.exportable(half)
+    def make_exportable(self, density: Gaussian, half: bool) -> Gaussian:
+        return density.make_exportable(half)
 
 
 GAUSSIAN = GaussianKind()

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from focus_ray.density.kinds.base import DensityKind, Shapes
-from focus_ray.density.kinds.shared import SharedSettings
+from focus_ray.density.kinds.shared import SharedDensitySettings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from focus_ray.density.base import Density, LeaveOneOutScorer, Statistics
+    from focus_ray.density.base import Density, LeaveOneOutScorer, NormalStatistics
 
 _FLOAT_BYTES = 4
 
 
-class NearestSettings(SharedSettings):
+class NearestSettings(SharedDensitySettings):
     """The shared settings of densities, plus the settings that only the kind `nearest` has."""
 
     per_place: int | None = Field(
@@ -57,16 +57,16 @@ class NearestSettings(SharedSettings):
 class NearestKind(DensityKind[NearestSettings]):
     """See `DensityKind` for the methods.
 
-    The density is a `NearestMemory`, one memory per location. With a coreset, a `JointMemory` averages its distance with the
-    distance of the coreset. If Gaussians can be fitted too, a `CheckedMemory` limits the distance of the `JointMemory`.
+    The density is a `LocationMemory`, one memory per location. With a coreset, a `LocationAndCoresetMemory` averages its distance with the
+    distance of the coreset. If Gaussians can be fitted too, a `GaussianCappedMemory` limits the distance of the `LocationAndCoresetMemory`.
     """
 
     settings = NearestSettings
     keeps_bank = True
     supports_leave_one_out = True
 
-    def inert_settings(self, config: NearestSettings) -> dict[str, str]:
-        reasons = super().inert_settings(config)
+    def find_unused_settings(self, config: NearestSettings) -> dict[str, str]:
+        reasons = super().find_unused_settings(config)
         if config.reduction == "discriminant":
             why = "density.reduction is discriminant: it learns the metric, and nothing is whitened"
             reasons.update(dict.fromkeys(("shrinkage", "shrinkage_unit"), why))
@@ -74,122 +74,133 @@ class NearestKind(DensityKind[NearestSettings]):
             reasons.update(dict.fromkeys(("coreset_channels", "gaussian_share"), "density.coreset is 0"))
         return reasons
 
-    def num_coreset_channels(self, config: NearestSettings) -> int:
+    def count_coreset_channels(self, config: NearestSettings) -> int:
         return config.coreset_channels if config.coreset else 0
 
-    def for_tiles(self, config: NearestSettings, num_tiles: int) -> NearestSettings:
+    def adapt_settings_to_tiles(self, config: NearestSettings, num_tiles: int) -> NearestSettings:
         # A location of the shared tile has the embeddings of num_tiles locations. Tiled textures have no fixed locations, so no
         # Gaussian of a location can describe them.
         per_place = config.per_place and config.per_place * num_tiles
         return config.model_copy(update={"per_place": per_place, "gaussian_share": 0.0})
 
-    def build(self, config: NearestSettings, statistics: Statistics) -> Density:
-        from focus_ray.density.checked_memory import build_checked_memory, can_build_checked_memory
+    def build(self, config: NearestSettings, statistics: NormalStatistics) -> Density:
         from focus_ray.density.coreset import choose_coreset
-        from focus_ray.density.nearest import JointMemory, build_memory, measure_typical_distances
+        from focus_ray.density.gaussian_capped_memory import can_fit_gaussians, cap_memory_by_gaussians
+        from focus_ray.density.nearest import LocationAndCoresetMemory, build_location_memory, measure_typical_distances
 
         assert statistics.bank is not None
-        memory = build_memory(config, statistics)
+        memory = build_location_memory(config, statistics)
         if not config.coreset:
             return memory
         coreset_bank = statistics.bank[:, :, statistics.moments.channels :]
         coreset = choose_coreset(coreset_bank, config.coreset, memory.device, memory.bank.dtype)
-        joint = JointMemory(memory, coreset, measure_typical_distances(memory, coreset, statistics))
+        joint = LocationAndCoresetMemory(memory, coreset, measure_typical_distances(memory, coreset, statistics))
         share = config.gaussian_share
-        return build_checked_memory(joint, statistics, share) if can_build_checked_memory(statistics, share) else joint
+        return cap_memory_by_gaussians(joint, statistics, share) if can_fit_gaussians(statistics, share) else joint
 
-    def leave_one_out_scorer(
-        self, config: NearestSettings, statistics: Statistics, density: Density
+    def build_leave_one_out_scorer(
+        self, config: NearestSettings, statistics: NormalStatistics, density: Density
     ) -> LeaveOneOutScorer:
-        from focus_ray.density.checked_memory import CheckedMemory, leave_one_out_gaussian
+        from focus_ray.density.gaussian_capped_memory import GaussianCappedMemory, build_leave_one_out_gaussian
 
-        if isinstance(density, CheckedMemory):
-            return CheckedMemory(density.memory, leave_one_out_gaussian(statistics), density.scale)
+        if isinstance(density, GaussianCappedMemory):
+            return GaussianCappedMemory(density.memory, build_leave_one_out_gaussian(statistics), density.scale)
         return density  # type: ignore[return-value]  # a memory can leave out images itself
 
-    def leave_one_out_refits(
+    def compute_leave_one_out_distances_per_projection(
         self,
         config: NearestSettings,
         density: Density,
-        statistics: Iterable[Statistics],
+        statistics: Iterable[NormalStatistics],
         score: Callable[[LeaveOneOutScorer, Tensor], Tensor],
     ) -> Iterator[Tensor]:
-        """Generator: see `DensityKind.leave_one_out_refits`.
+        """Generator: see `DensityKind.compute_leave_one_out_distances_per_projection`.
 
         Only the memory of locations and the Gaussians are built again, because the coreset does not depend on the projection.
         """
         import torch
 
-        from focus_ray.density.checked_memory import CheckedMemory, leave_one_out_gaussian, measure_scale
-        from focus_ray.density.nearest import JointMemory, LeaveOneOutCoreset, build_memory, measure_typical_distances
+        from focus_ray.density.gaussian_capped_memory import (
+            GaussianCappedMemory,
+            build_leave_one_out_gaussian,
+            measure_gaussian_scale,
+        )
+        from focus_ray.density.nearest import (
+            CoresetScorer,
+            LocationAndCoresetMemory,
+            build_location_memory,
+            measure_typical_distances,
+        )
 
-        joint = density.memory if isinstance(density, CheckedMemory) else density
+        joint = density.memory if isinstance(density, GaussianCappedMemory) else density
         coreset_distances: Tensor | None = None
         for each in statistics:
             assert each.bank is not None
             bank, coreset_bank = each.bank.tensor_split([each.moments.channels], dim=2)
-            memory = build_memory(config, each)
+            memory = build_location_memory(config, each)
             distances = score(memory, bank)
-            if isinstance(joint, JointMemory):
+            if isinstance(joint, LocationAndCoresetMemory):
                 if coreset_distances is None:
-                    coreset_distances = score(LeaveOneOutCoreset(joint), coreset_bank)
+                    coreset_distances = score(CoresetScorer(joint), coreset_bank)
                 typical = measure_typical_distances(memory, joint.coreset, each)
                 distances = (distances / typical[0] + coreset_distances / typical[1]) / 2
-            if isinstance(density, CheckedMemory):
-                gaussian = leave_one_out_gaussian(each)
-                scale = measure_scale(each, gaussian, config.gaussian_share)
+            if isinstance(density, GaussianCappedMemory):
+                gaussian = build_leave_one_out_gaussian(each)
+                scale = measure_gaussian_scale(each, gaussian, config.gaussian_share)
                 distances = torch.minimum(distances, score(gaussian, bank) * scale)
             yield distances
 
-    def tensors(self, config: NearestSettings, statistics: Statistics, density: Density) -> dict[str, Tensor]:
+    def collect_tensors(
+        self, config: NearestSettings, statistics: NormalStatistics, density: Density
+    ) -> dict[str, Tensor]:
         import torch
 
-        from focus_ray.density.checked_memory import CheckedMemory, gaussian_tensors
-        from focus_ray.density.nearest import JointMemory, NearestMemory
+        from focus_ray.density.gaussian_capped_memory import GaussianCappedMemory, collect_gaussian_tensors
+        from focus_ray.density.nearest import LocationAndCoresetMemory, LocationMemory
 
         assert statistics.bank is not None
         bank = statistics.bank[:, :, : statistics.moments.channels]
         tensors: dict[str, Tensor] = {}
         memory = density
-        if isinstance(memory, CheckedMemory):
-            tensors.update(gaussian_tensors(memory))
+        if isinstance(memory, GaussianCappedMemory):
+            tensors.update(collect_gaussian_tensors(memory))
             memory = memory.memory
-        if isinstance(memory, JointMemory):
+        if isinstance(memory, LocationAndCoresetMemory):
             tensors["coreset.patches"] = memory.coreset.stored_patches
             tensors["coreset.images"] = memory.coreset.image_numbers.int()
             tensors["typical"] = memory.typical_distance
             memory = memory.location_memory
-        assert isinstance(memory, NearestMemory)
+        assert isinstance(memory, LocationMemory)
         if memory.image_numbers is not None:
             tensors["bank.images"] = memory.image_numbers.t().cpu()
             bank = bank[tensors["bank.images"], torch.arange(bank.shape[1])]
         return {**tensors, "bank": bank, "whitening": memory.whitening}
 
-    def load(self, config: NearestSettings, tensors: Mapping[str, Tensor], height: int, width: int) -> Density:
-        from focus_ray.density.checked_memory import load_checked_memory
+    def restore(self, config: NearestSettings, tensors: Mapping[str, Tensor], height: int, width: int) -> Density:
         from focus_ray.density.coreset import Coreset
-        from focus_ray.density.nearest import JointMemory, NearestMemory, whiten
-        from focus_ray.precision import compute_dtype
+        from focus_ray.density.gaussian_capped_memory import restore_capped_memory
+        from focus_ray.density.nearest import LocationAndCoresetMemory, LocationMemory, whiten_bank
+        from focus_ray.precision import choose_compute_dtype
 
         whitening = tensors["whitening"]
-        dtype = compute_dtype(config.precision, whitening.device)
+        dtype = choose_compute_dtype(config.precision, whitening.device)
         images = tensors["bank.images"].t() if "bank.images" in tensors else None
-        bank = whiten(tensors["bank"], whitening)
-        memory = NearestMemory(bank, whitening, height, width, config.window, dtype, images)
+        bank = whiten_bank(tensors["bank"], whitening)
+        memory = LocationMemory(bank, whitening, height, width, config.window, dtype, images)
         if not config.coreset:
             return memory
         coreset = Coreset(tensors["coreset.patches"].float(), tensors["coreset.images"].long(), dtype)
-        joint = JointMemory(memory, coreset, tensors["typical"])
-        return load_checked_memory(joint, tensors) if "gaussian.mean" in tensors else joint
+        joint = LocationAndCoresetMemory(memory, coreset, tensors["typical"])
+        return restore_capped_memory(joint, tensors) if "gaussian.mean" in tensors else joint
 
-    def check_shapes(self, config: NearestSettings, shapes: Shapes) -> None:
+    def check_tensor_shapes(self, config: NearestSettings, shapes: Shapes) -> None:
         for name, expected in {"typical": (2,), "gaussian.scale": ()}.items():
             if name in shapes and shapes[name] != expected:
                 raise ValueError(f"tensor {name} has the shape {shapes[name]}, expected {expected}")
         if "coreset.patches" in shapes and shapes["coreset.patches"][:1] > (config.coreset,):
             raise ValueError(f"the coreset has more patches than density.coreset={config.coreset}")
 
-    def scoring_memory_bytes(
+    def estimate_scoring_memory_bytes(
         self, config: NearestSettings, shapes: Shapes, rows: int, columns: int, num_images: int
     ) -> dict[str, int]:
         patches, bank = shapes.get("coreset.patches", (0,)), shapes.get("bank", (0, 0, 0))
@@ -199,24 +210,24 @@ class NearestKind(DensityKind[NearestSettings]):
             "the distances to the bank for a row of locations": row_bytes * num_images,
         }
 
-    def exportable(self, density: Density, half: bool) -> Any:
-        from focus_ray.density.checked_memory import CheckedMemory
+    def make_exportable(self, density: Density, half: bool) -> Any:
         from focus_ray.density.coreset import ExportableCoreset
         from focus_ray.density.gaussian import Gaussian
-        from focus_ray.density.nearest import ExportableMemory, JointMemory, NearestMemory
+        from focus_ray.density.gaussian_capped_memory import GaussianCappedMemory
+        from focus_ray.density.nearest import ExportableLocationMemory, LocationAndCoresetMemory, LocationMemory
 
-        if isinstance(density, CheckedMemory):
+        if isinstance(density, GaussianCappedMemory):
             assert isinstance(density.gaussian, Gaussian)
-            memory, gaussian = self.exportable(density.memory, half), density.gaussian.exportable(half)
-            return CheckedMemory(memory, gaussian, density.scale)
-        if isinstance(density, JointMemory):
+            memory, gaussian = self.make_exportable(density.memory, half), density.gaussian.make_exportable(half)
+            return GaussianCappedMemory(memory, gaussian, density.scale)
+        if isinstance(density, LocationAndCoresetMemory):
             location_memory, coreset = (
-                ExportableMemory(density.location_memory, half),
+                ExportableLocationMemory(density.location_memory, half),
                 ExportableCoreset(density.coreset, half),
             )
-            return JointMemory(location_memory, coreset, density.typical_distance)
-        assert isinstance(density, NearestMemory)
-        return ExportableMemory(density, half)
+            return LocationAndCoresetMemory(location_memory, coreset, density.typical_distance)
+        assert isinstance(density, LocationMemory)
+        return ExportableLocationMemory(density, half)
 
 
 NEAREST = NearestKind()

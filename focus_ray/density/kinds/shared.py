@@ -16,7 +16,7 @@ from focus_ray.settings.sections import ConfigSection, Layer, Precision
 DensityName = Annotated[str, AfterValidator(DENSITIES.check_name)]
 
 
-class SharedSettings(ConfigSection):
+class SharedDensitySettings(ConfigSection):
     """The density of normal embeddings, one for each place of the map."""
 
     kind: DensityName = Field(
@@ -94,7 +94,7 @@ class SharedSettings(ConfigSection):
 
     @field_validator("layers")
     @classmethod
-    def _ordered(cls, value: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    def _check_layer_order(cls, value: tuple[Layer, ...]) -> tuple[Layer, ...]:
         if list(value) != sorted(set(value)):
             raise ValueError(
                 f"layers must be in order and named once, for instance [layer1, layer2]: got {list(value)}"
