@@ -21,8 +21,8 @@ import torch
 from benchmarks.harness import print_json, print_table
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.importers.base import IMAGE_SUFFIXES
-from focus_ray.serving.launch import running
-from focus_ray.serving.settings import parse_settings
+from focus_ray.serving.launch import run_service
+from focus_ray.serving.settings import parse_service_settings
 
 
 async def load(
@@ -107,7 +107,7 @@ def main() -> None:
     images = [path.read_bytes() for path in paths[:256]]
     torch.set_num_threads(arguments.threads)
     inspector = Inspector.load(arguments.bundle, arguments.device)
-    settings = parse_settings(
+    settings = parse_service_settings(
         {
             "bundles": arguments.bundle,
             "open_to_all": True,
@@ -118,7 +118,7 @@ def main() -> None:
         }
     )
     samples: dict[str, list[dict[str, Any]]] = {"direct 32": [], "service": [], "direct 1": [], "service, 1 client": []}
-    with running(settings, port=arguments.port) as url:
+    with run_service(settings, port=arguments.port) as url:
         url = f"{url}/v1/local/{inspector.bundle.category}/inspect"
         asyncio.run(load(url, images, arguments.clients, 3))  # loads the model and warms both
         direct(inspector, images, 3, 32)

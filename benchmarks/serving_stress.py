@@ -26,11 +26,11 @@ import torch
 from benchmarks.harness import print_json
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.registry import Registry
-from focus_ray.client import AsyncClient, Client, Inspected
+from focus_ray.client import AsyncClient, Client, InspectionResult
 from focus_ray.data.importers.base import IMAGE_SUFFIXES
-from focus_ray.serving.launch import running
-from focus_ray.serving.models import tensors_without_backbone
-from focus_ray.serving.settings import MIB, parse_settings
+from focus_ray.serving.launch import run_service
+from focus_ray.serving.models import iterate_non_backbone_tensors
+from focus_ray.serving.settings import MIB, parse_service_settings
 
 
 def settings_of(registry: str, **pool: Any) -> Any:
@@ -42,7 +42,7 @@ def settings_of(registry: str, **pool: Any) -> Any:
         "pool": {"num_cpus": 0.5, **pool},
         "limits": {"timeout_s": 120},
     }
-    return parse_settings(tree)
+    return parse_service_settings(tree)
 
 
 def resident_mb(title: str) -> list[float]:
@@ -64,7 +64,9 @@ def models(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) 
     """2,000 requests for 50 models at random, with room for 10."""
     inspector = Inspector.load(bundle, "cpu")
     category = inspector.bundle.category
-    own = sum(tensor.numel() * tensor.element_size() for tensor in tensors_without_backbone(inspector.bundle.detector))
+    own = sum(
+        tensor.numel() * tensor.element_size() for tensor in iterate_non_backbone_tensors(inspector.bundle.detector)
+    )
     backbone = sum(t.numel() * t.element_size() for t in inspector.bundle.detector.net.backbone.parameters())
     with tempfile.TemporaryDirectory() as folder:
         registry = Registry(folder)
@@ -95,7 +97,7 @@ def models(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) 
                 await asyncio.gather(*(one(client) for _ in range(4)))
             return errors
 
-        with running(settings, port=arguments.port) as url:
+        with run_service(settings, port=arguments.port) as url:
             started = time.perf_counter()
             errors = asyncio.run(ask_all(url))
             took = time.perf_counter() - started
@@ -131,7 +133,7 @@ def zero(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) ->
         Registry(folder).publish(bundle, "press")
         colds, warms, downs = [], [], []
         with (
-            running(settings_of(folder, scaling=scaling), port=arguments.port) as url,
+            run_service(settings_of(folder, scaling=scaling), port=arguments.port) as url,
             Client(url, timeout_s=150) as client,
         ):
             for _ in range(arguments.rounds):
@@ -154,7 +156,7 @@ def grow(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) ->
     inspector = Inspector.load(bundle, "cpu")
     scaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 1}
     scaling.update(downscale_delay_s=5)
-    answers: list[Inspected] = []
+    answers: list[InspectionResult] = []
 
     def count(wanted: int, since: float) -> float:
         while len(resident_mb("scorer")) != wanted:
@@ -179,7 +181,7 @@ def grow(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) ->
 
     with tempfile.TemporaryDirectory() as folder:
         Registry(folder).publish(bundle, "press")
-        with running(settings_of(folder, scaling=scaling), port=arguments.port) as url:
+        with run_service(settings_of(folder, scaling=scaling), port=arguments.port) as url:
             count(1, time.perf_counter())
             up = asyncio.run(ask(url))
             down = count(1, time.perf_counter())
@@ -197,7 +199,7 @@ def node(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) ->
     doomed = cluster.add_node(num_cpus=2)
     cluster.add_node(num_cpus=2)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
-    answers: list[Inspected] = []
+    answers: list[InspectionResult] = []
     try:
         with tempfile.TemporaryDirectory() as folder:
             Registry(folder).publish(bundle, "press")
@@ -228,7 +230,7 @@ def node(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) ->
                     await asyncio.gather(*asked)
                 return longest
 
-            with running(settings, port=arguments.port) as url:
+            with run_service(settings, port=arguments.port) as url:
                 longest = asyncio.run(ask(url))
     finally:
         ray.shutdown()

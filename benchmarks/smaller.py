@@ -51,7 +51,7 @@ from focus_ray.detect.profile import fit_profile
 from focus_ray.features.network import build_network
 from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.settings import parse_config
-from focus_ray.serving.models import tensors_without_backbone
+from focus_ray.serving.models import iterate_non_backbone_tensors
 
 FIGURES = ("image_auroc", "pixel_auroc", "aupro_0.3")
 Part = tuple[Tensor, Tensor | None]  # as `subsample_location_coresets` returns it
@@ -188,7 +188,7 @@ def sizes_of(num_images: int, per_place: int | None, precision: str) -> dict[str
         )
         read = read_bundle(Path(folder) / "bundle").detector
     files = {part: entry["num_bytes"] for part, entry in manifest["files"].items()}
-    return {"model": sum(one.numel() * one.element_size() for one in tensors_without_backbone(read)), **files}
+    return {"model": sum(one.numel() * one.element_size() for one in iterate_non_backbone_tensors(read)), **files}
 
 
 def print_sizes(counts: Sequence[int]) -> list[dict[str, Any]]:

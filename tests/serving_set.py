@@ -22,7 +22,7 @@ from focus_ray.bundle.bundle import MANIFEST, compute_manifest_hash
 from focus_ray.bundle.registry import Registry
 from focus_ray.data.read import read_rows
 from focus_ray.serving.api import create_api
-from focus_ray.serving.measures import METRICS, Measures
+from focus_ray.serving.metrics import METRICS, Measures
 from focus_ray.serving.scorer import ImageScorer
 from focus_ray.serving.service import Service
 from focus_ray.serving.settings import ServiceSettings, parse_settings

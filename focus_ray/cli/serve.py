@@ -45,8 +45,8 @@ def _run_serve_command(arguments: argparse.Namespace) -> int:
     """Runs `serve`: serves models until the user interrupts. Returns the exit status."""
     check_paths_exist(arguments.place)
     print_message(f"serve: {arguments.place} on http://{arguments.host}:{arguments.port}, as soon as it has started")
-    from focus_ray.serving.launch import check_host, check_port, serve_until_interrupted
-    from focus_ray.serving.settings import parse_settings
+    from focus_ray.serving.launch import check_host_security, check_port_free, serve_until_interrupted
+    from focus_ray.serving.settings import parse_service_settings
     from focus_ray.settings.sections import apply_overrides, read_config_tree
 
     if arguments.place.endswith((".yaml", ".yml")):
@@ -57,9 +57,9 @@ def _run_serve_command(arguments: argparse.Namespace) -> int:
         tree[kind] = arguments.place
         tree.setdefault("examples", kind == "bundles")
     tree.setdefault("open_to_all", "tokens" not in tree)
-    settings = parse_settings(tree, arguments.place)
-    check_host(arguments.host, settings)
-    check_port(arguments.host, arguments.port)
+    settings = parse_service_settings(tree, arguments.place)
+    check_host_security(arguments.host, settings)
+    check_port_free(arguments.host, arguments.port)
     serve_until_interrupted(settings, arguments.host, arguments.port, print_message)
     return 0
 

@@ -24,8 +24,7 @@ from focus_ray.errors import FocusRayError
 from focus_ray.retries import compute_retry_pause_s
 from focus_ray.serving.api import create_api
 from focus_ray.serving.logs import configure_logging, log
-from focus_ray.serving.measures import Measures
-from focus_ray.serving.metrics import RayMeasures
+from focus_ray.serving.metrics import Measures, RayMeasures
 from focus_ray.serving.problems import RETRY_AFTER_S, unavailable
 from focus_ray.serving.scorer import Answer, ImageScorer, ScoringRequest
 from focus_ray.serving.serve_private import check_serve_parts, forget_model

@@ -11,7 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from focus_ray.serving.logs import log
-from focus_ray.serving.measures import Measures
+from focus_ray.serving.metrics import Measures
 from focus_ray.serving.problems import Problem
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")

@@ -18,7 +18,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from focus_ray.serving.measures import Measures
+from focus_ray.serving.metrics import Measures
 from focus_ray.serving.problems import RETRY_AFTER_S, Problem, unavailable
 from focus_ray.serving.settings import MIB, Limits
 

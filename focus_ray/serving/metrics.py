@@ -6,7 +6,7 @@ from typing import Any
 
 from ray.util import metrics
 
-from focus_ray.serving.measures import METRICS, Measures
+from focus_ray.serving.metrics import METRICS, Measures
 
 _REPORT_METHODS = {"Counter": "inc", "Gauge": "set", "Histogram": "observe"}
 

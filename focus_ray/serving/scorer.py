@@ -32,7 +32,7 @@ from focus_ray.detect.pictures import (
 )
 from focus_ray.serving.batching import Batcher
 from focus_ray.serving.decoders import Decoded, Decoders, TeamSlots
-from focus_ray.serving.measures import Measures
+from focus_ray.serving.metrics import Measures
 from focus_ray.serving.models import ModelCache
 from focus_ray.serving.settings import MIB, Pool
 

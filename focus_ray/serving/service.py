@@ -22,7 +22,7 @@ from focus_ray.errors import BundleError, DataError, RegistryError, ScoreError
 from focus_ray.serving.examples import ExampleStore
 from focus_ray.serving.limits import Gate
 from focus_ray.serving.logs import log
-from focus_ray.serving.measures import Measures
+from focus_ray.serving.metrics import Measures
 from focus_ray.serving.problems import (
     RETRY_AFTER_S,
     STORAGE_RETRY_AFTER_S,

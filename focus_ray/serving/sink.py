@@ -27,7 +27,7 @@ from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
 from focus_ray.detect.inspection import Inspection
 from focus_ray.errors import DataError
-from focus_ray.serving.measures import Measures
+from focus_ray.serving.metrics import Measures
 from focus_ray.serving.settings import Sink
 from focus_ray.storage.files import join_path, list_folder_entries, remove_folder, write_bytes
 

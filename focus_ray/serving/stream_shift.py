@@ -16,7 +16,7 @@ from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
 from focus_ray.detect.inspection import Inspection
 from focus_ray.detect.shift import ScoreShift, StreamShiftMonitor, compare_stream_with_calibration
-from focus_ray.serving.measures import Measures
+from focus_ray.serving.metrics import Measures
 from focus_ray.serving.source import version_key, version_labels
 
 MAX_VERSIONS = 1024  # with scores in memory, about 10 kB each; the version that was idle for longest is dropped first

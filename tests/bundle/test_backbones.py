@@ -75,7 +75,7 @@ def test_models_with_the_same_transformer_share_its_forward_pass(parts: str, tmp
     for category in ("gear", "board"):
         config = config_of(name, parts, tmp_path, data={"categories": [category]}, density={"map_stride_px": 4})
         detectors.append(fit_alone(config, category).detector)
-        shared.share(detectors[-1], torch.float32)
+        shared.share_backbone(detectors[-1], torch.float32)
     assert detectors[0].net.backbone is detectors[1].net.backbone
     parts = [torch.from_numpy(photographs(parts, name, category)) for category in ("gear", "board")]
     together = score_with_shared_backbone(list(zip(detectors, parts, strict=True)))

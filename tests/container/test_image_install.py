@@ -26,7 +26,7 @@ from typing import Any
 
 import httpx
 import pytest
-from locked import copy_as_the_build_does, locked, program
+from locked import copy_build_files, find_program, read_locked_versions
 from places import REPOSITORY
 
 INSTALL = REPOSITORY / "container" / "install.sh"
@@ -55,7 +55,7 @@ def write_wheel(index: Path, name: str, version: str, needs: tuple[str, ...] = (
 def indexes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL above `pypi`, `torch` and `only-cuda`; beside them lies `requirements.lock` with the hashes of `pypi`."""
     root = tmp_path_factory.mktemp("indexes")
-    versions, pins = locked(), []
+    versions, pins = read_locked_versions(), []
     needs = {"torch": (f"{CUDA}=={versions.get(CUDA, '1')}",), "torchvision": (f"torch=={versions['torch']}",)}
     for name, version in versions.items():
         pins.append(
@@ -83,11 +83,11 @@ def run_install_script(
     venv: Path, variant: str, pypi: str, torch: str, lock: str | None = None, **more: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs the step `dependencies` in copied sources, whose lock becomes the text `lock` or that of the made-up indexes."""
-    uv = program("uv")
+    uv = find_program("uv")
     subprocess.run([uv, "venv", "--quiet", "--no-project", "--python", sys.executable, str(venv)], check=True)
     settings = {"VARIANT": variant, "PYPI_INDEX": pypi, "TORCH_INDEX": torch, **more}
     path = f"{Path(uv).parent}{os.pathsep}{os.environ['PATH']}"
-    source = copy_as_the_build_does(venv.parent / "source")
+    source = copy_build_files(venv.parent / "source")
     if lock is None:
         root = next(text for text in (pypi, torch, more.get("UV_DEFAULT_INDEX", "")) if text).rpartition("/")[0]
         lock = httpx.get(f"{root}/requirements.lock").text
@@ -116,7 +116,7 @@ def test_a_variant_has_its_torch_and_all_else_as_locked(
     else:  # without mirrors, the indexes are those of uv
         finished = run_install_script(tmp_path / "venv", variant, "", "", UV_DEFAULT_INDEX=f"{indexes}/pypi")
     assert finished.returncode == 0, finished.stderr
-    packages, versions = list_installed_versions(tmp_path / "venv"), locked()
+    packages, versions = list_installed_versions(tmp_path / "venv"), read_locked_versions()
     if variant == "cpu":
         for name in ("torch", "torchvision"):
             assert packages.pop(name) == f"{versions[name]}+cpu"
@@ -165,7 +165,9 @@ def test_the_build_names_no_index(name: str) -> None:
     [
         pytest.param(
             *("cpu", "only-cuda", "TORCH_INDEX has no build of torch without them"),
-            marks=pytest.mark.skipif(CUDA not in locked(), reason="the lock has CUDA libraries for Linux alone"),
+            marks=pytest.mark.skipif(
+                CUDA not in read_locked_versions(), reason="the lock has CUDA libraries for Linux alone"
+            ),
         ),
         ("gpu", "torch", "VARIANT=gpu: expected cpu or cuda"),
     ],
@@ -180,7 +182,7 @@ def test_an_index_without_cpu_builds_and_a_misspelt_variant_are_refused(
 
 def test_what_the_build_copies_is_enough_for_the_wheel(tmp_path: Path) -> None:
     pytest.importorskip("hatchling")
-    source = copy_as_the_build_does(tmp_path / "source")
+    source = copy_build_files(tmp_path / "source")
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel"], cwd=source, check=True, capture_output=True
     )

@@ -23,8 +23,8 @@ from focus_ray.data.read import read_test_rows
 from focus_ray.detect.inspection import Inspection
 from focus_ray.detect.pictures import draw_inspection_overlay
 from focus_ray.fitting.regions import load_frame
-from focus_ray.serving.decoders import Decoders
-from focus_ray.serving.scorer import Scores, _judge
+from focus_ray.serving.decoders import DecoderPool
+from focus_ray.serving.scorer import RequestScores, _convert_scores_to_results
 
 WIDTH, HEIGHT = 120, 60  # size of the photographs in pixels
 
@@ -133,9 +133,11 @@ def test_the_box_of_a_defect_is_in_pixels_of_the_photograph(inspector: Inspector
 
 def test_the_service_gives_the_results_of_the_inspector(inspector: Inspector) -> None:
     images = [encode_png(photograph(np.random.default_rng(n), (20, 20))[0]) for n in range(2)]
-    decoded = asyncio.run(Decoders(1).decode("press", images, inspector.frame, MAX_PIXELS))
+    decoded = asyncio.run(DecoderPool(1).decode_images("press", images, inspector.frame, MAX_PIXELS))
     score, maps = inspector.score(np.stack([item[1] for item in decoded if isinstance(item, tuple)]))
-    results, pictures, values = _judge(inspector, images, decoded, Scores(score, maps, 0.0, 0.0), "overlay", True)
+    results, pictures, values = _convert_scores_to_results(
+        inspector, images, decoded, RequestScores(score, maps, 0.0, 0.0), "overlay", True
+    )
     for result, expected in zip(results, inspector.inspect(images), strict=True):
         assert isinstance(result, Inspection)
         assert result.to_dict() == expected.to_dict()

@@ -25,8 +25,8 @@ from focus_ray.features.network import convert_to_float_images
 from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.split import compute_split_rule
-from focus_ray.serving.decoders import Decoders
-from focus_ray.serving.scorer import Scores, _judge
+from focus_ray.serving.decoders import DecoderPool
+from focus_ray.serving.scorer import RequestScores, _convert_scores_to_results
 
 NO_ALIGNMENT = {"image_alignment": {"group": "none"}}
 BAND = [[0, 0.4], [1, 0.4], [1, 0.6], [0, 0.6]]
@@ -106,15 +106,17 @@ def test_inspection_of_a_thin_image_gives_an_error_and_no_verdict(bundle: str, d
 def test_the_service_gives_an_error_for_a_thin_image_and_no_verdict(bundle: str) -> None:
     inspector = Inspector.load(bundle, "cpu")
     images = [encode_png(strip(512, 8)), encode_png(strip(512, 128))]
-    decoded = asyncio.run(Decoders(1).decode("press", images, inspector.frame, MAX_PIXELS))
+    decoded = asyncio.run(DecoderPool(1).decode_images("press", images, inspector.frame, MAX_PIXELS))
     scored = inspector.score(np.stack([item[1] for item in decoded if isinstance(item, tuple)]))
-    results, pictures, _ = _judge(inspector, images, decoded, Scores(*scored, 0.0, 0.0), "overlay", False)
+    results, pictures, _ = _convert_scores_to_results(
+        inspector, images, decoded, RequestScores(*scored, 0.0, 0.0), "overlay", False
+    )
     assert isinstance(results[0], ImageError)
     assert pictures[0] is None
     assert isinstance(results[1], Inspection)
-    nan_scores = Scores(np.array([np.nan, 1.0], np.float32), np.zeros((2, 64, 64), np.float32), 0.0, 0.0)
+    nan_scores = RequestScores(np.array([np.nan, 1.0], np.float32), np.zeros((2, 64, 64), np.float32), 0.0, 0.0)
     fine_twice = [decoded[1], decoded[1]]
-    results, _, _ = _judge(inspector, images, fine_twice, nan_scores, "json", False)
+    results, _, _ = _convert_scores_to_results(inspector, images, fine_twice, nan_scores, "json", False)
     assert isinstance(results[0], ImageError)
     assert isinstance(results[1], Inspection)
 

@@ -27,7 +27,7 @@ from serving_set import served, service_of
 from focus_ray.cli.main import build_parser, parse_command_line
 from focus_ray.cli.main import main as focus_ray
 from focus_ray.fitting.settings import load_config, parse_config
-from focus_ray.serving.settings import parse_settings
+from focus_ray.serving.settings import parse_service_settings
 from focus_ray.settings.sections import read_config_tree
 from focus_ray.settings.standard import find_config_file, find_standard_config_folder
 from focus_ray.sweep.settings import load_sweep_config
@@ -182,7 +182,7 @@ def check_focus_ray_command(words: list[str]) -> None:
     elif arguments.command == "serve":
         tree = read_config_tree(find_standard_config_folder() / "default.yaml", arguments.override)
         settings = {key: value for key, value in tree.items() if key not in ("name", "data", "model")}
-        parse_settings({"registry": "registry", "open_to_all": "tokens" not in settings, **settings})
+        parse_service_settings({"registry": "registry", "open_to_all": "tokens" not in settings, **settings})
     elif arguments.command == "config" and arguments.action == "explain":
         assert focus_ray(words) == 0
 
@@ -275,7 +275,7 @@ def test_a_command_runs_on_ray(command: str, copied: Path) -> None:
 @pytest.fixture(scope="module")
 def service(plant: Path) -> Iterator[str]:
     """The address of a running service with the registry of the plant."""
-    settings = parse_settings({"registry": str(plant / "plant/registry"), "tokens": str(plant / "tokens.yaml")})
+    settings = parse_service_settings({"registry": str(plant / "plant/registry"), "tokens": str(plant / "tokens.yaml")})
     with served(service_of(settings)) as url:
         yield url
 
@@ -335,7 +335,7 @@ def test_a_yaml_block_is_a_configuration(block: Block, tmp_path: Path) -> None:
         (tmp_path / "sweep.yaml").write_text(block.text)
         load_sweep_config(tmp_path / "sweep.yaml")
     elif {"registry", "bundles"} & set(tree):
-        parse_settings(tree, block.page)
+        parse_service_settings(tree, block.page)
     else:  # a block may show a part of a configuration, without the address of the images
         parse_config({"data": {"uri": "data"}, **tree}, block.page)
 

@@ -13,7 +13,7 @@ from places import REPOSITORY
 from serving_set import service_of
 
 from focus_ray.serving.api import create_api
-from focus_ray.serving.settings import parse_settings
+from focus_ray.serving.settings import parse_service_settings
 
 FETCHED = re.compile(r"""<(?:script|img|iframe|source)[^>]+src=["'](?:https?:)?//|<link[^>]+href=["'](?:https?:)?//""")
 
@@ -54,7 +54,7 @@ def test_no_page_loads_anything_from_other_servers(site: Path) -> None:
 
 
 def test_the_http_reference_lists_every_path_of_the_service() -> None:
-    settings = parse_settings({"registry": "registry", "open_to_all": True})
+    settings = parse_service_settings({"registry": "registry", "open_to_all": True})
     paths = create_api(service_of(settings)).openapi()["paths"]
     page = (REPOSITORY / "docs/reference/http.md").read_text(encoding="utf-8")
     named = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}

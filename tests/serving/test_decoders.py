@@ -16,7 +16,7 @@ from focus_ray.data.images import ImageError, decode_image_with_info, encode_png
 from focus_ray.serving import decoders as decoders_module
 from focus_ray.serving.decoders import Decoders, TeamSlots
 from focus_ray.serving.limits import Gate
-from focus_ray.serving.measures import Measures
+from focus_ray.serving.metrics import Measures
 from focus_ray.serving.problems import Problem
 from focus_ray.serving.settings import MIB, Limits
 

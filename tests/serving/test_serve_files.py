@@ -12,7 +12,7 @@ import yaml
 from places import REPOSITORY
 
 from focus_ray.errors import ConfigError
-from focus_ray.serving.measures import METRICS
+from focus_ray.serving.metrics import METRICS
 from focus_ray.serving.settings import parse_settings
 
 FOLDER = REPOSITORY / "serve"

@@ -23,7 +23,7 @@ from focus_ray.detect.shift import MIN_STREAM, STREAM_ALPHA, WINDOW
 from focus_ray.errors import DataError
 from focus_ray.samples.write import write_samples
 from focus_ray.serving import stream_shift
-from focus_ray.serving.measures import Measures
+from focus_ray.serving.metrics import Measures
 from focus_ray.serving.stream_shift import StreamShifts
 
 NUM_IMAGES = 64
