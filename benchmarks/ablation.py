@@ -15,7 +15,15 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.harness import add_arguments, base_tree, merged, open_data, print_json, print_table, run
+from benchmarks.harness import (
+    add_arguments,
+    make_base_settings,
+    merge_settings,
+    open_data,
+    print_json,
+    print_table,
+    train_and_evaluate,
+)
 from focus_ray.density.registry import DENSITIES
 
 ICA = {"model": {"image_alignment": {"group": "rotation_translation"}}}
@@ -25,18 +33,18 @@ LITERAL_ICA = {"model": {"image_alignment": {"group": "rotation_translation", "m
 FIGURES = ("image_auroc", "pixel_auroc", "aupro_0.3")
 
 
-def variants(epochs: int, learning_rate: float) -> dict[str, dict[str, Any]]:
+def build_variants(epochs: int, learning_rate: float) -> dict[str, dict[str, Any]]:
     fine = {"train": {"epochs": epochs, "learning_rate": learning_rate}}
-    everything = merged(ICA, FCA, fine)
+    everything = merge_settings(ICA, FCA, fine)
     return {
         "baseline": NO_ICA,
-        "+ fine loss": merged(NO_ICA, fine),
-        "+ fine loss + FCA": merged(NO_ICA, FCA, fine),
+        "+ fine loss": merge_settings(NO_ICA, fine),
+        "+ fine loss + FCA": merge_settings(NO_ICA, FCA, fine),
         "+ ICA": ICA,
-        "+ ICA + fine loss": merged(ICA, fine),
+        "+ ICA + fine loss": merge_settings(ICA, fine),
         "all": everything,
-        "fine loss + ICA by gradient": merged(LITERAL_ICA, fine),
-        "selected": merged(everything, {"selection": {"enabled": True}}),
+        "fine loss + ICA by gradient": merge_settings(LITERAL_ICA, fine),
+        "selected": merge_settings(everything, {"selection": {"enabled": True}}),
     }
 
 
@@ -50,7 +58,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", help="only these")
     arguments = parser.parse_args()
     uri, categories = open_data(arguments)
-    chosen = variants(arguments.epochs, arguments.learning_rate)
+    chosen = build_variants(arguments.epochs, arguments.learning_rate)
     unknown = sorted(set(arguments.variants or []) - set(chosen))
     if unknown:
         parser.error(f"no variant {unknown}; there are {list(chosen)}")
@@ -64,9 +72,11 @@ def main() -> None:
     for name in arguments.variants or chosen:
         for category in categories:
             for seed in arguments.seeds:
-                tree = merged(base_tree(arguments, uri), chosen[name], plain, {"train": {"seed": seed}})
+                tree = merge_settings(
+                    make_base_settings(arguments, uri), chosen[name], plain, {"train": {"seed": seed}}
+                )
                 start = time.perf_counter()
-                result, _, figures = run(tree, category, arguments.device)
+                result, _, figures = train_and_evaluate(tree, category, arguments.device)
                 sample = {
                     "variant": name,
                     "category": category,

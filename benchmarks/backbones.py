@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import base_tree_of, keep_json, merged, print_table
+from benchmarks.harness import make_base_settings_of, merge_settings, print_table, save_json
 from focus_ray.bundle.bundle import write_bundle
 from focus_ray.features.backbones.base import build_backbone, build_meta_backbone
 from focus_ray.features.backbones.registry import BACKBONES
@@ -38,20 +38,20 @@ from focus_ray.samples.write import write_samples
 _AT_ONCE = 4
 
 
-def size_for(backbone: str) -> int:
+def choose_input_size(backbone: str) -> int:
     """The multiple of its stride that is nearest to 256 px."""
     stride = BACKBONES[backbone].strides[2]
     return round(256 / stride) * stride
 
 
-def billions_of_multiplications(name: str, size_px: int) -> float:
+def count_billion_multiplications(name: str, size_px: int) -> float:
     with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
         build_meta_backbone(name).eval()(torch.empty(1, 3, size_px, size_px))
     return float(counted.get_total_flops()) / 2e9
 
 
 @torch.inference_mode()
-def ms_an_image(net: FocusNet, dtype: torch.dtype, images: Tensor, repeats: int) -> float:
+def measure_ms_per_image(net: FocusNet, dtype: torch.dtype, images: Tensor, repeats: int) -> float:
     """Median time of the CPU."""
     with use_inference_backbone(net, dtype):
         times = []
@@ -62,8 +62,8 @@ def ms_an_image(net: FocusNet, dtype: torch.dtype, images: Tensor, repeats: int)
     return 1e3 * statistics.median(times[1:]) / len(images)
 
 
-def measure(name: str, repeats: int) -> dict[str, Any]:
-    size = size_for(name)
+def measure_backbone(name: str, repeats: int) -> dict[str, Any]:
+    size = choose_input_size(name)
     net = FocusNet(ModelConfig(backbone=name, image_size_px=size), build_backbone(name, "random")).eval()
     net = net.to(memory_format=torch.channels_last)
     images = torch.rand(_AT_ONCE, 3, size, size).to(memory_format=torch.channels_last)
@@ -75,22 +75,24 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
         "bytes": sum(value.numel() * value.element_size() for value in state),
         "channels": net.backbone.spec.channels,
         "places": (size // net.backbone.spec.strides[1]) ** 2,
-        "multiplications_e9": billions_of_multiplications(name, size),
-        "ms_fp32": ms_an_image(net, torch.float32, images, repeats),
-        "ms_bf16": ms_an_image(net, torch.bfloat16, images, repeats),
+        "multiplications_e9": count_billion_multiplications(name, size),
+        "ms_fp32": measure_ms_per_image(net, torch.float32, images, repeats),
+        "ms_bf16": measure_ms_per_image(net, torch.bfloat16, images, repeats),
     }
 
 
 def measure_fit(name: str, num_images: int, folder: Path) -> dict[str, Any]:
     """Seconds of the CPU for a fit, and its bundle's bytes."""
-    size = size_for(name)
+    size = choose_input_size(name)
     uri = folder / f"data-{size}"
     if not uri.is_dir():
         write_samples(
             folder / f"images-{size}", size_px=size, num_train=num_images, num_test_good=1, num_bad_per_type=1
         )
         ingest(folder / f"images-{size}", uri, categories=["gear"], progress=False)
-    config = parse_config(merged(base_tree_of(str(uri), "random", size, name), {"train": {"batch_size_per_worker": 8}}))
+    config = parse_config(
+        merge_settings(make_base_settings_of(str(uri), "random", size, name), {"train": {"batch_size_per_worker": 8}})
+    )
     plan = compute_split_plan(config, "gear")
     shard = build_shard(config, "gear", plan, rank=0, num_workers=1)
     start = time.process_time()
@@ -115,7 +117,7 @@ def main() -> None:
     samples: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.backbones:
-            samples.append(measure(name, arguments.repeats))
+            samples.append(measure_backbone(name, arguments.repeats))
             if arguments.train_images:
                 samples[-1].update(measure_fit(name, arguments.train_images, Path(folder)))
             print(samples[-1], flush=True)
@@ -131,7 +133,7 @@ def main() -> None:
         for one in samples
     ]  # fmt: skip
     print_table((*header, "fp32, ms", "bf16, ms", "fit, s", "bundle, MB"), rows)
-    keep_json("backbones", arguments, samples)
+    save_json("backbones", arguments, samples)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch import Tensor
 from focus_ray.seeds import derive_seed
 
 
-def photograph(
+def simulate_photographs(
     images: Tensor, count: int, seed: int, shift_px: int = 1, noise: float = 2.0, brightness: float = 0.0
 ) -> Tensor:
     """Photographs each image `count` times: a random shift, a random brightness and random noise for each photograph.
@@ -46,7 +46,7 @@ def photograph(
     return photographs
 
 
-def crop_steps(images: Tensor, side_px: int, step_px: int) -> Tensor:
+def crop_in_steps(images: Tensor, side_px: int, step_px: int) -> Tensor:
     """Crops each image along its middle, from left to right, as a strip is photographed step by step.
 
     Args:
@@ -63,7 +63,7 @@ def crop_steps(images: Tensor, side_px: int, step_px: int) -> Tensor:
     return torch.stack(crops, dim=1).flatten(0, 1)
 
 
-def crop_anywhere(images: Tensor, side_px: int, seed: int) -> Tensor:
+def crop_at_random(images: Tensor, side_px: int, seed: int) -> Tensor:
     """Crops each image once, at a random place along its middle: (N, H, W, C) -> (N, side_px, side_px, C)."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "crop"))
     top = (images.shape[1] - side_px) // 2

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bursts import photograph
-from benchmarks.harness import add_arguments, base_tree, open_data, print_json, print_table
-from benchmarks.verdicts import load
+from benchmarks.bursts import simulate_photographs
+from benchmarks.harness import add_arguments, make_base_settings, open_data, print_json, print_table
+from benchmarks.verdicts import load_images
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.features.batch_norm import use_inference_backbone
 from focus_ray.features.network import build_network, convert_to_float_images
@@ -51,7 +51,7 @@ def main() -> None:
         one = argparse.Namespace(**{**vars(arguments), "data": root, "work": f"{arguments.work}/duplicates-{number}"})
         uri, categories = open_data(one)
         for category in categories:
-            samples.append(measure(one, uri, category))
+            samples.append(measure_category(one, uri, category))
             print(samples[-1], flush=True)
     header = [
         "category",
@@ -63,20 +63,22 @@ def main() -> None:
     print_json("duplicates", arguments, samples)
 
 
-def measure(arguments: argparse.Namespace, uri: str, category: str) -> dict[str, Any]:
+def measure_category(arguments: argparse.Namespace, uri: str, category: str) -> dict[str, Any]:
     """Cells of a category's row: draws with a join / largest number of images joined; recall / wrong pairs of bursts."""
-    config = parse_config(base_tree(arguments, uri))
+    config = parse_config(make_base_settings(arguments, uri))
     net = build_network(config.model).eval().to(memory_format=torch.channels_last)
     reduction = ChannelReduction(net.backbone.spec.channels, config.density, 0)
-    images = load(uri, category, 0, arguments.image_size_px)
+    images = load_images(uri, category, 0, arguments.image_size_px)
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(images), generator=generator)[:POOL]
     most = max(times for _, times in BURSTS)
-    bursts = photograph(images[chosen], most, 1, shift_px=arguments.shift_px, noise=arguments.noise, brightness=0.0)
+    bursts = simulate_photographs(
+        images[chosen], most, 1, shift_px=arguments.shift_px, noise=arguments.noise, brightness=0.0
+    )
     with use_inference_backbone(net, choose_compute_dtype(config.model.precision, "cpu")), torch.no_grad():
         limit = measure_same_part_distance(net, reduction, images[: len(SHIFTS_PX)], "cpu")
         assert limit is not None
-        single, photographed = (_describe(net, reduction, part) for part in (images, bursts))
+        single, photographed = (_compute_descriptors(net, reduction, part) for part in (images, bursts))
     row: dict[str, Any] = {"category": category}
     distances = compute_descriptor_distances(single, single)
     for count in COUNTS:
@@ -102,7 +104,7 @@ def measure(arguments: argparse.Namespace, uri: str, category: str) -> dict[str,
     return row
 
 
-def _describe(net: Any, reduction: ChannelReduction, images: Tensor) -> Tensor:
+def _compute_descriptors(net: Any, reduction: ChannelReduction, images: Tensor) -> Tensor:
     return torch.cat(
         [compute_image_descriptors(net, reduction, convert_to_float_images(part, "cpu")) for part in images.split(16)]
     )

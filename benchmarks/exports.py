@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.harness import add_arguments, keep_json, open_data, print_table
+from benchmarks.harness import add_arguments, open_data, print_table, save_json
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.data.images import decode_image
 from focus_ray.export.check import TOLERANCE, check_export, find_check_failures, score_examples_with_pytorch
@@ -27,6 +27,7 @@ from focus_ray.export.formats import (
     MODEL_FILES,
     open_exported_model,
     quantise_onnx_model,
+    trace_scorer,
     write_onnx,
     write_openvino,
 )
@@ -38,7 +39,7 @@ HEADER = (
 )
 
 
-def trained(arguments: argparse.Namespace) -> list[str]:
+def train_bundles(arguments: argparse.Namespace) -> list[str]:
     """Bundles of all categories of --data, by the default configuration."""
     from focus_ray.cli.main import main as command
 
@@ -82,7 +83,7 @@ def write_all_formats(
                 yield to, "int8", folders[to]
 
 
-def measure(uri: str, max_examples: int) -> list[dict[str, Any]]:
+def compare_exports(uri: str, max_examples: int) -> list[dict[str, Any]]:
     """Exports a bundle in all formats and returns a comparison with PyTorch for each."""
     bundle = read_bundle(uri, precision="fp32")
     examples = read_export_examples(bundle, (), max_examples)
@@ -108,7 +109,7 @@ def measure(uri: str, max_examples: int) -> list[dict[str, Any]]:
     return comparisons
 
 
-def row(comparison: dict[str, Any]) -> list[Any]:
+def format_row(comparison: dict[str, Any]) -> list[Any]:
     return [
         *(comparison[key] for key in ("category", "to", "precision")),
         *(f"{comparison[key]:.1g}" for key in ("score_difference", "score_difference_median", "map_difference")),
@@ -128,10 +129,10 @@ def main() -> None:
     if not (arguments.bundles or arguments.data):
         parser.error("give --bundles or --data")
     samples: list[dict[str, Any]] = []
-    for uri in arguments.bundles or trained(arguments):
-        samples += measure(uri, arguments.images)
-        keep_json("exports", arguments, samples)  # after each: they take minutes
-    print_table(HEADER, [row(one) for one in samples])
+    for uri in arguments.bundles or train_bundles(arguments):
+        samples += compare_exports(uri, arguments.images)
+        save_json("exports", arguments, samples)  # after each: they take minutes
+    print_table(HEADER, [format_row(one) for one in samples])
 
 
 if __name__ == "__main__":

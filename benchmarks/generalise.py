@@ -31,25 +31,25 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import (
     add_arguments,
-    base_tree,
-    environment,
+    describe_environment,
     fit_category,
-    merged,
+    make_base_settings,
+    merge_settings,
     open_data,
     print_table,
     read_samples,
 )
 from benchmarks.intervals import (
-    bootstrap_auroc,
-    bootstrap_pixels,
-    group_sets,
-    mean_over_sets,
-    percentile_interval,
-    show_interval,
-    show_mean,
+    average_over_sets,
+    bootstrap_image_auroc,
+    bootstrap_pixel_metrics,
+    compute_percentile_interval,
+    format_interval,
+    format_mean,
+    group_categories_by_set,
 )
-from benchmarks.patchcore import patchcore
-from benchmarks.spine import padim_tree
+from benchmarks.patchcore import fit_and_evaluate_patchcore
+from benchmarks.spine import make_padim_settings
 from focus_ray.bundle.bundle import read_git_commit
 from focus_ray.data.read import read_test_rows
 from focus_ray.density.base import choose_evenly_spaced
@@ -73,7 +73,7 @@ Sample = dict[str, Any]
 Groups = Mapping[str, Mapping[str, Sequence[Sample]]]  # category -> method -> samples of all seeds
 
 
-def protocol_tree(holdout_fraction: float) -> dict[str, Any]:
+def make_split_settings(holdout_fraction: float) -> dict[str, Any]:
     """Settings of the split that all methods share. 0: no image is held out, whatever their number."""
     method = "split" if holdout_fraction else "auto"
     return {"data": {"holdout_fraction": holdout_fraction}, "calibration": {"method": method}}
@@ -88,13 +88,13 @@ def plan_training(tree: Mapping[str, Any], category: str, shots: int | None) -> 
     return plan.select_fit_images(chosen)
 
 
-def training_digest(plan: SplitPlan) -> str:
+def hash_training_images(plan: SplitPlan) -> str:
     """The same for two plans if the same images train, be it that some of them first validate."""
     rows = sorted([*plan.fit_rows.tolist(), *plan.validation_rows.tolist()])
     return hashlib.sha256(json.dumps([plan.fingerprint, rows]).encode()).hexdigest()[:16]
 
 
-def measure(
+def measure_method(
     method: str,
     tree: Mapping[str, Any],
     category: str,
@@ -116,17 +116,17 @@ def measure(
         ValueError: with the overrides, other images would train.
     """
     plan = plan_training(tree, category, shots)
-    digest = training_digest(plan)
+    digest = hash_training_images(plan)
     if method in PATCHCORE:
         seed = parse_config(dict(tree)).train.seed
-        found = patchcore(dict(tree), category, device, seed, plan, **PATCHCORE[method])
+        found = fit_and_evaluate_patchcore(dict(tree), category, device, seed, plan, **PATCHCORE[method])
         return {**found, "false_positive_rate": None, "recall": None, "training_images": digest}
     if method in PADIM:
-        tree = merged(tree, padim_tree(), PADIM[method])
+        tree = merge_settings(tree, make_padim_settings(), PADIM[method])
     else:
-        tree = apply_overrides(merged(tree), list(overrides))
+        tree = apply_overrides(merge_settings(tree), list(overrides))
         plan = plan_training(tree, category, shots)
-        if training_digest(plan) != digest:
+        if hash_training_images(plan) != digest:
             raise ValueError(
                 f"--set {' '.join(overrides)}: other images of {category!r} would train than for the other methods: use "
                 "--holdout-fraction or --seeds, which hold for all methods"
@@ -145,7 +145,7 @@ def measure(
         **figures,
         "labels": labels,
         "scores": measured.scores.tolist(),
-        "pixel_draws": {} if binned else bootstrap_pixels(labels, measured.masks, measured.maps),
+        "pixel_draws": {} if binned else bootstrap_pixel_metrics(labels, measured.masks, measured.maps),
         "fit_s": fit_s,
         "ms": ms,
         "aligned": result.notes.alignment is not None and result.notes.alignment.enabled,
@@ -177,81 +177,81 @@ def group_samples(samples: Sequence[Sample], methods: Sequence[str], shots: int 
     return {category: groups[category] for category in order if category in groups}
 
 
-def average(group: Sequence[Sample], key: str) -> float | None:
+def average_seeds(group: Sequence[Sample], key: str) -> float | None:
     """Mean over seeds; None where no sample has the figure."""
     values = [sample[key] for sample in group if sample.get(key) is not None]
     return statistics.mean(values) if values else None
 
 
-def bootstrap_draws(group: Sequence[Sample], key: str) -> NDArray[np.float64]:
+def average_bootstrap_draws(group: Sequence[Sample], key: str) -> NDArray[np.float64]:
     """Bootstrap draws (num_draws,) of a figure, averaged over the seeds."""
     if key == "image_auroc":
-        return bootstrap_auroc(group[0]["labels"], [sample["scores"] for sample in group])
+        return bootstrap_image_auroc(group[0]["labels"], [sample["scores"] for sample in group])
     return np.mean([sample["pixel_draws"][key] for sample in group], axis=0)
 
 
-def show_figures(group: Sequence[Sample], interval: bool = False, digits: int = 3) -> str:
+def format_metrics(group: Sequence[Sample], interval: bool = False, digits: int = 3) -> str:
     """Text 'image AUROC / pixel AUROC / AUPRO', with spread over seeds and interval of the first on demand."""
-    values = (average(group, key) for key in FIGURES)
+    values = (average_seeds(group, key) for key in FIGURES)
     image, pixel, aupro = ("-" if value is None else f"{value:.{digits}f}" for value in values)
     if interval:
         spread = statistics.stdev(sample["image_auroc"] for sample in group) if len(group) > 1 else None
         image += "" if spread is None else f" +- {spread:.3f}"
-        image += f" {show_interval(percentile_interval(bootstrap_draws(group, 'image_auroc')))}"
+        image += f" {format_interval(compute_percentile_interval(average_bootstrap_draws(group, 'image_auroc')))}"
     return f"{image} / {pixel} / {aupro}"
 
 
-def show_verdicts(group: Sequence[Sample]) -> str:
+def format_verdict_rates(group: Sequence[Sample]) -> str:
     """Text 'false positive rate / recall' at the calibrated threshold."""
-    rate, recall = average(group, "false_positive_rate"), average(group, "recall")
+    rate, recall = average_seeds(group, "false_positive_rate"), average_seeds(group, "recall")
     return "-" if rate is None or recall is None else f"{rate:.2f} / {recall:.2f}"
 
 
-def show_gap(own: Sequence[Sample], other: Sequence[Sample], key: str) -> str:
+def format_difference(own: Sequence[Sample], other: Sequence[Sample], key: str) -> str:
     """Text of what `own` has more than `other` in a figure, with the paired interval; '-' where one has none."""
-    values = average(own, key), average(other, key)
+    values = average_seeds(own, key), average_seeds(other, key)
     if values[0] is None or values[1] is None:
         return "-"
     has_draws = key == "image_auroc" or all(key in sample["pixel_draws"] for sample in (*own, *other))
-    draws = bootstrap_draws(own, key) - bootstrap_draws(other, key) if has_draws else None
-    interval = "" if draws is None else f" {show_interval(percentile_interval(draws), '+')}"
+    draws = average_bootstrap_draws(own, key) - average_bootstrap_draws(other, key) if has_draws else None
+    interval = "" if draws is None else f" {format_interval(compute_percentile_interval(draws), '+')}"
     return f"{values[0] - values[1]:+.4f}{interval}"
 
 
-def best_reference(of_method: Mapping[str, Sequence[Sample]], ours: str) -> Sequence[Sample]:
+def find_best_reference(of_method: Mapping[str, Sequence[Sample]], ours: str) -> Sequence[Sample]:
     """Samples of the method other than ours with the highest image AUROC; none without another method."""
     others = [group for method, group in of_method.items() if method != ours]
-    return max(others, key=lambda group: average(group, "image_auroc") or 0.0, default=())
+    return max(others, key=lambda group: average_seeds(group, "image_auroc") or 0.0, default=())
 
 
-def category_table(groups: Groups, methods: Sequence[str], ours: str) -> tuple[list[str], list[list[Any]]]:
+def make_category_table(groups: Groups, methods: Sequence[str], ours: str) -> tuple[list[str], list[list[Any]]]:
     """Header and rows: a row for each category, then the means over the categories."""
     references = [method for method in methods if method != ours]
     header = ["category", *references, f"{ours} [95 %]", "FPR / recall at 0.05", "image, to the better [95 %]"]
     rows: list[list[Any]] = []
     for category, of_method in groups.items():
-        cells = [show_figures(of_method.get(method, ())) for method in references]
+        cells = [format_metrics(of_method.get(method, ())) for method in references]
         own = of_method.get(ours, ())
-        own_cell = show_figures(own, interval=True) if own else "-"
-        gap = show_gap(own, best_reference(of_method, ours), "image_auroc")
-        rows.append([category, *cells, own_cell, show_verdicts(own), gap])
+        own_cell = format_metrics(own, interval=True) if own else "-"
+        gap = format_difference(own, find_best_reference(of_method, ours), "image_auroc")
+        rows.append([category, *cells, own_cell, format_verdict_rates(own), gap])
     one_each = {
-        method: [mean_sample([of_method[method] for of_method in groups.values() if method in of_method])]
+        method: [average_categories([of_method[method] for of_method in groups.values() if method in of_method])]
         for method in (*references, ours)
     }
-    cells = [show_figures(one_each[method], digits=4) for method in (*references, ours)]
-    rows.append([f"**mean of {len(groups)}**", *cells, show_verdicts(one_each[ours]), ""])
+    cells = [format_metrics(one_each[method], digits=4) for method in (*references, ours)]
+    rows.append([f"**mean of {len(groups)}**", *cells, format_verdict_rates(one_each[ours]), ""])
     return header, rows
 
 
-def mean_sample(groups: Sequence[Sequence[Sample]]) -> Sample:
+def average_categories(groups: Sequence[Sequence[Sample]]) -> Sample:
     """The mean of each figure over categories that have it."""
     keys = (*FIGURES, "false_positive_rate", "recall")
-    values = {key: [value for group in groups if (value := average(group, key)) is not None] for key in keys}
+    values = {key: [value for group in groups if (value := average_seeds(group, key)) is not None] for key in keys}
     return {key: statistics.mean(found) if found else None for key, found in values.items()}
 
 
-def set_table(
+def make_data_set_table(
     groups: Groups, methods: Sequence[str], ours: str, sets: Mapping[str, str]
 ) -> tuple[list[str], list[list[Any]]]:
     """Header and rows: for each method, means over data sets and the mean differences from it to ours, with standard errors."""
@@ -262,23 +262,23 @@ def set_table(
         for key in FIGURES:
             values, differences = {}, {}
             for category, of_method in groups.items():
-                value, own = (average(of_method.get(name, ()), key) for name in (method, ours))
+                value, own = (average_seeds(of_method.get(name, ()), key) for name in (method, ours))
                 if value is not None:
                     values[category] = value
                 if value is not None and own is not None and method != ours:
                     differences[category] = own - value
-            means.append(show_mean(mean_over_sets(values, sets)) if values else None)
-            gaps.append(show_mean(mean_over_sets(differences, sets), "+") if differences else None)
-            counts.append(str(mean_over_sets(values, sets).num_sets if values else 0))
+            means.append(format_mean(average_over_sets(values, sets)) if values else None)
+            gaps.append(format_mean(average_over_sets(differences, sets), "+") if differences else None)
+            counts.append(str(average_over_sets(values, sets).num_sets if values else 0))
         rows.append([method, *means, *gaps, " / ".join(counts)])
     return header, rows
 
 
-def difference_table(groups: Groups, ours: str) -> tuple[list[str], list[list[Any]]]:
+def make_difference_table(groups: Groups, ours: str) -> tuple[list[str], list[list[Any]]]:
     """Header and rows: what ours has more than each other method, by category, with paired intervals."""
     header = ["category", "method", "image AUROC [95 %]", "pixel AUROC [95 %]", "AUPRO 0.3 [95 %]"]
     rows = [
-        [category, method, *(show_gap(of_method.get(ours, ()), group, key) for key in FIGURES)]
+        [category, method, *(format_difference(of_method.get(ours, ()), group, key) for key in FIGURES)]
         for category, of_method in groups.items()
         for method, group in of_method.items()
         if method != ours
@@ -286,14 +286,14 @@ def difference_table(groups: Groups, ours: str) -> tuple[list[str], list[list[An
     return header, rows
 
 
-def cost_table(groups: Groups) -> tuple[list[str], list[list[Any]]]:
+def make_cost_table(groups: Groups) -> tuple[list[str], list[list[Any]]]:
     """Header and rows: spread over seeds and costs of each category and method."""
     header = ["category", "method", "sd over seeds", "fit, s", "ms per image"]
     rows: list[list[Any]] = []
     for category, of_method in groups.items():
         for method, group in of_method.items():
             spread = statistics.stdev(sample["image_auroc"] for sample in group) if len(group) > 1 else None
-            rows.append([category, method, spread, average(group, "fit_s"), average(group, "ms")])
+            rows.append([category, method, spread, average_seeds(group, "fit_s"), average_seeds(group, "ms")])
     return header, rows
 
 
@@ -303,21 +303,23 @@ def print_tables(
     groups = group_samples(samples, methods, shots)
     if not groups:
         return
-    sets = group_sets(list(groups), [[category for category in group if category in groups] for group in same_set])
+    sets = group_categories_by_set(
+        list(groups), [[category for category in group if category in groups] for group in same_set]
+    )
     print(f"\n{'All training images' if shots is None else f'{shots} training images'}\n")
-    print_table(*category_table(groups, methods, ours))
+    print_table(*make_category_table(groups, methods, ours))
     print(
         f"\nMean and standard error over data sets, and what {ours} has more than the method (sets with image / pixel / "
         "AUPRO figures)\n"
     )
-    print_table(*set_table(groups, methods, ours, sets))
+    print_table(*make_data_set_table(groups, methods, ours, sets))
     print(f"\nWhat {ours} has more than the method, by category\n")
-    print_table(*difference_table(groups, ours))
+    print_table(*make_difference_table(groups, ours))
     print("\nCosts\n")
-    print_table(*cost_table(groups))
+    print_table(*make_cost_table(groups))
 
 
-def check_settings(samples: Sequence[Sample], settings: Mapping[str, Mapping[str, Any]]) -> None:
+def check_equal_settings(samples: Sequence[Sample], settings: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuses samples of an earlier run with other settings. settings: of this run, by method.
 
     Raises:
@@ -384,21 +386,23 @@ def main() -> None:
     settings = {method: {**shared, **({"set": arguments.set} if method == ours else {})} for method in methods}
     samples = read_samples(arguments.output)
     try:
-        group_sets([category for _, category in categories_of], arguments.same_set)
-        check_settings(samples, settings)
+        group_categories_by_set([category for _, category in categories_of], arguments.same_set)
+        check_equal_settings(samples, settings)
     except ValueError as error:
         parser.error(str(error))
     done = {(s["category"], s["method"], s["seed"], s["shots"]) for s in samples}
     for seed in arguments.seeds:  # the outermost loop: a run that is cut short has seen every category
         for shots in (None, *arguments.shots):
             for uri, category in categories_of:
-                tree = merged(
-                    base_tree(arguments, uri), protocol_tree(arguments.holdout_fraction), {"train": {"seed": seed}}
+                tree = merge_settings(
+                    make_base_settings(arguments, uri),
+                    make_split_settings(arguments.holdout_fraction),
+                    {"train": {"seed": seed}},
                 )
                 for method in methods:
                     if (category, method, seed, shots) in done:
                         continue
-                    figures = measure(method, tree, category, arguments.device, shots, arguments.set)
+                    figures = measure_method(method, tree, category, arguments.device, shots, arguments.set)
                     key = {"category": category, "method": method, "seed": seed, "shots": shots}
                     sample = {**key, "commit": read_git_commit(), "settings": settings[method], **figures}
                     samples.append(sample)
@@ -420,7 +424,7 @@ def main() -> None:
     print()
     line = {
         "benchmark": "generalise",
-        **environment(arguments.device),
+        **describe_environment(arguments.device),
         "arguments": vars(arguments),
         "samples": [{k: v for k, v in sample.items() if k not in TEST_IMAGES} for sample in samples],
     }

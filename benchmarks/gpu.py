@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import base_tree_of, inspector_of, keep_json, merged, print_table
-from benchmarks.limits import interleaved
+from benchmarks.harness import make_base_settings_of, make_inspector, merge_settings, print_table, save_json
+from benchmarks.limits import time_interleaved
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import decode_batch
 from focus_ray.data.importers.base import list_image_files
@@ -38,7 +38,7 @@ from focus_ray.precision import choose_compute_dtype
 from focus_ray.samples.write import CATEGORIES, draw_sample
 
 
-def training_images(arguments: argparse.Namespace) -> Tensor:
+def load_training_images(arguments: argparse.Namespace) -> Tensor:
     """(N, H, W, 3) uint8."""
     size = arguments.image_size_px
     if arguments.data is None:
@@ -50,19 +50,19 @@ def training_images(arguments: argparse.Namespace) -> Tensor:
     return torch.from_numpy(decode_batch([file.read_bytes() for file in files], size, 2))
 
 
-def fitted(config: Config, images: Tensor, device: str) -> tuple[Inspector, dict[str, float]]:
+def fit_inspector(config: Config, images: Tensor, device: str) -> tuple[Inspector, dict[str, float]]:
     """An inspector, and the seconds that the stages of its fit took."""
     shard = MemoryShard(images, folds=torch.arange(len(images)) % NUM_CALIBRATION_FOLDS)
     found = fit(config, shard, len(images), torch.device(device))
-    return inspector_of(config, "part", found, device), found.seconds
+    return make_inspector(config, "part", found, device), found.seconds
 
 
-def is_aligned(net: FocusNet) -> bool:
+def aligns_images(net: FocusNet) -> bool:
     aligner = net.image_aligner
     return isinstance(aligner, CongealingAligner) and bool(aligner.enabled)
 
 
-def waited_for(act: Callable[[], object], device: str) -> Callable[[], object]:
+def time_device_call(act: Callable[[], object], device: str) -> Callable[[], object]:
     def run() -> None:
         act()
         if device.startswith("cuda"):
@@ -72,22 +72,22 @@ def waited_for(act: Callable[[], object], device: str) -> Callable[[], object]:
 
 
 @torch.inference_mode()
-def product_flops(side: int, dtype: torch.dtype, device: str, times: int) -> float:
+def measure_matmul_flops(side: int, dtype: torch.dtype, device: str, times: int) -> float:
     """FLOP/s of a product of two square matrices: what the backbone is held against."""
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    found = interleaved({"product": waited_for(lambda: left @ right, device)}, times)
+    found = time_interleaved({"product": time_device_call(lambda: left @ right, device)}, times)
     return 2.0 * side**3 / found["product"]
 
 
 @torch.inference_mode()
-def flops_an_image(backbone: Backbone, image: Tensor) -> int:
+def count_flops_per_image(backbone: Backbone, image: Tensor) -> int:
     """FLOP of the convolutions, two a multiply-add, for one image (1, 3, H, W)."""
     with FlopCounterMode(display=False) as counter:
         backbone(image)
     return int(counter.get_total_flops())
 
 
-def compiled_of(backbone: Backbone) -> Backbone:
+def compile_layers(backbone: Backbone) -> Backbone:
     """A copy whose layers are compiled when they are first called, each by itself, as the network calls them."""
     # one code object serves all layers, types and batch sizes; past its limit torch goes on eagerly without a word
     torch._dynamo.config.recompile_limit = 256
@@ -99,7 +99,9 @@ def compiled_of(backbone: Backbone) -> Backbone:
 
 
 @torch.inference_mode()
-def measure(inspector: Inspector, arguments: argparse.Namespace, ceiling: float) -> tuple[list[dict[str, Any]], str]:
+def measure_inspector(
+    inspector: Inspector, arguments: argparse.Namespace, ceiling: float
+) -> tuple[list[dict[str, Any]], str]:
     """Rows, one a batch size and mode; and why compiling did not work, '' where it did or was not asked for."""
     detector, device, size = inspector.bundle.detector, arguments.device, arguments.image_size_px
     net = detector.net
@@ -107,9 +109,11 @@ def measure(inspector: Inspector, arguments: argparse.Namespace, ceiling: float)
     backbones = {"eager": net.backbone}
     rng = np.random.default_rng(0)
     batches = [rng.integers(0, 255, (count, size, size, 3), dtype=np.uint8) for count in arguments.batches]
-    flops = flops_an_image(net.backbone, convert_to_float_images(torch.from_numpy(batches[0][:1]), device).to(dtype))
+    flops = count_flops_per_image(
+        net.backbone, convert_to_float_images(torch.from_numpy(batches[0][:1]), device).to(dtype)
+    )
     if arguments.compile:
-        backbones["compiled"] = compiled_of(net.backbone)
+        backbones["compiled"] = compile_layers(net.backbone)
     trouble = ""
     rows: list[dict[str, Any]] = []
     for batch in batches:
@@ -126,7 +130,7 @@ def measure(inspector: Inspector, arguments: argparse.Namespace, ceiling: float)
             def alone(backbone: Backbone = backbone, ready: Tensor = ready) -> object:
                 return backbone(ready)
 
-            bare = waited_for(alone, device)
+            bare = time_device_call(alone, device)
             try:
                 start = time.perf_counter()
                 scores[mode] = inspection()
@@ -139,7 +143,7 @@ def measure(inspector: Inspector, arguments: argparse.Namespace, ceiling: float)
                 del backbones[mode]
                 continue
             acts[f"{mode} inspection"], acts[f"{mode} backbone"] = inspection, bare
-        found = interleaved(acts, arguments.times)
+        found = time_interleaved(acts, arguments.times)
         for mode in first:
             inspected, alone_s = found[f"{mode} inspection"], found[f"{mode} backbone"]
             rate = len(batch) * flops / alone_s
@@ -181,18 +185,18 @@ def main() -> None:
     side = arguments.product_side or (8192 if arguments.device.startswith("cuda") else 1024)
     # torch's own default is True for convolutions and False for products
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments.tf32
-    images = training_images(arguments)
+    images = load_training_images(arguments)
     samples: dict[str, Any] = {}
     for precision in arguments.precisions:
-        tree = base_tree_of("unused", arguments.weights, arguments.image_size_px, arguments.backbone)
-        config = parse_config(merged(tree, {key: {"precision": precision} for key in ("model", "density")}))
-        ceiling = product_flops(
+        tree = make_base_settings_of("unused", arguments.weights, arguments.image_size_px, arguments.backbone)
+        config = parse_config(merge_settings(tree, {key: {"precision": precision} for key in ("model", "density")}))
+        ceiling = measure_matmul_flops(
             side, choose_compute_dtype(precision, arguments.device), arguments.device, arguments.times
         )
-        inspector, stages = fitted(config, images, arguments.device)
+        inspector, stages = fit_inspector(config, images, arguments.device)
         fit_s = sum(stages.values())
-        aligned = is_aligned(inspector.bundle.detector.net)
-        rows, trouble = measure(inspector, arguments, ceiling)
+        aligned = aligns_images(inspector.bundle.detector.net)
+        rows, trouble = measure_inspector(inspector, arguments, ceiling)
         samples[precision] = {
             "product_tflops": ceiling / 1e12,
             "fit_s": fit_s,
@@ -215,7 +219,7 @@ def main() -> None:
         if trouble:
             print(f"\ntorch.compile does not work here: {trouble}")
     print()
-    keep_json("gpu", arguments, samples)
+    save_json("gpu", arguments, samples)
 
 
 if __name__ == "__main__":

@@ -50,21 +50,21 @@ def open_data(arguments: argparse.Namespace) -> tuple[str, list[str]]:
     return uri, list(arguments.categories or list_categories(uri))
 
 
-def base_tree(arguments: argparse.Namespace, uri: str) -> dict[str, Any]:
-    return base_tree_of(uri, arguments.weights, arguments.image_size_px, arguments.backbone)
+def make_base_settings(arguments: argparse.Namespace, uri: str) -> dict[str, Any]:
+    return make_base_settings_of(uri, arguments.weights, arguments.image_size_px, arguments.backbone)
 
 
-def base_tree_of(uri: str, weights: str, size_px: int, backbone: str = "resnet18") -> dict[str, Any]:
+def make_base_settings_of(uri: str, weights: str, size_px: int, backbone: str = "resnet18") -> dict[str, Any]:
     return {"data": {"uri": uri}, "model": {"backbone": backbone, "weights": weights, "image_size_px": size_px}}
 
 
-def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
+def merge_settings(*trees: Mapping[str, Any]) -> dict[str, Any]:
     """Nested mappings joined, later ones over earlier ones."""
     result: dict[str, Any] = {}
     for tree in trees:
         for key, value in tree.items():
             both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-            result[key] = merged(result[key], value) if both else value
+            result[key] = merge_settings(result[key], value) if both else value
     return result
 
 
@@ -75,10 +75,10 @@ def fit_category(
     plan = plan or compute_split_plan(config, category)
     shard = build_shard(config, category, plan, rank=0, num_workers=1)
     result = fit(config, shard, len(plan.fit_rows), torch.device(device), log=print)
-    return result, inspector_of(config, category, result, device)
+    return result, make_inspector(config, category, result, device)
 
 
-def inspector_of(config: Config, category: str, found: FitResult, device: str) -> Inspector:
+def make_inspector(config: Config, category: str, found: FitResult, device: str) -> Inspector:
     """What was fitted, as it would be read from its bundle."""
     frame = load_frame(config, category)
     return Inspector(
@@ -86,7 +86,9 @@ def inspector_of(config: Config, category: str, found: FitResult, device: str) -
     )
 
 
-def run(tree: Mapping[str, Any], category: str, device: str) -> tuple[FitResult, Inspector, dict[str, Any]]:
+def train_and_evaluate(
+    tree: Mapping[str, Any], category: str, device: str
+) -> tuple[FitResult, Inspector, dict[str, Any]]:
     """Trains and evaluates one category."""
     config = parse_config(dict(tree))
     result, inspector = fit_category(config, category, device)
@@ -100,7 +102,7 @@ def read_samples(path: str | None) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def environment(device: str) -> dict[str, Any]:
+def describe_environment(device: str) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
     return {
         "commit": read_git_commit(),
@@ -121,16 +123,21 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 def print_json(benchmark: str, arguments: argparse.Namespace, samples: Any) -> str:
     """The one JSON line that closes a benchmark's output. Returns: it."""
     line = json.dumps(
-        {"benchmark": benchmark, **environment(arguments.device), "arguments": vars(arguments), "samples": samples}
+        {
+            "benchmark": benchmark,
+            **describe_environment(arguments.device),
+            "arguments": vars(arguments),
+            "samples": samples,
+        }
     )
     print(line)
     return line
 
 
-def keep_json(benchmark: str, arguments: argparse.Namespace, samples: Any) -> None:
+def save_json(benchmark: str, arguments: argparse.Namespace, samples: Any) -> None:
     """As `print_json`, with paths by their last part; kept in results/, in place of a former run's."""
     named = {
-        key: [_name(one) for one in value] if isinstance(value, list) else _name(value)
+        key: [_shorten_path(one) for one in value] if isinstance(value, list) else _shorten_path(value)
         for key, value in vars(arguments).items()
     }
     line = print_json(benchmark, argparse.Namespace(**named), samples)
@@ -138,6 +145,6 @@ def keep_json(benchmark: str, arguments: argparse.Namespace, samples: Any) -> No
     (RESULTS / f"{benchmark}.json").write_text(line + "\n")
 
 
-def _name(value: Any) -> Any:
+def _shorten_path(value: Any) -> Any:
     """A path's last part; anything else as it is."""
     return Path(value).name if isinstance(value, (str, Path)) and "/" in str(value) else value

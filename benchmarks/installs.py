@@ -17,7 +17,7 @@ import tempfile
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
-from benchmarks.harness import keep_json, print_table
+from benchmarks.harness import print_table, save_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 KINDS = ("", "train", "ray")
@@ -35,14 +35,14 @@ def main() -> None:
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}") or "uv"
     samples = {}
     with tempfile.TemporaryDirectory() as scratch:
-        run(uv, "build", "--wheel", "--out-dir", scratch, str(REPOSITORY))
+        run_command(uv, "build", "--wheel", "--out-dir", scratch, str(REPOSITORY))
         (wheel,) = Path(scratch).glob("*.whl")
         for kind in KINDS:
             place = Path(scratch, kind or "bare")
-            run(uv, "venv", "--python", arguments.python, str(place))
+            run_command(uv, "venv", "--python", arguments.python, str(place))
             asked = f"{wheel}[{kind}]" if kind else str(wheel)
-            run(uv, "pip", "install", "--compile-bytecode", "--python", str(place / "bin/python"), asked)
-            samples[kind or "bare"] = measure(place, arguments.repeats)
+            run_command(uv, "pip", "install", "--compile-bytecode", "--python", str(place / "bin/python"), asked)
+            samples[kind or "bare"] = measure_install(place, arguments.repeats)
     rows = [
         [
             kind,
@@ -56,26 +56,30 @@ def main() -> None:
     print_table(
         ("extra", "packages", "MB", "MB without torch's", "s to import the inspector", "s to the command"), rows
     )
-    keep_json("installs", arguments, samples)
+    save_json("installs", arguments, samples)
 
 
-def measure(place: Path, repeats: int) -> dict[str, dict[str, int] | list[float]]:
+def measure_install(place: Path, repeats: int) -> dict[str, dict[str, int] | list[float]]:
     """Megabytes a package, and seconds of each start, the first of each left out."""
     (packages,) = place.glob("lib/python*/site-packages")
-    sizes = {one.metadata["Name"]: round(size_of(one) / 1e6) for one in distributions(path=[str(packages)])}
+    sizes = {
+        one.metadata["Name"]: round(compute_package_bytes(one) / 1e6) for one in distributions(path=[str(packages)])
+    }
     found: dict[str, dict[str, int] | list[float]] = {"packages": sizes}
     for name, code in STARTS.items():
-        found[name] = [float(run(str(place / "bin/python"), "-c", START.format(code))) for _ in range(repeats + 1)][1:]
+        found[name] = [
+            float(run_command(str(place / "bin/python"), "-c", START.format(code))) for _ in range(repeats + 1)
+        ][1:]
     return found
 
 
-def size_of(distribution: Distribution) -> int:
+def compute_package_bytes(distribution: Distribution) -> int:
     """Bytes of its files."""
     places = (Path(str(distribution.locate_file(file))) for file in distribution.files or ())
     return sum(place.stat().st_size for place in places if place.is_file())
 
 
-def run(*command: str) -> str:
+def run_command(*command: str) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=tempfile.gettempdir()).stdout
 
 

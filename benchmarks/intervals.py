@@ -27,7 +27,7 @@ class Interval(NamedTuple):
     high: float
 
 
-class MeanOverSets(NamedTuple):
+class DataSetMean(NamedTuple):
     """mean: over data sets, each with the same weight.  standard_error: of the mean, None for a single set."""
 
     mean: float
@@ -35,7 +35,7 @@ class MeanOverSets(NamedTuple):
     num_sets: int
 
 
-def bootstrap_auroc(
+def bootstrap_image_auroc(
     labels: ArrayLike, scores: ArrayLike, num_draws: int = NUM_DRAWS, seed: int = 0
 ) -> NDArray[np.float64]:
     """Image AUROC of resampled test images; good and defective images are resampled apart, so that their numbers stay.
@@ -67,13 +67,13 @@ def bootstrap_auroc(
     for good_G, bad_B in zip(good_RG, bad_RB, strict=True):
         wins_BG += (bad_B[:, None] > good_G) + 0.5 * (bad_B[:, None] == good_G)
     wins_BG /= len(scores_RN)
-    times_DN = resample_images(labels_N, num_draws, seed)
+    times_DN = draw_resample_counts(labels_N, num_draws, seed)
     wins_DG = times_DN[:, labels_N == 1] @ wins_BG
     found: NDArray[np.float64] = (wins_DG * times_DN[:, labels_N == 0]).sum(axis=1) / (num_good * num_bad)
     return found
 
 
-def resample_images(labels_N: NDArray[Any], num_draws: int, seed: int) -> NDArray[np.int64]:
+def draw_resample_counts(labels_N: NDArray[Any], num_draws: int, seed: int) -> NDArray[np.int64]:
     """How often each image is in a draw, (num_draws, N); the number of images of each label stays."""
     rng = np.random.default_rng(seed)
     times_DN = np.zeros((num_draws, len(labels_N)), dtype=np.int64)
@@ -84,7 +84,7 @@ def resample_images(labels_N: NDArray[Any], num_draws: int, seed: int) -> NDArra
     return times_DN
 
 
-def bootstrap_pixels(
+def bootstrap_pixel_metrics(
     labels: Sequence[int],
     masks: Sequence[NDArray[np.bool_] | None],
     maps: Sequence[NDArray[np.float32]],
@@ -92,7 +92,7 @@ def bootstrap_pixels(
     fpr_limit: float = 0.3,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Pixel AUROC and AUPRO of resampled test images, paired between methods as `bootstrap_auroc`.
+    """Pixel AUROC and AUPRO of resampled test images, paired between methods as `bootstrap_image_auroc`.
 
     Whole images are resampled, because the pixels of an image depend on each other. The curves have NUM_THRESHOLDS steps,
     which changes a figure by less than 0.001.
@@ -120,8 +120,8 @@ def bootstrap_pixels(
         np.add.at(normal_NK[number], column, part.normal)
         np.add.at(anomalous_NK[number], column, part.anomalous)
         np.add.at(overlap_NK[number], column, part.overlap)
-    times_DN = resample_images(np.asarray(labels)[places], num_draws, seed).astype(np.float64)
-    fpr, tpr, pro = (_share_above(times_DN @ counts_NK) for counts_NK in (normal_NK, anomalous_NK, overlap_NK))
+    times_DN = draw_resample_counts(np.asarray(labels)[places], num_draws, seed).astype(np.float64)
+    fpr, tpr, pro = (_compute_shares_above(times_DN @ counts_NK) for counts_NK in (normal_NK, anomalous_NK, overlap_NK))
     found: dict[str, list[float]] = {"pixel_auroc": [], f"aupro_{fpr_limit:g}": []}
     for x, y, overlap in zip(fpr, tpr, pro, strict=True):
         found["pixel_auroc"].append(float(np.trapezoid(y, x)))
@@ -131,19 +131,19 @@ def bootstrap_pixels(
     return found
 
 
-def _share_above(counts_DK: NDArray[np.float64]) -> NDArray[np.float64]:
+def _compute_shares_above(counts_DK: NDArray[np.float64]) -> NDArray[np.float64]:
     """(D, K) counts in rising bins -> (D, K + 1), shares at or above each threshold, from the highest threshold, 0 to 1."""
     above = np.cumsum(counts_DK[:, ::-1], axis=1)
     return np.pad(above / above[:, -1:], ((0, 0), (1, 0)))
 
 
-def percentile_interval(draws: NDArray[np.float64], level: float = 0.95) -> Interval:
+def compute_percentile_interval(draws: NDArray[np.float64], level: float = 0.95) -> Interval:
     """The interval that holds the middle `level` of the draws."""
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high))
 
 
-def group_sets(categories: Sequence[str], same_set: Sequence[Sequence[str]] = ()) -> dict[str, str]:
+def group_categories_by_set(categories: Sequence[str], same_set: Sequence[Sequence[str]] = ()) -> dict[str, str]:
     """The data set of each category: a category is a set of its own, unless `same_set` joins it with others.
 
     Returns:
@@ -162,14 +162,14 @@ def group_sets(categories: Sequence[str], same_set: Sequence[Sequence[str]] = ()
     return sets
 
 
-def mean_over_sets(values: Mapping[str, float], sets: Mapping[str, str]) -> MeanOverSets:
+def average_over_sets(values: Mapping[str, float], sets: Mapping[str, str]) -> DataSetMean:
     """Mean over data sets and its standard error; a set of several categories counts once, with its mean.
 
     For a difference of two methods, give the differences of each category.
 
     Args:
         values: a figure of each category.
-        sets: as `group_sets` returns.
+        sets: as `group_categories_by_set` returns.
 
     Raises:
         ValueError: there are no values.
@@ -179,15 +179,15 @@ def mean_over_sets(values: Mapping[str, float], sets: Mapping[str, str]) -> Mean
     names = dict.fromkeys(sets[category] for category in values)
     means = [statistics.mean(value for key, value in values.items() if sets[key] == name) for name in names]
     error = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else None
-    return MeanOverSets(statistics.mean(means), error, len(means))
+    return DataSetMean(statistics.mean(means), error, len(means))
 
 
-def show_interval(interval: Interval, sign: str = "") -> str:
+def format_interval(interval: Interval, sign: str = "") -> str:
     """Text such as [0.981, 0.997]. sign: '+' also shows the sign of positive numbers."""
     return f"[{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
 
 
-def show_mean(estimate: MeanOverSets, sign: str = "") -> str:
+def format_mean(estimate: DataSetMean, sign: str = "") -> str:
     """Text such as 0.9836 +- 0.0121."""
     error: Any = estimate.standard_error
     return f"{estimate.mean:{sign}.4f}" + ("" if error is None else f" +- {error:.4f}")

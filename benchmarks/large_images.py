@@ -9,13 +9,21 @@ import argparse
 import time
 from typing import Any
 
-from benchmarks.harness import add_arguments, base_tree, merged, open_data, print_json, print_table, run
+from benchmarks.harness import (
+    add_arguments,
+    make_base_settings,
+    merge_settings,
+    open_data,
+    print_json,
+    print_table,
+    train_and_evaluate,
+)
 from focus_ray.features.settings import ModelConfig
 
 METRICS = ("image_auroc", "pixel_auroc", "pixel_average_precision", "aupro_0.3", "aupro_0.05")
 
 
-def arms(size_px: int, grid: list[int], overlap: float) -> dict[str, dict[str, Any]]:
+def list_image_treatments(size_px: int, grid: list[int], overlap: float) -> dict[str, dict[str, Any]]:
     """Name -> the model section of a way to look at images; a whole one of another shape than a square is left out."""
     found: dict[str, dict[str, Any]] = {f"{size_px} px, whole": {"image_size_px": size_px}}
     for density in ("per_tile", "shared"):
@@ -41,15 +49,17 @@ def main() -> None:
     for place in arguments.data:
         uri, categories = open_data(argparse.Namespace(**{**vars(arguments), "data": place}))
         for category in categories:
-            for name, model in arms(arguments.image_size_px, arguments.grid, arguments.overlap).items():
-                tree = merged(
-                    base_tree(arguments, uri),
+            for name, model in list_image_treatments(
+                arguments.image_size_px, arguments.grid, arguments.overlap
+            ).items():
+                tree = merge_settings(
+                    make_base_settings(arguments, uri),
                     {"data": {"holdout_fraction": 0.2}, "calibration": {"method": "split"}},
                     {"model": {"image_alignment": {"group": "none"}, **model}},
                     {"density": {"max_images": arguments.max_images}},
                 )
                 start = time.perf_counter()
-                result, _, figures = run(tree, category, arguments.device)
+                result, _, figures = train_and_evaluate(tree, category, arguments.device)
                 fitted = sum(result.seconds.values())
                 inspected = time.perf_counter() - start - fitted
                 rows.append([category, name, *(figures[key] for key in METRICS), round(fitted), round(inspected)])

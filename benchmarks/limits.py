@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from focus_ray.density.gaussian_capped_memory import GaussianCappedMemory
 
-from benchmarks.harness import add_arguments, base_tree, fit_category, keep_json, open_data, print_table
+from benchmarks.harness import add_arguments, fit_category, make_base_settings, open_data, print_table, save_json
 from focus_ray.data.read import read_test_rows
+from focus_ray.density.gaussian_capped_memory import GaussianCappedMemory
 from focus_ray.density.nearest import LocationAndCoresetMemory, LocationMemory
 from focus_ray.detect.detector import embed_images
 from focus_ray.features.network import convert_to_float_images
@@ -29,7 +29,7 @@ from focus_ray.metrics.registry import METRICS
 BATCHES = (1, 4, 8, 32)
 
 
-def interleaved(acts: Mapping[str, Callable[[], object]], times: int) -> dict[str, float]:
+def time_interleaved(acts: Mapping[str, Callable[[], object]], times: int) -> dict[str, float]:
     """Name -> median seconds; a round runs every act once, so that what disturbs one disturbs all."""
     taken: dict[str, list[float]] = {name: [] for name in acts}
     for number in range(times + 1):
@@ -42,7 +42,7 @@ def interleaved(acts: Mapping[str, Callable[[], object]], times: int) -> dict[st
 
 
 @torch.inference_mode()
-def measure(inspector: Any, records: list[Any], times: int) -> list[dict[str, Any]]:
+def measure_limits(inspector: Any, records: list[Any], times: int) -> list[dict[str, Any]]:
     """Rows: what, images/s or seconds of ours and of the limit, the share reached."""
     detector, size = inspector.bundle.detector, inspector.bundle.config.model.image_size_px
     rng = np.random.default_rng(0)
@@ -55,7 +55,7 @@ def measure(inspector: Any, records: list[Any], times: int) -> list[dict[str, An
             "ours": lambda batch=batch: inspector.score(batch),  # type: ignore[misc]
             "limit": lambda ready=ready: detector.net.backbone(ready),  # type: ignore[misc]
         }
-        found = interleaved(acts, times)
+        found = time_interleaved(acts, times)
         rows.append(
             {
                 "what": f"inspection of {count}, beside the backbone alone",
@@ -72,7 +72,7 @@ def measure(inspector: Any, records: list[Any], times: int) -> list[dict[str, An
     if isinstance(places, LocationMemory):
         embedding, _ = embed_images(detector.net, detector.reduction, ready[:8].float())
         queries = embedding[:, : places.bank.shape[2]].contiguous()
-        found = interleaved({"ours": lambda: places.score(queries), "limit": lambda: places.bank.sum()}, times)
+        found = time_interleaved({"ours": lambda: places.score(queries), "limit": lambda: places.bank.sum()}, times)
         rows.append(
             {
                 "what": f"memory of places for 8 images, beside reading its {places.bank.nbytes / 2**20:.0f} MiB once",
@@ -85,11 +85,11 @@ def measure(inspector: Any, records: list[Any], times: int) -> list[dict[str, An
     measured = inspector.score_labelled_images(records).measured
     scores = np.concatenate([one.ravel() for one in measured.maps])
 
-    def aupro() -> float | None:  # of a fresh one: it keeps its curve
+    def compute_aupro() -> float | None:  # of a fresh one: it keeps its curve
         fresh = ScoredTestImages(measured.labels, measured.scores, measured.masks, measured.maps, measured.threshold)
         return METRICS["aupro_0.3"].value(fresh)
 
-    found = interleaved({"ours": aupro, "limit": lambda: np.sort(scores)}, 3)
+    found = time_interleaved({"ours": compute_aupro, "limit": lambda: np.sort(scores)}, 3)
     rows.append(
         {
             "what": f"AUPRO of {len(measured.maps)} maps, beside sorting their {scores.size} scores once",
@@ -111,16 +111,16 @@ def main() -> None:
     uri, categories = open_data(arguments)
     samples: dict[str, list[dict[str, Any]]] = {}
     for category in categories:
-        config = parse_config(base_tree(arguments, uri))
+        config = parse_config(make_base_settings(arguments, uri))
         _, inspector = fit_category(config, category, arguments.device)
-        rows = samples[category] = measure(inspector, list(read_test_rows(uri, category)), arguments.times)
+        rows = samples[category] = measure_limits(inspector, list(read_test_rows(uri, category)), arguments.times)
         print(f"\n{category}\n")
         print_table(
             ("what", "ours", "limit", "unit", "share of the limit"),
             [[row["what"], row["ours"], row["limit"], row["unit"], row["share"]] for row in rows],
         )
     print()
-    keep_json("limits", arguments, samples)
+    save_json("limits", arguments, samples)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import add_arguments, base_tree, open_data, print_json, print_table, run
-from benchmarks.intervals import bootstrap_pixels
+from benchmarks.harness import add_arguments, make_base_settings, open_data, print_json, print_table, train_and_evaluate
+from benchmarks.intervals import bootstrap_pixel_metrics
 from focus_ray.data.images import decode_image, decode_mask
 from focus_ray.data.read import read_test_rows
 from focus_ray.density.base import choose_evenly_spaced
@@ -39,7 +39,7 @@ from focus_ray.metrics.evaluate import compute_evaluation_size, compute_metrics
 from focus_ray.metrics.metrics import ScoredTestImages
 
 
-def patches(backbone: Backbone, images: Tensor) -> Tensor:
+def extract_patches(backbone: Backbone, images: Tensor) -> Tensor:
     """(B, 3, S, S) in 0..1 -> (B, (S/8)^2, C2 + C3)."""
     spec = backbone.spec
     mean = torch.tensor(spec.mean, device=images.device).view(1, 3, 1, 1)
@@ -65,13 +65,13 @@ def choose_farthest_points(bank: Tensor, share: float, seed: int) -> Tensor:
     return torch.tensor(chosen, device=bank.device)
 
 
-def nearest_distance(embedding: Tensor, coreset: Tensor) -> Tensor:
+def compute_nearest_distance_map(embedding: Tensor, coreset: Tensor) -> Tensor:
     """Distance of each patch (L, C) to its nearest patch of the coreset (M, C), as a square map (sqrt(L), sqrt(L))."""
     side = math.isqrt(len(embedding))
     return torch.cdist(embedding, coreset).amin(dim=1).view(side, side)
 
 
-def left_out_distances(embeddings: Tensor, rows: Tensor) -> Tensor:
+def compute_left_out_distances(embeddings: Tensor, rows: Tensor) -> Tensor:
     """Distance maps (n, H, W) of good images, each without its own patches in the coreset; n is MAX_IMAGES at most.
 
     Args:
@@ -80,11 +80,13 @@ def left_out_distances(embeddings: Tensor, rows: Tensor) -> Tensor:
     """
     coreset, owner = embeddings.flatten(0, 1)[rows], rows // embeddings.shape[1]
     chosen = sorted(choose_evenly_spaced(len(embeddings), MAX_IMAGES))
-    return torch.stack([nearest_distance(embeddings[number], coreset[owner != number]) for number in chosen])
+    return torch.stack(
+        [compute_nearest_distance_map(embeddings[number], coreset[owner != number]) for number in chosen]
+    )
 
 
 @torch.inference_mode()
-def patchcore(
+def fit_and_evaluate_patchcore(
     tree: dict[str, Any],
     category: str,
     device: str,
@@ -118,7 +120,7 @@ def patchcore(
     size = config.model.image_size_px
     start = time.perf_counter()
     embeddings = torch.cat(
-        [patches(backbone, convert_to_float_images(batch, device)) for batch in shard.read_batches("fit")]
+        [extract_patches(backbone, convert_to_float_images(batch, device)) for batch in shard.read_batches("fit")]
     )
     features_s = time.perf_counter() - start
     rows = choose_farthest_points(embeddings.flatten(0, 1), share, seed)
@@ -126,7 +128,7 @@ def patchcore(
     side = smooth_columns(build_upsampling_matrix(size // 8, size), SMOOTHING_SIGMA_PX).float().contiguous().to(device)
     spread = AnomalyMapGenerator(side, side)
     profile = (
-        compute_profile_from_distances(left_out_distances(embeddings, rows), spread)
+        compute_profile_from_distances(compute_left_out_distances(embeddings, rows), spread)
         if image_score == "profile"
         else None
     )
@@ -136,7 +138,9 @@ def patchcore(
     start = time.perf_counter()
     for record in read_test_rows(config.data.uri, category):
         image = torch.from_numpy(decode_image(record["image"], size))[None]
-        distance = nearest_distance(patches(backbone, convert_to_float_images(image, device))[0], coreset)[None]
+        distance = compute_nearest_distance_map(
+            extract_patches(backbone, convert_to_float_images(image, device))[0], coreset
+        )[None]
         anomaly_map = spread(distance)[0].cpu().numpy()
         height, width = compute_evaluation_size(record["height"], record["width"], 512)
         labels.append(int(record["label"]))
@@ -151,7 +155,7 @@ def patchcore(
     measured = ScoredTestImages(np.array(labels), np.array(scores), masks, maps, 0.0)
     figures = compute_metrics(measured, types, 0.05)
     ms = 1e3 * (time.perf_counter() - start) / len(labels)
-    images = {"labels": labels, "scores": scores, "pixel_draws": bootstrap_pixels(labels, masks, maps)}
+    images = {"labels": labels, "scores": scores, "pixel_draws": bootstrap_pixel_metrics(labels, masks, maps)}
     return {**figures, **images, "fit_s": fit_s, "features_s": features_s, "ms": ms}
 
 
@@ -161,12 +165,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     uri, categories = open_data(arguments)
-    tree = {**base_tree(arguments, uri), "train": {"seed": arguments.seed}}
+    tree = {**make_base_settings(arguments, uri), "train": {"seed": arguments.seed}}
     rows, samples = [], []
     for category in categories:
-        result, _, ours = run(tree, category, arguments.device)
+        result, _, ours = train_and_evaluate(tree, category, arguments.device)
         seconds = result.seconds
-        other = patchcore(tree, category, arguments.device, arguments.seed)
+        other = fit_and_evaluate_patchcore(tree, category, arguments.device, arguments.seed)
         ours_s = seconds["alignment"] + seconds["statistics"]
         rows.append([category, "ours", *(ours[k] for k in ("image_auroc", "pixel_auroc", "aupro_0.3")), ours_s])
         rows.append(

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, keep_json, print_table
+from benchmarks.harness import RESULTS, print_table, save_json
 from focus_ray.data.importers.base import find_mask_files, list_image_files, list_subfolders
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +49,7 @@ COLUMNS = {
 }
 
 
-def images_of(folder: Path, work: Path) -> dict[str, Any]:
+def list_category_images(folder: Path, work: Path) -> dict[str, Any]:
     """An MVTec-shaped category as lists of files, and as the flat folders that anomalib reads."""
     train = [str(path) for path in list_image_files(folder / "train" / "good")]
     good = [str(path) for path in list_image_files(folder / "test" / "good")]
@@ -61,14 +61,14 @@ def images_of(folder: Path, work: Path) -> dict[str, Any]:
     for kind in list_subfolders(folder / "test"):
         for path in list_image_files(kind):
             if kind.name == "good":
-                _link(path, flat["good"] / path.name)
+                _link_file(path, flat["good"] / path.name)
                 continue
             bad.append(str(path))
-            _link(path, flat["bad"] / f"{kind.name}_{path.name}")
+            _link_file(path, flat["bad"] / f"{kind.name}_{path.name}")
             found = find_mask_files(folder / "ground_truth" / kind.name, path.stem)
             if found:
                 masks[str(path)] = str(found[0])
-                _link(found[0], flat["masks"] / f"{kind.name}_{path.stem}{found[0].suffix}")
+                _link_file(found[0], flat["masks"] / f"{kind.name}_{path.stem}{found[0].suffix}")
     folders = {
         "root": str(work),
         "train": str(folder / "train" / "good"),
@@ -79,12 +79,12 @@ def images_of(folder: Path, work: Path) -> dict[str, Any]:
     return {"train": train, "good": good, "bad": bad, "masks": masks, "folders": folders}
 
 
-def _link(source: Path, target: Path) -> None:
+def _link_file(source: Path, target: Path) -> None:
     if not target.exists():
         target.symlink_to(source.resolve())
 
 
-def python_of(environment_name: str | None, work: Path) -> str:
+def find_peer_python(environment_name: str | None, work: Path) -> str:
     """The interpreter of an environment, which is made if it is not there."""
     if environment_name is None:
         return sys.executable
@@ -108,12 +108,12 @@ def python_of(environment_name: str | None, work: Path) -> str:
     return str(python)
 
 
-def measure(peer: str, asked: dict[str, Any], work: Path) -> dict[str, Any]:
+def run_peer(peer: str, asked: dict[str, Any], work: Path) -> dict[str, Any]:
     """One run of a peer. Raises: RuntimeError: it failed; with what it said last."""
     place, script, method = PEERS[peer]
     spec = work / f"{script}-{method}.json"
     spec.write_text(json.dumps({**asked, "method": method, "scratch": str(work / "scratch")}))
-    command = [python_of(place, work)]
+    command = [find_peer_python(place, work)]
     command += (
         ["-m", f"benchmarks.peers.{script}"] if place is None else [str(ROOT / "benchmarks/peers" / f"{script}.py")]
     )
@@ -126,24 +126,24 @@ def measure(peer: str, asked: dict[str, Any], work: Path) -> dict[str, Any]:
     return {key: value for line in lines for key, value in json.loads(line).items()}
 
 
-def metrics_of_adeval(maps: Path, work: Path) -> dict[str, Any]:
+def compute_adeval_metrics(maps: Path, work: Path) -> dict[str, Any]:
     """Seconds and figures of ADEval, of the maps that ours wrote."""
-    command = [python_of("anomalib", work), str(ROOT / "benchmarks/peers/metrics_peer.py"), str(maps)]
+    command = [find_peer_python("anomalib", work), str(ROOT / "benchmarks/peers/metrics_peer.py"), str(maps)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def table(samples: dict[str, list[dict[str, Any]]]) -> list[list[Any]]:
+def make_table(samples: dict[str, list[dict[str, Any]]]) -> list[list[Any]]:
     """A row a peer: medians over repeats."""
-    return [[peer, *(middle(runs, key) for key in COLUMNS)] for peer, runs in samples.items()]
+    return [[peer, *(compute_median(runs, key) for key in COLUMNS)] for peer, runs in samples.items()]
 
 
-def middle(runs: Sequence[dict[str, Any]], key: str) -> float | None:
+def compute_median(runs: Sequence[dict[str, Any]], key: str) -> float | None:
     values = [run[key] for run in runs if run.get(key) is not None]
     return statistics.median(values) if values else None
 
 
-def ratios(samples: dict[str, list[dict[str, Any]]], ours: str) -> list[list[Any]]:
+def make_ratio_table(samples: dict[str, list[dict[str, Any]]], ours: str) -> list[list[Any]]:
     """A row a peer: ours over theirs, the median of the repeats' ratios; throughput the other way round."""
     rows: list[list[Any]] = []
     for peer, runs in samples.items():
@@ -159,7 +159,7 @@ def ratios(samples: dict[str, list[dict[str, Any]]], ours: str) -> list[list[Any
     return rows
 
 
-def chart(samples: dict[str, list[dict[str, Any]]], target: Path) -> None:
+def draw_chart(samples: dict[str, list[dict[str, Any]]], target: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 2.6), layout="constrained")
@@ -167,7 +167,7 @@ def chart(samples: dict[str, list[dict[str, Any]]], target: Path) -> None:
     for number, key in enumerate(keys):
         axes = figure.add_subplot(1, len(keys), number + 1)
         names = list(samples)[::-1]
-        axes.barh(names, [middle(samples[name], key) or 0.0 for name in names], color="#3b6ea5")
+        axes.barh(names, [compute_median(samples[name], key) or 0.0 for name in names], color="#3b6ea5")
         axes.set_title(COLUMNS[key], fontsize=9)
         axes.tick_params(labelsize=7, labelleft=number == 0)
     figure.savefig(target)
@@ -186,7 +186,7 @@ def main() -> None:
     arguments = parser.parse_args()
     work = arguments.work.absolute()
     asked = {
-        **images_of(arguments.data.absolute(), work / "images"),
+        **list_category_images(arguments.data.absolute(), work / "images"),
         "weights": str(arguments.weights.absolute()),
         "size_px": arguments.image_size_px,
         "singles": 20,
@@ -197,25 +197,25 @@ def main() -> None:
     for repeat in range(arguments.repeats):
         for peer in arguments.peers:
             first = peer == arguments.peers[0] and PEERS[peer][0] is None and arguments.metrics
-            found = measure(peer, {**asked, "maps": str(work / "maps.npz")} if first else asked, work)
+            found = run_peer(peer, {**asked, "maps": str(work / "maps.npz")} if first else asked, work)
             if first:
-                theirs = metrics_of_adeval(work / "maps.npz", work)
+                theirs = compute_adeval_metrics(work / "maps.npz", work)
                 metrics.append({"ours_s": found["metrics_s"], "adeval_s": theirs["seconds"], **theirs})
             samples[peer].append(found)
             print(f"{repeat + 1}: {peer}: fit {found['fit_s']:.1f} s, one {found['one_ready_ms']:.0f} ms", flush=True)
     print()
-    print_table(("", *COLUMNS.values()), table(samples))
+    print_table(("", *COLUMNS.values()), make_table(samples))
     for ours in [peer for peer in arguments.peers if peer.startswith("focus_ray")]:
         print()
-        print_table(("below 1: ours is better", *list(COLUMNS.values())[:7]), ratios(samples, ours))
+        print_table(("below 1: ours is better", *list(COLUMNS.values())[:7]), make_ratio_table(samples, ours))
     if metrics:
         ours, theirs = (statistics.median(run[key] for run in metrics) for key in ("ours_s", "adeval_s"))
         print(
             f"\npixel AUROC and AUPRO of the same maps: {ours:.3f} s, ADEval {theirs:.3f} s, {ours / theirs:.2f} of it"
         )
     print()
-    keep_json("peer", arguments, {"peers": samples, "metrics": metrics})
-    chart(samples, RESULTS / "peer.svg")
+    save_json("peer", arguments, {"peers": samples, "metrics": metrics})
+    draw_chart(samples, RESULTS / "peer.svg")
 
 
 if __name__ == "__main__":

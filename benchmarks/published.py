@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import add_arguments, base_tree, merged, open_data, print_json, print_table
+from benchmarks.harness import add_arguments, make_base_settings, merge_settings, open_data, print_json, print_table
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import read_test_rows
 from focus_ray.fitting.settings import load_config, parse_config
@@ -35,9 +35,9 @@ def main(name: str, description: str, published: Mapping[str, Mapping[str, tuple
     chosen: dict[str, Any] = {}
     if arguments.config:
         chosen = load_config(arguments.config, [f"data.uri={uri}"]).model_dump(mode="json")
-    tree = merged(
+    tree = merge_settings(
         chosen,
-        base_tree(arguments, uri),
+        make_base_settings(arguments, uri),
         {
             "name": f"{name}-seed{arguments.seed}",
             "storage": arguments.storage or str(Path(arguments.work) / "runs"),
@@ -55,9 +55,9 @@ def main(name: str, description: str, published: Mapping[str, Mapping[str, tuple
     header += [f"{method} {part}" for method in published for part in ("image", "pixel")]
     rows = []
     for category, result in {**results, f"mean of {len(results)}": compute_mean_metrics(results)}.items():
-        row = [category, *(_percent(result[key]) for key in ("image_auroc", "pixel_auroc", "aupro_0.3"))]
+        row = [category, *(_format_percent(result[key]) for key in ("image_auroc", "pixel_auroc", "aupro_0.3"))]
         for figures in published.values():
-            row += [_percent(value, 1.0) for value in figures.get(category.split()[0], (None, None))]
+            row += [_format_percent(value, 1.0) for value in figures.get(category.split()[0], (None, None))]
         rows.append(row)
     print_table(header, rows)
     print(
@@ -67,5 +67,5 @@ def main(name: str, description: str, published: Mapping[str, Mapping[str, tuple
     print_json(name, arguments, results)
 
 
-def _percent(value: float | None, factor: float = 100.0) -> str:
+def _format_percent(value: float | None, factor: float = 100.0) -> str:
     return "-" if value is None else f"{value * factor:.1f}"

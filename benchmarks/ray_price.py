@@ -31,8 +31,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.harness import add_arguments, base_tree, keep_json, merged, open_data, print_table
-from benchmarks.limits import interleaved
+from benchmarks.harness import add_arguments, make_base_settings, merge_settings, open_data, print_table, save_json
+from benchmarks.limits import time_interleaved
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.data.images import decode_batch
 from focus_ray.data.read import read_index, read_rows
@@ -54,16 +54,16 @@ COLUMNS = {
 }
 
 
-def variants(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def build_variants(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Name -> what its configuration has of its own."""
     found = {BARE: {"cluster": {"local": True}}, RAY: {"cluster": {"local": False}}}
     if arguments.streamed:
         unkept = {"data": {"memory_budget_mb": 0.0}}
-        found |= {f"{name}, streamed": merged(tree, unkept) for name, tree in found.items()}
+        found |= {f"{name}, streamed": merge_settings(tree, unkept) for name, tree in found.items()}
     return found
 
 
-def trained(config: Config, category: str, threads: int) -> dict[str, float]:
+def run_training(config: Config, category: str, threads: int) -> dict[str, float]:
     """One run of the command. Raises: RuntimeError: it failed; with what it said last."""
     file = Path(config.storage) / f"{config.name}.yaml"
     file.write_text(config_to_yaml(config))
@@ -101,7 +101,7 @@ def trained(config: Config, category: str, threads: int) -> dict[str, float]:
 
 def measure_training(arguments: argparse.Namespace, uri: str, category: str) -> dict[str, list[dict[str, float]]]:
     """Variant -> its runs, which take turns with those of the others."""
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in variants(arguments)}
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in build_variants(arguments)}
     train = {"epochs": arguments.epochs, "batch_size_per_worker": arguments.batch_size}
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         shared = {
@@ -111,10 +111,12 @@ def measure_training(arguments: argparse.Namespace, uri: str, category: str) -> 
             "cluster": {"use_gpu": arguments.device.startswith("cuda"), "num_workers": 1},
         }
         for repeat in range(arguments.repeats):
-            for number, (name, own) in enumerate(variants(arguments).items()):
+            for number, (name, own) in enumerate(build_variants(arguments).items()):
                 run = {"name": f"run{repeat}-{number}"}
-                tree = merged(yaml.safe_load(FYD.read_text()), base_tree(arguments, uri), shared, own, run)
-                samples[name].append(trained(parse_config(tree), category, arguments.threads))
+                tree = merge_settings(
+                    yaml.safe_load(FYD.read_text()), make_base_settings(arguments, uri), shared, own, run
+                )
+                samples[name].append(run_training(parse_config(tree), category, arguments.threads))
                 found = samples[name][-1]
                 print(
                     f"{repeat + 1}: {name}: {found['images_per_s']:.1f} images/s, {found['wall_s']:.0f} s", flush=True
@@ -122,7 +124,7 @@ def measure_training(arguments: argparse.Namespace, uri: str, category: str) -> 
     return samples
 
 
-def show_training(samples: dict[str, list[dict[str, float]]]) -> None:
+def print_training_table(samples: dict[str, list[dict[str, float]]]) -> None:
     print("\nTraining by gradient\n")
     rows = [[name, *(statistics.median(r[key] for r in runs) for key in COLUMNS)] for name, runs in samples.items()]
     print_table(("", *COLUMNS.values()), rows)
@@ -137,7 +139,7 @@ def show_training(samples: dict[str, list[dict[str, float]]]) -> None:
             )
 
 
-class Files(Dataset[Tensor]):
+class ImageFileDataset(Dataset[Tensor]):
     """What a loader is usually given: files that Pillow opens and brings to a size, antialiased bilinear as ours."""
 
     def __init__(self, paths: Sequence[Path], side_px: int) -> None:
@@ -152,12 +154,12 @@ class Files(Dataset[Tensor]):
         return torch.from_numpy(np.array(small))
 
 
-def went_through(batches: Iterable[Any]) -> int:
+def consume_batches(batches: Iterable[Any]) -> int:
     """Images of the batches, each of which is looked at."""
     return sum(len(batch) for batch in batches)
 
 
-def ways(config: Config, category: str, rows: Sequence[int], where: str) -> dict[str, Callable[[], int]]:
+def build_data_loaders(config: Config, category: str, rows: Sequence[int], where: str) -> dict[str, Callable[[], int]]:
     """Name -> from a stored data set to batches; returns how many images came."""
     plan = compute_split_plan(config, category)
     uri, train = config.data.uri, config.train
@@ -167,7 +169,9 @@ def ways(config: Config, category: str, rows: Sequence[int], where: str) -> dict
     steps = BatchSchedule.from_smallest_share(len(plan.fit_rows), 1, train.batch_size_per_worker)
 
     def epoch(shard: Any) -> int:
-        return went_through(shard.read_train_batches(steps.batch_size, steps.steps, torch.Generator().manual_seed(0)))
+        return consume_batches(
+            shard.read_train_batches(steps.batch_size, steps.steps, torch.Generator().manual_seed(0))
+        )
 
     def build() -> int:
         build_shard(config, category, plan, 0, 1)
@@ -181,9 +185,11 @@ def ways(config: Config, category: str, rows: Sequence[int], where: str) -> dict
     }
 
 
-def measure_data(arguments: argparse.Namespace, uri: str, category: str) -> dict[str, float]:
+def measure_data_loading(arguments: argparse.Namespace, uri: str, category: str) -> dict[str, float]:
     """Way -> images a second, medians of rounds that take turns; the first round, which warms up, is left out."""
-    tree = merged(base_tree(arguments, uri), {"train": {"batch_size_per_worker": arguments.batch_size}})
+    tree = merge_settings(
+        make_base_settings(arguments, uri), {"train": {"batch_size_per_worker": arguments.batch_size}}
+    )
     config = parse_config(tree)
     frame, size = load_frame(config, category), arguments.batch_size
     rows = read_index(uri, category, "train")["row"].to_numpy().tolist()
@@ -193,21 +199,21 @@ def measure_data(arguments: argparse.Namespace, uri: str, category: str) -> dict
         paths = [Path(folder) / str(number) for number in range(len(encoded))]
         for path, content in zip(paths, encoded, strict=True):
             path.write_bytes(content)
-        files = Files(paths, arguments.image_size_px)
+        files = ImageFileDataset(paths, arguments.image_size_px)
         plain = DataLoader(files, size, shuffle=True)
         forked = DataLoader(files, size, shuffle=True, num_workers=2, persistent_workers=True)
         acts: dict[str, Callable[[], int]] = {
-            "decoding alone, of bytes in memory": lambda: went_through(decode_batch(part, frame) for part in parts),
-            "the same, 2 threads": lambda: went_through(decode_batch(part, frame, 2) for part in parts),
-            "torch's DataLoader over files": lambda: went_through(plain),
-            "the same, 2 workers": lambda: went_through(forked),
-            **ways(config, category, rows, "local"),
+            "decoding alone, of bytes in memory": lambda: consume_batches(decode_batch(part, frame) for part in parts),
+            "the same, 2 threads": lambda: consume_batches(decode_batch(part, frame, 2) for part in parts),
+            "torch's DataLoader over files": lambda: consume_batches(plain),
+            "the same, 2 workers": lambda: consume_batches(forked),
+            **build_data_loaders(config, category, rows, "local"),
         }
         if arguments.s3:
-            there = parse_config(merged(tree, {"data": {"uri": arguments.s3}}))
-            acts |= ways(there, category, rows, "S3")
+            there = parse_config(merge_settings(tree, {"data": {"uri": arguments.s3}}))
+            acts |= build_data_loaders(there, category, rows, "S3")
         counts = {name: act() for name, act in acts.items()}
-        found = interleaved(acts, arguments.times)
+        found = time_interleaved(acts, arguments.times)
     return {name: counts[name] / seconds for name, seconds in found.items()}
 
 
@@ -233,14 +239,14 @@ def main() -> None:
         print(f"\n{category}\n")
         if "train" in arguments.parts:
             samples[category]["train"] = measure_training(arguments, uri, category)
-            show_training(samples[category]["train"])
+            print_training_table(samples[category]["train"])
         if "data" in arguments.parts:
-            rates = samples[category]["data"] = measure_data(arguments, uri, category)
+            rates = samples[category]["data"] = measure_data_loading(arguments, uri, category)
             alone = next(iter(rates.values()))
             print(f"\nFrom stored images to batches of {arguments.batch_size}\n")
             print_table(("", "images/s", "of decoding alone"), [[n, rate, rate / alone] for n, rate in rates.items()])
     print()
-    keep_json("ray_price", arguments, samples)
+    save_json("ray_price", arguments, samples)
 
 
 if __name__ == "__main__":

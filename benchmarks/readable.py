@@ -20,7 +20,7 @@ from focus_ray.data.images import encode_png
 SMOOTHNESS = 0.5  # of the mean difference of neighbouring pixels, in 0..1
 
 
-def kept_of(place: str, number: int) -> Tensor:
+def read_stored_embedding(place: str, number: int) -> Tensor:
     """(1, C, H, W), what the memory keeps of an image."""
     statistics = read_statistics(place)
     assert statistics.bank is not None, f"{place}: keeps no embeddings"
@@ -28,11 +28,11 @@ def kept_of(place: str, number: int) -> Tensor:
     return statistics.bank[number].float().t().unflatten(1, (height, width))[None]
 
 
-def pixels_of(place: str, number: int, steps: int) -> Tensor:
+def reconstruct_pixels(place: str, number: int, steps: int) -> Tensor:
     """(1, 3, S, S) in 0..1."""
     detector = read_bundle(place).detector
     detector.net.requires_grad_(False)
-    kept = kept_of(place, number)
+    kept = read_stored_embedding(place, number)
     scale = kept.std(dim=(0, 2, 3), keepdim=True)
     size = detector.net.config.image_size_px
     pixels = (0.5 + 0.01 * torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))).requires_grad_()
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--image", type=int, default=0, help="its number in the memory (default: 0)")
     parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()
-    pixels = pixels_of(arguments.bundle, arguments.image, arguments.steps)
+    pixels = reconstruct_pixels(arguments.bundle, arguments.image, arguments.steps)
     Path(arguments.output).write_bytes(encode_png((pixels[0].permute(1, 2, 0) * 255).round().byte().numpy()))
 
 

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.harness import base_tree_of, keep_json, merged, print_table
-from benchmarks.peers.common import Peak, median_ms, memory_mb
+from benchmarks.harness import make_base_settings_of, merge_settings, print_table, save_json
+from benchmarks.peers.common import MemoryPeak, measure_median_ms, read_memory_mb
 from focus_ray.bundle.bundle import write_bundle
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import decode_image
@@ -45,18 +45,18 @@ LARGEST_PX = 512  # of an image in one piece; larger ones are cut into tiles
 AXES = {"images": "num_images", "size": "megapixels", "categories": "num_categories"}
 
 
-def config_of(asked: dict[str, Any]) -> Config:
+def make_config(asked: dict[str, Any]) -> Config:
     """The default; nothing is aligned where sizes are compared, for tiles cannot be."""
     side, tiles = asked["side_px"], -(-asked["side_px"] // LARGEST_PX)
-    tree = base_tree_of("unused", asked["weights"], side // tiles, asked["backbone"])
+    tree = make_base_settings_of("unused", asked["weights"], side // tiles, asked["backbone"])
     if asked["axis"] == "size":
-        tree = merged(tree, {"model": {"image_alignment": {"group": "none"}}})
+        tree = merge_settings(tree, {"model": {"image_alignment": {"group": "none"}}})
     if tiles > 1:
-        tree = merged(tree, {"model": {"tiling": {"grid": [tiles, tiles], "overlap": 0.0}}})
+        tree = merge_settings(tree, {"model": {"tiling": {"grid": [tiles, tiles], "overlap": 0.0}}})
     return parse_config(tree)
 
 
-def made_images(files: Sequence[str], count: int, config: Config, turns: int) -> NDArray[np.uint8]:
+def make_images(files: Sequence[str], count: int, config: Config, turns: int) -> NDArray[np.uint8]:
     """(count, H, W, 3): the files' images by quarter turns, so that a category has a look of its own; then again, shifted."""
     height, width = config.model.resized_image_px
     rng = np.random.default_rng(turns)
@@ -71,15 +71,15 @@ def made_images(files: Sequence[str], count: int, config: Config, turns: int) ->
     return images
 
 
-def fit_all(asked: dict[str, Any]) -> dict[str, Any]:
+def fit_categories(asked: dict[str, Any]) -> dict[str, Any]:
     """Fits the categories one after the other, as a training without Ray does, and writes their bundles."""
-    config, count, base = config_of(asked), asked["num_images"], memory_mb()
+    config, count, base = make_config(asked), asked["num_images"], read_memory_mb()
     seconds = 0.0
     held = choose_num_holdout(config, count)
     method = ""
-    with Peak() as peak:
+    with MemoryPeak() as peak:
         for number in range(asked["num_categories"]):
-            images = torch.from_numpy(made_images(asked["files"], count, config, number))
+            images = torch.from_numpy(make_images(asked["files"], count, config, number))
             start = time.perf_counter()
             folds = torch.arange(count - held) % NUM_CALIBRATION_FOLDS
             found = fit(config, MemoryShard(images[held:], images[:held], folds), count - held, torch.device("cpu"))
@@ -99,26 +99,26 @@ def fit_all(asked: dict[str, Any]) -> dict[str, Any]:
     return {"fit_s": seconds, "fit_mb": peak.highest - base, "calibration": method}
 
 
-def inspect_all(asked: dict[str, Any]) -> dict[str, Any]:
+def inspect_categories(asked: dict[str, Any]) -> dict[str, Any]:
     """Loads the categories' bundles, keeps all of them, and inspects with each in turn."""
-    base = memory_mb()
-    with Peak() as peak:
+    base = read_memory_mb()
+    with MemoryPeak() as peak:
         start = time.perf_counter()
         places = [Path(asked["place"]) / f"part{number}" for number in range(asked["num_categories"])]
         inspectors = [Inspector.load(place, "cpu") for place in places]
         load_s = time.perf_counter() - start
-        batch = made_images(asked["files"], asked["batch"], inspectors[0].bundle.config, 0)
+        batch = make_images(asked["files"], asked["batch"], inspectors[0].bundle.config, 0)
 
         def inspect(images: NDArray[np.uint8]) -> None:
             for inspector in inspectors:
                 inspector.score(images)
 
-        many_ms = median_ms(lambda: inspect(batch), asked["times"]) / len(batch) / len(inspectors)
-        one_ms = median_ms(lambda: inspect(batch[:1]), asked["times"]) / len(inspectors)
+        many_ms = measure_median_ms(lambda: inspect(batch), asked["times"]) / len(batch) / len(inspectors)
+        one_ms = measure_median_ms(lambda: inspect(batch[:1]), asked["times"]) / len(inspectors)
     return {"load_s": load_s, "inspect_ms": many_ms, "one_ms": one_ms, "inspect_mb": peak.highest - base}
 
 
-def apart(what: str, asked: dict[str, Any]) -> dict[str, Any]:
+def run_in_process(what: str, asked: dict[str, Any]) -> dict[str, Any]:
     """fit or inspect in a process of its own. Raises: RuntimeError: it failed; with what it said last."""
     spec = Path(asked["place"]) / "asked.json"
     spec.write_text(json.dumps(asked))
@@ -129,10 +129,10 @@ def apart(what: str, asked: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def measure(asked: dict[str, Any]) -> dict[str, Any]:
+def measure_size(asked: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         here = {**asked, "place": place}
-        found = {**apart("fit", here), **apart("inspect", here)}
+        found = {**run_in_process("fit", here), **run_in_process("inspect", here)}
     images = asked["num_images"] * asked["num_categories"]
     return {
         **{key: asked[key] for key in ("axis", "num_images", "side_px", "num_categories")},
@@ -155,28 +155,28 @@ COLUMNS = {
 }
 
 
-def middle(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def compute_median_row(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Repeats of one measurement -> the medians of its figures."""
     return {**runs[0], **{key: statistics.median(run[key] for run in runs) for key in COLUMNS}}
 
 
-def exponent(rows: Sequence[dict[str, Any]], over: str, key: str) -> float | None:
+def compute_growth_exponent(rows: Sequence[dict[str, Any]], over: str, key: str) -> float | None:
     """Of the figure's growth over the axis; None of less than two points, or where the figure is 0."""
     if len({row[over] for row in rows}) < 2 or min(row[key] for row in rows) <= 0:
         return None
     return float(np.polyfit(np.log([row[over] for row in rows]), np.log([row[key] for row in rows]), 1)[0])
 
 
-def show(axis: str, rows: Sequence[dict[str, Any]]) -> None:
+def print_axis_table(axis: str, rows: Sequence[dict[str, Any]]) -> None:
     print(f"\n{axis}\n")
     names = [f"{r['num_images']} of {r['side_px']} px, categories {r['num_categories']}" for r in rows]
     cells = [[name, row["calibration"], *(row[key] for key in COLUMNS)] for name, row in zip(names, rows, strict=True)]
-    growth = [exponent(rows, AXES[axis], key) for key in COLUMNS]
+    growth = [compute_growth_exponent(rows, AXES[axis], key) for key in COLUMNS]
     header = ("images", "calibration", *COLUMNS.values())
     print_table(header, [*cells, [f"exponent over {AXES[axis]}", "", *growth]])
 
 
-def measurements(arguments: argparse.Namespace, files: Sequence[str]) -> list[dict[str, Any]]:
+def list_measurements(arguments: argparse.Namespace, files: Sequence[str]) -> list[dict[str, Any]]:
     shared = {
         "files": list(files),
         "weights": arguments.weights,
@@ -218,7 +218,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one:
         importlib.import_module("torchvision.models")  # 150 MB that the first backbone would bring
-        act = {"fit": fit_all, "inspect": inspect_all}[arguments.one[0]]
+        act = {"fit": fit_categories, "inspect": inspect_categories}[arguments.one[0]]
         print(json.dumps(act(json.loads(Path(arguments.one[1]).read_text()))))
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -226,11 +226,11 @@ def main() -> None:
             for number in range(DRAWN):
                 save_png(draw_sample("gear", 0, "train", number)[0], Path(folder) / f"{number:03}.png")
         good = Path(folder) if arguments.data is None else arguments.data.absolute() / "train" / "good"
-        asked = measurements(arguments, [str(path) for path in list_image_files(good)])
+        asked = list_measurements(arguments, [str(path) for path in list_image_files(good)])
         runs: list[list[dict[str, Any]]] = [[] for _ in asked]
         for repeat in range(arguments.repeats):
             for one, found in zip(asked, runs, strict=True):
-                found.append(measure(one))
+                found.append(measure_size(one))
                 done = found[-1]
                 print(
                     f"{repeat + 1}: {done['num_images']} images, {done['side_px']} px, categories {done['num_categories']}: "
@@ -238,10 +238,12 @@ def main() -> None:
                     flush=True,
                 )
     for axis in arguments.axes:
-        show(axis, [middle(found) for one, found in zip(asked, runs, strict=True) if one["axis"] == axis])
+        print_axis_table(
+            axis, [compute_median_row(found) for one, found in zip(asked, runs, strict=True) if one["axis"] == axis]
+        )
     print()
     arguments.device, arguments.data = "cpu", arguments.data and str(arguments.data)
-    keep_json("scale", arguments, [run for found in runs for run in found])
+    save_json("scale", arguments, [run for found in runs for run in found])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from focus_ray.serving.launch import run_service
 from focus_ray.serving.settings import parse_service_settings
 
 
-async def load(
+async def send_requests(
     url: str, images: Sequence[bytes], clients: int, seconds: float, token: str | None = None
 ) -> dict[str, Any]:
     """Clients that each send one image after another for some time.
@@ -37,7 +37,7 @@ async def load(
     headers = {"content-type": "application/octet-stream", **({"authorization": f"Bearer {token}"} if token else {})}
     until = time.perf_counter() + seconds
 
-    async def one(session: aiohttp.ClientSession, number: int) -> None:
+    async def send_one_client(session: aiohttp.ClientSession, number: int) -> None:
         while time.perf_counter() < until:
             started = time.perf_counter()
             async with session.post(url, data=images[number % len(images)], headers=headers) as response:
@@ -48,7 +48,7 @@ async def load(
 
     started = time.perf_counter()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        await asyncio.gather(*(one(session, number) for number in range(clients)))
+        await asyncio.gather(*(send_one_client(session, number) for number in range(clients)))
     took = time.perf_counter() - started
     latencies.sort()
     return {
@@ -59,7 +59,9 @@ async def load(
     }
 
 
-def direct(inspector: Inspector, images: Sequence[bytes], seconds: float, batch: int) -> dict[str, Any]:
+def measure_inspector_alone(
+    inspector: Inspector, images: Sequence[bytes], seconds: float, batch: int
+) -> dict[str, Any]:
     """The inspector alone, on batches of so many images."""
     latencies = []
     count, started = 0, time.perf_counter()
@@ -77,7 +79,7 @@ def direct(inspector: Inspector, images: Sequence[bytes], seconds: float, batch:
     }
 
 
-def batch_sizes() -> tuple[float, float]:
+def read_batch_size_metric() -> tuple[float, float]:
     """Sum and count of the batch-size metric, as Ray's exporter of this node gives them: it is behind by up to 10 s."""
     import ray
 
@@ -120,16 +122,16 @@ def main() -> None:
     samples: dict[str, list[dict[str, Any]]] = {"direct 32": [], "service": [], "direct 1": [], "service, 1 client": []}
     with run_service(settings, port=arguments.port) as url:
         url = f"{url}/v1/local/{inspector.bundle.category}/inspect"
-        asyncio.run(load(url, images, arguments.clients, 3))  # loads the model and warms both
-        direct(inspector, images, 3, 32)
+        asyncio.run(send_requests(url, images, arguments.clients, 3))  # loads the model and warms both
+        measure_inspector_alone(inspector, images, 3, 32)
         for _ in range(arguments.rounds):
-            samples["direct 32"].append(direct(inspector, images, arguments.seconds, 32))
-            samples["service"].append(asyncio.run(load(url, images, arguments.clients, arguments.seconds)))
-            samples["direct 1"].append(direct(inspector, images, arguments.seconds / 2, 1))
-            samples["service, 1 client"].append(asyncio.run(load(url, images, 1, arguments.seconds / 2)))
-        before = batch_sizes()
-        asyncio.run(load(url, images, arguments.clients, arguments.seconds))
-        total, count = (after - former for after, former in zip(batch_sizes(), before, strict=True))
+            samples["direct 32"].append(measure_inspector_alone(inspector, images, arguments.seconds, 32))
+            samples["service"].append(asyncio.run(send_requests(url, images, arguments.clients, arguments.seconds)))
+            samples["direct 1"].append(measure_inspector_alone(inspector, images, arguments.seconds / 2, 1))
+            samples["service, 1 client"].append(asyncio.run(send_requests(url, images, 1, arguments.seconds / 2)))
+        before = read_batch_size_metric()
+        asyncio.run(send_requests(url, images, arguments.clients, arguments.seconds))
+        total, count = (after - former for after, former in zip(read_batch_size_metric(), before, strict=True))
     rows = [
         [name, *(statistics.median(one[key] for one in found) for key in ("images_per_s", "p50_ms", "p99_ms"))]
         for name, found in samples.items()

@@ -33,7 +33,7 @@ from focus_ray.serving.models import iterate_non_backbone_tensors
 from focus_ray.serving.settings import MIB, parse_service_settings
 
 
-def settings_of(registry: str, **pool: Any) -> Any:
+def make_settings(registry: str, **pool: Any) -> Any:
     tree = {
         "registry": registry,
         "open_to_all": True,
@@ -45,7 +45,7 @@ def settings_of(registry: str, **pool: Any) -> Any:
     return parse_service_settings(tree)
 
 
-def resident_mb(title: str) -> list[float]:
+def list_resident_mb(title: str) -> list[float]:
     """Resident memory of this cluster's processes whose title contains a text, MiB each."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -60,7 +60,7 @@ def resident_mb(title: str) -> list[float]:
     return found
 
 
-def models(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) -> dict[str, Any]:
+def measure_many_models(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) -> dict[str, Any]:
     """2,000 requests for 50 models at random, with room for 10."""
     inspector = Inspector.load(bundle, "cpu")
     category = inspector.bundle.category
@@ -73,16 +73,16 @@ def models(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) 
         teams = [f"team{number:02}" for number in range(arguments.models)]
         for team in teams:
             registry.publish(bundle, team)
-        settings = settings_of(folder, memory_mb=(backbone + (arguments.room + 0.5) * own) / MIB)
+        settings = make_settings(folder, memory_mb=(backbone + (arguments.room + 0.5) * own) / MIB)
         memory: list[float] = []
         loads: list[float] = []
         draw = random.Random(0)
 
-        async def ask_all(url: str) -> int:
+        async def send_all(url: str) -> int:
             errors = 0
             left = iter(range(arguments.requests))
 
-            async def one(client: AsyncClient) -> None:
+            async def send_one_client(client: AsyncClient) -> None:
                 nonlocal errors
                 for number in left:
                     answer = await client.inspect(draw.choice(teams), category, [images[number % len(images)]])
@@ -90,16 +90,16 @@ def models(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) 
                     if answer.timings_ms["load"] > 5:
                         loads.append(answer.timings_ms["load"])
                     if number % (arguments.requests // 20) == 0:
-                        memory.append(round(max(resident_mb("scorer")), 1))
+                        memory.append(round(max(list_resident_mb("scorer")), 1))
                         print(f"request {number}: {memory[-1]:.0f} MiB", flush=True)
 
             async with AsyncClient(url, retries=8, timeout_s=150) as client:
-                await asyncio.gather(*(one(client) for _ in range(4)))
+                await asyncio.gather(*(send_one_client(client) for _ in range(4)))
             return errors
 
         with run_service(settings, port=arguments.port) as url:
             started = time.perf_counter()
-            errors = asyncio.run(ask_all(url))
+            errors = asyncio.run(send_all(url))
             took = time.perf_counter() - started
     loads.sort()
     half = len(memory) // 2
@@ -124,7 +124,7 @@ def models(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) 
     return found
 
 
-def zero(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) -> dict[str, Any]:
+def measure_scale_to_zero(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) -> dict[str, Any]:
     """The first answer of a pool without replicas, a warm one, and how long until no replica is left again."""
     inspector = Inspector.load(bundle, "cpu")
     scaling = {"min_replicas": 0, "max_replicas": 1, "upscale_delay_s": 0, "downscale_delay_s": 5}
@@ -133,12 +133,12 @@ def zero(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) ->
         Registry(folder).publish(bundle, "press")
         colds, warms, downs = [], [], []
         with (
-            run_service(settings_of(folder, scaling=scaling), port=arguments.port) as url,
+            run_service(make_settings(folder, scaling=scaling), port=arguments.port) as url,
             Client(url, timeout_s=150) as client,
         ):
             for _ in range(arguments.rounds):
                 started = time.perf_counter()
-                while resident_mb("scorer"):
+                while list_resident_mb("scorer"):
                     assert time.perf_counter() - started < 120, "the replica stays"
                     time.sleep(0.2)
                 downs.append(time.perf_counter() - started)
@@ -151,29 +151,29 @@ def zero(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) ->
     return {"cold_s": colds, "warm_s": warms, "until_none_s": downs}
 
 
-def grow(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) -> dict[str, Any]:
+def measure_scale_up(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) -> dict[str, Any]:
     """Eight clients of a pool of one replica that may have two: seconds until the second is there, and until it has gone."""
     inspector = Inspector.load(bundle, "cpu")
     scaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 1}
     scaling.update(downscale_delay_s=5)
     answers: list[InspectionResult] = []
 
-    def count(wanted: int, since: float) -> float:
-        while len(resident_mb("scorer")) != wanted:
-            assert time.perf_counter() - since < 120, f"{len(resident_mb('scorer'))} replicas, {wanted} awaited"
+    def count_replicas(wanted: int, since: float) -> float:
+        while len(list_resident_mb("scorer")) != wanted:
+            assert time.perf_counter() - since < 120, f"{len(list_resident_mb('scorer'))} replicas, {wanted} awaited"
             time.sleep(0.2)
         return time.perf_counter() - since
 
-    async def ask(url: str) -> float:
+    async def send_requests(url: str) -> float:
         stop = False
 
-        async def one(client: AsyncClient) -> None:
+        async def send_one_client(client: AsyncClient) -> None:
             while not stop:
                 answers.append(await client.inspect("press", inspector.bundle.category, images[:1]))
 
         async with AsyncClient(url, retries=4) as client:
-            asked = [asyncio.create_task(one(client)) for _ in range(8)]
-            took = await asyncio.to_thread(count, 2, time.perf_counter())
+            asked = [asyncio.create_task(send_one_client(client)) for _ in range(8)]
+            took = await asyncio.to_thread(count_replicas, 2, time.perf_counter())
             await asyncio.sleep(10)
             stop = True
             await asyncio.gather(*asked)
@@ -181,14 +181,14 @@ def grow(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) ->
 
     with tempfile.TemporaryDirectory() as folder:
         Registry(folder).publish(bundle, "press")
-        with run_service(settings_of(folder, scaling=scaling), port=arguments.port) as url:
-            count(1, time.perf_counter())
-            up = asyncio.run(ask(url))
-            down = count(1, time.perf_counter())
+        with run_service(make_settings(folder, scaling=scaling), port=arguments.port) as url:
+            count_replicas(1, time.perf_counter())
+            up = asyncio.run(send_requests(url))
+            down = count_replicas(1, time.perf_counter())
     return {"until_two_s": round(up, 1), "until_one_s": round(down, 1), "answers": len(answers), "failed": 0}
 
 
-def node(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) -> dict[str, Any]:
+def measure_lost_node(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) -> dict[str, Any]:
     """Clients of a service on three nodes, one of which is killed."""
     import ray
     from ray.cluster_utils import Cluster
@@ -204,9 +204,9 @@ def node(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) ->
         with tempfile.TemporaryDirectory() as folder:
             Registry(folder).publish(bundle, "press")
             scaling = {"min_replicas": 3, "max_replicas": 3}
-            settings = settings_of(folder, scaling=scaling)
+            settings = make_settings(folder, scaling=scaling)
 
-            async def ask(url: str) -> float:
+            async def send_requests(url: str) -> float:
                 stop = False
                 longest = 0.0
 
@@ -231,7 +231,7 @@ def node(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) ->
                 return longest
 
             with run_service(settings, port=arguments.port) as url:
-                longest = asyncio.run(ask(url))
+                longest = asyncio.run(send_requests(url))
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -257,9 +257,12 @@ def main() -> None:
     torch.set_num_threads(1)
     paths = sorted(path for path in Path(arguments.images).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     images = [path.read_bytes() for path in paths[:64]]
-    found = {"models": models, "zero": zero, "grow": grow, "node": node}[arguments.what](
-        arguments.bundle, images, arguments
-    )
+    found = {
+        "models": measure_many_models,
+        "zero": measure_scale_to_zero,
+        "grow": measure_scale_up,
+        "node": measure_lost_node,
+    }[arguments.what](arguments.bundle, images, arguments)
     print(found)
     print_json(f"serving_stress {arguments.what}", arguments, found)
 

@@ -45,7 +45,7 @@ CHANGES: Mapping[str, Callable[[Generator, Scores], Scores]] = {
 }
 
 
-def direction_of(calibration: Scores, new: Scores) -> str | None:
+def find_notice_direction(calibration: Scores, new: Scores) -> str | None:
     shift = compare_with_calibration_scores(calibration, new)
     return None if shift is None else shift.direction
 
@@ -56,7 +56,7 @@ def measure_wrong_notices(draws: int) -> list[list[Any]]:
     for n in NUM_CALIBRATING:
         for m in NUM_NEW:
             shares = [
-                np.mean([direction_of(draw(random, n), draw(random, m)) is not None for _ in range(draws)])
+                np.mean([find_notice_direction(draw(random, n), draw(random, m)) is not None for _ in range(draws)])
                 for draw in DISTRIBUTIONS.values()
             ]
             rows.append([n, m, *(float(share) for share in shares)])
@@ -72,13 +72,13 @@ def measure_found_shifts(draws: int) -> list[list[Any]]:
             row: list[Any] = [n, m]
             for name, change in list(CHANGES.items())[1:]:
                 expected = "lower" if name == "x 0.9" else "higher"
-                found = [direction_of(draw(random, n), change(random, draw(random, m))) for _ in range(draws)]
+                found = [find_notice_direction(draw(random, n), change(random, draw(random, m))) for _ in range(draws)]
                 row.append(float(np.mean([direction == expected for direction in found])))
             rows.append(row)
     return rows
 
 
-def images_until_notice(calibration: Scores, stream: Scores) -> int | None:
+def count_images_until_notice(calibration: Scores, stream: Scores) -> int | None:
     """Images of a stream after which the first notice came; None: none came."""
     recent = StreamShiftMonitor()
     for end in range(STREAM_BATCH, stream.size + 1, STREAM_BATCH):
@@ -90,7 +90,7 @@ def images_until_notice(calibration: Scores, stream: Scores) -> int | None:
     return None
 
 
-def measure_streams(count: int) -> list[list[Any]]:
+def measure_stream_notices(count: int) -> list[list[Any]]:
     """Rows of n and share of defects: streams with a wrong notice, then the median of images until a shift by 1.2 is told."""
     random, rows = np.random.default_rng(2), []
     draw = DISTRIBUTIONS["lognormal"]
@@ -100,8 +100,8 @@ def measure_streams(count: int) -> list[list[Any]]:
             for _ in range(count):
                 calibration, stream = draw(random, n), draw(random, STREAM_IMAGES)
                 stream[random.random(stream.size) < defects] *= 3
-                wrong.append(images_until_notice(calibration, stream) is not None)
-                found = images_until_notice(calibration, 1.2 * stream[:2000])
+                wrong.append(count_images_until_notice(calibration, stream) is not None)
+                found = count_images_until_notice(calibration, 1.2 * stream[:2000])
                 until.append(np.inf if found is None else found)
             median = float(np.median(until))
             rows.append([n, defects, float(np.mean(wrong)), None if np.isinf(median) else int(median)])
@@ -115,7 +115,9 @@ def measure_real_draws(samples: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
         chosen = [sample for sample in samples if sample["images"] == images]
         row: list[Any] = [images, len({sample["category"] for sample in chosen}), len(chosen)]
         for change in CHANGES.values():
-            found = [direction_of(np.array(s["image_scores"]), change(random, np.array(s["good"]))) for s in chosen]
+            found = [
+                find_notice_direction(np.array(s["image_scores"]), change(random, np.array(s["good"]))) for s in chosen
+            ]
             row.append(float(np.mean([direction is not None for direction in found])))
         rates = [Share(round(sample["fpr"] * len(sample["good"])), len(sample["good"])) for sample in chosen]
         row.append(float(np.mean([rate.bounds[0] > 0.05 for rate in rates])))
@@ -132,7 +134,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tables: dict[str, list[list[Any]]] = {}
 
-    def show(name: str, header: Sequence[str], rows: list[list[Any]]) -> None:
+    def print_rows(name: str, header: Sequence[str], rows: list[list[Any]]) -> None:
         tables[name] = rows
         print(f"\n{name}\n")
         print_table(header, rows)
@@ -141,12 +143,12 @@ def main() -> None:
         lines = Path(arguments.verdicts).read_text().splitlines()
         samples = [sample for sample in map(json.loads, lines) if sample["method"] == "auto"]
         header = ["good images", "categories", "draws", *CHANGES, "rate above 0.05 beyond chance"]
-        show("real draws: share with a notice", header, measure_real_draws(samples))
+        print_rows("real draws: share with a notice", header, measure_real_draws(samples))
     sizes = ["calibrating", "new"]
-    show("wrong notices", [*sizes, *DISTRIBUTIONS], measure_wrong_notices(arguments.draws))
-    show("shifts found", [*sizes, *list(CHANGES)[1:]], measure_found_shifts(max(1, arguments.draws // 2)))
+    print_rows("wrong notices", [*sizes, *DISTRIBUTIONS], measure_wrong_notices(arguments.draws))
+    print_rows("shifts found", [*sizes, *list(CHANGES)[1:]], measure_found_shifts(max(1, arguments.draws // 2)))
     header = ["calibrating", "defects", "streams of 10,000 with a wrong notice", "images until x 1.2 is told"]
-    show("streams", header, measure_streams(arguments.streams))
+    print_rows("streams", header, measure_stream_notices(arguments.streams))
     print()
     print_json("shift", arguments, tables)
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from benchmarks.harness import add_arguments, base_tree, keep_json, merged, open_data, print_table
+from benchmarks.harness import add_arguments, make_base_settings, merge_settings, open_data, print_table, save_json
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.recalibrate import calibrate_bundle, calibrate_for_site
@@ -47,28 +47,28 @@ MAP_PX = 256  # maps are compared at this, at most
 KEPT = 0.3  # of the good images, to measure with
 
 
-def _as_it_is(image: NDArray[np.float64], noise: np.random.Generator) -> NDArray[np.float64]:
+def _keep_image(image: NDArray[np.float64], noise: np.random.Generator) -> NDArray[np.float64]:
     return image
 
 
-def _brighter(image: NDArray[np.float64], noise: np.random.Generator) -> NDArray[np.float64]:
+def _brighten_image(image: NDArray[np.float64], noise: np.random.Generator) -> NDArray[np.float64]:
     """More contrast by 15 %, lighter by 10 of 255, a little warmer."""
     return (image - 128) * np.array([1.18, 1.15, 1.12]) + 138
 
 
-def _softer(image: NDArray[np.float64], noise: np.random.Generator) -> NDArray[np.float64]:
+def _blur_image(image: NDArray[np.float64], noise: np.random.Generator) -> NDArray[np.float64]:
     """Out of focus by one pixel, darker by 10 of 255, with noise of 3."""
     return gaussian_filter(image, (1, 1, 0)) - 10 + noise.normal(0, 3, image.shape)
 
 
 CAMERAS: tuple[Callable[[NDArray[np.float64], np.random.Generator], NDArray[np.float64]], ...] = (
-    _as_it_is,
-    _brighter,
-    _softer,
+    _keep_image,
+    _brighten_image,
+    _blur_image,
 )
 
 
-def photograph(record: Row, camera: int, size_px: int, seed: int) -> bytes:
+def simulate_site_photograph(record: Row, camera: int, size_px: int, seed: int) -> bytes:
     """An image of `size_px` a side as a site's camera gives it, the same every time."""
     pixels: NDArray[np.float64] = decode_batch([record["image"]], size_px)[0].astype(np.float64)
     noise = np.random.default_rng(derive_seed(seed, "camera", camera, zlib.crc32(str(record["id"]).encode())))
@@ -76,7 +76,7 @@ def photograph(record: Row, camera: int, size_px: int, seed: int) -> bytes:
     return encode_png(made)
 
 
-def dealt(count: int, num_sites: int, seed: int) -> tuple[list[int], list[list[int]]]:
+def deal_images(count: int, num_sites: int, seed: int) -> tuple[list[int], list[list[int]]]:
     """Numbers of the good images that are kept, the same for any number of sites, and of those of each site."""
     order = np.random.default_rng(derive_seed(seed, "sites")).permutation(count).tolist()
     num_kept = min(MOST_GOOD, round(KEPT * count))
@@ -84,7 +84,7 @@ def dealt(count: int, num_sites: int, seed: int) -> tuple[list[int], list[list[i
     return order[:num_kept], [sorted(rest[site::num_sites]) for site in range(num_sites)]
 
 
-def ingested(images: Sequence[tuple[str, bytes]], category: str, folder: Path, site: str) -> str:
+def ingest_images(images: Sequence[tuple[str, bytes]], category: str, folder: Path, site: str) -> str:
     """A data set of these good images, by name. Returns: its root."""
     good = folder / category / "good"
     good.mkdir(parents=True)
@@ -94,13 +94,13 @@ def ingested(images: Sequence[tuple[str, bytes]], category: str, folder: Path, s
     return str(folder / "data")
 
 
-def fitted(config: Config, category: str, place: Path) -> str:
+def fit_bundle(config: Config, category: str, place: Path) -> str:
     """The bundle of a category, fitted."""
     fit_category(config, compute_split_rule(config, category), str(place), print)
     return get_bundle_uri(str(place), category)
 
 
-def seen_by(place: str, records: Sequence[Row]) -> tuple[ScoredTestImages, dict[str, Any]]:
+def score_site_images(place: str, records: Sequence[Row]) -> tuple[ScoredTestImages, dict[str, Any]]:
     """Scores of a site's images, and how well they rank."""
     measured = Inspector.load(place).score_labelled_images([dict(record) for record in records], MAP_PX).measured
     return measured, {
@@ -109,7 +109,7 @@ def seen_by(place: str, records: Sequence[Row]) -> tuple[ScoredTestImages, dict[
     }
 
 
-def verdicts(place: str, measured: ScoredTestImages) -> dict[str, Any]:
+def measure_verdict_rates(place: str, measured: ScoredTestImages) -> dict[str, Any]:
     """Shares above the thresholds of a bundle, of scores that its tensors gave."""
     calibration = Calibration.from_dict(read_manifest(place)["calibration"])
     above, bad = calibration.is_anomalous(measured.scores), measured.labels > 0
@@ -121,11 +121,11 @@ def verdicts(place: str, measured: ScoredTestImages) -> dict[str, Any]:
     }
 
 
-def run(
+def run_deal(
     tree: dict[str, Any], category: str, num_sites: int, differ: bool, seed: int, root: Path
 ) -> Iterator[dict[str, Any]]:
     """One deal: a sample a model, thresholds and site."""
-    config = parse_config(merged(tree, {"train": {"seed": seed}}))
+    config = parse_config(merge_settings(tree, {"train": {"seed": seed}}))
     uri, size = config.data.uri, config.model.image_size_px
     index = read_index(uri, category)
     labels = index["label"].to_numpy()
@@ -133,21 +133,24 @@ def run(
     good = list(read_rows(uri, category, rows[labels == 0], columns=TEST_COLUMNS))
     bad_rows = rows[(labels == 1) & (np.array(index["split"].to_pylist()) == "test")]
     bad = list(read_rows(uri, category, bad_rows[:: max(1, -(-len(bad_rows) // MOST_BAD))], columns=TEST_COLUMNS))
-    kept, parts = dealt(len(good), num_sites, seed)
+    kept, parts = deal_images(len(good), num_sites, seed)
     cameras = list(range(num_sites)) if differ else [0] * num_sites
     names = [chr(ord("A") + site) for site in range(num_sites)]
     taken = [
-        [(f"{names[site]}-{number:04}", photograph(good[number], cameras[site], size, seed)) for number in part]
+        [
+            (f"{names[site]}-{number:04}", simulate_site_photograph(good[number], cameras[site], size, seed))
+            for number in part
+        ]
         for site, part in enumerate(parts)
     ]
-    data = [ingested(images, category, root / name, name) for images, name in zip(taken, names, strict=True)]
-    everything = ingested([one for images in taken for one in images], category, root / "all", "all")
+    data = [ingest_images(images, category, root / name, name) for images, name in zip(taken, names, strict=True)]
+    everything = ingest_images([one for images in taken for one in images], category, root / "all", "all")
 
-    def of(uri: str) -> Config:
+    def read_bundle_sample(uri: str) -> Config:
         return config.model_copy(update={"data": config.data.model_copy(update={"uri": uri})})
 
-    together = fitted(of(everything), category, root / "together")
-    first = fitted(of(data[0]), category, root / "first")
+    together = fit_bundle(read_bundle_sample(everything), category, root / "together")
+    first = fit_bundle(read_bundle_sample(data[0]), category, root / "first")
     bundles = [first]
     for name, one in zip(names[1:], data[1:], strict=True):
         bundles.append(str(root / f"bundle-{name}"))
@@ -161,13 +164,13 @@ def run(
         if site and not differ:
             break  # sites that are alike have the same test images
         records = [
-            {**record, "image": photograph(record, cameras[site], size, seed)}
+            {**record, "image": simulate_site_photograph(record, cameras[site], size, seed)}
             for record in [*(good[number] for number in kept), *bad]
         ]
         about = {"category": category, "sites": num_sites, "cameras": "differ" if differ else "alike", "site": name}
         about |= {"seed": seed, "good": len(kept), "bad": len(bad), "fit_at_site": len(parts[site])}
         for model, place in models.items():
-            measured, ranked = seen_by(place, records)
+            measured, ranked = score_site_images(place, records)
             own = str(root / f"{model} at {name}")
             by = {"its own": place}
             if model == "joined":
@@ -177,10 +180,16 @@ def run(
                 calibrate_bundle(place, own, sorted((root / name / category / "good").iterdir()))
                 by["the site's"] = own
             for thresholds, calibrated in by.items():
-                yield {**about, "model": model, "thresholds": thresholds, **ranked, **verdicts(calibrated, measured)}
+                yield {
+                    **about,
+                    "model": model,
+                    "thresholds": thresholds,
+                    **ranked,
+                    **measure_verdict_rates(calibrated, measured),
+                }
 
 
-def table(samples: Sequence[dict[str, Any]]) -> list[list[Any]]:
+def make_table(samples: Sequence[dict[str, Any]]) -> list[list[Any]]:
     """A row a category, number of sites, cameras, model and thresholds: means over the sites."""
     keys = ("category", "sites", "cameras", "model", "thresholds")
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -236,7 +245,14 @@ def main() -> None:
                         continue
                     with tempfile.TemporaryDirectory() as folder:
                         found = list(
-                            run(base_tree(arguments, uri), category, num_sites, cameras == "differ", seed, Path(folder))
+                            run_deal(
+                                make_base_settings(arguments, uri),
+                                category,
+                                num_sites,
+                                cameras == "differ",
+                                seed,
+                                Path(folder),
+                            )
                         )
                     samples += found
                     if arguments.output:
@@ -246,9 +262,9 @@ def main() -> None:
                         print(json.dumps(sample), flush=True)
     print()
     header = ("category", "sites", "cameras", "model", "thresholds", "image AUROC", "AUPRO", "FPR by site", "recall")
-    print_table(header, table(samples))
+    print_table(header, make_table(samples))
     print()
-    keep_json("sites", arguments, samples)
+    save_json("sites", arguments, samples)
 
 
 if __name__ == "__main__":

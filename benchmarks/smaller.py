@@ -26,10 +26,10 @@ from torch import Tensor
 
 from benchmarks.harness import (
     add_arguments,
-    base_tree,
-    base_tree_of,
     fit_category,
-    merged,
+    make_base_settings,
+    make_base_settings_of,
+    merge_settings,
     open_data,
     print_json,
     print_table,
@@ -58,44 +58,46 @@ Part = tuple[Tensor, Tensor | None]  # as `subsample_location_coresets` returns 
 Way = Callable[[Tensor, NormalStatistics], Part]  # of a whole bank (L, N, C)
 
 
-def of_images(bank: Tensor, numbers: Tensor) -> Part:
+def select_images(bank: Tensor, numbers: Tensor) -> Part:
     """numbers: (M,) at every place, or (L, M)."""
     images = numbers.expand(len(bank), -1)
     return bank[torch.arange(len(bank))[:, None], images], images
 
 
-def every_nth(share: int) -> Way:
-    return lambda bank, _: of_images(
+def keep_every_nth(share: int) -> Way:
+    return lambda bank, _: select_images(
         bank, torch.tensor(sorted(choose_evenly_spaced(bank.shape[1], -(-bank.shape[1] // share))))
     )
 
 
-def spread_images(share: int) -> Way:
+def keep_spread_images(share: int) -> Way:
     def way(bank: Tensor, found: NormalStatistics) -> Part:
         side = found.moments.height // 4
         blocks = bank.float().view(4, side, 4, -1, *bank.shape[1:]).mean(dim=(1, 3))  # (4, 4, N, C)
         rows = blocks.permute(2, 0, 1, 3).flatten(1)
-        return of_images(bank, choose_farthest_points(rows - rows.mean(dim=0), -(-len(rows) // share)).sort().values)
+        return select_images(
+            bank, choose_farthest_points(rows - rows.mean(dim=0), -(-len(rows) // share)).sort().values
+        )
 
     return way
 
 
-def turns(share: int) -> Way:
+def keep_rotating_images(share: int) -> Way:
     """Place (r, c) keeps images n with n = slope r + c, modulo the share: up to 9, a window of 3 x 3 meets every remainder."""
 
     def way(bank: Tensor, found: NormalStatistics) -> Part:
         place, count = torch.arange(len(bank)), bank.shape[1]
         phase = (math.isqrt(share + 1) * (place // found.moments.width) + place % found.moments.width) % share
-        return of_images(bank, (phase[:, None] + share * torch.arange(-(-count // share))) % count)
+        return select_images(bank, (phase[:, None] + share * torch.arange(-(-count // share))) % count)
 
     return way
 
 
-def greedy(share: int) -> Way:
+def keep_greedy_coreset(share: int) -> Way:
     return lambda bank, _: subsample_location_coresets(bank, -(-bank.shape[1] // share), "cpu")
 
 
-def rounded(bits: int) -> Way:
+def round_values(bits: int) -> Way:
     def way(bank: Tensor, _: NormalStatistics) -> Part:
         centre = bank.float().mean(dim=1, keepdim=True)
         apart = bank.float() - centre
@@ -105,11 +107,11 @@ def rounded(bits: int) -> Way:
     return way
 
 
-def everything(bank: Tensor, _: NormalStatistics) -> Part:
+def keep_everything(bank: Tensor, _: NormalStatistics) -> Part:
     return bank, None
 
 
-def principal(bank: Tensor, mean: Tensor, count: int) -> Tensor:
+def compute_principal_projection(bank: Tensor, mean: Tensor, count: int) -> Tensor:
     """(C, C), the projection onto the directions in which embeddings (L, N, C) differ most from their places' mean (L, C)."""
     channels = bank.shape[2]
     scatter = torch.zeros(channels, channels)
@@ -119,20 +121,27 @@ def principal(bank: Tensor, mean: Tensor, count: int) -> Tensor:
     return directions @ directions.t()
 
 
-def ways_of(shares: Sequence[int]) -> dict[str, tuple[Way, int | None]]:
+def list_reductions(shares: Sequence[int]) -> dict[str, tuple[Way, int | None]]:
     """Name -> way, and channels; None: all."""
-    found: dict[str, tuple[Way, int | None]] = {"all": (everything, None)}
-    kinds = {"images": every_nth, "spread images": spread_images, "turns": turns, "greedy": greedy}
+    found: dict[str, tuple[Way, int | None]] = {"all": (keep_everything, None)}
+    kinds = {
+        "images": keep_every_nth,
+        "spread images": keep_spread_images,
+        "turns": keep_rotating_images,
+        "greedy": keep_greedy_coreset,
+    }
     found.update({f"{name}, 1/{share}": (kind(share), None) for name, kind in kinds.items() for share in shares})
-    found.update({f"{bits} bits": (rounded(bits), None) for bits in (8, 4)})
-    found.update({f"{count} channels": (everything, count) for count in (64, 50)})
+    found.update({f"{bits} bits": (round_values(bits), None) for bits in (8, 4)})
+    found.update({f"{count} channels": (keep_everything, count) for count in (64, 50)})
     return found
 
 
 @torch.inference_mode()
-def measure(tree: dict[str, Any], category: str, device: str, shares: Sequence[int]) -> dict[str, dict[str, Any]]:
+def measure_reductions(
+    tree: dict[str, Any], category: str, device: str, shares: Sequence[int]
+) -> dict[str, dict[str, Any]]:
     """Name of a way -> figures of one fit of the category."""
-    config = parse_config(merged(tree, {"density": {"per_place": None, "gaussian_share": 0.0}}))
+    config = parse_config(merge_settings(tree, {"density": {"per_place": None, "gaussian_share": 0.0}}))
     result, inspector = fit_category(config, category, device)
     detector, found = result.detector, result.statistics
     joint = detector.density
@@ -140,11 +149,11 @@ def measure(tree: dict[str, Any], category: str, device: str, shares: Sequence[i
     assert found.bank is not None
     places, bank = joint.location_memory, found.bank[:, :, : found.moments.channels].transpose(0, 1)
     figures = {}
-    for name, (way, channels) in ways_of(shares).items():
+    for name, (way, channels) in list_reductions(shares).items():
         projection = places.whitening
         kept, images = way(bank, found)
         if channels is not None:
-            projection = principal(bank, found.moments.mean.cpu(), channels).to(projection)
+            projection = compute_principal_projection(bank, found.moments.mean.cpu(), channels).to(projection)
             kept = kept.float() @ projection.cpu()
         sizes = places.height, places.width, places.window, places.bank.dtype
         memory = LocationMemory(kept, projection, *sizes, images)
@@ -158,9 +167,11 @@ def measure(tree: dict[str, Any], category: str, device: str, shares: Sequence[i
     return figures
 
 
-def sizes_of(num_images: int, per_place: int | None, precision: str) -> dict[str, int]:
+def compute_sizes(num_images: int, per_place: int | None, precision: str) -> dict[str, int]:
     """Bytes of a loaded model without its backbone, and of its bundle's parts; what the values are does not matter."""
-    tree = merged(base_tree_of("unused", "random", 256), {"density": {"per_place": per_place, "precision": precision}})
+    tree = merge_settings(
+        make_base_settings_of("unused", "random", 256), {"density": {"per_place": per_place, "precision": precision}}
+    )
     config = parse_config(tree)
     net = build_network(config.model)
     reduction = ChannelReduction(net.backbone.spec.channels, config.density, 0)
@@ -191,9 +202,9 @@ def sizes_of(num_images: int, per_place: int | None, precision: str) -> dict[str
     return {"model": sum(one.numel() * one.element_size() for one in iterate_non_backbone_tensors(read)), **files}
 
 
-def print_sizes(counts: Sequence[int]) -> list[dict[str, Any]]:
+def print_size_table(counts: Sequence[int]) -> list[dict[str, Any]]:
     samples: list[dict[str, Any]] = [
-        {"images": count, "per_place": per_place, "precision": precision, **sizes_of(count, per_place, precision)}
+        {"images": count, "per_place": per_place, "precision": precision, **compute_sizes(count, per_place, precision)}
         for count in counts
         for precision in ("bf16", "fp32")
         for per_place in (None, 128, 64)
@@ -216,7 +227,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, help="images of made-up models, in place of --data")
     arguments = parser.parse_args()
     if arguments.sizes:
-        print_json("smaller", arguments, print_sizes(arguments.sizes))
+        print_json("smaller", arguments, print_size_table(arguments.sizes))
         return
     if not arguments.data:
         parser.error("give --data or --sizes")
@@ -226,8 +237,8 @@ def main() -> None:
         uri, categories = open_data(one)
         for category in categories:
             for seed in arguments.seeds:
-                tree = merged(base_tree(arguments, uri), {"train": {"seed": seed}})
-                for name, figures in measure(tree, category, arguments.device, arguments.shares).items():
+                tree = merge_settings(make_base_settings(arguments, uri), {"train": {"seed": seed}})
+                for name, figures in measure_reductions(tree, category, arguments.device, arguments.shares).items():
                     samples.append({"category": category, "seed": seed, "way": name, **figures})
     rows: list[list[Any]] = []
     for category in [*dict.fromkeys(sample["category"] for sample in samples), None]:

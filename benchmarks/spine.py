@@ -19,7 +19,16 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.harness import add_arguments, base_tree, fit_category, merged, open_data, print_json, print_table, run
+from benchmarks.harness import (
+    add_arguments,
+    fit_category,
+    make_base_settings,
+    merge_settings,
+    open_data,
+    print_json,
+    print_table,
+    train_and_evaluate,
+)
 from focus_ray.data.images import decode_batch
 from focus_ray.data.read import read_index, read_rows
 from focus_ray.density.base import build_density
@@ -32,7 +41,7 @@ from focus_ray.fitting.settings import parse_config
 ROUNDS = 5
 
 
-def padim_tree() -> dict[str, Any]:
+def make_padim_settings() -> dict[str, Any]:
     tree = yaml.safe_load((Path(__file__).parent.parent / "configs" / "padim.yaml").read_text())
     return {
         "model": {key: tree["model"][key] for key in ("image_alignment", "padding")},
@@ -41,7 +50,7 @@ def padim_tree() -> dict[str, Any]:
     }
 
 
-def density_cost(tree: dict[str, Any], category: str, device: str) -> dict[str, float]:
+def measure_density_seconds(tree: dict[str, Any], category: str, device: str) -> dict[str, float]:
     """Seconds of moments and factorisation beyond feature extraction, over all normal training images."""
     config = parse_config(
         {**tree, "calibration": {"method": "cross"}, "data": {**tree["data"], "holdout_fraction": 0.0}}
@@ -77,7 +86,7 @@ def density_cost(tree: dict[str, Any], category: str, device: str) -> dict[str, 
     }
 
 
-def throughput(tree: dict[str, Any], category: str, device: str) -> dict[str, Any]:
+def measure_throughput(tree: dict[str, Any], category: str, device: str) -> dict[str, Any]:
     """Images a second, by turns: encoded bytes to inspections, and the bare backbone on ready tensors at its best batch size."""
     config = parse_config(tree)
     _, inspector = fit_category(config, category, device)
@@ -88,7 +97,7 @@ def throughput(tree: dict[str, Any], category: str, device: str) -> dict[str, An
     backbone = backbone.to(memory_format=torch.channels_last)
     ready = convert_to_float_images(torch.from_numpy(decode_batch(encoded[:32], config.model.image_size_px)), device)
 
-    def bare(batch_size: int) -> None:
+    def run_bare_backbone(batch_size: int) -> None:
         with torch.inference_mode():
             for _ in range(len(encoded) // 32):
                 for part in ready.split(batch_size):
@@ -97,8 +106,8 @@ def throughput(tree: dict[str, Any], category: str, device: str) -> dict[str, An
             torch.cuda.synchronize()
 
     works = {
-        "bare, batches of 32": lambda: bare(32),
-        "bare, batches of 8": lambda: bare(8),
+        "bare, batches of 32": lambda: run_bare_backbone(32),
+        "bare, batches of 8": lambda: run_bare_backbone(8),
         "end to end": lambda: inspector.inspect(encoded),
     }
     samples: dict[str, list[float]] = {name: [] for name in works}
@@ -113,7 +122,7 @@ def throughput(tree: dict[str, Any], category: str, device: str) -> dict[str, An
     return {**medians, "share": medians["end to end"] / best, "samples": samples}
 
 
-def startup() -> dict[str, float]:
+def measure_startup() -> dict[str, float]:
     commands = {
         "import focus_ray": [sys.executable, "-c", "import focus_ray"],
         "focus-ray --help": [sys.executable, "-m", "focus_ray.cli", "--help"],
@@ -134,20 +143,20 @@ def main() -> None:
     add_arguments(parser)
     arguments = parser.parse_args()
     uri, categories = open_data(arguments)
-    plain = merged(base_tree(arguments, uri), padim_tree())
-    default = base_tree(arguments, uri)
+    plain = merge_settings(make_base_settings(arguments, uri), make_padim_settings())
+    default = make_base_settings(arguments, uri)
 
-    accuracy = {category: run(plain, category, arguments.device)[2] for category in categories}
+    accuracy = {category: train_and_evaluate(plain, category, arguments.device)[2] for category in categories}
     print("\nPlain baseline (no alignment, nothing trained)\n")
     print_table(
         ("category", "image AUROC", "pixel AUROC", "AUPRO 0.3"),
         ([c, r["image_auroc"], r["pixel_auroc"], r["aupro_0.3"]] for c, r in accuracy.items()),
     )
-    cost = density_cost(plain, categories[0], arguments.device)
+    cost = measure_density_seconds(plain, categories[0], arguments.device)
     print(f"\nGaussian of {categories[0]} beyond feature extraction\n")
     print_table(tuple(cost), [list(cost.values())])
     speeds = {
-        name: throughput(tree, categories[0], arguments.device)
+        name: measure_throughput(tree, categories[0], arguments.device)
         for name, tree in (("plain", plain), ("default", default))
     }
     print("\nImages a second\n")
@@ -155,7 +164,7 @@ def main() -> None:
         ("configuration", *(name for name in next(iter(speeds.values())) if name != "samples")),
         ([name, *(value for key, value in speed.items() if key != "samples")] for name, speed in speeds.items()),
     )
-    starts = startup()
+    starts = measure_startup()
     print("\nStart-up, seconds\n")
     print_table(tuple(starts), [list(starts.values())])
     print()

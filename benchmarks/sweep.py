@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import add_arguments, base_tree, merged, open_data, print_json, print_table
+from benchmarks.harness import add_arguments, make_base_settings, merge_settings, open_data, print_json, print_table
 from focus_ray.cluster.connect import connect_to_ray
 from focus_ray.sweep.driver import run_sweep
 from focus_ray.sweep.settings import list_grid_points, parse_sweep_config
@@ -33,7 +33,7 @@ DENSITY_SPACE = {
 RATES_SPACE = {"train.learning_rate": [1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0]}
 
 
-def measure_sweep(base: dict[str, Any], space: dict[str, Any], name: str, **settings: Any) -> dict[str, Any]:
+def run_measured_sweep(base: dict[str, Any], space: dict[str, Any], name: str, **settings: Any) -> dict[str, Any]:
     """One sweep. Returns: its costs and its best."""
     config = parse_sweep_config({"base": base, "space": space, "searcher": "grid", "name": name, **settings})
     start = time.perf_counter()
@@ -54,7 +54,9 @@ def measure_sweep(base: dict[str, Any], space: dict[str, Any], name: str, **sett
     }
 
 
-def run_alone(base: dict[str, Any], space: dict[str, Any], categories: list[str], device: str) -> list[dict[str, Any]]:
+def run_grid_without_ray(
+    base: dict[str, Any], space: dict[str, Any], categories: list[str], device: str
+) -> list[dict[str, Any]]:
     """The same grid in this process, without Ray, in CPU seconds of the work alone: other work on the machine does not
     count. Every trial makes its own images and features; then all take those that are made once."""
     config = parse_sweep_config({"base": base, "space": space, "searcher": "grid"})
@@ -106,23 +108,27 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="of the density settings' values, for the part 'work'")
     arguments = parser.parse_args()
     uri, categories = open_data(arguments)
-    base = base_tree(arguments, uri)
+    base = make_base_settings(arguments, uri)
     storage = f"{arguments.work}/sweeps-{time.time():.0f}"
-    base = merged(base, {"storage": storage, "data": {"categories": categories}, "cluster": {"use_gpu": "auto"}})
-    base = merged(base, {"density": {"reduction": "semi_orthogonal", "coreset": 0}})  # whose features trials can share
+    base = merge_settings(
+        base, {"storage": storage, "data": {"categories": categories}, "cluster": {"use_gpu": "auto"}}
+    )
+    base = merge_settings(
+        base, {"density": {"reduction": "semi_orthogonal", "coreset": 0}}
+    )  # whose features trials can share
     samples = []
     if "work" in arguments.parts:
         space = {key: values[:: arguments.every] for key, values in DENSITY_SPACE.items()}
-        samples += run_alone(base, space, categories, arguments.device)
+        samples += run_grid_without_ray(base, space, categories, arguments.device)
     if {"sharing", "race"} & set(arguments.parts):
         connect_to_ray()
     if "sharing" in arguments.parts:
         samples += [
-            measure_sweep(base, DENSITY_SPACE, "unshared", share_work=False),
-            measure_sweep(base, DENSITY_SPACE, "shared"),
+            run_measured_sweep(base, DENSITY_SPACE, "unshared", share_work=False),
+            run_measured_sweep(base, DENSITY_SPACE, "shared"),
         ]
     if "race" in arguments.parts:
-        trained = merged(
+        trained = merge_settings(
             base,
             {
                 "model": {"image_size_px": arguments.race_size_px, "image_alignment": {"group": "none"}},
@@ -130,8 +136,8 @@ def main() -> None:
             },
         )
         samples += [
-            measure_sweep(trained, RATES_SPACE, "full"),
-            measure_sweep(trained, RATES_SPACE, "raced", race={"enabled": True}, scheduler={"kind": "asha"}),
+            run_measured_sweep(trained, RATES_SPACE, "full"),
+            run_measured_sweep(trained, RATES_SPACE, "raced", race={"enabled": True}, scheduler={"kind": "asha"}),
         ]
     print()
     header = ("sweep", "trials", "cut", "epochs", "seconds", "best", "score", "cost against the one above")

@@ -30,7 +30,7 @@ WEIGHT = 0.5  # of the fitted prior
 BATCH_SIZE, NUM_BATCHES = 100, 200  # of the simulation of inspected batches
 
 
-def relative_excesses(draw: Draw) -> tuple[int, float]:
+def sum_relative_excesses(draw: Draw) -> tuple[int, float]:
     """Returns the number of excesses of a draw's tail, and their sum as a multiple of the start."""
     tail = fit_tail(np.sort(draw["image_scores"]), prior=NO_PRIOR)
     assert tail is not None
@@ -40,7 +40,7 @@ def relative_excesses(draw: Draw) -> tuple[int, float]:
 
 def fit_prior(draws: Sequence[Draw]) -> TailPrior:
     """Fits the prior by its marginal likelihood: sums of m excesses are Gamma(m, theta), theta is inverse-gamma."""
-    degrees, sums = map(np.array, zip(*(relative_excesses(draw) for draw in draws), strict=True))
+    degrees, sums = map(np.array, zip(*(sum_relative_excesses(draw) for draw in draws), strict=True))
 
     def negative_log_likelihood(logarithms: NDArray[np.float64]) -> float:
         a, b = np.exp(logarithms)
@@ -51,11 +51,11 @@ def fit_prior(draws: Sequence[Draw]) -> TailPrior:
     return TailPrior(*(float(value) for value in np.exp(fitted.x)))
 
 
-def weighted(prior: TailPrior) -> TailPrior:
+def make_threshold_of_prior(prior: TailPrior) -> TailPrior:
     return TailPrior(WEIGHT * prior.degrees, WEIGHT * prior.total)
 
 
-def threshold_under(prior_of: Callable[[str], TailPrior]) -> Threshold:
+def make_threshold_function(prior_of: Callable[[str], TailPrior]) -> Threshold:
     def threshold(draw: Draw, target: float) -> float:
         tail = fit_tail(np.sort(draw["image_scores"]), prior=prior_of(draw["category"]))
         assert tail is not None
@@ -64,12 +64,14 @@ def threshold_under(prior_of: Callable[[str], TailPrior]) -> Threshold:
     return threshold
 
 
-def ideal_threshold(draw: Draw, target: float) -> float:
+def find_ideal_threshold(draw: Draw, target: float) -> float:
     """Returns the threshold at which the good images of this draw have the target rate; no calibration can know it."""
     return float(np.quantile(draw["good"], 1 - target))
 
 
-def measure(draws: Sequence[Draw], threshold: Threshold, target: float) -> tuple[float, str, float, float]:
+def measure_threshold_rates(
+    draws: Sequence[Draw], threshold: Threshold, target: float
+) -> tuple[float, str, float, float]:
     """Returns the mean rate, the worst category, the share of draws above `HIGH_RATE`, and the mean recall.
 
     Means are over categories, each of which counts its draws alike.
@@ -87,9 +89,9 @@ def measure(draws: Sequence[Draw], threshold: Threshold, target: float) -> tuple
     return float(np.mean(list(means.values()))), f"{means[worst]:.2f} ({worst})", high, recall
 
 
-def recall_at_rate(draws: Sequence[Draw], threshold: Threshold, rate: float) -> float:
+def interpolate_recall_at_rate(draws: Sequence[Draw], threshold: Threshold, rate: float) -> float:
     """Returns the mean recall at the target whose mean realised rate is `rate`, interpolated between targets."""
-    figures = [measure(draws, threshold, target) for target in np.geomspace(0.005, 0.3, 150)]
+    figures = [measure_threshold_rates(draws, threshold, target) for target in np.geomspace(0.005, 0.3, 150)]
     return float(np.interp(rate, [figure[0] for figure in figures], [figure[3] for figure in figures]))
 
 
@@ -102,21 +104,23 @@ def print_priors(draws: Sequence[Draw], target: float) -> None:
     everything = fit_prior(draws)
     print(f"prior fitted on all {len(categories)} categories: {everything}; shipped: {SHIPPED_PRIOR}\n")
     methods = {
-        "no prior": threshold_under(lambda category: NO_PRIOR),
-        "prior of the other categories": threshold_under(lambda category: left_out[category]),
-        "the same, half its weight (as shipped)": threshold_under(lambda category: weighted(left_out[category])),
-        "prior of the other five, half its weight": threshold_under(
-            lambda category: weighted(half[categories.index(category) % 2])
+        "no prior": make_threshold_function(lambda category: NO_PRIOR),
+        "prior of the other categories": make_threshold_function(lambda category: left_out[category]),
+        "the same, half its weight (as shipped)": make_threshold_function(
+            lambda category: make_threshold_of_prior(left_out[category])
         ),
-        "ideal threshold of each draw": ideal_threshold,
+        "prior of the other five, half its weight": make_threshold_function(
+            lambda category: make_threshold_of_prior(half[categories.index(category) % 2])
+        ),
+        "ideal threshold of each draw": find_ideal_threshold,
     }
     rows: list[list[Any]] = []
     for num_images in sorted({draw["images"] for draw in draws}):
         subset = [draw for draw in draws if draw["images"] == num_images]
-        rate = measure(subset, methods["no prior"], target)[0]
+        rate = measure_threshold_rates(subset, methods["no prior"], target)[0]
         for name, threshold in methods.items():
-            recall = recall_at_rate(subset, threshold, rate)
-            rows.append([num_images, name, len(subset), *measure(subset, threshold, target), recall])
+            recall = interpolate_recall_at_rate(subset, threshold, rate)
+            rows.append([num_images, name, len(subset), *measure_threshold_rates(subset, threshold, target), recall])
     header = ("good images", "tail", "draws", "FPR", "worst category", f"above {HIGH_RATE}", "recall")
     print_table((*header, "recall at the FPR without a prior"), rows)
 
@@ -154,10 +158,10 @@ def print_batches(draws: Sequence[Draw], target: float) -> None:
             draw = draws[rng.integers(len(draws))]
             defective = rng.random(BATCH_SIZE) < defect_share
             scores = np.where(defective, rng.choice(draw["bad"], BATCH_SIZE), rng.choice(draw["good"], BATCH_SIZE))
-            batches.append((p_values(draw, scores), defective))
+            batches.append((compute_p_values(draw, scores), defective))
         values, defective = (np.concatenate(part) for part in zip(*batches, strict=True))
         for level in (target, 0.2):
-            adaptive = np.concatenate([benjamini_hochberg(p, level) for p, _ in batches])
+            adaptive = np.concatenate([select_benjamini_hochberg(p, level) for p, _ in batches])
             equal_rate = float(np.quantile(values[~defective], adaptive[~defective].mean()))
             for name, called in (
                 (f"fixed, p <= {target:g}", values <= target),
@@ -171,7 +175,7 @@ def print_batches(draws: Sequence[Draw], target: float) -> None:
     print_table(("defects", "rule", "FPR", "recall", "share of alarms that are right"), rows)
 
 
-def p_values(draw: Draw, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+def compute_p_values(draw: Draw, scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """Returns the p-values of scores under the calibration that the shipped prior gives."""
     own = np.sort(draw["image_scores"])
     tail = fit_tail(own)
@@ -180,7 +184,7 @@ def p_values(draw: Draw, scores: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(scores > tail.start, tail.compute_share_above(scores), counted)
 
 
-def benjamini_hochberg(values: NDArray[np.float64], level: float) -> NDArray[np.bool_]:
+def select_benjamini_hochberg(values: NDArray[np.float64], level: float) -> NDArray[np.bool_]:
     """Returns which of n p-values are among the k smallest, k the largest with p_(k) <= level k/n."""
     order = np.sort(values)
     below = np.flatnonzero(order <= level * np.arange(1, order.size + 1) / order.size)

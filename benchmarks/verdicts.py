@@ -25,8 +25,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.bursts import crop_anywhere, crop_steps, photograph
-from benchmarks.harness import add_arguments, base_tree, merged, open_data, print_json, print_table, read_samples
+from benchmarks.bursts import crop_at_random, crop_in_steps, simulate_photographs
+from benchmarks.harness import (
+    add_arguments,
+    make_base_settings,
+    merge_settings,
+    open_data,
+    print_json,
+    print_table,
+    read_samples,
+)
 from focus_ray.data.read import decode_rows, read_index
 from focus_ray.detect.detector import Detector
 from focus_ray.fitting.fit import fit
@@ -43,38 +51,38 @@ STEP_PX = 8  # of a sequence
 View = int | str  # photographs of each part, or PLAIN or SEQUENCE
 
 
-def load(uri: str, category: str, label: int, size_px: int) -> Tensor:
+def load_images(uri: str, category: str, label: int, size_px: int) -> Tensor:
     """All images (N, S, S, 3) of one label, training and test."""
     index = read_index(uri, category)
     rows = [row for row, one in zip(index["row"].to_pylist(), index["label"].to_pylist(), strict=True) if one == label]
     return torch.from_numpy(np.concatenate(list(decode_rows(uri, category, rows, size_px))))
 
 
-def scores(detector: Detector, images: Tensor) -> np.ndarray[Any, Any]:
+def compute_scores(detector: Detector, images: Tensor) -> np.ndarray[Any, Any]:
     return np.concatenate([detector(part).score.cpu().numpy() for part in images.split(16)])
 
 
-def crop_side(size_px: int) -> int:
+def choose_crop_side(size_px: int) -> int:
     """Side of the crops of a sequence: three quarters of the image, as a multiple of 16 px that the network takes."""
     return size_px * 3 // 4 // 16 * 16
 
 
-def show_view(view: View) -> str:
+def format_view(view: View) -> str:
     """Text of a view for tables and JSON."""
     return f"{view} per part" if isinstance(view, int) else view
 
 
-def view_images(images: Tensor, view: View, seed: int, perturbation: Mapping[str, Any], training: bool) -> Tensor:
+def simulate_view(images: Tensor, view: View, seed: int, perturbation: Mapping[str, Any], training: bool) -> Tensor:
     """What the camera makes of parts (N, H, W, C): the views of a part follow each other. A test image has one view."""
-    side_px = crop_side(images.shape[2])
+    side_px = choose_crop_side(images.shape[2])
     if isinstance(view, int):
-        return photograph(images, view if training else 1, seed, **perturbation)
+        return simulate_photographs(images, view if training else 1, seed, **perturbation)
     if view == SEQUENCE:
-        return crop_steps(images, side_px, STEP_PX) if training else crop_anywhere(images, side_px, seed)
+        return crop_in_steps(images, side_px, STEP_PX) if training else crop_at_random(images, side_px, seed)
     return images
 
 
-def draw(
+def fit_and_judge_draw(
     tree: dict[str, Any],
     method: str,
     num_parts: int,
@@ -89,7 +97,7 @@ def draw(
     Args:
         good, bad: (N, H, W, 3) uint8, all good and all defective images.
         view: how the drawn parts and the test images are photographed.
-        perturbation: arguments of `photograph`.
+        perturbation: arguments of `simulate_photographs`.
 
     Returns:
         Realised false positive rate and recall, and the scores that they come from.
@@ -98,13 +106,13 @@ def draw(
     perturbation = perturbation or {}
     parts, new_parts = good[order[:num_parts]], good[order[num_parts:]][:MOST_GOOD]
     defects = bad[:: max(1, len(bad) // MOST_BAD)]
-    training = view_images(parts, view, derive_seed(seed, "training"), perturbation, training=True)
+    training = simulate_view(parts, view, derive_seed(seed, "training"), perturbation, training=True)
     tests = [
-        view_images(images, view, derive_seed(seed, "test", label), perturbation, training=False)
+        simulate_view(images, view, derive_seed(seed, "test", label), perturbation, training=False)
         for label, images in enumerate((new_parts, defects))
     ]
     config = parse_config(
-        merged(
+        merge_settings(
             tree,
             {
                 "train": {"seed": seed},
@@ -120,7 +128,7 @@ def draw(
     shard = MemoryShard(training[num_held:], training[:num_held], folds)
     found = fit(config, shard, num_fit, torch.device("cpu"))
     calibration = found.calibration
-    on_good, on_bad = (scores(found.detector, images) for images in tests)
+    on_good, on_bad = (compute_scores(found.detector, images) for images in tests)
     return {
         "fpr": float(calibration.is_anomalous(on_good).mean()),
         "recall": float(calibration.is_anomalous(on_bad).mean()),
@@ -132,7 +140,7 @@ def draw(
     }
 
 
-def table(samples: Sequence[dict[str, Any]]) -> list[list[Any]]:
+def make_table(samples: Sequence[dict[str, Any]]) -> list[list[Any]]:
     """Rows of images, view and method: means over categories of rate and recall, and the highest rate of a category."""
     rows: list[list[Any]] = []
     keys = dict.fromkeys((s["images"], s["view"], s["method"]) for s in samples)
@@ -203,16 +211,18 @@ def main() -> None:
     for seed in range(arguments.draws):  # outermost: a run that is cut short has seen every category
         for uri, category in sets:
             for num_images, view, method in itertools.product(arguments.images, views, arguments.methods):
-                shown = show_view(view)
+                shown = format_view(view)
                 if (category, method, num_images, shown, seed) in done:
                     continue
                 if category not in kept:
                     size = arguments.image_size_px
-                    kept[category] = load(uri, category, 0, size), load(uri, category, 1, size)
+                    kept[category] = load_images(uri, category, 0, size), load_images(uri, category, 1, size)
                 good, bad = kept[category]
                 if num_images > len(good) - 12:
                     continue
-                found = draw(base_tree(arguments, uri), method, num_images, good, bad, seed, view, perturbation)
+                found = fit_and_judge_draw(
+                    make_base_settings(arguments, uri), method, num_images, good, bad, seed, view, perturbation
+                )
                 key = {"category": category, "method": method, "images": num_images, "view": shown, "seed": seed}
                 sample = {**key, **({"perturbation": perturbation} if isinstance(view, int) else {}), **found}
                 samples.append(sample)
@@ -236,7 +246,7 @@ def main() -> None:
         "draws above 0.15",
         "recall",
     )
-    print_table(header, table(samples))
+    print_table(header, make_table(samples))
     print()
     print_json(
         "verdicts",

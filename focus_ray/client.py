@@ -42,7 +42,7 @@ class ServiceError(FocusRayError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class FoundRegion:
+class DefectRegion:
     """A region of an image that the model marks as defective.
 
     Attributes:
@@ -77,14 +77,14 @@ class Finding:
     pixel_threshold: float = float("nan")
     width: int = 0
     height: int = 0
-    regions: tuple[FoundRegion, ...] = ()
+    regions: tuple[DefectRegion, ...] = ()
     map_png: bytes | None = None
     map_high: float = 0.0
     error: str | None = None
 
 
 @dataclass(frozen=True)
-class Inspected:
+class InspectionResult:
     """The answer to an inspection.
 
     Attributes:
@@ -120,7 +120,7 @@ class Client:
             timeout_s: timeout of each attempt.
         """
         self._retries = retries
-        self._http = httpx.Client(base_url=url, headers=_headers(token), timeout=timeout_s)
+        self._http = httpx.Client(base_url=url, headers=_build_auth_headers(token), timeout=timeout_s)
 
     def __enter__(self) -> Client:
         return self
@@ -140,7 +140,7 @@ class Client:
         *,
         version: str | None = None,
         include_map: bool = False,
-    ) -> Inspected:
+    ) -> InspectionResult:
         """Inspects encoded images.
 
         Args:
@@ -149,27 +149,31 @@ class Client:
 
         Raises: ServiceError: the service refused the request, or did not answer within the retries.
         """
-        return _parse_answer(self._send(_inspection_request(team, category, images, version, include_map)))
+        return _parse_inspection(
+            self._send_request(_build_inspection_request(team, category, images, version, include_map))
+        )
 
     def picture(self, team: str, category: str, image: bytes, output: Output, *, version: str | None = None) -> bytes:
         """Returns a PNG with the heat map, overlay or mask of an image. Raises: ServiceError: see `inspect`."""
-        return self._send(_picture_request(team, category, image, output, version)).content
+        return self._send_request(_build_picture_request(team, category, image, output, version)).content
 
     def get(self, path: str) -> Any:
         """Returns the JSON of a path, such as /v1/press/bolt. Raises: ServiceError: see `inspect`."""
-        return self._send({"method": "GET", "url": path}).json()
+        return self._send_request({"method": "GET", "url": path}).json()
 
-    def _send(self, request: _Request) -> httpx.Response:
+    def _send_request(self, request: _Request) -> httpx.Response:
         """Sends a request with retries, by the coroutine that the asynchronous client uses too."""
 
-        async def send() -> httpx.Response:
+        async def send_once() -> httpx.Response:
             return self._http.request(**request)
 
-        async def sleep(seconds: float) -> None:
+        async def wait(seconds: float) -> None:
             time.sleep(seconds)
 
         try:
-            _send_with_retries(send, sleep, self._retries).send(None)  # it never suspends, so it ends at the first step
+            _send_with_retries(send_once, wait, self._retries).send(
+                None
+            )  # it never suspends, so it ends at the first step
         except StopIteration as stop:
             response: httpx.Response = stop.value
         return response
@@ -181,7 +185,9 @@ class AsyncClient:
     def __init__(self, url: str, token: str | None = None, *, retries: int = 8, timeout_s: float = 90.0) -> None:
         self._retries = retries
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
-        self._http = httpx.AsyncClient(base_url=url, headers=_headers(token), timeout=timeout_s, limits=limits)
+        self._http = httpx.AsyncClient(
+            base_url=url, headers=_build_auth_headers(token), timeout=timeout_s, limits=limits
+        )
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -201,29 +207,31 @@ class AsyncClient:
         *,
         version: str | None = None,
         include_map: bool = False,
-    ) -> Inspected:
+    ) -> InspectionResult:
         """Inspects encoded images, as `Client.inspect` does."""
-        return _parse_answer(await self._send(_inspection_request(team, category, images, version, include_map)))
+        return _parse_inspection(
+            await self._send_request(_build_inspection_request(team, category, images, version, include_map))
+        )
 
     async def picture(
         self, team: str, category: str, image: bytes, output: Output, *, version: str | None = None
     ) -> bytes:
         """Returns a PNG with the heat map, overlay or mask of an image. Raises: ServiceError: see `Client.inspect`."""
-        return (await self._send(_picture_request(team, category, image, output, version))).content
+        return (await self._send_request(_build_picture_request(team, category, image, output, version))).content
 
     async def get(self, path: str) -> Any:
         """Returns the JSON of a path, such as /v1/press/bolt. Raises: ServiceError: see `Client.inspect`."""
-        return (await self._send({"method": "GET", "url": path})).json()
+        return (await self._send_request({"method": "GET", "url": path})).json()
 
-    async def _send(self, request: _Request) -> httpx.Response:
+    async def _send_request(self, request: _Request) -> httpx.Response:
         return await _send_with_retries(lambda: self._http.request(**request), asyncio.sleep, self._retries)
 
 
-def _headers(token: str | None) -> dict[str, str]:
+def _build_auth_headers(token: str | None) -> dict[str, str]:
     return {} if token is None else {"authorization": f"Bearer {token}"}
 
 
-def _inspection_request(
+def _build_inspection_request(
     team: str, category: str, images: Sequence[bytes], version: str | None, include_map: bool
 ) -> _Request:
     """Returns the request that inspects images: a single image as the body, several images as multipart files."""
@@ -238,8 +246,8 @@ def _inspection_request(
     return {**request, "files": [("images", (str(number), image)) for number, image in enumerate(images)]}
 
 
-def _picture_request(team: str, category: str, image: bytes, output: Output, version: str | None) -> _Request:
-    request = _inspection_request(team, category, [image], version, False)
+def _build_picture_request(team: str, category: str, image: bytes, output: Output, version: str | None) -> _Request:
+    request = _build_inspection_request(team, category, [image], version, False)
     request["params"]["output"] = output
     return request
 
@@ -265,24 +273,24 @@ async def _send_with_retries(
             break
         retry_after = "" if isinstance(outcome, httpx.TransportError) else outcome.headers.get("retry-after", "")
         await sleep(max(compute_retry_pause_s(attempt), min(30.0, float(retry_after)) if retry_after.isdigit() else 0))
-    return _accept(outcome)
+    return _check_response(outcome)
 
 
 def _is_retryable(outcome: httpx.Response | httpx.TransportError) -> bool:
     """Returns whether a retry can help. A 500 without a problem document comes from a proxy whose replica died."""
     if isinstance(outcome, httpx.TransportError):
         return True
-    return outcome.status_code in RETRIED or (outcome.status_code == 500 and not _is_problem(outcome))
+    return outcome.status_code in RETRIED or (outcome.status_code == 500 and not _is_problem_document(outcome))
 
 
-def _accept(outcome: httpx.Response | httpx.TransportError) -> httpx.Response:
+def _check_response(outcome: httpx.Response | httpx.TransportError) -> httpx.Response:
     """Returns a successful response. Raises: ServiceError: for any other outcome."""
     if isinstance(outcome, httpx.TransportError):
         message = f"the service cannot be reached: {outcome!r}: check that it runs and that the URL is right"
         raise ServiceError(message) from outcome
     if outcome.is_success:
         return outcome
-    if _is_problem(outcome):
+    if _is_problem_document(outcome):
         problem = outcome.json()
         code = str(problem["type"]).rpartition(":")[2]
         message = f"{problem['status']} {code}: {problem['detail']} (request {problem['request_id']})"
@@ -290,16 +298,16 @@ def _accept(outcome: httpx.Response | httpx.TransportError) -> httpx.Response:
     raise ServiceError(f"{outcome.status_code}: {outcome.text[:200]}", outcome.status_code)
 
 
-def _is_problem(response: httpx.Response) -> bool:
+def _is_problem_document(response: httpx.Response) -> bool:
     """Whether the response is a problem document (RFC 9457) of the service itself."""
     return response.headers.get("content-type", "").startswith("application/problem+json")
 
 
-def _parse_answer(response: httpx.Response) -> Inspected:
+def _parse_inspection(response: httpx.Response) -> InspectionResult:
     answer = response.json()
     findings = tuple(_parse_finding(result) for result in answer["results"])
     names = ("version", "sha256", "role", "request_id", "timings_ms")
-    return Inspected(findings, **{name: answer[name] for name in names})
+    return InspectionResult(findings, **{name: answer[name] for name in names})
 
 
 def _parse_finding(result: dict[str, Any]) -> Finding:
@@ -309,4 +317,4 @@ def _parse_finding(result: dict[str, Any]) -> Finding:
     values = {name: result[name] for name in scalars}
     if "map" in result:
         values.update(map_png=base64.b64decode(result["map"]["png"]), map_high=result["map"]["high"])
-    return Finding(**values, regions=tuple(FoundRegion(**region) for region in result["regions"]))
+    return Finding(**values, regions=tuple(DefectRegion(**region) for region in result["regions"]))

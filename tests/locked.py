@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from places import REPOSITORY
 
 
-def locked() -> dict[str, str]:
+def read_locked_versions() -> dict[str, str]:
     """Returns name -> version of the packages in requirements.lock that apply to this Python version."""
     text = (REPOSITORY / "requirements.lock").read_text()
     lines = (Requirement(line.removesuffix(" \\")) for line in text.splitlines() if not line.startswith(" "))
@@ -23,7 +23,7 @@ def locked() -> dict[str, str]:
     }
 
 
-def program(name: str) -> str:
+def find_program(name: str) -> str:
     """Returns the path of a program of the development environment; skips the test if it is not installed."""
     sibling = Path(sys.executable).parent / name
     path = str(sibling) if sibling.is_file() else shutil.which(name)
@@ -32,7 +32,7 @@ def program(name: str) -> str:
     return path
 
 
-def copy_as_the_build_does(folder: Path) -> Path:
+def copy_build_files(folder: Path) -> Path:
     """Copies the files that the Dockerfile copies from the checkout to a new folder, and returns the folder."""
     for line in re.findall(r"^COPY (?!--from)(.+)$", (REPOSITORY / "Dockerfile").read_text(), re.MULTILINE):
         *sources, target = line.split()

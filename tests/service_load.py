@@ -51,7 +51,7 @@ def find_serve_processes() -> dict[int, bool]:
     return {pid: pid in serve for pid, line in lines.items() if os.getpid() in line and line & serve}
 
 
-class MemoryWatch:
+class MemoryMonitor:
     """Follows the memory of all processes of Ray Serve and their children while the context lasts.
 
     growth_mb: at the end, by how many MiB the sum of their peaks exceeds their memory at the start.
@@ -60,32 +60,32 @@ class MemoryWatch:
     def __init__(self) -> None:
         self.growth_mb = 0.0
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._repeat)
 
-    def __enter__(self) -> MemoryWatch:
+    def __enter__(self) -> MemoryMonitor:
         self._first = find_serve_processes()
         for pid in self._first:
             Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak begins anew
-        self._start_mb = sum(map(_peak_mb, self._first))
+        self._start_mb = sum(map(read_peak_memory_mb, self._first))
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._measure()
+        self._measure_growth()
         lost = {pid for pid, is_serve in self._first.items() if is_serve} - find_serve_processes().keys()
         assert kind or not lost, f"processes of Serve have ended: {sorted(lost)}"
 
-    def _run(self) -> None:
+    def _repeat(self) -> None:
         while not self._stop.wait(0.1):
-            self._measure()
+            self._measure_growth()
 
-    def _measure(self) -> None:
-        self.growth_mb = max(self.growth_mb, sum(map(_peak_mb, find_serve_processes())) - self._start_mb)
+    def _measure_growth(self) -> None:
+        self.growth_mb = max(self.growth_mb, sum(map(read_peak_memory_mb, find_serve_processes())) - self._start_mb)
 
 
-def _peak_mb(pid: int) -> float:
+def read_peak_memory_mb(pid: int) -> float:
     """Largest resident memory of a process since its start, or since its peak was cleared; 0 for one that has ended."""
     try:
         match = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
@@ -94,7 +94,7 @@ def _peak_mb(pid: int) -> float:
     return int(match[1]) / 1024 if match else 0.0
 
 
-class Probe:
+class RequestProbe:
     """Repeats a request of another client while the context lasts, and keeps its times.
 
     Args:
@@ -106,10 +106,10 @@ class Probe:
         self.request, self.pause_s = request, pause_s
         self.times_s: list[float] = []
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._repeat)
         self._failure: BaseException | None = None
 
-    def __enter__(self) -> Probe:
+    def __enter__(self) -> RequestProbe:
         self._thread.start()
         return self
 
@@ -119,7 +119,7 @@ class Probe:
         if self._failure is not None:
             raise self._failure
 
-    def _run(self) -> None:
+    def _repeat(self) -> None:
         try:
             while not self._stop.is_set():
                 start = time.perf_counter()
@@ -138,7 +138,7 @@ class Probe:
         )
 
 
-def compare_waits(
+def compare_waiting_times(
     request: Callable[[], object],
     attack: Callable[[threading.Event], object],
     num_attackers: int = 2,
@@ -158,11 +158,11 @@ def compare_waits(
     quiet_s: list[float] = []
     busy_s: list[float] = []
     for _ in range(num_rounds):
-        with Probe(request) as probe:
+        with RequestProbe(request) as probe:
             probe.wait_for(num_requests)
         quiet_s += probe.times_s
         stop = threading.Event()
-        with ThreadPoolExecutor(num_attackers) as pool, Probe(request) as probe:
+        with ThreadPoolExecutor(num_attackers) as pool, RequestProbe(request) as probe:
             attackers = [pool.submit(attack, stop) for _ in range(num_attackers)]
             try:
                 probe.wait_for(num_requests)
@@ -180,7 +180,7 @@ def compare_waits(
 
 
 @contextmanager
-def running_command(*words: str, environment: Mapping[str, str] | None = None) -> Iterator[str]:
+def run_serve_command(*words: str, environment: Mapping[str, str] | None = None) -> Iterator[str]:
     """Runs `focus-ray serve` with its own Ray until the context ends; yields its URL once it is ready.
 
     Interrupts the command at the end of the context, and asserts that it then ends with exit status 0.

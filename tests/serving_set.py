@@ -22,10 +22,10 @@ from focus_ray.bundle.bundle import MANIFEST, compute_manifest_hash
 from focus_ray.bundle.registry import Registry
 from focus_ray.data.read import read_rows
 from focus_ray.serving.api import create_api
-from focus_ray.serving.metrics import METRICS, Measures
+from focus_ray.serving.metrics import METRICS, MetricsRecorder
 from focus_ray.serving.scorer import ImageScorer
-from focus_ray.serving.service import Service
-from focus_ray.serving.settings import ServiceSettings, parse_settings
+from focus_ray.serving.service import InspectionService
+from focus_ray.serving.settings import ServiceSettings, parse_service_settings
 from focus_ray.serving.tokens import create_token
 
 PRESS, MILL = "press", "mill"
@@ -33,7 +33,7 @@ INSPECT = f"/v1/{PRESS}/gear/inspect"
 
 
 @dataclass(frozen=True)
-class Plant:
+class ServiceTestData:
     """A registry with small models of two teams, and a token of each kind.
 
     Team press has the categories gear and board. Team mill has only gear.
@@ -49,19 +49,19 @@ class Plant:
     mill: str
     images: list[bytes]
 
-    def headers(self, token: str) -> dict[str, str]:
-        return {**bearer(token), "content-type": "image/png"}
+    def image_headers(self, token: str) -> dict[str, str]:
+        return {**bearer_header(token), "content-type": "image/png"}
 
-    def with_own_registry(self, folder: Path) -> Plant:
+    def copy_registry(self, folder: Path) -> ServiceTestData:
         """Copies the registry, for a test that changes it."""
         return replace(self, registry=str(shutil.copytree(self.registry, folder)))
 
 
-def bearer(token: str) -> dict[str, str]:
+def bearer_header(token: str) -> dict[str, str]:
     return {"authorization": f"Bearer {token}"}
 
 
-def make_plant(folder: Path) -> Plant:
+def create_test_data(folder: Path) -> ServiceTestData:
     data = ingest_parts(folder)
     plain = {"image_alignment": {"group": "none"}}
     bundles = {
@@ -73,7 +73,7 @@ def make_plant(folder: Path) -> Plant:
         registry.publish(bundle, PRESS, aliases=["production"])
     registry.publish(bundles["gear"], MILL)
     tokens = str(folder / "tokens.yaml")
-    return Plant(
+    return ServiceTestData(
         registry=registry.root,
         bundles=bundles,
         data=data,
@@ -86,7 +86,7 @@ def make_plant(folder: Path) -> Plant:
     )
 
 
-def name_data_set(registry: Path | str, team: str, uri: object) -> None:
+def replace_data_set_uri(registry: Path | str, team: str, uri: object) -> None:
     """Writes another data set into the published manifest of a team's gear, as whoever may write its folder can."""
     folder = Path(registry) / team / "gear"
     manifest_file, record_file = folder / "v0001" / MANIFEST, folder / "_published" / "v0001.json"
@@ -97,15 +97,15 @@ def name_data_set(registry: Path | str, team: str, uri: object) -> None:
     record_file.write_text(json.dumps({**json.loads(record_file.read_text()), "sha256": manifest["sha256"]}))
 
 
-def settings_of(plant: Plant, **changes: Any) -> ServiceSettings:
-    return parse_settings({"registry": plant.registry, "tokens": plant.tokens, "refresh_s": 0.05, **changes})
+def create_settings(plant: ServiceTestData, **changes: Any) -> ServiceSettings:
+    return parse_service_settings({"registry": plant.registry, "tokens": plant.tokens, "refresh_s": 0.05, **changes})
 
 
-def open_settings(plant: Plant) -> ServiceSettings:
-    return parse_settings({"registry": plant.registry, "open_to_all": True})
+def create_open_settings(plant: ServiceTestData) -> ServiceSettings:
+    return parse_service_settings({"registry": plant.registry, "open_to_all": True})
 
 
-class MeasuresRecorder(Measures):
+class RecordedMetrics(MetricsRecorder):
     """Keeps the reported metrics as (name, value, tags)."""
 
     def __init__(self) -> None:
@@ -115,10 +115,10 @@ class MeasuresRecorder(Measures):
         assert set(tags) == set(METRICS[name].tags)
         self.records.append((name, value, tags))
 
-    def values(self, name: str) -> list[float]:
+    def get_values(self, name: str) -> list[float]:
         return [value for recorded, value, _ in self.records if recorded == name]
 
-    def sums(self, name: str, tag: str) -> Counter[str]:
+    def sum_by_tag(self, name: str, tag: str) -> Counter[str]:
         """Returns the sum of the values of a metric for each value of a tag."""
         sums: Counter[str] = Counter()
         for recorded, value, tags in self.records:
@@ -127,19 +127,21 @@ class MeasuresRecorder(Measures):
         return sums
 
 
-def service_of(settings: ServiceSettings, measures: Measures | None = None, source: Any = None) -> Service:
-    return Service(settings, ImageScorer(settings.pool, "cpu", measures), measures, source)
+def create_service(
+    settings: ServiceSettings, metrics: MetricsRecorder | None = None, source: Any = None
+) -> InspectionService:
+    return InspectionService(settings, ImageScorer(settings.pool, "cpu", metrics), metrics, source)
 
 
-def client_of(service: Service | ServiceSettings) -> TestClient:
+def create_client(service: InspectionService | ServiceSettings) -> TestClient:
     """A client of a service without a server, at the only address at which a service without tokens answers."""
     if isinstance(service, ServiceSettings):
-        service = service_of(service)
+        service = create_service(service)
     return TestClient(create_api(service), base_url="http://127.0.0.1", raise_server_exceptions=False)
 
 
 @contextmanager
-def served(service: Service) -> Iterator[str]:
+def run_server(service: InspectionService) -> Iterator[str]:
     """Runs a server on 127.0.0.1 until the context ends, and yields its URL."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

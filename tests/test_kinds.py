@@ -50,7 +50,7 @@ def test_every_kind_can_be_imported_and_an_unknown_kind_is_refused_with_the_near
     assert all(table[name] is not None for name in table)
     first = next(iter(table))
     with pytest.raises(ValueError, match=rf"{component} '{first}x' is not known: did you mean '{first}'"):
-        table.check(f"{first}x")
+        table.check_name(f"{first}x")
 
 
 def test_a_new_kind_of_each_table_works_from_ingestion_to_report(

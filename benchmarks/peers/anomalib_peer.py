@@ -21,17 +21,17 @@ from PIL import Image
 
 imported_s = time.perf_counter() - start
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmarks.peers.common import run, spec
+from benchmarks.peers.common import read_specification, time_peer
 
 warnings.filterwarnings("ignore")
 for name in ("anomalib", "lightning", "lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.ERROR)
-asked = spec()
+asked = read_specification()
 size = asked["size_px"]
 made: dict[str, Any] = {}
 
 
-def evaluator() -> Evaluator:
+def make_evaluator() -> Evaluator:
     return Evaluator(
         test_metrics=[
             AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
@@ -48,7 +48,9 @@ def fit_images() -> None:
         settings["layers"] = ["layer1", "layer2", "layer3"]
     else:
         settings.update(layers=["layer2", "layer3"], coreset_sampling_ratio=0.01)
-    model = kind(**settings, pre_processor=kind.configure_pre_processor(image_size=(size, size)), evaluator=evaluator())
+    model = kind(
+        **settings, pre_processor=kind.configure_pre_processor(image_size=(size, size)), evaluator=make_evaluator()
+    )
     weights = torch.load(asked["weights"], weights_only=True)
     missing, _ = model.model.feature_extractor.feature_extractor.load_state_dict(weights, strict=False)
     assert not [name for name in missing if "num_batches" not in name], missing
@@ -78,7 +80,7 @@ def fit_images() -> None:
     made["model"] = model.eval()
 
 
-def test() -> dict[str, float | None]:
+def score_test_images() -> dict[str, float | None]:
     (found,) = made["engine"].test(model=made["model"], datamodule=made["data"], verbose=False)
     return {
         "image_auroc": float(found["image_AUROC"]),
@@ -88,16 +90,23 @@ def test() -> dict[str, float | None]:
 
 
 @torch.inference_mode()
-def score(batch: torch.Tensor) -> object:
+def score_batch(batch: torch.Tensor) -> object:
     return made["model"](batch)
 
 
-def one_file(name: str) -> object:
+def score_file(name: str) -> object:
     pixels = np.asarray(Image.open(name).convert("RGB"))
-    return score(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)
+    return score_batch(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)
 
 
 batch = torch.rand(32, 3, size, size)
 
 if __name__ == "__main__":
-    run(imported_s, fit_images, test, lambda: score(batch[:1]), one_file, lambda: score(batch))
+    time_peer(
+        imported_s,
+        fit_images,
+        score_test_images,
+        lambda: score_batch(batch[:1]),
+        score_file,
+        lambda: score_batch(batch),
+    )

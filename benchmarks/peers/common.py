@@ -1,6 +1,6 @@
 """What every peer is measured by, in its own process and environment: nothing here imports focus_ray.
 
-A peer gives five functions of one method; `run` times them and prints one JSON line.
+A peer gives five functions of one method; `time_peer` times them and prints one JSON line.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from typing import Any
 START = time.perf_counter()
 
 
-def spec() -> dict[str, Any]:
+def read_specification() -> dict[str, Any]:
     """method, image lists (train, good, bad), masks, weights, size_px, singles, batches."""
     return dict(json.loads(Path(sys.argv[1]).read_text()))
 
 
-def memory_mb() -> float:
+def read_memory_mb() -> float:
     """Resident memory of this process now, MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-class Peak:
+class MemoryPeak:
     """The highest resident memory while it is open."""
 
     def __init__(self) -> None:
-        self.highest = memory_mb()
+        self.highest = read_memory_mb()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> Peak:
+    def __enter__(self) -> MemoryPeak:
         self._thread.start()
         return self
 
@@ -47,10 +47,10 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._end.wait(0.02):
-            self.highest = max(self.highest, memory_mb())
+            self.highest = max(self.highest, read_memory_mb())
 
 
-def median_ms(act: Callable[[], object], times: int) -> float:
+def measure_median_ms(act: Callable[[], object], times: int) -> float:
     for _ in range(3):
         act()
     taken = []
@@ -61,7 +61,7 @@ def median_ms(act: Callable[[], object], times: int) -> float:
     return 1e3 * sorted(taken)[len(taken) // 2]
 
 
-def run(
+def time_peer(
     imported_s: float,
     fit: Callable[[], object],
     test: Callable[[], dict[str, float | None]],
@@ -73,9 +73,9 @@ def run(
 
     test gives image_auroc, pixel_auroc and aupro; many_ready scores 32 images.
     """
-    asked = spec()
-    base = memory_mb()
-    with Peak() as peak:
+    asked = read_specification()
+    base = read_memory_mb()
+    with MemoryPeak() as peak:
         start = time.perf_counter()
         fit()
         fit_s = time.perf_counter() - start
@@ -83,10 +83,10 @@ def run(
         figures = test()
         test_s = time.perf_counter() - start
     files = (asked["good"] + asked["bad"])[: asked["singles"]]
-    ready_ms = median_ms(one_ready, asked["singles"])
+    ready_ms = measure_median_ms(one_ready, asked["singles"])
     names = iter(files * 10)
-    file_ms = median_ms(lambda: one_file(next(names)), asked["singles"])
-    batch_ms = median_ms(many_ready, asked["batches"])
+    file_ms = measure_median_ms(lambda: one_file(next(names)), asked["singles"])
+    batch_ms = measure_median_ms(many_ready, asked["batches"])
     print(
         json.dumps(
             {

@@ -15,9 +15,9 @@ import sklearn.metrics  # noqa: F401  the product imports these two when they ar
 import torch
 import torchvision.models  # noqa: F401
 
-from benchmarks.harness import base_tree_of, inspector_of, merged
-from benchmarks.peers.common import run, spec
-from benchmarks.spine import padim_tree
+from benchmarks.harness import make_base_settings_of, make_inspector, merge_settings
+from benchmarks.peers.common import read_specification, time_peer
+from benchmarks.spine import make_padim_settings
 from focus_ray.data.images import decode_batch
 from focus_ray.data.schema import Row
 from focus_ray.fitting.fit import fit
@@ -28,9 +28,9 @@ from focus_ray.metrics.registry import METRICS
 
 imported_s = time.perf_counter() - start
 
-asked = spec()
-plain = base_tree_of("unused", asked["weights"], asked["size_px"])
-tree = merged(plain, padim_tree()) if asked["method"] == "padim" else plain
+asked = read_specification()
+plain = make_base_settings_of("unused", asked["weights"], asked["size_px"])
+tree = merge_settings(plain, make_padim_settings()) if asked["method"] == "padim" else plain
 config = parse_config(tree)
 made: dict[str, Any] = {}
 
@@ -38,10 +38,10 @@ made: dict[str, Any] = {}
 def fit_images() -> None:
     images = torch.from_numpy(decode_batch([Path(name).read_bytes() for name in asked["train"]], asked["size_px"], 2))
     found = fit(config, MemoryShard(images, folds=torch.arange(len(images)) % 5), len(images), torch.device("cpu"))
-    made["one"] = inspector_of(config, "part", found, "cpu")
+    made["one"] = make_inspector(config, "part", found, "cpu")
 
 
-def records() -> list[Row]:
+def read_test_records() -> list[Row]:
     rows: list[Row] = []
     for name in asked["good"] + asked["bad"]:
         mask = asked["masks"].get(name)
@@ -62,12 +62,12 @@ def records() -> list[Row]:
 KEYS = {"image_auroc": "image_auroc", "pixel_auroc": "pixel_auroc", "aupro": "aupro_0.3"}
 
 
-def test() -> dict[str, float | None]:
-    measured = made["measured"] = made["one"].score_labelled_images(records(), asked["size_px"]).measured
+def score_test_images() -> dict[str, float | None]:
+    measured = made["measured"] = made["one"].score_labelled_images(read_test_records(), asked["size_px"]).measured
     return {name: METRICS[key].value(measured) for name, key in KEYS.items()}
 
 
-def metrics_alone() -> None:
+def measure_metrics_alone() -> None:
     """Writes maps and masks for a peer's metrics, and times ours: pixel AUROC and AUPRO, of a fresh set each time."""
     held: ScoredTestImages = made["measured"]
     kept = [number for number, mask in enumerate(held.masks) if mask is not None]
@@ -90,13 +90,13 @@ batch = np.random.default_rng(0).integers(0, 255, (32, asked["size_px"], asked["
 
 if __name__ == "__main__":
     sys.stdout.flush()
-    run(
+    time_peer(
         imported_s,
         fit_images,
-        test,
+        score_test_images,
         lambda: made["one"].score(batch[:1]),
         lambda name: made["one"].inspect([name]),
         lambda: made["one"].score(batch),
     )
     if "maps" in asked:
-        metrics_alone()
+        measure_metrics_alone()

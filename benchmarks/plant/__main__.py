@@ -18,13 +18,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import keep_json, print_table
-from benchmarks.plant.kills import kills
-from benchmarks.plant.light import light
-from benchmarks.plant.made import put_plant
-from benchmarks.plant.server import BUCKET, Server
-from benchmarks.plant.teams import teams
-from benchmarks.plant.watch import cost_of, settings_of
+from benchmarks.harness import print_table, save_json
+from benchmarks.plant.kills import compare_runs_with_kills
+from benchmarks.plant.light import measure_index_sizes
+from benchmarks.plant.made import upload_plant
+from benchmarks.plant.server import BUCKET, StorageServer
+from benchmarks.plant.teams import run_team_sweeps
+from benchmarks.plant.watch import make_settings, measure_command
 
 STEPS = ("ingest", "ingest again", "train", "evaluate", "inspect-batch")
 COLUMNS = (
@@ -39,7 +39,7 @@ COLUMNS = (
 )
 
 
-def row_of(step: str, images: int, cost: dict[str, Any]) -> list[Any]:
+def format_row(step: str, images: int, cost: dict[str, Any]) -> list[Any]:
     requests = sum(count for kind, count in cost["requests"].items() if " " not in kind)
     return [
         step,
@@ -53,13 +53,13 @@ def row_of(step: str, images: int, cost: dict[str, Any]) -> list[Any]:
     ]
 
 
-def walk(arguments: argparse.Namespace, images: int, categories: int, work: Path) -> list[dict[str, Any]]:
+def run_all_steps(arguments: argparse.Namespace, images: int, categories: int, work: Path) -> list[dict[str, Any]]:
     """The whole way of one plant. Returns: a record a step."""
     root = f"s3://{BUCKET}/{images}-{categories}"
     raw, run = f"{root}/raw", f"{root}/runs/plant"
     each = images // categories
     start = time.perf_counter()
-    made = put_plant(f"{images}-{categories}/raw", categories, each, arguments.size)
+    made = upload_plant(f"{images}-{categories}/raw", categories, each, arguments.size)
     print(
         f"{made['images']} images, {made['bytes'] / 2**20:.0f} MiB, put in {time.perf_counter() - start:.0f} s",
         flush=True,
@@ -68,7 +68,7 @@ def walk(arguments: argparse.Namespace, images: int, categories: int, work: Path
     steps: list[tuple[str, int, list[str]]] = [
         ("ingest", made["images"], ["ingest", raw, f"{root}/data", "--workers", workers]),
         ("ingest again", made["images"], ["ingest", raw, f"{root}/data", "--workers", workers]),
-        ("train", images, ["train", *settings_of(arguments, root)]),
+        ("train", images, ["train", *make_settings(arguments, root)]),
         ("evaluate", made["images"] - images, ["evaluate", run, "--workers", workers]),
         (
             "inspect-batch",
@@ -80,27 +80,27 @@ def walk(arguments: argparse.Namespace, images: int, categories: int, work: Path
     for step, count, command in steps:
         if step in arguments.steps:
             records.append(run_step(step, count, command, work))
-    added = put_plant(f"{images}-{categories}/more", categories, 1, arguments.size, first=10**6, tests=False)
+    added = upload_plant(f"{images}-{categories}/more", categories, 1, arguments.size, first=10**6, tests=False)
     command = ["ingest", f"{root}/more", f"{root}/data", "--append", "--workers", workers]
     records.append(run_step("append", added["images"], command, work))
     return records
 
 
 def run_step(step: str, count: int, command: list[str], work: Path) -> dict[str, Any]:
-    cost = cost_of(command, work / f"{step.replace(' ', '-')}.log", accept=(0, 3))
-    row = row_of(step, count, cost)
+    cost = measure_command(command, work / f"{step.replace(' ', '-')}.log", accept=(0, 3))
+    row = format_row(step, count, cost)
     print_table(COLUMNS, [row])
     return {"step": step, "images": count, **cost}
 
 
-def grow(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
-    found = {str(images): walk(arguments, images, arguments.categories, work) for images in arguments.images}
-    print_table(COLUMNS, [row_of(one["step"], one["images"], one) for records in found.values() for one in records])
+def measure_growing_set(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+    found = {str(images): run_all_steps(arguments, images, arguments.categories, work) for images in arguments.images}
+    print_table(COLUMNS, [format_row(one["step"], one["images"], one) for records in found.values() for one in records])
     return found
 
 
-def categories(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
-    return walk(arguments, arguments.categories * arguments.each, arguments.categories, work)
+def measure_growing_categories(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    return run_all_steps(arguments, arguments.categories * arguments.each, arguments.categories, work)
 
 
 def main() -> None:
@@ -108,8 +108,10 @@ def main() -> None:
     parser.add_argument("what", choices=("grow", "categories", "light", "kills", "teams"))
     parser.add_argument("--images", type=int, nargs="+", default=[10_000, 100_000], help="training images in all")
     parser.add_argument("--categories", type=int, default=50)
-    parser.add_argument("--each", type=int, default=32, help="training images of a category, for `categories`")
-    parser.add_argument("--times", type=int, default=3, help="runs with deaths, for `kills`")
+    parser.add_argument(
+        "--each", type=int, default=32, help="training images of a category, for `measure_growing_categories`"
+    )
+    parser.add_argument("--times", type=int, default=3, help="runs with deaths, for `compare_runs_with_kills`")
     parser.add_argument("--steps", nargs="+", default=STEPS, choices=STEPS, help="besides appending")
     parser.add_argument("--size", type=int, default=64, help="pixels a side")
     parser.add_argument("--workers", type=int, default=2)
@@ -119,10 +121,16 @@ def main() -> None:
     arguments = parser.parse_args()
     shutil.rmtree(arguments.work, ignore_errors=True)
     arguments.work.mkdir(parents=True)
-    act = {"grow": grow, "categories": categories, "light": light, "kills": kills, "teams": teams}[arguments.what]
-    with Server(arguments.work.absolute()):
+    act = {
+        "grow": measure_growing_set,
+        "categories": measure_growing_categories,
+        "light": measure_index_sizes,
+        "kills": compare_runs_with_kills,
+        "teams": run_team_sweeps,
+    }[arguments.what]
+    with StorageServer(arguments.work.absolute()):
         found = act(arguments, arguments.work)
-    keep_json(f"plant_{arguments.what}", arguments, found)
+    save_json(f"plant_{arguments.what}", arguments, found)
 
 
 if __name__ == "__main__":

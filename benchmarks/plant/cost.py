@@ -16,7 +16,7 @@ from benchmarks.harness import print_table
 
 
 @dataclass(frozen=True)
-class Assumed:
+class CostAssumptions:
     """start_s: a process of the pool, until it takes a category.  fixed_s: of a fit, whatever the number of images.
     inspect_per_s: images that a GPU embeds and scores.  decode_per_s: images that a CPU reads, decodes and resizes.
     cpus: that decode for a GPU.  category_requests: to S3, of a fit beside its images' row groups.  mb: of an image.
@@ -41,7 +41,7 @@ class Assumed:
         return math.ceil(images / group) + 2 * math.ceil(images * self.mb / 64)
 
 
-def fit_cost(assumed: Assumed, gpus: int, categories: int, images: int) -> dict[str, float]:
+def estimate_fit_cost(assumed: CostAssumptions, gpus: int, categories: int, images: int) -> dict[str, float]:
     """Of `categories` of so many images each, none of which is trained by gradient."""
     busy = min(gpus, categories)
     each = assumed.fixed_s + images / assumed.images_per_s
@@ -50,7 +50,7 @@ def fit_cost(assumed: Assumed, gpus: int, categories: int, images: int) -> dict[
     return {"hours": hours, "gpu_hours": busy * hours, "requests": requests}
 
 
-def inspect_cost(assumed: Assumed, gpus: int, images: int) -> dict[str, float]:
+def estimate_inspection_cost(assumed: CostAssumptions, gpus: int, images: int) -> dict[str, float]:
     """Of a batch inspection of so many images in all."""
     hours = (assumed.start_s + images / gpus / assumed.images_per_s) / 3600
     return {"hours": hours, "gpu_hours": gpus * hours, "requests": 2 * assumed.read_requests(images)}
@@ -68,11 +68,14 @@ def main() -> None:
     parser.add_argument("--mb", type=float, default=0.5)
     given: dict[str, Any] = vars(parser.parse_args())
     images = given.pop("images")
-    assumed = Assumed(**given)
+    assumed = CostAssumptions(**given)
     rows = []
     for categories in (1, 10, 100, 300, 1000):
         for gpus in (1, 8, 64, 256):
-            fit, inspect = fit_cost(assumed, gpus, categories, images), inspect_cost(assumed, gpus, categories * images)
+            fit, inspect = (
+                estimate_fit_cost(assumed, gpus, categories, images),
+                estimate_inspection_cost(assumed, gpus, categories * images),
+            )
             rows.append(
                 [categories, gpus, *(round(fit[key], 3) for key in fit), *(round(inspect[key], 3) for key in inspect)]
             )

@@ -11,17 +11,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plant.made import put_plant
-from benchmarks.plant.nodes import Nodes
+from benchmarks.plant.made import upload_plant
+from benchmarks.plant.nodes import NodeProcesses
 from benchmarks.plant.server import BUCKET
-from benchmarks.plant.watch import ROOT, settings_of
+from benchmarks.plant.watch import ROOT, make_settings
 from focus_ray.bundle.bundle import find_bundles, read_manifest
 from focus_ray.data.read import data_fingerprint, list_categories, read_index
 
 NUM_CATEGORIES, EACH = 12, 250
 
 
-def command(arguments: list[str], log: Path, address: str, accept: tuple[int, ...] = (0,)) -> float:
+def run_command(arguments: list[str], log: Path, address: str, accept: tuple[int, ...] = (0,)) -> float:
     """Runs a focus-ray command on the cluster. Returns: seconds. Raises: SystemExit: it failed."""
     start = time.perf_counter()
     with log.open("w") as stream:
@@ -37,7 +37,7 @@ def command(arguments: list[str], log: Path, address: str, accept: tuple[int, ..
     return time.perf_counter() - start
 
 
-def outcome(root: str) -> dict[str, Any]:
+def hash_outcome(root: str) -> dict[str, Any]:
     """What must be equal: each category's rows, images and tensors of its bundle, whatever their order."""
     bundles = find_bundles(f"{root}/runs/plant")
     found = {}
@@ -53,27 +53,32 @@ def outcome(root: str) -> dict[str, Any]:
     return found
 
 
-def once(arguments: argparse.Namespace, work: Path, number: int) -> dict[str, Any]:
+def run_once(arguments: argparse.Namespace, work: Path, number: int) -> dict[str, Any]:
     """One run of the whole way, undisturbed where it is number 0."""
     root = f"s3://{BUCKET}/kills-{number}"
-    train = ["train", *settings_of(arguments, root), "cluster.max_failures=50"]
-    with Nodes(3, number or None) as nodes:
+    train = ["train", *make_settings(arguments, root), "cluster.max_failures=50"]
+    with NodeProcesses(3, number or None) as nodes:
         address = nodes.address
         raw = f"s3://{BUCKET}/kills/raw"
         ingest = ["ingest", raw, f"{root}/data", "--workers", "3"]
-        ingest_s = command(ingest, work / f"kills-{number}-ingest.log", address, accept=(0, 3))
+        ingest_s = run_command(ingest, work / f"kills-{number}-ingest.log", address, accept=(0, 3))
         died = nodes.deaths
-        train_s = command(train, work / f"kills-{number}-train.log", address)
+        train_s = run_command(train, work / f"kills-{number}-train.log", address)
         deaths = {"ingest": died, "train": nodes.deaths - died}
-    return {"deaths": deaths, "ingest_s": round(ingest_s, 1), "train_s": round(train_s, 1), "outcome": outcome(root)}
+    return {
+        "deaths": deaths,
+        "ingest_s": round(ingest_s, 1),
+        "train_s": round(train_s, 1),
+        "outcome": hash_outcome(root),
+    }
 
 
-def kills(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+def compare_runs_with_kills(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """Raises: SystemExit: a disturbed run came out otherwise than the undisturbed."""
-    put_plant("kills/raw", NUM_CATEGORIES, EACH, arguments.size)
+    upload_plant("kills/raw", NUM_CATEGORIES, EACH, arguments.size)
     runs = []
     for number in range(arguments.times + 1):
-        runs.append(once(arguments, work, number))
+        runs.append(run_once(arguments, work, number))
         print(json.dumps({key: value for key, value in runs[-1].items() if key != "outcome"}), flush=True)
         if runs[-1]["outcome"] != runs[0]["outcome"]:
             differing = [name for name, one in runs[0]["outcome"].items() if runs[-1]["outcome"].get(name) != one]

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.harness import print_table
-from benchmarks.peers.common import Peak, memory_mb
+from benchmarks.peers.common import MemoryPeak, read_memory_mb
 from benchmarks.plant.watch import ROOT
 from focus_ray.data.schema import INDEX_COLUMNS, SCHEMA
 from focus_ray.data.store import open_data_set
@@ -26,7 +26,7 @@ from focus_ray.fitting.settings import parse_config
 from focus_ray.fitting.split import compute_split_rule
 
 
-def write_light(root: Path, count: int) -> int:
+def write_index_only(root: Path, count: int) -> int:
     """A category whose commit names an index of `count` rows and no part file. Returns: bytes of the index."""
     numbers = np.arange(count)
     columns: dict[str, Any] = {
@@ -64,22 +64,22 @@ def write_light(root: Path, count: int) -> int:
     return (folder / "_index-made.parquet").stat().st_size
 
 
-def measured(act: Callable[[], Any]) -> tuple[Any, float, float]:
+def measure_call(act: Callable[[], Any]) -> tuple[Any, float, float]:
     """What it gives, its seconds, and the memory that it took above what there was, MiB."""
-    base = memory_mb()
-    with Peak() as peak:
+    base = read_memory_mb()
+    with MemoryPeak() as peak:
         start = time.perf_counter()
         found = act()
         seconds = time.perf_counter() - start
     return found, seconds, peak.highest - base
 
 
-def of_count(count: int) -> dict[str, Any]:
+def measure_count(count: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        num_bytes = write_light(Path(folder), count)
+        num_bytes = write_index_only(Path(folder), count)
         config = parse_config({"data": {"uri": folder}})
-        split, split_s, split_mb = measured(lambda: compute_split_rule(config, "part"))
-        plan, plan_s, plan_mb = measured(lambda: split.plan(config))
+        split, split_s, split_mb = measure_call(lambda: compute_split_rule(config, "part"))
+        plan, plan_s, plan_mb = measure_call(lambda: split.plan(config))
     return {
         "images": count,
         "index_mb": num_bytes / 2**20,
@@ -94,7 +94,7 @@ def of_count(count: int) -> dict[str, Any]:
     }
 
 
-def light(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+def measure_index_sizes(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """Each number of images in a process of its own."""
     rows = []
     for count in arguments.images:
@@ -106,4 +106,4 @@ def light(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(of_count(int(sys.argv[1]))))
+    print(json.dumps(measure_count(int(sys.argv[1]))))

@@ -18,14 +18,14 @@ STARTS_S = 5.0  # until a node takes part
 LIVES_S = (4.0, 16.0)  # from then on, drawn anew for each
 
 
-class Nodes:
+class NodeProcesses:
     """Runs while it is open."""
 
     def __init__(self, num_nodes: int, seed: int | None) -> None:
         """seed: of the times; None lets all live."""
         self._command = [sys.executable, "-m", "benchmarks.plant.nodes", str(num_nodes), str(seed or "")]
 
-    def __enter__(self) -> Nodes:
+    def __enter__(self) -> NodeProcesses:
         self._process = subprocess.Popen(
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
@@ -38,13 +38,13 @@ class Nodes:
         self._process.wait(timeout=120)
 
     @property
-    def deaths(self) -> int:
+    def list_deaths(self) -> int:
         assert self._process.stdin
         self._process.stdin.write("deaths\n")
         self._process.stdin.flush()
         return int(self._answer()["deaths"])
 
-    def _answer(self) -> dict[str, str]:
+    def _answer_requests(self) -> dict[str, str]:
         assert self._process.stdout
         for line in self._process.stdout:
             if line.startswith("{"):  # Ray prints too
@@ -59,12 +59,12 @@ def main(num_nodes: int, seed: int | None) -> None:
     draw = random.Random(seed)
     ends: dict[object, float] = {}
 
-    def add() -> None:
+    def add_node() -> None:
         node = cluster.add_node(num_cpus=1, wait=False, node_ip_address="127.0.0.2")  # not the head's
         ends[node] = time.monotonic() + STARTS_S + draw.uniform(*LIVES_S) if seed is not None else float("inf")
 
     for _ in range(num_nodes):
-        add()
+        add_node()
     print(json.dumps({"address": cluster.address}), flush=True)
     deaths = 0
     while True:
@@ -77,7 +77,7 @@ def main(num_nodes: int, seed: int | None) -> None:
             del ends[node]
             cluster.remove_node(node, allow_graceful=False)
             deaths += 1
-            add()
+            add_node()
     cluster.shutdown()
 
 

@@ -24,7 +24,7 @@ _COUNTED = re.compile(r'SeaweedFS_s3_request_total\{bucket="[^"]*",code="(\d+)",
 _BYTES = re.compile(r"SeaweedFS_s3_bucket_traffic_(\w+)_bytes_total\{[^}]*\} (\S+)")
 
 
-class Server:
+class StorageServer:
     """Runs while it is open; the environment that a client needs is set in this process, and what it starts inherits it."""
 
     def __init__(self, folder: Path) -> None:
@@ -52,7 +52,7 @@ class Server:
         self._command += [f"-{name}={value}" for name, value in options.items()]
         self._log = folder / "log"
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> StorageServer:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         os.environ.update(

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plant.made import name_of, put_plant
-from benchmarks.plant.nodes import Nodes
+from benchmarks.plant.made import make_category_name, upload_plant
+from benchmarks.plant.nodes import NodeProcesses
 from benchmarks.plant.server import BUCKET
-from benchmarks.plant.watch import ROOT, cost_of
+from benchmarks.plant.watch import ROOT, measure_command
 from focus_ray.storage.files import list_folder_entries
 from focus_ray.sweep.records import read_trial_records
 
@@ -22,7 +22,7 @@ EACH = 12  # training images of a category: twelve are enough to sweep on
 SPACE = {"density.reduction": ["discriminant", "semi_orthogonal"]}
 
 
-def sweep_of(team: str, categories: list[str], root: str, arguments: argparse.Namespace) -> list[str]:
+def run_sweep(team: str, categories: list[str], root: str, arguments: argparse.Namespace) -> list[str]:
     settings = {
         "data.uri": f"{root}/data",
         "data.categories": categories,
@@ -38,20 +38,20 @@ def sweep_of(team: str, categories: list[str], root: str, arguments: argparse.Na
     return ["sweep", "sweep", *words, f"space={json.dumps(SPACE)}", "cluster_share=0.5"]
 
 
-def teams(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+def run_team_sweeps(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Raises: SystemExit: a sweep failed, or a trial of it."""
     count = arguments.categories
     root = f"s3://{BUCKET}/teams"
-    put_plant("teams/raw", 2 * count, EACH, arguments.size)
-    ingest = cost_of(["ingest", f"{root}/raw", f"{root}/data"], work / "teams-ingest.log", accept=(0, 3))
-    names = [name_of(number) for number in range(2 * count)]
+    upload_plant("teams/raw", 2 * count, EACH, arguments.size)
+    ingest = measure_command(["ingest", f"{root}/raw", f"{root}/data"], work / "teams-ingest.log", accept=(0, 3))
+    names = [make_category_name(number) for number in range(2 * count)]
     found: dict[str, Any] = {"categories": count, "ingest_s": ingest["seconds"]}
-    with Nodes(2, None) as nodes:
+    with NodeProcesses(2, None) as nodes:
         start = time.perf_counter()
         environment = {**os.environ, "RAY_ADDRESS": nodes.address}
         running = {}
         for team, own in (("press", names[:count]), ("mill", names[count:])):
-            command = [sys.executable, "-m", "focus_ray.cli", *sweep_of(team, own, root, arguments)]
+            command = [sys.executable, "-m", "focus_ray.cli", *run_sweep(team, own, root, arguments)]
             log = (work / f"teams-{team}.log").open("w")
             running[team] = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment)
         for team, process in running.items():

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plant.server import Server
+from benchmarks.plant.server import StorageServer
 
 ROOT = Path(__file__).resolve().parents[2]
 _LOOK_S = 0.5
 
 
-def settings_of(arguments: argparse.Namespace, root: str) -> list[str]:
+def make_settings(arguments: argparse.Namespace, root: str) -> list[str]:
     """The default but for alignment, on small images: what is asked here is what the system costs, not how well it sees."""
     return [
         "default",
@@ -33,7 +33,7 @@ def settings_of(arguments: argparse.Namespace, root: str) -> list[str]:
     ]
 
 
-def resident_mb(pid: int) -> float:
+def read_private_memory_mb(pid: int) -> float:
     """Memory of a process that no other shares, MiB; 0 where it has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
@@ -42,7 +42,7 @@ def resident_mb(pid: int) -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
 
-def descendants(pid: int) -> list[int]:
+def list_descendants(pid: int) -> list[int]:
     """The process and all that stand below it."""
     below: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
@@ -59,7 +59,7 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-class Peaks:
+class MemoryPeaks:
     """The highest private memory of a command's own process, and of any other below `root`, while it is open, MiB."""
 
     def __init__(self, command: int, root: int) -> None:
@@ -68,7 +68,7 @@ class Peaks:
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> Peaks:
+    def __enter__(self) -> MemoryPeaks:
         self._thread.start()
         return self
 
@@ -78,30 +78,30 @@ class Peaks:
 
     def _watch(self) -> None:
         while not self._end.wait(_LOOK_S):
-            self.driver_mb = max(self.driver_mb, resident_mb(self.command))
-            for pid in descendants(self.root):
+            self.driver_mb = max(self.driver_mb, read_private_memory_mb(self.command))
+            for pid in list_descendants(self.root):
                 try:
                     ours = b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes()
                 except OSError:
                     continue
                 if ours and pid != self.command:
-                    self.largest_mb = max(self.largest_mb, resident_mb(pid))
+                    self.largest_mb = max(self.largest_mb, read_private_memory_mb(pid))
 
 
-def cost_of(arguments: Sequence[str], log: Path, accept: Sequence[int] = (0,)) -> dict[str, Any]:
+def measure_command(arguments: Sequence[str], log: Path, accept: Sequence[int] = (0,)) -> dict[str, Any]:
     """Runs a focus-ray command as a user would. Raises: SystemExit: it failed; with where its output is."""
-    before = Server.counts()
+    before = StorageServer.counts()
     start = time.perf_counter()
     with log.open("w") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", "focus_ray.cli", *arguments], stdout=stream, stderr=stream, cwd=ROOT
         )
-        with Peaks(process.pid, os.getpid()) as peaks:
+        with MemoryPeaks(process.pid, os.getpid()) as peaks:
             status = process.wait()
     seconds = time.perf_counter() - start
     if status not in accept:
         raise SystemExit(f"focus-ray {' '.join(arguments)} ended with {status}: {log}")
-    asked = Server.counts() - before
+    asked = StorageServer.counts() - before
     requests = {kind: count for kind, count in asked.items() if not kind.startswith("bytes")}
     return {
         "command": arguments[0],

@@ -144,14 +144,14 @@ def _check_replaced_files(folder: Path, names: Mapping[Path, str]) -> None:
     for path, name in names.items():
         if (image := images.get(os.path.realpath(folder / name))) is not None:
             raise DataError(
-                f"--overlays {folder}: the overlay of {escape_invalid_utf8(path)} would replace the image {escape_invalid_utf8(image)}: "
-                "give another folder"
+                f"--overlays {folder}: the overlay of {escape_invalid_utf8(path)} would replace the image "
+                f"{escape_invalid_utf8(image)}: give another folder"
             )
         target = folder / name
         if os.path.isfile(target) and os.path.getsize(target) and not is_file_drawn_by_focus_ray(target):
             raise DataError(
-                f"--overlays {folder}: the overlay of {escape_invalid_utf8(path)} would replace {escape_invalid_utf8(target)}, which is not "
-                "an overlay: give another folder"
+                f"--overlays {folder}: the overlay of {escape_invalid_utf8(path)} would replace "
+                f"{escape_invalid_utf8(target)}, which is not an overlay: give another folder"
             )
 
 

@@ -163,8 +163,8 @@ class NormalStatistics:
     def collect_tensors(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the tensors, by name, from which `restore_moments` and `restore_bank` rebuild moments and bank.
 
-        Args: stored: the result of `collect_density_tensors`. Embeddings that it contains are left out, so that a bundle stores every
-            embedding once.
+        Args: stored: the result of `collect_density_tensors`. Embeddings that it contains are left out, so that a bundle stores
+            every embedding once.
         """
         moments, channels = self.moments, self.moments.channels
         tensors = {"mean": moments.mean, "scatter": pack_lower_triangles(moments.scatter)}

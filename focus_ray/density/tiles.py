@@ -39,7 +39,7 @@ class TileGrid(NamedTuple):
         return tiles.permute(0, 2, 3, 1, 4, 5).reshape(-1, images.shape[1], side, side)
 
     def cut_channels_last_images(self, batch: Tensor) -> Tensor:
-        """Cuts images with channels last (B, H, W, C) into tiles (B * num_tiles, side_px, side_px, C), in the order of `cut_images`."""
+        """Cuts images with channels last (B, H, W, C) into tiles (B * num_tiles, side_px, side_px, C); see `cut_images`."""
         return batch if self.num_tiles == 1 else self.cut_images(batch.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def cut_one_tile(self, batch: Tensor, tile_number: int) -> Tensor:

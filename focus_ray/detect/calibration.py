@@ -118,7 +118,7 @@ class Calibration:
 
     @property
     def effective_fpr(self) -> float:
-        """The false positive rate of the image threshold: target_fpr with a tail, otherwise max(target_fpr, min_measurable_fpr)."""
+        """False positive rate of the image threshold: target_fpr with a tail, else max(target_fpr, min_measurable_fpr)."""
         return self.target_fpr if self.tail is not None else max(self.target_fpr, self.min_measurable_fpr)
 
     @property
@@ -137,7 +137,8 @@ class Calibration:
 
         The threshold depends on which n independent images were drawn, and so does its rate. Without a tail, the threshold is
         the m-th highest score, so its rate follows Beta(m, n + 1 - m) with m = floor(target_fpr (n + 1)), at least 1. With a
-        tail and a threshold at or above its start, see `ScoreTail.compute_probability_fpr_exceeds`; this assumes that real tails are exponential.
+        tail and a threshold at or above its start, see `ScoreTail.compute_probability_fpr_exceeds`; this assumes that real
+        tails are exponential.
         """
         if not 0.0 < rate < 1.0:
             return float(rate <= 0.0)

@@ -108,9 +108,8 @@ class Detector:
         if shown is not None:
             inspected = compute_scored_locations(shown, theta, self.tiles, distance.shape[1:]).to(distance.dtype)
         scored = self.score_distances(distance * inspected, theta, shown=shown)
-        return scored._replace(
-            score=set_nan_if_uninspected(scored.score, zero_unscored_locations(inspected, theta, self.coverage_mask))
-        )
+        inspected = zero_unscored_locations(inspected, theta, self.coverage_mask)
+        return scored._replace(score=set_nan_if_uninspected(scored.score, inspected))
 
     @torch.inference_mode()
     def score_distances(
@@ -132,11 +131,10 @@ class Detector:
         # pixels outside the image are invented by padding, and the density has not learnt locations that training rarely showed
         distance = zero_unscored_locations(distance, theta, self.coverage_mask)
         aligned_map = self.map_generator(distance)
-        score = (
-            aligned_map.flatten(1).amax(dim=1)
-            if profile is None
-            else profile.compute_image_scores(distance, self.map_generator)
-        )
+        if profile is None:
+            score = aligned_map.flatten(1).amax(dim=1)
+        else:
+            score = profile.compute_image_scores(distance, self.map_generator)
         if theta is not None:
             aligned_map = warp_images(aligned_map[:, None], invert_theta(theta), "zeros")[:, 0]
         return ScoredImages(score, aligned_map if shown is None else aligned_map * shown)
@@ -215,8 +213,8 @@ def extract_scored_pixel_mask(batch: Tensor, device: torch.device | str) -> Tens
 def compute_scored_pixels(locations: Tensor, theta: Tensor | None, tiles: TileGrid) -> Tensor:
     """Computes which pixels of the input images are scored from the locations that are scored.
 
-    This is an approximate inverse of `compute_scored_locations`. It is needed for images of the bank (the stored embeddings of normal
-    images), for which only the scored locations are stored.
+    This is an approximate inverse of `compute_scored_locations`. It is needed for images of the bank (the stored embeddings of
+    normal images), for which only the scored locations are stored.
 
     Args:
         locations: (B, h, w) bool, locations of the aligned frame that are scored.

@@ -178,6 +178,7 @@ def _build_sidecar(
         failures: sentences of `find_check_failures` that the user accepted.
     """
     frame, calibration = bundle.frame, bundle.calibration
+    max_side_px = compute_max_image_side_px(frame.height, frame.width)
     files = {
         path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "num_bytes": path.stat().st_size}
         for path in sorted(folder.iterdir())
@@ -197,7 +198,7 @@ def _build_sidecar(
             "type": "uint8",
             "shape": ["batch", "height", "width", 3],
             "colours": "RGB, 0 to 255; grey repeated three times, transparency composed over black, EXIF orientation applied",
-            "sizes": f"2 to {compute_max_image_side_px(frame.height, frame.width)} pixels a side, one size a batch: the model resizes",
+            "sizes": f"2 to {max_side_px} pixels a side, one size a batch: the model resizes",
         },
         "frame": {
             "height": frame.height,

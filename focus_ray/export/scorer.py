@@ -151,7 +151,7 @@ class VerdictModule(nn.Module):
 
 
 def _cut_into_tiles(images: Tensor, tiles: TileGrid) -> Tensor:
-    """Cuts images (B, C, H, W) into tiles (B * num_tiles, C, side, side), as `TileGrid.cut_images`, with slices that can be traced."""
+    """Cuts images (B, C, H, W) into tiles (B * num_tiles, C, side, side), by slices that can be traced."""
     if tiles.num_tiles == 1:
         return images
     side, step = tiles.side_px, tiles.side_px - tiles.overlap_px

@@ -58,8 +58,8 @@ class FocusNet(nn.Module):
 
     def __init__(self, config: ModelConfig, backbone: Backbone) -> None:
         """
-        Args: backbone: backbone that already has its weights; the padding of its convolutions is changed in place. `build_network`
-            builds it with the configured weights.
+        Args: backbone: backbone that already has its weights; the padding of its convolutions is changed in place.
+            `build_network` builds it with the configured weights.
         """
         super().__init__()
         self.config, self.backbone = config, backbone

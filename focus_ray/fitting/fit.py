@@ -128,7 +128,7 @@ def fit(
         device: device of the network and the density.
         rank: number of this worker, from 0.
         state: saved state from which training resumes; None starts a new fit.
-        on_epoch: called by every worker after every epoch, with a function that returns the state to save; see `state.EpochCallback`.
+        on_epoch: called by every worker after every epoch, with a function that returns the state to save; see `EpochCallback`.
         log: called with each message.
 
     Returns: the detector, its statistics and its calibration.
@@ -484,10 +484,9 @@ class DetectorFitter:
         """
         num_channels = self.reduction.num_coreset_channels or self.reduction.num_channels
         parts = [torch.empty(0, GRID * GRID, num_channels)]
-        parts += [
-            compute_image_descriptors(self.net, self.reduction, convert_to_float_images(batch, self.device)).cpu()
-            for batch in batches
-        ]
+        for batch in batches:
+            images = convert_to_float_images(batch, self.device)
+            parts.append(compute_image_descriptors(self.net, self.reduction, images).cpu())
         return all_gather_rows(torch.cat(parts))
 
     @torch.inference_mode()

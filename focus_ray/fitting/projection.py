@@ -92,7 +92,7 @@ class CachedEmbeddings(NamedTuple):
     thetas: Tensor | None
 
     def project_embeddings(self, numbers: Sequence[int], projection: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Projects the cached embeddings of B images. Up to the rounding of float16, `detector.embed_images` gives the same result.
+        """Projects the cached embeddings of B images, as `detector.embed_images` does, up to the rounding of float16.
 
         Args:
             numbers: B image numbers, keys of `row`.
@@ -149,8 +149,8 @@ def learn_projection(
             synthetic defects. None: learn from synthetic defects.
         has_folds: also learn a projection without each cross-validation fold. This is done only if all images are used, their
             number is at least 2 * NUM_FOLDS, and `shared` is None.
-        groups_and_order: groups and order of the chosen images of all workers. Neighbours are then searched only among images of other
-            physical parts. None: every image shows a different part.
+        groups_and_order: of the chosen images of all workers. Neighbours are then searched only among images of other physical
+            parts. None: every image shows a different part.
         log: called with each message.
 
     Raises: ValueError: fewer than two images (or tiles, if images have tiles).

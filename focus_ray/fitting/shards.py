@@ -52,7 +52,7 @@ class Shard(ABC):
         """
 
     @abstractmethod
-    def read_batches(self, part: _Part, positions: Sequence[int] | None) -> Iterator[Tensor]:
+    def read_batches(self, part: _Part, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Generator: yields batches of the fit, validation or held-out images.
 
         Args: positions: ascending positions of the images to read; None: all images.
@@ -167,7 +167,7 @@ class MemoryShard(Shard):
             yield self.images[order[:batch_size]]
             order = order[batch_size:]
 
-    def read_batches(self, part: _Part, positions: Sequence[int] | None) -> Iterator[Tensor]:
+    def read_batches(self, part: _Part, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
         images = {"fit": self.images, "validation": self.validation, "holdout": self.holdout}[part]
         if positions is not None:
             images = images[torch.tensor(positions, dtype=torch.long)]
@@ -273,7 +273,7 @@ class StreamShard(Shard):
                 "was changed during the training"
             )
 
-    def read_batches(self, part: _Part, positions: Sequence[int] | None) -> Iterator[Tensor]:
+    def read_batches(self, part: _Part, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
         share: SplitRows = getattr(self.share, part)
         rows = share.rows if positions is None else share.rows[np.asarray(positions, dtype=np.int64)]
         uri, version = self.config.data.uri, self.share.version

@@ -112,7 +112,7 @@ class _BaseVersion:
 
 
 class CategoryIngestion:
-    """The ingestion of one category: compares the source with the current version, and publishes the new version in `publish_version`.
+    """The ingestion of one category: compares the source with the current version, and publishes the new version.
 
     Attributes:
         plan: the images to ingest.

@@ -112,7 +112,7 @@ def draw_board(rng: np.random.Generator, size_px: int, defect: str | None, attem
     matrix = (*first_row, -sin, cos, size / 2 + sin * middle_x - cos * middle_y)
 
     def project_to_image(layer: Image.Image) -> FloatImage:
-        """Returns a layer of the layers as the camera sees it, in [0, 1]."""
+        """Returns a layer of the board as the camera sees it, in [0, 1]."""
         small = layer.reduce(2)
         moved = small.transform(small.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
         return np.asarray(moved, dtype=np.float32) / 255

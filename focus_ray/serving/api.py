@@ -22,13 +22,13 @@ from focus_ray.data.images import ImageError
 from focus_ray.detect.inspection import Inspection, Region
 from focus_ray.detect.pictures import EncodedAnomalyMap, Output
 from focus_ray.names import NAME_PATTERN, suggest_similar_name
-from focus_ray.serving.envelope import Envelope
-from focus_ray.serving.limits import read_body, read_content_length, read_document, split_images
-from focus_ray.serving.origin import check_origin
-from focus_ray.serving.problems import MEDIA_TYPE, SCHEMA, Problem
-from focus_ray.serving.service import Service
+from focus_ray.serving.envelope import RequestMiddleware
+from focus_ray.serving.limits import extract_images, read_body, read_content_length, read_json_body
+from focus_ray.serving.origin import check_same_origin
+from focus_ray.serving.problems import MEDIA_TYPE, SCHEMA, HttpProblem
+from focus_ray.serving.service import InspectionService
 from focus_ray.serving.settings import MIB, Name
-from focus_ray.serving.source import version_labels
+from focus_ray.serving.source import get_version_labels
 from focus_ray.serving.tokens import Caller
 from focus_ray.version import __version__
 
@@ -45,7 +45,7 @@ Ref = Annotated[
 ]
 
 
-async def admit_request(request: Request) -> Caller:
+async def authenticate_request(request: Request) -> Caller:
     """FastAPI dependency: checks origin, token and query parameters of a request, and returns its caller.
 
     Stores token id and team in `request.state.facts`, for the log.
@@ -53,8 +53,8 @@ async def admit_request(request: Request) -> Caller:
     Raises: Problem: 401, no valid token. 403, the request comes from the page of another site. 421, wrong host name. 422, a
         query parameter is unknown or occurs twice.
     """
-    service: Service = request.app.state.service
-    check_origin(request.headers, service.tokens is not None)
+    service: InspectionService = request.app.state.service
+    check_same_origin(request.headers, service.tokens is not None)
     caller = service.authenticate(request.headers.get("authorization"))
     request.state.facts = {"token": caller.id, "team": caller.team}
     parameters = sorted(field.alias for field in request.scope["route"].dependant.query_params)
@@ -63,36 +63,36 @@ async def admit_request(request: Request) -> Caller:
             expected = f"this path takes {', '.join(parameters) or 'none'}"
             hint = suggest_similar_name(name.lower(), parameters, min_similarity=0.5)
             detail = f"query parameter {name[:100]!r} is unknown: {expected}. {hint}".rstrip()
-            raise Problem(422, "unknown-parameter", detail)
+            raise HttpProblem(422, "unknown-parameter", detail)
         if count > 1:
-            raise Problem(422, "repeated-parameter", f"query parameter {name!r} occurs twice: send one value")
+            raise HttpProblem(422, "repeated-parameter", f"query parameter {name!r} occurs twice: send one value")
     return caller
 
 
-AuthenticatedCaller = Annotated[Caller, Depends(admit_request)]
+AuthenticatedCaller = Annotated[Caller, Depends(authenticate_request)]
 
 
-class _AnswerBody(BaseModel):
+class _JsonAnswer(BaseModel):
     """Base class of the JSON answers. An answer has only the fields that its class documents."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class WhoAmI(_AnswerBody):
+class TokenAccess(_JsonAnswer):
     """The teams that the token opens, and its scopes (inspect, read, admin)."""
 
     teams: list[str]
     scopes: list[str]
 
 
-class CategoryList(_AnswerBody):
+class CategoryList(_JsonAnswer):
     """The categories of a team that have a model."""
 
     team: str
     categories: list[str]
 
 
-class VersionAnswer(_AnswerBody):
+class VersionAnswer(_JsonAnswer):
     """A published version of a model: its name, hash of its manifest, time of publication and size."""
 
     version: str
@@ -101,7 +101,7 @@ class VersionAnswer(_AnswerBody):
     num_bytes: int
 
 
-class VersionList(_AnswerBody):
+class VersionList(_JsonAnswer):
     """The versions of a category, and its aliases. `aliases`: alias -> version name."""
 
     team: str
@@ -110,7 +110,7 @@ class VersionList(_AnswerBody):
     aliases: dict[str, str]
 
 
-class MapAnswer(_AnswerBody):
+class AnomalyMapAnswer(_JsonAnswer):
     """The anomaly map as an 8-bit grey PNG in base64. A pixel value v means the anomaly value high * v / 255.
 
     Stretch the map over the whole image: its size, and often its aspect ratio, differ from those of the image.
@@ -120,14 +120,14 @@ class MapAnswer(_AnswerBody):
     high: float
 
 
-class ImageProblem(_AnswerBody):
+class UnreadableImage(_JsonAnswer):
     """The reason why an image cannot be read."""
 
     reason: str
     detail: str
 
 
-class ResultAnswer(_AnswerBody):
+class ImageResultAnswer(_JsonAnswer):
     """The result of one image. If the image cannot be read, the result has only `name` and `error`."""
 
     name: str
@@ -140,11 +140,11 @@ class ResultAnswer(_AnswerBody):
     width: int | None = None
     height: int | None = None
     regions: list[Region] | None = None
-    map: MapAnswer | None = None
-    error: ImageProblem | None = None
+    map: AnomalyMapAnswer | None = None
+    error: UnreadableImage | None = None
 
 
-class InspectAnswer(_AnswerBody):
+class InspectAnswer(_JsonAnswer):
     """The results of the images of a request, in their order, and the version that scored them.
 
     The role is canary if a new version answered on trial, otherwise answer.
@@ -156,18 +156,18 @@ class InspectAnswer(_AnswerBody):
     version: str
     sha256: str
     role: Literal["answer", "canary"]
-    results: list[ResultAnswer]
+    results: list[ImageResultAnswer]
     timings_ms: dict[str, float]
 
 
-class PromoteBody(BaseModel):
+class PromotionRequest(BaseModel):
     """The version to which an alias moves: a version name or an alias."""
 
     model_config = ConfigDict(extra="forbid")
     version: Name
 
 
-class ThresholdsBody(BaseModel):
+class ThresholdsRequest(BaseModel):
     """Thresholds that a person chose. A threshold that is absent does not change."""
 
     model_config = ConfigDict(extra="forbid")
@@ -175,14 +175,14 @@ class ThresholdsBody(BaseModel):
     pixel_threshold: float | None = Field(default=None, gt=0, le=1e30, allow_inf_nan=False)
 
     @model_validator(mode="after")
-    def _sets_a_threshold(self) -> ThresholdsBody:
+    def _check_threshold_present(self) -> ThresholdsRequest:
         """Checks that at least one threshold is set. Raises: ValueError: neither is set."""
         if self.image_threshold is None and self.pixel_threshold is None:
             raise ValueError("set image_threshold, pixel_threshold, or both")
         return self
 
 
-class AliasAnswer(_AnswerBody):
+class AliasAnswer(_JsonAnswer):
     """An alias and the version to which it now points."""
 
     team: str
@@ -191,13 +191,13 @@ class AliasAnswer(_AnswerBody):
     version: str
 
 
-class Ready(_AnswerBody):
+class HealthAnswer(_JsonAnswer):
     """The answer of a health check; `status` is "ok"."""
 
     status: str
 
 
-def create_api(service: Service) -> FastAPI:
+def create_api(service: InspectionService) -> FastAPI:
     """Creates the FastAPI application of a service. The application starts the service, and closes it when it stops."""
 
     @asynccontextmanager
@@ -215,12 +215,14 @@ def create_api(service: Service) -> FastAPI:
         redoc_url=None,
         responses={"default": {"description": "Problem (RFC 9457)", "content": {MEDIA_TYPE: {"schema": SCHEMA}}}},
     )
-    api.add_middleware(Envelope, measures=service.measures)
+    api.add_middleware(RequestMiddleware, metrics=service.metrics)
     api.state.service = service
     _add_error_handlers(api)
     _add_open_routes(api, service)
     security = [] if service.tokens is None else [Depends(HTTPBearer(auto_error=False))]
-    router = APIRouter(prefix="/v1", dependencies=security, responses=_problem_responses(401, 403, 404, 422, 503))
+    router = APIRouter(
+        prefix="/v1", dependencies=security, responses=_describe_problem_responses(401, 403, 404, 422, 503)
+    )
     _add_read_routes(router, service)
     _add_inspect_route(router, service)
     _add_admin_routes(router, service)
@@ -228,12 +230,12 @@ def create_api(service: Service) -> FastAPI:
     return api
 
 
-def _add_read_routes(router: APIRouter, service: Service) -> None:
+def _add_read_routes(router: APIRouter, service: InspectionService) -> None:
     """Adds the routes that read: teams of the token (any valid token), and the routes that need the scope `read`."""
 
     @router.get("", summary="The teams and scopes of the token")
-    async def who_am_i(caller: AuthenticatedCaller) -> WhoAmI:
-        return WhoAmI(teams=await service.list_teams(caller), scopes=list(caller.scopes))
+    async def describe_token_access(caller: AuthenticatedCaller) -> TokenAccess:
+        return TokenAccess(teams=await service.list_teams(caller), scopes=list(caller.scopes))
 
     @router.get("/{team}")
     async def list_categories(caller: AuthenticatedCaller, team: NamePath) -> CategoryList:
@@ -241,17 +243,17 @@ def _add_read_routes(router: APIRouter, service: Service) -> None:
         return CategoryList(team=team, categories=await service.list_categories(team))
 
     @router.get("/{team}/{category}", summary="The card of a version")
-    async def model_card(
+    async def read_model_card(
         caller: AuthenticatedCaller, team: NamePath, category: NamePath, version: Ref = None
     ) -> dict[str, Any]:
         service.check_access(caller, team, category, "read")
-        return await service.describe_version(await service.resolve(team, category, version))
+        return await service.describe_version(await service.resolve_version(team, category, version))
 
     @router.get("/{team}/{category}/versions")
     async def list_versions(caller: AuthenticatedCaller, team: NamePath, category: NamePath) -> VersionList:
         service.check_access(caller, team, category, "read")
         versions, aliases = await service.list_versions(team, category)
-        answers = [_version_answer(version) for version in versions]
+        answers = [_format_version(version) for version in versions]
         return VersionList(team=team, category=category, versions=answers, aliases=aliases)
 
     @router.get(
@@ -260,7 +262,7 @@ def _add_read_routes(router: APIRouter, service: Service) -> None:
         response_class=Response,
         summary="A normal training image, for comparison",
     )
-    async def example(
+    async def read_example(
         caller: AuthenticatedCaller,
         team: NamePath,
         category: NamePath,
@@ -268,11 +270,11 @@ def _add_read_routes(router: APIRouter, service: Service) -> None:
         version: Ref = None,
     ) -> Response:
         service.check_access(caller, team, category, "read")
-        resolved = await service.resolve(team, category, version)
+        resolved = await service.resolve_version(team, category, version)
         return Response(await service.read_example(resolved, number), media_type="image/jpeg")
 
 
-def _add_inspect_route(router: APIRouter, service: Service) -> None:
+def _add_inspect_route(router: APIRouter, service: InspectionService) -> None:
     """Adds the route that scores images; it needs the scope `inspect`."""
     limits = service.settings.limits
     max_bytes = int(limits.max_body_mb * MIB)
@@ -293,13 +295,13 @@ def _add_inspect_route(router: APIRouter, service: Service) -> None:
         "/{team}/{category}/inspect",
         response_model=InspectAnswer,
         responses={
-            **_problem_responses(400, 406, 408, 413, 415, 429, 504),
+            **_describe_problem_responses(400, 406, 408, 413, 415, 429, 504),
             200: {"description": "The results, or a picture of the result", "content": {PNG: binary}},
         },
         openapi_extra={"requestBody": body},
         summary="Score one image or several",
     )
-    async def inspect(
+    async def inspect_images(
         request: Request,
         caller: AuthenticatedCaller,
         team: NamePath,
@@ -312,132 +314,136 @@ def _add_inspect_route(router: APIRouter, service: Service) -> None:
         include: Annotated[Literal["map"] | None, Query(description="map: adds the values of the anomaly map.")] = None,
     ) -> Response:
         service.check_access(caller, team, category, "inspect")
-        chosen_output = output or _choose_output(request.headers.get("accept", ""))
+        chosen_output = output or _choose_output_format(request.headers.get("accept", ""))
         with service.gate.admit(team, read_content_length(request, max_bytes)):
-            images = await split_images(request, await read_body(request, max_bytes), limits)
+            images = await extract_images(request, await read_body(request, max_bytes), limits)
             if chosen_output != "json" and len(images) > 1:
                 detail = f"the request has {len(images)} images, but a picture shows one: send one image"
-                raise Problem(422, "one-image-a-picture", detail)
+                raise HttpProblem(422, "one-image-a-picture", detail)
             contents = [content for _, content in images]
             request_id = request.state.request_id
-            used_version, answer, role = await service.inspect(
+            used_version, answer, role = await service.inspect_images(
                 team, category, version, contents, chosen_output, include == "map", request_id
             )
         facts = {"version": used_version.name, "num_images": len(images), "timings_ms": answer.timings_ms}
         request.state.facts.update(category=category, **facts)
         first = answer.results[0]
         if len(images) == 1 and isinstance(first, ImageError):
-            raise Problem(422, f"image-{first.reason.replace('_', '-')}", str(first))
+            raise HttpProblem(422, f"image-{first.reason.replace('_', '-')}", str(first))
         if answer.pictures[0] is not None and isinstance(first, Inspection):
-            return _picture_response(used_version, first, answer.pictures[0])
+            return _create_picture_response(used_version, first, answer.pictures[0])
         entries = zip(images, answer.results, answer.maps, strict=True)
         content = {
             "request_id": request_id,
-            **version_labels(used_version),
+            **get_version_labels(used_version),
             "sha256": used_version.sha256,
             "role": role,
-            "results": [_result_body(name, result, values) for (name, _), result, values in entries],
+            "results": [_format_image_result(name, result, values) for (name, _), result, values in entries],
             "timings_ms": answer.timings_ms,
         }
         return JSONResponse(content)
 
 
-def _add_admin_routes(router: APIRouter, service: Service) -> None:
+def _add_admin_routes(router: APIRouter, service: InspectionService) -> None:
     """Adds the routes that move aliases and set thresholds; they need the scope `admin`."""
-    problems = _problem_responses(400, 408, 409, 413, 415)
+    problems = _describe_problem_responses(400, 408, 409, 413, 415)
 
-    @router.put("/{team}/{category}/aliases/{alias}", responses=problems, openapi_extra=_request_body(PromoteBody))
-    async def promote(
+    @router.put(
+        "/{team}/{category}/aliases/{alias}", responses=problems, openapi_extra=_describe_json_body(PromotionRequest)
+    )
+    async def promote_version(
         request: Request, caller: AuthenticatedCaller, team: NamePath, category: NamePath, alias: NamePath
     ) -> AliasAnswer:
         service.check_access(caller, team, category, "admin")
-        body = await read_document(request, PromoteBody)
-        version = await service.promote(team, category, body.version, alias)
-        return AliasAnswer(**version_labels(version), alias=alias)
+        body = await read_json_body(request, PromotionRequest)
+        version = await service.promote_version(team, category, body.version, alias)
+        return AliasAnswer(**get_version_labels(version), alias=alias)
 
     @router.post(
         "/{team}/{category}/versions/{version}/thresholds",
         responses=problems,
-        openapi_extra=_request_body(ThresholdsBody),
+        openapi_extra=_describe_json_body(ThresholdsRequest),
         summary="Publish a new version of a model with other thresholds",
     )
     async def set_thresholds(
         request: Request, caller: AuthenticatedCaller, team: NamePath, category: NamePath, version: NamePath
     ) -> VersionAnswer:
         service.check_access(caller, team, category, "admin")
-        body = await read_document(request, ThresholdsBody)
-        resolved = await service.resolve(team, category, version)
+        body = await read_json_body(request, ThresholdsRequest)
+        resolved = await service.resolve_version(team, category, version)
         thresholds = body.image_threshold, body.pixel_threshold
-        return _version_answer(await service.set_thresholds(resolved, *thresholds, caller))
+        return _format_version(await service.set_thresholds(resolved, *thresholds, caller))
 
     @router.post("/{team}/{category}/aliases/{alias}/rollback", responses=problems)
-    async def roll_back(
+    async def roll_back_alias(
         caller: AuthenticatedCaller, team: NamePath, category: NamePath, alias: NamePath
     ) -> AliasAnswer:
         service.check_access(caller, team, category, "admin")
-        return AliasAnswer(**version_labels(await service.roll_back(team, category, alias)), alias=alias)
+        return AliasAnswer(**get_version_labels(await service.roll_back_alias(team, category, alias)), alias=alias)
 
 
-def _add_open_routes(api: FastAPI, service: Service) -> None:
+def _add_open_routes(api: FastAPI, service: InspectionService) -> None:
     """Adds the routes that need no token: the health checks, and the files of the web page if the settings turn it on."""
 
     @api.get("/healthz", summary="Whether this replica lives")
-    async def healthz() -> Ready:
-        return Ready(status="ok")
+    async def report_liveness() -> HealthAnswer:
+        return HealthAnswer(status="ok")
 
-    @api.get("/readyz", responses=_problem_responses(503), summary="Whether there are models to serve")
-    async def readyz() -> Ready:
-        await service.check_ready()
-        return Ready(status="ok")
+    @api.get("/readyz", responses=_describe_problem_responses(503), summary="Whether there are models to serve")
+    async def report_readiness() -> HealthAnswer:
+        await service.wait_until_ready()
+        return HealthAnswer(status="ok")
 
     if service.settings.page:
         folder = resources.files("focus_ray.serving") / "page"
         for path, (name, media_type) in _PAGE_FILES.items():
-            endpoint = partial(_send_file, (folder / name).read_bytes(), media_type)
+            endpoint = partial(_answer_page_file, (folder / name).read_bytes(), media_type)
             api.add_api_route(path, endpoint, include_in_schema=False)
 
 
-async def _send_file(content: bytes, media_type: str) -> Response:
+async def _answer_page_file(content: bytes, media_type: str) -> Response:
     """Answers a request for a file of the web page with its content."""
     return Response(content, media_type=media_type)
 
 
 def _add_error_handlers(api: FastAPI) -> None:
-    """Adds handlers that turn `Problem`, invalid requests and HTTP errors into a problem document (RFC 9457).
+    """Adds handlers that turn `HttpProblem`, invalid requests and HTTP errors into a problem document (RFC 9457).
 
-    `Envelope` answers all other exceptions.
+    `RequestMiddleware` answers all other exceptions.
     """
 
-    @api.exception_handler(Problem)
-    async def on_problem(request: Request, problem: Problem) -> Response:
-        return problem.response(request.state.request_id)
+    @api.exception_handler(HttpProblem)
+    async def answer_problem(request: Request, problem: HttpProblem) -> Response:
+        return problem.create_response(request.state.request_id)
 
     @api.exception_handler(RequestValidationError)
-    async def on_validation(request: Request, error: RequestValidationError) -> Response:
+    async def answer_invalid_request(request: Request, error: RequestValidationError) -> Response:
         detail = "; ".join(f"{'.'.join(str(key) for key in item['loc'])}: {item['msg']}" for item in error.errors()[:5])
-        return await on_problem(request, Problem(422, "invalid-request", detail[:1000]))
+        return await answer_problem(request, HttpProblem(422, "invalid-request", detail[:1000]))
 
     @api.exception_handler(HTTPException)
-    async def on_http(request: Request, error: HTTPException) -> Response:
+    async def answer_http_error(request: Request, error: HTTPException) -> Response:
         codes = {
             404: ("not-found", "there is nothing at this path; /openapi.json says what there is"),
             405: ("method-not-allowed", f"this path does not support {request.method}"),
         }
         code, detail = codes.get(error.status_code, ("bad-request", str(error.detail)[:300]))
-        return await on_problem(request, Problem(error.status_code, code, detail, headers=dict(error.headers or {})))
+        return await answer_problem(
+            request, HttpProblem(error.status_code, code, detail, headers=dict(error.headers or {}))
+        )
 
 
-def _choose_output(accept: str) -> Output:
+def _choose_output_format(accept: str) -> Output:
     """Returns "json" if an Accept header allows JSON, or "heatmap" if it allows only PNG. Raises: Problem: 406, neither."""
     media_types = [entry.partition(";")[0].strip().lower() for entry in accept.split(",") if entry.strip()]
     if not media_types or any(name in ("*/*", "application/*", "application/json") for name in media_types):
         return "json"
     if any(name in (PNG, "image/*") for name in media_types):
         return "heatmap"
-    raise Problem(406, "not-acceptable", f"Accept {accept[:100]!r}: this path offers application/json and {PNG}")
+    raise HttpProblem(406, "not-acceptable", f"Accept {accept[:100]!r}: this path offers application/json and {PNG}")
 
 
-def _picture_response(version: Version, inspection: Inspection, picture: bytes) -> Response:
+def _create_picture_response(version: Version, inspection: Inspection, picture: bytes) -> Response:
     """Returns an HTTP response with a PNG picture as its body, and the result of the image in its headers."""
     headers = {
         "x-score": repr(inspection.score),
@@ -450,8 +456,10 @@ def _picture_response(version: Version, inspection: Inspection, picture: bytes) 
     return Response(picture, media_type=PNG, headers=headers)
 
 
-def _result_body(name: str, result: Inspection | ImageError, values: EncodedAnomalyMap | None) -> dict[str, Any]:
-    """Returns the result of one image as a dictionary with fields of `ResultAnswer`.
+def _format_image_result(
+    name: str, result: Inspection | ImageError, values: EncodedAnomalyMap | None
+) -> dict[str, Any]:
+    """Returns the result of one image as a dictionary with fields of `ImageResultAnswer`.
 
     Args:
         name: file name of the image in the request.
@@ -465,7 +473,7 @@ def _result_body(name: str, result: Inspection | ImageError, values: EncodedAnom
     return body
 
 
-def _version_answer(version: Version) -> VersionAnswer:
+def _format_version(version: Version) -> VersionAnswer:
     """Returns a published version in the form of an answer."""
     published_at = version.published_at.isoformat()
     return VersionAnswer(
@@ -473,12 +481,12 @@ def _version_answer(version: Version) -> VersionAnswer:
     )
 
 
-def _request_body(model: type[BaseModel]) -> dict[str, Any]:
-    """Returns the OpenAPI description of a JSON body that `read_document` reads."""
+def _describe_json_body(model: type[BaseModel]) -> dict[str, Any]:
+    """Returns the OpenAPI description of a JSON body that `read_json_body` reads."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}}
 
 
-def _problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def _describe_problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Returns the OpenAPI description of problem documents with these HTTP statuses."""
     content = {MEDIA_TYPE: {"schema": SCHEMA}}
     return {status: {"description": "Problem (RFC 9457)", "content": content} for status in statuses}

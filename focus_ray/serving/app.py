@@ -23,14 +23,14 @@ from focus_ray.bundle.registry import Version
 from focus_ray.errors import FocusRayError
 from focus_ray.retries import compute_retry_pause_s
 from focus_ray.serving.api import create_api
-from focus_ray.serving.logs import configure_logging, log
-from focus_ray.serving.metrics import Measures, RayMeasures
-from focus_ray.serving.problems import RETRY_AFTER_S, unavailable
-from focus_ray.serving.scorer import Answer, ImageScorer, ScoringRequest
-from focus_ray.serving.serve_private import check_serve_parts, forget_model
-from focus_ray.serving.service import ScoringBackend, Service
-from focus_ray.serving.settings import Pool, Scaling, ServiceSettings, parse_settings
-from focus_ray.serving.source import open_source_folder, version_key
+from focus_ray.serving.logs import configure_logging, log_event
+from focus_ray.serving.metrics import MetricsRecorder, RayMetricsRecorder
+from focus_ray.serving.problems import RETRY_AFTER_S, create_unavailable_problem
+from focus_ray.serving.scorer import ImageScorer, ScoringAnswer, ScoringRequest
+from focus_ray.serving.serve_private import check_private_serve_api, unregister_model
+from focus_ray.serving.service import InspectionService, ScoringBackend
+from focus_ray.serving.settings import ReplicaScaling, ScoringPool, ServiceSettings, parse_service_settings
+from focus_ray.serving.source import get_version_key, open_source_folder
 
 COMMON_POOL = "scorer"  # name of the pool for all categories without their own pool
 _MAX_ATTEMPTS = 4  # of a call whose replica dies; a lost node ends several replicas at the same time
@@ -60,7 +60,7 @@ def _prepare_replica_process() -> None:
 class ScorerReplica:
     """A Serve replica that scores images: an `ImageScorer`, which also tells Serve which models are in memory."""
 
-    def __init__(self, pool: Pool, device: str, preload: Sequence[Version] = ()) -> None:
+    def __init__(self, pool: ScoringPool, device: str, preload: Sequence[Version] = ()) -> None:
         """Creates the scorer; `check_health` loads the models of `preload`.
 
         Args:
@@ -68,8 +68,8 @@ class ScorerReplica:
             preload: versions to load before the first request.
         """
         _prepare_replica_process()
-        self._scorer = ImageScorer(pool, device, RayMeasures())
-        self._scorer.models.on_drop = self._on_drop
+        self._scorer = ImageScorer(pool, device, RayMetricsRecorder())
+        self._scorer.models.on_drop = self._handle_model_drop
         self._versions: dict[str, Version] = {}
         self._versions_to_preload = list(preload)
 
@@ -81,51 +81,51 @@ class ScorerReplica:
         Raises: BundleError: a version cannot be loaded. Serve then treats the replica as unhealthy.
         """
         while self._versions_to_preload:
-            await self._scorer.warm(self._versions_to_preload[-1])
+            await self._scorer.warm_up_model(self._versions_to_preload[-1])
             self._versions_to_preload.pop()
 
-    async def inspect(self, request: ScoringRequest) -> Answer:
-        """Scores images as `ImageScorer.inspect`. The time `load` of the answer includes `_announce_model`.
+    async def inspect_images(self, request: ScoringRequest) -> ScoringAnswer:
+        """Scores images as `ImageScorer.inspect_images`. The time `load` of the answer includes `_announce_model`.
 
-        Raises: BundleError, ScoreError: as `ImageScorer.inspect`.
+        Raises: BundleError, ScoreError: as `ImageScorer.inspect_images`.
         """
         started = time.perf_counter()
         await self._announce_model(request.version)
         announced_ms = 1e3 * (time.perf_counter() - started)
-        answer = await self._scorer.inspect(request)
+        answer = await self._scorer.inspect_images(request)
         answer.timings_ms["load"] = round(answer.timings_ms["load"] + announced_ms, 3)
         return answer
 
-    async def warm(self, version: Version) -> None:
+    async def warm_up_model(self, version: Version) -> None:
         """Loads a version and scores a blank image with it. Raises: BundleError: the version cannot be loaded."""
         await self._announce_model(version)
-        await self._scorer.warm(version)
+        await self._scorer.warm_up_model(version)
 
     async def _announce_model(self, version: Version) -> None:
         """Loads a version and tells Serve that this replica has it, so that Serve prefers this replica for later requests.
 
         Raises: BundleError: the version cannot be loaded.
         """
-        key = version_key(version)
+        key = get_version_key(version)
         self._versions[key] = version
         await self._register_model(key)
 
     # Serve's limit on the number of models is off: `ModelCache` has a limit in bytes instead
     @serve.multiplexed(max_num_models_per_replica=-1)
     async def _register_model(self, key: str) -> str:
-        """Loads the model of a `version_key`. The decorator then adds the key to Serve's list of models of this replica."""
-        await self._scorer.models.get(self._versions[key])
+        """Loads a model by its `get_version_key`. The decorator then adds the key to Serve's list of this replica's models."""
+        await self._scorer.models.get_or_load(self._versions[key])
         return key
 
-    def _on_drop(self, version: Version) -> None:
+    def _handle_model_drop(self, version: Version) -> None:
         """Removes a version that was dropped from memory from Serve's list of this replica's models, and counts the drop.
 
         Serve then sends requests for the version to replicas that still have it.
         """
-        key = version_key(version)
+        key = get_version_key(version)
         self._versions.pop(key, None)
-        forget_model(self, key)
-        self._scorer.report_drop(version)
+        unregister_model(self, key)
+        self._scorer.record_model_drop(version)
 
 
 class RemoteScoringBackend:
@@ -135,37 +135,40 @@ class RemoteScoringBackend:
     """
 
     def __init__(
-        self, common_pool: DeploymentHandle, pinned_pools: dict[tuple[str, str], DeploymentHandle], measures: Measures
+        self,
+        common_pool: DeploymentHandle,
+        pinned_pools: dict[tuple[str, str], DeploymentHandle],
+        metrics: MetricsRecorder,
     ) -> None:
         """Stores the handles of the pools.
 
         Args:
             common_pool: scores all categories without their own pool.
             pinned_pools: (team, category) -> the category's own pool.
-            measures: receives the number of repeated calls.
+            metrics: receives the number of repeated calls.
         """
-        self._common_pool, self._pinned_pools, self._measures = common_pool, pinned_pools, measures
+        self._common_pool, self._pinned_pools, self._metrics = common_pool, pinned_pools, metrics
 
-    async def inspect(self, request: ScoringRequest) -> Answer:
-        """Scores images in a replica of the pool of their category, as `ImageScorer.inspect`.
+    async def inspect_images(self, request: ScoringRequest) -> ScoringAnswer:
+        """Scores images in a replica of the pool of their category, as `ImageScorer.inspect_images`.
 
         Raises:
             Problem: 503, all replicas are busy or were lost.
-            BundleError, ScoreError: as `ImageScorer.inspect`.
+            BundleError, ScoreError: as `ImageScorer.inspect_images`.
         """
-        answer: Answer = await self._call("inspect", request.version, request)
+        answer: ScoringAnswer = await self._call_replica("inspect_images", request.version, request)
         return answer
 
-    async def warm(self, version: Version) -> None:
+    async def warm_up_model(self, version: Version) -> None:
         """Loads a version in one replica of the pool of its category.
 
         Raises:
             Problem: 503, all replicas are busy or were lost.
             BundleError: the version cannot be loaded.
         """
-        await self._call("warm", version, version)
+        await self._call_replica("warm_up_model", version, version)
 
-    async def _call(self, method: str, version: Version, argument: Any) -> Any:
+    async def _call_replica(self, method: str, version: Version, argument: Any) -> Any:
         """Calls a method of a replica, preferably one that has the model of the version in memory.
 
         Args: argument: the argument of the method.
@@ -177,29 +180,29 @@ class RemoteScoringBackend:
             FocusRayError, RayError: any other error of the method in the replica.
         """
         handle = self._pinned_pools.get((version.team, version.category), self._common_pool)
-        target = getattr(handle.options(multiplexed_model_id=version_key(version)), method)
+        target = getattr(handle.options(multiplexed_model_id=get_version_key(version)), method)
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             try:
                 return await target.remote(argument)
             except BackPressureError:
-                raise unavailable("all replicas are busy: try again") from None
+                raise create_unavailable_problem("all replicas are busy: try again") from None
             except FocusRayError:
                 raise
             except (RayActorError, DeploymentUnavailableError) as error:
-                log("replica lost", level=logging.WARNING, error=str(error)[:500], attempt=attempt)
-                self._measures.record("retries")
+                log_event("replica lost", level=logging.WARNING, error=str(error)[:500], attempt=attempt)
+                self._metrics.record("retries")
                 await asyncio.sleep(compute_retry_pause_s(attempt))  # scoring has no side effects, so a retry is safe
             except RayError as error:
                 cause = getattr(error, "cause", None)
                 if isinstance(cause, FocusRayError):
                     raise cause from None
                 raise
-        raise unavailable("the scoring replicas were lost: try again")
+        raise create_unavailable_problem("the scoring replicas were lost: try again")
 
 
 @serve.deployment
 @serve.ingress()
-class Ingress:
+class IngressReplica:
     """A Serve replica that receives HTTP requests. It has models only if there are no separate scoring replicas."""
 
     def __init__(
@@ -216,16 +219,16 @@ class Ingress:
             DataError, BundleError: the folder with bundles contains no bundle, or a damaged one.
         """
         _prepare_replica_process()
-        measures = RayMeasures()
+        metrics = RayMetricsRecorder()
         backend: ScoringBackend
         if common_pool is None:
-            backend = ImageScorer(settings.pool, settings.device, measures)
+            backend = ImageScorer(settings.pool, settings.device, metrics)
         else:
             by_category = {
                 (pin.team, category): pinned_pools[pin.name] for pin in settings.pins for category in pin.categories
             }
-            backend = RemoteScoringBackend(common_pool, by_category, measures)
-        self._service = Service(settings, backend, measures)
+            backend = RemoteScoringBackend(common_pool, by_category, metrics)
+        self._service = InspectionService(settings, backend, metrics)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Creates the HTTP application; Serve calls it once."""
@@ -244,8 +247,8 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         BundleError: a bundle in the folder is damaged.
         RegistryError: there is no version to preload for a pinned category.
     """
-    check_serve_parts()
-    settings = parse_settings(arguments, "args of the application")
+    check_private_serve_api()
+    settings = parse_service_settings(arguments, "args of the application")
     source = open_source_folder(settings.registry, settings.bundles, settings.team, settings.refresh_s)
     refs = {(route.team, route.category): route.ref for route in settings.routes}
     pinned_pools = {}
@@ -254,16 +257,16 @@ def build(arguments: dict[str, Any]) -> serve.Application:
             source.resolve(pin.team, category, refs.get((pin.team, category), settings.default_ref))
             for category in pin.categories
         ]
-        pinned_pools[pin.name] = _bind_pool(f"pinned-{pin.name}", pin.pool, settings, preload)
+        pinned_pools[pin.name] = _create_scoring_pool(f"pinned-{pin.name}", pin.pool, settings, preload)
     limits, pool = settings.limits, settings.pool
-    together = settings.is_together
+    together = settings.has_single_replica
     actor: dict[str, Any] = {"num_cpus": settings.ingress_num_cpus, "runtime_env": _ENVIRONMENT}
     if together:
         actor.update(num_cpus=settings.ingress_num_cpus + pool.num_cpus, num_gpus=pool.num_gpus)
-    ingress = Ingress.options(  # type: ignore[attr-defined]
+    ingress = IngressReplica.options(  # type: ignore[attr-defined]
         name="ingress",
-        autoscaling_config=_autoscaling_config(pool.scaling if together else settings.ingress),
-        # above the limit of `Gate`, so that `Gate` refuses first, with a problem document
+        autoscaling_config=_create_autoscaling_config(pool.scaling if together else settings.ingress),
+        # above the limit of `RequestLimiter`, so that `RequestLimiter` refuses first, with a problem document
         max_ongoing_requests=limits.max_in_flight + 64,
         max_queued_requests=4 * limits.max_in_flight,
         backpressure_config={"status_code": 503, "retry_after_s": float(RETRY_AFTER_S)},
@@ -271,11 +274,13 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=max(limits.timeout_s, GRACEFUL_SHUTDOWN_S if together else 0.0),
         health_check_period_s=5,
     )
-    common_pool = None if together else _bind_pool(COMMON_POOL, pool, settings)
+    common_pool = None if together else _create_scoring_pool(COMMON_POOL, pool, settings)
     return ingress.bind(settings, common_pool, pinned_pools)
 
 
-def _bind_pool(name: str, pool: Pool, settings: ServiceSettings, preload: Sequence[Version] = ()) -> serve.Application:
+def _create_scoring_pool(
+    name: str, pool: ScoringPool, settings: ServiceSettings, preload: Sequence[Version] = ()
+) -> serve.Application:
     """Creates a pool: a Serve deployment of replicas that score images, and load `preload` before their first request.
 
     Args: name: name of the deployment.
@@ -285,7 +290,7 @@ def _bind_pool(name: str, pool: Pool, settings: ServiceSettings, preload: Sequen
     num_admitted = settings.ingress.max_replicas * settings.limits.max_in_flight
     return ScorerReplica.options(  # type: ignore[attr-defined]
         name=name,
-        autoscaling_config=_autoscaling_config(pool.scaling),
+        autoscaling_config=_create_autoscaling_config(pool.scaling),
         max_ongoing_requests=pool.max_ongoing_requests + num_admitted,
         max_queued_requests=MAX_QUEUED_REQUESTS,
         ray_actor_options={"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus, "runtime_env": _ENVIRONMENT},
@@ -295,8 +300,8 @@ def _bind_pool(name: str, pool: Pool, settings: ServiceSettings, preload: Sequen
     ).bind(pool, settings.device, list(preload))
 
 
-def _autoscaling_config(scaling: Scaling) -> dict[str, Any]:
-    """Returns the settings of a `Scaling` as an `autoscaling_config` of Serve."""
+def _create_autoscaling_config(scaling: ReplicaScaling) -> dict[str, Any]:
+    """Returns the settings of a `ReplicaScaling` as an `autoscaling_config` of Serve."""
     return {
         **scaling.model_dump(),
         "metrics_interval_s": _METRICS_INTERVAL_S,

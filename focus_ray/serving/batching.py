@@ -16,7 +16,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Batcher(Generic[T, R]):
+class DynamicBatcher(Generic[T, R]):
     """Collects items of concurrent callers into batches, and calls `run` on one batch at a time in a thread."""
 
     def __init__(self, run: Callable[[Sequence[T]], Sequence[R]], max_size: int, executor: Executor) -> None:
@@ -41,10 +41,10 @@ class Batcher(Generic[T, R]):
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, size, future))
         if self._runner is None:
-            self._runner = asyncio.create_task(self._run_all())
+            self._runner = asyncio.create_task(self._run_batches())
         return await future
 
-    async def _run_all(self) -> None:
+    async def _run_batches(self) -> None:
         """Computes one batch after the other until no item waits."""
         try:
             while self._waiting:

@@ -43,14 +43,14 @@ T = TypeVar("T")
 Decoded = tuple[ImageInfo, NDArray[np.uint8]]
 
 
-class _Team:
+class _TeamSemaphores:
     """The free slots of a team, and a lock: only the first waiting request of the team waits in the queue of all teams."""
 
     def __init__(self, max_slots: int) -> None:
         self.slots, self.place_in_queue = asyncio.Semaphore(max_slots), asyncio.Lock()
 
 
-class TeamSlots:
+class FairTeamSemaphore:
     """A semaphore with a limit for each team. A slot is the permission to work, for instance to use a decoder process.
 
     Waiting teams get free slots in turn, and each team serves its requests in their order.
@@ -67,14 +67,14 @@ class TeamSlots:
         self._free_slots = asyncio.Semaphore(
             num_slots
         )  # first come, first served, with one waiting request of each team
-        self._teams: WeakValueDictionary[str, _Team] = WeakValueDictionary()  # with requests
+        self._teams: WeakValueDictionary[str, _TeamSemaphores] = WeakValueDictionary()  # with requests
 
     @asynccontextmanager
-    async def hold(self, team: str) -> AsyncIterator[None]:
+    async def acquire_slot(self, team: str) -> AsyncIterator[None]:
         """Context manager: waits for a slot of a team, and holds the slot while the context is open."""
         state = self._teams.get(team)
         if state is None:
-            state = self._teams[team] = _Team(self._max_per_team)
+            state = self._teams[team] = _TeamSemaphores(self._max_per_team)
         async with state.slots:
             async with state.place_in_queue:
                 await self._free_slots.acquire()
@@ -84,7 +84,7 @@ class TeamSlots:
                 self._free_slots.release()
 
 
-class Decoders:
+class DecoderPool:
     """A pool of decoder processes. Each decodes one image at a time, within `DECODE_TIMEOUT_S` and `DECODER_MEMORY_BYTES`.
 
     A process that exceeds a limit is killed and restarted. If there are several processes, a single team can occupy all except
@@ -93,22 +93,22 @@ class Decoders:
     """
 
     def __init__(self, count: int) -> None:
-        """Prepares the processes; `launch`, `start` or the first image starts them.
+        """Prepares the processes; `start_idle_processes`, `wait_until_ready` or the first image starts them.
 
         Args: count: number of processes.
         """
-        self._slots = TeamSlots(count, max(1, count - 1))
-        self._idle_pools = [_create_pool() for _ in range(count)]
+        self._slots = FairTeamSemaphore(count, max(1, count - 1))
+        self._idle_pools = [_create_decoder() for _ in range(count)]
         self._running_tasks: set[asyncio.Task[object]] = set()
-        finalize(self, _stop_pools, self._idle_pools)
+        finalize(self, _stop_decoders, self._idle_pools)
 
-    async def decode(
+    async def decode_images(
         self, team: str, images: Sequence[bytes], frame: InputFrame, max_pixels: int
     ) -> list[Decoded | ImageError]:
         """Decodes images in the decoder processes, resizes them to the input size of the network, and returns them in order.
 
-        The result of an image is as in `decode_to_frame`. It is an `ImageError` if the image cannot be decoded, takes too long or
-        takes too much memory.
+        The result of an image is as in `decode_and_resize_to_frame`. It is an `ImageError` if the image cannot be decoded, takes
+        too long or takes too much memory.
 
         Args:
             team: the team whose slots the decoding uses.
@@ -117,26 +117,30 @@ class Decoders:
         """
         # a frame without cached values, which would be copied to the process
         plain_frame = InputFrame(frame.height, frame.width, frame.resize, frame.region, frame.cells)
-        decodings = (self._run(team, decode_to_frame, image, plain_frame, max_pixels) for image in images)
+        decodings = (
+            self._run_in_decoder(team, decode_and_resize_to_frame, image, plain_frame, max_pixels) for image in images
+        )
         return await asyncio.gather(*decodings)
 
-    async def decode_picture(self, team: str, image: bytes, width: int, height: int) -> NDArray[np.uint8] | ImageError:
+    async def decode_resized_image(
+        self, team: str, image: bytes, width: int, height: int
+    ) -> NDArray[np.uint8] | ImageError:
         """Decodes an image and resizes it to (height, width, 3) RGB; returns an `ImageError` if it cannot be decoded."""
-        return await self._run(team, decode_picture, image, width, height)
+        return await self._run_in_decoder(team, decode_and_resize, image, width, height)
 
-    def launch(self) -> None:
+    def start_idle_processes(self) -> None:
         """Starts the idle processes that do not run, and does not wait for them. Replaces broken processes."""
         for number, pool in enumerate(self._idle_pools):
             # reading `active` starts a pool; it is False after an idle process was killed from outside, which breaks the pool
             if not pool.active:
-                self._idle_pools[number] = _create_pool()
+                self._idle_pools[number] = _create_decoder()
                 pool.stop()
 
-    async def start(self) -> None:
+    async def wait_until_ready(self) -> None:
         """Starts the processes and waits until one is ready."""
-        await self._run("", _do_nothing)
+        await self._run_in_decoder("", _do_nothing)
 
-    async def _run(self, team: str, function: Callable[..., T], *arguments: object) -> T | ImageError:
+    async def _run_in_decoder(self, team: str, function: Callable[..., T], *arguments: object) -> T | ImageError:
         """Waits for a slot of the team, and calls a function in a decoder process.
 
         Returns: the result of the function; an `ImageError` if the function raises it, takes too long or takes too much memory.
@@ -144,48 +148,48 @@ class Decoders:
         Raises: any other error of the function, or an error of the process pool.
         """
         async with AsyncExitStack() as slot:
-            await slot.enter_async_context(self._slots.hold(team))
+            await slot.enter_async_context(self._slots.acquire_slot(team))
             # A cancelled request does not stop its decoder. The team therefore holds the slot until the decoder is free.
-            task = asyncio.create_task(self._run_in_slot(slot.pop_all(), function, arguments))
+            task = asyncio.create_task(self._run_in_idle_decoder(slot.pop_all(), function, arguments))
         self._running_tasks.add(task)
         task.add_done_callback(self._running_tasks.discard)
         return await asyncio.shield(task)
 
-    async def _run_in_slot(
+    async def _run_in_idle_decoder(
         self, slot: AsyncExitStack, function: Callable[..., T], arguments: tuple[object, ...]
     ) -> T | ImageError:
         """Calls a function in an idle decoder process, and then releases the slot.
 
-        Returns: as `_run`.
+        Returns: as `_run_in_decoder`.
 
-        Raises: as `_run`.
+        Raises: as `_run_in_decoder`.
         """
         async with slot:
-            self.launch()
+            self.start_idle_processes()
             pool = self._idle_pools.pop(0)
             try:
                 return await asyncio.wrap_future(pool.schedule(function, arguments, timeout=DECODE_TIMEOUT_S))
             except ImageError as error:
                 return error
             except MemoryError:
-                return _too_large()
+                return _create_memory_error()
             # from Python 3.11 on, the first two are the same class
             except (PoolTimeoutError, asyncio.TimeoutError):
-                pool = await _restart(pool)
+                pool = await _restart_decoder(pool)
                 return ImageError(
                     "too_slow", f"the image takes more than {DECODE_TIMEOUT_S:g} s to decode: save it as a plain PNG"
                 )
             except ProcessExpired:
-                pool = await _restart(pool)
-                return _too_large()
+                pool = await _restart_decoder(pool)
+                return _create_memory_error()
             except (BrokenProcessPool, RuntimeError):
-                pool = await _restart(pool)
+                pool = await _restart_decoder(pool)
                 raise
             finally:
                 self._idle_pools.append(pool)
 
 
-def _too_large() -> ImageError:
+def _create_memory_error() -> ImageError:
     """Returns the error of an image that exceeds the memory limit."""
     return ImageError(
         "too_large",
@@ -193,25 +197,25 @@ def _too_large() -> ImageError:
     )
 
 
-def _create_pool() -> ProcessPool:
+def _create_decoder() -> ProcessPool:
     """Creates a pool with one decoder process, which starts with the first task."""
     # A fork server imports this module once. Decoders are forked from it, so that a new one is ready in milliseconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    return ProcessPool(1, initializer=_limit_process, context=context)
+    return ProcessPool(1, initializer=_limit_decoder_process, context=context)
 
 
-async def _restart(pool: ProcessPool) -> ProcessPool:
+async def _restart_decoder(pool: ProcessPool) -> ProcessPool:
     """Waits until a pool has started a new process. Returns the pool; if it is broken, stops it and returns a new pool."""
     try:
         await asyncio.wrap_future(pool.schedule(_do_nothing))
         return pool
     except (BrokenProcessPool, ProcessExpired, RuntimeError):
         pool.stop()
-        return _create_pool()
+        return _create_decoder()
 
 
-def _stop_pools(pools: list[ProcessPool]) -> None:
+def _stop_decoders(pools: list[ProcessPool]) -> None:
     """Ends the processes of the pools, and waits until they have ended."""
     for pool in pools:
         pool.stop()
@@ -221,7 +225,7 @@ def _stop_pools(pools: list[ProcessPool]) -> None:
 # ---- functions that run in a decoder process
 
 
-def _limit_process() -> None:
+def _limit_decoder_process() -> None:
     """Prepares a decoder process: SIGTERM ends it at once, even in native code.
 
     On Linux, also limits its memory, and gives it the lowest CPU priority so that scoring comes first.
@@ -243,7 +247,7 @@ def _do_nothing() -> None:
     pass
 
 
-def decode_to_frame(image: bytes, frame: InputFrame, max_pixels: int = MAX_PIXELS) -> Decoded:
+def decode_and_resize_to_frame(image: bytes, frame: InputFrame, max_pixels: int = MAX_PIXELS) -> Decoded:
     """Decodes an image and resizes it to the frame, the input size of the network.
 
     Returns: its `ImageInfo` and its pixels (H, W, 3 or 4) uint8; a fourth channel marks the scored pixels.
@@ -260,7 +264,7 @@ def decode_to_frame(image: bytes, frame: InputFrame, max_pixels: int = MAX_PIXEL
     return decode_image_with_info(image, frame)
 
 
-def decode_picture(image: bytes, width: int, height: int) -> NDArray[np.uint8]:
+def decode_and_resize(image: bytes, width: int, height: int) -> NDArray[np.uint8]:
     """Decodes an image and resizes it to (height, width, 3) RGB with Pillow's bilinear filter.
 
     Raises: ImageError: the image cannot be decoded.

@@ -10,9 +10,9 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from focus_ray.serving.logs import log
-from focus_ray.serving.metrics import Measures
-from focus_ray.serving.problems import Problem
+from focus_ray.serving.logs import log_event
+from focus_ray.serving.metrics import MetricsRecorder
+from focus_ray.serving.problems import HttpProblem
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _SECURITY_HEADERS = {
@@ -27,14 +27,14 @@ _SECURITY_HEADERS = {
 }
 
 
-class Envelope:
+class RequestMiddleware:
     """ASGI middleware around every HTTP request: adds headers, logs and measures the request, and hides unexpected errors.
 
     It stores the request id in `scope["state"]["request_id"]`. Health checks are measured, but not logged.
     """
 
-    def __init__(self, app: ASGIApp, measures: Measures) -> None:
-        self.app, self.measures = app, measures
+    def __init__(self, app: ASGIApp, metrics: MetricsRecorder) -> None:
+        self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,16 +57,16 @@ class Envelope:
         try:
             await self.app(scope, receive, send_with_headers)
         except Exception as error:
-            log("request failed", level=logging.ERROR, error=error, request_id=request_id)
+            log_event("request failed", level=logging.ERROR, error=error, request_id=request_id)
             if not status:
                 detail = "the service failed on this request; its logs contain the reason"
-                response = Problem(500, "internal-error", detail).response(request_id)
+                response = HttpProblem(500, "internal-error", detail).create_response(request_id)
                 await response(scope, receive, send_with_headers)
         finally:
             seconds = time.perf_counter() - started
             route = getattr(scope.get("route"), "path", "other")  # the pattern bounds the number of metric series
-            self.measures.record("requests", route=route, method=scope["method"], status=str(status))
-            self.measures.record("request_seconds", seconds, route=route)
+            self.metrics.record("requests", route=route, method=scope["method"], status=str(status))
+            self.metrics.record("request_seconds", seconds, route=route)
             if route not in ("/healthz", "/readyz"):
                 facts = {"method": scope["method"], "route": route, "status": status, **scope["state"].get("facts", {})}
-                log("request", request_id=request_id, milliseconds=round(1e3 * seconds, 1), **facts)
+                log_event("request", request_id=request_id, milliseconds=round(1e3 * seconds, 1), **facts)

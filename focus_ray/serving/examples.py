@@ -17,7 +17,7 @@ MAX_EXAMPLES = 24
 _EXAMPLE_SIDE_PX = 512
 
 
-class ExampleStore:
+class ExampleImageReader:
     """Reads example images from the data sets that are named in the manifests of the models.
 
     The author of a manifest may have fewer rights than the service. The store therefore reads only below allowed locations.
@@ -40,7 +40,7 @@ class ExampleStore:
         except DataError as error:
             raise ConfigError(f"examples: {error}") from None
 
-    def read(self, team: str, category: str, uri: object, number: int) -> bytes:
+    def read_example(self, team: str, category: str, uri: object, number: int) -> bytes:
         """Returns a normal training image as JPEG with sides of at most 512 pixels. Blocks while it reads the data set.
 
         Args:
@@ -51,7 +51,7 @@ class ExampleStore:
             RegistryError: the team may not show this data set, or there is no example of this number.
             DataError: the data set or the image cannot be read.
         """
-        location = str(uri) if self._allows_all else self._check_location(team, category, uri)
+        location = str(uri) if self._allows_all else self._resolve_allowed_location(team, category, uri)
         index = read_index(location, category, split="train")
         labels = zip(index["row"].to_pylist(), index["label"].to_pylist(), strict=True)
         rows = [row for row, label in labels if label == 0]
@@ -66,7 +66,7 @@ class ExampleStore:
         image.save(jpeg, "JPEG", quality=90)
         return jpeg.getvalue()
 
-    def _check_location(self, team: str, category: str, uri: object) -> str:
+    def _resolve_allowed_location(self, team: str, category: str, uri: object) -> str:
         """Returns the location of a data set in normal form.
 
         Raises: RegistryError: the location is invalid, or the setting `examples` does not allow it for the team.

@@ -11,32 +11,32 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from focus_ray.errors import ConfigError
-from focus_ray.serving.logs import log
-from focus_ray.serving.origin import is_loopback
+from focus_ray.serving.logs import log_event
+from focus_ray.serving.origin import is_loopback_host
 from focus_ray.serving.settings import ServiceSettings
 
 APPLICATION = "focus-ray"
 
 
-def check_host(host: str, settings: ServiceSettings) -> None:
+def check_host_security(host: str, settings: ServiceSettings) -> None:
     """Checks that a host name or address that other machines can reach is used only with tokens, and then logs a warning.
 
     Raises: ConfigError: other machines can reach the host, and the settings have no tokens.
     """
-    if is_loopback(host):
+    if is_loopback_host(host):
         return
     if settings.tokens is None:
         raise ConfigError(
             f"other machines can reach host {host!r}: set tokens=FILE; create it with `focus-ray token create`"
         )
-    log(
+    log_event(
         f"other machines can reach host {host!r}: put the front proxy before the service (serve/nginx.conf, "
         "docs/operate/operations.md), and let only the proxy reach this port",
         level=logging.WARNING,
     )
 
 
-def check_port(host: str, port: int) -> None:
+def check_port_free(host: str, port: int) -> None:
     """Checks that the service can listen at a port of a host; port 0 means any free port.
 
     Raises: ConfigError: the port is not free, or the host is not an address of this machine.
@@ -51,7 +51,7 @@ def check_port(host: str, port: int) -> None:
 
 
 @contextmanager
-def running(settings: ServiceSettings, host: str = "127.0.0.1", port: int = 8000) -> Iterator[str]:
+def run_service(settings: ServiceSettings, host: str = "127.0.0.1", port: int = 8000) -> Iterator[str]:
     """Context manager: runs the service while the context is open, and finishes the requests in flight at the end.
 
     Uses the Ray cluster that this process is connected to, else the cluster of RAY_ADDRESS, else starts a private cluster.
@@ -60,11 +60,11 @@ def running(settings: ServiceSettings, host: str = "127.0.0.1", port: int = 8000
     Yields: the URL of the service.
 
     Raises:
-        ConfigError: as `check_host` and `app.build`.
+        ConfigError: as `check_host_security` and `app.build`.
         TrainingError: Ray does not start, or lacks a private function that the service uses.
         DataError, BundleError, RegistryError: as `app.build`.
     """
-    check_host(host, settings)
+    check_host_security(host, settings)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
     from ray import serve
@@ -96,9 +96,9 @@ def serve_until_interrupted(settings: ServiceSettings, host: str, port: int, log
 
     Args: log: called with each message for the user.
 
-    Raises: ConfigError, TrainingError, DataError, BundleError, RegistryError: as `running`.
+    Raises: ConfigError, TrainingError, DataError, BundleError, RegistryError: as `run_service`.
     """
-    with running(settings, host, port) as url:
+    with run_service(settings, host, port) as url:
         with suppress(KeyboardInterrupt):
             for number in (signal.SIGINT, signal.SIGTERM):  # a shell may have disabled SIGINT
                 signal.signal(number, signal.default_int_handler)

@@ -18,9 +18,9 @@ from python_multipart.multipart import parse_options_header
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from focus_ray.serving.metrics import Measures
-from focus_ray.serving.problems import RETRY_AFTER_S, Problem, unavailable
-from focus_ray.serving.settings import MIB, Limits
+from focus_ray.serving.metrics import MetricsRecorder
+from focus_ray.serving.problems import RETRY_AFTER_S, HttpProblem, create_unavailable_problem
+from focus_ray.serving.settings import MIB, RequestLimits
 
 _MAX_FIELD_BYTES = 4096
 BODY_TIMEOUT_S = 30.0  # for the body of an inspection: 32 MiB at 9 Mbit/s
@@ -29,11 +29,11 @@ M = TypeVar("M", bound=BaseModel)
 _URL_PARAMETERS = ("version", "output", "include")  # of an inspection; in a form they would have no effect
 
 
-class Gate:
+class RequestLimiter:
     """Counts the requests in flight (not answered yet) and their bytes for each team, and refuses requests above the limits."""
 
-    def __init__(self, limits: Limits, measures: Measures) -> None:
-        self.limits, self.measures = limits, measures
+    def __init__(self, limits: RequestLimits, metrics: MetricsRecorder) -> None:
+        self.limits, self.metrics = limits, metrics
         self._requests_by_team: Counter[str] = Counter()
         self._bytes_by_team: Counter[str] = Counter()
         # one team may not fill the memory: it leaves room for one body of another team, if there is room for two bodies
@@ -53,23 +53,25 @@ class Gate:
         has_room = not all_bytes or all_bytes + num_bytes <= self._max_bytes
         if team_requests >= self.limits.max_in_flight_per_team or not has_team_room:
             detail = f"team {team!r} has {team_requests} requests of {team_bytes} bytes in flight: wait until one ends"
-            raise Problem(429, "too-many-requests", detail, RETRY_AFTER_S)
+            raise HttpProblem(429, "too-many-requests", detail, RETRY_AFTER_S)
         if all_requests >= self.limits.max_in_flight or not has_room:
-            raise unavailable(f"the service has {all_requests} requests of {all_bytes} bytes in flight: try again")
-        self._count(team, 1, num_bytes)
+            raise create_unavailable_problem(
+                f"the service has {all_requests} requests of {all_bytes} bytes in flight: try again"
+            )
+        self._update_counts(team, 1, num_bytes)
         try:
             yield
         finally:
-            self._count(team, -1, -num_bytes)
+            self._update_counts(team, -1, -num_bytes)
 
-    def _count(self, team: str, num_requests: int, num_bytes: int) -> None:
+    def _update_counts(self, team: str, num_requests: int, num_bytes: int) -> None:
         """Adds to the unanswered requests of a team and to their bytes, and records the sums of all teams as metrics."""
         self._requests_by_team[team] += num_requests
         self._bytes_by_team[team] += num_bytes
         if not self._requests_by_team[team]:
             del self._requests_by_team[team], self._bytes_by_team[team]
-        self.measures.record("in_flight_requests", self._requests_by_team.total())
-        self.measures.record("in_flight_bytes", self._bytes_by_team.total())
+        self.metrics.record("in_flight_requests", self._requests_by_team.total())
+        self.metrics.record("in_flight_bytes", self._bytes_by_team.total())
 
 
 def read_content_length(request: Request, max_bytes: int) -> int:
@@ -81,9 +83,9 @@ def read_content_length(request: Request, max_bytes: int) -> int:
     if text is None:
         return max_bytes
     if not text.isascii() or not text.isdigit() or len(text) > 18:
-        raise Problem(400, "bad-request", "the Content-Length header is not a number of bytes")
+        raise HttpProblem(400, "bad-request", "the Content-Length header is not a number of bytes")
     if int(text) > max_bytes:
-        raise _body_too_large(max_bytes)
+        raise _create_body_size_problem(max_bytes)
     return int(text)
 
 
@@ -97,7 +99,7 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float = BODY_TI
         body = bytearray()
         async for chunk in request.stream():
             if len(body) + len(chunk) > max_bytes:
-                raise _body_too_large(max_bytes)
+                raise _create_body_size_problem(max_bytes)
             body += chunk
         return bytes(body)
 
@@ -105,10 +107,10 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float = BODY_TI
         return await asyncio.wait_for(read(), timeout_s)
     except asyncio.TimeoutError:
         detail = f"the body did not arrive within {timeout_s:g} s"
-        raise Problem(408, "body-timeout", detail, RETRY_AFTER_S) from None
+        raise HttpProblem(408, "body-timeout", detail, RETRY_AFTER_S) from None
 
 
-async def read_document(request: Request, model: type[M]) -> M:
+async def read_json_body(request: Request, model: type[M]) -> M:
     """Reads a small JSON body, and validates it against a pydantic model.
 
     If FastAPI read the body, it would read it before the authentication. This function is called after the authentication, so
@@ -118,8 +120,8 @@ async def read_document(request: Request, model: type[M]) -> M:
         Problem: 400 or 413, as `read_content_length`. 408 or 413, as `read_body`. 415, the Content-Type is not application/json.
         RequestValidationError: the body is not valid JSON, or does not fit the model.
     """
-    if _media_type(request) != "application/json":
-        raise _unsupported(request, "application/json")
+    if _read_media_type(request) != "application/json":
+        raise _create_media_type_problem(request, "application/json")
     read_content_length(request, MAX_DOCUMENT_BYTES)
     try:
         return model.model_validate_json(await read_body(request, MAX_DOCUMENT_BYTES, DOCUMENT_TIMEOUT_S))
@@ -127,25 +129,27 @@ async def read_document(request: Request, model: type[M]) -> M:
         raise RequestValidationError([{**item, "loc": ("body", *item["loc"])} for item in error.errors()]) from None
 
 
-async def split_images(request: Request, body: bytes, limits: Limits) -> list[tuple[str, bytes]]:
+async def extract_images(request: Request, body: bytes, limits: RequestLimits) -> list[tuple[str, bytes]]:
     """Returns (file name, bytes) of each image in a body. The body is one image, without a file name, or a multipart form.
 
     Raises: Problem: 400, the form cannot be read. 413, the form has too many images. 415, the Content-Type is neither an image
         nor a form. 422, there is no image, or the form has a field that belongs into the URL.
     """
-    media_type = _media_type(request)
+    media_type = _read_media_type(request)
     if media_type == "multipart/form-data":
         images = await _read_form(request, body, limits)
     elif media_type.startswith("image/") or media_type == "application/octet-stream":
         images = [("", body)] if body else []
     else:
-        raise _unsupported(request, "image/* or application/octet-stream, or multipart/form-data with several images")
+        raise _create_media_type_problem(
+            request, "image/* or application/octet-stream, or multipart/form-data with several images"
+        )
     if not images:
-        raise Problem(422, "no-image", "the request has no image: send the bytes of an image, or a form with files")
+        raise HttpProblem(422, "no-image", "the request has no image: send the bytes of an image, or a form with files")
     return images
 
 
-class _FormParser(MultiPartParser):
+class _ImageFormParser(MultiPartParser):
     """A parser of multipart forms that also treats parts with an image as files if they have no `filename`.
 
     Starlette's parser treats only parts with `filename` as files.
@@ -170,7 +174,7 @@ class _FormParser(MultiPartParser):
         super().on_headers_finished()
 
 
-async def _read_form(request: Request, body: bytes, limits: Limits) -> list[tuple[str, bytes]]:
+async def _read_form(request: Request, body: bytes, limits: RequestLimits) -> list[tuple[str, bytes]]:
     """Returns (file name, bytes) of each file in a multipart form; the file name may be empty.
 
     Raises: Problem: 400, the form cannot be read. 413, it has too many images. 422, it has a field that belongs into the URL.
@@ -179,7 +183,7 @@ async def _read_form(request: Request, body: bytes, limits: Limits) -> list[tupl
     async def stream_body() -> AsyncIterator[bytes]:
         yield body
 
-    parser = _FormParser(
+    parser = _ImageFormParser(
         request.headers,
         stream_body(),  # type: ignore[arg-type]
         max_files=limits.max_images,
@@ -192,39 +196,41 @@ async def _read_form(request: Request, body: bytes, limits: Limits) -> list[tupl
     except MultiPartException as error:
         if "files" in error.message.lower():
             detail = f"more than {limits.max_images} images in one request: send several requests"
-            raise Problem(413, "too-many-images", detail) from None
+            raise HttpProblem(413, "too-many-images", detail) from None
         detail = f"the multipart form cannot be read: {error.message[:200]}"
         if "exceeded maximum size" in error.message:
             detail = (
                 f"a field of the form is larger than {_MAX_FIELD_BYTES} bytes and is not a file: give each image a file name, as "
                 'in Content-Disposition: form-data; name="images"; filename="a.png"'
             )
-        raise Problem(400, "bad-form", detail) from None
+        raise HttpProblem(400, "bad-form", detail) from None
     except (KeyError, ValueError, UnicodeError):  # the parser does not catch these for malformed headers
-        raise Problem(400, "bad-form", "the multipart form cannot be read") from None
+        raise HttpProblem(400, "bad-form", "the multipart form cannot be read") from None
     images: list[tuple[str, bytes]] = []
     for name, value in form.multi_items():
         if not isinstance(value, str):
             images.append(((value.filename or "")[:200], await value.read()))
         elif name in _URL_PARAMETERS:
             detail = f"{name!r} is a field of the form: put it into the URL, as ?{name}=..."
-            raise Problem(422, "parameter-in-form", detail)
+            raise HttpProblem(422, "parameter-in-form", detail)
     return images
 
 
-def _media_type(request: Request) -> str:
+def _read_media_type(request: Request) -> str:
     """Returns the media type of a request, in lower case and without parameters."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def _unsupported(request: Request, expected: str) -> Problem:
+def _create_media_type_problem(request: Request, expected: str) -> HttpProblem:
     """Returns a problem with status 415: the Content-Type of the request is not supported.
 
     Args: expected: supported types, for the message.
     """
-    return Problem(415, "unsupported-media-type", f"Content-Type {_media_type(request)[:100]!r}: send {expected}")
+    return HttpProblem(
+        415, "unsupported-media-type", f"Content-Type {_read_media_type(request)[:100]!r}: send {expected}"
+    )
 
 
-def _body_too_large(max_bytes: int) -> Problem:
+def _create_body_size_problem(max_bytes: int) -> HttpProblem:
     """Returns a problem with status 413: the body is larger than `max_bytes`."""
-    return Problem(413, "too-large", f"the body is larger than {max_bytes} bytes: send less in a request")
+    return HttpProblem(413, "too-large", f"the body is larger than {max_bytes} bytes: send less in a request")

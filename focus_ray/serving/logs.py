@@ -12,8 +12,8 @@ LOGGER = "focus_ray.serving"
 _LIBRARY = "focus_ray.bundle"  # its warnings about damaged registry records go to the same log
 
 
-class JsonLines(logging.Formatter):
-    """Formats a log record as JSON: time, level, event, the keyword arguments of `log`, and the traceback if there is one."""
+class JsonLogFormatter(logging.Formatter):
+    """Formats a log record as JSON: time, level, event, the keyword arguments of `log_event`, and a traceback if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Returns the record as one line of JSON."""
@@ -34,13 +34,13 @@ def configure_logging(level: int = logging.INFO) -> None:
         logger = logging.getLogger(name)
         if not logger.handlers:
             handler = logging.StreamHandler(sys.stderr)
-            handler.setFormatter(JsonLines())
+            handler.setFormatter(JsonLogFormatter())
             logger.addHandler(handler)
             logger.propagate = False
         logger.setLevel(level)
 
 
-def log(event: str, *, level: int = logging.INFO, error: BaseException | str | None = None, **facts: Any) -> None:
+def log_event(event: str, *, level: int = logging.INFO, error: BaseException | str | None = None, **facts: Any) -> None:
     """Logs an event as a JSON line. An exception as `error` is logged with its traceback.
 
     Args:

@@ -21,7 +21,7 @@ from focus_ray.bundle.registry import Version
 from focus_ray.detect.detector import Detector
 from focus_ray.errors import BundleError
 from focus_ray.precision import choose_compute_dtype
-from focus_ray.serving.source import version_key
+from focus_ray.serving.source import get_version_key
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class SharedBackbones:
         self._by_hash: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()  # loader threads add backbones while the event loop counts them
 
-    def share(self, detector: Detector, dtype: torch.dtype) -> None:
+    def share_backbone(self, detector: Detector, dtype: torch.dtype) -> None:
         """Replaces the backbone of a detector, in place, by an equal backbone of another loaded model if there is one.
 
         Call it before batch norms are fused, because fusing changes the weights.
@@ -65,7 +65,7 @@ class SharedBackbones:
         """Number of bytes of all shared backbones in memory."""
         with self._lock:
             backbones = list(self._by_hash.values())
-        return sum(tensor.nbytes for backbone in backbones for tensor in _module_tensors(backbone))
+        return sum(tensor.nbytes for backbone in backbones for tensor in _iterate_module_tensors(backbone))
 
 
 class ModelCache:
@@ -101,10 +101,10 @@ class ModelCache:
 
     @property
     def loaded_keys(self) -> list[str]:
-        """The `version_key` of each loaded version, the least recently used first."""
+        """The key (`get_version_key`) of each loaded version, the least recently used first."""
         return list(self._models)
 
-    async def get(self, version: Version) -> LoadedModel:
+    async def get_or_load(self, version: Version) -> LoadedModel:
         """Returns the model of a version; loads and verifies it first if it is not in memory, which may drop other models.
 
         Simultaneous calls for a version share one load.
@@ -112,7 +112,7 @@ class ModelCache:
         Raises: BundleError: the bundle is missing, damaged, larger than the budget, or not the published one. Then no model is
             dropped.
         """
-        key = version_key(version)
+        key = get_version_key(version)
         model = self._models.get(key)
         if model is not None:
             self._models.move_to_end(key)
@@ -126,10 +126,10 @@ class ModelCache:
     async def _load(self, key: str, version: Version) -> LoadedModel:
         """Loads a model, and drops the least recently used models until all fit into the budget.
 
-        Raises: BundleError: as `get`.
+        Raises: BundleError: as `get_or_load`.
         """
         started = time.perf_counter()
-        model = await asyncio.get_running_loop().run_in_executor(self.executor, self._read_model, version)
+        model = await asyncio.get_running_loop().run_in_executor(self.executor, self._read_verified_model, version)
         self._models[key] = model
         while self.num_bytes > self.budget_bytes and len(self._models) > 1:
             _, dropped = self._models.popitem(last=False)
@@ -137,7 +137,7 @@ class ModelCache:
         self.on_load(version, time.perf_counter() - started)
         return model
 
-    def _read_model(self, version: Version) -> LoadedModel:
+    def _read_verified_model(self, version: Version) -> LoadedModel:
         """Reads and verifies the bundle of a version, and returns its model on the device. Blocks.
 
         Raises: BundleError: the bundle is missing, damaged, larger than the budget, or not the published one.
@@ -145,32 +145,34 @@ class ModelCache:
         bundle = read_bundle(version.uri, self.device, max_bytes=self.budget_bytes)
         if bundle.version != version.sha256:
             raise BundleError(f"{version.uri}: not the bundle that was published as {version.name}: publish it again")
-        self._backbones.share(bundle.detector, choose_compute_dtype(bundle.config.model.precision, self.device))
+        self._backbones.share_backbone(
+            bundle.detector, choose_compute_dtype(bundle.config.model.precision, self.device)
+        )
         inspector = Inspector(bundle, self.device)
         return LoadedModel(
-            version, inspector, sum(tensor.nbytes for tensor in tensors_without_backbone(bundle.detector))
+            version, inspector, sum(tensor.nbytes for tensor in iterate_non_backbone_tensors(bundle.detector))
         )
 
 
-def tensors_without_backbone(detector: Detector) -> Iterator[Tensor]:
+def iterate_non_backbone_tensors(detector: Detector) -> Iterator[Tensor]:
     """Yields the tensors of a detector without the tensors of its backbone."""
-    net, shared = detector.net, {id(tensor) for tensor in _module_tensors(detector.net.backbone)}
-    yield from (tensor for tensor in _module_tensors(net) if id(tensor) not in shared)
-    yield from _module_tensors(detector.reduction)
-    yield from _tensors_of(detector.density)
+    net, shared = detector.net, {id(tensor) for tensor in _iterate_module_tensors(detector.net.backbone)}
+    yield from (tensor for tensor in _iterate_module_tensors(net) if id(tensor) not in shared)
+    yield from _iterate_module_tensors(detector.reduction)
+    yield from _iterate_component_tensors(detector.density)
     yield from detector.map_generator
     if detector.coverage_mask is not None:
         yield detector.coverage_mask
     yield from detector.profile or ()
 
 
-def _tensors_of(component: object) -> Iterator[Tensor]:
+def _iterate_component_tensors(component: object) -> Iterator[Tensor]:
     """Yields the tensors in the attributes of a density, and in attributes that are objects of `focus_ray.density`."""
     for value in vars(component).values():
         if isinstance(value, Tensor):
             yield value
         elif type(value).__module__.startswith("focus_ray.density"):
-            yield from _tensors_of(value)
+            yield from _iterate_component_tensors(value)
 
 
 def hash_module(module: nn.Module) -> str:
@@ -185,7 +187,7 @@ def hash_module(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _module_tensors(module: nn.Module) -> Iterator[Tensor]:
+def _iterate_module_tensors(module: nn.Module) -> Iterator[Tensor]:
     """Yields the parameters and buffers of a module."""
     yield from module.parameters()
     yield from module.buffers()

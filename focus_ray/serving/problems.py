@@ -22,7 +22,7 @@ RETRY_AFTER_S = 1  # a client that meets a limit waits this long before a retry:
 STORAGE_RETRY_AFTER_S = 5  # the same while the storage fails, which rarely ends within a second
 
 
-class Problem(Exception):
+class HttpProblem(Exception):
     """An error that ends a request. The answer to the client is a problem document (RFC 9457).
 
     Attributes:
@@ -53,7 +53,7 @@ class Problem(Exception):
     def __str__(self) -> str:
         return f"{self.status} {self.code}: {self.detail}"
 
-    def response(self, request_id: str) -> JSONResponse:
+    def create_response(self, request_id: str) -> JSONResponse:
         """Returns the problem document as an HTTP response."""
         document = {
             "type": f"urn:focus-ray:{self.code}",
@@ -65,19 +65,19 @@ class Problem(Exception):
         return JSONResponse(document, self.status, self.headers, MEDIA_TYPE)
 
 
-def not_found(detail: str) -> Problem:
+def create_not_found_problem(detail: str) -> HttpProblem:
     """Returns a problem with status 404: the requested resource does not exist."""
-    return Problem(404, "not-found", detail)
+    return HttpProblem(404, "not-found", detail)
 
 
-def no_such_category(team: str, category: str) -> Problem:
+def create_missing_category_problem(team: str, category: str) -> HttpProblem:
     """Returns a problem with status 404 for a category that does not exist or that the token may not use.
 
     Both have the same answer, so that a caller cannot find out the categories of other teams.
     """
-    return not_found(f"there is no category {category!r} of team {team!r} that this token opens")
+    return create_not_found_problem(f"there is no category {category!r} of team {team!r} that this token opens")
 
 
-def unavailable(detail: str, retry_after_s: int = RETRY_AFTER_S) -> Problem:
+def create_unavailable_problem(detail: str, retry_after_s: int = RETRY_AFTER_S) -> HttpProblem:
     """Returns a problem with status 503: the service cannot answer now, but the same request may succeed later."""
-    return Problem(503, "unavailable", detail, retry_after_s)
+    return HttpProblem(503, "unavailable", detail, retry_after_s)

@@ -30,17 +30,17 @@ from focus_ray.detect.pictures import (
     draw_inspection_png,
     encode_anomaly_map,
 )
-from focus_ray.serving.batching import Batcher
-from focus_ray.serving.decoders import Decoded, Decoders, TeamSlots
-from focus_ray.serving.metrics import Measures
+from focus_ray.serving.batching import DynamicBatcher
+from focus_ray.serving.decoders import Decoded, DecoderPool, FairTeamSemaphore
+from focus_ray.serving.metrics import MetricsRecorder
 from focus_ray.serving.models import ModelCache
-from focus_ray.serving.settings import MIB, Pool
+from focus_ray.serving.settings import MIB, ScoringPool
 
 ImageResult = Inspection | ImageError
 
 
 @dataclass(frozen=True)
-class Answer:
+class ScoringAnswer:
     """The results of the images of a request. Each list has one entry per image, in their order.
 
     Attributes:
@@ -74,14 +74,14 @@ class ScoringRequest:
     max_pixels: int = MAX_PIXELS
 
 
-class ScoringPart(NamedTuple):
+class DecodedRequest(NamedTuple):
     """The input of a batch from one request: decoded images (B, H, W, 3 or 4) uint8, and the inspector of their model."""
 
     inspector: Inspector
     pixels: NDArray[np.uint8]
 
 
-class Scores(NamedTuple):
+class RequestScores(NamedTuple):
     """The result of a batch for the images of one request.
 
     Attributes:
@@ -99,45 +99,47 @@ class Scores(NamedTuple):
 class ImageScorer:
     """Scores images with any version of a registry, within the limits on memory and batch size of a pool."""
 
-    def __init__(self, pool: Pool, device: str = "auto", measures: Measures | None = None) -> None:
+    def __init__(self, pool: ScoringPool, device: str = "auto", metrics: MetricsRecorder | None = None) -> None:
         """Creates an empty cache of models, the threads and the batching. On a CPU, also limits the threads of torch.
 
         Args:
             pool: settings of the threads, the decoder processes and the limits.
             device: cpu or cuda; auto: cuda if there is a GPU.
-            measures: receives the metrics; None: metrics are dropped.
+            metrics: receives the metrics; None: metrics are dropped.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.pool, self.device, self.measures = pool, device, measures or Measures()
-        self._decoders = Decoders(pool.num_decoders)
+        self.pool, self.device, self.metrics = pool, device, metrics or MetricsRecorder()
+        self._decoders = DecoderPool(pool.num_decoders)
         self._judging_threads = ThreadPoolExecutor(pool.num_decoders, thread_name_prefix="judge")
-        self._judging_slots = TeamSlots(pool.num_decoders, max(1, pool.num_decoders - 1))
+        self._judging_slots = FairTeamSemaphore(pool.num_decoders, max(1, pool.num_decoders - 1))
         # limits the requests whose decoded images are in memory; further images of a team wait as encoded files
-        self._decoding_slots = TeamSlots(pool.max_ongoing_requests, max(1, pool.max_ongoing_requests // 2))
+        self._decoding_slots = FairTeamSemaphore(pool.max_ongoing_requests, max(1, pool.max_ongoing_requests // 2))
         pass_thread = ThreadPoolExecutor(1, thread_name_prefix="pass")
         if device == "cpu":
             # Every thread that computes in parallel has its own OpenMP threads. More OpenMP threads than cores sleep between
             # operations, and a forward pass takes a third longer. Therefore only the thread of the pass computes in parallel.
-            pass_thread.submit(_set_num_threads, pool.num_threads).result()
-            _set_num_threads(1)
-        self._batcher: Batcher[ScoringPart, Scores] = Batcher(self._score_batch, pool.max_batch_images, pass_thread)
+            pass_thread.submit(_set_num_torch_threads, pool.num_threads).result()
+            _set_num_torch_threads(1)
+        self._batcher: DynamicBatcher[DecodedRequest, RequestScores] = DynamicBatcher(
+            self._score_requests_together, pool.max_batch_images, pass_thread
+        )
         self.models = ModelCache(
             int(pool.memory_mb * MIB),
             device,
             ThreadPoolExecutor(1, thread_name_prefix="load"),
-            on_load=self._report_load,
-            on_drop=self.report_drop,
+            on_load=self._record_model_load,
+            on_drop=self.record_model_drop,
         )
 
-    async def warm(self, version: Version) -> None:
+    async def warm_up_model(self, version: Version) -> None:
         """Loads a version and scores a blank image with it. Raises: BundleError: the version cannot be loaded."""
-        inspector = (await self.models.get(version)).inspector
+        inspector = (await self.models.get_or_load(version)).inspector
         blank = np.zeros((1, *inspector.frame.shape), dtype=np.uint8)
-        await self._decoders.start()
-        await self._batcher.submit(ScoringPart(inspector, blank), 1)
+        await self._decoders.wait_until_ready()
+        await self._batcher.submit(DecodedRequest(inspector, blank), 1)
 
-    async def inspect(self, request: ScoringRequest) -> Answer:
+    async def inspect_images(self, request: ScoringRequest) -> ScoringAnswer:
         """Scores the images of a request, and returns verdicts and the requested pictures; loads the version first if needed.
 
         An image that cannot be read does not raise an error: its result is an `ImageError`.
@@ -147,20 +149,20 @@ class ImageScorer:
             ScoreError: the model gives no finite score for an image.
         """
         started, team = time.perf_counter(), request.version.team
-        self._decoders.launch()  # the processes start while the model is loaded
+        self._decoders.start_idle_processes()  # the processes start while the model is loaded
         # loads the model before it takes a slot: a storage that hangs must not block loaded models
-        await self.models.get(request.version)
-        async with self._decoding_slots.hold(team):
-            inspector = (await self.models.get(request.version)).inspector
+        await self.models.get_or_load(request.version)
+        async with self._decoding_slots.acquire_slot(team):
+            inspector = (await self.models.get_or_load(request.version)).inspector
             loaded = time.perf_counter()
-            decoded = await self._decoders.decode(team, request.images, inspector.frame, request.max_pixels)
+            decoded = await self._decoders.decode_images(team, request.images, inspector.frame, request.max_pixels)
             pictures: list[bytes | NDArray[np.uint8]] = list(request.images)
             if request.output == "overlay":
                 # it shows the whole image at another size than the frame: it is decoded again, also in a decoder process
                 for number, entry in enumerate(decoded):
                     if not isinstance(entry, ImageError):
                         size = compute_picture_size(entry[0].width, entry[0].height)
-                        picture = await self._decoders.decode_picture(team, request.images[number], *size)
+                        picture = await self._decoders.decode_resized_image(team, request.images[number], *size)
                         if isinstance(picture, ImageError):
                             decoded[number] = picture
                         else:
@@ -170,17 +172,21 @@ class ImageScorer:
             readable = [entry[1] for entry in decoded if not isinstance(entry, ImageError)]
             scores = None
             if readable:
-                scores = await self._batcher.submit(ScoringPart(inspector, np.stack(readable)), len(readable))
+                scores = await self._batcher.submit(DecodedRequest(inspector, np.stack(readable)), len(readable))
                 timings.update(wait=scores.started_at - ready, score=scores.ended_at - scores.started_at)
             scored = time.perf_counter()
             arguments = (inspector, pictures, decoded, scores, request.output, request.include_map)
-            async with self._judging_slots.hold(team):
+            async with self._judging_slots.acquire_slot(team):
                 loop = asyncio.get_running_loop()
-                results, drawn, maps = await loop.run_in_executor(self._judging_threads, _judge, *arguments)
+                results, drawn, maps = await loop.run_in_executor(
+                    self._judging_threads, _convert_scores_to_results, *arguments
+                )
         timings["judge"] = time.perf_counter() - scored
-        return Answer(results, drawn, maps, {stage: round(1e3 * seconds, 3) for stage, seconds in timings.items()})
+        return ScoringAnswer(
+            results, drawn, maps, {stage: round(1e3 * seconds, 3) for stage, seconds in timings.items()}
+        )
 
-    def _score_batch(self, parts: Sequence[ScoringPart]) -> list[Scores]:
+    def _score_requests_together(self, parts: Sequence[DecodedRequest]) -> list[RequestScores]:
         """Scores the images of several requests as one batch. Runs in the thread of the forward pass.
 
         Images of the same model are joined, and models that share a backbone share a forward pass.
@@ -218,33 +224,33 @@ class ImageScorer:
                 scores_by_part.update(zip(indices, zip(score, maps, strict=True), strict=True))
         ended_at = time.perf_counter()
         categories = {id(part.inspector) for part in parts}
-        self.measures.record("batch_images", sum(len(part.pixels) for part in parts))
-        self.measures.record("batch_categories", len(categories))
-        self.measures.record("passes", len(groups))
-        return [Scores(*scores_by_part[index], started_at, ended_at) for index in range(len(parts))]
+        self.metrics.record("batch_images", sum(len(part.pixels) for part in parts))
+        self.metrics.record("batch_categories", len(categories))
+        self.metrics.record("passes", len(groups))
+        return [RequestScores(*scores_by_part[index], started_at, ended_at) for index in range(len(parts))]
 
-    def _report_load(self, version: Version, seconds: float) -> None:
+    def _record_model_load(self, version: Version, seconds: float) -> None:
         """Records metrics about a version that was loaded within `seconds`, and about the size of the cache."""
-        self.measures.record("load_seconds", seconds, team=version.team, category=version.category)
-        self.measures.record("models", len(self.models.loaded_keys))
-        self.measures.record("model_bytes", self.models.num_bytes)
+        self.metrics.record("load_seconds", seconds, team=version.team, category=version.category)
+        self.metrics.record("models", len(self.models.loaded_keys))
+        self.metrics.record("model_bytes", self.models.num_bytes)
 
-    def report_drop(self, version: Version) -> None:
+    def record_model_drop(self, version: Version) -> None:
         """Counts a version that was dropped from memory in the metric `models_dropped`."""
-        self.measures.record("models_dropped", team=version.team, category=version.category)
+        self.metrics.record("models_dropped", team=version.team, category=version.category)
 
 
-def _set_num_threads(count: int) -> None:
+def _set_num_torch_threads(count: int) -> None:
     """Sets the number of torch threads for the calling thread, and for threads that start to compute later."""
     torch.set_num_threads(count)
     torch.get_num_threads()  # a thread takes the number that was set last when it first reads it; this call makes it read now
 
 
-def _judge(
+def _convert_scores_to_results(
     inspector: Inspector,
     images: Sequence[bytes | NDArray[np.uint8]],
     decoded: Sequence[Decoded | ImageError],
-    scores: Scores | None,
+    scores: RequestScores | None,
     output: Output,
     include_map: bool,
 ) -> tuple[list[ImageResult], list[bytes | None], list[EncodedAnomalyMap | None]]:
@@ -257,7 +263,7 @@ def _judge(
         output: json, or the kind of picture to draw.
         include_map: whether to return map values.
 
-    Returns: as the fields `results`, `pictures` and `maps` of `Answer`.
+    Returns: as the fields `results`, `pictures` and `maps` of `ScoringAnswer`.
 
     Raises: ScoreError: the score or map of an image has a value that is not finite.
     """

@@ -1,8 +1,8 @@
-"""All uses of private code of Ray Serve (read in Ray 2.60.0); `check_serve_parts` checks it before a replica starts.
+"""All uses of private code of Ray Serve (read in Ray 2.60.0); `check_private_serve_api` checks it before a replica starts.
 
 The router of Serve sends requests for a model to the replicas that list this model. No public function removes a model from the
-list when the model is dropped to free memory. `forget_model` therefore changes the list itself, which is in Serve's multiplexer
-(the object of a replica that manages its models).
+list when the model is dropped to free memory. `unregister_model` therefore changes the list itself, which is in Serve's
+multiplexer (the object of a replica that manages its models).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PUSH_FLAG = "_push_multiplexed_replica_info"  # if True, Serve soon sends the l
 SERVE_PARTS = {"which models a replica holds": ("ray.serve.multiplex", "_ModelMultiplexWrapper")}
 
 
-def check_serve_parts(parts: dict[str, tuple[str, str]] = SERVE_PARTS) -> None:
+def check_private_serve_api(parts: dict[str, tuple[str, str]] = SERVE_PARTS) -> None:
     """Checks that the installed Ray still has all private classes and attributes that this module uses.
 
     Args: parts: purpose -> module and name of a private object.
@@ -39,12 +39,12 @@ def check_serve_parts(parts: dict[str, tuple[str, str]] = SERVE_PARTS) -> None:
             )
 
 
-def forget_model(replica: Any, key: str) -> None:
+def unregister_model(replica: Any, key: str) -> None:
     """Removes a model from Serve's list of a replica's models, so that requests for the model go to other replicas that have it.
 
     Does nothing if the replica has not loaded a model through `serve.multiplexed` yet.
 
-    Raises: AttributeError: Serve has changed; `check_serve_parts` finds this earlier.
+    Raises: AttributeError: Serve has changed; `check_private_serve_api` finds this earlier.
     """
     if not hasattr(replica, _WRAPPER_ATTRIBUTE):
         return

@@ -19,23 +19,23 @@ from focus_ray.detect.calibration import Calibration
 from focus_ray.detect.pictures import Output
 from focus_ray.detect.shift import describe_stream_shift
 from focus_ray.errors import BundleError, DataError, RegistryError, ScoreError
-from focus_ray.serving.examples import ExampleStore
-from focus_ray.serving.limits import Gate
-from focus_ray.serving.logs import log
-from focus_ray.serving.metrics import Measures
+from focus_ray.serving.examples import ExampleImageReader
+from focus_ray.serving.limits import RequestLimiter
+from focus_ray.serving.logs import log_event
+from focus_ray.serving.metrics import MetricsRecorder
 from focus_ray.serving.problems import (
     RETRY_AFTER_S,
     STORAGE_RETRY_AFTER_S,
-    Problem,
-    no_such_category,
-    not_found,
-    unavailable,
+    HttpProblem,
+    create_missing_category_problem,
+    create_not_found_problem,
+    create_unavailable_problem,
 )
-from focus_ray.serving.scorer import Answer, ScoringRequest
-from focus_ray.serving.settings import Route, ServiceSettings
+from focus_ray.serving.scorer import ScoringAnswer, ScoringRequest
+from focus_ray.serving.settings import ServiceSettings, VersionChoice
 from focus_ray.serving.sink import FLUSH_EVERY_S, ImageSink
-from focus_ray.serving.source import Lookups, ModelSource, VersionDirectory, open_source_folder, version_labels
-from focus_ray.serving.stream_shift import StreamShifts
+from focus_ray.serving.source import ModelSource, StorageThreads, VersionCache, get_version_labels, open_source_folder
+from focus_ray.serving.stream_shift import StreamShiftDetector
 from focus_ray.serving.tokens import Caller, Scope, TokenStore
 
 T = TypeVar("T")
@@ -48,8 +48,8 @@ _MAX_SHADOW_TASKS = 8  # at the same time; further ones are skipped, because a s
 class ScoringBackend(Protocol):
     """The interface of an object that scores images: an `ImageScorer` in this process, or pools of replicas."""
 
-    async def inspect(self, request: ScoringRequest) -> Answer:
-        """Scores the images of a request, as `ImageScorer.inspect`.
+    async def inspect_images(self, request: ScoringRequest) -> ScoringAnswer:
+        """Scores the images of a request, as `ImageScorer.inspect_images`.
 
         Raises:
             Problem: 503, no replica can score the images now.
@@ -57,28 +57,28 @@ class ScoringBackend(Protocol):
             ScoreError: the model gives no finite score for an image.
         """
 
-    async def warm(self, version: Version) -> None:
-        """Loads a version, so that its first request does not wait. Raises: as `inspect`."""
+    async def warm_up_model(self, version: Version) -> None:
+        """Loads a version, so that its first request does not wait. Raises: as `inspect_images`."""
 
 
-class Service:
+class InspectionService:
     """Answers the requests of one ingress replica, a process that receives HTTP requests.
 
-    Methods raise `Problem` if they cannot answer a request.
+    Methods raise `HttpProblem` if they cannot answer a request.
     """
 
     def __init__(
         self,
         settings: ServiceSettings,
         backend: ScoringBackend,
-        measures: Measures | None = None,
+        metrics: MetricsRecorder | None = None,
         source: ModelSource | None = None,
     ) -> None:
         """Prepares the service; `start` starts its background tasks.
 
         Args:
             backend: scores the images.
-            measures: receives the metrics; None: metrics are dropped.
+            metrics: receives the metrics; None: metrics are dropped.
             source: lists and reads the models; None: the registry or folder of the settings.
 
         Raises:
@@ -86,19 +86,23 @@ class Service:
             DataError: the folder contains no bundle.
             BundleError: a bundle in the folder is damaged.
         """
-        self.settings, self.backend, self.measures = settings, backend, measures or Measures()
+        self.settings, self.backend, self.metrics = settings, backend, metrics or MetricsRecorder()
         self.source = source or open_source_folder(
             settings.registry, settings.bundles, settings.team, settings.refresh_s
         )
-        self.lookups = Lookups()
-        self.directory = VersionDirectory(self.source, settings.refresh_s, backend.warm, log, self.lookups)
-        self.examples = ExampleStore(settings.examples)
-        self.gate = Gate(settings.limits, self.measures)
+        self.storage_threads = StorageThreads()
+        self.version_cache = VersionCache(
+            self.source, settings.refresh_s, backend.warm_up_model, log_event, self.storage_threads
+        )
+        self.examples = ExampleImageReader(settings.examples)
+        self.gate = RequestLimiter(settings.limits, self.metrics)
         self.tokens = None
         if settings.tokens is not None:
-            self.tokens = TokenStore(settings.tokens, settings.refresh_s, lambda text: log(text, level=logging.ERROR))
-        self.sink = ImageSink(settings.sink, self.measures, log) if settings.sink else None
-        self.shifts = StreamShifts(self.directory.manifest, self.measures, log)
+            self.tokens = TokenStore(
+                settings.tokens, settings.refresh_s, lambda text: log_event(text, level=logging.ERROR)
+            )
+        self.sink = ImageSink(settings.sink, self.metrics, log_event) if settings.sink else None
+        self.shifts = StreamShiftDetector(self.version_cache.get_manifest, self.metrics, log_event)
         self._routes = {(route.team, route.category): route for route in settings.routes}
         self._shadow_tasks: set[asyncio.Task[None]] = set()
         self._ready = asyncio.Event()
@@ -106,9 +110,9 @@ class Service:
 
     async def start(self) -> None:
         """Starts the background tasks: they look for a model, store sampled images, and read the token file again regularly."""
-        self._background_tasks.append(asyncio.create_task(self._find_model()))
+        self._background_tasks.append(asyncio.create_task(self._wait_for_first_model()))
         if self.sink is not None:
-            self._background_tasks.append(asyncio.create_task(self._flush_regularly(self.sink)))
+            self._background_tasks.append(asyncio.create_task(self._flush_sink_regularly(self.sink)))
         if self.tokens is not None:
             self._background_tasks.append(asyncio.create_task(self.tokens.refresh_regularly()))
 
@@ -119,8 +123,8 @@ class Service:
         """
         for task in self._background_tasks:
             task.cancel()
-        self.directory.close()
-        self.lookups.close()
+        self.version_cache.close()
+        self.storage_threads.close()
         if self._shadow_tasks:
             await asyncio.wait(self._shadow_tasks, timeout=10)
         await self.shifts.close()
@@ -140,7 +144,7 @@ class Service:
         caller = self.tokens.authenticate(authorization)
         if caller is None:
             detail, headers = "send a valid token: Authorization: Bearer frs_...", {"www-authenticate": "Bearer"}
-            raise Problem(401, "unauthorised", detail, headers=headers)
+            raise HttpProblem(401, "unauthorised", detail, headers=headers)
         return caller
 
     @staticmethod
@@ -155,12 +159,18 @@ class Service:
             that a caller cannot find out names. 403, the token does not have the scope.
         """
         if caller.team not in ("*", team):
-            raise no_such_category(team, category) if category else not_found(f"this token opens no team {team!r}")
+            raise (
+                create_missing_category_problem(team, category)
+                if category
+                else create_not_found_problem(f"this token opens no team {team!r}")
+            )
         if scope not in caller.scopes:
-            raise Problem(403, "forbidden", f"this token has the scopes {', '.join(caller.scopes)}; this needs {scope}")
+            raise HttpProblem(
+                403, "forbidden", f"this token has the scopes {', '.join(caller.scopes)}; this needs {scope}"
+            )
 
     # ---- models and versions
-    async def check_ready(self) -> None:
+    async def wait_until_ready(self) -> None:
         """Waits until the service has found a model, at most _READY_TIMEOUT_S.
 
         After the first success it always succeeds: a storage failure must not remove replicas from the load balancer.
@@ -171,9 +181,9 @@ class Service:
             await asyncio.wait_for(self._ready.wait(), _READY_TIMEOUT_S)
         except asyncio.TimeoutError:
             detail = "there is no model to serve here, or it cannot be read: ask who runs the service"
-            raise unavailable(detail, STORAGE_RETRY_AFTER_S) from None
+            raise create_unavailable_problem(detail, STORAGE_RETRY_AFTER_S) from None
 
-    async def _find_model(self) -> None:
+    async def _wait_for_first_model(self) -> None:
         """Looks for a model every `refresh_s` seconds until there is one; logs the reason if there is none."""
 
         def has_models() -> bool:
@@ -183,13 +193,13 @@ class Service:
         while not self._ready.is_set():
             reason = "there is no model"
             try:
-                if await self.lookups.call("", has_models):
+                if await self.storage_threads.call_function("", has_models):
                     self._ready.set()
                     return
             except Exception as error:  # any error: the next look-up must still run
                 reason = str(error)
             if reason != logged_reason:
-                log("nothing to serve", level=logging.ERROR, reason=reason, registry=self.settings.registry)
+                log_event("nothing to serve", level=logging.ERROR, reason=reason, registry=self.settings.registry)
                 logged_reason = reason
             await asyncio.sleep(self.settings.refresh_s)
 
@@ -200,37 +210,39 @@ class Service:
         """
         if caller.team != "*":
             return [caller.team]
-        return await self._look_up("", "", self.source.list_teams)
+        return await self._call_storage("", "", self.source.list_teams)
 
     async def list_categories(self, team: str) -> list[str]:
         """Returns the categories of a team. Raises: Problem: 503, the storage fails."""
-        return await self._look_up(team, "", self.source.list_categories, team)
+        return await self._call_storage(team, "", self.source.list_categories, team)
 
     async def list_versions(self, team: str, category: str) -> tuple[list[Version], dict[str, str]]:
         """Returns the versions of a category, and a dictionary of its aliases: alias -> version name.
 
         Raises: Problem: 404, there is no such category. 503, the storage fails.
         """
-        versions = await self._look_up(team, category, self.source.list_versions, team, category)
+        versions = await self._call_storage(team, category, self.source.list_versions, team, category)
         if not versions:
-            raise no_such_category(team, category)
-        return versions, await self._look_up(team, category, self.source.list_aliases, team, category)
+            raise create_missing_category_problem(team, category)
+        return versions, await self._call_storage(team, category, self.source.list_aliases, team, category)
 
-    async def resolve(self, team: str, category: str, ref: str | None) -> Version:
+    async def resolve_version(self, team: str, category: str, ref: str | None) -> Version:
         """Returns the version of a category for a version name or an alias.
 
         Args: ref: version name or alias; None: `ref` in the settings of the category (its route), or `default_ref`.
 
         Raises: Problem: 404, there is no such version. 503, the storage fails.
         """
-        chosen_ref = ref or self._route(team, category).ref
-        version = await self._call_source(self.directory.resolve(team, category, chosen_ref), team, category, ref)
+        chosen_ref = ref or self._get_version_choice(team, category).ref
+        version = await self._await_source_call(
+            self.version_cache.resolve_version(team, category, chosen_ref), team, category, ref
+        )
         self._ready.set()
         return version
 
-    def _route(self, team: str, category: str) -> Route:
+    def _get_version_choice(self, team: str, category: str) -> VersionChoice:
         """Returns the route of a category: the settings that choose its version. Without settings, `default_ref` answers."""
-        default = Route(team=team, category=category, ref=self.settings.default_ref)
+        default = VersionChoice(team=team, category=category, ref=self.settings.default_ref)
         return self._routes.get((team, category), default)
 
     async def describe_version(self, version: Version) -> dict[str, Any]:
@@ -240,13 +252,15 @@ class Service:
 
         Raises: Problem: 503, the storage fails, or the bundle is unreadable.
         """
-        manifest = await self._call_source(self.directory.manifest(version), version.team, version.category)
+        manifest = await self._await_source_call(
+            self.version_cache.get_manifest(version), version.team, version.category
+        )
         calibration = Calibration.from_dict(manifest["calibration"])
         config = manifest["config"]
-        shift = self.shifts.latest_shift(version)
+        shift = self.shifts.get_latest_shift(version)
         notice = None if shift is None else describe_stream_shift(shift)
         return {
-            **version_labels(version),
+            **get_version_labels(version),
             "sha256": version.sha256,
             "created_at": manifest["created_at"],
             "published_at": version.published_at.isoformat(),
@@ -271,15 +285,17 @@ class Service:
         Raises: Problem: 404, there is no such example, or the settings do not allow this data set. 503, the storage fails.
         """
         if not self.settings.examples:
-            raise not_found("this service shows no training images")
+            raise create_not_found_problem("this service shows no training images")
         team, category = version.team, version.category
-        manifest = await self._call_source(self.directory.manifest(version), team, category)
+        manifest = await self._await_source_call(self.version_cache.get_manifest(version), team, category)
         data = manifest.get("data")
         uri = data.get("uri") if isinstance(data, dict) else None
         limit_s = self.settings.limits.timeout_s
-        return await self._look_up(team, category, self.examples.read, team, category, uri, number, timeout_s=limit_s)
+        return await self._call_storage(
+            team, category, self.examples.read_example, team, category, uri, number, timeout_s=limit_s
+        )
 
-    async def promote(self, team: str, category: str, ref: str, alias: str) -> Version:
+    async def promote_version(self, team: str, category: str, ref: str, alias: str) -> Version:
         """Moves an alias to a version, and returns the version.
 
         Args: ref: version name, or another alias of the version.
@@ -287,20 +303,20 @@ class Service:
         Raises: Problem: 404, there is no such version, or the alias cannot be moved. 409, the service has no registry. 503, the
             storage fails.
         """
-        function = self._registry().promote
+        function = self._get_registry().promote
         version = await self._change_registry(team, category, ref, function, team, category, ref, alias)
-        log("promoted", alias=alias, **version_labels(version))
+        log_event("promoted", alias=alias, **get_version_labels(version))
         return version
 
-    async def roll_back(self, team: str, category: str, alias: str) -> Version:
+    async def roll_back_alias(self, team: str, category: str, alias: str) -> Version:
         """Moves an alias back to its previous version, and returns this version.
 
         Raises: Problem: 404, there is no such alias or no previous version. 409, the service has no registry. 503, the storage
             fails.
         """
-        function = self._registry().roll_back
+        function = self._get_registry().roll_back
         version = await self._change_registry(team, category, alias, function, team, category, alias)
-        log("rolled back", alias=alias, **version_labels(version))
+        log_event("rolled back", alias=alias, **get_version_labels(version))
         return version
 
     async def set_thresholds(
@@ -317,16 +333,16 @@ class Service:
         Raises: Problem: 404, the registry refuses the new version. 409, the service has no registry. 503, the storage fails.
         """
         arguments = (version, image, pixel, f"token {caller.id}")
-        function = self._registry().set_thresholds
+        function = self._get_registry().set_thresholds
         new_version = await self._change_registry(version.team, version.category, version.name, function, *arguments)
-        log("thresholds set", of=version.name, by=caller.id, **version_labels(new_version))
+        log_event("thresholds set", of=version.name, by=caller.id, **get_version_labels(new_version))
         return new_version
 
-    def _registry(self) -> Registry:
+    def _get_registry(self) -> Registry:
         """Returns the registry of the service. Raises: Problem: 409, the service has a folder of bundles instead."""
         if self.settings.registry is None:
             detail = "a folder of bundles keeps no versions and aliases: serve a registry, or use `focus-ray calibrate`"
-            raise Problem(409, "not-a-registry", detail)
+            raise HttpProblem(409, "not-a-registry", detail)
         return cast(Registry, self.source)
 
     async def _change_registry(
@@ -342,12 +358,12 @@ class Service:
         """
         limit_s = self.settings.limits.timeout_s
         try:
-            return await self._look_up(team, category, function, *arguments, ref=ref, timeout_s=limit_s)
+            return await self._call_storage(team, category, function, *arguments, ref=ref, timeout_s=limit_s)
         finally:
-            self.directory.forget(team, category)
+            self.version_cache.expire_category(team, category)
 
     # ---- scoring
-    async def inspect(
+    async def inspect_images(
         self,
         team: str,
         category: str,
@@ -356,7 +372,7 @@ class Service:
         output: Output,
         include_map: bool,
         request_id: str,
-    ) -> tuple[Version, Answer, Role]:
+    ) -> tuple[Version, ScoringAnswer, Role]:
         """Scores images with the version that the request names, else with the version that the settings of the category choose.
 
         Without `ref`, a canary may answer on trial, and a shadow version may score the images too. Also records metrics and
@@ -373,48 +389,48 @@ class Service:
         Raises: Problem: 404, no such version. 500, the score is not finite. 503, the model cannot be read, or all replicas are
             busy. 504, timeout.
         """
-        route = self._route(team, category)
+        route = self._get_version_choice(team, category)
         version, role = await self._choose_version(route, ref)
         limits = self.settings.limits
         request = ScoringRequest(version, images, output, include_map, limits.max_pixels)
         facts = {"request_id": request_id, "version": version.uri}
         try:
-            answer = await asyncio.wait_for(self.backend.inspect(request), limits.timeout_s)
+            answer = await asyncio.wait_for(self.backend.inspect_images(request), limits.timeout_s)
         except asyncio.TimeoutError:
             detail = f"no answer within {limits.timeout_s:g} s: try again"
-            raise Problem(504, "timeout", detail, RETRY_AFTER_S) from None
+            raise HttpProblem(504, "timeout", detail, RETRY_AFTER_S) from None
         except ScoreError as error:
-            log("no finite score", level=logging.ERROR, error=error, **facts)
+            log_event("no finite score", level=logging.ERROR, error=error, **facts)
             detail = "the model gave no finite score for an image: tell who runs the service"
-            raise Problem(500, "no-score", detail) from None
+            raise HttpProblem(500, "no-score", detail) from None
         except (BundleError, DataError) as error:
-            log("model cannot be loaded", level=logging.ERROR, error=error, **facts)
-            raise unavailable(_UNREADABLE, STORAGE_RETRY_AFTER_S) from None
+            log_event("model cannot be loaded", level=logging.ERROR, error=error, **facts)
+            raise create_unavailable_problem(_UNREADABLE, STORAGE_RETRY_AFTER_S) from None
         for stage, milliseconds in answer.timings_ms.items():
-            self.measures.record("stage_milliseconds", milliseconds, stage=stage)
+            self.metrics.record("stage_milliseconds", milliseconds, stage=stage)
         self._record_results(request, answer, role, request_id)
-        self.shifts.add(version, answer.results)
+        self.shifts.add_scores(version, answer.results)
         if route.shadow and ref is None:
-            self._start_shadow(route, request, answer, request_id)
+            self._start_shadow_scoring(route, request, answer, request_id)
         return version, answer, role
 
-    def _record_results(self, request: ScoringRequest, answer: Answer, role: str, request_id: str) -> None:
+    def _record_results(self, request: ScoringRequest, answer: ScoringAnswer, role: str, request_id: str) -> None:
         """Records verdicts, p-values and scores of a request as metrics, and offers its images to the sink for storage.
 
         Args: role: answer, canary or shadow.
         """
-        tags = {**version_labels(request.version), "role": role}
+        tags = {**get_version_labels(request.version), "role": role}
         for result in answer.results:
             if isinstance(result, ImageError):
-                self.measures.record("images", verdict="unreadable", **tags)
+                self.metrics.record("images", verdict="unreadable", **tags)
                 continue
-            self.measures.record("images", verdict=result.verdict, **tags)
-            self.measures.record("p_value", result.p_value, **tags)
-            self.measures.record("score_to_threshold", result.score_to_threshold, **tags)
+            self.metrics.record("images", verdict=result.verdict, **tags)
+            self.metrics.record("p_value", result.p_value, **tags)
+            self.metrics.record("score_to_threshold", result.score_to_threshold, **tags)
         if self.sink is not None:
-            self.sink.offer(request.version, request_id, request.images, answer.results, role)
+            self.sink.sample_images(request.version, request_id, request.images, answer.results, role)
 
-    async def _choose_version(self, route: Route, ref: str | None) -> tuple[Version, Role]:
+    async def _choose_version(self, route: VersionChoice, ref: str | None) -> tuple[Version, Role]:
         """Returns the version that answers, and its role: "canary" if the version on trial answers, otherwise "answer".
 
         If the canary cannot be found, the normal version answers.
@@ -426,23 +442,27 @@ class Service:
         team, category = route.team, route.category
         if ref is None and route.canary and random.random() < route.canary_share:
             try:
-                return await self.directory.resolve(team, category, route.canary), "canary"
+                return await self.version_cache.resolve_version(team, category, route.canary), "canary"
             except (RegistryError, DataError) as error:
-                log("no canary", level=logging.WARNING, error=str(error), team=team, category=category)
-        return await self.resolve(team, category, ref), "answer"
+                log_event("no canary", level=logging.WARNING, error=str(error), team=team, category=category)
+        return await self.resolve_version(team, category, ref), "answer"
 
-    def _start_shadow(self, route: Route, request: ScoringRequest, answer: Answer, request_id: str) -> None:
+    def _start_shadow_scoring(
+        self, route: VersionChoice, request: ScoringRequest, answer: ScoringAnswer, request_id: str
+    ) -> None:
         """Starts a task for a random share of the requests, which scores the images also with a second, shadow version.
 
         Does nothing if _MAX_SHADOW_TASKS such tasks are running.
         """
         if random.random() >= route.shadow_share or len(self._shadow_tasks) >= _MAX_SHADOW_TASKS:
             return
-        task = asyncio.create_task(self._score_in_shadow(route, request, answer, request_id))
+        task = asyncio.create_task(self._score_with_shadow_version(route, request, answer, request_id))
         self._shadow_tasks.add(task)
         task.add_done_callback(self._shadow_tasks.discard)
 
-    async def _score_in_shadow(self, route: Route, request: ScoringRequest, answer: Answer, request_id: str) -> None:
+    async def _score_with_shadow_version(
+        self, route: VersionChoice, request: ScoringRequest, answer: ScoringAnswer, request_id: str
+    ) -> None:
         """Scores the images of an answered request with the shadow version. Does nothing if the same version has answered.
 
         The results go to the metrics and the sink, and the log gets the difference from the answer. An error of the scoring is
@@ -450,14 +470,16 @@ class Service:
         """
         try:
             assert route.shadow is not None
-            version = await self.directory.resolve(route.team, route.category, route.shadow)
+            version = await self.version_cache.resolve_version(route.team, route.category, route.shadow)
             if version == request.version:
                 return
             shadow_request = replace(request, version=version, output="json", include_map=False)
-            scoring = self.backend.inspect(shadow_request)
+            scoring = self.backend.inspect_images(shadow_request)
             shadow_answer = await asyncio.wait_for(scoring, self.settings.limits.timeout_s)
         except Exception as error:  # any error: the request already has its answer
-            log("shadow failed", level=logging.WARNING, error=str(error) or type(error).__name__, request_id=request_id)
+            log_event(
+                "shadow failed", level=logging.WARNING, error=str(error) or type(error).__name__, request_id=request_id
+            )
             return
         self._record_results(shadow_request, shadow_answer, "shadow", request_id)
         for number, (result, shadow_result) in enumerate(zip(answer.results, shadow_answer.results, strict=True)):
@@ -466,8 +488,8 @@ class Service:
             # two versions have different scales, so their scores are compared relative to their thresholds
             change = shadow_result.score_to_threshold - result.score_to_threshold
             differs = result.anomalous != shadow_result.anomalous
-            self.measures.record("shadow_images", differs=str(differs).lower(), **version_labels(version))
-            log(
+            self.metrics.record("shadow_images", differs=str(differs).lower(), **get_version_labels(version))
+            log_event(
                 "shadow",
                 request_id=request_id,
                 image=number,
@@ -476,14 +498,14 @@ class Service:
                 p_value=result.p_value,
                 shadow_p_value=shadow_result.p_value,
                 relative_score_change=round(change, 6),
-                **version_labels(request.version),
+                **get_version_labels(request.version),
             )
 
     # ---- helpers
-    async def _call_source(self, call: Awaitable[T], team: str, category: str, ref: str | None = None) -> T:
+    async def _await_source_call(self, call: Awaitable[T], team: str, category: str, ref: str | None = None) -> T:
         """Awaits a call that reads or changes the models, returns its result, and turns its errors into problems.
 
-        The text of an error may contain storage paths. It goes to the log, and the client gets a general message.
+        The text of an error may contain storage paths. It goes to the log_event, and the client gets a general message.
 
         Args: ref: version or alias that the client named; None: the client named none.
 
@@ -492,17 +514,17 @@ class Service:
         try:
             return await call
         except RegistryError as error:
-            log("not found", team=team, category=category, error=str(error))
+            log_event("not found", team=team, category=category, error=str(error))
             if ref is None:
-                raise no_such_category(team, category) from None
+                raise create_missing_category_problem(team, category) from None
             place = f"category {category!r} of team {team!r}"
             detail = f"there is no version or alias {ref!r} of {place} that this token opens or may move"
-            raise not_found(detail) from None
+            raise create_not_found_problem(detail) from None
         except (BundleError, DataError) as error:
-            log("storage failed", level=logging.ERROR, team=team, category=category, error=error)
-            raise unavailable(_UNREADABLE, STORAGE_RETRY_AFTER_S) from None
+            log_event("storage failed", level=logging.ERROR, team=team, category=category, error=error)
+            raise create_unavailable_problem(_UNREADABLE, STORAGE_RETRY_AFTER_S) from None
 
-    async def _look_up(
+    async def _call_storage(
         self,
         team: str,
         category: str,
@@ -511,7 +533,7 @@ class Service:
         ref: str | None = None,
         timeout_s: float | None = None,
     ) -> T:
-        """Calls a storage function in a thread within a time limit, and returns its result (see `Lookups.call`).
+        """Calls a storage function in a thread within a time limit, and returns its result (see `StorageThreads.call_function`).
 
         Args:
             ref: version or alias that the client named, for the message; None: the client named none.
@@ -519,10 +541,10 @@ class Service:
 
         Raises: Problem: 404, there is no such category or version. 503, the storage fails or does not answer in time.
         """
-        call = self.lookups.call(team, function, *arguments, timeout_s=timeout_s)
-        return await self._call_source(call, team, category, ref)
+        call = self.storage_threads.call_function(team, function, *arguments, timeout_s=timeout_s)
+        return await self._await_source_call(call, team, category, ref)
 
-    async def _flush_regularly(self, sink: ImageSink) -> None:
+    async def _flush_sink_regularly(self, sink: ImageSink) -> None:
         """Writes the waiting images of a sink to the storage every FLUSH_EVERY_S seconds, until the task is cancelled."""
         while True:
             await asyncio.sleep(FLUSH_EVERY_S)

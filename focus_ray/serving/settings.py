@@ -13,7 +13,7 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 MIB = 2**20
 
 
-class Scaling(ConfigSection):
+class ReplicaScaling(ConfigSection):
     """The number of replicas of a deployment, and when Serve changes it."""
 
     FIXED: ClassVar = {"metrics_interval_s": 2.0}
@@ -47,14 +47,14 @@ class Scaling(ConfigSection):
     )
 
     @model_validator(mode="after")
-    def _check_order(self) -> Scaling:
+    def _check_replica_range(self) -> ReplicaScaling:
         """Checks the range of the number of replicas. Raises: ValueError: min_replicas is above max_replicas."""
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas={self.min_replicas} is above max_replicas={self.max_replicas}")
         return self
 
 
-class Pool(ConfigSection):
+class ScoringPool(ConfigSection):
     """A pool of replicas that score images."""
 
     FIXED: ClassVar = {"max_queued_requests": 512, "graceful_shutdown_s": 30.0}
@@ -90,19 +90,19 @@ class Pool(ConfigSection):
         ge=1,
         description="Requests whose decoded images a replica has in memory, at most half from one team; others wait encoded.",
     )
-    scaling: Scaling = Scaling()
+    scaling: ReplicaScaling = ReplicaScaling()
 
 
-class Pin(ConfigSection):
+class PinnedCategories(ConfigSection):
     """Categories with their own replicas, which load the models before the first request."""
 
     name: Name = Field(description="Name of the deployment.")
     team: Name = Field(description="The team that owns the categories.")
     categories: tuple[Name, ...] = Field(min_length=1, description="The only categories that these replicas score.")
-    pool: Pool = Pool()
+    pool: ScoringPool = ScoringPool()
 
 
-class Route(ConfigSection):
+class VersionChoice(ConfigSection):
     """Settings that choose the version for requests that name no version. They may also name a canary and a shadow version."""
 
     team: Name = Field(description="The team that owns the category.")
@@ -129,7 +129,7 @@ class Route(ConfigSection):
     )
 
 
-class Limits(ConfigSection):
+class RequestLimits(ConfigSection):
     """Limits above which a request is refused before it costs much."""
 
     FIXED: ClassVar = {"body_timeout_s": 30.0, "retry_after_s": 1.0}
@@ -157,7 +157,7 @@ class Limits(ConfigSection):
     )
 
 
-class Sink(ConfigSection):
+class SinkSettings(ConfigSection):
     """Inspected images and scores stored as Parquet for retraining. Off by default."""
 
     FIXED: ClassVar = {"flush_every_s": 60.0, "max_rows": 256, "max_buffer_mb": 64.0}
@@ -173,7 +173,7 @@ class Sink(ConfigSection):
 
 
 # replicas that receive requests have no model, so one serves more requests than a replica that scores
-_INGRESS = Scaling(min_replicas=1, max_replicas=4, target_ongoing_requests=64.0)
+_INGRESS = ReplicaScaling(min_replicas=1, max_replicas=4, target_ongoing_requests=64.0)
 
 
 class ServiceSettings(ConfigSection):
@@ -207,7 +207,7 @@ class ServiceSettings(ConfigSection):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Device of the replicas that score. auto: a GPU if they have one."
     )
-    ingress: Scaling = Field(
+    ingress: ReplicaScaling = Field(
         default=_INGRESS,
         description="Number of replicas that receive requests and pass them to the replicas that score; they use no GPU and have "
         "no model. There are none if this is the default, the pool has exactly one replica, and there are no pins. That replica "
@@ -216,11 +216,11 @@ class ServiceSettings(ConfigSection):
     ingress_num_cpus: float = Field(
         default=0.5, ge=0.0, description="CPUs that Ray reserves for a replica that receives requests."
     )
-    pool: Pool = Pool()
-    pins: tuple[Pin, ...] = ()
-    routes: tuple[Route, ...] = ()
-    limits: Limits = Limits()
-    sink: Sink | None = None
+    pool: ScoringPool = ScoringPool()
+    pins: tuple[PinnedCategories, ...] = ()
+    routes: tuple[VersionChoice, ...] = ()
+    limits: RequestLimits = RequestLimits()
+    sink: SinkSettings | None = None
 
     @model_validator(mode="after")
     def _check_consistency(self) -> ServiceSettings:
@@ -241,26 +241,26 @@ class ServiceSettings(ConfigSection):
                 "examples=true would show every data set that a model in the registry names, also of other teams: name the "
                 "locations that each team may show, for instance examples: {press: [s3://plant/data/press]}"
             )
-        _check_unique("pins", [pin.name for pin in self.pins])
-        _check_unique("pins", [f"{pin.team}/{category}" for pin in self.pins for category in pin.categories])
-        _check_unique("routes", [f"{route.team}/{route.category}" for route in self.routes])
+        _check_unique_names("pins", [pin.name for pin in self.pins])
+        _check_unique_names("pins", [f"{pin.team}/{category}" for pin in self.pins for category in pin.categories])
+        _check_unique_names("routes", [f"{route.team}/{route.category}" for route in self.routes])
         return self
 
     @property
-    def is_together(self) -> bool:
+    def has_single_replica(self) -> bool:
         """Whether the service has a single replica, which receives the requests and also scores the images."""
         scaling = self.pool.scaling
         return scaling.min_replicas == scaling.max_replicas == 1 and not self.pins and self.ingress == _INGRESS
 
 
-def _check_unique(setting: str, names: list[str]) -> None:
+def _check_unique_names(setting: str, names: list[str]) -> None:
     """Checks that no name occurs twice in a setting. Raises: ValueError: a name occurs more than once."""
     repeated_names = sorted({name for name in names if names.count(name) > 1})
     if repeated_names:
         raise ValueError(f"{setting}: {', '.join(repeated_names)} is named twice")
 
 
-def parse_settings(tree: dict[str, Any], source: str = "settings") -> ServiceSettings:
+def parse_service_settings(tree: dict[str, Any], source: str = "settings") -> ServiceSettings:
     """Validates a dictionary of settings, and returns the settings.
 
     Args: source: name of the dictionary in error messages.

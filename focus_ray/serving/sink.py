@@ -27,8 +27,8 @@ from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
 from focus_ray.detect.inspection import Inspection
 from focus_ray.errors import DataError
-from focus_ray.serving.metrics import Measures
-from focus_ray.serving.settings import Sink
+from focus_ray.serving.metrics import MetricsRecorder
+from focus_ray.serving.settings import SinkSettings
 from focus_ray.storage.files import join_path, list_folder_entries, remove_folder, write_bytes
 
 SCHEMA = pa.schema(
@@ -53,7 +53,7 @@ MAX_BUFFER_BYTES = 64 * 2**20  # of images that wait to be written; further imag
 _DATE = re.compile(r"date=(\d{4}-\d{2}-\d{2})")
 
 
-class _File(NamedTuple):
+class _PendingFile(NamedTuple):
     """A Parquet file that waits to be written.
 
     Attributes:
@@ -72,16 +72,18 @@ class _File(NamedTuple):
 class ImageSink:
     """Stores a random sample of the inspected images and their results; a thread writes them as Parquet files."""
 
-    def __init__(self, settings: Sink, measures: Measures, log: Any = lambda message, **facts: None) -> None:
-        self.settings, self.measures, self.log = settings, measures, log
+    def __init__(
+        self, settings: SinkSettings, metrics: MetricsRecorder, log: Any = lambda message, **facts: None
+    ) -> None:
+        self.settings, self.metrics, self.log = settings, metrics, log
         self._lock = threading.Lock()
         self._rows_by_team: dict[str, list[dict[str, Any]]] = defaultdict(list)  # by team
         self._num_bytes = 0  # of the images in waiting rows and files
-        self._unwritten_files: list[_File] = []  # of earlier flushes; only the writer thread uses it
+        self._unwritten_files: list[_PendingFile] = []  # of earlier flushes; only the writer thread uses it
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sink")
         self._last_cleanup: datetime | None = None
 
-    def offer(
+    def sample_images(
         self,
         version: Version,
         request_id: str,
@@ -121,11 +123,11 @@ class ImageSink:
                 self._count_images("kept", 1)
                 is_full |= len(rows) == MAX_ROWS
         if is_full:
-            self._writer.submit(self._write)
+            self._writer.submit(self._write_and_clean_up)
 
     def flush(self) -> None:
         """Writes the waiting images and deletes old images; waits for both. Logs errors instead of raising them."""
-        self._writer.submit(self._write).result()
+        self._writer.submit(self._write_and_clean_up).result()
 
     def close(self) -> None:
         """Writes the waiting images, and ends the writer thread. Logs errors instead of raising them.
@@ -143,11 +145,11 @@ class ImageSink:
         Outcomes: kept (waits for writing), dropped (above the memory limit), written, delayed (the first write failed), failed
         (lost at the end).
         """
-        self.measures.record("sink_images", count, outcome=outcome)
+        self.metrics.record("sink_images", count, outcome=outcome)
 
-    def _write(self) -> None:
+    def _write_and_clean_up(self) -> None:
         """Writes files and deletes old images; runs in the writer thread. Logs errors instead of raising them."""
-        for step in (self._write_files, self._delete_old_files):
+        for step in (self._write_files, self._delete_expired_images):
             try:
                 step()
             except Exception as error:  # any error: the next flush must still run
@@ -158,7 +160,7 @@ class ImageSink:
         with self._lock:
             rows_by_team, self._rows_by_team = self._rows_by_team, defaultdict(list)
         delayed_files, self._unwritten_files = self._unwritten_files, []
-        new_files = [self._encode_file(team, rows) for team, rows in rows_by_team.items() if rows]
+        new_files = [self._encode_rows(team, rows) for team, rows in rows_by_team.items() if rows]
         for file in (*delayed_files, *new_files):
             try:
                 # A retry uses the same name. If the file was written and only the answer was lost, the retry overwrites it.
@@ -173,7 +175,7 @@ class ImageSink:
             with self._lock:
                 self._num_bytes -= file.size
 
-    def _delete_old_files(self) -> None:
+    def _delete_expired_images(self) -> None:
         """Deletes images that are older than the retention time. Does nothing within an hour after the last deletion.
 
         Raises: DataError: as `delete_old_images`.
@@ -186,13 +188,13 @@ class ImageSink:
             )  # so that the limit is a valid date
             delete_old_images(self.settings.uri, now - retention, self.log)
 
-    def _encode_file(self, team: str, rows: Sequence[dict[str, Any]]) -> _File:
+    def _encode_rows(self, team: str, rows: Sequence[dict[str, Any]]) -> _PendingFile:
         """Encodes the rows of a team as a Parquet file, and chooses its location."""
         size = sum(len(row["image"]) for row in rows)
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), sink, compression="none")
         folder = join_path(self.settings.uri, f"team={team}", f"date={rows[-1]['time'].date().isoformat()}")
-        return _File(
+        return _PendingFile(
             join_path(folder, f"part-{uuid.uuid4().hex}.parquet"), sink.getvalue().to_pybytes(), len(rows), size
         )
 

@@ -31,7 +31,7 @@ _REFRESH_THREADS = 4
 _SETTLED_S = 60.0
 
 
-class FolderSource:
+class FolderModelSource:
     """A source of models in a bundle or in the folder of a run; it has the methods of a registry with one team.
 
     Each category has one version, named by the hash of its manifest, and the alias `latest`. One listing serves all categories
@@ -53,7 +53,7 @@ class FolderSource:
         """
         self.place, self.team, self.refresh_s = place, team, refresh_s
         self._lock = threading.Lock()  # threads that need a listing at the same time share it
-        self._entries: dict[str, _ManifestEntry] = {}
+        self._entries: dict[str, _CachedManifest] = {}
         self._versions: dict[str, Version] = {}
         self._listed_at = float("-inf")
         find_bundles(place)  # searches few levels, so that a wrong folder fails immediately
@@ -64,11 +64,11 @@ class FolderSource:
 
     def list_categories(self, team: str) -> list[str]:
         """Returns the sorted categories with a bundle; an empty list for another team."""
-        return sorted(self._versions_by_category(self.refresh_s)) if team == self.team else []
+        return sorted(self._list_versions_by_category(self.refresh_s)) if team == self.team else []
 
     def list_versions(self, team: str, category: str) -> list[Version]:
         """Returns a list with the only version of a category; an empty list if there is no such category or team."""
-        version = self._versions_by_category(self.refresh_s).get(category) if team == self.team else None
+        version = self._list_versions_by_category(self.refresh_s).get(category) if team == self.team else None
         return [version] if version else []
 
     def list_aliases(self, team: str, category: str) -> dict[str, str]:
@@ -86,12 +86,12 @@ class FolderSource:
     def read_change_marks(self, team: str) -> dict[str, str]:
         """Returns category -> mark, a text that changes with the version of the category; empty for another team.
 
-        Always lists the folder again, because `VersionDirectory` counts the age of marks from the time of this call.
+        Always lists the folder again, because `VersionCache` counts the age of marks from the time of this call.
         """
-        versions = self._versions_by_category(0.0) if team == self.team else {}
-        return {category: version_key(version) for category, version in versions.items()}
+        versions = self._list_versions_by_category(0.0) if team == self.team else {}
+        return {category: get_version_key(version) for category, version in versions.items()}
 
-    def _versions_by_category(self, max_age_s: float) -> dict[str, Version]:
+    def _list_versions_by_category(self, max_age_s: float) -> dict[str, Version]:
         """Returns category -> version; lists the folder again if the last listing is at least `max_age_s` seconds old.
 
         Raises:
@@ -109,7 +109,7 @@ class FolderSource:
                 self._listed_at = now
             return self._versions
 
-    def _read_changed_manifest(self, uri: str, stamp: FileStat) -> _ManifestEntry:
+    def _read_changed_manifest(self, uri: str, stamp: FileStat) -> _CachedManifest:
         """Returns the version of a bundle; reads the manifest unless the stamp (time and size) shows that it has not changed.
 
         Args: stamp: current stamp of the manifest file.
@@ -124,10 +124,10 @@ class FolderSource:
         size = sum(int(entry["num_bytes"]) for entry in manifest["files"].values())
         created_at, sha256 = datetime.fromisoformat(manifest["created_at"]), str(manifest["sha256"])
         version = Version(self.team, str(manifest["category"]), sha256[:16], uri, sha256, created_at, size)
-        return _ManifestEntry(stamp, is_settled, version)
+        return _CachedManifest(stamp, is_settled, version)
 
 
-class _ManifestEntry(NamedTuple):
+class _CachedManifest(NamedTuple):
     """The version of a bundle whose manifest was read, and the state of the manifest file at that time.
 
     Attributes:
@@ -140,7 +140,7 @@ class _ManifestEntry(NamedTuple):
     version: Version
 
 
-ModelSource = Registry | FolderSource
+ModelSource = Registry | FolderModelSource
 """Published models. Methods block. They raise RegistryError if a version is missing, and DataError if the storage fails."""
 
 
@@ -150,7 +150,7 @@ def open_source_folder(registry: str | None, bundles: str | None, team: str, ref
     Args:
         registry: location of the registry; None: there is none.
         bundles: location of a bundle or of the folder of a run; not used if there is a registry.
-        team, refresh_s: as for `FolderSource`.
+        team, refresh_s: as for `FolderModelSource`.
 
     Raises:
         DataError: the folder contains no bundle.
@@ -159,27 +159,29 @@ def open_source_folder(registry: str | None, bundles: str | None, team: str, ref
     if registry is not None:
         return Registry(registry)
     assert bundles is not None
-    return FolderSource(bundles, team, refresh_s)
+    return FolderModelSource(bundles, team, refresh_s)
 
 
-def version_key(version: Version) -> str:
+def get_version_key(version: Version) -> str:
     """Returns a text that identifies a version and its content; caches and the routing of Serve use it as a key."""
     return f"{version.team}/{version.category}/{version.name}/{version.sha256[:16]}"
 
 
-def version_labels(version: Version) -> dict[str, Any]:
+def get_version_labels(version: Version) -> dict[str, Any]:
     """Returns a dictionary with team, category and name of a version, for logs, metrics and answers."""
     return {"team": version.team, "category": version.category, "version": version.name}
 
 
-class Lookups:
+class StorageThreads:
     """Runs storage calls that requests wait for in separate threads, with a time limit and at most LOOKUPS_PER_TEAM per team."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")
         self._slots: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # of teams with waiting calls
 
-    async def call(self, team: str, function: Callable[..., T], *arguments: Any, timeout_s: float | None = None) -> T:
+    async def call_function(
+        self, team: str, function: Callable[..., T], *arguments: Any, timeout_s: float | None = None
+    ) -> T:
         """Calls a function in a thread, where it may block, and returns its result.
 
         A call that hangs counts as running after its timeout, so that a team never occupies more than LOOKUPS_PER_TEAM threads.
@@ -236,7 +238,7 @@ class _ResolvedAlias:
     task: asyncio.Task[None] | None = None
 
 
-class _TeamMarks(NamedTuple):
+class _TeamChangeMarks(NamedTuple):
     """The marks of the categories of a team, and the time when they were requested.
 
     A mark is a text that changes when the models of a category change.
@@ -250,7 +252,7 @@ class _TeamMarks(NamedTuple):
     by_category: dict[str, str]
 
 
-class VersionDirectory:
+class VersionCache:
     """A cache of manifests and of the version of each alias. It checks an alias again when its last check is `refresh_s` old.
 
     A check runs behind the request. It fetches the marks of a team, once for all categories, and looks up the categories whose
@@ -262,9 +264,9 @@ class VersionDirectory:
         self,
         source: ModelSource,
         refresh_s: float,
-        warm: Callable[[Version], Awaitable[None]],
+        warm_up_model: Callable[[Version], Awaitable[None]],
         log: Callable[..., None] = lambda message, **facts: None,
-        lookups: Lookups | None = None,
+        storage_threads: StorageThreads | None = None,
     ) -> None:
         """Creates an empty cache.
 
@@ -275,15 +277,15 @@ class VersionDirectory:
             log: called with a message and facts.
             lookups: runs the look-ups that requests wait for; checks in the background have their own threads.
         """
-        self.source, self.refresh_s, self.warm, self.log = source, refresh_s, warm, log
-        self.lookups = lookups or Lookups()
+        self.source, self.refresh_s, self.warm_up_model, self.log = source, refresh_s, warm_up_model, log
+        self.storage_threads = storage_threads or StorageThreads()
         self._threads = ThreadPoolExecutor(_REFRESH_THREADS, thread_name_prefix="refresh")
         self._entries: dict[tuple[str, str, str], _ResolvedAlias] = {}
         self._manifests: dict[str, dict[str, Any]] = {}
-        self._marks: dict[str, _TeamMarks] = {}  # only of teams for which an alias was resolved
-        self._mark_tasks: dict[str, asyncio.Task[_TeamMarks]] = {}
+        self._marks: dict[str, _TeamChangeMarks] = {}  # only of teams for which an alias was resolved
+        self._mark_tasks: dict[str, asyncio.Task[_TeamChangeMarks]] = {}
 
-    async def resolve(self, team: str, category: str, ref: str) -> Version:
+    async def resolve_version(self, team: str, category: str, ref: str) -> Version:
         """Returns the version of a ref (alias or version name) from the cache, or from the source if the cache has no entry.
 
         Raises:
@@ -297,13 +299,13 @@ class VersionDirectory:
             # the mark must be older than the look-up: then a change in between shows as a changed mark
             marks, now = self._marks.get(team), time.monotonic()
             mark, checked_at = (marks.by_category.get(category), marks.fetched_at) if marks else (None, float("-inf"))
-            version = await self.lookups.call(team, self.source.resolve, team, category, ref)
+            version = await self.storage_threads.call_function(team, self.source.resolve, team, category, ref)
             entry = self._entries[key] = _ResolvedAlias(version, mark, now, checked_at)
         elif entry.task is None and time.monotonic() - entry.checked_at >= self.refresh_s:
-            entry.task = asyncio.create_task(self._refresh(key, entry))
+            entry.task = asyncio.create_task(self._refresh_entry(key, entry))
         return entry.version
 
-    async def _refresh(self, key: tuple[str, str, str], entry: _ResolvedAlias) -> None:
+    async def _refresh_entry(self, key: tuple[str, str, str], entry: _ResolvedAlias) -> None:
         """Checks whether the alias of a cache entry has moved, and updates the entry. Logs errors instead of raising them.
 
         A mark is a text that changes with the models of a category. Looks the alias up only if there is no mark, the mark has
@@ -314,12 +316,12 @@ class VersionDirectory:
         facts = dict(zip(("team", "category", "ref"), key, strict=True))
         now = checked_at = time.monotonic()
         try:
-            marks = await self._current_marks(key[0])
+            marks = await self._get_current_marks(key[0])
             mark = marks.by_category.get(key[1])
             if mark is None or mark != entry.mark or now - entry.resolved_at >= MAX_LOOKUP_AGE_S:
                 version = await self._call_in_refresh_thread(self.source.resolve, *key)
-                if version_key(version) != version_key(entry.version):
-                    await self.warm(version)
+                if get_version_key(version) != get_version_key(entry.version):
+                    await self.warm_up_model(version)
                     self.log("alias moved", former=entry.version.name, version=version.name, **facts)
                     entry.version = version
                 entry.mark, entry.resolved_at = mark, now
@@ -332,7 +334,7 @@ class VersionDirectory:
         finally:
             entry.checked_at, entry.task = checked_at, None
 
-    async def _current_marks(self, team: str) -> _TeamMarks:
+    async def _get_current_marks(self, team: str) -> _TeamChangeMarks:
         """Returns the marks of a team (texts that change with its models), at most `refresh_s` seconds old.
 
         Simultaneous checks share one request to the source.
@@ -346,29 +348,31 @@ class VersionDirectory:
             task.add_done_callback(lambda _: self._mark_tasks.pop(team, None))
         return await asyncio.shield(task)
 
-    async def _fetch_marks(self, team: str) -> _TeamMarks:
+    async def _fetch_marks(self, team: str) -> _TeamChangeMarks:
         """Reads the marks of a team (texts that change with its models) from the source, caches them, and returns them."""
-        marks = _TeamMarks(time.monotonic(), await self._call_in_refresh_thread(self.source.read_change_marks, team))
+        marks = _TeamChangeMarks(
+            time.monotonic(), await self._call_in_refresh_thread(self.source.read_change_marks, team)
+        )
         self._marks[team] = marks
         return marks
 
-    def forget(self, team: str, category: str) -> None:
+    def expire_category(self, team: str, category: str) -> None:
         """Makes the next request for a category start a check; called after this process has moved an alias of the category."""
         for (entry_team, entry_category, _), entry in self._entries.items():
             if (entry_team, entry_category) == (team, category):
                 entry.checked_at, entry.mark = float("-inf"), None
 
-    async def manifest(self, version: Version) -> dict[str, Any]:
+    async def get_manifest(self, version: Version) -> dict[str, Any]:
         """Returns the manifest of the bundle of a version, from the cache if possible.
 
         Raises:
             BundleError: the manifest is unreadable, or not the published one.
             DataError: the storage does not answer in time.
         """
-        key = version_key(version)
+        key = get_version_key(version)
         manifest = self._manifests.get(key)
         if manifest is None:
-            manifest = await self.lookups.call(version.team, read_manifest, version.uri)
+            manifest = await self.storage_threads.call_function(version.team, read_manifest, version.uri)
             if manifest["sha256"] != version.sha256:
                 raise BundleError(f"{version.uri}: not the bundle that was published as {version.name}")
             while len(self._manifests) >= 256:

@@ -16,50 +16,50 @@ from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
 from focus_ray.detect.inspection import Inspection
 from focus_ray.detect.shift import ScoreShift, StreamShiftMonitor, compare_stream_with_calibration
-from focus_ray.serving.metrics import Measures
-from focus_ray.serving.source import version_key, version_labels
+from focus_ray.serving.metrics import MetricsRecorder
+from focus_ray.serving.source import get_version_key, get_version_labels
 
 MAX_VERSIONS = 1024  # with scores in memory, about 10 kB each; the version that was idle for longest is dropped first
 
 
-class StreamShifts:
+class StreamShiftDetector:
     """Holds the latest scores of each version that answered requests, and tests them for distribution shift."""
 
     def __init__(
         self,
         read_manifest: Callable[[Version], Awaitable[dict[str, Any]]],
-        measures: Measures,
+        metrics: MetricsRecorder,
         log: Callable[..., None],
     ) -> None:
         """Creates an empty store of scores.
 
         Args:
             read_manifest: returns the manifest of a version, which contains its calibration scores.
-            measures: receives the result of each test.
+            metrics: receives the result of each test.
             log: called once for each shift, and for each test that fails.
         """
-        self._read_manifest, self._measures, self._log = read_manifest, measures, log
+        self._read_manifest, self._metrics, self._log = read_manifest, metrics, log
         self._recent_scores: OrderedDict[str, StreamShiftMonitor] = OrderedDict()
         self._tests: dict[str, asyncio.Task[None]] = {}
 
-    def add(self, version: Version, results: Sequence[Inspection | ImageError]) -> None:
+    def add_scores(self, version: Version, results: Sequence[Inspection | ImageError]) -> None:
         """Adds the scores of a request to the scores of a version, and starts a test if enough scores are new.
 
         Forgets the scores of the version that was idle for longest if there are more than MAX_VERSIONS versions.
         """
-        key = version_key(version)
+        key = get_version_key(version)
         recent_scores = self._recent_scores.setdefault(key, StreamShiftMonitor())
         self._recent_scores.move_to_end(key)
         if len(self._recent_scores) > MAX_VERSIONS:
             self._recent_scores.popitem(last=False)
         is_test_due = recent_scores.add([result.score for result in results if not isinstance(result, ImageError)])
         if is_test_due and key not in self._tests:
-            task = self._tests[key] = asyncio.create_task(self._run_test(version, recent_scores))
+            task = self._tests[key] = asyncio.create_task(self._test_for_shift(version, recent_scores))
             task.add_done_callback(lambda _: self._tests.pop(key, None))
 
-    def latest_shift(self, version: Version) -> ScoreShift | None:
+    def get_latest_shift(self, version: Version) -> ScoreShift | None:
         """Returns the result of the last test of a version; None if there is no result."""
-        recent_scores = self._recent_scores.get(version_key(version))
+        recent_scores = self._recent_scores.get(get_version_key(version))
         return None if recent_scores is None else recent_scores.shift
 
     async def close(self) -> None:
@@ -67,12 +67,12 @@ class StreamShifts:
         if self._tests:
             await asyncio.wait(self._tests.values(), timeout=10)
 
-    async def _run_test(self, version: Version, recent_scores: StreamShiftMonitor) -> None:
+    async def _test_for_shift(self, version: Version, recent_scores: StreamShiftMonitor) -> None:
         """Compares the latest scores of a version with its calibration scores; records the result, and logs a new shift.
 
         If the test fails, logs the reason.
         """
-        facts = version_labels(version)
+        facts = get_version_labels(version)
         try:
             calibration = (await self._read_manifest(version))["calibration"]["image_scores"]
             shift = await asyncio.to_thread(
@@ -83,7 +83,7 @@ class StreamShifts:
             return
         notice = recent_scores.report_shift_once(shift)
         if shift is not None:
-            self._measures.record("shift_p_value", shift.p_higher, direction="higher", **facts)
-            self._measures.record("shift_p_value", shift.p_lower, direction="lower", **facts)
+            self._metrics.record("shift_p_value", shift.p_higher, direction="higher", **facts)
+            self._metrics.record("shift_p_value", shift.p_lower, direction="lower", **facts)
         if notice is not None:
             self._log("shift", level=logging.WARNING, notice=notice, **facts)

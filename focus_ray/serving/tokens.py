@@ -33,7 +33,7 @@ _TOKEN = re.compile(r"frs_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
 _IMPOSSIBLE_HASH = "0" * 64
 
 
-class Token(ConfigSection):
+class TokenRecord(ConfigSection):
     """An entry of a token file. `sha256` is the hash of the token's secret; `expires` is in UTC, null means never."""
 
     id: str = Field(pattern=r"^[0-9a-f]{12}$")
@@ -48,7 +48,7 @@ class Token(ConfigSection):
 class TokenFile(ConfigSection):
     """The content of a token file: one entry for each valid or expired token."""
 
-    tokens: tuple[Token, ...] = ()
+    tokens: tuple[TokenRecord, ...] = ()
 
 
 class Caller(ConfigSection):
@@ -99,7 +99,7 @@ def parse_tokens(content: bytes, source: str) -> TokenFile:
 
 def create_token(
     uri: str, team: str, scopes: Sequence[str], expires_in: timedelta | None = None, note: str = ""
-) -> tuple[str, Token]:
+) -> tuple[str, TokenRecord]:
     """Creates a token and adds an entry with its hash to a token file; creates the file if there is none.
 
     Args:
@@ -119,35 +119,35 @@ def create_token(
     now = datetime.now(timezone.utc).replace(microsecond=0)
     expires = None if expires_in is None else now + expires_in
     fields = {"id": token_id, "team": team, "scopes": list(dict.fromkeys(scopes)), "sha256": hash_secret(secret)}
-    record = validate_section(Token, {**fields, "created": now, "expires": expires, "note": note}, "token")
-    with _lock_file(uri):
+    record = validate_section(TokenRecord, {**fields, "created": now, "expires": expires, "note": note}, "token")
+    with _lock_token_file(uri):
         try:
             tokens = parse_tokens(read_bytes(uri), uri).tokens
         except FileNotFoundError:
             tokens = ()
-        _write_tokens(uri, (*tokens, record))
+        _write_token_file(uri, (*tokens, record))
     return f"frs_{token_id}_{secret}", record
 
 
-def revoke_token(uri: str, token_id: str) -> Token:
+def revoke_token(uri: str, token_id: str) -> TokenRecord:
     """Removes a token from a token file, and returns its entry. A running service refuses the token after its next refresh.
 
     Raises:
         ConfigError: the file has no such token, is no token file, or is locked by another process.
         DataError: the file or its lock file cannot be written.
     """
-    with _lock_file(uri):
+    with _lock_token_file(uri):
         tokens = {token.id: token for token in read_tokens(uri).tokens}
         if token_id not in tokens:
             existing_ids = ", ".join(tokens) or "none"
             raise ConfigError(f"{uri}: there is no token {token_id!r}; existing tokens: {existing_ids}")
         revoked = tokens.pop(token_id)
-        _write_tokens(uri, tuple(tokens.values()))
+        _write_token_file(uri, tuple(tokens.values()))
     return revoked
 
 
 @contextmanager
-def _lock_file(uri: str, timeout_s: float = 20.0) -> Iterator[None]:
+def _lock_token_file(uri: str, timeout_s: float = 20.0) -> Iterator[None]:
     """Context manager: locks a token file with the file `<uri>.lock`, so that simultaneous changes are not lost.
 
     Raises:
@@ -171,7 +171,7 @@ def hash_secret(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def _write_tokens(uri: str, tokens: tuple[Token, ...]) -> None:
+def _write_token_file(uri: str, tokens: tuple[TokenRecord, ...]) -> None:
     """Writes a token file as YAML, and replaces an existing file. Raises: DataError: the file cannot be written."""
     tree = TokenFile(tokens=tokens).model_dump(mode="json")
     write_bytes(uri, yaml.safe_dump(tree, sort_keys=False).encode())

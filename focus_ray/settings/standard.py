@@ -72,7 +72,8 @@ def find_config_file(text: str, kind: ConfigKind | None = None) -> Path:
     hint = f" ({suggestion})" if suggestion else ""
     problem = "a folder" if path.is_dir() else "no such file"
     raise ConfigError(
-        f"{text}: cannot read the configuration: {problem}, and no standard configuration of that name{hint}: {_describe_config_choices(kind)}"
+        f"{text}: cannot read the configuration: {problem}, and no standard configuration of that name{hint}: "
+        f"{_describe_config_choices(kind)}"
     )
 
 

@@ -92,7 +92,7 @@ class PendingFiles(dict[str, PendingFile]):
     def update_from_listing(self, listing: Iterable[ListedFile], now: float) -> None:
         """Replaces the pending files by a new listing.
 
-        A file whose size or times have changed must again stay unchanged for some time before it is read (see `list_ready_files`).
+        A file whose size or times have changed must again stay unchanged for some time before `list_ready_files` returns it.
 
         Args:
             listing: Files of the folder that are not processed yet.

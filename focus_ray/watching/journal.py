@@ -34,7 +34,7 @@ class VerdictJournal:
     Must be closed, or used in a `with` statement.
 
     Attributes:
-        processed_keys: Keys (hashes from `compute_stamp_key` and `compute_content_key`) of all files that need no inspection any more.
+        processed_keys: `compute_stamp_key` and `compute_content_key` of all files that need no inspection any more.
         num_lines_at_start: Number of valid lines in the folder when the journal was opened.
     """
 

@@ -11,18 +11,18 @@ from small_set import NUM_TRAIN, ingest_parts
 from benchmarks.generalise import (
     METHODS,
     PATCHCORE,
-    category_table,
-    check_settings,
-    difference_table,
+    check_equal_settings,
     group_samples,
-    measure,
+    make_category_table,
+    make_data_set_table,
+    make_difference_table,
+    make_split_settings,
+    measure_method,
     plan_training,
-    protocol_tree,
-    set_table,
 )
-from benchmarks.harness import base_tree, merged
+from benchmarks.harness import make_base_settings, merge_settings
 from benchmarks.intervals import NUM_PIXEL_DRAWS
-from benchmarks.patchcore import choose_farthest_points, left_out_distances
+from benchmarks.patchcore import choose_farthest_points, compute_left_out_distances
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def make_tree(uri: str, holdout_fraction: float = 0.0, **sections: dict[str, Any]) -> dict[str, Any]:
     arguments = argparse.Namespace(weights="random", image_size_px=64, backbone="resnet18")
-    return merged(base_tree(arguments, uri), protocol_tree(holdout_fraction), sections)
+    return merge_settings(make_base_settings(arguments, uri), make_split_settings(holdout_fraction), sections)
 
 
 def make_sample(category: str, method: str, auroc: float, **changes: Any) -> dict[str, Any]:
@@ -60,13 +60,13 @@ def test_every_method_trains_on_the_same_images_and_returns_the_scores_of_the_te
     light = ["density.coreset=16", "density.num_channels=16", "scoring.image_score=maximum"]
     samples = []
     for method in METHODS:
-        sample = measure(method, tree, "gear", "cpu", 6, [*light, "density.reduction=random"])
+        sample = measure_method(method, tree, "gear", "cpu", 6, [*light, "density.reduction=random"])
         assert len(sample["labels"]) == len(sample["scores"]) == sample["num_normal"] + sample["num_anomalous"]
         samples.append({"category": "gear", "method": method, "seed": 0, "shots": 6, **sample})
         assert {len(draws) for draws in sample["pixel_draws"].values()} == {NUM_PIXEL_DRAWS}
     groups = group_samples(samples, METHODS, 6)
     assert list(groups["gear"]) == list(METHODS)
-    _, rows = difference_table(groups, "default")
+    _, rows = make_difference_table(groups, "default")
     assert [row[1] for row in rows] == [method for method in METHODS if method != "default"]
     assert all("[" in cell for row in rows for cell in row[2:])
     scores = {tuple(sample["scores"]) for sample in samples}
@@ -78,7 +78,7 @@ def test_every_method_trains_on_the_same_images_and_returns_the_scores_of_the_te
 )
 def test_settings_of_the_default_cannot_change_which_images_train(uri: str, override: str) -> None:
     with pytest.raises(ValueError, match=override.split("=")[0]):
-        measure("default", make_tree(uri, 0.25), "gear", "cpu", None, override.split())
+        measure_method("default", make_tree(uri, 0.25), "gear", "cpu", None, override.split())
 
 
 def test_samples_of_different_training_or_test_images_are_not_compared() -> None:
@@ -92,15 +92,17 @@ def test_samples_of_different_training_or_test_images_are_not_compared() -> None
 
 def test_samples_of_other_settings_are_not_continued() -> None:
     samples = [make_sample("a", "default", 0.75, settings={"set": []})]
-    check_settings(samples, {"default": {"set": []}, "PaDiM": {}})
+    check_equal_settings(samples, {"default": {"set": []}, "PaDiM": {}})
     with pytest.raises(ValueError, match=r"train\.epochs=1"):
-        check_settings(samples, {"default": {"set": ["train.epochs=1"]}})
+        check_equal_settings(samples, {"default": {"set": ["train.epochs=1"]}})
 
 
 def test_the_table_has_a_row_for_each_category_and_their_mean() -> None:
     samples = [make_sample(name, "PaDiM", auroc) for name, auroc in (("a", 0.7), ("b", 0.8))]
     samples += [make_sample(name, "default", 0.75) for name in ("a", "b")]
-    header, rows = category_table(group_samples(samples, ["PaDiM", "default"], None), ["PaDiM", "default"], "default")
+    header, rows = make_category_table(
+        group_samples(samples, ["PaDiM", "default"], None), ["PaDiM", "default"], "default"
+    )
     assert all(len(row) == len(header) for row in rows)
     assert rows[0][:2] == ["a", "0.700 / - / -"]
     assert rows[0][2].startswith("0.750 [")
@@ -117,7 +119,7 @@ def test_categories_of_one_set_count_once_in_the_means_over_sets() -> None:
         for method, auroc in zip(("PaDiM", "default"), values, strict=True)
     ]
     groups = group_samples(samples, ["PaDiM", "default"], None)
-    _, rows = set_table(groups, ["PaDiM", "default"], "default", {"a": "a", "b1": "b", "b2": "b"})
+    _, rows = make_data_set_table(groups, ["PaDiM", "default"], "default", {"a": "a", "b1": "b", "b2": "b"})
     error = statistics.stdev([0.2, 0.1]) / 2**0.5  # gains of the sets
     assert rows[0][1] == "0.7000 +- 0.0000"
     assert rows[0][4] == f"+0.1500 +- {error:.4f}"
@@ -127,7 +129,7 @@ def test_categories_of_one_set_count_once_in_the_means_over_sets() -> None:
 def test_a_good_image_is_left_out_of_patchcores_coreset_with_its_own_patches() -> None:
     embeddings = torch.randn(3, 16, 8, generator=torch.Generator().manual_seed(0))
     rows = torch.arange(48)  # a coreset of all patches
-    distances = left_out_distances(embeddings, rows)
+    distances = compute_left_out_distances(embeddings, rows)
     assert distances.shape == (3, 4, 4)
     others = torch.cat([embeddings[0], embeddings[2]])
     expected = torch.tensor([min(float((patch - other).norm()) for other in others) for patch in embeddings[1]])

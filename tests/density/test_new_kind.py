@@ -32,7 +32,7 @@ class ToyDensity(DensityKind[SharedDensitySettings]):
 
     def build(self, config: Any, statistics: Any) -> Any:
         moments = statistics.moments
-        return self.load(config, self.tensors(config, statistics, None), moments.height, moments.width)
+        return self.restore(config, self.collect_tensors(config, statistics, None), moments.height, moments.width)
 
     def collect_tensors(self, config: Any, statistics: Any, density: Any) -> dict[str, Tensor]:
         return {"toy.mean": statistics.moments.mean}

@@ -319,9 +319,6 @@ def test_a_change_of_precision_turns_no_good_image_into_a_bad_one(n):
 
 
 def test_a_threshold_set_by_hand_holds_as_given_at_any_precision():
-    chosen = (
-        replace(calibrate(np.arange(10.0)), precision="bfloat16")
-        .replace_thresholds(2.5, 3.5)
-        .convert_to_precision("float32")
-    )
+    chosen = replace(calibrate(np.arange(10.0)), precision="bfloat16").replace_thresholds(2.5, 3.5)
+    chosen = chosen.convert_to_precision("float32")
     assert (chosen.image_threshold, chosen.pixel_threshold) == (2.5, 3.5)

@@ -134,12 +134,12 @@ def test_a_window_reports_a_shift_once_and_again_after_normal_scores() -> None:
 
     def count_sentences(level: float, count: int) -> int:
         due = (window.add([score]) for score in random.normal(level, 0.1, count))
-        sentences = [
-            window.report_shift_once(shift.compare_stream_with_calibration(calibration, window.take_scores_for_test()))
+        results = (
+            shift.compare_stream_with_calibration(calibration, window.take_scores_for_test())
             for is_due in due
             if is_due
-        ]
-        return sum(sentence is not None for sentence in sentences)
+        )
+        return sum(window.report_shift_once(result) is not None for result in results)
 
     levels = ((1.0, 400), (1.3, 1000), (1.0, 2 * shift.WINDOW), (1.3, 1000))
     assert [count_sentences(*level) for level in levels] == [0, 1, 0, 1]

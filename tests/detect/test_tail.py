@@ -47,25 +47,25 @@ def test_a_calibration_states_probability_and_interval_of_the_rate_with_the_ship
     builder = CalibrationBuilder("leave_one_out", 0.05, 0.001)
     builder.add(scores, np.zeros((20, 2, 2)))
     calibration, tail = builder.build_calibration(), fit_tail(scores)
-    assert calibration.image_threshold == tail.compute_score_at_share(0.05)
-    assert calibration.probability_fpr_exceeds_twice_target == tail.compute_probability_fpr_exceeds(
-        0.1, tail.compute_score_at_share(0.05), 20
-    )
+    threshold = tail.compute_score_at_share(0.05)
+    assert calibration.image_threshold == threshold
+    risk = tail.compute_probability_fpr_exceeds(0.1, threshold, 20)
+    assert calibration.probability_fpr_exceeds_twice_target == risk
     for bound, probability in zip(calibration.compute_fpr_interval(), (0.95, 0.05), strict=True):
         assert calibration.compute_probability_fpr_exceeds(bound) == pytest.approx(probability, abs=1e-3)
 
 
 def test_the_unit_of_the_scores_does_not_matter():
     scores = np.sort(np.random.default_rng(0).gamma(50.0, size=12))
-    assert fit_tail(1000 * scores).compute_score_at_share(0.05) == pytest.approx(
-        1000 * fit_tail(scores).compute_score_at_share(0.05), rel=1e-12
-    )
+    large, small = (fit_tail(factor * scores).compute_score_at_share(0.05) for factor in (1000, 1))
+    assert large == pytest.approx(1000 * small, rel=1e-12)
 
 
 def test_the_prior_draws_thresholds_of_few_scores_together():
     draws = np.sort(np.random.default_rng(0).gamma(50.0, size=(500, 10))) / 50
     without, shipped = (
-        np.std([fit_tail(d, prior=p).compute_score_at_share(0.05) for d in draws]) for p in (NO_PRIOR, SHIPPED_PRIOR)
+        np.std([fit_tail(scores, prior=prior).compute_score_at_share(0.05) for scores in draws])
+        for prior in (NO_PRIOR, SHIPPED_PRIOR)
     )
     assert shipped < 0.8 * without
 

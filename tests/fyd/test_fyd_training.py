@@ -51,7 +51,7 @@ def test_weights_that_are_not_finite_after_the_last_step_raise() -> None:
 def test_the_effective_rank_is_computed_once_per_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     levels = []
     monkeypatch.setattr(
-        "focus_ray.fyd.training.effective_rank", lambda level: levels.append(level) or torch.tensor(2.0)
+        "focus_ray.fyd.training.compute_effective_rank", lambda level: levels.append(level) or torch.tensor(2.0)
     )
     assert run(Slope(), steps=5)["effective_rank"] == 2.0
     assert len(levels) == 1

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from serving_set import Plant, make_plant
+from serving_set import ServiceTestData, create_test_data
 
 
 @pytest.fixture(scope="session")
-def plant(tmp_path_factory: pytest.TempPathFactory) -> Plant:
-    return make_plant(tmp_path_factory.mktemp("plant"))
+def plant(tmp_path_factory: pytest.TempPathFactory) -> ServiceTestData:
+    return create_test_data(tmp_path_factory.mktemp("plant"))

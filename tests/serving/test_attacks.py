@@ -16,11 +16,18 @@ from http.client import HTTPSConnection
 import httpx
 import pytest
 from costly_images import jpeg_of_scans, make_bombs, many_pages, rgba
-from nginx_proxy import Proxy, read_until_closed, running_proxy
+from nginx_proxy import NginxProxy, read_until_closed, run_proxy
 from places import free_port
 from s3_server import running_server
-from service_load import NOISE_S, MemoryWatch, Probe, compare_waits, find_serve_processes, running_command
-from serving_set import INSPECT, MILL, PRESS, Plant, bearer, settings_of
+from service_load import (
+    NOISE_S,
+    MemoryMonitor,
+    RequestProbe,
+    compare_waiting_times,
+    find_serve_processes,
+    run_serve_command,
+)
+from serving_set import INSPECT, MILL, PRESS, ServiceTestData, bearer_header, create_settings
 from waiting import wait_for
 
 from focus_ray.bundle.registry import Registry
@@ -41,18 +48,20 @@ BODY_PATHS = [
 
 
 @dataclass(frozen=True)
-class Target:
+class AttackedService:
     """A live service of two teams, and the proxy before it."""
 
-    plant: Plant
-    proxy: Proxy
+    plant: ServiceTestData
+    proxy: NginxProxy
 
     def client(self, token: str | None = None) -> httpx.Client:
         """An HTTP client through the proxy."""
-        headers = {} if token is None else bearer(token)
-        return httpx.Client(base_url=self.proxy.url, verify=self.proxy.tls(), headers=headers, timeout=60)
+        headers = {} if token is None else bearer_header(token)
+        return httpx.Client(
+            base_url=self.proxy.url, verify=self.proxy.create_tls_context(), headers=headers, timeout=60
+        )
 
-    def probe(self) -> Probe:
+    def probe(self) -> RequestProbe:
         """A client of team mill, who inspects one image after another; a refusal fails the test."""
         client, image_type = self.client(self.plant.mill), {"content-type": "image/png"}
 
@@ -60,26 +69,28 @@ class Target:
             answer = client.post(f"/v1/{MILL}/gear/inspect", content=self.plant.images[0], headers=image_type)
             assert answer.status_code == 200, answer.text
 
-        return Probe(inspect)
+        return RequestProbe(inspect)
 
 
 @pytest.fixture(scope="module")
-def target(ray_cluster: None, plant: Plant, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
-    from focus_ray.serving.launch import running
+def target(
+    ray_cluster: None, plant: ServiceTestData, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[AttackedService]:
+    from focus_ray.serving.launch import run_service
 
     port = free_port()
-    settings = settings_of(
+    settings = create_settings(
         plant, refresh_s=0.2, ingress_num_cpus=0.1, ingress={"max_replicas": 1}, pool={"num_cpus": 0.5}
     )
     place = f"127.0.0.1:{port}"
-    with running(settings, port=port), running_proxy(tmp_path_factory.mktemp("proxy"), place) as proxy:
-        target = Target(plant, proxy)
+    with run_service(settings, port=port), run_proxy(tmp_path_factory.mktemp("proxy"), place) as proxy:
+        target = AttackedService(plant, proxy)
         with target.probe() as probe:
             probe.wait_for(20)  # the model is loaded, and the decoders run
         yield target
 
 
-def test_the_service_answers_through_the_proxy(target: Target) -> None:
+def test_the_service_answers_through_the_proxy(target: AttackedService) -> None:
     processes = list(find_serve_processes().values())
     assert processes.count(True) >= 3  # Serve's proxy, a replica that receives requests, one that scores
     assert processes.count(False) >= 2  # decoders
@@ -92,9 +103,11 @@ def test_the_service_answers_through_the_proxy(target: Target) -> None:
 
 
 @pytest.mark.parametrize(("method", "path"), BODY_PATHS)
-def test_a_large_body_without_a_token_is_refused_and_costs_no_memory(target: Target, method: str, path: str) -> None:
+def test_a_large_body_without_a_token_is_refused_and_costs_no_memory(
+    target: AttackedService, method: str, path: str
+) -> None:
     pieces = (bytes(MIB) for _ in range(2 * MAX_GROWTH_MB))  # chunked: no length is announced
-    with target.client() as client, MemoryWatch() as memory, target.probe():
+    with target.client() as client, MemoryMonitor() as memory, target.probe():
         try:
             answer = client.request(method, path, content=pieces, headers={"content-type": "application/json"})
         except httpx.WriteError:  # the connection was closed before the answer could be read
@@ -105,7 +118,7 @@ def test_a_large_body_without_a_token_is_refused_and_costs_no_memory(target: Tar
 
 
 @pytest.mark.parametrize("has_token", [False, True])
-def test_stalled_bodies_are_cut_while_another_team_is_answered(target: Target, has_token: bool) -> None:
+def test_stalled_bodies_are_cut_while_another_team_is_answered(target: AttackedService, has_token: bool) -> None:
     def stall(method_and_path: tuple[str, str]) -> float:
         lines = [f"{' '.join(method_and_path)} HTTP/1.1", "Host: plant", "Content-Type: application/json"]
         lines += ["Content-Length: 3000", *([f"Authorization: Bearer {target.plant.press_admin}"] if has_token else [])]
@@ -120,11 +133,11 @@ def test_stalled_bodies_are_cut_while_another_team_is_answered(target: Target, h
     assert max(times_s) < SLOW_REQUEST_TIMEOUT_S + 5
 
 
-def test_another_team_waits_less_than_twice_as_long_during_a_flood_without_tokens(target: Target) -> None:
+def test_another_team_waits_less_than_twice_as_long_during_a_flood_without_tokens(target: AttackedService) -> None:
     statuses: Counter[int] = Counter()
 
     def flood(stop: threading.Event) -> None:
-        tls, source = target.proxy.tls(), ("127.0.0.2", 0)
+        tls, source = target.proxy.create_tls_context(), ("127.0.0.2", 0)
         with closing(HTTPSConnection("127.0.0.1", target.proxy.port, context=tls, source_address=source)) as connection:
             while not stop.wait(0.002):
                 connection.request("POST", INSPECT, b"x" * 1000)
@@ -132,12 +145,14 @@ def test_another_team_waits_less_than_twice_as_long_during_a_flood_without_token
                 answer.read()
                 statuses[answer.status] += 1
 
-    quiet_s, busy_s = compare_waits(target.probe().request, flood)
+    quiet_s, busy_s = compare_waiting_times(target.probe().request, flood)
     assert statuses.keys() <= {401, 429}
     assert busy_s < max(2 * quiet_s, NOISE_S)
 
 
-def test_tiff_bombs_take_no_more_memory_than_an_honest_image_while_another_team_is_answered(target: Target) -> None:
+def test_tiff_bombs_take_no_more_memory_than_an_honest_image_while_another_team_is_answered(
+    target: AttackedService,
+) -> None:
     bombs = {**make_bombs(), "many pages": many_pages(50_000)}
     honest = rgba(1024, bytes(1024 * 1024 * 8), compression=1)  # as large a file as the largest bomb
     assert max(map(len, bombs.values())) <= len(honest) + 4096
@@ -146,15 +161,15 @@ def test_tiff_bombs_take_no_more_memory_than_an_honest_image_while_another_team_
         def send(image: bytes) -> int:
             return client.post(INSPECT, content=image, headers={"content-type": "image/tiff"}, timeout=5).status_code
 
-        with MemoryWatch() as honest_memory:
+        with MemoryMonitor() as honest_memory:
             assert send(honest) == 200
-        with MemoryWatch() as memory:
+        with MemoryMonitor() as memory:
             statuses = {name: send(image) for name, image in bombs.items()}
     assert set(statuses.values()) == {422}, statuses
     assert memory.growth_mb < honest_memory.growth_mb + MAX_GROWTH_MB
 
 
-def test_another_team_waits_less_than_twice_as_long_while_slow_images_are_sent(target: Target) -> None:
+def test_another_team_waits_less_than_twice_as_long_while_slow_images_are_sent(target: AttackedService) -> None:
     bombs = {"many scans": jpeg_of_scans(64, 16_000), "a second of decoding": jpeg_of_scans(3000, 100)}
     statuses: Counter[tuple[str, int]] = Counter()
 
@@ -165,14 +180,14 @@ def test_another_team_waits_less_than_twice_as_long_while_slow_images_are_sent(t
                     answer = client.post(INSPECT, content=image, headers={"content-type": "image/jpeg"})
                     statuses[name, answer.status_code] += 1
 
-    quiet_s, busy_s = compare_waits(target.probe().request, send)
+    quiet_s, busy_s = compare_waiting_times(target.probe().request, send)
     assert statuses["many scans", 422]
     assert statuses.keys() <= {("many scans", 422), ("a second of decoding", 200), ("a second of decoding", 422)}
     assert busy_s < max(2 * quiet_s, NOISE_S)
 
 
 @contextmanager
-def stopped(process_id: int) -> Iterator[None]:
+def pause_process(process_id: int) -> Iterator[None]:
     """Stops a process, which then takes connections and never answers, until the context ends."""
     os.kill(process_id, signal.SIGSTOP)
     try:
@@ -183,7 +198,7 @@ def stopped(process_id: int) -> Iterator[None]:
 
 @pytest.mark.s3
 def test_storage_that_stops_answering_stops_neither_loaded_models_nor_readiness_nor_revocation(
-    tmp_path_factory: pytest.TempPathFactory, plant: Plant, monkeypatch: pytest.MonkeyPatch
+    tmp_path_factory: pytest.TempPathFactory, plant: ServiceTestData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running_server(tmp_path_factory) as (storage, server):
         for name, value in server.environment().items():
@@ -193,8 +208,8 @@ def test_storage_that_stops_answering_stops_neither_loaded_models_nor_readiness_
         Registry(registry).publish(plant.bundles["gear"], PRESS)
         token, record = create_token(tokens, PRESS, ["inspect", "read"])
         with (
-            running_command(registry, f"tokens={tokens}", "refresh_s=0.5") as url,
-            httpx.Client(base_url=url, headers=plant.headers(token), timeout=60) as client,
+            run_serve_command(registry, f"tokens={tokens}", "refresh_s=0.5") as url,
+            httpx.Client(base_url=url, headers=plant.image_headers(token), timeout=60) as client,
         ):
 
             def inspect(category: str = "gear") -> tuple[int, float]:
@@ -202,7 +217,7 @@ def test_storage_that_stops_answering_stops_neither_loaded_models_nor_readiness_
                 return answer.status_code, answer.elapsed.total_seconds()
 
             assert inspect()[0] == 200
-            with stopped(storage.pid), ThreadPoolExecutor(10) as pool:
+            with pause_process(storage.pid), ThreadPoolExecutor(10) as pool:
                 time.sleep(2)  # several refreshes now hang
                 unknown = [pool.submit(inspect, f"unknown{number}") for number in range(4)]
                 answers = [pool.submit(inspect) for _ in range(40)]
@@ -215,8 +230,8 @@ def test_storage_that_stops_answering_stops_neither_loaded_models_nor_readiness_
             wait_for(lambda: client.get("/v1").status_code == 401, 5, "the revoked token is refused")
 
 
-def test_a_service_without_tokens_answers_its_own_page_and_no_other_site(plant: Plant) -> None:
-    with running_command(plant.registry) as url, httpx.Client(base_url=url, timeout=60) as client:
+def test_a_service_without_tokens_answers_its_own_page_and_no_other_site(plant: ServiceTestData) -> None:
+    with run_serve_command(plant.registry) as url, httpx.Client(base_url=url, timeout=60) as client:
         for headers, status in (
             ({}, 200),
             ({"origin": url, "sec-fetch-site": "same-origin"}, 200),

@@ -22,14 +22,14 @@ from serving_set import (
     INSPECT,
     MILL,
     PRESS,
-    Plant,
-    bearer,
-    client_of,
-    name_data_set,
-    open_settings,
-    served,
-    service_of,
-    settings_of,
+    ServiceTestData,
+    bearer_header,
+    create_client,
+    create_open_settings,
+    create_service,
+    create_settings,
+    replace_data_set_uri,
+    run_server,
 )
 from waiting import wait_for
 
@@ -39,7 +39,7 @@ from focus_ray.data.images import encode_png
 from focus_ray.data.schema import COMMIT_NAME
 from focus_ray.errors import ConfigError, DataError
 from focus_ray.serving.limits import MAX_DOCUMENT_BYTES
-from focus_ray.serving.settings import MIB, parse_settings
+from focus_ray.serving.settings import MIB, parse_service_settings
 from focus_ray.serving.source import LOOKUP_TIMEOUT_S, LOOKUPS_PER_TEAM
 from focus_ray.serving.tokens import create_token, revoke_token
 from focus_ray.storage.files import join_path, write_bytes
@@ -51,23 +51,23 @@ each_admin_path = pytest.mark.parametrize(("method", "path"), ADMIN_PATHS)
 
 
 @pytest.fixture(scope="module")
-def url(plant: Plant, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(plant: ServiceTestData, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a live server, whose registry may be changed."""
-    own_plant = plant.with_own_registry(tmp_path_factory.mktemp("own") / "registry")
-    with served(service_of(settings_of(own_plant))) as place:
+    own_plant = plant.copy_registry(tmp_path_factory.mktemp("own") / "registry")
+    with run_server(create_service(create_settings(own_plant))) as place:
         yield place
 
 
 @pytest.fixture(scope="module")
-def with_tokens(plant: Plant) -> Iterator[TestClient]:
+def with_tokens(plant: ServiceTestData) -> Iterator[TestClient]:
     limits = {"max_body_mb": 2, "max_images": 4, "max_pixels": 1_000_000}
-    with client_of(settings_of(plant, limits=limits)) as client:
+    with create_client(create_settings(plant, limits=limits)) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def without_tokens(plant: Plant) -> Iterator[TestClient]:
-    with client_of(open_settings(plant)) as client:
+def without_tokens(plant: ServiceTestData) -> Iterator[TestClient]:
+    with create_client(create_open_settings(plant)) as client:
         yield client
 
 
@@ -128,7 +128,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize("refusal", REFUSALS)
 def test_a_refused_request_gets_a_problem_document(
-    with_tokens: TestClient, plant: Plant, refusal: tuple[int, str, str, str, str, bytes, str]
+    with_tokens: TestClient, plant: ServiceTestData, refusal: tuple[int, str, str, str, str, bytes, str]
 ) -> None:
     status, code, token, method, path, content, media_type = refusal
     authorization = token.format(**vars(plant))
@@ -152,13 +152,13 @@ def test_a_refused_request_gets_a_problem_document(
     ],
 )
 def test_the_problem_of_an_unknown_parameter_names_the_known_ones(
-    with_tokens: TestClient, plant: Plant, path: str, word: str
+    with_tokens: TestClient, plant: ServiceTestData, path: str, word: str
 ) -> None:
-    assert word in with_tokens.post(path, headers=bearer(plant.press)).json()["detail"]
+    assert word in with_tokens.post(path, headers=bearer_header(plant.press)).json()["detail"]
 
 
-def test_the_largest_json_body_is_accepted(url: str, plant: Plant) -> None:
-    headers = {**bearer(plant.press_admin), "content-type": "application/json; charset=utf-8"}
+def test_the_largest_json_body_is_accepted(url: str, plant: ServiceTestData) -> None:
+    headers = {**bearer_header(plant.press_admin), "content-type": "application/json; charset=utf-8"}
     answer = httpx.put(f"{url}{ALIAS}", content=PROMOTE.ljust(MAX_DOCUMENT_BYTES), headers=headers)
     assert answer.status_code == 200
 
@@ -198,14 +198,16 @@ def test_an_endless_body_without_a_token_is_refused_before_it_is_read(url: str, 
 
 
 @each_admin_path
-def test_an_endless_body_of_an_admin_is_refused_at_its_limit(url: str, plant: Plant, method: str, path: str) -> None:
+def test_an_endless_body_of_an_admin_is_refused_at_its_limit(
+    url: str, plant: ServiceTestData, method: str, path: str
+) -> None:
     for token, status in ((plant.press_admin, b"413"), (plant.press, b"403")):
         answer_start, num_bytes_sent = stream_body(url, method, path, token)
         assert answer_start.startswith(b"HTTP/1.1 " + status)
         assert num_bytes_sent < 1 << 20
 
 
-def test_a_stalled_body_is_ended(url: str, plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stalled_body_is_ended(url: str, plant: ServiceTestData, monkeypatch: pytest.MonkeyPatch) -> None:
     method, path = ADMIN_PATHS[0]
     monkeypatch.setattr("focus_ray.serving.limits.DOCUMENT_TIMEOUT_S", 0.5)
     with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=20) as connection:
@@ -253,10 +255,10 @@ SAME_SITE = [
 @pytest.mark.parametrize("headers", CROSS_SITE)
 @pytest.mark.parametrize("client_name", ["with_tokens", "without_tokens"])
 def test_a_page_of_another_site_neither_reads_nor_scores_nor_changes(
-    plant: Plant, request: pytest.FixtureRequest, headers: dict[str, str], client_name: str
+    plant: ServiceTestData, request: pytest.FixtureRequest, headers: dict[str, str], client_name: str
 ) -> None:
     client = request.getfixturevalue(client_name)
-    sent = {**headers, **(bearer(plant.press_admin) if client_name == "with_tokens" else {})}
+    sent = {**headers, **(bearer_header(plant.press_admin) if client_name == "with_tokens" else {})}
     for method, path in (("GET", "/v1"), ("GET", "/v1/press/gear"), ("POST", INSPECT), ROLLBACK, *ADMIN_PATHS):
         answer = client.request(method, path, headers=sent)
         assert (answer.status_code, answer.json()["type"]) == (403, "urn:focus-ray:cross-site"), (method, path)
@@ -266,7 +268,7 @@ def test_a_page_of_another_site_neither_reads_nor_scores_nor_changes(
 
 @pytest.mark.parametrize("headers", SAME_SITE)
 def test_without_tokens_the_own_page_and_programs_are_answered_and_nobody_is_an_admin(
-    without_tokens: TestClient, plant: Plant, headers: dict[str, str]
+    without_tokens: TestClient, plant: ServiceTestData, headers: dict[str, str]
 ) -> None:
     assert without_tokens.get("/v1", headers=headers).json()["scopes"] == ["inspect", "read"]
     assert [without_tokens.request(*path, headers=headers).status_code for path in (*ADMIN_PATHS, ROLLBACK)] == [
@@ -276,8 +278,8 @@ def test_without_tokens_the_own_page_and_programs_are_answered_and_nobody_is_an_
     assert answer.status_code == 200
 
 
-def test_the_page_works_behind_a_proxy_that_changes_the_port(with_tokens: TestClient, plant: Plant) -> None:
-    headers = {**bearer(plant.press), "host": "plant.example", "origin": "https://plant.example:8443"}
+def test_the_page_works_behind_a_proxy_that_changes_the_port(with_tokens: TestClient, plant: ServiceTestData) -> None:
+    headers = {**bearer_header(plant.press), "host": "plant.example", "origin": "https://plant.example:8443"}
     for change in ({"sec-fetch-site": "same-origin"}, {"origin": "https://plant.example"}):
         assert with_tokens.get("/v1", headers={**headers, **change}).status_code == 200
 
@@ -291,11 +293,11 @@ def test_the_page_works_behind_a_proxy_that_changes_the_port(with_tokens: TestCl
     ],
 )
 def test_without_tokens_only_loopback_names_are_answered(
-    without_tokens: TestClient, with_tokens: TestClient, plant: Plant, host: str, is_loopback: bool
+    without_tokens: TestClient, with_tokens: TestClient, plant: ServiceTestData, host: str, is_loopback: bool
 ) -> None:
     for headers in ({"host": host}, {"host": host, "origin": f"http://{host}", "sec-fetch-site": "same-origin"}):
         assert without_tokens.get("/v1", headers=headers).status_code == (200 if is_loopback else 421)
-    assert with_tokens.get("/v1", headers={"host": host, **bearer(plant.press)}).status_code == 200
+    assert with_tokens.get("/v1", headers={"host": host, **bearer_header(plant.press)}).status_code == 200
 
 
 # ---- storage that hangs
@@ -322,7 +324,7 @@ class HangingRegistry:
 
 
 @pytest.fixture
-def hanging(plant: Plant) -> Iterator[HangingRegistry]:
+def hanging(plant: ServiceTestData) -> Iterator[HangingRegistry]:
     source = HangingRegistry(plant.registry)
     yield source
     source.hanging_teams = ()
@@ -330,21 +332,21 @@ def hanging(plant: Plant) -> Iterator[HangingRegistry]:
 
 
 @pytest.fixture
-def hanging_client(plant: Plant, hanging: HangingRegistry) -> Iterator[TestClient]:
-    with client_of(service_of(settings_of(plant, refresh_s=0.1), source=hanging)) as client:
+def hanging_client(plant: ServiceTestData, hanging: HangingRegistry) -> Iterator[TestClient]:
+    with create_client(create_service(create_settings(plant, refresh_s=0.1), source=hanging)) as client:
         yield client
 
 
-def inspect(client: TestClient, plant: Plant, team: str, category: str = "gear") -> tuple[int, float]:
+def inspect(client: TestClient, plant: ServiceTestData, team: str, category: str = "gear") -> tuple[int, float]:
     """Returns the status of the answer and the seconds until it."""
-    started, headers = time.monotonic(), plant.headers(plant.press if team == PRESS else plant.mill)
+    started, headers = time.monotonic(), plant.image_headers(plant.press if team == PRESS else plant.mill)
     answer = client.post(f"/v1/{team}/{category}/inspect", content=plant.images[0], headers=headers)
     return answer.status_code, time.monotonic() - started
 
 
 @pytest.mark.parametrize("hanging_teams", [(PRESS, MILL), (PRESS,)])
 def test_while_the_storage_hangs_loaded_models_and_other_teams_answer_and_look_ups_end_with_503(
-    plant: Plant,
+    plant: ServiceTestData,
     hanging: HangingRegistry,
     hanging_client: TestClient,
     monkeypatch: pytest.MonkeyPatch,
@@ -367,9 +369,14 @@ def test_while_the_storage_hangs_loaded_models_and_other_teams_answer_and_look_u
     assert hanging.num_waiting <= LOOKUPS_PER_TEAM + 8  # plus the checks in the background
 
 
-def test_readiness_answers_in_bounded_time_while_the_storage_hangs(plant: Plant, hanging: HangingRegistry) -> None:
+def test_readiness_answers_in_bounded_time_while_the_storage_hangs(
+    plant: ServiceTestData, hanging: HangingRegistry
+) -> None:
     hanging.hanging_teams = (PRESS, MILL)
-    with client_of(service_of(settings_of(plant), source=hanging)) as client, ThreadPoolExecutor(30) as pool:
+    with (
+        create_client(create_service(create_settings(plant), source=hanging)) as client,
+        ThreadPoolExecutor(30) as pool,
+    ):
         started = time.monotonic()
         probes = [pool.submit(client.get, "/readyz") for _ in range(30)]
         assert {probe.result().status_code for probe in probes} == {503}
@@ -381,10 +388,10 @@ def test_readiness_answers_in_bounded_time_while_the_storage_hangs(plant: Plant,
 
 
 def test_tokens_stay_valid_while_their_storage_never_answers(
-    plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plant: ServiceTestData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens, may_go, num_reads = str(shutil.copy(plant.tokens, tmp_path)), threading.Event(), Counter[str]()
-    service = service_of(settings_of(plant, tokens=tokens))
+    service = create_service(create_settings(plant, tokens=tokens))
 
     def hang(uri: str, **options: Any) -> bytes:
         num_reads[uri] += 1
@@ -392,10 +399,10 @@ def test_tokens_stay_valid_while_their_storage_never_answers(
         raise DataError("the storage is away")
 
     monkeypatch.setattr("focus_ray.serving.tokens.read_bytes", hang)
-    with client_of(service) as client:
+    with create_client(service) as client:
         wait_for(lambda: num_reads[tokens], 5, "the service reads the tokens")
         for _ in range(20):
-            assert client.get("/v1", headers=bearer(plant.press)).status_code == 200
+            assert client.get("/v1", headers=bearer_header(plant.press)).status_code == 200
             assert client.get("/v1").status_code == 401
         started = time.monotonic()
     assert time.monotonic() - started < 30  # the end of the service does not wait for the storage
@@ -404,29 +411,29 @@ def test_tokens_stay_valid_while_their_storage_never_answers(
 
 
 def test_a_revoked_token_is_refused_within_the_refresh_interval_and_a_missing_file_revokes_nothing(
-    plant: Plant, tmp_path: Path
+    plant: ServiceTestData, tmp_path: Path
 ) -> None:
     file, moved_file = tmp_path / "tokens.yaml", tmp_path / "moved.yaml"
     token, record = create_token(str(file), PRESS, ["read"])
-    with client_of(settings_of(plant, tokens=str(file), refresh_s=0.2)) as client:
+    with create_client(create_settings(plant, tokens=str(file), refresh_s=0.2)) as client:
         file.rename(moved_file)
         time.sleep(0.5)
-        assert client.get("/v1", headers=bearer(token)).status_code == 200
+        assert client.get("/v1", headers=bearer_header(token)).status_code == 200
         moved_file.rename(file)
         revoke_token(str(file), record.id)
         time.sleep(1.0)  # no request comes meanwhile
-        assert client.get("/v1", headers=bearer(token)).status_code == 401
+        assert client.get("/v1", headers=bearer_header(token)).status_code == 401
 
 
 # ---- another team's images and models
 
 
-def status_of_example(plant: Plant, folder: Path, uri: Any, examples: Any) -> int:
+def status_of_example(plant: ServiceTestData, folder: Path, uri: Any, examples: Any) -> int:
     """Status of an example image of a copied registry whose press/gear names the data set `uri`; the answer shows no path."""
-    own_plant = plant.with_own_registry(folder / "registry")
-    name_data_set(own_plant.registry, PRESS, uri)
-    with client_of(settings_of(own_plant, examples=examples)) as client:
-        answer = client.get("/v1/press/gear/examples/0", headers=bearer(plant.press))
+    own_plant = plant.copy_registry(folder / "registry")
+    replace_data_set_uri(own_plant.registry, PRESS, uri)
+    with create_client(create_settings(own_plant, examples=examples)) as client:
+        answer = client.get("/v1/press/gear/examples/0", headers=bearer_header(plant.press))
     shutil.rmtree(own_plant.registry)
     assert str(folder) not in answer.text
     return answer.status_code
@@ -440,7 +447,7 @@ def status_of_example(plant: Plant, folder: Path, uri: Any, examples: Any) -> in
     ],
 )
 def test_a_manifest_that_names_a_data_set_of_another_team_shows_nothing(
-    plant: Plant, tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str
+    plant: ServiceTestData, tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str
 ) -> None:
     press, mill = tmp_path / "data-press", tmp_path / "data-mill"
     press.mkdir()
@@ -465,7 +472,7 @@ def test_a_manifest_that_names_a_data_set_of_another_team_shows_nothing(
     ],
 )
 def test_data_sets_below_an_allowed_location_are_shown(
-    plant: Plant, tmp_path: Path, team: str, location: str, status: int
+    plant: ServiceTestData, tmp_path: Path, team: str, location: str, status: int
 ) -> None:
     data = shutil.copytree(plant.data, tmp_path / "press" / "set")
     assert status_of_example(plant, tmp_path, str(data), {team: [location.format(folder=tmp_path)]}) == status
@@ -473,7 +480,7 @@ def test_data_sets_below_an_allowed_location_are_shown(
 
 @pytest.mark.parametrize("kind", ["link to a file", "link to a folder", "name in the commit"])
 def test_a_data_set_with_files_in_the_folder_of_another_team_is_not_shown(
-    plant: Plant, tmp_path: Path, kind: str
+    plant: ServiceTestData, tmp_path: Path, kind: str
 ) -> None:
     press, mill = (shutil.copytree(plant.data, tmp_path / team) for team in (PRESS, MILL))
     folder = press / "category=gear"
@@ -494,7 +501,7 @@ def test_a_data_set_with_files_in_the_folder_of_another_team_is_not_shown(
 
 
 @pytest.mark.parametrize("name", ["../part.parquet", "a/b", "/etc/passwd", "..", "a\\b", "", 7])
-def test_a_commit_that_names_a_file_outside_its_folder_is_refused(plant: Plant, name: Any) -> None:
+def test_a_commit_that_names_a_file_outside_its_folder_is_refused(plant: ServiceTestData, name: Any) -> None:
     content = json.loads((Path(plant.data) / "category=gear" / COMMIT_NAME).read_text())
     for changed in (
         {**content, "files": [{**content["files"][0], "name": name}]},
@@ -512,21 +519,21 @@ def test_a_commit_that_names_a_file_outside_its_folder_is_refused(plant: Plant, 
     ],
 )
 def test_a_manifest_with_an_invalid_or_other_data_location_shows_nothing(
-    plant: Plant, tmp_path: Path, uri: Any
+    plant: ServiceTestData, tmp_path: Path, uri: Any
 ) -> None:
     assert status_of_example(plant, tmp_path, uri, {PRESS: [str(tmp_path), "s3://plant/press"]}) == 404
 
 
-def test_only_a_folder_of_bundles_may_show_all_examples(plant: Plant) -> None:
+def test_only_a_folder_of_bundles_may_show_all_examples(plant: ServiceTestData) -> None:
     with pytest.raises(ConfigError, match=r"examples.*ftp://x"):
-        service_of(settings_of(plant, examples={PRESS: ["ftp://x"]}))
-    settings = parse_settings({"bundles": plant.bundles["gear"], "open_to_all": True, "examples": True})
-    with client_of(settings) as client:
+        create_service(create_settings(plant, examples={PRESS: ["ftp://x"]}))
+    settings = parse_service_settings({"bundles": plant.bundles["gear"], "open_to_all": True, "examples": True})
+    with create_client(settings) as client:
         assert client.get("/v1/local/gear/examples/0").status_code == 200
 
 
-def test_an_alias_that_names_the_folder_of_another_team_is_refused(plant: Plant, tmp_path: Path) -> None:
-    own_plant, root = plant.with_own_registry(tmp_path / "registry"), tmp_path / "registry"
+def test_an_alias_that_names_the_folder_of_another_team_is_refused(plant: ServiceTestData, tmp_path: Path) -> None:
+    own_plant, root = plant.copy_registry(tmp_path / "registry"), tmp_path / "registry"
     outside = root / PRESS / "mill" / "gear"  # where the record of the name would be read
     outside.mkdir(parents=True)
     shutil.copy(root / MILL / "gear" / "_published" / "v0001.json", outside / "v0001.json")
@@ -534,26 +541,26 @@ def test_an_alias_that_names_the_folder_of_another_team_is_refused(plant: Plant,
     version = "../../mill/gear/v0001"
     entry = {"version": version, "before": [version], "action": "promoted"}
     write_bytes(join_path(root, PRESS, "gear", "_aliases", "evil", "00000001.json"), json.dumps(entry).encode())
-    with client_of(settings_of(own_plant)) as client:
+    with create_client(create_settings(own_plant)) as client:
         for method, path in (("GET", "/v1/press/gear?version=evil"), ("POST", "/v1/press/gear/aliases/evil/rollback")):
-            assert client.request(method, path, headers=bearer(plant.press_admin)).status_code == 404
+            assert client.request(method, path, headers=bearer_header(plant.press_admin)).status_code == 404
 
 
 @pytest.mark.parametrize("level", ["gear", "gear/v0001", "gear/v0001/density-*"])
-def test_a_link_to_a_model_of_another_team_is_refused(plant: Plant, tmp_path: Path, level: str) -> None:
-    own_plant = plant.with_own_registry(tmp_path / "registry")
+def test_a_link_to_a_model_of_another_team_is_refused(plant: ServiceTestData, tmp_path: Path, level: str) -> None:
+    own_plant = plant.copy_registry(tmp_path / "registry")
     own, other = (next((tmp_path / "registry" / team).glob(level)) for team in (PRESS, MILL))
     if own.is_dir():
         shutil.rmtree(own)
     else:
         own.unlink()
     own.symlink_to(other)
-    with client_of(settings_of(own_plant)) as client:
+    with create_client(create_settings(own_plant)) as client:
         assert inspect(client, plant, PRESS)[0] == 404
 
 
-def test_the_folder_of_a_team_may_be_a_link(plant: Plant, tmp_path: Path) -> None:
-    root = Path(plant.with_own_registry(tmp_path / "registry").registry)
+def test_the_folder_of_a_team_may_be_a_link(plant: ServiceTestData, tmp_path: Path) -> None:
+    root = Path(plant.copy_registry(tmp_path / "registry").registry)
     (root / PRESS).rename(tmp_path / "other-disk")
     os.symlink(tmp_path / "other-disk", root / PRESS)
     assert Registry(root).resolve(PRESS, "gear").name == "v0001"

@@ -15,7 +15,7 @@ from focus_ray.client import AsyncClient, Client, ServiceError
 
 
 @dataclass
-class Script:
+class ScriptedServer:
     """The behaviour of the server.
 
     Attributes:
@@ -32,16 +32,18 @@ class Script:
 
 
 @pytest.fixture
-def script() -> Iterator[Script]:
-    script = Script()
+def scripted_server() -> Iterator[ScriptedServer]:
+    scripted_server = ScriptedServer()
 
     class ScriptHandler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            script.requested_paths.append(self.path)
-            status = script.statuses.pop(0) if len(script.statuses) > 1 else script.statuses[0]
+            scripted_server.requested_paths.append(self.path)
+            status = (
+                scripted_server.statuses.pop(0) if len(scripted_server.statuses) > 1 else scripted_server.statuses[0]
+            )
             body = b"{}" if status == 200 else b'{"type": "x:no", "status": 500, "detail": "d", "request_id": "r"}'
             self.send_response(status)
-            self.send_header("content-type", script.media_type)
+            self.send_header("content-type", scripted_server.media_type)
             self.send_header("content-length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -49,21 +51,21 @@ def script() -> Iterator[Script]:
         def log_message(self, *_: Any) -> None: ...
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), ScriptHandler)
-    script.url = f"http://127.0.0.1:{server.server_address[1]}"
+    scripted_server.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield script
+    yield scripted_server
     server.shutdown()
     server.server_close()
     thread.join()
 
 
-def ask(url: str, retries: int) -> Any:
+def request_json(url: str, retries: int) -> Any:
     with Client(url, retries=retries) as client:
         return client.get("/v1")
 
 
-def ask_async(url: str, retries: int) -> Any:
+def request_async(url: str, retries: int) -> Any:
     async def run() -> Any:
         async with AsyncClient(url, retries=retries) as client:
             return await client.get("/v1")
@@ -71,35 +73,37 @@ def ask_async(url: str, retries: int) -> Any:
     return asyncio.run(run())
 
 
-with_both_clients = pytest.mark.parametrize("ask", [ask, ask_async], ids=["sync", "async"])
-Ask = Callable[[str, int], Any]
+with_both_clients = pytest.mark.parametrize("request_json", [request_json, request_async], ids=["sync", "async"])
+RequestFunction = Callable[[str, int], Any]
 
 
 @with_both_clients
-def test_temporary_failures_are_retried(script: Script, ask: Ask) -> None:
-    script.statuses = [503, 500, 429, 200]  # the 500 has no problem document, so it comes from a proxy
-    assert ask(script.url, 3) == {}
-    assert len(script.requested_paths) == 4
+def test_temporary_failures_are_retried(scripted_server: ScriptedServer, request_json: RequestFunction) -> None:
+    scripted_server.statuses = [503, 500, 429, 200]  # the 500 has no problem document, so it comes from a proxy
+    assert request_json(scripted_server.url, 3) == {}
+    assert len(scripted_server.requested_paths) == 4
 
 
 @with_both_clients
-def test_a_client_gives_up_after_its_retries(script: Script, ask: Ask) -> None:
-    script.statuses = [503]
+def test_a_client_gives_up_after_its_retries(scripted_server: ScriptedServer, request_json: RequestFunction) -> None:
+    scripted_server.statuses = [503]
     with pytest.raises(ServiceError, match="503") as error:
-        ask(script.url, 2)
-    assert (len(script.requested_paths), error.value.status) == (3, 503)
+        request_json(scripted_server.url, 2)
+    assert (len(scripted_server.requested_paths), error.value.status) == (3, 503)
 
 
 @with_both_clients
-def test_a_refusal_of_the_service_is_not_retried(script: Script, ask: Ask) -> None:
-    script.statuses, script.media_type = [500], "application/problem+json"
+def test_a_refusal_of_the_service_is_not_retried(
+    scripted_server: ScriptedServer, request_json: RequestFunction
+) -> None:
+    scripted_server.statuses, scripted_server.media_type = [500], "application/problem+json"
     with pytest.raises(ServiceError, match=r"500 no: d \(request r\)") as error:
-        ask(script.url, 5)
-    assert (len(script.requested_paths), error.value.code) == (1, "no")
+        request_json(scripted_server.url, 5)
+    assert (len(scripted_server.requested_paths), error.value.code) == (1, "no")
 
 
 @with_both_clients
-def test_an_unreachable_service_is_reported_after_the_retries(ask: Ask) -> None:
+def test_an_unreachable_service_is_reported_after_the_retries(request_json: RequestFunction) -> None:
     with pytest.raises(ServiceError, match="cannot be reached") as error:
-        ask("http://127.0.0.1:9", 1)
+        request_json("http://127.0.0.1:9", 1)
     assert error.value.status == 0

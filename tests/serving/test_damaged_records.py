@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_set import INSPECT, PRESS, Plant, client_of, service_of, settings_of
+from serving_set import INSPECT, PRESS, ServiceTestData, create_client, create_service, create_settings
 
 from focus_ray.bundle.bundle import MANIFEST, compute_manifest_hash, read_manifest
 from focus_ray.bundle.published import find_bundle_of_each_category
@@ -49,7 +49,7 @@ DAMAGED_TARGETS = NO_JSON + [
 
 
 @pytest.fixture
-def registry(plant: Plant, tmp_path: Path) -> Registry:
+def registry(plant: ServiceTestData, tmp_path: Path) -> Registry:
     """Three versions of press/gear; production went from v0001 to v0002."""
     registry = Registry(tmp_path / "registry")
     for _ in range(3):
@@ -59,7 +59,7 @@ def registry(plant: Plant, tmp_path: Path) -> Registry:
     return registry
 
 
-def place(registry: Registry, *parts: str) -> Path:
+def find_registry_path(registry: Registry, *parts: str) -> Path:
     return Path(registry.root, PRESS, "gear", *parts)
 
 
@@ -67,7 +67,7 @@ def place(registry: Registry, *parts: str) -> Path:
 def test_a_damaged_version_is_missing_in_lists_and_its_look_up_names_it(
     registry: Registry, record: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = place(registry, "_published", "v0002.json")
+    path = find_registry_path(registry, "_published", "v0002.json")
     path.write_bytes(record)
     caplog.set_level(logging.WARNING)
     assert [version.name for version in registry.list_versions(PRESS, "gear")] == ["v0001", "v0003"]
@@ -80,10 +80,10 @@ def test_a_damaged_version_is_missing_in_lists_and_its_look_up_names_it(
     assert "v0002" not in registry.collect_garbage(PRESS, "gear", 0, min_age=NO_AGE)
 
 
-def test_a_damaged_version_is_a_404_and_does_not_break_the_list(plant: Plant, registry: Registry) -> None:
-    place(registry, "_published", "v0002.json").write_bytes(b"{}")
-    headers = plant.headers(plant.press)
-    with client_of(settings_of(plant, registry=registry.root)) as client:
+def test_a_damaged_version_is_a_404_and_does_not_break_the_list(plant: ServiceTestData, registry: Registry) -> None:
+    find_registry_path(registry, "_published", "v0002.json").write_bytes(b"{}")
+    headers = plant.image_headers(plant.press)
+    with create_client(create_settings(plant, registry=registry.root)) as client:
         versions = client.get("/v1/press/gear/versions", headers=headers).json()["versions"]
         assert [entry["version"] for entry in versions] == ["v0001", "v0003"]
         for query, status in (("?version=v0002", 404), ("", 200)):
@@ -91,7 +91,7 @@ def test_a_damaged_version_is_a_404_and_does_not_break_the_list(plant: Plant, re
             assert answer.status_code == status
 
 
-def test_files_and_folders_of_other_kinds_change_no_list(registry: Registry, plant: Plant) -> None:
+def test_files_and_folders_of_other_kinds_change_no_list(registry: Registry, plant: ServiceTestData) -> None:
     before = (
         registry.list_versions(PRESS, "gear"),
         registry.list_aliases(PRESS, "gear"),
@@ -101,7 +101,7 @@ def test_files_and_folders_of_other_kinds_change_no_list(registry: Registry, pla
     for file in ("notes.txt", f"{PRESS}/readme", f"{PRESS}/gear/_aliases/silver", f"{PRESS}/_changes/@@@"):
         (root / file).write_text("a file where a team, category, alias or mark would be")
     for folder in ("_published/v0009.json", "_published/v00x", "_aliases/gold/00000001.json", "_claims/x"):
-        place(registry, folder).mkdir(parents=True)
+        find_registry_path(registry, folder).mkdir(parents=True)
     assert (
         registry.list_versions(PRESS, "gear"),
         registry.list_aliases(PRESS, "gear"),
@@ -115,9 +115,9 @@ def test_files_and_folders_of_other_kinds_change_no_list(registry: Registry, pla
 
 @pytest.mark.parametrize("record", DAMAGED_TARGETS)
 def test_an_alias_with_a_damaged_record_keeps_its_previous_version(
-    registry: Registry, plant: Plant, record: bytes, caplog: pytest.LogCaptureFixture
+    registry: Registry, plant: ServiceTestData, record: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = place(registry, "_aliases", "production", "00000003.json")
+    path = find_registry_path(registry, "_aliases", "production", "00000003.json")
     path.write_bytes(record)
     caplog.set_level(logging.WARNING)
     assert registry.list_aliases(PRESS, "gear") == {"latest": "v0003", "production": "v0002"}
@@ -129,8 +129,12 @@ def test_an_alias_with_a_damaged_record_keeps_its_previous_version(
     assert registry.roll_back(PRESS, "gear", "production").name == "v0002"
 
 
-def test_an_alias_without_a_readable_record_is_absent_and_can_be_set_again(registry: Registry, plant: Plant) -> None:
-    for path, record in zip(place(registry, "_aliases", "latest").iterdir(), DAMAGED_TARGETS, strict=False):
+def test_an_alias_without_a_readable_record_is_absent_and_can_be_set_again(
+    registry: Registry, plant: ServiceTestData
+) -> None:
+    for path, record in zip(
+        find_registry_path(registry, "_aliases", "latest").iterdir(), DAMAGED_TARGETS, strict=False
+    ):
         path.write_bytes(record)
     assert registry.list_aliases(PRESS, "gear") == {"production": "v0002"}
     with pytest.raises(RegistryError, match=r"'latest'.*v0001, v0002, v0003, production"):
@@ -140,16 +144,19 @@ def test_an_alias_without_a_readable_record_is_absent_and_can_be_set_again(regis
 
 
 def test_promoting_the_same_version_repairs_a_damaged_alias(registry: Registry) -> None:
-    place(registry, "_aliases", "production", "00000003.json").write_bytes(b"{}")
+    find_registry_path(registry, "_aliases", "production", "00000003.json").write_bytes(b"{}")
     registry.promote(PRESS, "gear", "v0002", "production")
     assert registry.collect_garbage(PRESS, "gear", 0, min_age=NO_AGE) == []
-    assert json.loads(place(registry, "_aliases", "production", "00000004.json").read_text())["version"] == "v0002"
+    assert (
+        json.loads(find_registry_path(registry, "_aliases", "production", "00000004.json").read_text())["version"]
+        == "v0002"
+    )
     assert registry.roll_back(PRESS, "gear", "production").name == "v0001"
 
 
 def test_an_alias_moves_after_the_record_with_the_largest_8_digit_number(registry: Registry) -> None:
     content = json.dumps({"version": "v0001", "before": []})
-    place(registry, "_aliases", "production", "99999999.json").write_text(content)
+    find_registry_path(registry, "_aliases", "production", "99999999.json").write_text(content)
     for ref in ("v0002", "v0003", "v0002"):
         registry.promote(PRESS, "gear", ref, "production")
         assert registry.resolve(PRESS, "gear", "production").name == ref
@@ -157,27 +164,27 @@ def test_an_alias_moves_after_the_record_with_the_largest_8_digit_number(registr
 
 @pytest.mark.parametrize("record", [b"{}", b"", b"[]", b'{"at": "2026-13-45"}', b'{"at": "2000-01-01T00:00:00"}', b"["])
 def test_a_damaged_claim_fails_neither_publishing_nor_garbage_collection(
-    registry: Registry, plant: Plant, record: bytes
+    registry: Registry, plant: ServiceTestData, record: bytes
 ) -> None:
-    place(registry, "_claims", "v0007.json").write_bytes(record)
-    place(registry, "v0007").mkdir()
-    place(registry, "v0007", "part").write_text("unfinished")
+    find_registry_path(registry, "_claims", "v0007.json").write_bytes(record)
+    find_registry_path(registry, "v0007").mkdir()
+    find_registry_path(registry, "v0007", "part").write_text("unfinished")
     assert registry.collect_garbage(PRESS, "gear", 5) == []
-    assert place(registry, "v0007").exists()
+    assert find_registry_path(registry, "v0007").exists()
     assert registry.publish(plant.bundles["gear"], PRESS).name == "v0008"
 
 
 @pytest.mark.parametrize("name", ["v" + "9" * 249, "v" + "1" * 30, "v٣٣٣٣", "vvvv"])
-def test_a_claim_with_an_absurd_number_is_ignored(registry: Registry, plant: Plant, name: str) -> None:
+def test_a_claim_with_an_absurd_number_is_ignored(registry: Registry, plant: ServiceTestData, name: str) -> None:
     for folder in ("_claims", "_published"):
-        place(registry, folder, f"{name}.json").write_text("{}")
+        find_registry_path(registry, folder, f"{name}.json").write_text("{}")
     assert registry.publish(plant.bundles["gear"], PRESS).name == "v0004"
 
 
 def test_a_model_above_memory_mb_is_a_503_with_a_log_line_and_the_other_models_stay(
-    plant: Plant, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    plant: ServiceTestData, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    own_plant = plant.with_own_registry(tmp_path / "registry")
+    own_plant = plant.copy_registry(tmp_path / "registry")
     version = Registry(own_plant.registry).resolve(PRESS, "board")
     manifest = read_manifest(version.uri)
     manifest["files"]["density"]["num_bytes"] = 2**39
@@ -185,12 +192,12 @@ def test_a_model_above_memory_mb_is_a_503_with_a_log_line_and_the_other_models_s
     Path(version.uri, MANIFEST).write_text(json.dumps(manifest))
     record_file = Path(own_plant.registry, PRESS, "board", "_published", "v0001.json")
     record_file.write_text(json.dumps({**json.loads(record_file.read_text()), "sha256": manifest["sha256"]}))
-    service: Any = service_of(settings_of(own_plant, pool={"memory_mb": 64}))
+    service: Any = create_service(create_settings(own_plant, pool={"memory_mb": 64}))
     logging.getLogger("focus_ray.serving").propagate = True
     caplog.set_level(logging.ERROR)
-    with client_of(service) as client:
+    with create_client(service) as client:
         for category, status in (("gear", 200), ("board", 503), ("gear", 200)):
-            path, headers = f"/v1/press/{category}/inspect", plant.headers(plant.press)
+            path, headers = f"/v1/press/{category}/inspect", plant.image_headers(plant.press)
             answer = client.post(path, content=plant.images[0], headers=headers)
             assert answer.status_code == status
             assert "limit" not in answer.text

@@ -14,69 +14,69 @@ import pytest
 from focus_ray.data.framing import InputFrame
 from focus_ray.data.images import ImageError, decode_image_with_info, encode_png
 from focus_ray.serving import decoders as decoders_module
-from focus_ray.serving.decoders import Decoders, TeamSlots
-from focus_ray.serving.limits import Gate
-from focus_ray.serving.metrics import Measures
-from focus_ray.serving.problems import Problem
-from focus_ray.serving.settings import MIB, Limits
+from focus_ray.serving.decoders import DecoderPool, FairTeamSemaphore
+from focus_ray.serving.limits import RequestLimiter
+from focus_ray.serving.metrics import MetricsRecorder
+from focus_ray.serving.problems import HttpProblem
+from focus_ray.serving.settings import MIB, RequestLimits
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
-def decoders() -> Decoders:
-    return Decoders(2)
+def decoders() -> DecoderPool:
+    return DecoderPool(2)
 
 
-def reason_of(result: Any) -> str:
+def get_error_reason(result: Any) -> str:
     assert isinstance(result, ImageError)
     return result.reason
 
 
-def test_a_decoder_process_gives_the_same_pixels_or_the_error(decoders: Decoders) -> None:
+def test_a_decoder_process_gives_the_same_pixels_or_the_error(decoders: DecoderPool) -> None:
     frame, image = InputFrame(32, 40, "pad"), encode_png(PIXELS)
-    good, bad = asyncio.run(decoders.decode("press", [image, b"no image"], frame, 64 * 48))
+    good, bad = asyncio.run(decoders.decode_images("press", [image, b"no image"], frame, 64 * 48))
     info, pixels = decode_image_with_info(image, frame)
     assert isinstance(good, tuple)
     assert good[0] == info
     assert np.array_equal(good[1], pixels)
-    assert reason_of(bad) == "not_an_image"
-    (large,) = asyncio.run(decoders.decode("press", [image], frame, 64 * 48 - 1))
-    assert reason_of(large) == "too_large"
-    assert reason_of(asyncio.run(decoders.decode_picture("press", b"no image", 8, 8))) == "not_an_image"
+    assert get_error_reason(bad) == "not_an_image"
+    (large,) = asyncio.run(decoders.decode_images("press", [image], frame, 64 * 48 - 1))
+    assert get_error_reason(large) == "too_large"
+    assert get_error_reason(asyncio.run(decoders.decode_resized_image("press", b"no image", 8, 8))) == "not_an_image"
 
 
 def test_a_decoder_that_takes_too_long_is_killed_and_replaced(
-    decoders: Decoders, monkeypatch: pytest.MonkeyPatch
+    decoders: DecoderPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoders_module, "DECODE_TIMEOUT_S", 1.0)
 
     async def run() -> None:
-        slow = asyncio.create_task(decoders._run("press", time.sleep, 60))
-        assert isinstance(await decoders._run("mill", os.getpid), int)
+        slow = asyncio.create_task(decoders._run_in_decoder("press", time.sleep, 60))
+        assert isinstance(await decoders._run_in_decoder("mill", os.getpid), int)
         assert not slow.done()  # the other decoder was free
-        assert reason_of(await slow) == "too_slow"
-        assert isinstance(await decoders._run("press", os.getpid), int)
+        assert get_error_reason(await slow) == "too_slow"
+        assert isinstance(await decoders._run_in_decoder("press", os.getpid), int)
 
     asyncio.run(run())
 
 
-def test_a_decoder_that_dies_or_exceeds_memory_gives_an_error_and_is_replaced(decoders: Decoders) -> None:
+def test_a_decoder_that_dies_or_exceeds_memory_gives_an_error_and_is_replaced(decoders: DecoderPool) -> None:
     async def run() -> list[Any]:
-        return [await decoders._run("press", *work) for work in ((bytearray, 2**31), (os.abort,), (abs, -1))]
+        return [await decoders._run_in_decoder("press", *work) for work in ((bytearray, 2**31), (os.abort,), (abs, -1))]
 
     large, aborted, next_result = asyncio.run(run())
-    assert [reason_of(large), reason_of(aborted), next_result] == ["too_large", "too_large", 1]
+    assert [get_error_reason(large), get_error_reason(aborted), next_result] == ["too_large", "too_large", 1]
 
 
-def test_a_cancelled_request_leaves_nothing_in_the_queue(decoders: Decoders) -> None:
+def test_a_cancelled_request_leaves_nothing_in_the_queue(decoders: DecoderPool) -> None:
     async def run() -> None:
-        tasks = [asyncio.create_task(decoders._run("press", time.sleep, 0.3)) for _ in range(20)]
+        tasks = [asyncio.create_task(decoders._run_in_decoder("press", time.sleep, 0.3)) for _ in range(20)]
         await asyncio.sleep(0.1)
         for task in tasks:
             task.cancel()
         started = time.monotonic()
-        assert await decoders._run("press", abs, -1) == 1
+        assert await decoders._run_in_decoder("press", abs, -1) == 1
         assert time.monotonic() - started < 20 * 0.3 / 2  # does not wait for the twenty
 
     asyncio.run(run())
@@ -87,10 +87,10 @@ def test_teams_get_slots_in_turn_and_no_team_takes_all_slots() -> None:
     num_held, max_held = Counter[str](), Counter[str]()
 
     async def run() -> None:
-        slots = TeamSlots(3, 2)
+        slots = FairTeamSemaphore(3, 2)
 
         async def work(team: str) -> None:
-            async with slots.hold(team):
+            async with slots.acquire_slot(team):
                 num_held[team] += 1
                 max_held[team] = max(max_held[team], num_held[team])
                 order.append(team)
@@ -105,7 +105,11 @@ def test_teams_get_slots_in_turn_and_no_team_takes_all_slots() -> None:
             flood[number].cancel()
         await asyncio.gather(*(asyncio.create_task(work(team)) for team in ["press", "mill"] * 5))
         await asyncio.gather(*flood, return_exceptions=True)
-        async with slots.hold("a"), slots.hold("b"), slots.hold("c"):  # all slots are free again
+        async with (
+            slots.acquire_slot("a"),
+            slots.acquire_slot("b"),
+            slots.acquire_slot("c"),
+        ):  # all slots are free again
             pass
 
     asyncio.run(asyncio.wait_for(run(), 30))
@@ -115,9 +119,9 @@ def test_teams_get_slots_in_turn_and_no_team_takes_all_slots() -> None:
 
 
 def test_one_team_leaves_memory_for_a_body_of_another_team() -> None:
-    gate = Gate(Limits(max_in_flight_mb=96, max_body_mb=32), Measures())
+    gate = RequestLimiter(RequestLimits(max_in_flight_mb=96, max_body_mb=32), MetricsRecorder())
     with gate.admit("flood", 32 * MIB), gate.admit("flood", 32 * MIB):
-        with pytest.raises(Problem, match="429"), gate.admit("flood", MIB):
+        with pytest.raises(HttpProblem, match="429"), gate.admit("flood", MIB):
             pass
         with gate.admit("press", 32 * MIB):
             pass

@@ -15,13 +15,13 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from nginx_proxy import CONFIGURATION, Proxy, read_until_closed, running_proxy
+from nginx_proxy import CONFIGURATION, NginxProxy, read_until_closed, run_proxy
 from places import free_port
-from serving_set import INSPECT, bearer
+from serving_set import INSPECT, bearer_header
 from waiting import wait_for
 
 from focus_ray.serving.limits import BODY_TIMEOUT_S
-from focus_ray.serving.settings import Limits
+from focus_ray.serving.settings import RequestLimits
 
 TOKEN, OTHER_TOKEN = f"frs_{'0' * 12}_{'a' * 43}", f"frs_{'1' * 12}_{'b' * 43}"
 SLOW_TIMEOUT_S = 10  # of headers, and of pauses in a body
@@ -52,32 +52,32 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service_and_proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Proxy]]:
+def service_and_proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, NginxProxy]]:
     service, port = Service(), free_port()
     server = uvicorn.Server(uvicorn.Config(service, port=port, log_level="error", lifespan="off"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
     wait_for(lambda: server.started, 10.0, "the service answers")
-    with running_proxy(tmp_path_factory.mktemp("proxy"), f"127.0.0.1:{port}") as proxy:
+    with run_proxy(tmp_path_factory.mktemp("proxy"), f"127.0.0.1:{port}") as proxy:
         yield service, proxy
     server.should_exit = True
     thread.join()
 
 
 @pytest.fixture
-def proxy(service_and_proxy: tuple[Service, Proxy]) -> Proxy:
+def proxy(service_and_proxy: tuple[Service, NginxProxy]) -> NginxProxy:
     return service_and_proxy[1]
 
 
 @pytest.fixture
-def service(service_and_proxy: tuple[Service, Proxy]) -> Service:
+def service(service_and_proxy: tuple[Service, NginxProxy]) -> Service:
     service_and_proxy[0].requests.clear()
     return service_and_proxy[0]
 
 
 @pytest.fixture
-def client(proxy: Proxy) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=proxy.url, verify=proxy.tls(), timeout=30) as client:
+def client(proxy: NginxProxy) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=proxy.url, verify=proxy.create_tls_context(), timeout=30) as client:
         yield client
 
 
@@ -88,7 +88,7 @@ def check_problem(response: httpx.Response, status: int, code: str) -> None:
     assert document["request_id"] == response.headers["x-request-id"]
 
 
-def ask_raw(proxy: Proxy, *lines: str, body: str = "") -> bytes:
+def send_raw_request(proxy: NginxProxy, *lines: str, body: str = "") -> bytes:
     """Sends a head and the start of a body, and then nothing. Returns: the answer, which comes before the proxy's timeouts."""
     data = b""
     with proxy.connect() as connection:
@@ -102,7 +102,7 @@ def ask_raw(proxy: Proxy, *lines: str, body: str = "") -> bytes:
 
 
 def test_a_body_arrives_complete_and_with_the_address_of_the_client(client: httpx.Client, service: Service) -> None:
-    headers = {**bearer(TOKEN), "x-forwarded-for": "10.9.9.9", "x-request-id": "line-3.17"}
+    headers = {**bearer_header(TOKEN), "x-forwarded-for": "10.9.9.9", "x-request-id": "line-3.17"}
     assert client.post(INSPECT, content=b"x" * 200_000, headers=headers).text == "the service"
     (request,) = service.requests
     assert (request["path"], request["body"]) == (INSPECT, 200_000)
@@ -111,9 +111,9 @@ def test_a_body_arrives_complete_and_with_the_address_of_the_client(client: http
     assert request["headers"]["host"].startswith("127.0.0.1:")
 
 
-def test_plain_http_and_old_tls_are_refused(proxy: Proxy, service: Service) -> None:
+def test_plain_http_and_old_tls_are_refused(proxy: NginxProxy, service: Service) -> None:
     check_problem(httpx.get(f"http://127.0.0.1:{proxy.port}/", timeout=10), 400, "bad-request")
-    context = proxy.tls()
+    context = proxy.create_tls_context()
     context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
     with (
         socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as plain,
@@ -126,10 +126,12 @@ def test_plain_http_and_old_tls_are_refused(proxy: Proxy, service: Service) -> N
 @pytest.mark.parametrize("token", [None, "wrong", f"frs_{'2' * 12}_{'c' * 43}"])
 @pytest.mark.parametrize("path", [INSPECT, "/v1/press/gear/aliases/production/rollback"])
 def test_a_body_without_a_valid_token_is_never_read(
-    proxy: Proxy, service: Service, token: str | None, path: str
+    proxy: NginxProxy, service: Service, token: str | None, path: str
 ) -> None:
     authorization = [] if token is None else [f"Authorization: Bearer {token}"]
-    answer = ask_raw(proxy, f"POST {path} HTTP/1.1", "Transfer-Encoding: chunked", *authorization, body="10\r\n")
+    answer = send_raw_request(
+        proxy, f"POST {path} HTTP/1.1", "Transfer-Encoding: chunked", *authorization, body="10\r\n"
+    )
     assert answer.startswith(b"HTTP/1.1 401 ")
     assert b"urn:focus-ray:unauthorised" in answer
     assert answer.lower().count(b"www-authenticate: bearer") == 1
@@ -140,17 +142,19 @@ def test_the_service_that_cannot_check_tokens_is_unavailable(
     client: httpx.Client, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service, "tokens_ready", False)
-    answer = client.post(INSPECT, content=b"x", headers=bearer(TOKEN))
+    answer = client.post(INSPECT, content=b"x", headers=bearer_header(TOKEN))
     check_problem(answer, 503, "unavailable")
     assert answer.headers["retry-after"] == "1"
 
 
 def test_a_body_beyond_the_limit_never_reaches_the_service(
-    client: httpx.Client, proxy: Proxy, service: Service
+    client: httpx.Client, proxy: NginxProxy, service: Service
 ) -> None:
     pieces = (bytes(MIB) for _ in range(40))
-    check_problem(client.post(INSPECT, content=pieces, headers=bearer(TOKEN)), 413, "too-large")
-    announced = ask_raw(proxy, f"POST {INSPECT} HTTP/1.1", f"Content-Length: {2**40}", f"Authorization: Bearer {TOKEN}")
+    check_problem(client.post(INSPECT, content=pieces, headers=bearer_header(TOKEN)), 413, "too-large")
+    announced = send_raw_request(
+        proxy, f"POST {INSPECT} HTTP/1.1", f"Content-Length: {2**40}", f"Authorization: Bearer {TOKEN}"
+    )
     assert announced.startswith(b"HTTP/1.1 413 ")
     assert service.requests == []
 
@@ -162,7 +166,7 @@ def test_paths_without_bodies_refuse_a_body(client: httpx.Client, service: Servi
     assert client.get(path).status_code == 200
 
 
-def test_large_and_endless_headers_are_refused(client: httpx.Client, proxy: Proxy, service: Service) -> None:
+def test_large_and_endless_headers_are_refused(client: httpx.Client, proxy: NginxProxy, service: Service) -> None:
     check_problem(client.get("/", headers={"x-large": "x" * 9000}), 431, "headers-too-large")
     check_problem(client.get("/", headers={f"x-large-{n}": "x" * 7000 for n in range(6)}), 431, "headers-too-large")
     assert client.get("/" + "x" * 9000).status_code == 414
@@ -173,14 +177,18 @@ def test_large_and_endless_headers_are_refused(client: httpx.Client, proxy: Prox
     assert service.requests == []
 
 
-def test_connections_of_slow_clients_are_closed_in_time(proxy: Proxy, service: Service) -> None:
+def test_connections_of_slow_clients_are_closed_in_time(proxy: NginxProxy, service: Service) -> None:
     head = b"GET / HTTP/1.1\r\nHost: plant\r\nX-Slow: "
     post = f"POST {INSPECT} HTTP/1.1\r\nHost: plant\r\nContent-Length: 1000\r\nAuthorization: Bearer {TOKEN}\r\n\r\nx"
 
     def attack(has_tls: bool, first_bytes: bytes, drips: bool) -> float:
         start = time.monotonic()
         plain = socket.create_connection(("127.0.0.1", proxy.port), timeout=30)
-        with proxy.tls().wrap_socket(plain, server_hostname="127.0.0.1") if has_tls else plain as connection:
+        with (
+            proxy.create_tls_context().wrap_socket(plain, server_hostname="127.0.0.1")
+            if has_tls
+            else plain as connection
+        ):
             connection.sendall(first_bytes)
             try:
                 while drips and time.monotonic() < start + SLOW_TIMEOUT_S + 10:
@@ -199,7 +207,7 @@ def test_connections_of_slow_clients_are_closed_in_time(proxy: Proxy, service: S
     assert service.requests == []
 
 
-def test_the_connections_of_one_address_are_limited(proxy: Proxy) -> None:
+def test_the_connections_of_one_address_are_limited(proxy: NginxProxy) -> None:
     connections = [socket.create_connection(("127.0.0.1", proxy.port)) for _ in range(160)]
 
     def is_closed(connection: socket.socket) -> bool:
@@ -213,7 +221,7 @@ def test_the_connections_of_one_address_are_limited(proxy: Proxy) -> None:
 
     wait_for(lambda: sum(map(is_closed, connections)) >= 32, 5.0, "connections beyond 128 are closed at once")
     other = socket.create_connection(("127.0.0.1", proxy.port), timeout=10, source_address=("127.0.0.2", 0))
-    with proxy.tls().wrap_socket(other, server_hostname="127.0.0.1") as connection:
+    with proxy.create_tls_context().wrap_socket(other, server_hostname="127.0.0.1") as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: plant\r\nConnection: close\r\n\r\n")
         assert read_until_closed(connection, 10.0).startswith(b"HTTP/1.1 200 ")
     for connection in connections:
@@ -222,17 +230,19 @@ def test_the_connections_of_one_address_are_limited(proxy: Proxy) -> None:
 
 def test_a_flood_by_one_token_gets_429_while_another_token_is_answered(client: httpx.Client, service: Service) -> None:
     with ThreadPoolExecutor(8) as threads:  # a single sender is too slow on a busy machine
-        answers = list(threads.map(lambda _: client.get("/v1/press", headers=bearer(TOKEN)), range(500)))
+        answers = list(threads.map(lambda _: client.get("/v1/press", headers=bearer_header(TOKEN)), range(500)))
     refused = [answer for answer in answers if answer.status_code == 429]
     check_problem(refused[0], 429, "too-many-requests")
     assert refused[0].headers["retry-after"] == "1"
-    assert client.get("/v1/press", headers=bearer(OTHER_TOKEN)).status_code == 200
+    assert client.get("/v1/press", headers=bearer_header(OTHER_TOKEN)).status_code == 200
     assert len(service.requests) == 501 - len(refused)
 
 
-def test_a_flood_without_a_token_gets_429_by_its_address(client: httpx.Client, proxy: Proxy, service: Service) -> None:
+def test_a_flood_without_a_token_gets_429_by_its_address(
+    client: httpx.Client, proxy: NginxProxy, service: Service
+) -> None:
     def ask(_: int) -> list[int]:
-        flooding = httpx.HTTPTransport(verify=proxy.tls(), local_address="127.0.0.3")
+        flooding = httpx.HTTPTransport(verify=proxy.create_tls_context(), local_address="127.0.0.3")
         with httpx.Client(base_url=proxy.url, transport=flooding) as flooder:
             return [flooder.get("/healthz").status_code for _ in range(300)]
 
@@ -244,8 +254,8 @@ def test_a_flood_without_a_token_gets_429_by_its_address(client: httpx.Client, p
 @pytest.mark.parametrize(
     "path", ["/-/routes", "/-/healthz", "//-/routes", "/%2D/routes", "/x/../-/routes", "/-%2Froutes"]
 )
-def test_the_paths_of_serve_are_hidden(proxy: Proxy, service: Service, path: str) -> None:
-    answer = ask_raw(proxy, f"GET {path} HTTP/1.1", "Connection: close")
+def test_the_paths_of_serve_are_hidden(proxy: NginxProxy, service: Service, path: str) -> None:
+    answer = send_raw_request(proxy, f"GET {path} HTTP/1.1", "Connection: close")
     assert answer.startswith(b"HTTP/1.1 404 ")
     assert b"urn:focus-ray:not-found" in answer
     assert b"\r\nServer: nginx\r\n" in answer  # without its version
@@ -254,16 +264,16 @@ def test_the_paths_of_serve_are_hidden(proxy: Proxy, service: Service, path: str
 
 def test_a_stopped_service_gives_a_problem_document(tmp_path_factory: pytest.TempPathFactory) -> None:
     with (
-        running_proxy(tmp_path_factory.mktemp("gone"), f"127.0.0.1:{free_port()}") as proxy,
-        httpx.Client(base_url=proxy.url, verify=proxy.tls()) as client,
+        run_proxy(tmp_path_factory.mktemp("gone"), f"127.0.0.1:{free_port()}") as proxy,
+        httpx.Client(base_url=proxy.url, verify=proxy.create_tls_context()) as client,
     ):
         check_problem(client.get("/healthz"), 502, "bad-gateway")
-        check_problem(client.post(INSPECT, content=b"x", headers=bearer(TOKEN)), 503, "unavailable")
+        check_problem(client.post(INSPECT, content=b"x", headers=bearer_header(TOKEN)), 503, "unavailable")
 
 
 def test_sizes_and_times_fit_those_of_the_service() -> None:
     values = re.findall(r"^\s*(\w+) (\d+)(?:m|s);", CONFIGURATION.read_text(), flags=re.MULTILINE)
-    sizes_and_times, limits = {name: int(value) for name, value in values}, Limits()
+    sizes_and_times, limits = {name: int(value) for name, value in values}, RequestLimits()
     assert limits.max_body_mb < sizes_and_times["client_max_body_size"] <= limits.max_body_mb + 1
     request_timeout_s = limits.timeout_s + 30  # of Serve: focus_ray/serving/launch.py
     assert request_timeout_s < sizes_and_times["proxy_read_timeout"] < sizes_and_times["proxy_timeout"]

@@ -23,7 +23,7 @@ from focus_ray.bundle.bundle import FORMAT_VERSION, MANIFEST, compute_manifest_h
 from focus_ray.bundle.registry import CLAIM_LASTS, Registry, Version
 from focus_ray.errors import BundleError, DataError, RegistryError
 from focus_ray.serving import source as source_module
-from focus_ray.serving.source import MAX_LOOKUP_AGE_S, FolderSource, ModelSource, VersionDirectory
+from focus_ray.serving.source import MAX_LOOKUP_AGE_S, FolderModelSource, ModelSource, VersionCache
 from focus_ray.storage.files import join_path, list_folder_entries, write_bytes, write_bytes_if_absent
 
 TEAM, REFRESH_S = "press", 2.0
@@ -103,13 +103,13 @@ def storage_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return calls
 
 
-class Line:
+class VersionCacheDriver:
     """A version directory of a source in its own event loop; records warmed versions and logged messages."""
 
     def __init__(self, source: ModelSource) -> None:
         self.warmed: list[str] = []
         self.messages: list[str] = []
-        self.directory = VersionDirectory(source, REFRESH_S, self._warm, self._log)
+        self.version_cache = VersionCache(source, REFRESH_S, self._warm, self._log)
         self._loop = asyncio.new_event_loop()
 
     async def _warm(self, version: Version) -> None:
@@ -118,20 +118,20 @@ class Line:
     def _log(self, message: str, **facts: Any) -> None:
         self.messages.append(message)
 
-    def ask(self, *numbers: int, ref: str = "latest") -> list[str]:
+    def resolve(self, *numbers: int, ref: str = "latest") -> list[str]:
         """Returns the version of each category, after the checks in the background have ended."""
 
         async def resolve() -> list[str]:
-            names = [(await self.directory.resolve(TEAM, category(number), ref)).name for number in numbers]
-            await asyncio.gather(*(entry.task for entry in self.directory._entries.values() if entry.task))
+            names = [(await self.version_cache.resolve_version(TEAM, category(number), ref)).name for number in numbers]
+            await asyncio.gather(*(entry.task for entry in self.version_cache._entries.values() if entry.task))
             return names
 
         return self._loop.run_until_complete(resolve())
 
-    def settle(self, clock: Clock, *numbers: int, ref: str = "latest") -> None:
+    def resolve_until_checked(self, clock: Clock, *numbers: int, ref: str = "latest") -> None:
         """Asks until all categories have been checked with their marks."""
         for _ in range(3):
-            self.ask(*numbers, ref=ref)
+            self.resolve(*numbers, ref=ref)
             clock.now += REFRESH_S
 
 
@@ -142,18 +142,18 @@ class Line:
 def test_a_refresh_interval_costs_one_listing_for_any_number_of_categories(
     tmp_path: Path, clock: Clock, storage_calls: Counter[str], num_categories: int
 ) -> None:
-    line, everything = Line(make_registry(tmp_path, num_categories)), range(num_categories)
+    line, everything = VersionCacheDriver(make_registry(tmp_path, num_categories)), range(num_categories)
     storage_calls.clear()
-    line.ask(*everything)
+    line.resolve(*everything)
     clock.now += REFRESH_S
-    line.ask(*everything)
+    line.resolve(*everything)
     # each category is looked up for its first request, and once more with the first marks
     assert storage_calls == {"listings": 2 * num_categories + 1, "files": 4 * num_categories}
     storage_calls.clear()
     for _ in range(5):
         clock.now += REFRESH_S
-        line.ask(*everything)
-        line.ask(*everything)
+        line.resolve(*everything)
+        line.resolve(*everything)
     assert storage_calls == {"listings": 5}
     assert line.warmed == []
 
@@ -161,9 +161,9 @@ def test_a_refresh_interval_costs_one_listing_for_any_number_of_categories(
 def test_a_moved_alias_is_seen_after_an_interval_and_only_it_is_looked_up(
     tmp_path: Path, clock: Clock, storage_calls: Counter[str]
 ) -> None:
-    line, other = Line(make_registry(tmp_path, 10)), Registry(tmp_path)
-    line.settle(clock, *range(10))
-    line.ask(*range(10))
+    line, other = VersionCacheDriver(make_registry(tmp_path, 10)), Registry(tmp_path)
+    line.resolve_until_checked(clock, *range(10))
+    line.resolve(*range(10))
     for expected, change in (
         ("v0002", lambda: add_version(other, 3, "v0002")),
         ("v0001", lambda: other.roll_back(TEAM, category(3), "latest")),
@@ -172,12 +172,12 @@ def test_a_moved_alias_is_seen_after_an_interval_and_only_it_is_looked_up(
         change()
         storage_calls.clear()
         clock.now += REFRESH_S - 0.1
-        line.ask(*range(10))
+        line.resolve(*range(10))
         assert storage_calls == {}
         clock.now += 0.1
-        line.ask(*range(10))
+        line.resolve(*range(10))
         assert storage_calls == {"listings": 2, "files": 2}
-        assert line.ask(3) == [expected]
+        assert line.resolve(3) == [expected]
     assert line.warmed == [f"part003/{name}" for name in ("v0002", "v0001", "v0002")]
 
 
@@ -185,39 +185,39 @@ def test_a_moved_alias_is_seen_after_an_interval_and_only_it_is_looked_up(
 def test_an_answer_is_at_most_one_interval_old(tmp_path: Path, clock: Clock, kind: str) -> None:
     bundles = make_folder(tmp_path, 4)
     registry = make_registry(tmp_path / "registry", 4)
-    line = Line(registry if kind == "registry" else FolderSource(str(tmp_path), TEAM, REFRESH_S))
+    line = VersionCacheDriver(registry if kind == "registry" else FolderModelSource(str(tmp_path), TEAM, REFRESH_S))
 
     def change(of: int) -> None:
         add_version(registry, of, "v0002")
         write_manifest(bundles, of, note=1)
 
     for _ in range(2):
-        previous = {of: line.ask(of) for of in (0, 1, 3)}  # with marks of the time 0
+        previous = {of: line.resolve(of) for of in (0, 1, 3)}  # with marks of the time 0
     clock.now += 1.9
     change(2)
     change(1)
-    first_version_of_2 = line.ask(2)  # its first look-up
+    first_version_of_2 = line.resolve(2)  # its first look-up
     clock.now += 0.1
-    assert line.ask(0) == previous[0]  # marks of 2.0
+    assert line.resolve(0) == previous[0]  # marks of 2.0
     change(0)
     change(3)
     clock.now += 1.9
-    assert {of: line.ask(of) for of in (0, 1, 3)} == previous  # marks of 2.0 say that only 1 has changed
-    assert line.ask(1) != previous[1]
-    line.ask(2)
-    assert (line.ask(2) != first_version_of_2) == (kind == "folder")
+    assert {of: line.resolve(of) for of in (0, 1, 3)} == previous  # marks of 2.0 say that only 1 has changed
+    assert line.resolve(1) != previous[1]
+    line.resolve(2)
+    assert (line.resolve(2) != first_version_of_2) == (kind == "folder")
     clock.now += 0.1
     for of in (0, 3):
-        line.ask(of)
-        assert line.ask(of) != previous[of]
+        line.resolve(of)
+        assert line.resolve(of) != previous[of]
 
 
 def test_a_category_is_looked_up_again_while_its_alias_moves_and_after_the_mover_died(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = make_registry(tmp_path, 2)
-    line = Line(Registry(tmp_path))
-    line.ask(0, 1)
+    line = VersionCacheDriver(Registry(tmp_path))
+    line.resolve(0, 1)
     died = threading.Event()
 
     def die(uri: str, data: bytes) -> bool:
@@ -225,8 +225,8 @@ def test_a_category_is_looked_up_again_while_its_alias_moves_and_after_the_mover
         assert write_bytes_if_absent(uri, data)
         for _ in range(2):  # marks were read before the alias moved, and are read again just after it
             clock.now += REFRESH_S
-            line.ask(0, 1)
-        assert line.ask(0, 1) == ["v0002", "v0001"]
+            line.resolve(0, 1)
+        assert line.resolve(0, 1) == ["v0002", "v0001"]
         died.set()
         raise KeyboardInterrupt
 
@@ -292,58 +292,58 @@ def test_a_registry_without_marks_is_looked_up_by_category(
     registry = make_registry(tmp_path, 10)
     changes = tmp_path / TEAM / "_changes"
     shutil.rmtree(changes)
-    line = Line(Registry(tmp_path))
-    line.settle(clock, *range(10))
+    line = VersionCacheDriver(Registry(tmp_path))
+    line.resolve_until_checked(clock, *range(10))
     storage_calls.clear()
-    line.ask(*range(10))
+    line.resolve(*range(10))
     assert storage_calls == {"listings": 11, "files": 20}
     add_version(registry, 3, "v0002")
     shutil.rmtree(changes)
     clock.now += REFRESH_S
-    line.ask(*range(10))
-    assert line.ask(3) == ["v0002"]
+    line.resolve(*range(10))
+    assert line.resolve(3) == ["v0002"]
     for of in range(10):  # any change marks a category; so does a collection that finds nothing to delete
         registry.collect_garbage(TEAM, category(of), 5)
     for _ in range(2):
         clock.now += REFRESH_S
         storage_calls.clear()
-        line.ask(*range(10))
+        line.resolve(*range(10))
     assert storage_calls == {"listings": 1}
 
 
 def test_an_alias_moved_without_marks_is_seen_later(tmp_path: Path, clock: Clock) -> None:
     registry, changes = make_registry(tmp_path, 1), tmp_path / TEAM / "_changes"
-    line = Line(Registry(tmp_path))
-    line.settle(clock, 0)
+    line = VersionCacheDriver(Registry(tmp_path))
+    line.resolve_until_checked(clock, 0)
     copy = shutil.copytree(changes, tmp_path / "copy")
     add_version(registry, 0, "v0002")
     shutil.rmtree(changes)
     copy.rename(changes)
-    line.ask(0)
-    assert line.ask(0) == ["v0001"]
+    line.resolve(0)
+    assert line.resolve(0) == ["v0001"]
     clock.now += MAX_LOOKUP_AGE_S
-    line.ask(0)
-    assert line.ask(0) == ["v0002"]
+    line.resolve(0)
+    assert line.resolve(0) == ["v0002"]
 
 
 def test_a_deleted_version_is_noticed_and_an_own_move_is_seen_immediately(tmp_path: Path, clock: Clock) -> None:
     registry = make_registry(tmp_path, 1, ("v0001", "v0002", "v0003"))
-    line = Line(Registry(tmp_path))
-    line.settle(clock, 0)
-    line.settle(clock, 0, ref="v0001")
-    line.ask(0)
+    line = VersionCacheDriver(Registry(tmp_path))
+    line.resolve_until_checked(clock, 0)
+    line.resolve_until_checked(clock, 0, ref="v0001")
+    line.resolve(0)
     registry.promote(TEAM, category(0), "v0002", "latest")
-    line.directory.forget(TEAM, category(0))
-    line.ask(0)
-    assert line.ask(0) == ["v0002"]
+    line.version_cache.expire_category(TEAM, category(0))
+    line.resolve(0)
+    assert line.resolve(0) == ["v0002"]
     clock.now += REFRESH_S
-    line.ask(0, ref="v0001")
+    line.resolve(0, ref="v0001")
     assert registry.collect_garbage(TEAM, category(0), 1, min_age=timedelta(0)) == ["v0001"]
-    assert line.ask(0, ref="v0001") == ["v0001"]
+    assert line.resolve(0, ref="v0001") == ["v0001"]
     clock.now += REFRESH_S
-    line.ask(0, ref="v0001")
+    line.resolve(0, ref="v0001")
     with pytest.raises(RegistryError, match="'v0001'"):
-        line.ask(0, ref="v0001")
+        line.resolve(0, ref="v0001")
 
 
 def test_marks_are_not_listed_as_a_category_and_failed_changes_add_no_team(tmp_path: Path) -> None:
@@ -371,25 +371,25 @@ def test_while_the_storage_fails_cached_versions_answer(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = make_registry(tmp_path, 3)
-    line = Line(registry)
+    line = VersionCacheDriver(registry)
 
     def fail(*arguments: str) -> Any:
         raise DataError("the storage is away")
 
-    line.ask(0, 1)
+    line.resolve(0, 1)
     with monkeypatch.context() as patch:
         patch.setattr(registry, "marks", fail)
         patch.setattr(registry, "resolve", fail)
         add_version(Registry(tmp_path), 0, "v0002")
         clock.now += REFRESH_S
-        line.ask(0, 1)
-        assert line.ask(0, 1) == ["v0001", "v0001"]
+        line.resolve(0, 1)
+        assert line.resolve(0, 1) == ["v0001", "v0001"]
         with pytest.raises(DataError, match="the storage is away"):
-            line.ask(2)
+            line.resolve(2)
     assert line.messages == ["version not refreshed"] * 2
     clock.now += REFRESH_S
-    line.ask(0, 1)
-    assert line.ask(0, 1) == ["v0002", "v0001"]
+    line.resolve(0, 1)
+    assert line.resolve(0, 1) == ["v0002", "v0001"]
 
 
 # ---- a folder
@@ -400,17 +400,17 @@ def test_a_folder_is_listed_once_for_all_categories_and_manifests_are_read_once(
     tmp_path: Path, clock: Clock, storage_calls: Counter[str], num_categories: int
 ) -> None:
     make_folder(tmp_path, num_categories)
-    source, everything = FolderSource(str(tmp_path), TEAM, REFRESH_S), range(num_categories)
-    line = Line(source)
-    line.ask(*everything)
-    line.ask(*everything)
+    source, everything = FolderModelSource(str(tmp_path), TEAM, REFRESH_S), range(num_categories)
+    line = VersionCacheDriver(source)
+    line.resolve(*everything)
+    line.resolve(*everything)
     for name in source.list_categories(TEAM):
         assert source.list_aliases(TEAM, name) == {"latest": source.resolve(TEAM, name).name}
     assert storage_calls == {"listings": 2, "files": num_categories}
     storage_calls.clear()
     for _ in range(5):
         clock.now += REFRESH_S
-        line.ask(*everything)
+        line.resolve(*everything)
     assert storage_calls == {"listings": 5}
 
 
@@ -419,10 +419,10 @@ def test_new_replaced_and_removed_bundles_are_seen_after_an_interval(
     tmp_path: Path, clock: Clock, age_s: float
 ) -> None:
     bundles = make_folder(tmp_path, 3, age_s)
-    source = FolderSource(str(tmp_path), TEAM, REFRESH_S)
-    line = Line(source)
-    line.ask(0, 1, 2)
-    before = line.ask(0, 1, 2)
+    source = FolderModelSource(str(tmp_path), TEAM, REFRESH_S)
+    line = VersionCacheDriver(source)
+    line.resolve(0, 1, 2)
+    before = line.resolve(0, 1, 2)
     changed_file = bundles / category(1) / MANIFEST
     stamp = changed_file.stat()
     write_manifest(bundles, 1, note=1)
@@ -430,16 +430,16 @@ def test_new_replaced_and_removed_bundles_are_seen_after_an_interval(
         os.utime(changed_file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     write_manifest(bundles, 3)
     shutil.rmtree(bundles / category(2))
-    assert line.ask(0, 1, 2) == before
+    assert line.resolve(0, 1, 2) == before
     assert source.list_categories(TEAM) == [category(of) for of in range(3)]
     clock.now += REFRESH_S
-    line.ask(0, 1, 2)
-    after = line.ask(0, 1)
+    line.resolve(0, 1, 2)
+    after = line.resolve(0, 1)
     assert (after[0] == before[0], after[1] == before[1]) == (True, False)
     assert source.list_categories(TEAM) == [category(of) for of in (0, 1, 3)]
     with pytest.raises(RegistryError, match=r"'latest'.*'part002'"):
-        line.ask(2)
-    assert line.ask(3)
+        line.resolve(2)
+    assert line.resolve(3)
     assert len(line.warmed) == 1
 
 
@@ -451,7 +451,7 @@ def test_a_folder_on_s3_is_listed_once(
     for of in range(3):
         write_manifest(join_path(place, "bundles"), of)
         write_bytes(join_path(place, "bundles", category(of), "network-0.safetensors"), b"x")
-    source = FolderSource(place, TEAM, REFRESH_S)
+    source = FolderModelSource(place, TEAM, REFRESH_S)
     assert source.list_categories(TEAM) == [category(of) for of in range(3)]
     previous = source.resolve(TEAM, category(1))
     write_manifest(join_path(place, "bundles"), 1, note=1)  # in the same second, of the same size
@@ -472,10 +472,10 @@ def test_a_folder_is_a_bundle_a_run_or_bundles_side_by_side(tmp_path: Path) -> N
     (bundles / "begun").mkdir()
     both = [category(0), category(1)]
     for place, expected in ((tmp_path, both), (bundles, both), (bundles / category(1), both[1:])):
-        assert FolderSource(str(place), TEAM).list_categories(TEAM) == expected
+        assert FolderModelSource(str(place), TEAM).list_categories(TEAM) == expected
     with pytest.raises(DataError, match="no bundle here"):
-        FolderSource(str(bundles / "begun"), TEAM)
-    source = FolderSource(str(bundles), TEAM)
+        FolderModelSource(str(bundles / "begun"), TEAM)
+    source = FolderModelSource(str(bundles), TEAM)
     shutil.rmtree(bundles)
     with pytest.raises(DataError, match="no bundle here"):
         source.list_categories(TEAM)
@@ -483,12 +483,12 @@ def test_a_folder_is_a_bundle_a_run_or_bundles_side_by_side(tmp_path: Path) -> N
 
 def test_a_damaged_bundle_is_named_and_cached_versions_answer(tmp_path: Path, clock: Clock) -> None:
     bundles = make_folder(tmp_path, 2)
-    source = FolderSource(str(tmp_path), TEAM, REFRESH_S)
-    line = Line(source)
-    before = line.ask(0, 1)
+    source = FolderModelSource(str(tmp_path), TEAM, REFRESH_S)
+    line = VersionCacheDriver(source)
+    before = line.resolve(0, 1)
     (bundles / category(0) / MANIFEST).write_text("{")
     clock.now += REFRESH_S
-    line.ask(0, 1)
-    assert line.ask(0, 1) == before
+    line.resolve(0, 1)
+    assert line.resolve(0, 1) == before
     with pytest.raises(BundleError, match="not valid JSON"):
         source.list_categories(TEAM)

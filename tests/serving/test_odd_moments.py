@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from serving_set import INSPECT, PRESS, Plant, client_of, service_of, settings_of
+from serving_set import INSPECT, PRESS, ServiceTestData, create_client, create_service, create_settings
 from torch import nn
 
 from focus_ray.bundle import bundle as bundle_module
@@ -20,12 +20,12 @@ from focus_ray.bundle.bundle import read_bundle, read_manifest, read_statistics,
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.registry import Registry
 from focus_ray.errors import ScoreError
-from focus_ray.serving.models import SharedBackbones, tensors_without_backbone
+from focus_ray.serving.models import SharedBackbones, iterate_non_backbone_tensors
 from focus_ray.serving.scorer import ScoringRequest
 
 
 def test_a_bundle_replaced_during_reading_is_read_completely_anew(
-    plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plant: ServiceTestData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, statistics = read_bundle(plant.bundles["gear"]), read_statistics(plant.bundles["gear"])
     read_file = bundle_module._read_file
@@ -58,39 +58,39 @@ def test_a_bundle_replaced_during_reading_is_read_completely_anew(
 
 
 def test_a_service_without_models_is_not_ready_and_a_ready_service_looks_for_no_model(
-    plant: Plant, tmp_path: Path
+    plant: ServiceTestData, tmp_path: Path
 ) -> None:
-    with client_of(settings_of(plant, registry=str(tmp_path / "regisrty"))) as client:
+    with create_client(create_settings(plant, registry=str(tmp_path / "regisrty"))) as client:
         assert client.get("/readyz").status_code == 503
-    service: Any = service_of(settings_of(plant))
+    service: Any = create_service(create_settings(plant))
     calls: list[str] = []
     teams = service.source.list_teams
     service.source.list_teams = lambda: calls.append("teams") or teams()
-    with client_of(service) as client:
+    with create_client(service) as client:
         assert [client.get("/readyz").status_code for _ in range(5)] == [200] * 5
     assert calls == ["teams"]
 
 
-def test_a_score_that_is_not_finite_is_a_500(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_that_is_not_finite_is_a_500(plant: ServiceTestData, monkeypatch: pytest.MonkeyPatch) -> None:
     inspector = Inspector.load(plant.bundles["gear"], "cpu")
     for score, value in ((float("nan"), np.nan), (1.0, np.inf)):
         with pytest.raises(ScoreError, match=r"'gear'.*version"):
             inspector.compare_with_thresholds(score, np.full((4, 4), value, np.float32), 4, 4)
     judge = Inspector.judge
     monkeypatch.setattr(Inspector, "judge", lambda self, score, *arguments: judge(self, float("nan"), *arguments))
-    with client_of(settings_of(plant)) as client:
-        answer = client.post(INSPECT, content=plant.images[0], headers=plant.headers(plant.press))
+    with create_client(create_settings(plant)) as client:
+        answer = client.post(INSPECT, content=plant.images[0], headers=plant.image_headers(plant.press))
     assert (answer.status_code, answer.json()["type"]) == (500, "urn:focus-ray:no-score")
 
 
-def test_a_hanging_shadow_is_cancelled(plant: Plant, tmp_path: Path) -> None:
+def test_a_hanging_shadow_is_cancelled(plant: ServiceTestData, tmp_path: Path) -> None:
     registry = Registry(tmp_path)
     for alias in ("production", "candidate"):
         registry.publish(plant.bundles["gear"], PRESS, aliases=[alias])
     route = {"team": PRESS, "category": "gear", "ref": "production", "shadow": "candidate"}
-    settings = settings_of(plant, registry=str(tmp_path), routes=[route], limits={"timeout_s": 1.0})
-    service: Any = service_of(settings)
-    inspect = service.backend.inspect
+    settings = create_settings(plant, registry=str(tmp_path), routes=[route], limits={"timeout_s": 1.0})
+    service: Any = create_service(settings)
+    inspect = service.backend.inspect_images
 
     async def hang_for_the_shadow(request: ScoringRequest) -> Any:
         if request.version.name == "v0002":
@@ -98,9 +98,9 @@ def test_a_hanging_shadow_is_cancelled(plant: Plant, tmp_path: Path) -> None:
         return await inspect(request)
 
     async def run() -> None:
-        service.backend.inspect = hang_for_the_shadow
-        await service.backend.warm(registry.resolve(PRESS, "gear", "production"))
-        await service.inspect(PRESS, "gear", None, plant.images[:1], "json", False, "request")
+        service.backend.inspect_images = hang_for_the_shadow
+        await service.backend.warm_up_model(registry.resolve(PRESS, "gear", "production"))
+        await service.inspect_images(PRESS, "gear", None, plant.images[:1], "json", False, "request")
         assert len(service._shadow_tasks) == 1
         await asyncio.wait(set(service._shadow_tasks), timeout=10)
         await asyncio.sleep(0)
@@ -117,7 +117,7 @@ def test_shared_backbones_can_be_counted_while_loaders_add_some() -> None:
         detectors: list[Any] = []
         for number in range(300):
             detectors.append(SimpleNamespace(net=SimpleNamespace(backbone=nn.Linear(1, 1 + number % 7))))
-            backbones.share(detectors[-1], torch.float32)
+            backbones.share_backbone(detectors[-1], torch.float32)
             del detectors[:-20]
 
     def count() -> None:
@@ -133,9 +133,11 @@ def test_shared_backbones_can_be_counted_while_loaders_add_some() -> None:
         counter.result()
 
 
-def test_the_size_of_a_model_includes_both_memories(plant: Plant) -> None:
+def test_the_size_of_a_model_includes_both_memories(plant: ServiceTestData) -> None:
     detector = read_bundle(plant.bundles["gear"]).detector
     density: Any = detector.density
     memory = getattr(density, "memory", density)  # without the Gaussians that check it
     memories = (memory.location_memory.bank, memory.coreset.patches)
-    assert sum(tensor.nbytes for tensor in tensors_without_backbone(detector)) > sum(part.nbytes for part in memories)
+    assert sum(tensor.nbytes for tensor in iterate_non_backbone_tensors(detector)) > sum(
+        part.nbytes for part in memories
+    )

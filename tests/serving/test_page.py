@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from serving_set import PRESS, Plant, open_settings, served, service_of, settings_of
+from serving_set import PRESS, ServiceTestData, create_open_settings, create_service, create_settings, run_server
 from waiting import wait_for
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -27,8 +27,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def url(plant: Plant) -> Iterator[str]:
-    with served(service_of(settings_of(plant, examples={PRESS: [plant.data]}))) as place:
+def url(plant: ServiceTestData) -> Iterator[str]:
+    with run_server(create_service(create_settings(plant, examples={PRESS: [plant.data]}))) as place:
         yield place
 
 
@@ -60,7 +60,7 @@ def start_browser(profile: Path, width: int, height: int, camera: Sequence[str],
     return webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
 
 
-def until(claim: Any, event: str) -> None:
+def wait_until(claim: Any, event: str) -> None:
     wait_for(claim, 30.0, event, 0.05)
 
 
@@ -75,19 +75,21 @@ def open_page(place: str, folder: Path, size: tuple[int, int], camera: Sequence[
         browser.quit()
 
 
-def test_a_service_that_is_open_to_all_opens_without_a_token(plant: Plant, tmp_path: Path) -> None:
+def test_a_service_that_is_open_to_all_opens_without_a_token(plant: ServiceTestData, tmp_path: Path) -> None:
     (tmp_path / "part.png").write_bytes(plant.images[0])
-    service = service_of(open_settings(plant))
-    with served(service) as place, open_page(place, tmp_path, DESK, FAKE_CAMERA) as browser:
-        until(lambda: browser.find_elements("css selector", "#category option"), "the categories are there")
+    service = create_service(create_open_settings(plant))
+    with run_server(service) as place, open_page(place, tmp_path, DESK, FAKE_CAMERA) as browser:
+        wait_until(lambda: browser.find_elements("css selector", "#category option"), "the categories are there")
         assert not browser.find_element("id", "token-row").is_displayed()
-        until(lambda: "latest" in browser.find_element("id", "version").text, "the version is shown")
+        wait_until(lambda: "latest" in browser.find_element("id", "version").text, "the version is shown")
         browser.find_element("id", "files").send_keys(str(tmp_path / "part.png"))
-        until(lambda: "score" in browser.find_element("id", "list").text, "the image is inspected")
+        wait_until(lambda: "score" in browser.find_element("id", "list").text, "the image is inspected")
 
 
 @pytest.mark.parametrize("size", [DESK, PHONE])
-def test_a_user_gets_from_the_token_to_a_result(url: str, plant: Plant, tmp_path: Path, size: tuple[int, int]) -> None:
+def test_a_user_gets_from_the_token_to_a_result(
+    url: str, plant: ServiceTestData, tmp_path: Path, size: tuple[int, int]
+) -> None:
     from selenium.webdriver.common.keys import Keys
 
     paths = []
@@ -102,40 +104,42 @@ def test_a_user_gets_from_the_token_to_a_result(url: str, plant: Plant, tmp_path
         return list(browser.find_elements("css selector", selector))
 
     with open_page(url, tmp_path, size, FAKE_CAMERA) as browser:
-        until(lambda: "Enter your team's token" in find("#status").text, "the page asks for a token")
+        wait_until(lambda: "Enter your team's token" in find("#status").text, "the page asks for a token")
         find("#token").send_keys("frs_wrong", Keys.ENTER)
-        until(lambda: "401" in find("#status").text, "a wrong token is told")
+        wait_until(lambda: "401" in find("#status").text, "a wrong token is told")
         find("#token").clear()
         find("#token").send_keys(plant.press, Keys.ENTER)
-        until(lambda: "2 categories" in find("#status").text, "the right token opens")
+        wait_until(lambda: "2 categories" in find("#status").text, "the right token opens")
         assert [option.text for option in all_of("#category option")] == ["board", "gear"]
         find("#category").send_keys("gear")
-        until(lambda: "latest (v0001)" in find("#version").text, "the versions of gear are shown")
+        wait_until(lambda: "latest (v0001)" in find("#version").text, "the versions of gear are shown")
         time.sleep(0.3)  # its card
         find("#files").send_keys("\n".join(str(path) for path in paths))
-        until(lambda: "422" in find("#list").text, "the last one is told to be no image")
+        wait_until(lambda: "422" in find("#list").text, "the last one is told to be no image")
         assert all("score" in find(f"#list li:nth-child({number})").text for number in (1, 2))
         # by keyboard: back to the first image, then the threshold down to nothing
         find("#list li:nth-child(3) button").send_keys(Keys.ARROW_UP)
         find("#list li:nth-child(2) button").send_keys(Keys.ARROW_UP)
-        until(lambda: find("#verdict").text.startswith("part0.png"), "arrow keys walk through the list")
+        wait_until(lambda: find("#verdict").text.startswith("part0.png"), "arrow keys walk through the list")
         above = int(find("#overlay").get_attribute("data-above"))
         find("#threshold").send_keys(Keys.HOME)
-        until(lambda: int(find("#overlay").get_attribute("data-above")) > above, "a lower threshold marks more")
+        wait_until(lambda: int(find("#overlay").get_attribute("data-above")) > above, "a lower threshold marks more")
         find("#reset").send_keys(Keys.ENTER)
-        until(lambda: int(find("#overlay").get_attribute("data-above")) == above, "the calibrated threshold is back")
+        wait_until(
+            lambda: int(find("#overlay").get_attribute("data-above")) == above, "the calibrated threshold is back"
+        )
         assert "calibration scores" in find("#histogram").get_attribute("aria-label")
-        until(lambda: len(all_of("#examples img")) == 6, "good examples are shown")
+        wait_until(lambda: len(all_of("#examples img")) == 6, "good examples are shown")
         find("#save-json").send_keys(Keys.ENTER)
         saved = tmp_path / "profile" / "downloads" / "part0.png.json"
-        until(saved.is_file, "the finding is saved")
+        wait_until(saved.is_file, "the finding is saved")
         assert json.loads(saved.read_text())["version"] == "v0001"
         find("#save-png").send_keys(Keys.ENTER)
-        until((saved.parent / "part0.png.overlay.png").is_file, "the overlay is saved")
+        wait_until((saved.parent / "part0.png.overlay.png").is_file, "the overlay is saved")
         assert browser.execute_script(WIDTH_OUTSIDE) <= 0
         open_camera(browser)
         find("#capture").click()
-        until(lambda: "score" in all_of("#list li")[-1].text, "its picture is inspected")
+        wait_until(lambda: "score" in all_of("#list li")[-1].text, "its picture is inspected")
         find("#camera-off").click()
         browser.execute_script("document.querySelector('#list li button').click(); window.scrollTo(0, 0)")
         messages = [line["message"] for line in browser.get_log("browser")]
@@ -146,15 +150,15 @@ def test_a_user_gets_from_the_token_to_a_result(url: str, plant: Plant, tmp_path
 # the camera, as a file that chromium plays in a loop
 
 
-def good_part(plant: Plant) -> NDArray[np.uint8]:
+def draw_good_part(plant: ServiceTestData) -> NDArray[np.uint8]:
     """(480, 480, 3)"""
     picture = Image.open(io.BytesIO(plant.images[0])).convert("RGB")
     return np.asarray(picture.resize((480, 480), Image.Resampling.BICUBIC))
 
 
-def bad_part(plant: Plant) -> NDArray[np.uint8]:
+def draw_defective_part(plant: ServiceTestData) -> NDArray[np.uint8]:
     """The good part, with stripes on a quarter of it."""
-    picture = good_part(plant).copy()
+    picture = draw_good_part(plant).copy()
     picture[120:360, 120:360] = np.where(np.arange(240)[:, None, None] // 30 % 2, 255, 0)
     return picture
 
@@ -176,40 +180,42 @@ def write_film(path: Path, frames: Sequence[NDArray[np.uint8]], a_second: int) -
 
 
 @contextmanager
-def page_of_gears(
-    url: str, plant: Plant, folder: Path, size: tuple[int, int], camera: Sequence[str], **prefs: Any
+def open_gear_page(
+    url: str, plant: ServiceTestData, folder: Path, size: tuple[int, int], camera: Sequence[str], **prefs: Any
 ) -> Iterator[Any]:
     """A browser in which the service is opened, and gear chosen."""
     from selenium.webdriver.common.keys import Keys
 
     with open_page(url, folder, size, camera, **prefs) as browser:
         token = browser.find_element("id", "token")
-        until(token.is_displayed, "the page asks for a token")
+        wait_until(token.is_displayed, "the page asks for a token")
         token.send_keys(plant.press, Keys.ENTER)
-        until(lambda: "2 categories" in browser.find_element("id", "status").text, "the token opens")
+        wait_until(lambda: "2 categories" in browser.find_element("id", "status").text, "the token opens")
         browser.find_element("id", "category").send_keys("gear")
-        until(lambda: "latest" in browser.find_element("id", "version").text, "gear is shown")
+        wait_until(lambda: "latest" in browser.find_element("id", "version").text, "gear is shown")
         time.sleep(0.3)  # its card
         yield browser
 
 
 def open_camera(browser: Any) -> None:
     browser.find_element("id", "camera").click()
-    until(lambda: browser.execute_script("return document.getElementById('video').videoWidth") > 0, "the camera sees")
+    wait_until(
+        lambda: browser.execute_script("return document.getElementById('video').videoWidth") > 0, "the camera sees"
+    )
 
 
-@pytest.mark.parametrize(("part", "word"), [(good_part, "OK"), (bad_part, "NG")])
+@pytest.mark.parametrize(("part", "word"), [(draw_good_part, "OK"), (draw_defective_part, "NG")])
 @pytest.mark.parametrize("size", [DESK, PHONE])
 def test_a_picture_of_a_good_part_is_ok_and_of_a_bad_one_is_not(
-    url: str, plant: Plant, tmp_path: Path, part: Any, word: str, size: tuple[int, int]
+    url: str, plant: ServiceTestData, tmp_path: Path, part: Any, word: str, size: tuple[int, int]
 ) -> None:
     film = write_film(tmp_path / "part.y4m", [part(plant)] * 4, 4)
     camera = (*FAKE_CAMERA, f"--use-file-for-fake-video-capture={film}")
-    with page_of_gears(url, plant, tmp_path, size, camera) as browser:
+    with open_gear_page(url, plant, tmp_path, size, camera) as browser:
         open_camera(browser)
         browser.find_element("id", "capture").click()
         sign = browser.find_element("id", "sign")
-        until(sign.is_displayed, "there is a verdict")
+        wait_until(sign.is_displayed, "there is a verdict")
         assert sign.find_element("css selector", "b").text == word
         assert ("anomalous" in browser.find_element("id", "verdict").text) == (word == "NG")
         assert "480 x 480" in browser.find_element("id", "facts").text
@@ -217,16 +223,16 @@ def test_a_picture_of_a_good_part_is_ok_and_of_a_bad_one_is_not(
 
 
 def test_a_picture_every_half_second_shows_both_verdicts_and_lists_the_anomalous_ones(
-    url: str, plant: Plant, tmp_path: Path
+    url: str, plant: ServiceTestData, tmp_path: Path
 ) -> None:
-    film = write_film(tmp_path / "parts.y4m", [good_part(plant)] * 6 + [bad_part(plant)] * 6, 2)
+    film = write_film(tmp_path / "parts.y4m", [draw_good_part(plant)] * 6 + [draw_defective_part(plant)] * 6, 2)
     camera = (*FAKE_CAMERA, f"--use-file-for-fake-video-capture={film}")
-    with page_of_gears(url, plant, tmp_path, PHONE, camera) as browser:
+    with open_gear_page(url, plant, tmp_path, PHONE, camera) as browser:
         open_camera(browser)
         browser.execute_script("document.getElementById('again-s').value = 0.5")
         browser.find_element("id", "again").click()
         for expected in ("OK", "NG", "OK", "NG"):
-            until(lambda expected=expected: browser.execute_script(WORD) == expected, f"the sign says {expected}")
+            wait_until(lambda expected=expected: browser.execute_script(WORD) == expected, f"the sign says {expected}")
         browser.find_element("id", "again").click()
         time.sleep(1.5)
         listed = browser.find_elements("css selector", "#list .anomalous")
@@ -238,19 +244,19 @@ def test_a_picture_every_half_second_shows_both_verdicts_and_lists_the_anomalous
         assert not browser.find_element("id", "sign").is_displayed()
 
 
-def test_the_user_can_choose_a_camera(url: str, plant: Plant, tmp_path: Path) -> None:
-    with page_of_gears(url, plant, tmp_path, PHONE, TWO_CAMERAS) as browser:
+def test_the_user_can_choose_a_camera(url: str, plant: ServiceTestData, tmp_path: Path) -> None:
+    with open_gear_page(url, plant, tmp_path, PHONE, TWO_CAMERAS) as browser:
         open_camera(browser)
         names = [option.text for option in browser.find_elements("css selector", "#camera-choice option")]
         assert len(set(names)) == 2
         other = next(name for name in names if name != browser.execute_script(IN_USE))
         browser.find_element("xpath", f"//option[text()='{other}']").click()
-        until(lambda: browser.execute_script(IN_USE) == other, "the other one is in use")
+        wait_until(lambda: browser.execute_script(IN_USE) == other, "the other one is in use")
         assert browser.find_element("id", "camera-choice").get_attribute("value")
 
 
-def test_pictures_continue_after_a_change_to_a_slow_camera(url: str, plant: Plant, tmp_path: Path) -> None:
-    with page_of_gears(url, plant, tmp_path, PHONE, TWO_CAMERAS) as browser:
+def test_pictures_continue_after_a_change_to_a_slow_camera(url: str, plant: ServiceTestData, tmp_path: Path) -> None:
+    with open_gear_page(url, plant, tmp_path, PHONE, TWO_CAMERAS) as browser:
         open_camera(browser)
         browser.execute_script(
             "const devices = navigator.mediaDevices, open = devices.getUserMedia.bind(devices);"
@@ -258,16 +264,16 @@ def test_pictures_continue_after_a_change_to_a_slow_camera(url: str, plant: Plan
             "document.getElementById('again-s').value = 0.5"
         )
         browser.find_element("id", "again").click()
-        until(lambda: browser.execute_script(WORD), "there is a verdict")
+        wait_until(lambda: browser.execute_script(WORD), "there is a verdict")
         before = browser.execute_script(IN_USE)
         other = browser.execute_script(
             "const choice = document.getElementById('camera-choice');"
             "choice.value = [...choice.options].find((one) => !one.selected).value;"
             "choice.dispatchEvent(new Event('change')); return choice.selectedOptions[0].text"
         )
-        until(lambda: browser.execute_script(IN_USE) == other != before, "the other one is in use")
+        wait_until(lambda: browser.execute_script(IN_USE) == other != before, "the other one is in use")
         browser.execute_script("document.getElementById('sign').replaceChildren()")
-        until(lambda: browser.execute_script(WORD), "pictures are taken with it")
+        wait_until(lambda: browser.execute_script(WORD), "pictures are taken with it")
 
 
 @pytest.mark.parametrize(
@@ -282,10 +288,10 @@ def test_pictures_continue_after_a_change_to_a_slow_camera(url: str, plant: Plan
     ],
 )
 def test_a_camera_that_does_not_open_says_what_to_do(
-    url: str, plant: Plant, tmp_path: Path, camera: Sequence[str], prefs: dict[str, Any], message: str
+    url: str, plant: ServiceTestData, tmp_path: Path, camera: Sequence[str], prefs: dict[str, Any], message: str
 ) -> None:
-    with page_of_gears(url, plant, tmp_path, PHONE, camera, **prefs) as browser:
+    with open_gear_page(url, plant, tmp_path, PHONE, camera, **prefs) as browser:
         browser.find_element("id", "camera").click()
-        until(lambda: message in browser.find_element("id", "status").text, f"{message!r} is said")
+        wait_until(lambda: message in browser.find_element("id", "status").text, f"{message!r} is said")
         assert browser.find_element("id", "camera").is_displayed()
         assert not browser.find_element("id", "capture").is_displayed()

@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 from places import free_port
-from service_load import Probe, running_command
-from serving_set import MILL, PRESS, Plant, settings_of
+from service_load import RequestProbe, run_serve_command
+from serving_set import MILL, PRESS, ServiceTestData, create_settings
 from waiting import wait_for
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.registry import Registry
-from focus_ray.client import AsyncClient, Client, Inspected, ServiceError
+from focus_ray.client import AsyncClient, Client, InspectionResult, ServiceError
 from focus_ray.detect.inspection import Inspection
-from focus_ray.serving.settings import Pool
-from focus_ray.serving.source import version_key
+from focus_ray.serving.settings import ScoringPool
+from focus_ray.serving.source import get_version_key
 
 pytestmark = pytest.mark.ray
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.ray
 class LiveService:
     """A live service with two scoring replicas and one more for boards."""
 
-    plant: Plant
+    plant: ServiceTestData
     url: str
 
     def client(self, retries: int = 10) -> Client:
@@ -41,22 +41,24 @@ class LiveService:
 
 
 @pytest.fixture(scope="module")
-def service(ray_cluster: None, plant: Plant, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveService]:
-    from focus_ray.serving.launch import running
+def service(
+    ray_cluster: None, plant: ServiceTestData, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveService]:
+    from focus_ray.serving.launch import run_service
 
-    own_plant = plant.with_own_registry(tmp_path_factory.mktemp("own") / "registry")
-    settings = settings_of(
+    own_plant = plant.copy_registry(tmp_path_factory.mktemp("own") / "registry")
+    settings = create_settings(
         own_plant,
         refresh_s=0.2,
         ingress_num_cpus=0.1,
         pool={"num_cpus": 0.5, "scaling": {"min_replicas": 2, "max_replicas": 2}},
         pins=[{"name": "boards", "team": PRESS, "categories": ["board"], "pool": {"num_cpus": 0.5}}],
     )
-    with running(settings, port=free_port()) as url:
+    with run_service(settings, port=free_port()) as url:
         yield LiveService(own_plant, url)
 
 
-def check_finding(answer: Inspected, expected: Inspection) -> None:
+def check_finding(answer: InspectionResult, expected: Inspection) -> None:
     """Compares squares: the memory contains the training images, so their squared distances are rounding errors."""
     tolerance = 1e-4 * expected.threshold**2
     assert answer.findings[0].score ** 2 == pytest.approx(expected.score**2, rel=2e-4, abs=tolerance)
@@ -100,21 +102,21 @@ def test_the_client_distinguishes_errors_and_returns_maps_and_pictures(service: 
 
 
 @pytest.mark.cluster
-def test_a_pinned_category_is_loaded_before_its_first_request(ray_cluster: None, plant: Plant) -> None:
+def test_a_pinned_category_is_loaded_before_its_first_request(ray_cluster: None, plant: ServiceTestData) -> None:
     from focus_ray.serving.app import ScorerReplica
 
     version = Registry(plant.registry).resolve(PRESS, "board")
-    replica = ScorerReplica.func_or_class(Pool(), "cpu", [version])  # type: ignore[attr-defined]
+    replica = ScorerReplica.func_or_class(ScoringPool(), "cpu", [version])  # type: ignore[attr-defined]
     assert replica._scorer.models.loaded_keys == []
     asyncio.run(replica.check_health())  # what Serve awaits before it sends a request
-    assert replica._scorer.models.loaded_keys == [version_key(version)]
+    assert replica._scorer.models.loaded_keys == [get_version_key(version)]
 
 
 @dataclass
-class Load:
+class ConcurrentLoad:
     """The answers to three clients that inspect gears."""
 
-    answers: list[Inspected] = field(default_factory=list)
+    answers: list[InspectionResult] = field(default_factory=list)
 
     def wait_for(self, count: int) -> None:
         num_expected = len(self.answers) + count
@@ -122,19 +124,19 @@ class Load:
 
 
 @contextmanager
-def load(service: LiveService) -> Iterator[Load]:
+def run_concurrent_load(service: LiveService) -> Iterator[ConcurrentLoad]:
     """Sends requests until the context ends. Raises: ServiceError: a request failed."""
-    under_load = Load()
+    under_load = ConcurrentLoad()
     with service.client() as client:
 
         def inspect() -> None:
             under_load.answers.append(client.inspect(PRESS, "gear", service.plant.images[:1]))
 
-        with Probe(inspect, 0.0), Probe(inspect, 0.0), Probe(inspect, 0.0):
+        with RequestProbe(inspect, 0.0), RequestProbe(inspect, 0.0), RequestProbe(inspect, 0.0):
             yield under_load
 
 
-def replica_pids(name: str) -> list[int]:
+def find_replica_pids(name: str) -> list[int]:
     """Returns the process ids of the replicas of a deployment, whose title contains its name."""
     pids = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -154,9 +156,9 @@ def replica_pids(name: str) -> list[int]:
 @pytest.mark.parametrize("name", ["scorer", "ingress"])
 def test_a_replica_killed_under_load_loses_no_answer(service: LiveService, name: str) -> None:
     (expected,) = Inspector.load(service.plant.bundles["gear"], "cpu").inspect(service.plant.images[:1])
-    with load(service) as under_load:
+    with run_concurrent_load(service) as under_load:
         under_load.wait_for(20)
-        os.kill(replica_pids(name)[0], signal.SIGKILL)
+        os.kill(find_replica_pids(name)[0], signal.SIGKILL)
         under_load.wait_for(60)
     for answer in under_load.answers:
         check_finding(answer, expected)
@@ -167,7 +169,7 @@ def test_promotions_and_rollbacks_under_load_fail_no_request(service: LiveServic
     registry = Registry(service.plant.registry)
     second = registry.publish(service.plant.bundles["gear"], PRESS)  # latest moves, and latest is what answers
     hashes = {version.name: version.sha256 for version in registry.list_versions(PRESS, "gear")}
-    with load(service) as under_load:
+    with run_concurrent_load(service) as under_load:
         for version in (second.name, "v0001", second.name, "v0001"):
             registry.promote(PRESS, "gear", version, "latest")
             under_load.answers.clear()
@@ -226,6 +228,6 @@ def test_the_service_fits_its_openapi_description(service: LiveService) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_serves_until_it_is_interrupted_and_exits_with_0(plant: Plant) -> None:
-    with running_command(plant.registry, f"tokens={plant.tokens}") as url, Client(url, plant.press) as client:
+def test_the_command_serves_until_it_is_interrupted_and_exits_with_0(plant: ServiceTestData) -> None:
+    with run_serve_command(plant.registry, f"tokens={plant.tokens}") as url, Client(url, plant.press) as client:
         assert client.inspect(PRESS, "gear", plant.images[:1]).version

@@ -13,7 +13,7 @@ from places import REPOSITORY
 
 from focus_ray.errors import ConfigError
 from focus_ray.serving.metrics import METRICS
-from focus_ray.serving.settings import parse_settings
+from focus_ray.serving.settings import parse_service_settings
 
 FOLDER = REPOSITORY / "serve"
 MANIFESTS = yaml.safe_load_all((REPOSITORY / "configs" / "cluster" / "rayservice.yaml").read_text())
@@ -33,7 +33,7 @@ def test_serve_and_the_service_accept_the_deploy_yaml(name: str) -> None:
     assert set(tree) <= set(ServeDeploySchema.model_fields)  # Serve ignores unknown keys
     (application,) = tree["applications"]
     assert set(application) <= set(ServeApplicationSchema.model_fields)
-    assert tree["http_options"]["request_timeout_s"] > parse_settings(application["args"]).limits.timeout_s
+    assert tree["http_options"]["request_timeout_s"] > parse_service_settings(application["args"]).limits.timeout_s
     module, _, builder = application["import_path"].partition(":")
     assert callable(getattr(importlib.import_module(module), builder))
 
@@ -48,7 +48,7 @@ def test_build_refuses_an_unknown_key() -> None:
 def test_the_manifest_gives_replicas_time_to_finish_and_enough_gpus() -> None:
     from focus_ray.serving.app import GRACEFUL_SHUTDOWN_S
 
-    settings = parse_settings(SERVE_CONFIGS["rayservice.yaml"]["applications"][0]["args"])
+    settings = parse_service_settings(SERVE_CONFIGS["rayservice.yaml"]["applications"][0]["args"])
     groups: list[Any] = RAY_SERVICE["rayClusterConfig"]["workerGroupSpecs"]
     (group,) = (group for group in groups if group["groupName"] == "gpu")
     pod = group["template"]["spec"]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from serving_set import bearer
+from serving_set import bearer_header
 
 from focus_ray.cli.main import main
 from focus_ray.errors import ConfigError
@@ -22,8 +22,8 @@ def file(tmp_path: Path) -> str:
     return str(tmp_path / "tokens.yaml")
 
 
-def team_of(store: TokenStore, token: str) -> str | None:
-    caller = store.authenticate(bearer(token)["authorization"])
+def find_team_of_token(store: TokenStore, token: str) -> str | None:
+    caller = store.authenticate(bearer_header(token)["authorization"])
     return None if caller is None else caller.team
 
 
@@ -36,16 +36,16 @@ def test_tokens_are_stored_as_hashes_and_read_again_and_expire(file: str) -> Non
     expired, _ = create_token(file, "press", ["read"], timedelta(seconds=-1))
     second, _ = create_token(file, "mill", ["read"])
     tokens = (first, second, expired, f"{first[:-1]}!")
-    assert [team_of(store, token) for token in tokens] == ["press", None, None, None]
+    assert [find_team_of_token(store, token) for token in tokens] == ["press", None, None, None]
     store.refresh()
-    assert [team_of(store, token) for token in tokens] == ["press", "mill", None, None]
+    assert [find_team_of_token(store, token) for token in tokens] == ["press", "mill", None, None]
     revoke_token(file, record.id)
     store.refresh()
-    assert [team_of(store, token) for token in tokens] == [None, "mill", None, None]
+    assert [find_team_of_token(store, token) for token in tokens] == [None, "mill", None, None]
     Path(file).write_text("tokens: [")
     store.refresh()
     assert file in messages[0]
-    assert team_of(store, second) == "mill"  # the last readable file stays valid
+    assert find_team_of_token(store, second) == "mill"  # the last readable file stays valid
 
 
 @pytest.mark.parametrize(
@@ -85,13 +85,13 @@ def test_the_command_creates_lists_and_revokes_tokens(file: str, capsys: pytest.
     main(["token", "create", file, "--team", "press", "--scope", "admin", "--days", "2", "--note", "cell 7"])
     token = capsys.readouterr().out.strip()
     (record,) = read_tokens(file).tokens
-    assert (record.scopes, team_of(TokenStore(file), token)) == (("admin",), "press")
+    assert (record.scopes, find_team_of_token(TokenStore(file), token)) == (("admin",), "press")
     main(["token", "list", file])
     listed = capsys.readouterr().out
     assert "cell 7" in listed
     assert token not in listed
     assert main(["token", "revoke", file, record.id]) == 0
-    assert team_of(TokenStore(file), token) is None
+    assert find_team_of_token(TokenStore(file), token) is None
 
 
 def test_tokens_created_and_revoked_simultaneously_are_all_stored(file: str) -> None:

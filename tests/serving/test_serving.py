@@ -21,7 +21,17 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 from s3_server import S3Server
-from serving_set import INSPECT, MILL, PRESS, MeasuresRecorder, Plant, bearer, client_of, service_of, settings_of
+from serving_set import (
+    INSPECT,
+    MILL,
+    PRESS,
+    RecordedMetrics,
+    ServiceTestData,
+    bearer_header,
+    create_client,
+    create_service,
+    create_settings,
+)
 from starlette.requests import Request
 from waiting import wait_for
 
@@ -29,32 +39,34 @@ from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.registry import Registry, Version
 from focus_ray.cli.main import main
-from focus_ray.client import FoundRegion
+from focus_ray.client import DefectRegion
 from focus_ray.data.images import decode_image_with_info
 from focus_ray.detect.detector import can_share_backbone_pass
 from focus_ray.detect.inspection import Inspection, Region, resize_anomaly_map
 from focus_ray.errors import BundleError, ConfigError, RegistryError
-from focus_ray.serving.batching import Batcher
-from focus_ray.serving.launch import check_host
+from focus_ray.serving.batching import DynamicBatcher
+from focus_ray.serving.launch import check_host_security
 from focus_ray.serving.limits import read_body, read_content_length
 from focus_ray.serving.models import ModelCache
-from focus_ray.serving.problems import Problem
+from focus_ray.serving.problems import HttpProblem
 from focus_ray.serving.scorer import ImageScorer, ScoringRequest
-from focus_ray.serving.service import Service
-from focus_ray.serving.settings import MIB, ServiceSettings, parse_settings
-from focus_ray.serving.source import FolderSource, version_key
+from focus_ray.serving.service import InspectionService
+from focus_ray.serving.settings import MIB, ServiceSettings, parse_service_settings
+from focus_ray.serving.source import FolderModelSource, get_version_key
 from focus_ray.serving.tokens import create_token
 from focus_ray.storage.files import open_filesystem
 
 
 @pytest.fixture(scope="module")
-def http(plant: Plant) -> Iterator[TestClient]:
-    with client_of(settings_of(plant, limits={"max_body_mb": 2, "max_images": 4, "max_pixels": 1_000_000})) as client:
+def http(plant: ServiceTestData) -> Iterator[TestClient]:
+    with create_client(
+        create_settings(plant, limits={"max_body_mb": 2, "max_images": 4, "max_pixels": 1_000_000})
+    ) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def expected(plant: Plant) -> Inspection:
+def expected(plant: ServiceTestData) -> Inspection:
     """The inspector's result of the first image."""
     return Inspector.load(plant.bundles["gear"], "cpu").inspect(plant.images[:1])[0]
 
@@ -68,9 +80,9 @@ def check_score(score: float, inspection: Inspection) -> None:
 
 
 def test_an_answer_equals_the_inspector_and_names_its_version(
-    http: TestClient, plant: Plant, expected: Inspection
+    http: TestClient, plant: ServiceTestData, expected: Inspection
 ) -> None:
-    answer = http.post(f"{INSPECT}?include=map", content=plant.images[0], headers=plant.headers(plant.press))
+    answer = http.post(f"{INSPECT}?include=map", content=plant.images[0], headers=plant.image_headers(plant.press))
     body = answer.json()
     (result,) = body["results"]
     assert result["score"] == pytest.approx(expected.score, rel=1e-4)
@@ -84,9 +96,11 @@ def test_an_answer_equals_the_inspector_and_names_its_version(
     assert np.abs(values - expected.anomaly_map).max() <= step
 
 
-def test_query_and_accept_header_choose_a_picture(http: TestClient, plant: Plant, expected: Inspection) -> None:
+def test_query_and_accept_header_choose_a_picture(
+    http: TestClient, plant: ServiceTestData, expected: Inspection
+) -> None:
     def ask(query: str, accept: str = "*/*") -> Any:
-        headers = {**plant.headers(plant.press), "accept": accept}
+        headers = {**plant.image_headers(plant.press), "accept": accept}
         return http.post(f"{INSPECT}{query}", content=plant.images[0], headers=headers)
 
     mask = ask("?output=mask")
@@ -100,9 +114,9 @@ def test_query_and_accept_header_choose_a_picture(http: TestClient, plant: Plant
     assert (refused.status_code, refused.json()["type"]) == (406, "urn:focus-ray:not-acceptable")
 
 
-def test_a_form_has_a_result_or_an_error_for_each_image(http: TestClient, plant: Plant) -> None:
+def test_a_form_has_a_result_or_an_error_for_each_image(http: TestClient, plant: ServiceTestData) -> None:
     files = [("images", ("a.png", plant.images[0])), ("images", ("b.png", plant.images[1][:300])), ("x", ("c", b"no"))]
-    results = http.post(INSPECT, files=files, headers=bearer(plant.press)).json()["results"]
+    results = http.post(INSPECT, files=files, headers=bearer_header(plant.press)).json()["results"]
     assert [result["name"] for result in results] == ["a.png", "b.png", "c"]
     assert [result.get("error", {}).get("reason") for result in results] == [None, "truncated", "not_an_image"]
     assert results[0]["verdict"] in ("normal", "anomalous")
@@ -120,32 +134,32 @@ def test_a_form_has_a_result_or_an_error_for_each_image(http: TestClient, plant:
     ],
 )
 def test_a_form_part_with_an_extended_filename_or_image_type_is_a_file(
-    http: TestClient, plant: Plant, disposition: str, name: str
+    http: TestClient, plant: ServiceTestData, disposition: str, name: str
 ) -> None:
     head = f"--b\r\nContent-Disposition: form-data; name=images; {disposition}\r\n\r\n"
-    headers = {**bearer(plant.press), "content-type": "multipart/form-data; boundary=b"}
+    headers = {**bearer_header(plant.press), "content-type": "multipart/form-data; boundary=b"}
     assert len(plant.images[0]) > 4096  # above the limit of a field that is not a file
     answer = http.post(INSPECT, content=head.encode() + plant.images[0] + b"\r\n--b--\r\n", headers=headers)
     assert [result["name"] for result in answer.json()["results"]] == [name]
 
 
-def test_a_form_field_in_place_of_a_file_gets_advice(http: TestClient, plant: Plant) -> None:
+def test_a_form_field_in_place_of_a_file_gets_advice(http: TestClient, plant: ServiceTestData) -> None:
     for fields, status, advice in (({"images": "x" * 5000}, 400, "file name"), ({"version": "x"}, 422, "?version=")):
         files = {"images": ("a.png", plant.images[0])}
-        answer = http.post(INSPECT, data=fields, files=files, headers=bearer(plant.press))
+        answer = http.post(INSPECT, data=fields, files=files, headers=bearer_header(plant.press))
         assert (answer.status_code, advice in answer.json()["detail"]) == (status, True)
 
 
-def test_a_model_card_shows_calibration_and_no_storage_path(http: TestClient, plant: Plant) -> None:
-    answer = http.get("/v1/press/gear", headers=bearer(plant.press))
+def test_a_model_card_shows_calibration_and_no_storage_path(http: TestClient, plant: ServiceTestData) -> None:
+    answer = http.get("/v1/press/gear", headers=bearer_header(plant.press))
     threshold = read_bundle(plant.bundles["gear"]).calibration.image_threshold
     assert answer.json()["calibration"]["image_threshold"] == threshold
     assert plant.registry not in answer.text
     assert plant.data not in answer.text
 
 
-def test_lists_show_teams_categories_and_versions(http: TestClient, plant: Plant) -> None:
-    headers = bearer(plant.press)
+def test_lists_show_teams_categories_and_versions(http: TestClient, plant: ServiceTestData) -> None:
+    headers = bearer_header(plant.press)
     assert http.get("/v1", headers=headers).json() == {"teams": [PRESS], "scopes": ["inspect", "read"]}
     assert http.get("/v1/press", headers=headers).json()["categories"] == ["board", "gear"]
     body = http.get("/v1/press/gear/versions", headers=headers).json()
@@ -153,45 +167,47 @@ def test_lists_show_teams_categories_and_versions(http: TestClient, plant: Plant
     assert body["aliases"] == {"latest": "v0001", "production": "v0001"}
 
 
-def test_examples_are_shown_only_if_the_setting_allows_them(http: TestClient, plant: Plant) -> None:
-    path, headers = "/v1/press/gear/examples", bearer(plant.press)
+def test_examples_are_shown_only_if_the_setting_allows_them(http: TestClient, plant: ServiceTestData) -> None:
+    path, headers = "/v1/press/gear/examples", bearer_header(plant.press)
     assert http.get(f"{path}/0", headers=headers).status_code == 404
-    with client_of(settings_of(plant, examples={PRESS: [plant.data]})) as client:
+    with create_client(create_settings(plant, examples={PRESS: [plant.data]})) as client:
         shown = client.get(f"{path}/0", headers=headers)
         assert (shown.headers["content-type"], decode_image_with_info(shown.content)[0].width) == ("image/jpeg", 64)
         assert client.get(f"{path}/99", headers=headers).status_code == 404
 
 
-def test_a_folder_of_bundles_is_served_without_a_registry_and_cannot_be_changed(plant: Plant) -> None:
+def test_a_folder_of_bundles_is_served_without_a_registry_and_cannot_be_changed(plant: ServiceTestData) -> None:
     folder = str(Path(plant.bundles["gear"]).parents[1])
-    with client_of(parse_settings({"bundles": folder, "team": "me", "open_to_all": True})) as client:
+    with create_client(parse_service_settings({"bundles": folder, "team": "me", "open_to_all": True})) as client:
         assert client.get("/v1").json()["teams"] == ["me"]
         assert client.get("/v1/me").json()["categories"] == ["board", "gear"]
         headers = {"content-type": "application/octet-stream"}
         body = client.post("/v1/me/board/inspect", content=plant.images[0], headers=headers).json()
         assert body["version"] == read_bundle(plant.bundles["board"]).version[:16]
-    with client_of(parse_settings({"bundles": folder, "team": PRESS, "tokens": plant.tokens})) as client:
+    with create_client(parse_service_settings({"bundles": folder, "team": PRESS, "tokens": plant.tokens})) as client:
         for method, path, change in (
             ("PUT", "aliases/x", {"version": "latest"}),
             ("POST", "aliases/latest/rollback", None),
             ("POST", "versions/latest/thresholds", {"image_threshold": 2}),
         ):
-            headers = bearer(plant.press_admin)
+            headers = bearer_header(plant.press_admin)
             answer = client.request(method, f"/v1/press/board/{path}", json=change, headers=headers)
             assert (answer.status_code, answer.json()["type"]) == (409, "urn:focus-ray:not-a-registry")
     with pytest.raises(RegistryError, match=r"'v9'.*'board'"):
-        FolderSource(folder, "me").resolve("me", "board", "v9")
+        FolderModelSource(folder, "me").resolve("me", "board", "v9")
 
 
 # ---- access
 
 
-def test_categories_of_other_teams_and_missing_categories_get_the_same_answer(http: TestClient, plant: Plant) -> None:
+def test_categories_of_other_teams_and_missing_categories_get_the_same_answer(
+    http: TestClient, plant: ServiceTestData
+) -> None:
     details = set()
     for team, category in ((PRESS, "gear"), (PRESS, "nothing"), ("nobody", "gear"), (MILL, "nothing")):
         path = f"/v1/{team}/{category}"
         for method, url in (("POST", f"{path}/inspect"), ("GET", path), ("GET", f"{path}/versions")):
-            answer = http.request(method, url, content=plant.images[0], headers=plant.headers(plant.mill))
+            answer = http.request(method, url, content=plant.images[0], headers=plant.image_headers(plant.mill))
             assert answer.status_code == 404
             details.add(answer.json()["detail"].replace(team, "T").replace(category, "C"))
     assert len(details) == 1
@@ -207,7 +223,7 @@ def test_every_answer_has_security_headers_and_the_request_id(http: TestClient) 
 
 
 def test_the_command_refuses_unsafe_and_wrong_settings(
-    plant: Plant, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    plant: ServiceTestData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = str(Path(plant.bundles["gear"]).parents[2])
     for words, message in (
@@ -224,13 +240,18 @@ def test_the_command_refuses_unsafe_and_wrong_settings(
 # ---- limits
 
 
-def test_forms_and_streams_above_the_limits_are_refused(http: TestClient, plant: Plant) -> None:
+def test_forms_and_streams_above_the_limits_are_refused(http: TestClient, plant: ServiceTestData) -> None:
     files = [("images", (str(number), plant.images[0])) for number in range(5)]
     stream = iter([b"x" * MIB] * 3)
     for status, code, url, request in (
-        (413, "too-many-images", INSPECT, {"files": files, "headers": bearer(plant.press)}),
-        (422, "one-image-a-picture", f"{INSPECT}?output=mask", {"files": files[:2], "headers": bearer(plant.press)}),
-        (413, "too-large", INSPECT, {"content": stream, "headers": plant.headers(plant.press)}),
+        (413, "too-many-images", INSPECT, {"files": files, "headers": bearer_header(plant.press)}),
+        (
+            422,
+            "one-image-a-picture",
+            f"{INSPECT}?output=mask",
+            {"files": files[:2], "headers": bearer_header(plant.press)},
+        ),
+        (413, "too-large", INSPECT, {"content": stream, "headers": plant.image_headers(plant.press)}),
     ):
         answer = http.post(url, **request)
         assert (answer.status_code, answer.json()["type"]) == (status, f"urn:focus-ray:{code}")
@@ -243,21 +264,23 @@ class StuckScorer(ImageScorer):
         super().__init__(settings.pool, "cpu")
         self.may_go = threading.Event()
 
-    async def inspect(self, request: ScoringRequest) -> Any:
+    async def inspect_images(self, request: ScoringRequest) -> Any:
         while not self.may_go.is_set():
             await asyncio.sleep(0.01)
-        return await super().inspect(request)
+        return await super().inspect_images(request)
 
 
 @pytest.mark.parametrize(
     ("limits", "status"),
     [({"max_in_flight": 2}, 503), ({"max_in_flight_per_team": 2}, 429), ({"max_in_flight_mb": 0.02}, 503)],
 )
-def test_requests_above_the_limit_in_flight_get_retry_after(plant: Plant, limits: dict[str, Any], status: int) -> None:
-    settings = settings_of(plant, limits=limits)
-    stuck, headers = StuckScorer(settings), plant.headers(plant.press)
+def test_requests_above_the_limit_in_flight_get_retry_after(
+    plant: ServiceTestData, limits: dict[str, Any], status: int
+) -> None:
+    settings = create_settings(plant, limits=limits)
+    stuck, headers = StuckScorer(settings), plant.image_headers(plant.press)
     body = plant.images[0].ljust(10_000, b"\0")  # Pillow ignores the bytes after the image
-    with client_of(Service(settings, stuck)) as client, ThreadPoolExecutor(6) as pool:
+    with create_client(InspectionService(settings, stuck)) as client, ThreadPoolExecutor(6) as pool:
         requests = [pool.submit(client.post, INSPECT, content=body, headers=headers) for _ in range(6)]
         try:
             wait_for(lambda: sum(request.done() for request in requests) >= 4, 20, "four of six are refused", 0.01)
@@ -269,10 +292,10 @@ def test_requests_above_the_limit_in_flight_get_retry_after(plant: Plant, limits
         assert client.post(INSPECT, content=body, headers=headers).status_code == 200  # ended requests do not count
 
 
-def test_an_answer_that_takes_too_long_is_a_504(plant: Plant) -> None:
-    settings = settings_of(plant, limits={"timeout_s": 0.2})
-    with client_of(Service(settings, StuckScorer(settings))) as client:
-        answer = client.post(INSPECT, content=plant.images[0], headers=plant.headers(plant.press))
+def test_an_answer_that_takes_too_long_is_a_504(plant: ServiceTestData) -> None:
+    settings = create_settings(plant, limits={"timeout_s": 0.2})
+    with create_client(InspectionService(settings, StuckScorer(settings))) as client:
+        answer = client.post(INSPECT, content=plant.images[0], headers=plant.image_headers(plant.press))
         assert (answer.status_code, answer.headers["retry-after"]) == (504, "1")
 
 
@@ -284,9 +307,9 @@ def test_a_slow_body_and_an_invalid_content_length_are_refused() -> None:
     def request(length: bytes) -> Request:
         return Request({"type": "http", "method": "POST", "headers": [(b"content-length", length)]}, receive)
 
-    with pytest.raises(Problem, match=r"408 body-timeout: .*0\.05 s"):
+    with pytest.raises(HttpProblem, match=r"408 body-timeout: .*0\.05 s"):
         asyncio.run(read_body(request(b"5"), 100, 0.05))
-    with pytest.raises(Problem, match=r"400 bad-request: .*Content-Length"):
+    with pytest.raises(HttpProblem, match=r"400 bad-request: .*Content-Length"):
         read_content_length(request(b"-1"), 100)
     assert read_content_length(request(b"5"), 100) == 5
 
@@ -296,8 +319,8 @@ IMAGE_HEADS = (b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\0", b"P5
 HEADER_VALUES = ("x" * 20_000, "\x01\x02", "multipart/form-data; boundary=" + "b" * 300, "image/png, */*;q=abc", ";;;")
 
 
-def test_malformed_requests_cause_no_server_error_and_reveal_no_paths(http: TestClient, plant: Plant) -> None:
-    draw, good, headers = random.Random(0), plant.images[0], plant.headers(plant.press)
+def test_malformed_requests_cause_no_server_error_and_reveal_no_paths(http: TestClient, plant: ServiceTestData) -> None:
+    draw, good, headers = random.Random(0), plant.images[0], plant.image_headers(plant.press)
     for number in range(300):
         kind, path, content, sent = number % 6, INSPECT, bytearray(good), dict(headers)
         if kind == 0:  # cut short
@@ -324,26 +347,26 @@ def test_malformed_requests_cause_no_server_error_and_reveal_no_paths(http: Test
     assert http.post(INSPECT, content=good, headers=headers).status_code == 200
 
 
-def test_an_unexpected_error_is_a_500_without_its_message(plant: Plant) -> None:
+def test_an_unexpected_error_is_a_500_without_its_message(plant: ServiceTestData) -> None:
     class BrokenScorer(ImageScorer):
-        async def inspect(self, request: ScoringRequest) -> Any:
+        async def inspect_images(self, request: ScoringRequest) -> Any:
             raise RuntimeError("the secret inside")
 
-    settings = settings_of(plant)
-    with client_of(Service(settings, BrokenScorer(settings.pool, "cpu"))) as client:
-        answer = client.post(INSPECT, content=plant.images[0], headers=plant.headers(plant.press))
+    settings = create_settings(plant)
+    with create_client(InspectionService(settings, BrokenScorer(settings.pool, "cpu"))) as client:
+        answer = client.post(INSPECT, content=plant.images[0], headers=plant.image_headers(plant.press))
     assert (answer.status_code, answer.json()["type"]) == (500, "urn:focus-ray:internal-error")
     assert "secret" not in answer.text
 
 
-def test_a_changed_bundle_is_not_served(plant: Plant, tmp_path: Path) -> None:
-    own_plant = plant.with_own_registry(tmp_path / "registry")
+def test_a_changed_bundle_is_not_served(plant: ServiceTestData, tmp_path: Path) -> None:
+    own_plant = plant.copy_registry(tmp_path / "registry")
     (file,) = (tmp_path / "registry/press/gear/v0001").glob("density-*")
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(bytes(content))
-    with client_of(settings_of(own_plant)) as client:
-        answer = client.post(INSPECT, content=plant.images[0], headers=plant.headers(plant.press))
+    with create_client(create_settings(own_plant)) as client:
+        answer = client.post(INSPECT, content=plant.images[0], headers=plant.image_headers(plant.press))
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
     assert str(tmp_path) not in answer.text
 
@@ -352,17 +375,19 @@ def test_a_changed_bundle_is_not_served(plant: Plant, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def two_versions(plant: Plant, tmp_path: Path) -> Registry:
+def two_versions(plant: ServiceTestData, tmp_path: Path) -> Registry:
     registry = Registry(tmp_path / "registry")
     registry.publish(plant.bundles["gear"], PRESS, aliases=["production"])
     registry.publish(plant.bundles["gear"], PRESS, aliases=["candidate"])
     return registry
 
 
-def test_promotion_and_rollback_change_the_version_and_fail_no_request(plant: Plant, two_versions: Registry) -> None:
-    headers, admin = plant.headers(plant.press), bearer(plant.press_admin)
+def test_promotion_and_rollback_change_the_version_and_fail_no_request(
+    plant: ServiceTestData, two_versions: Registry
+) -> None:
+    headers, admin = plant.image_headers(plant.press), bearer_header(plant.press_admin)
     alias = "/v1/press/gear/aliases/production"
-    with client_of(settings_of(plant, registry=two_versions.root, default_ref="production")) as client:
+    with create_client(create_settings(plant, registry=two_versions.root, default_ref="production")) as client:
 
         def answers(version: str) -> bool:
             answer = client.post(INSPECT, content=plant.images[0], headers=headers)
@@ -379,9 +404,11 @@ def test_promotion_and_rollback_change_the_version_and_fail_no_request(plant: Pl
         assert by_alias.json()["version"] == "v0002"
 
 
-def test_thresholds_of_an_admin_are_a_new_version_and_only_latest_moves(plant: Plant, two_versions: Registry) -> None:
-    card, path, admin = "/v1/press/gear", "/v1/press/gear/versions/v0001/thresholds", bearer(plant.press_admin)
-    with client_of(settings_of(plant, registry=two_versions.root, default_ref="production")) as client:
+def test_thresholds_of_an_admin_are_a_new_version_and_only_latest_moves(
+    plant: ServiceTestData, two_versions: Registry
+) -> None:
+    card, path, admin = "/v1/press/gear", "/v1/press/gear/versions/v0001/thresholds", bearer_header(plant.press_admin)
+    with create_client(create_settings(plant, registry=two_versions.root, default_ref="production")) as client:
         before = client.get(f"{card}?version=v0001", headers=admin).json()["calibration"]
         version = client.post(path, json={"image_threshold": 2.5}, headers=admin).json()["version"]
         after = client.get(f"{card}?version={version}", headers=admin).json()
@@ -396,24 +423,28 @@ def test_thresholds_of_an_admin_are_a_new_version_and_only_latest_moves(plant: P
     [({"canary": "candidate", "canary_share": 0.5}, {"v0001", "v0002"}), ({"shadow": "candidate"}, {"v0001"})],
 )
 def test_a_canary_answers_its_share_and_a_shadow_never_answers(
-    plant: Plant, two_versions: Registry, change: dict[str, Any], versions: set[str]
+    plant: ServiceTestData, two_versions: Registry, change: dict[str, Any], versions: set[str]
 ) -> None:
-    recorder = MeasuresRecorder()
+    recorder = RecordedMetrics()
     routes = [{"team": PRESS, "category": "gear", "ref": "production", **change}]
-    with client_of(service_of(settings_of(plant, registry=two_versions.root, routes=routes), recorder)) as client:
-        headers = plant.headers(plant.press)
+    with create_client(
+        create_service(create_settings(plant, registry=two_versions.root, routes=routes), recorder)
+    ) as client:
+        headers = plant.image_headers(plant.press)
         answers = [client.post(INSPECT, content=plant.images[0], headers=headers).json() for _ in range(24)]
     assert {answer["version"] for answer in answers} == versions
     assert all((answer["role"] == "canary") == (answer["version"] == "v0002") for answer in answers)
     if "shadow" in change:
-        assert recorder.sums("images", "role")["shadow"] > 0
-        assert recorder.sums("shadow_images", "differs").keys() == {"false"}  # both versions have the same bundle
+        assert recorder.sum_by_tag("images", "role")["shadow"] > 0
+        assert recorder.sum_by_tag("shadow_images", "differs").keys() == {"false"}  # both versions have the same bundle
 
 
 # ---- models in memory, and passes
 
 
-def test_the_model_cache_drops_the_least_recently_used_model_above_its_budget(plant: Plant, tmp_path: Path) -> None:
+def test_the_model_cache_drops_the_least_recently_used_model_above_its_budget(
+    plant: ServiceTestData, tmp_path: Path
+) -> None:
     registry = Registry(tmp_path)
     versions = [registry.publish(plant.bundles["gear"], f"team{number}") for number in range(5)]
 
@@ -421,26 +452,28 @@ def test_the_model_cache_drops_the_least_recently_used_model_above_its_budget(pl
         loads: list[str] = []
         with ThreadPoolExecutor(1) as executor:
             cache = ModelCache(10**9, "cpu", executor, on_load=lambda version, seconds: loads.append(version.team))
-            model = await cache.get(versions[0])
+            model = await cache.get_or_load(versions[0])
             cache.budget_bytes = cache.num_bytes + 2 * model.num_bytes  # three, whose backbone is shared
             for number in (1, 2, 0, 3):
-                await cache.get(versions[number])
+                await cache.get_or_load(versions[number])
             assert [key.partition("/")[0] for key in cache.loaded_keys] == ["team2", "team0", "team3"]
             assert cache.num_bytes <= cache.budget_bytes
-            backbones = {id((await cache.get(versions[n])).inspector.bundle.detector.net.backbone) for n in (0, 2, 3)}
+            backbones = {
+                id((await cache.get_or_load(versions[n])).inspector.bundle.detector.net.backbone) for n in (0, 2, 3)
+            }
             assert len(backbones) == 1
-            together = await asyncio.gather(*(cache.get(versions[4]) for _ in range(5)))
+            together = await asyncio.gather(*(cache.get_or_load(versions[4]) for _ in range(5)))
             assert len({id(model) for model in together}) == 1
             assert loads == ["team0", "team1", "team2", "team3", "team4"]
 
     asyncio.run(run())
 
 
-def test_a_bundle_that_differs_from_the_published_one_is_refused(plant: Plant) -> None:
+def test_a_bundle_that_differs_from_the_published_one_is_refused(plant: ServiceTestData) -> None:
     version = Registry(plant.registry).resolve(PRESS, "gear")
     other = Version(PRESS, "gear", "v0001", plant.bundles["board"], version.sha256, version.published_at, 0)
     with ThreadPoolExecutor(1) as executor, pytest.raises(BundleError, match="published as v0001"):
-        asyncio.run(ModelCache(10**9, "cpu", executor).get(other))
+        asyncio.run(ModelCache(10**9, "cpu", executor).get_or_load(other))
 
 
 class Blocker:
@@ -455,27 +488,27 @@ class Blocker:
         raise RuntimeError("the blocker has ended")
 
 
-def test_two_categories_with_one_backbone_share_a_pass_with_equal_scores(plant: Plant) -> None:
-    recorder = MeasuresRecorder()
-    scorer = ImageScorer(settings_of(plant).pool, "cpu", recorder)
+def test_two_categories_with_one_backbone_share_a_pass_with_equal_scores(plant: ServiceTestData) -> None:
+    recorder = RecordedMetrics()
+    scorer = ImageScorer(create_settings(plant).pool, "cpu", recorder)
     versions = [Registry(plant.registry).resolve(PRESS, category) for category in ("gear", "board")]
 
     async def run() -> list[Any]:
         for version in versions:
-            await scorer.warm(version)
+            await scorer.warm_up_model(version)
         recorder.records.clear()
         blocker = Blocker()
         first = asyncio.create_task(scorer._batcher.submit(blocker, 1))  # type: ignore[arg-type]
         await asyncio.sleep(0.05)
         requests = [ScoringRequest(version, plant.images[:3]) for version in versions for _ in range(2)]
-        inspections = [asyncio.create_task(scorer.inspect(request)) for request in requests]
+        inspections = [asyncio.create_task(scorer.inspect_images(request)) for request in requests]
         await asyncio.sleep(0.5)
         blocker.may_go.set()
         await asyncio.gather(first, return_exceptions=True)
         return await asyncio.gather(*inspections)
 
     answers = asyncio.run(run())
-    assert [recorder.values(name) for name in ("batch_images", "batch_categories", "passes")] == [[12], [2], [1]]
+    assert [recorder.get_values(name) for name in ("batch_images", "batch_categories", "passes")] == [[12], [2], [1]]
     for number, version in enumerate(versions):
         inspections = Inspector.load(version.uri, "cpu").inspect(plant.images[:3])
         for answer in answers[2 * number : 2 * number + 2]:
@@ -483,7 +516,7 @@ def test_two_categories_with_one_backbone_share_a_pass_with_equal_scores(plant: 
                 check_score(result.score, inspection)
 
 
-def test_detectors_with_different_backbones_share_no_pass(plant: Plant) -> None:
+def test_detectors_with_different_backbones_share_no_pass(plant: ServiceTestData) -> None:
     gear, board = (read_bundle(plant.bundles[name]).detector for name in ("gear", "board"))
     assert not can_share_backbone_pass(gear, board)
 
@@ -500,7 +533,7 @@ def test_items_that_wait_are_the_next_batch_and_an_error_fails_only_its_item() -
 
     async def ask() -> list[Any]:
         with ThreadPoolExecutor(1) as executor:
-            batcher: Batcher[int, int] = Batcher(run, 8, executor)
+            batcher: DynamicBatcher[int, int] = DynamicBatcher(run, 8, executor)
             first = asyncio.create_task(batcher.submit(0, 1))
             await asyncio.sleep(0.005)
             next_items = [asyncio.create_task(batcher.submit(item, 4 if item == 9 else 1)) for item in range(1, 10)]
@@ -516,10 +549,10 @@ def test_items_that_wait_are_the_next_batch_and_an_error_fails_only_its_item() -
     assert batches[-1] == [9]
 
 
-def test_only_the_pass_computes_in_parallel(plant: Plant) -> None:
+def test_only_the_pass_computes_in_parallel(plant: ServiceTestData) -> None:
     previous = torch.get_num_threads()
     try:
-        scorer = ImageScorer(settings_of(plant, pool={"num_threads": 2}).pool, "cpu")
+        scorer = ImageScorer(create_settings(plant, pool={"num_threads": 2}).pool, "cpu")
         pools = (scorer._batcher.executor, scorer._judging_threads, scorer.models.executor)
         assert [pool.submit(torch.get_num_threads).result() for pool in pools] == [2, 1, 1]
     finally:
@@ -530,17 +563,17 @@ def test_only_the_pass_computes_in_parallel(plant: Plant) -> None:
 
 
 @pytest.mark.s3
-def test_registry_tokens_and_sink_work_on_s3(s3: S3Server, plant: Plant, expected: Inspection) -> None:
+def test_registry_tokens_and_sink_work_on_s3(s3: S3Server, plant: ServiceTestData, expected: Inspection) -> None:
     root = s3.new_uri()
     registry = Registry(f"{root}/registry")
     registry.publish(plant.bundles["gear"], PRESS, aliases=["production"])
     token, _ = create_token(f"{root}/tokens.yaml", PRESS, ["inspect", "admin"])
     places = {"registry": registry.root, "tokens": f"{root}/tokens.yaml", "sink": {"uri": f"{root}/sink", "share": 1.0}}
-    with client_of(settings_of(plant, **places)) as client:
-        body = client.post(INSPECT, content=plant.images[0], headers=plant.headers(token)).json()
+    with create_client(create_settings(plant, **places)) as client:
+        body = client.post(INSPECT, content=plant.images[0], headers=plant.image_headers(token)).json()
         registry.publish(plant.bundles["gear"], PRESS)
         alias = "/v1/press/gear/aliases/production"
-        assert client.put(alias, json={"version": "v0002"}, headers=bearer(token)).json()["version"] == "v0002"
+        assert client.put(alias, json={"version": "v0002"}, headers=bearer_header(token)).json()["version"] == "v0002"
     check_score(body["results"][0]["score"], expected)
     assert registry.list_aliases(PRESS, "gear")["production"] == "v0002"
     filesystem, path = open_filesystem(f"{root}/sink")
@@ -565,37 +598,37 @@ def test_registry_tokens_and_sink_work_on_s3(s3: S3Server, plant: Plant, expecte
         ({"limits": {"retry_after_s": 2.0}}, r"retry_after_s is always 1\.0"),
     ],
 )
-def test_contradictory_settings_are_refused(plant: Plant, change: dict[str, Any], match: str) -> None:
+def test_contradictory_settings_are_refused(plant: ServiceTestData, change: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
-        settings_of(plant, **change)
+        create_settings(plant, **change)
 
 
-def test_other_machines_are_served_only_with_tokens(plant: Plant) -> None:
-    without_tokens = parse_settings({"registry": plant.registry, "open_to_all": True})
-    check_host("127.0.0.1", without_tokens)
-    check_host("0.0.0.0", settings_of(plant))
+def test_other_machines_are_served_only_with_tokens(plant: ServiceTestData) -> None:
+    without_tokens = parse_service_settings({"registry": plant.registry, "open_to_all": True})
+    check_host_security("127.0.0.1", without_tokens)
+    check_host_security("0.0.0.0", create_settings(plant))
     for host in ("0.0.0.0", "plant.example"):
         with pytest.raises(ConfigError, match=rf"'{host}'.*tokens=FILE"):
-            check_host(host, without_tokens)
+            check_host_security(host, without_tokens)
 
 
-def test_only_a_single_replica_both_receives_requests_and_scores(plant: Plant) -> None:
-    assert settings_of(plant, together="auto").is_together  # a setting of earlier versions
+def test_only_a_single_replica_both_receives_requests_and_scores(plant: ServiceTestData) -> None:
+    assert create_settings(plant, together="auto").has_single_replica  # a setting of earlier versions
     for change in (
         {"pins": [{"name": "boards", "team": PRESS, "categories": ["board"]}]},
         {"pool": {"scaling": {"min_replicas": 0}}},
         {"pool": {"scaling": {"max_replicas": 2}}},
         {"ingress": {"max_replicas": 2}},
     ):
-        assert not settings_of(plant, **change).is_together
+        assert not create_settings(plant, **change).has_single_replica
 
 
-def test_different_artifacts_have_different_version_keys(plant: Plant) -> None:
+def test_different_artifacts_have_different_version_keys(plant: ServiceTestData) -> None:
     registry = Registry(plant.registry)
-    keys = {version_key(registry.resolve(*names)) for names in ((PRESS, "gear"), (PRESS, "board"), (MILL, "gear"))}
+    keys = {get_version_key(registry.resolve(*names)) for names in ((PRESS, "gear"), (PRESS, "board"), (MILL, "gear"))}
     assert len(keys) == 3
 
 
 def test_regions_have_the_same_fields_in_package_and_client() -> None:
-    fields = [{field.name: field.type for field in dataclasses.fields(kind)} for kind in (Region, FoundRegion)]
+    fields = [{field.name: field.type for field in dataclasses.fields(kind)} for kind in (Region, DefectRegion)]
     assert fields[0] == fields[1]

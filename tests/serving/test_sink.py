@@ -11,44 +11,53 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from serving_set import INSPECT, MILL, PRESS, MeasuresRecorder, Plant, client_of, service_of, settings_of
+from serving_set import (
+    INSPECT,
+    MILL,
+    PRESS,
+    RecordedMetrics,
+    ServiceTestData,
+    create_client,
+    create_service,
+    create_settings,
+)
 
 from focus_ray.bundle.registry import Version
 from focus_ray.errors import DataError
 from focus_ray.serving import sink as sink_module
-from focus_ray.serving.settings import Sink
+from focus_ray.serving.settings import SinkSettings
 from focus_ray.serving.sink import ImageSink, delete_old_images
 from focus_ray.storage.files import write_bytes
 
 MANY = pytest.mark.parametrize("num_categories", [10, 300])
 
 
-class Recorded:
+class RecordedSink:
     """A sink that stores all images, with its counts and its log."""
 
     def __init__(self, uri: Path, **settings: Any) -> None:
-        self.recorder, self.messages = MeasuresRecorder(), list[str]()
-        self.sink = ImageSink(Sink(uri=str(uri), share=1.0, **settings), self.recorder, self._log)
+        self.recorder, self.messages = RecordedMetrics(), list[str]()
+        self.sink = ImageSink(SinkSettings(uri=str(uri), share=1.0, **settings), self.recorder, self._log)
 
     def _log(self, message: str, **facts: Any) -> None:
         self.messages.append(f"{message} {facts}")
 
     @property
     def counts(self) -> Counter[str]:
-        return self.recorder.sums("sink_images", "outcome")
+        return self.recorder.sum_by_tag("sink_images", "outcome")
 
-    def offer(self, number: int = 0, num_categories: int = 1, team: str = PRESS) -> None:
+    def sample_images(self, number: int = 0, num_categories: int = 1, team: str = PRESS) -> None:
         category, published_at = f"part{number % num_categories:03}", datetime.now(timezone.utc)
         version = Version(team, category, "v0001", "", "a" * 64, published_at, 1)
         result: Any = SimpleNamespace(width=8, height=8, score=1.0, p_value=0.5, anomalous=False)
-        self.sink.offer(version, f"request{number:05}", [bytes([number % 256]) * 100], [result], "answer")
+        self.sink.sample_images(version, f"request{number:05}", [bytes([number % 256]) * 100], [result], "answer")
 
 
-def rows_below(uri: Path) -> list[dict[str, Any]]:
+def read_rows_below(uri: Path) -> list[dict[str, Any]]:
     return [row for file in uri.rglob("*.parquet") for row in pq.read_table(file, partitioning=None).to_pylist()]
 
 
-def fail_writes(monkeypatch: pytest.MonkeyPatch, error: Exception, before: Any = lambda uri, data: None) -> None:
+def make_writes_fail(monkeypatch: pytest.MonkeyPatch, error: Exception, before: Any = lambda uri, data: None) -> None:
     def fail(uri: str, data: bytes) -> None:
         before(uri, data)
         raise error
@@ -57,34 +66,34 @@ def fail_writes(monkeypatch: pytest.MonkeyPatch, error: Exception, before: Any =
 
 
 def test_the_sink_stores_the_images_of_requests_and_deletes_them_after_the_retention(
-    plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plant: ServiceTestData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorder = MeasuresRecorder()
+    recorder = RecordedMetrics()
     num_stored = 3
     monkeypatch.setattr(sink_module, "MAX_BUFFER_BYTES", sum(map(len, plant.images[:num_stored])))
-    settings = settings_of(plant, sink={"uri": str(tmp_path), "share": 1.0})
-    with client_of(service_of(settings, recorder)) as client:
+    settings = create_settings(plant, sink={"uri": str(tmp_path), "share": 1.0})
+    with create_client(create_service(settings, recorder)) as client:
         for image in [*plant.images[:num_stored], max(plant.images, key=len)]:
-            client.post(INSPECT, content=image, headers=plant.headers(plant.press))
+            client.post(INSPECT, content=image, headers=plant.image_headers(plant.press))
     (file,) = tmp_path.glob("team=press/date=*/part-*.parquet")
-    rows = rows_below(tmp_path)
+    rows = read_rows_below(tmp_path)
     assert [row["image"] for row in rows] == plant.images[:num_stored]
     assert {(row["category"], row["version"], row["role"]) for row in rows} == {("gear", "v0001", "answer")}
-    assert recorder.sums("sink_images", "outcome") == {"kept": num_stored, "dropped": 1, "written": num_stored}
+    assert recorder.sum_by_tag("sink_images", "outcome") == {"kept": num_stored, "dropped": 1, "written": num_stored}
     now = datetime.now(timezone.utc)
     assert delete_old_images(str(tmp_path), now - timedelta(days=1)) == []
     assert len(delete_old_images(str(tmp_path), now + timedelta(days=2))) == 1
     assert not file.exists()
 
 
-def test_a_sink_that_cannot_be_written_fails_no_request(plant: Plant, tmp_path: Path) -> None:
+def test_a_sink_that_cannot_be_written_fails_no_request(plant: ServiceTestData, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    recorder = MeasuresRecorder()
-    settings = settings_of(plant, sink={"uri": str(tmp_path / "file"), "share": 1.0})
-    with client_of(service_of(settings, recorder)) as client:
-        answer = client.post(INSPECT, content=plant.images[0], headers=plant.headers(plant.press))
+    recorder = RecordedMetrics()
+    settings = create_settings(plant, sink={"uri": str(tmp_path / "file"), "share": 1.0})
+    with create_client(create_service(settings, recorder)) as client:
+        answer = client.post(INSPECT, content=plant.images[0], headers=plant.image_headers(plant.press))
         assert answer.status_code == 200
-    assert recorder.sums("sink_images", "outcome") == {"kept": 1, "delayed": 1, "failed": 1}
+    assert recorder.sum_by_tag("sink_images", "outcome") == {"kept": 1, "delayed": 1, "failed": 1}
 
 
 @MANY
@@ -92,14 +101,14 @@ def test_a_flush_writes_one_file_with_the_rows_of_all_categories(
     tmp_path: Path, num_categories: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sink_module, "MAX_ROWS", 100_000)
-    recorded = Recorded(tmp_path)
+    recorded = RecordedSink(tmp_path)
     for number in range(4 * num_categories):
-        recorded.offer(number, num_categories)
+        recorded.sample_images(number, num_categories)
         if number == 2 * num_categories - 1:
             recorded.sink.flush()
     recorded.sink.close()
     assert len(list(tmp_path.glob("team=press/date=*/part-*.parquet"))) == len(list(tmp_path.rglob("*.*"))) == 2
-    rows = rows_below(tmp_path)
+    rows = read_rows_below(tmp_path)
     assert sorted(row["id"] for row in rows) == [f"request{number:05}/0" for number in range(4 * num_categories)]
     assert all(row["category"] == f"part{int(row['id'][7:12]) % num_categories:03}" for row in rows)
     assert recorded.counts == {"kept": len(rows), "written": len(rows)}
@@ -111,9 +120,9 @@ def test_each_team_has_its_own_files_and_a_full_file_is_written_without_a_flush(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sink_module, "MAX_ROWS", 4)
-    recorded = Recorded(tmp_path)
+    recorded = RecordedSink(tmp_path)
     for number, team in enumerate([PRESS] * 4 + [MILL]):
-        recorded.offer(number, 4, team)
+        recorded.sample_images(number, 4, team)
     recorded.sink._writer.submit(lambda: None).result()
     assert recorded.counts["written"] >= 4
     recorded.sink.close()
@@ -126,19 +135,19 @@ def test_each_team_has_its_own_files_and_a_full_file_is_written_without_a_flush(
 def test_files_that_failed_are_written_once_by_a_later_flush(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: Callable[[str, bytes], None], error: Exception
 ) -> None:
-    recorded = Recorded(tmp_path)
+    recorded = RecordedSink(tmp_path)
     with monkeypatch.context() as patch:
-        fail_writes(patch, error, before)
+        make_writes_fail(patch, error, before)
         for number in range(6):
-            recorded.offer(number, 3)
+            recorded.sample_images(number, 3)
             if number % 2:
                 recorded.sink.flush()
         recorded.sink.flush()
     assert recorded.counts == {"kept": 6, "delayed": 6}
-    recorded.offer(6, 3)
+    recorded.sample_images(6, 3)
     recorded.sink.close()
     assert recorded.counts == {"kept": 7, "delayed": 6, "written": 7}
-    assert sorted(row["id"] for row in rows_below(tmp_path)) == [f"request{number:05}/0" for number in range(7)]
+    assert sorted(row["id"] for row in read_rows_below(tmp_path)) == [f"request{number:05}/0" for number in range(7)]
     assert recorded.sink._num_bytes == 0
 
 
@@ -146,10 +155,10 @@ def test_waiting_images_are_bounded_and_dropped_images_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sink_module, "MAX_BUFFER_BYTES", 1000)
-    fail_writes(monkeypatch, DataError("the storage is away"))
-    recorded = Recorded(tmp_path)
+    make_writes_fail(monkeypatch, DataError("the storage is away"))
+    recorded = RecordedSink(tmp_path)
     for number in range(20):
-        recorded.offer(number)
+        recorded.sample_images(number)
         recorded.sink.flush()
     assert recorded.counts == {"kept": 10, "delayed": 10, "dropped": 10}
     recorded.sink.close()
@@ -165,8 +174,8 @@ def test_a_folder_with_an_odd_date_stays_and_stops_neither_flush_nor_deletion(tm
     for folder in (odd_folder, old_folder):
         folder.mkdir(parents=True)
     (tmp_path / "team=file").write_text("a file where a team would be")
-    recorded = Recorded(tmp_path)
-    recorded.offer()
+    recorded = RecordedSink(tmp_path)
+    recorded.sample_images()
     recorded.sink.close()
     assert recorded.counts["written"] == 1
     assert (odd_folder.exists(), old_folder.exists()) == (True, False)
@@ -174,7 +183,7 @@ def test_a_folder_with_an_odd_date_stays_and_stops_neither_flush_nor_deletion(tm
 
 
 def test_a_retention_longer_than_the_calendar_is_allowed(tmp_path: Path) -> None:
-    recorded = Recorded(tmp_path, retention_days=1e9)
+    recorded = RecordedSink(tmp_path, retention_days=1e9)
     recorded.sink.close()
     assert recorded.messages == []
 

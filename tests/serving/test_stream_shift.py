@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
-from serving_set import MILL, PRESS, MeasuresRecorder, Plant, bearer, client_of, service_of, settings_of
+from serving_set import (
+    MILL,
+    PRESS,
+    RecordedMetrics,
+    ServiceTestData,
+    bearer_header,
+    create_client,
+    create_service,
+    create_settings,
+)
 from waiting import wait_for
 
 from focus_ray.bundle.bundle import read_manifest
@@ -23,8 +32,8 @@ from focus_ray.detect.shift import MIN_STREAM, STREAM_ALPHA, WINDOW
 from focus_ray.errors import DataError
 from focus_ray.samples.write import write_samples
 from focus_ray.serving import stream_shift
-from focus_ray.serving.metrics import Measures
-from focus_ray.serving.stream_shift import StreamShifts
+from focus_ray.serving.metrics import MetricsRecorder
+from focus_ray.serving.stream_shift import StreamShiftDetector
 
 NUM_IMAGES = 64
 
@@ -44,31 +53,31 @@ def darken(encoded: bytes) -> bytes:
     return target.getvalue()
 
 
-def inspect_all(client: TestClient, team: str, token: str, images: list[bytes]) -> None:
+def inspect_in_batches(client: TestClient, team: str, token: str, images: list[bytes]) -> None:
     for first in range(0, len(images), 32):
         files = [("images", (f"{n}.png", image)) for n, image in enumerate(images[first : first + 32])]
-        assert client.post(f"/v1/{team}/gear/inspect", files=files, headers=bearer(token)).status_code == 200
+        assert client.post(f"/v1/{team}/gear/inspect", files=files, headers=bearer_header(token)).status_code == 200
 
 
-def test_metrics_and_card_report_a_shifted_stream_but_not_a_few_defects(plant: Plant, tmp_path: Path) -> None:
-    recorder, stream = MeasuresRecorder(), draw_stream(tmp_path)
+def test_metrics_and_card_report_a_shifted_stream_but_not_a_few_defects(plant: ServiceTestData, tmp_path: Path) -> None:
+    recorder, stream = RecordedMetrics(), draw_stream(tmp_path)
 
     def p_values(team: str, direction: str) -> list[float]:
         tags = {"team": team, "category": "gear", "version": "v0001", "direction": direction}
         return [value for name, value, recorded in recorder.records if (name, recorded) == ("shift_p_value", tags)]
 
-    with client_of(service_of(settings_of(plant), recorder)) as client:
+    with create_client(create_service(create_settings(plant), recorder)) as client:
 
         def card(team: str, token: str) -> Any:
-            return client.get(f"/v1/{team}/gear", headers=bearer(token)).json()
+            return client.get(f"/v1/{team}/gear", headers=bearer_header(token)).json()
 
         before = card(PRESS, plant.press)
         assert before["shift"] is None
-        inspect_all(client, PRESS, plant.press, stream)
+        inspect_in_batches(client, PRESS, plant.press, stream)
         wait_for(lambda: p_values(PRESS, "lower"), 20, "a test of the usual images")
         after = card(PRESS, plant.press)
         assert (after["shift"]["direction"], after["caveats"]) == (None, before["caveats"])
-        inspect_all(client, MILL, plant.mill, [darken(image) for image in stream])
+        inspect_in_batches(client, MILL, plant.mill, [darken(image) for image in stream])
         wait_for(lambda: p_values(MILL, "lower"), 20, "a test of the dark images")
         after = card(MILL, plant.mill)
     assert p_values(MILL, "higher")[-1] <= STREAM_ALPHA < p_values(PRESS, "higher")[-1]
@@ -77,20 +86,22 @@ def test_metrics_and_card_report_a_shifted_stream_but_not_a_few_defects(plant: P
     assert "higher" in after["caveats"][-1]
 
 
-def finding(score: float) -> Inspection:
+def create_inspection(score: float) -> Inspection:
     return Inspection(score, 0.5, False, 1.0, 1.0, np.empty((0, 0), np.float32), 1, 1, ())
 
 
-def add_streams(
+def feed_streams(
     versions: list[Version], read: Callable[[Version], Awaitable[Any]]
-) -> tuple[StreamShifts, list[dict[str, Any]]]:
+) -> tuple[StreamShiftDetector, list[dict[str, Any]]]:
     """Adds high scores of each version, one after the other. Returns: the shifts, and the facts of the log."""
     logged_facts: list[dict[str, Any]] = []
 
-    async def run() -> StreamShifts:
-        shifts = StreamShifts(read, Measures(), lambda message, **facts: logged_facts.append(facts))
+    async def run() -> StreamShiftDetector:
+        shifts = StreamShiftDetector(read, MetricsRecorder(), lambda message, **facts: logged_facts.append(facts))
         for version in versions:
-            shifts.add(version, [ImageError("empty", "no image"), *(finding(100.0 + n) for n in range(MIN_STREAM))])
+            shifts.add_scores(
+                version, [ImageError("empty", "no image"), *(create_inspection(100.0 + n) for n in range(MIN_STREAM))]
+            )
             await shifts.close()
         return shifts
 
@@ -98,7 +109,7 @@ def add_streams(
 
 
 def test_each_version_has_its_own_scores_and_idle_versions_are_dropped(
-    monkeypatch: pytest.MonkeyPatch, plant: Plant
+    monkeypatch: pytest.MonkeyPatch, plant: ServiceTestData
 ) -> None:
     monkeypatch.setattr(stream_shift, "MAX_VERSIONS", 2)
     places = ((PRESS, "gear"), (MILL, "gear"), (PRESS, "board"))
@@ -107,24 +118,24 @@ def test_each_version_has_its_own_scores_and_idle_versions_are_dropped(
     async def read(version: Version) -> dict[str, Any]:
         return read_manifest(version.uri)
 
-    shifts, logged_facts = add_streams([press, mill, press, board], read)  # mill is idle for longest when board comes
-    assert shifts.latest_shift(mill) is None
-    shift = shifts.latest_shift(press)
+    shifts, logged_facts = feed_streams([press, mill, press, board], read)  # mill is idle for longest when board comes
+    assert shifts.get_latest_shift(mill) is None
+    shift = shifts.get_latest_shift(press)
     assert shift is not None
     assert (shift.num_new, shift.direction) == (2 * MIN_STREAM, "higher")
-    assert shifts.latest_shift(board) is not None
+    assert shifts.get_latest_shift(board) is not None
     assert [(facts["team"], facts["category"]) for facts in logged_facts] == list(
         places
     )  # one message for each version
     assert WINDOW > 2 * MIN_STREAM
 
 
-def test_a_manifest_that_cannot_be_read_is_logged_and_fails_no_request(plant: Plant) -> None:
+def test_a_manifest_that_cannot_be_read_is_logged_and_fails_no_request(plant: ServiceTestData) -> None:
     version = Registry(plant.registry).resolve(PRESS, "gear")
 
     async def fail(version: Version) -> dict[str, Any]:
         raise DataError("the storage is away")
 
-    shifts, logged_facts = add_streams([version], fail)
-    assert shifts.latest_shift(version) is None
+    shifts, logged_facts = feed_streams([version], fail)
+    assert shifts.get_latest_shift(version) is None
     assert [facts["error"] for facts in logged_facts] == ["the storage is away"]

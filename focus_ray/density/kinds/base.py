@@ -25,14 +25,15 @@ C = TypeVar("C", bound=SharedDensitySettings)
 class DensityKind(Generic[C]):
     """A kind of density: its settings, and how it is built, stored, loaded and exported.
 
-    The name of a kind in `DENSITIES` is the value of density.kind. A kind defines `build`, `collect_tensors` and `restore`; the other
-    methods are optional. If the tiles of an image share one density, the kind gets statistics in which each tile is an image.
+    The name of a kind in `DENSITIES` is the value of density.kind. A kind defines `build`, `collect_tensors` and `restore`; the
+    other methods are optional. If the tiles of an image share one density, each tile is an image in the statistics of the kind.
 
     Attributes:
         settings: model of the shared settings, plus the fields that the kind adds to the section `density`. Two kinds must not
             add the same field.
         keeps_bank: whether the density needs the stored embeddings of normal images (the bank), not only their moments.
-        supports_leave_one_out: whether `build_leave_one_out_scorer` is defined. A kind without it is calibrated by cross-validation.
+        supports_leave_one_out: whether `build_leave_one_out_scorer` is defined. A kind without it is calibrated by
+            cross-validation.
     """
 
     settings: type[SharedDensitySettings] = SharedDensitySettings

@@ -57,8 +57,8 @@ class NearestSettings(SharedDensitySettings):
 class NearestKind(DensityKind[NearestSettings]):
     """See `DensityKind` for the methods.
 
-    The density is a `LocationMemory`, one memory per location. With a coreset, a `LocationAndCoresetMemory` averages its distance with the
-    distance of the coreset. If Gaussians can be fitted too, a `GaussianCappedMemory` limits the distance of the `LocationAndCoresetMemory`.
+    The density is a `LocationMemory`, one memory per location. With a coreset, a `LocationAndCoresetMemory` averages its distance
+    with the distance of the coreset. If Gaussians can be fitted too, a `GaussianCappedMemory` limits this average.
     """
 
     settings = NearestSettings

@@ -183,12 +183,7 @@ class CongealingAligner(nn.Module):
         angles = torch.arange(num, device=device) * (2 * math.pi / num)
         # the rotated template in the frame of the input image, at shift 0: T(theta^-1 x)
         back = invert_theta(build_rotation_theta(angles.float()))
-        pair = torch.stack(
-            [
-                self._downsample_by_averaging(self.template[None], size)[0],
-                self._downsample_by_averaging(self.weight[None], size)[0],
-            ]
-        )
+        pair = self._downsample_by_averaging(torch.stack([self.template, self.weight]), size)
         rotated = warp_images(pair.expand(num, -1, -1, -1), back, "zeros")
         weight = rotated[:, 1].clamp_min(0)
         template = warp_images(pair[:1].expand(num, 1, -1, -1), back, "border")[:, 0]
@@ -373,7 +368,7 @@ class CongealingAligner(nn.Module):
         return self.estimate_transforms(self.standardise_images(images))[0]
 
     def estimate_transforms(self, fine: Tensor, use_fine: bool = True) -> tuple[Tensor, Tensor]:
-        """Computes theta (B, 2, 3) and cost (B,), see `refine_transforms`, of prepared images (B, F, F), also if `enabled` is False.
+        """Computes theta (B, 2, 3) and cost (B,) of prepared images (B, F, F), also if `enabled` is False.
 
         Args: use_fine: True: refine at the coarse, middle and fine resolution. False: not at the fine resolution.
         """
@@ -383,9 +378,8 @@ class CongealingAligner(nn.Module):
         batch, count = candidates.shape[:2]
         theta = candidates[:, 0]
         if count > 1:  # candidates look alike at this resolution: refine each, and take the one with the lowest cost
-            refined, cost = self.refine_transforms(
-                coarse.repeat_interleave(count, 0), candidates.flatten(0, 1), self.COARSE_STEPS
-            )
+            repeated = coarse.repeat_interleave(count, 0)
+            refined, cost = self.refine_transforms(repeated, candidates.flatten(0, 1), self.COARSE_STEPS)
             pick = cost.view(batch, count).argmin(1)
             theta = refined.view(batch, count, 2, 3)[torch.arange(batch, device=fine.device), pick]
         theta, cost = self.refine_transforms(middle, theta, self.MIDDLE_STEPS)
@@ -459,9 +453,8 @@ class CongealingAligner(nn.Module):
             _, cost = self._estimate_transforms_in_batches(start_images, use_fine=False)
             starts.append((cost.mean().item(), self.template.clone(), self.weight.clone()))
             if start == 0:
-                before, after = self._measure_l2_before_and_after(
-                    holdout, self._estimate_transforms_in_batches(holdout, use_fine=False)[0]
-                )
+                theta, _ = self._estimate_transforms_in_batches(holdout, use_fine=False)
+                before, after = self._measure_l2_before_and_after(holdout, theta)
                 if 1 - after / max(before, self.EPSILON) < self.min_drop - self.GIVE_UP_MARGIN:
                     return self._enable_if_helpful(before, after, starts, [])
         best = min(starts, key=lambda item: item[0])

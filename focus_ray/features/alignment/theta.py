@@ -1,8 +1,8 @@
 """Module for geometric transforms of images: transform groups, theta, composition, inverse, and warping.
 
 theta (B, 2, 3) follows torch's affine_grid with align_corners=False: it maps coordinates of the aligned frame, in -1..1,
-to coordinates of the original frame, so that `warp_images(images, theta)` returns the aligned images. A frame is the coordinate system
-of an image: x and y run from -1 to 1, and lengths are in half widths. A group names which movements are allowed.
+to coordinates of the original frame, so that `warp_images(images, theta)` returns the aligned images. A frame is the coordinate
+system of an image: x and y run from -1 to 1, and lengths are in half widths. A group names which movements are allowed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def count_transform_parameters(group: str) -> int:
 
 
 def split_parameters_by_component(parameters: Tensor, group: str) -> dict[str, Tensor]:
-    """Splits parameters (B, count_transform_parameters(group)) by components: letter in `GROUP_COMPONENTS` -> parameters (B, n)."""
+    """Splits parameters (B, count_transform_parameters(group)): letter in `GROUP_COMPONENTS` -> parameters (B, n)."""
     components = GROUP_COMPONENTS[group]
     parts = parameters.split([_PARAMETERS_PER_COMPONENT[component] for component in components], dim=1)
     return dict(zip(components, parts, strict=True))
@@ -138,7 +138,7 @@ def downsample_antialiased(images: Tensor, size: int) -> Tensor:
 
 
 def _build_downsampling_matrix(length: int, size: int) -> Tensor:
-    """Returns the matrix (size, length) that resizes one side of an image from `length` to `size` pixels, see `downsample_antialiased`."""
+    """Returns the matrix (size, length) that resizes one side of an image from `length` to `size` pixels."""
     step = length / size
     centres = (np.arange(size)[:, None] + 0.5) * step
     weights = np.maximum(0, 1 - np.abs(np.arange(length) + 0.5 - centres) / max(step, 1.0))

@@ -31,11 +31,9 @@ class Backbone(nn.Module):
         """Computes the features (B, C, H/stride, W/stride) of each layer from normalised images (B, 3, H, W)."""
         first = self.layer1(images)
         second = self.layer2(first)
-        return (
-            self.spec.convert_to_feature_map(first),
-            self.spec.convert_to_feature_map(second),
-            self.spec.convert_to_feature_map(self.layer3(second)),
-        )
+        third = self.layer3(second)
+        convert = self.spec.convert_to_feature_map
+        return convert(first), convert(second), convert(third)
 
 
 def build_backbone(name: str, weights: str = "default", sha256: str | None = None) -> Backbone:

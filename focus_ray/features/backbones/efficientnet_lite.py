@@ -70,10 +70,8 @@ def build_lite_layers(widths: Numbers, repeats: Numbers) -> tuple[nn.Module, nn.
 
 
 def _make_efficientnet_spec(name: str, widths: Numbers, repeats: Numbers) -> BackboneSpec:
-    build_layers, convert_weight_name = (
-        partial(build_lite_layers, widths, repeats),
-        partial(convert_efficientnet_weight_name, repeats),
-    )
+    build_layers = partial(build_lite_layers, widths, repeats)
+    convert_weight_name = partial(convert_efficientnet_weight_name, repeats)
     channels = (widths[1], widths[2], widths[4])
     load_state = partial(load_weights_from_package, name)
     # kernels of 5 x 5 need a map of at least 3 x 3 cells

@@ -27,10 +27,10 @@ class BackboneSpec:
     channels: numbers of channels of layers 1, 2, 3.
     mean, std: input normalisation, for images in 0..1.
     build_layers: function that builds the three layers. Each layer takes the output of the previous layer.
-    convert_weight_name: function from the published name of a weight to its name in `Backbone`; None for a weight that is not needed. An
-        unknown name is returned unchanged.
-    load_default_weights: function that loads the default weights: published name -> weight. It raises WeightsError if they cannot
-        be loaded.
+    convert_weight_name: function from the published name of a weight to its name in `Backbone`; None for a weight that is not
+        needed. An unknown name is returned unchanged.
+    load_default_weights: function that loads the default weights: published name -> weight. It raises WeightsError if they
+        cannot be loaded.
     convert_to_feature_map: function that converts the output of a layer to features (B, C, H, W).
     rename_weights: function that renames weights of another publisher to the names that `convert_weight_name` expects.
     strides: input pixels per cell of the feature maps of layers 1, 2 and 3; the side of the input is a multiple of the stride of

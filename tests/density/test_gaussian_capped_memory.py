@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from focus_ray.density.gaussian_capped_memory import MIN_IMAGES, GaussianCappedMemory
 from made_embeddings import make_embeddings, statistics_of
 from torch import Tensor
 
 from focus_ray.density.base import build_density, build_leave_one_out_scorer
+from focus_ray.density.gaussian_capped_memory import MIN_IMAGES, GaussianCappedMemory
 from focus_ray.density.nearest import LocationAndCoresetMemory
 from focus_ray.density.relations import ImageRelations
 from focus_ray.density.settings import DensityConfig
