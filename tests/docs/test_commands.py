@@ -22,7 +22,7 @@ import workspace
 import yaml
 from documents import KINDS, Block, find_code_blocks, read_shell_commands, split_command_words
 from places import REPOSITORY
-from serving_set import served, service_of
+from serving_set import create_service, run_server
 
 from focus_ray.cli.main import build_parser, parse_command_line
 from focus_ray.cli.main import main as focus_ray
@@ -276,7 +276,7 @@ def test_a_command_runs_on_ray(command: str, copied: Path) -> None:
 def service(plant: Path) -> Iterator[str]:
     """The address of a running service with the registry of the plant."""
     settings = parse_service_settings({"registry": str(plant / "plant/registry"), "tokens": str(plant / "tokens.yaml")})
-    with served(service_of(settings)) as url:
+    with run_server(create_service(settings)) as url:
         yield url
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from places import REPOSITORY
-from serving_set import service_of
+from serving_set import create_service
 
 from focus_ray.serving.api import create_api
 from focus_ray.serving.settings import parse_service_settings
@@ -55,7 +55,7 @@ def test_no_page_loads_anything_from_other_servers(site: Path) -> None:
 
 def test_the_http_reference_lists_every_path_of_the_service() -> None:
     settings = parse_service_settings({"registry": "registry", "open_to_all": True})
-    paths = create_api(service_of(settings)).openapi()["paths"]
+    paths = create_api(create_service(settings)).openapi()["paths"]
     page = (REPOSITORY / "docs/reference/http.md").read_text(encoding="utf-8")
     named = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
     assert named
