@@ -1,4 +1,4 @@
-"""ProgressPrinter of a long step as plain lines: units finished, units per second, remaining time.
+"""Prints the progress of a long step as plain lines: images finished, images per second, remaining time.
 
 Lines, unlike a progress bar, are also readable in the log of a job.
 """
@@ -20,33 +20,25 @@ class ProgressPrinter:
     """Prints the progress of a step: the first line after `FIRST_LINE_S`, further lines in growing intervals."""
 
     def __init__(
-        self,
-        step: str,
-        total: int,
-        log: Callable[[str], None],
-        *,
-        unit: str = "images",
-        clock: Callable[[], float] = time.monotonic,
-        num_before: int = 0,
+        self, step: str, total: int, log: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """
         Args:
             step: name of the step, the start of each line.
-            total: units in total; 0 if the number is not known.
+            total: images in total; 0 if the number is not known.
             log: gets each line.
             clock: returns the time in seconds.
-            num_before: units that were finished before this step started. They do not count in the rate.
         """
-        self.step, self.total, self.log, self.unit, self.clock = step, total, log, unit, clock
-        self.num_finished = self.num_before = num_before
+        self.step, self.total, self.log, self.clock = step, total, log, clock
+        self.num_finished = 0
         self.start_s, self._next_line_s = clock(), FIRST_LINE_S
 
     def add_finished(self, count: int = 1) -> None:
-        """Counts further finished units, and prints a line if one is due."""
+        """Counts further finished images, and prints a line if one is due."""
         self.num_finished += count
         elapsed_s = self.clock() - self.start_s
         if elapsed_s >= self._next_line_s and self.num_finished:
-            status = format_progress(self.num_finished, self.total, elapsed_s, self.unit, self.num_before)
+            status = format_progress(self.num_finished, self.total, elapsed_s)
             self.log(f"{self.step}: {status}")
             self._next_line_s = elapsed_s + max(FIRST_LINE_S, _PAUSE_SHARE * elapsed_s)
 
@@ -57,7 +49,6 @@ def track_progress(
     total: int,
     log: Callable[[str], None],
     *,
-    unit: str = "images",
     count: Callable[[T], int] = lambda item: 1,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[T]:
@@ -65,31 +56,30 @@ def track_progress(
 
     Args:
         step: name of the step, the start of each line.
-        total: units in total; 0 if the number is not known.
+        total: images in total; 0 if the number is not known.
         log: gets each line.
-        count: returns the number of units of an item; the default counts 1 per item.
+        count: returns the number of images of an item; the default counts 1 per item.
         clock: returns the time in seconds.
     """
-    progress = ProgressPrinter(step, total, log, unit=unit, clock=clock)
+    progress = ProgressPrinter(step, total, log, clock=clock)
     for item in items:
         yield item
         progress.add_finished(count(item))
 
 
-def format_progress(num_finished: int, total: int, elapsed_s: float, unit: str, num_before: int = 0) -> str:
+def format_progress(num_finished: int, total: int, elapsed_s: float) -> str:
     """Returns the progress as a text such as '120 of 320 images, 31/s, 6 s left'.
 
     Args:
-        num_finished: finished units.
-        total: units in total; a smaller number than `num_finished` counts as not known.
+        num_finished: finished images.
+        total: images in total; a smaller number than `num_finished` counts as not known.
         elapsed_s: time since the start of the step.
-        num_before: how many of the finished units were finished before the start.
     """
-    rate = (num_finished - num_before) / max(elapsed_s, 1e-9)
+    rate = num_finished / max(elapsed_s, 1e-9)
     rate_text = f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
     if num_finished >= total:
-        return f"{num_finished} {unit}, {rate_text}"
-    return f"{num_finished} of {total} {unit}, {rate_text}, {format_duration((total - num_finished) / rate)} left"
+        return f"{num_finished} images, {rate_text}"
+    return f"{num_finished} of {total} images, {rate_text}, {format_duration((total - num_finished) / rate)} left"
 
 
 def format_duration(seconds: float) -> str:

@@ -31,6 +31,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(_RAY_FOLDER, ignore_errors=True)
 
 
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """The root of a new data set."""
+    return tmp_path / "out"
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real images and weights next to the repository."""

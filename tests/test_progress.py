@@ -33,6 +33,6 @@ def test_items_are_complete_and_in_order() -> None:
 
 
 def test_progress_and_durations_are_formatted() -> None:
-    assert format_progress(120, 320, 4.0, "images") == "120 of 320 images, 30/s, 7 s left"
-    assert format_progress(5, 0, 10.0, "rows") == "5 rows, 0.5/s"
+    assert format_progress(120, 320, 4.0) == "120 of 320 images, 30/s, 7 s left"
+    assert format_progress(5, 0, 10.0) == "5 images, 0.5/s"
     assert [format_duration(s) for s in (45, 200, 9000)] == ["45 s", "3 min", "2.5 h"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,11 +19,7 @@ from focus_ray.storage.s3_settings import ADDRESSING_VARIABLE, load_s3_settings
 def aws_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Removes all variables for S3, and returns an empty folder for the AWS files."""
     for name in list(os.environ):
-        if (
-            name.startswith("AWS_")
-            or name.lower().endswith("_proxy")
-            or name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
-        ):
+        if name.startswith(("AWS_", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
@@ -121,34 +116,25 @@ class _RefusingHandler(BaseHTTPRequestHandler):
     def log_message(self, *arguments: object) -> None: ...
 
 
-@pytest.fixture
-def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_RefusingHandler]]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _RefusingHandler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    yield _RefusingHandler
-    server.shutdown()
+REASONS = {
+    (403, "RequestTimeTooSkewed", "The difference is too large"): "clock",
+    (400, "AuthorizationHeaderMalformed", "the region 'us-east-1' is wrong; expecting 'eu-1'"): "set AWS_REGION",
+    (301, "PermanentRedirect", "use the other endpoint"): "set AWS_REGION",
+    (403, "QuotaExceeded", "Bucket quota exceeded"): "quota",
+    (403, "AccessDenied", "no policy allows it"): "access denied: set AWS_ACCESS_KEY_ID",
+}
 
 
-@pytest.mark.parametrize(
-    ("reason", "advice"),
-    [
-        ((403, "RequestTimeTooSkewed", "The difference is too large"), "clock"),
-        ((400, "AuthorizationHeaderMalformed", "the region 'us-east-1' is wrong; expecting 'eu-1'"), "set AWS_REGION"),
-        ((301, "PermanentRedirect", "use the other endpoint"), "set AWS_REGION"),
-        ((403, "QuotaExceeded", "Bucket quota exceeded"), "quota"),
-        ((403, "AccessDenied", "no policy allows it"), "access denied: set AWS_ACCESS_KEY_ID"),
-    ],
-)
-def test_the_error_contains_the_reason_of_the_server(
-    refusing: type[_RefusingHandler], monkeypatch: pytest.MonkeyPatch, reason: tuple[int, str, str], advice: str
-) -> None:
-    monkeypatch.setattr(refusing, "reason", reason)
-    with pytest.raises(StorageError, match=advice) as raised:
-        file_exists("s3://plant/parts/data.json")
-    assert "S3 bucket 'plant', key 'parts/data.json'" in str(raised.value)
-    if reason[1] != "AccessDenied":
-        assert "access denied: set" not in str(raised.value)
+def test_the_error_contains_the_reason_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _RefusingHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        variables = {"ENDPOINT_URL": f"http://127.0.0.1:{server.server_address[1]}", "ACCESS_KEY_ID": "a"}
+        for name, value in {**variables, "SECRET_ACCESS_KEY": "b", "MAX_ATTEMPTS": "1"}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        for reason, advice in REASONS.items():
+            monkeypatch.setattr(_RefusingHandler, "reason", reason)
+            with pytest.raises(StorageError, match=advice) as raised:
+                file_exists("s3://plant/parts/data.json")
+            assert "S3 bucket 'plant', key 'parts/data.json'" in str(raised.value)
+            assert ("access denied: set" in str(raised.value)) == (reason[1] == "AccessDenied")
+        server.shutdown()

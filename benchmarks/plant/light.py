@@ -46,7 +46,7 @@ def write_index_only(root: Path, count: int) -> int:
     store = open_data_set(root)
     folder = Path(store.get_category_folder("part"))
     folder.mkdir(parents=True)
-    digest = store._write_table(str(folder / "_index-made.parquet"), table)
+    digest = store._write_parquet_table(str(folder / "_index-made.parquet"), table)
     commit = {
         "schema_version": 1,
         "category": "part",

@@ -61,7 +61,7 @@ from focus_ray.storage.files import (
     list_folder_entries,
     read_bytes,
     read_file_stat,
-    read_file_stats_in_folders,
+    read_stats_in_subfolders,
     remove_file,
     write_bytes,
 )
@@ -283,7 +283,7 @@ def read_bundle_stamps(place: str) -> dict[str, FileStat]:
     if (stamp := read_file_stat(join_path(place, MANIFEST))) is not None:
         return {place: stamp}
     for root in (join_path(place, "bundles"), place):
-        stamps = {join_path(root, name): stamp for name, stamp in read_file_stats_in_folders(root, MANIFEST).items()}
+        stamps = {join_path(root, name): stamp for name, stamp in read_stats_in_subfolders(root, MANIFEST).items()}
         if stamps:
             return stamps
     return {}

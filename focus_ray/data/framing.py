@@ -7,6 +7,7 @@ streams and batches contain this channel too; the network gets only the first th
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -61,6 +62,7 @@ class AnomalyMapCells(NamedTuple):
         return bool((2 * counts >= self.side_px**2).any())
 
 
+@dataclass(eq=False)
 class InputFrame:
     """The target size of all images of a category, the resizing method, and the region of interest. All images get this size.
 
@@ -73,19 +75,16 @@ class InputFrame:
             an image only if it has no scored pixel.
     """
 
-    def __init__(
-        self,
-        height: int,
-        width: int,
-        resize: Literal["stretch", "pad"] = "stretch",
-        region: NDArray[np.bool_] | None = None,
-        cells: AnomalyMapCells | None = None,
-    ) -> None:
-        if min(height, width) < 1:
-            raise ValueError(f"size_px={min(height, width)} must be at least 1")
-        assert region is None or region.shape == (height, width)
-        self.height, self.width, self.resize, self.region, self.cells = height, width, resize, region, cells
-        self._scored_channels: dict[ImageRectangle, NDArray[np.uint8]] = {}
+    height: int
+    width: int
+    resize: Literal["stretch", "pad"] = "stretch"
+    region: NDArray[np.bool_] | None = None
+    cells: AnomalyMapCells | None = None
+    _scored_channels: dict[ImageRectangle, NDArray[np.uint8]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if min(self.height, self.width) < 1:
+            raise ValueError(f"size_px={min(self.height, self.width)} must be at least 1")
 
     @property
     def has_scored_channel(self) -> bool:
@@ -123,7 +122,7 @@ class InputFrame:
         Raises:
             DataError: no pixel of the image can be scored.
         """
-        box = self.check_image_size(width, height)
+        box = self.require_scored_pixels(width, height)
         # Resize one side after the other: the order changes some pixels by one grey level, and Pillow 13 chooses it itself.
         for size in ((box.width, image.height), (box.width, box.height)):
             if image.size != size:
@@ -136,7 +135,7 @@ class InputFrame:
             pixels = np.concatenate([pixels, self.make_scored_channel(box)[..., None]], axis=2)
         return pixels
 
-    def check_image_size(self, width: int, height: int) -> ImageRectangle:
+    def require_scored_pixels(self, width: int, height: int) -> ImageRectangle:
         """Checks that at least one pixel of an image of this size is scored.
 
         Args: width, height: size of the original image, in pixels.

@@ -206,7 +206,14 @@ def decode_mask_and_count_values(data: bytes) -> tuple[npt.NDArray[np.bool_], in
     Raises: ImageError: see `decode_mask`.
     """
     _verify_png(data)
-    pages = tiff.list_full_size_pages(data) if _read_tiff_tags(data) is not None else _check_single_frame(data)
+    if _read_tiff_tags(data) is not None:
+        pages = tiff.list_full_size_pages(data)
+    else:
+        pages, image = [0], _open_with_pillow(data)
+        with _explain_pillow_errors(data, "list of frames"):
+            num_frames = int(getattr(image, "n_frames", 1))
+        if num_frames > 1:
+            raise ImageError("unsupported", f"a {image.format} mask of {num_frames} frames: export it as one frame")
     mask, num_values = _decode_mask_page(data, pages[0])
     for page in pages[1:]:
         other, num_page_values = _decode_mask_page(data, page)
@@ -215,19 +222,6 @@ def decode_mask_and_count_values(data: bytes) -> tuple[npt.NDArray[np.bool_], in
             raise ImageError("unsupported", f"the mask's page {page + 1} is {sizes}: export the mask as one page")
         mask, num_values = mask | other, max(num_values, num_page_values)
     return mask, num_values
-
-
-def _check_single_frame(data: bytes) -> list[int]:
-    """Checks that an image is not animated, and returns [0], the number of its only frame.
-
-    Raises: ImageError: the image is damaged, or has several frames.
-    """
-    image = _open_with_pillow(data)
-    with _explain_pillow_errors(data, "list of frames"):
-        num_frames = int(getattr(image, "n_frames", 1))
-    if num_frames > 1:
-        raise ImageError("unsupported", f"a {image.format} mask of {num_frames} frames: export it as one frame")
-    return [0]
 
 
 def _decode_mask_page(data: bytes, page: int) -> tuple[npt.NDArray[np.bool_], int]:
@@ -396,7 +390,7 @@ def _load_pixels(data: bytes, size_px: int | None, page: int = 0) -> tuple[Image
     tags = _read_tiff_tags(data, page)
     image: Image.Image
     if tags is not None and tiff.choose_decoding_library(tags) == "tifffile":
-        pixels, fully_transparent = tiff.decode_page(data, tags, page)
+        pixels, fully_transparent = tiff.decode_tiff_page(data, tags, page)
         image, orientation = Image.fromarray(pixels), tags.orientation
         image.info["fully_transparent"] = fully_transparent
         size = image.size

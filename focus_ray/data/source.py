@@ -119,13 +119,6 @@ class S3Path:
     def is_file(self) -> bool:
         return self.path in self.listing.files
 
-    def exists(self) -> bool:
-        return self.is_file() or self.is_dir()
-
-    def is_symlink(self) -> bool:
-        """Returns False: S3 has no links."""
-        return False
-
     def read_bytes(self) -> bytes:
         """Reads the file from S3 with one request, and returns its bytes.
 
@@ -165,8 +158,8 @@ def open_source_folder(source: str | Path) -> SourcePath:
     return root
 
 
-def read_source_stat(path: SourcePath) -> tuple[int, str]:
-    """Returns size and change mark of a file (its "stamp"), to recognise an unchanged file without reading it.
+def read_size_and_change_mark(path: SourcePath) -> tuple[int, str]:
+    """Returns size and change mark of a file, to recognise an unchanged file without reading it.
 
     Returns:
         The size in bytes, and the ETag (S3) or the time of the last change in ns (disk); (-1, "") if the file does not exist or

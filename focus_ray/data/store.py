@@ -55,7 +55,7 @@ from focus_ray.storage.files import (
     open_file_for_reading,
     open_filesystem,
     read_file,
-    read_file_stats_in_folders,
+    read_stats_in_subfolders,
     sync_file_to_disk,
     write_bytes_if_absent,
     write_file,
@@ -123,9 +123,8 @@ class DataSetStore:
 
         Raises: DataError: the root cannot be listed.
         """
-        folders = read_file_stats_in_folders(
-            self.uri, COMMIT_NAME
-        )  # one listing on S3, whatever the number of categories
+        # one listing on S3, whatever the number of categories
+        folders = read_stats_in_subfolders(self.uri, COMMIT_NAME)
         return sorted(folder[len("category=") :] for folder in folders if folder.startswith("category="))
 
     def require_categories(self) -> list[str]:

@@ -321,7 +321,7 @@ def choose_decoding_library(tags: TiffTags) -> Literal["Pillow", "tifffile"]:
     raise ImageError("unsupported", message)
 
 
-def decode_page(data: bytes, tags: TiffTags, page: int = 0) -> tuple[npt.NDArray[np.uint8], bool]:
+def decode_tiff_page(data: bytes, tags: TiffTags, page: int = 0) -> tuple[npt.NDArray[np.uint8], bool]:
     """Decodes a page of a TIFF with the library tifffile.
 
     Args:

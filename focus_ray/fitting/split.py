@@ -346,7 +346,7 @@ def _check_image_sizes(config: Config, category: str, table: pa.Table) -> None:
     reasons = {}
     for size in sorted(set(sizes)):
         try:
-            frame.check_image_size(*size)
+            frame.require_scored_pixels(*size)
         except DataError as error:
             reasons[size] = str(error)
     if reasons:

@@ -17,10 +17,10 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from focus_ray.data.commits import Commit
-from focus_ray.data.importers.base import ImportPlan, Sample
+from focus_ray.data.importers.base import ImportPlan, SourceImage
 from focus_ray.data.read import load_version_index
 from focus_ray.data.schema import INDEX_SCHEMA, RejectedFile
-from focus_ray.data.source import SourcePath, read_source_stat
+from focus_ray.data.source import SourcePath, read_size_and_change_mark
 from focus_ray.data.store import CommitDraft, open_data_set
 from focus_ray.ingestion.check import CheckedSample, FileDigest
 from focus_ray.ingestion.chunks import (
@@ -134,10 +134,10 @@ class CategoryIngestion:
         self.rejects: list[RejectedFile] = []
         self.notes: list[str] = []
         self._num_existing = self._num_regrouped = 0  # images that need not be read, see `ExistingRowComparison`
-        self._stamps = {path: read_source_stat(path) for path in list_source_files(plan.samples)}
+        self._stamps = {path: read_size_and_change_mark(path) for path in list_source_files(plan.samples)}
         previous = self.store.read_commit(self.category)
         self._base = self._load_base_version(previous)
-        samples: Sequence[Sample] = plan.samples
+        samples: Sequence[SourceImage] = plan.samples
         if previous is not None:
             sources = self._base.sources if options.append else self.store.read_source_manifest(self.category, previous)
             manifest = find_manifest_rows(sources, self._stamps)
@@ -191,7 +191,9 @@ class CategoryIngestion:
             for sample in self.plan.samples
         ]
 
-    def _select_new_samples(self, manifest: ManifestRows, digests: Mapping[SourcePath, FileDigest]) -> list[Sample]:
+    def _select_new_samples(
+        self, manifest: ManifestRows, digests: Mapping[SourcePath, FileDigest]
+    ) -> list[SourceImage]:
         """Returns the images that have to be read, and counts the images that the category already contains.
 
         An image need not be read if the source manifest contains its content hash, and the index has a row with this hash, label
@@ -250,7 +252,7 @@ class CategoryIngestion:
         items, duplicates = remove_duplicates(comparison.new_items, category, settings)
         rejects = [*self.plan.rejects, *new.rejects, *comparison.rejects, *duplicates]
         self.rejects = sorted(rejects, key=_REJECT_ORDER)
-        self.notes = [f"{settings.format_relative_path(item.sample.path)}: {item.note}" for item in items if item.note]
+        self.notes = [f"{settings.describe_path(item.sample.path)}: {item.note}" for item in items if item.note]
         num_existing = self._num_existing + comparison.num_existing
         num_regrouped = self._num_regrouped + comparison.num_regrouped
         if num_regrouped:
@@ -300,7 +302,7 @@ class CategoryIngestion:
     def _merge_rejected_files(self) -> list[RejectedFile]:
         """Returns the rejected files and, for an append, the stored rejected files that are not in the plan."""
         stored = self.store.read_reject_list(self.category) if self._base.commit else []
-        new_paths = {self.options.settings.format_relative_path(path) for path in self._stamps}
+        new_paths = {self.options.settings.describe_path(path) for path in self._stamps}
         new_paths.update(item.path for item in self.rejects)
         return sorted([*(item for item in stored if item.path not in new_paths), *self.rejects], key=_REJECT_ORDER)
 

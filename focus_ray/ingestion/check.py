@@ -15,7 +15,7 @@ from focus_ray.data.images import (
     hash_pixels,
     refuse_generated_picture,
 )
-from focus_ray.data.importers.base import ImportSettings, Sample, describe_broken_link, is_broken_link
+from focus_ray.data.importers.base import ImportSettings, SourceImage, describe_broken_link, is_broken_link
 from focus_ray.data.schema import RejectedFile, RejectReason
 from focus_ray.data.source import SourcePath
 from focus_ray.drawing.png import encode_png
@@ -28,7 +28,7 @@ FileDigest = tuple[int, str]
 class CheckedSample:
     """An image that passed all checks: its row without the bytes of the image, and numbers for plausibility notes."""
 
-    sample: Sample
+    sample: SourceImage
     width: int
     height: int
     content_hash: str
@@ -58,7 +58,7 @@ def compute_file_digest(content: bytes | OSError) -> FileDigest:
 
 
 def check_sample(
-    sample: Sample, contents: Sequence[bytes | OSError], category: str, settings: ImportSettings
+    sample: SourceImage, contents: Sequence[bytes | OSError], category: str, settings: ImportSettings
 ) -> CheckedSample | RejectedFile:
     """Checks an image and its masks. Returns the checked sample, or a `RejectedFile` with the reason of the refusal.
 
@@ -70,7 +70,7 @@ def check_sample(
     """
 
     def make_reject(reason: RejectReason, detail: str) -> RejectedFile:
-        return RejectedFile(settings.format_relative_path(sample.path), category, reason, detail)
+        return RejectedFile(settings.describe_path(sample.path), category, reason, detail)
 
     data = contents[0]
     if isinstance(data, OSError):
@@ -87,7 +87,7 @@ def check_sample(
     marked = np.zeros((info.height, info.width), dtype=bool)  # the union of all masks of the image
     num_mask_values = 0
     for path, mask_content in zip(sample.masks, contents[1:], strict=True):
-        name = f"its mask {settings.format_relative_path(path)}"
+        name = f"its mask {settings.describe_path(path)}"
         if is_broken_link(path):
             return make_reject("mask_unreadable", f"{name} is {describe_broken_link(path)}")
         try:
@@ -109,7 +109,7 @@ def check_sample(
         hint = ", nearly all of the image: is the mask inverted? Values above 0 mean defective"
         return make_reject(
             "mask_on_good",
-            f"a normal image whose mask {settings.format_relative_path(sample.masks[0])} marks {int(marked.sum())} pixels"
+            f"a normal image whose mask {settings.describe_path(sample.masks[0])} marks {int(marked.sum())} pixels"
             f"{hint if mask_share > 0.9 else ''}: move the image to the folder of a defect, or correct or remove the mask",
         )
     note = None

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from focus_ray.data import store as stores
 from focus_ray.data.commits import PartFileEntry
-from focus_ray.data.importers.base import ImportSettings, Sample
+from focus_ray.data.importers.base import ImportSettings, SourceImage
 from focus_ray.data.schema import INDEX_SCHEMA, RejectedFile, Row, add_missing_group_column
 from focus_ray.data.source import SourcePath
 from focus_ray.data.store import DataSetStore, open_data_set, open_part_file
@@ -72,7 +72,7 @@ class ImageChunk:
     """
 
     category: str
-    samples: list[tuple[str, Sample]]
+    samples: list[tuple[str, SourceImage]]
     used_ids: set[str]
     options: IngestOptions
 
@@ -109,7 +109,7 @@ def merge_chunk_results(results: Sequence[ChunkResult]) -> ChunkResult:
 
 def divide_into_chunks(
     category: str,
-    samples: Sequence[Sample],
+    samples: Sequence[SourceImage],
     stamps: Mapping[SourcePath, tuple[int, str]],
     index: pa.Table,
     options: IngestOptions,
@@ -127,7 +127,7 @@ def divide_into_chunks(
     options = replace(options, settings=replace(options.settings, grouping=None), run=map_in_process)
     pairs = sorted(zip(make_row_ids(samples, category), samples, strict=True), key=lambda pair: pair[0])
     used_ids = find_used_row_ids(index, [row_id for row_id, _ in pairs])
-    chunks: list[list[tuple[str, Sample]]] = []
+    chunks: list[list[tuple[str, SourceImage]]] = []
     num_bytes = stores.FILE_BYTES
     for row_id, sample in pairs:
         if num_bytes >= stores.FILE_BYTES or len(chunks[-1]) >= MAX_CHUNK_IMAGES:
@@ -148,7 +148,7 @@ def ingest_chunk(chunk: ImageChunk) -> ChunkResult:
     digests: dict[SourcePath, FileDigest] = {}
 
     def read_and_check_sample(
-        sample: Sample,
+        sample: SourceImage,
     ) -> tuple[bytes | OSError, dict[SourcePath, FileDigest], CheckedSample | RejectedFile]:
         """Returns the bytes of an image, the digests of its files, and the checked sample or the rejection."""
         paths = (sample.path, *sample.masks)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from focus_ray.data.importers.base import ImportSettings, Sample
+from focus_ray.data.importers.base import ImportSettings, SourceImage
 from focus_ray.data.schema import RejectedFile, RejectReason
 from focus_ray.ingestion.check import CheckedSample
 
@@ -31,20 +31,20 @@ def remove_duplicates(
         The images to keep, and the rejected images with their reasons.
     """
     by_content: dict[str, list[CheckedSample]] = defaultdict(list)
-    for item in sorted(checked, key=lambda item: settings.format_relative_path(item.sample.path)):
+    for item in sorted(checked, key=lambda item: settings.describe_path(item.sample.path)):
         by_content[item.content_hash].append(item)
     kept_items: list[CheckedSample] = []
     rejects: list[RejectedFile] = []
 
     def add_reject(item: CheckedSample, reason: RejectReason, detail: str) -> None:
-        rejects.append(RejectedFile(settings.format_relative_path(item.sample.path), category, reason, detail))
+        rejects.append(RejectedFile(settings.describe_path(item.sample.path), category, reason, detail))
 
     for same_pixels in by_content.values():
         if len({item.sample.label for item in same_pixels}) > 1:
             for item in same_pixels:
                 twin = next(other for other in same_pixels if other.sample.label != item.sample.label)
                 word = "anomalous" if twin.sample.label else "normal"
-                other_path = settings.format_relative_path(twin.sample.path)
+                other_path = settings.describe_path(twin.sample.path)
                 add_reject(
                     item, "contradictory_label", f"the same pixels are {word} in {other_path}: remove the wrong one"
                 )
@@ -53,7 +53,7 @@ def remove_duplicates(
         test = [item for item in same_pixels if item.sample.split == "test"]
         kept_items += test or train[:1]
         for item in train if test else train[1:]:
-            other_path = settings.format_relative_path((test or train)[0].sample.path)
+            other_path = settings.describe_path((test or train)[0].sample.path)
             if test:
                 add_reject(
                     item, "duplicate_across_splits", f"the same pixels are test data in {other_path}, which is kept"
@@ -63,14 +63,14 @@ def remove_duplicates(
     return kept_items, rejects
 
 
-def make_row_ids(samples: Sequence[Sample], category: str) -> list[str]:
+def make_row_ids(samples: Sequence[SourceImage], category: str) -> list[str]:
     """Returns a row id for each image: category/folder/defect/subfolders/stem, where the stem is the file name without suffix.
 
     If two ids are equal, they end with the file name instead of the stem. If they are still equal, they end with the last three
     parts of the path.
     """
 
-    def list_id_parts(sample: Sample) -> list[str]:
+    def list_id_parts(sample: SourceImage) -> list[str]:
         defect = [] if sample.folder == sample.defect_type else [sample.defect_type]
         return [category, sample.folder, *defect, *([sample.subfolders] if sample.subfolders else [])]
 
@@ -160,7 +160,7 @@ def compare_with_existing_rows(
     num_existing = num_regrouped = 0
     for item in items:
         rows, sample = rows_by_hash.get(item.content_hash, []), item.sample
-        path = settings.format_relative_path(sample.path)
+        path = settings.describe_path(sample.path)
         contradiction = next((row for row in rows if row["label"] != sample.label), None)
         if contradiction is not None:
             word = "anomalous" if contradiction["label"] else "normal"

@@ -175,6 +175,6 @@ def find_implausible_data(
     )
     for affected, problem in mask_problems:
         if affected:
-            first = settings.format_relative_path(affected[0].sample.masks[0])
+            first = settings.describe_path(affected[0].sample.masks[0])
             notes.append(f"{category}: {len(affected)} {problem} (the first: {first})")
     return notes

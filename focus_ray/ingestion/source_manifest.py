@@ -16,20 +16,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from focus_ray.data.commits import Commit
-from focus_ray.data.importers.base import ImportPlan, ImportSettings, Sample
+from focus_ray.data.importers.base import ImportPlan, ImportSettings, SourceImage
 from focus_ray.data.schema import SCHEMA_VERSION, SOURCE_SCHEMA
 from focus_ray.data.source import SourcePath
 from focus_ray.ingestion.check import CheckedSample, FileDigest, compute_file_digest, read_source_file
 from focus_ray.names import is_valid_utf8
 
 SourceStamp = tuple[int, str]
-"""Stamp of a file, see `data.source.read_source_stat`."""
+"""Stamp of a file, see `data.source.read_size_and_change_mark`."""
 
 ManifestRows = Mapping[str, Mapping[str, Any]]
 """Rows of a source manifest: path -> values of `SOURCE_SCHEMA`."""
 
 
-def list_source_files(samples: Iterable[Sample]) -> list[SourcePath]:
+def list_source_files(samples: Iterable[SourceImage]) -> list[SourcePath]:
     """Returns all files of the samples, images and masks, each once."""
     return list(dict.fromkeys(path for sample in samples for path in (sample.path, *sample.masks)))
 
@@ -48,11 +48,11 @@ def compute_source_fingerprint(
         site: name of the site, stored in each row.
         digests: digest (size and SHA-256) of each image and mask of the plan.
     """
-    samples = sorted(plan.samples, key=lambda item: settings.format_relative_path(item.path))
+    samples = sorted(plan.samples, key=lambda item: settings.describe_path(item.path))
     sample_facts = [
         [
             *(item.folder, item.split, item.label, item.defect_type),
-            *([settings.format_relative_path(path), *digests[path]] for path in (item.path, *item.masks)),
+            *([settings.describe_path(path), *digests[path]] for path in (item.path, *item.masks)),
         ]
         for item in samples
     ]

@@ -168,21 +168,6 @@ def _wrap_with_retries(filesystem: fs.FileSystem, file: pa.NativeFile) -> pa.Nat
     return file if isinstance(filesystem, fs.LocalFileSystem) else pa.PythonFile(_RetryingS3File(file), mode="r")
 
 
-def retry_while_busy(action: Callable[[], T]) -> T:
-    """Calls a function that reads from S3, and calls it again while the server is busy. Returns the result of the function.
-
-    pyarrow retries a busy server itself, except here (26.0): the error response of a busy server is longer than a small range of
-    bytes. It does not fit into pyarrow's buffer and appears as a failure that pyarrow does not retry.
-
-    Args: action: the function; it may be called several times.
-
-    Raises: the error of the last attempt, after ``read_max_attempts`` attempts; any other error of `action` at once.
-    """
-    return _call_with_retries(
-        action, lambda error: isinstance(error, OSError) and any(sign in str(error) for sign in _BUSY_SIGNS)
-    )
-
-
 def _call_with_retries(action: Callable[[], T], is_temporary: Callable[[Exception], bool]) -> T:
     """Calls a function up to `read_max_attempts` times while its errors are temporary. Returns the result of the function.
 
@@ -202,20 +187,17 @@ def _call_with_retries(action: Callable[[], T], is_temporary: Callable[[Exceptio
 
 
 class _RetryingS3File(io.RawIOBase):
-    """A readable file on S3, as a Python file object, that retries its reads while the server is busy."""
+    """A readable file on S3, as a Python file object, that retries its reads while the server is busy.
+
+    pyarrow retries a busy server itself, except here (26.0): the error response of a busy server is longer than a small range of
+    bytes. It does not fit into pyarrow's buffer and appears as a failure that pyarrow does not retry.
+    """
 
     def __init__(self, file: pa.NativeFile) -> None:
-        super().__init__()
         self._file, self._position = file, 0
 
     def readable(self) -> bool:
         return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size()}[whence]
@@ -223,9 +205,11 @@ class _RetryingS3File(io.RawIOBase):
         return self._position
 
     def read(self, size: int | None = -1) -> bytes:
-        num_available = max(0, self._file.size() - self._position)
-        count = num_available if size is None or size < 0 else min(size, num_available)
-        content: bytes = retry_while_busy(lambda: self._file.read_at(count, self._position)) if count else b""
+        count = self._file.size() - self._position if size is None or size < 0 else size
+        content: bytes = _call_with_retries(
+            lambda: self._file.read_at(count, self._position),
+            lambda error: isinstance(error, OSError) and any(sign in str(error) for sign in _BUSY_SIGNS),
+        )
         self._position += len(content)
         return content
 
@@ -236,19 +220,20 @@ class _RetryingS3File(io.RawIOBase):
 
 @contextmanager
 def explain_storage_errors(action: str, uri: str | Path, path: str | None = None) -> Iterator[None]:
-    """Context manager: turns an OSError into a StorageError that names the action, the location and the remedy.
+    """Context manager: turns an OSError or an error of boto3 into a StorageError that names action, location and remedy.
 
     Args:
         action: the action that fails, as in "write the commit file".
         uri: the root of the data set.
         path: the path inside the filesystem; None: the message gives `uri`.
 
-    Raises: StorageError: the code in the `with` block raised an OSError.
+    Raises: StorageError: the code in the `with` block raised such an error.
     """
+    errors: tuple[type[Exception], ...] = (OSError, *_get_client_error_types()) if is_s3_uri(uri) else (OSError,)
     try:
         yield
-    except OSError as error:
-        raise StorageError(_explain_os_error(error, action, str(uri), path)) from error
+    except errors as error:
+        raise StorageError(_explain_error(error, action, str(uri), path)) from error
 
 
 @contextmanager
@@ -385,13 +370,13 @@ def _ask_refusal_reason(bucket: str) -> str:
     return ""
 
 
-def _explain_os_error(error: OSError, action: str, uri: str, path: str | None) -> str:
+def _explain_error(error: Exception, action: str, uri: str, path: str | None) -> str:
     """Returns the error message for a failed action: the location, the action, the reason and the remedy.
 
     For S3 it may ask the server for the reason.
     """
     if not is_s3_uri(uri):
-        return f"{path or uri}: cannot {action}: {error.strerror or error}"
+        return f"{path or uri}: cannot {action}: {getattr(error, 'strerror', None) or error}"
     bucket, _, key = (path or uri[len("s3://") :]).partition("/")
     text = str(error)
     endpoint = load_s3_settings().endpoint
@@ -561,7 +546,7 @@ def write_bytes_if_absent(uri: str | Path, data: bytes) -> bool:
 def _put_object_if_absent(bucket: str, key: str, data: bytes) -> bool:
     """Creates an S3 object, but only if it does not exist. Returns whether it was created.
 
-    Raises: OSError: the request failed. DataError: an AWS setting is invalid.
+    Raises: ClientError: the request failed. DataError: an AWS setting is invalid.
     """
     client = _open_boto_client(bucket)
     try:
@@ -573,7 +558,7 @@ def _put_object_if_absent(bucket: str, key: str, data: bytes) -> bool:
     except _get_client_error_types() as error:
         if _get_error_code(error) in ("PreconditionFailed", "412"):
             return False
-        raise OSError(str(error)) from error
+        raise
     return True
 
 
@@ -605,15 +590,10 @@ def list_objects(uri: str) -> Iterator[ListedObject]:
     with _open_location("list", uri) as (_, path):
         bucket, _, key = path.partition("/")
         prefix = f"{key}/" if key else ""
-        try:
-            for page in (
-                _open_boto_client(bucket).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-            ):
-                for item in page.get("Contents", ()):
-                    if item["Key"] != prefix:
-                        yield ListedObject(item["Key"][len(prefix) :], item["Size"], item["ETag"].strip('"'))
-        except _get_client_error_types() as error:
-            raise OSError(str(error)) from error
+        pages = _open_boto_client(bucket).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        for item in (item for page in pages for item in page.get("Contents", ())):
+            if item["Key"] != prefix:
+                yield ListedObject(item["Key"][len(prefix) :], item["Size"], item["ETag"].strip('"'))
 
 
 class S3ObjectReader:
@@ -644,7 +624,7 @@ class S3ObjectReader:
             except _get_client_error_types() as error:
                 if _get_error_code(error) in ("NoSuchKey", "404"):
                     return None
-                raise OSError(str(error)) from error
+                raise
 
 
 def list_folder_entries(uri: str | Path) -> list[str]:
@@ -666,7 +646,7 @@ def list_folder_entries(uri: str | Path) -> list[str]:
 
 
 def read_file_stat(uri: str | Path) -> FileStat | None:
-    """Returns time of change and size of a file (its stamp); None if there is no file at this location.
+    """Returns time of change and size of a file; None if there is no file at this location.
 
     Raises: DataError: the lookup fails.
     """
@@ -675,7 +655,7 @@ def read_file_stat(uri: str | Path) -> FileStat | None:
     return FileStat(info.mtime_ns or 0, info.size) if info.type == fs.FileType.File else None
 
 
-def read_file_stats_in_folders(uri: str | Path, name: str) -> dict[str, FileStat]:
+def read_stats_in_subfolders(uri: str | Path, name: str) -> dict[str, FileStat]:
     """Looks up a file of the same name in each folder directly below a location, and returns time of change and size of each.
 
     On S3 one listing of everything below the location is enough. On a disk each file is looked up.

@@ -48,14 +48,9 @@ class S3Settings:
 
     def build_pyarrow_arguments(self) -> dict[str, Any]:
         """Returns the settings as keyword arguments for pyarrow's S3FileSystem, without endpoint and region."""
-        arguments: dict[str, Any] = {"force_virtual_addressing": self.virtual}
-        if self.ca_file:
-            arguments["tls_ca_file_path"] = self.ca_file
-        if self.proxy:
-            arguments["proxy_options"] = self.proxy
-        if self.keys is not None:
-            arguments.update(zip(("access_key", "secret_key", "session_token"), self.keys, strict=True))
-        return arguments
+        keys = dict(zip(("access_key", "secret_key", "session_token"), self.keys or (), strict=False))
+        addressing = {"force_virtual_addressing": self.virtual}
+        return {**addressing, "tls_ca_file_path": self.ca_file, "proxy_options": self.proxy, **keys}
 
 
 def load_s3_settings() -> S3Settings:
@@ -89,6 +84,7 @@ def _resolve_s3_settings(variables: frozenset[tuple[str, str]], mtimes_ns: tuple
     import boto3
     from botocore.configprovider import ConfiguredEndpointProvider
     from botocore.exceptions import BotoCoreError
+    from botocore.utils import get_environ_proxies
 
     style = os.environ.get(ADDRESSING_VARIABLE) or "auto"
     if style not in _ADDRESSING_STYLES:
@@ -117,16 +113,7 @@ def _resolve_s3_settings(variables: frozenset[tuple[str, str]], mtimes_ns: tuple
     section = profile.get("s3")
     if style == "auto" and isinstance(section, dict):
         style = section.get("addressing_style", "auto")
-    return S3Settings(endpoint, region, ca_file, _find_proxy_url(endpoint), style == "virtual", keys)
-
-
-def _find_proxy_url(endpoint: str | None) -> str | None:
-    """Returns the URL of the proxy that the environment sets for a server; None for a direct connection.
-
-    Args: endpoint: URL of the server; None: Amazon S3.
-    """
-    from botocore.utils import get_environ_proxies
-
     url = endpoint or "https://s3.amazonaws.com"
     proxies = get_environ_proxies(url)
-    return proxies.get(urlsplit(url).scheme) or proxies.get("all")
+    proxy = proxies.get(urlsplit(url).scheme) or proxies.get("all")
+    return S3Settings(endpoint, region, ca_file, proxy, style == "virtual", keys)

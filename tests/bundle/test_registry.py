@@ -216,7 +216,7 @@ def test_an_alias_is_a_stack_of_its_earlier_versions(
 
 
 def test_a_slow_publisher_does_not_move_latest_backwards(three: Registry) -> None:
-    three._promote(*GEAR, "latest", "v0001", only_forward=True)
+    three._move_alias_to_version(*GEAR, "latest", "v0001", only_forward=True)
     assert three.resolve(*GEAR).name == "v0003"
 
 

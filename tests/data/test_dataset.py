@@ -31,27 +31,20 @@ def source(tmp_path: Path) -> Path:
     return make_mvtec(tmp_path / "bolt")
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
 # Publication
 
 
-def test_a_part_file_has_the_schema_version_and_uncompressed_images(source: Path, out: Path) -> None:
-    ingest_quietly(source, out)
-    (part,) = (out / "category=bolt").glob("part-*.parquet")
-    file = pq.ParquetFile(part)
-    assert file.schema_arrow.metadata[b"focus_ray.schema_version"] == b"1"
-    assert file.metadata.row_group(0).column(SCHEMA.names.index("image")).compression == "UNCOMPRESSED"
-
-
-def test_pyarrow_reads_the_root_with_partitioning_none(tmp_path: Path, out: Path) -> None:
+def test_pyarrow_reads_the_root_whose_part_files_have_the_schema_version_and_uncompressed_images(
+    tmp_path: Path, out: Path
+) -> None:
     for name in ("bolt", "nut"):
         make_mvtec(tmp_path / "source" / name, seed=ord(name[0]))
     ingest_quietly(tmp_path / "source", out)
     assert sorted(pq.read_table(out, partitioning=None)["category"].to_pylist()) == ["bolt"] * 6 + ["nut"] * 6
+    (part,) = (out / "category=bolt").glob("part-*.parquet")
+    file = pq.ParquetFile(part)
+    assert file.schema_arrow.metadata[b"focus_ray.schema_version"] == b"1"
+    assert file.metadata.row_group(0).column(SCHEMA.names.index("image")).compression == "UNCOMPRESSED"
 
 
 def test_an_unchanged_source_changes_no_file(source: Path, out: Path) -> None:
@@ -82,42 +75,54 @@ def test_every_change_of_the_source_is_published(source: Path, out: Path, change
     assert [item.status for item in report.categories] == ["written"]
 
 
-KILLED_RUN = """
+KILLED_RUNS = """
 import os, sys
 from focus_ray.data import store
 from focus_ray.ingestion import ingest
-source, out, moment = sys.argv[1:]
+source, out = sys.argv[1:]
 def die(*args):
     os._exit(9)
+def kill_run_at(moment):
+    write, collect = store.write_file, store._collect_row_groups
+    def write_until(filesystem, path, data):
+        die() if f"/_{moment}" in path else write(filesystem, path, data)
+    def collect_one_and_die(rows):
+        yield next(collect(rows))
+        die()
+    if moment == "rejects":
+        store.DataSetStore.write_reject_list = die
+    elif moment == "part":
+        store._collect_row_groups = collect_one_and_die
+    else:
+        store.write_file = write_until
+    ingest.ingest(source, f"{out}/{moment}", progress=False)
 store.DataSetStore.check_writable = lambda self: None
-write, row_groups = store.write_file, store._collect_row_groups
-def write_until(filesystem, path, data):
-    die() if f"/_{moment}" in path else write(filesystem, path, data)
-def one_then_die(rows):
-    yield next(row_groups(rows))
-    die()
-if moment == "rejects":
-    store.DataSetStore.write_reject_list = die
-elif moment == "part":
-    store._collect_row_groups = one_then_die
-else:
-    store.write_file = write_until
-ingest.ingest(source, out, progress=False)
+for moment in ("part", "index", "rejects", "commit"):
+    if not os.fork():
+        kill_run_at(moment)
+    print(moment, os.waitstatus_to_exitcode(os.wait()[1]))
 """
 
 
-@pytest.mark.parametrize("moment", ["part", "index", "rejects", "commit"])
-def test_a_run_that_is_killed_while_publishing_leaves_the_old_data(source: Path, out: Path, moment: str) -> None:
-    ingest_quietly(source, out)
-    old = rows_of(out)
+def test_a_run_that_is_killed_while_publishing_leaves_the_old_data(source: Path, out: Path) -> None:
+    moments = ("part", "index", "rejects", "commit")
+    for moment in moments:
+        ingest_quietly(source, out / moment)
+    old = rows_of(out / "part")
     save(source / "train/good/new.png", pixels(999))
-    command = [sys.executable, "-c", KILLED_RUN, str(source), str(out), moment]
-    assert subprocess.run(command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}).returncode == 9
-    assert len(list((out / "category=bolt").glob("part-*"))) == 2
-    assert len(list((out / "category=bolt").glob("_index-*"))) == 1 + (moment in ("rejects", "commit"))
-    assert rows_of(out) == old
-    assert ingest_quietly(source, out).categories[0].status == "written"
-    assert read_index(out, "bolt").num_rows == 7
+    command, environment = (
+        [sys.executable, "-c", KILLED_RUNS, source, out],
+        {**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    assert output.split("\n")[:-1] == [f"{moment} 9" for moment in moments]
+    for moment in moments:
+        folder = out / moment / "category=bolt"
+        assert len(list(folder.glob("part-*"))) == 2
+        assert len(list(folder.glob("_index-*"))) == 1 + (moment in ("rejects", "commit"))
+        assert rows_of(out / moment) == old
+        assert ingest_quietly(source, out / moment).categories[0].status == "written"
+        assert read_index(out / moment, "bolt").num_rows == 7
 
 
 @pytest.mark.parametrize("name", ["part-{}-00000.parquet", "_index-{}.parquet"])
@@ -188,21 +193,12 @@ def test_only_the_row_groups_of_the_requested_rows_are_read(
     assert groups == [0, 0]  # the first row group of file 0 and of file 1
 
 
-@pytest.mark.parametrize(
-    ("numbers", "columns", "message"),
-    [
-        ([3, 1], ["id"], "ascending"),
-        ([1, 1], ["id"], "ascending"),
-        ([-1], ["id"], "40 rows"),
-        ([40], ["id"], "40 rows"),
-        ([1], ["pixels"], "pixels.*: id, "),
-    ],
-)
-def test_unreadable_rows_are_refused_at_the_call(
-    small_groups: Path, numbers: list[int], columns: list[str], message: str
-) -> None:
-    with pytest.raises(DataError, match=message):
-        read_rows(small_groups, "bolt", numbers, columns)
+@pytest.mark.parametrize("numbers", [[3, 1], [1, 1], [-1], [40]])
+def test_unreadable_rows_are_refused_at_the_call(small_groups: Path, numbers: list[int]) -> None:
+    with pytest.raises(DataError, match=r"ascending" if len(numbers) == 2 else r"40 rows"):
+        read_rows(small_groups, "bolt", numbers, ["id"])
+    with pytest.raises(DataError, match=r"pixels.*: id, "):
+        read_rows(small_groups, "bolt", [1], ["pixels"])
 
 
 def test_a_missing_category_or_data_set_is_named_with_the_available_ones(source: Path, out: Path) -> None:
@@ -216,20 +212,13 @@ def test_a_missing_category_or_data_set_is_named_with_the_available_ones(source:
         read_index(out, "bolt", "val")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"schema_version": 2}, "schema version 2, this program reads 1"),
-        ({"files": None}, "files"),
-        ({"index": {"name": "_index-x.parquet"}}, "sha256"),
-    ],
-)
+@pytest.mark.parametrize("changes", [{"schema_version": 2}, {"files": None}, {"index": {"name": "_index-x.parquet"}}])
 def test_a_damaged_commit_or_another_schema_version_is_refused(
-    source: Path, out: Path, changes: dict[str, Any], message: str
+    source: Path, out: Path, changes: dict[str, Any]
 ) -> None:
     ingest_quietly(source, out)
     edit_commit(out, **changes)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=r"schema version 2, this program reads 1|'files'|'sha256'"):
         read_index(out, "bolt")
 
 
@@ -259,19 +248,6 @@ def test_the_index_equals_the_columns_of_the_part_files(small_groups: Path, spli
     assert parts.schema.equals(table.schema, check_metadata=True)
     assert parts.equals(table)
     assert data_fingerprint(small_groups, "bolt") == fingerprint
-
-
-def test_a_category_without_an_index_is_complete_and_its_next_version_has_an_index(
-    small_groups: Path, tmp_path: Path
-) -> None:
-    remove_index(small_groups)
-    assert ingest_quietly(tmp_path / "bolt", small_groups).categories[0].status == "unchanged"
-    assert len(rows_of(small_groups)) == 40
-    save(tmp_path / "bolt/train/good/new.png", pixels(999))
-    ingest_quietly(tmp_path / "bolt", small_groups)
-    index = small_groups / "category=bolt" / edit_commit(small_groups)["index"]["name"]
-    assert pq.read_table(index).column_names == list(INDEX_COLUMNS)
-    assert read_index(small_groups, "bolt").num_rows == 41
 
 
 def test_a_plan_reads_the_commit_and_the_index_once_and_no_part_file(

@@ -53,11 +53,6 @@ def source(tmp_path: Path) -> Path:
     return make_parts(tmp_path / "bolt")
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
 FORMS = ["", "p", "name:", "name", "folder:", "folder:0", "folder:-1", "folder:x", "table:", "time:", "time:x"]
 FORMS += ["time:0", "time:inf", "exif:3", "Name:x", "name:(p"]
 

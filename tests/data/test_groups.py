@@ -65,6 +65,7 @@ def test_images_are_appended_to_and_removed_from_an_older_data_set(old_root: Pat
     before = rows_of(old_root)
     save(source / "train/good/900.png", pixels(900))
     assert ingest_quietly(source, old_root, append=True).categories[0].num_added == 1
+    assert open_data_set(old_root).require_commit("bolt")["index"]  # also if the earlier version had none
     assert rows_of(old_root)[: len(before)] == before
     remove_rows(old_root, "bolt", ids=["bolt/train/good/001"])
     remaining = [row["id"] for row in before if row["id"] != "bolt/train/good/001"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from costly_images import jpeg_of_scans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_sources import encode
@@ -275,18 +276,11 @@ def test_arguments_out_of_range_are_refused() -> None:
 # ---- files that are small and costly
 
 
-def jpeg_of(num_scans: int) -> bytes:
-    """A progressive JPEG whose last scan is repeated, as decoders allow."""
-    data = encode(Image.fromarray(pattern()), "JPEG", progressive=True)
-    start = data.rindex(b"\xff\xda")
-    return data[:start] + data[start:-2] * (num_scans - data.count(b"\xff\xda") + 1) + data[-2:]
-
-
 PNG = encode(Image.fromarray(pattern()))
 JPEG = encode(Image.fromarray(pattern()), "JPEG")
-INFLATING = zlib.compress(bytes(2**28))
+INFLATING = zlib.compress(bytes(2**28), 1)
 COSTLY = {
-    "scans": jpeg_of(16_000),
+    "scans": jpeg_of_scans(40, 16_000),
     "segments": JPEG[:2] + b"\xff\xfe\0\2" * 2_000_000 + JPEG[2:],
     "fill bytes": JPEG[:2] + b"\xff" * 8_000_000 + JPEG[2:],
     "bytes between segments": JPEG[:2] + bytes(8_000_000) + JPEG[2:],
@@ -310,14 +304,14 @@ def test_a_small_file_takes_little_time(name: str) -> None:
 
 
 def test_a_jpeg_of_more_than_100_scans_is_refused() -> None:
-    assert decode_image(jpeg_of(MAX_JPEG_SCANS), None).shape == (40, 60, 3)
+    assert decode_image(jpeg_of_scans(40, MAX_JPEG_SCANS), None).shape == (40, 40, 3)
     for read in (read_image_header, decode_image_with_info, decode_mask_and_count_values):
         with pytest.raises(ImageError, match="100 scans") as caught:
-            read(jpeg_of(MAX_JPEG_SCANS + 1))
+            read(jpeg_of_scans(40, MAX_JPEG_SCANS + 1))
         assert caught.value.reason == "too_large"
 
 
 def test_scans_of_a_preview_and_bytes_after_a_jpeg_do_not_count() -> None:
-    preview = jpeg_of(MAX_JPEG_SCANS)[:60_000]
+    preview = jpeg_of_scans(40, MAX_JPEG_SCANS)[:60_000]
     data = JPEG[:2] + b"\xff\xe2" + struct.pack(">H", len(preview) + 2) + preview + JPEG[2:]
-    assert np.array_equal(decode_image(data + jpeg_of(200), None), decode_image(JPEG, None))
+    assert np.array_equal(decode_image(data + jpeg_of_scans(40, 200), None), decode_image(JPEG, None))

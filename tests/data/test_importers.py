@@ -153,36 +153,16 @@ def test_real_categories_have_their_published_counts(tmp_path: Path) -> None:
 
 # Names of folders
 
-GOOD = [
-    "good",
-    "Good",
-    "OK",
-    "normal",
-    "Normals",
-    "Passed",
-    "no_defect",
-    "defect-free",
-    "Gutteile",
-    "i.O.",
-    "in_Ordnung",
-]
-GOOD += [
-    "ohne Fehler",
-    "bueno",
-    "buoni",
-    "conforme",
-    "良品",
-    "OK images",
-    "Gut-Bilder",
-    "unbeschädigt",
-    "non-defective",
-]
+GOOD = (
+    "good|Good|OK|normal|Normals|Passed|no_defect|defect-free|Gutteile|i.O.|in_Ordnung|ohne Fehler|bueno|buoni|conforme"
+)
+GOOD += "|良品|OK images|Gut-Bilder|unbeschädigt|non-defective"
 NOT_GOOD = ["crack", "not_good", "notok", "nok", "NG", "bad", "goodyear_logo", "broken", "abnormal", "kaputt", "ungut"]
 
 
-@pytest.mark.parametrize("name", [*GOOD, *NOT_GOOD])
+@pytest.mark.parametrize("name", [*GOOD.split("|"), *NOT_GOOD])
 def test_common_words_for_good_parts_are_recognised(name: str) -> None:
-    assert means_good_parts(name) == (name in GOOD)
+    assert means_good_parts(name) == (name not in NOT_GOOD)
     assert not (means_good_parts(name) and means_defective_parts(name))
 
 
@@ -199,11 +179,7 @@ def test_every_name_for_good_parts_gives_normal_images_and_the_report_says_so(
     text = str(ingest_quietly(save_all(tmp_path / "bolt", files), tmp_path / "out"))
     labels = {name: row["label"] for name, row in rows_by_id(tmp_path / "out").items()}
     assert labels == {"train/good/0": 0, "test/good/0": 0, "test/Kratzer/0": 1, "test/0/0": 1}
-    for line in (
-        f"train/{train}: 1 images, normal, for tr",
-        f"test/{test}: 1 images, normal, for the",
-        "test/0: interp",
-    ):
+    for line in (f"train/{train}: 1 images, normal, for tr", f"test/{test}: 1 images, normal, for the", "test/0: in"):
         assert line in text
 
 

@@ -89,9 +89,6 @@ def test_each_object_is_read_once_and_unchanged_objects_are_not_read_again(proxy
     source_requests = count_requests(proxy, "once-source")
     assert source_requests == {"GET": num_objects + 1}  # one request lists the objects
     data_requests = count_requests(proxy, "once-out")
-    print(
-        f"{num_objects} objects, 2 categories: {dict(source_requests)} of the source, {dict(data_requests)} of the data set"
-    )
     assert data_requests.total() <= 60
 
     proxy.requests.clear()
@@ -124,7 +121,6 @@ def test_the_cost_of_an_append_does_not_depend_on_the_number_of_part_files(
         counts.append(count_requests(proxy, "appended"))
         assert not count_requests(proxy, "part-").keys() - {"PUT", "HEAD"}
         assert read_index(out, "bolt").num_rows == 41
-    print(f"one image to {num_parts} part files: requests {[dict(count) for count in counts]}")
     assert num_parts == [40, 1]
     assert counts[0] == counts[1]
     assert counts[0].total() <= 45

@@ -16,7 +16,6 @@ import tifffile
 from costly_images import make_bombs, many_pages
 from made_sources import encode as write_with_pillow
 from PIL import Image
-from places import SHARED
 
 from focus_ray.data.images import (
     ImageError,
@@ -30,7 +29,6 @@ GREY8 = np.add.outer(np.arange(24), np.arange(36)).astype(np.uint8) * 3
 RGB8 = np.stack([GREY8, 255 - GREY8, GREY8 // 2], axis=2)
 GREY16, RGB16 = GREY8.astype(np.uint16) * 257, RGB8.astype(np.uint16) * 257
 ALPHA8 = np.full_like(GREY8, 128)
-CASES = SHARED / "cases"
 
 
 def encode(values: np.ndarray, **options: Any) -> bytes:
@@ -134,15 +132,6 @@ def test_a_fully_transparent_image_is_marked() -> None:
     for values in (clear, clear.astype(np.uint16)):
         assert decode_image_with_info(encode(values, **RGB, **ALPHA))[0].fully_transparent
     assert not decode_image_with_info(encode(RGB8, **RGB))[0].fully_transparent
-
-
-@pytest.mark.skipif(not CASES.is_dir(), reason="../shared/cases is not there")
-@pytest.mark.parametrize(
-    "names", ["00-rgb.png 04-rgb16.tif", "04-rgb16.tif 05-rgb16-planar.tif", "12-grey16.tif 14-grey16-whiteiszero.tif"]
-)
-def test_the_same_picture_in_two_formats_has_the_same_pixels(names: str) -> None:
-    first, second = (decode_image((CASES / name).read_bytes(), None) for name in names.split())
-    assert np.array_equal(first, second)
 
 
 # ---- files that are small and costly

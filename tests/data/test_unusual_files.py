@@ -18,88 +18,73 @@ from focus_ray.errors import DataError
 
 GIF = encode(Image.new("P", (4, 4)), "GIF")
 MASK, NO_MASK = "ground_truth/crack/000_mask.png", "ground_truth/good/000_mask.png"
-TURNED = spot((0, 0), size=(16, 12))
-# case -> (files that are added to those of `make_mvtec`, path of each rejected file -> its reason)
-CASES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
-    "zero bytes": ({"train/good/x.png": b""}, {"train/good/x.png": "empty"}),
-    "truncated": ({"train/good/x.png": encode_png(pixels(9))[:-200]}, {"train/good/x.png": "truncated"}),
-    "text": ({"train/good/x.jpg": b"<html>not found</html>"}, {"train/good/x.jpg": "not_an_image"}),
-    "a GIF with a wrong name": ({"train/good/x.png": GIF}, {"train/good/x.png": "unsupported"}),
-    "a GIF": ({"train/good/x.gif": GIF}, {"train/good/x.gif": "unsupported"}),
-    "an unknown suffix": ({"train/good/x.xyz": b"what is this"}, {"train/good/x.xyz": "unsupported"}),
-    "a mask of another size": ({MASK: TURNED}, {"test/crack/000.png": "mask_size"}),
-    "an unreadable mask": ({MASK: b""}, {"test/crack/000.png": "mask_unreadable"}),
-    "a good image with a mask": ({NO_MASK: spot((1, 1))}, {"test/good/000.png": "mask_on_good"}),
-    "a good image with a mask of zeros": ({NO_MASK: spot()}, {}),
-    "a mask without an image": (
-        {"ground_truth/crack/099_mask.png": spot((1, 1))},
-        {"ground_truth/crack/099_mask.png": "mask_without_image"},
-    ),
-    "a training image with the pixels of a test image": (
-        {"train/good/leak.bmp": 100},
-        {"train/good/leak.bmp": "duplicate_across_splits"},
-    ),
-    "a training image twice": ({"train/good/900.png": 0}, {"train/good/900.png": "duplicate_in_train"}),
-    "a test image twice": ({"test/good/900.png": 100}, {}),
-    "a defect that is also a training image": (
-        {"test/crack/900.png": 0},
-        dict.fromkeys(["train/good/000.png", "test/crack/900.png"], "contradictory_label"),
-    ),
-    "a defect that is also a good test image": (
-        {"test/crack/900.png": 100},
-        dict.fromkeys(["test/good/000.png", "test/crack/900.png"], "contradictory_label"),
-    ),
-    "a name that is not UTF-8": (
-        {os.fsdecode(b"train/good/Schl\xfcssel.png"): 9},
-        {"train/good/Schl\\xfcssel.png": "file_name"},
-    ),
-    "CMYK": ({"train/good/x.tiff": encode(Image.new("CMYK", (16, 12), (0, 255, 255, 0)), "TIFF")}, {}),
-    "16 bits": ({"train/good/x.png": encode(Image.fromarray(np.full(SIZE, 40_000, np.uint16)))}, {}),
-    "alpha": ({"train/good/x.png": encode(Image.new("RGBA", (16, 12), (9, 8, 7, 100)))}, {}),
-    "palette": ({"train/good/x.png": encode(Image.fromarray(pixels(9)).convert("P"))}, {}),
-    "a suffix in upper case": ({"train/good/x.PNG": encode_png(pixels(9))}, {}),
-    "hidden files and texts": (
-        dict.fromkeys([f"train/good/{name}" for name in ("license.txt", "readme.md", ".DS_Store", "Thumbs.db")], b"x"),
-        {},
-    ),
+NOT_UTF8 = os.fsdecode(b"train/good/Schl\xfcssel.png")
+TURNED, DEFECT = spot((0, 0), size=(16, 12)), "test/crack/900.png"
+# case -> (path of a file that is added to those of `make_mvtec`, its content, and reason why the file is rejected)
+CASES: dict[str, tuple[str, Any, str | None]] = {
+    "zero bytes": ("train/good/x.png", b"", "empty"),
+    "truncated": ("train/good/x.png", encode_png(pixels(9))[:-200], "truncated"),
+    "text": ("train/good/x.jpg", b"<html>not found</html>", "not_an_image"),
+    "a GIF with a wrong name": ("train/good/x.png", GIF, "unsupported"),
+    "a GIF": ("train/good/x.gif", GIF, "unsupported"),
+    "an unknown suffix": ("train/good/x.xyz", b"what is this", "unsupported"),
+    "a good image with a mask of zeros": (NO_MASK, spot(), None),
+    "a mask without an image": ("ground_truth/crack/099_mask.png", spot((1, 1)), "mask_without_image"),
+    "the pixels of a test image": ("train/good/leak.bmp", 100, "duplicate_across_splits"),
+    "a training image twice": ("train/good/900.png", 0, "duplicate_in_train"),
+    "a test image twice": ("test/good/900.png", 100, None),
+    "CMYK": ("train/good/x.tiff", encode(Image.new("CMYK", (16, 12), (0, 255, 255, 0)), "TIFF"), None),
+    "16 bits": ("train/good/x.png", encode(Image.fromarray(np.full(SIZE, 40_000, np.uint16))), None),
+    "alpha": ("train/good/x.png", encode(Image.new("RGBA", (16, 12), (9, 8, 7, 100))), None),
+    "palette": ("train/good/x.png", encode(Image.fromarray(pixels(9)).convert("P")), None),
+    "a suffix in upper case": ("train/good/x.PNG", encode_png(pixels(9)), None),
+    **{name: (f"train/good/{name}", b"x", None) for name in ("license.txt", "readme.md", ".DS_Store", "Thumbs.db")},
+}
+# case -> (path and content of a file that is added to those of `make_mvtec`, reason, paths of the rejected files)
+OTHER_CASES: dict[str, tuple[str, Any, str, list[str]]] = {
+    "a name that is not UTF-8": (NOT_UTF8, 9, "file_name", ["train/good/Schl\\xfcssel.png"]),
+    "a mask of another size": (MASK, TURNED, "mask_size", ["test/crack/000.png"]),
+    "an unreadable mask": (MASK, b"", "mask_unreadable", ["test/crack/000.png"]),
+    "a good image with a mask": (NO_MASK, spot((1, 1)), "mask_on_good", ["test/good/000.png"]),
+    "a defect that is also a training image": (DEFECT, 0, "contradictory_label", ["train/good/000.png", DEFECT]),
+    "a defect that is also a good test image": (DEFECT, 100, "contradictory_label", ["test/good/000.png", DEFECT]),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_exactly_the_unusable_files_are_rejected_with_their_reasons(case: str, tmp_path: Path) -> None:
-    files, expected = CASES[case]
-    report = ingest_quietly(save_all(make_mvtec(tmp_path / "bolt"), files), tmp_path / "out")
+@pytest.mark.parametrize("case", [*CASES, *OTHER_CASES])
+def test_exactly_the_unusable_files_are_rejected_with_their_reasons(case: str, tmp_path: Path, out: Path) -> None:
+    path, content, reason, *rejected = {**CASES, **OTHER_CASES}[case]
+    report = ingest_quietly(save_all(make_mvtec(tmp_path / "bolt"), {path: content}), out)
+    expected = dict.fromkeys(rejected[0] if rejected else [path], reason) if reason else {}
     assert {item.path: item.reason for item in report.rejects} == expected
     assert report.exit_status == (3 if expected else 0)
-    rows = rows_by_id(tmp_path / "out")
+    rows = rows_by_id(out)
     if "train/good/x" in rows:  # an image in another mode is stored unchanged
-        assert rows["train/good/x"]["image"] in files.values()
-    for path, reason in expected.items():
-        assert f"rejected ({reason}): {path}" in str(report)
+        assert rows["train/good/x"]["image"] == content
+    for name in expected:
+        assert f"rejected ({reason}): {name}" in str(report)
     str(report).encode()
 
 
-def test_a_mask_that_fits_two_images_rejects_both(tmp_path: Path) -> None:
+def test_a_mask_that_fits_two_images_rejects_both(tmp_path: Path, out: Path) -> None:
     root = save_all(make_folder(tmp_path / "clip"), {"bad_scratch/000.png": 60})
-    reasons = {item.path: item.reason for item in ingest_quietly(root, tmp_path / "out").rejects}
+    reasons = {item.path: item.reason for item in ingest_quietly(root, out).rejects}
     assert reasons == dict.fromkeys(["bad/000.png", "bad_scratch/000.png"], "mask_ambiguous")
 
 
-def test_a_visa_entry_without_its_file_is_rejected(tmp_path: Path) -> None:
+def test_a_visa_entry_without_its_file_is_rejected(tmp_path: Path, out: Path) -> None:
     table = b"object,split,label,image,mask\ncandle,train,normal,0.png,\ncandle,train,normal,lost.png,\n"
     root = save_all(tmp_path / "visa", {"0.png": 0, "split_csv/1cls.csv": table})
-    assert [(item.path, item.reason) for item in ingest_quietly(root, tmp_path / "out").rejects] == [
-        ("lost.png", "missing_file")
-    ]
+    assert [(item.path, item.reason) for item in ingest_quietly(root, out).rejects] == [("lost.png", "missing_file")]
 
 
-def test_links_to_missing_files_and_pipes_are_rejected(tmp_path: Path) -> None:
+def test_links_to_missing_files_and_pipes_are_rejected(tmp_path: Path, out: Path) -> None:
     source = make_mvtec(tmp_path / "bolt")
     (source / MASK).unlink()
     os.symlink("nowhere.png", source / MASK)
     os.symlink("../../.git/annex/objects/x", source / "train/good/9.png")
     os.mkfifo(source / "train/good/pipe.png")
-    report = ingest_quietly(source, tmp_path / "out")
+    report = ingest_quietly(source, out)
     assert {item.path: item.reason for item in report.rejects} == {
         **{"train/good/9.png": "unreadable", "train/good/pipe.png": "unsupported"},
         "test/crack/000.png": "mask_unreadable",
@@ -108,23 +93,25 @@ def test_links_to_missing_files_and_pipes_are_rejected(tmp_path: Path) -> None:
     assert "'nowhere.png'" in str(report)
 
 
-def test_a_rotated_image_has_its_upright_size(tmp_path: Path) -> None:
+def test_a_rotated_image_has_its_upright_size(tmp_path: Path, out: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     rotated = encode(Image.fromarray(pixels(9)), "JPEG", exif=exif)
     files = {"test/crack/009.jpg": rotated, "ground_truth/crack/009_mask.png": TURNED}
-    assert ingest_quietly(save_all(make_mvtec(tmp_path / "bolt"), files), tmp_path / "out").rejects == ()
-    row = rows_by_id(tmp_path / "out")["test/crack/009"]
+    assert ingest_quietly(save_all(make_mvtec(tmp_path / "bolt"), files), out).rejects == ()
+    row = rows_by_id(out)["test/crack/009"]
     assert (row["height"], row["width"]) == (16, 12)
 
 
 @pytest.mark.parametrize("has_mask_of_zeros", [False, True])
-def test_an_anomalous_image_without_a_usable_mask_is_ingested(tmp_path: Path, has_mask_of_zeros: bool) -> None:
+def test_an_anomalous_image_without_a_usable_mask_is_ingested(
+    tmp_path: Path, has_mask_of_zeros: bool, out: Path
+) -> None:
     root = make_mvtec(tmp_path / "bolt")
     (root / MASK).unlink()
     save_all(root, {MASK: spot()} if has_mask_of_zeros else {})
-    report = ingest_quietly(root, tmp_path / "out")
-    assert rows_by_id(tmp_path / "out")["test/crack/000"]["mask"] is None
+    report = ingest_quietly(root, out)
+    assert rows_by_id(out)["test/crack/000"]["mask"] is None
     assert any("test/crack/000.png: its mask" in note for note in report.notes) == has_mask_of_zeros
 
 
@@ -166,26 +153,28 @@ RAMP = np.concatenate([np.arange(32), np.zeros(160)]).astype(np.uint8).reshape(S
         ),
     ],
 )
-def test_the_report_mentions_what_is_probably_wrong(tmp_path: Path, files: dict[str, Any], expected: str) -> None:
-    assert expected in str(ingest_quietly(save_all(tmp_path / "bolt", files), tmp_path / "out"))
+def test_the_report_mentions_what_is_probably_wrong(
+    tmp_path: Path, files: dict[str, Any], expected: str, out: Path
+) -> None:
+    assert expected in str(ingest_quietly(save_all(tmp_path / "bolt", files), out))
 
 
-def test_rejects_are_stored_beside_the_data_until_the_source_is_corrected(tmp_path: Path) -> None:
+def test_rejects_are_stored_beside_the_data_until_the_source_is_corrected(tmp_path: Path, out: Path) -> None:
     root = make_mvtec(tmp_path / "bolt")
     broken = save(root / "train/good/x.png", b"")
-    report = ingest_quietly(root, tmp_path / "out")
+    report = ingest_quietly(root, out)
     rejects_file = tmp_path / "out/_rejects/category=bolt.parquet"
     (row,) = pq.read_table(rejects_file, partitioning=None).to_pylist()
     detail = report.rejects[0].detail
     assert row == {"path": "train/good/x.png", "category": "bolt", "reason": "empty", "detail": detail}
     broken.unlink()
-    assert ingest_quietly(root, tmp_path / "out").exit_status == 0
+    assert ingest_quietly(root, out).exit_status == 0
     assert not rejects_file.exists()
 
 
-def test_a_category_without_usable_images_is_an_error_after_all_others_are_published(tmp_path: Path) -> None:
+def test_a_category_without_usable_images_is_an_error_after_all_others_are_published(tmp_path: Path, out: Path) -> None:
     make_mvtec(tmp_path / "source/nut")
     save(tmp_path / "source/bolt/train/good/000.png", b"")
     with pytest.raises(DataError, match=r"bolt \(1 rejected: .*nut"):
-        ingest_quietly(tmp_path / "source", tmp_path / "out")
-    assert list_categories(tmp_path / "out") == ["nut"]
+        ingest_quietly(tmp_path / "source", out)
+    assert list_categories(out) == ["nut"]

@@ -23,11 +23,6 @@ def source(tmp_path: Path) -> Path:
     return make_mvtec(tmp_path / "bolt", num_train=9)
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
 def publish(source: Path, out: Path, change: int | None = None) -> str:
     """Ingests the source, and returns the new version. change: number of an image that is added first."""
     if change is not None:

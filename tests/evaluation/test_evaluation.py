@@ -134,7 +134,7 @@ def test_a_part_counts_once() -> None:
     for _ in range(3):
         measured.add(0, part)
     assert measured.num_images == 1
-    assert measured.total().bins[""].normal.sum() == 12
+    assert measured.merge_parts().bins[""].normal.sum() == 12
 
 
 def test_parts_follow_file_borders_and_contain_every_row_once(

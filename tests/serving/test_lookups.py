@@ -40,7 +40,7 @@ def add_version(registry: Registry, of: int, name: str) -> None:
     record = {"sha256": f"{of:03}{name}".encode().hex().ljust(64, "0"), "published_at": now, "num_bytes": 1}
     place = join_path(registry.root, TEAM, category(of), "_published", f"{name}.json")
     write_bytes(place, json.dumps(record).encode())
-    registry._promote(TEAM, category(of), "latest", name, only_forward=True)
+    registry._move_alias_to_version(TEAM, category(of), "latest", name, only_forward=True)
 
 
 def make_registry(root: Path, num_categories: int, names: tuple[str, ...] = ("v0001",)) -> Registry:
@@ -378,7 +378,7 @@ def test_while_the_storage_fails_cached_versions_answer(
 
     line.resolve(0, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(registry, "marks", fail)
+        patch.setattr(registry, "read_change_marks", fail)
         patch.setattr(registry, "resolve", fail)
         add_version(Registry(tmp_path), 0, "v0002")
         clock.now += REFRESH_S

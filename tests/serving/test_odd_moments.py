@@ -28,7 +28,7 @@ def test_a_bundle_replaced_during_reading_is_read_completely_anew(
     plant: ServiceTestData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, statistics = read_bundle(plant.bundles["gear"]), read_statistics(plant.bundles["gear"])
-    read_file = bundle_module._read_file
+    read_file = bundle_module._read_verified_bytes
 
     def write() -> None:
         next(source.detector.net.backbone.parameters()).data.mul_(1.01)  # other tensors, so other files
@@ -45,15 +45,15 @@ def test_a_bundle_replaced_during_reading_is_read_completely_anew(
         )
 
     def read_late(*arguments: Any) -> bytes:
-        monkeypatch.setattr(bundle_module, "_read_file", read_file)
+        monkeypatch.setattr(bundle_module, "_read_verified_bytes", read_file)
         write()  # another process publishes just now
         return read_file(*arguments)
 
     write()
-    monkeypatch.setattr(bundle_module, "_read_file", read_late)
+    monkeypatch.setattr(bundle_module, "_read_verified_bytes", read_late)
     bundle = read_bundle(tmp_path)
     assert bundle.version == read_manifest(tmp_path)["sha256"]
-    monkeypatch.setattr(bundle_module, "_read_file", read_late)
+    monkeypatch.setattr(bundle_module, "_read_verified_bytes", read_late)
     assert torch.equal(read_statistics(tmp_path).moments.mean, statistics.moments.mean)
 
 
@@ -76,8 +76,10 @@ def test_a_score_that_is_not_finite_is_a_500(plant: ServiceTestData, monkeypatch
     for score, value in ((float("nan"), np.nan), (1.0, np.inf)):
         with pytest.raises(ScoreError, match=r"'gear'.*version"):
             inspector.compare_with_thresholds(score, np.full((4, 4), value, np.float32), 4, 4)
-    judge = Inspector.judge
-    monkeypatch.setattr(Inspector, "judge", lambda self, score, *arguments: judge(self, float("nan"), *arguments))
+    compare = Inspector.compare_with_thresholds
+    monkeypatch.setattr(
+        Inspector, "compare_with_thresholds", lambda self, score, *arguments: compare(self, float("nan"), *arguments)
+    )
     with create_client(create_settings(plant)) as client:
         answer = client.post(INSPECT, content=plant.images[0], headers=plant.image_headers(plant.press))
     assert (answer.status_code, answer.json()["type"]) == (500, "urn:focus-ray:no-score")

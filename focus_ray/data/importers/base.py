@@ -20,26 +20,13 @@ from focus_ray.errors import DataError
 from focus_ray.names import NAME_WORDS, escape_invalid_utf8, is_valid_name, is_valid_utf8
 
 # Files beside the images that are ignored. A file with any other suffix is rejected and reported.
-IGNORED_SUFFIXES = (
-    ".txt",
-    ".md",
-    ".rst",
-    ".pdf",
-    ".html",
-    ".csv",
-    ".json",
-    ".xml",
-    ".yaml",
-    ".yml",
-    ".log",
-    ".db",
-    ".ini",
-)
+IGNORED_SUFFIXES = {".txt", ".md", ".rst", ".pdf", ".html", ".log"}  # documents
+IGNORED_SUFFIXES |= {".csv", ".json", ".xml", ".yaml", ".yml", ".ini", ".db"}  # tables and settings
 IGNORED_STEMS = ("license", "licence", "readme", "thumbs")
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class SourceImage:
     """A source image, with the properties that follow from its folder or from a table, such as label and masks."""
 
     path: SourcePath
@@ -66,7 +53,7 @@ class ImportPlan:
     """
 
     category: str
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[SourceImage] = field(default_factory=list)
     rejects: list[RejectedFile] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
@@ -101,7 +88,7 @@ class ImportSettings:
         """
         return [""] * len(locations) if self.grouping is None else self.grouping.name_groups(locations)
 
-    def format_relative_path(self, path: SourcePath) -> str:
+    def describe_path(self, path: SourcePath) -> str:
         """Returns a path relative to the source, as text for reports. Bytes that are not valid UTF-8 are shown as \\xff."""
         return escape_invalid_utf8(get_relative_path(path, self.source))
 
@@ -176,6 +163,7 @@ def select_test_images(names: Sequence[str], settings: ImportSettings, groups: S
     """
 
     def compute_draw_key(unit: tuple[str, str]) -> str:
+        """Returns the hash of a group or an image and the seed. The groups with the smallest hashes are drawn."""
         group, name = unit
         text = f"{settings.seed}:group:{group}" if group else f"{settings.seed}:{name}"
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
@@ -196,12 +184,12 @@ def add_folder_images(
     split: str,
     label: int,
     defect: str,
-    truth: SourcePath | None,
+    mask_folder: SourcePath | None,
     settings: ImportSettings,
 ) -> None:
     """Adds the images of a class folder (good/, scratch/) to a plan, with their masks. Rejects or notes other files.
 
-    Images in subfolders are added if `settings.takes_subfolders`; their masks are in the same subfolders of `truth`.
+    Images in subfolders are added if `settings.takes_subfolders`; their masks are in the same subfolders of `mask_folder`.
 
     Args:
         plan: the plan of the category; the function extends its samples, rejects, notes and folders.
@@ -210,7 +198,7 @@ def add_folder_images(
         split: train or test.
         label: 0 normal, 1 anomalous.
         defect: type of the defect, for label 1.
-        truth: folder of the masks; None if the images have no masks.
+        mask_folder: folder of the masks; None if the images have no masks.
         settings: the settings of the ingestion.
     """
     num_images = 0
@@ -218,46 +206,44 @@ def add_folder_images(
     for below, level in _walk_image_folders(folder, settings):
         if not is_valid_utf8(below):
             detail = "its name is not valid UTF-8: rename the folder"
-            plan.rejects.append(RejectedFile(settings.format_relative_path(level), plan.category, "file_name", detail))
+            plan.rejects.append(RejectedFile(settings.describe_path(level), plan.category, "file_name", detail))
             continue
-        masks_folder = truth / below if truth and below else truth
+        mask_subfolder = mask_folder / below if mask_folder and below else mask_folder
         stems: set[str] = set()
         files, skipped_here = _list_files(level)
         num_skipped.update(skipped_here)
         for path in files:
-            problem = _find_file_problem(path)
+            problem = _find_reject_reason(path)
             if problem is not None:
                 reason, detail = problem
-                plan.rejects.append(RejectedFile(settings.format_relative_path(path), plan.category, reason, detail))
+                plan.rejects.append(RejectedFile(settings.describe_path(path), plan.category, reason, detail))
                 continue
             stems.add(path.stem)
-            masks = tuple(find_mask_files(masks_folder, path.stem)) if masks_folder else ()
+            masks = tuple(find_mask_files(mask_subfolder, path.stem)) if mask_subfolder else ()
             name = defect if label else "good"
-            plan.samples.append(Sample(path, origin, split, label, name, masks, subfolders=below))
+            plan.samples.append(SourceImage(path, origin, split, label, name, masks, subfolders=below))
         num_images += len(stems)
-        if masks_folder:
+        if mask_subfolder:
             names = {item.name for item in list_subfolders(level)} if settings.takes_subfolders else set()
-            reject_unmatched_masks(plan, masks_folder, stems, settings, names)
+            reject_unmatched_masks(plan, mask_subfolder, stems, settings, names)
     if not settings.takes_subfolders:
         for nested in list_subfolders(folder):
             plan.notes.append(
-                f"{settings.format_relative_path(nested)}: skipped, images are expected directly in {folder.name}/"
+                f"{settings.describe_path(nested)}: skipped, images are expected directly in {folder.name}/"
             )
     if num_skipped:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(num_skipped.items()))
-        plan.notes.append(f"{settings.format_relative_path(folder)}: skipped {counts}")
+        plan.notes.append(f"{settings.describe_path(folder)}: skipped {counts}")
     if folder.is_dir():
         use = "the test" if split == "test" else "training"
         meaning = f"anomalous, {defect!r}, for the test" if label else f"normal, for {use}"
-        plan.folders.append(f"{settings.format_relative_path(folder)}: {num_images} images, {meaning}")
+        plan.folders.append(f"{settings.describe_path(folder)}: {num_images} images, {meaning}")
         if label and is_ambiguous_name(defect):
             remedy = "if its parts are good, rename it to good"
-            plan.notes.append(
-                f"{settings.format_relative_path(folder)}: interpreted as a defect named {defect!r}; {remedy}"
-            )
+            plan.notes.append(f"{settings.describe_path(folder)}: interpreted as a defect named {defect!r}; {remedy}")
 
 
-def _find_file_problem(path: SourcePath) -> tuple[RejectReason, str] | None:
+def _find_reject_reason(path: SourcePath) -> tuple[RejectReason, str] | None:
     """Returns why a file in an image folder is rejected: reason code and explanation; None for an image that can be opened."""
     if is_broken_link(path):
         return "unreadable", describe_broken_link(path)
@@ -284,46 +270,50 @@ def _walk_image_folders(folder: SourcePath, settings: ImportSettings) -> Iterato
             pending += [(f"{below}/{item.name}" if below else item.name, item) for item in list_subfolders(level)]
 
 
-def find_mask_files(truth: SourcePath, stem: str) -> list[SourcePath]:
+def find_mask_files(mask_folder: SourcePath, stem: str) -> list[SourcePath]:
     """Returns the mask files of an image, found by the name of the image.
 
     These are <stem> and <stem>_mask with any image suffix, and every image in the folder <stem>/. MVTec LOCO stores several
     regions of one image in such a folder. Broken links are included.
 
     Args:
-        truth: folder of the masks.
+        mask_folder: folder of the masks.
         stem: file name of the image without suffix.
     """
-    if not truth.is_dir():
+    if not mask_folder.is_dir():
         return []
     suffixes = (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES))
-    candidates = [truth / f"{name}{suffix}" for name in (stem, f"{stem}_mask") for suffix in suffixes]
+    candidates = [mask_folder / f"{name}{suffix}" for name in (stem, f"{stem}_mask") for suffix in suffixes]
     # a broken link counts as a mask: otherwise the image would be ingested without its mask
     masks = [path for path in candidates if path.is_file() or is_broken_link(path)]
-    return sorted(set(masks)) + list_image_files(truth / stem)
+    return sorted(set(masks)) + list_image_files(mask_folder / stem)
 
 
 def reject_unmatched_masks(
-    plan: ImportPlan, truth: SourcePath, stems: set[str], settings: ImportSettings, skipped_names: Collection[str] = ()
+    plan: ImportPlan,
+    mask_folder: SourcePath,
+    stems: set[str],
+    settings: ImportSettings,
+    skipped_names: Collection[str] = (),
 ) -> None:
     """Adds masks that belong to no image to the rejects of a plan.
 
     Args:
         plan: the plan of the category, which is changed.
-        truth: folder of the masks.
+        mask_folder: folder of the masks.
         stems: file names, without suffix, of the images.
         settings: the settings of the ingestion.
-        skipped_names: names of subfolders of `truth` that are not checked by this call.
+        skipped_names: names of subfolders of `mask_folder` that are not checked by this call.
     """
-    unmatched = [path for path in list_image_files(truth) if not {path.stem, path.stem.removesuffix("_mask")} & stems]
-    for nested in list_subfolders(truth):
+    unmatched = [
+        path for path in list_image_files(mask_folder) if not {path.stem, path.stem.removesuffix("_mask")} & stems
+    ]
+    for nested in list_subfolders(mask_folder):
         if nested.name not in stems and nested.name not in skipped_names:
             unmatched += list_image_files(nested)
     for path in unmatched:
         detail = "no image has this mask's name: rename one or remove the mask"
-        plan.rejects.append(
-            RejectedFile(settings.format_relative_path(path), plan.category, "mask_without_image", detail)
-        )
+        plan.rejects.append(RejectedFile(settings.describe_path(path), plan.category, "mask_without_image", detail))
 
 
 def refuse_unexpected_folders(root: SourcePath, allowed_names: set[str], expected: str) -> None:
@@ -353,15 +343,13 @@ def describe_skipped_folders(root: SourcePath, used_names: set[str], settings: I
         settings: the settings of the ingestion.
     """
     notes = [
-        f"{settings.format_relative_path(item)}: skipped, its name has no meaning in this layout"
+        f"{settings.describe_path(item)}: skipped, its name has no meaning in this layout"
         for item in list_subfolders(root)
         if item.name not in used_names
     ]
     if num_loose := len(list_image_files(root)):
         remedy = "move them into a folder"
-        notes.append(
-            f"{settings.format_relative_path(root)}: {num_loose} images beside the folders are skipped: {remedy}"
-        )
+        notes.append(f"{settings.describe_path(root)}: {num_loose} images beside the folders are skipped: {remedy}")
     return notes
 
 
@@ -379,7 +367,7 @@ def list_good_part_folders(folder: SourcePath) -> list[SourcePath]:
 
 def is_broken_link(path: SourcePath) -> bool:
     """Returns whether a path is a link to a missing file, for instance a file under version control that was not fetched."""
-    return path.is_symlink() and not path.exists()
+    return isinstance(path, Path) and path.is_symlink() and not path.exists()  # S3 has no links
 
 
 def describe_broken_link(path: SourcePath) -> str:

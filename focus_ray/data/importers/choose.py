@@ -100,7 +100,7 @@ def assign_groups(plans: Sequence[ImportPlan], settings: ImportSettings) -> None
         if ungrouped:
             plan.notes.append(
                 f"{plan.category}: {len(ungrouped)} of {len(plan.samples)} images get no group from {rule.text!r}, and each "
-                f"counts as a separate part (the first: {settings.format_relative_path(ungrouped[0].path)})"
+                f"counts as a separate part (the first: {settings.describe_path(ungrouped[0].path)})"
             )
     if not any(sample.group for plan in plans for sample in plan.samples):
         raise DataError(f"group_by={rule.text!r} gives none of {len(samples)} images a group: {rule.hint}")

@@ -72,12 +72,10 @@ def plan_folder_import(root: SourcePath, category: str, settings: ImportSettings
             if not masks and not sample.subfolders:
                 masks = tuple(find_mask_files(masks_root, stem))
                 if masks and len(owners[stem]) > 1:
-                    could_be = (
-                        f"{settings.format_relative_path(masks[0])} could belong to {stem} of {', '.join(owners[stem])}"
-                    )
+                    could_be = f"{settings.describe_path(masks[0])} could belong to {stem} of {', '.join(owners[stem])}"
                     detail = f"{could_be}: move it to masks/<folder of its image>/"
                     plan.rejects.append(
-                        RejectedFile(settings.format_relative_path(sample.path), category, "mask_ambiguous", detail)
+                        RejectedFile(settings.describe_path(sample.path), category, "mask_ambiguous", detail)
                     )
                     continue
             plan.samples.append(replace(sample, masks=masks))

@@ -15,9 +15,10 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from focus_ray.csv_tables import unescape_formula
 from focus_ray.data.images import read_capture_time
@@ -33,6 +34,7 @@ ImageLocation = tuple[SourcePath, str]
 """An image file, and its subfolders below the class folder (good/, scratch/), for example "part1/view2"."""
 
 
+@dataclass(frozen=True)
 class GroupRule(ABC):
     """A rule that names the groups of images. Images of a group show the same part, or belong to one burst of photographs.
 
@@ -42,11 +44,9 @@ class GroupRule(ABC):
         hint: the advice in the error message if no image gets a group.
     """
 
-    takes_subfolders = False
-    hint: str
-
-    def __init__(self, text: str) -> None:
-        self.text = text
+    text: str
+    takes_subfolders: ClassVar[bool] = False
+    hint: ClassVar[str]
 
     @abstractmethod
     def name_groups(self, locations: Sequence[ImageLocation]) -> list[str]:
@@ -71,10 +71,14 @@ def parse_group_rule(text: str, source: SourcePath) -> GroupRule:
     form, _, value = text.partition(":")
     try:
         if form == "name" and value:
-            return GroupByFileName(text, value)
+            return GroupByFileName(text, re.compile(value))
         if form == "folder" and value:
+            if int(value) < 1:
+                raise ValueError(f"the level {value} is below 1")
             return GroupByFolder(text, int(value))
         if form == "time" and value:
+            if not 0 < float(value) < math.inf:
+                raise ValueError(f"{value} is not a number of seconds above 0")
             return GroupByTime(text, float(value))
         if form == "table" and value:
             return GroupByTable(text, _read_group_table(value), source)
@@ -85,26 +89,21 @@ def parse_group_rule(text: str, source: SourcePath) -> GroupRule:
         raise DataError(f"group_by={text!r}: {error}: expected {RULE_FORMS}") from None
 
 
+@dataclass(frozen=True)
 class GroupByFileName(GroupRule):
     """The rule that takes the group name from the file name, by a regular expression: first capturing group or whole match."""
 
+    pattern: re.Pattern[str]
     hint = "it matches no file name"
-
-    def __init__(self, text: str, pattern: str) -> None:
-        """Compiles the regular expression.
-
-        Raises: re.error: the expression does not compile.
-        """
-        super().__init__(text)
-        self._pattern = re.compile(pattern)
 
     def name_groups(self, locations: Sequence[ImageLocation]) -> list[str]:
         """Returns the part of each file name that the regular expression matches; empty if it does not match."""
-        matches = (self._pattern.search(path.name) for path, _ in locations)
-        number = 1 if self._pattern.groups else 0
+        matches = (self.pattern.search(path.name) for path, _ in locations)
+        number = 1 if self.pattern.groups else 0
         return [(match.group(number) or "") if match else "" for match in matches]
 
 
+@dataclass(frozen=True)
 class GroupByFolder(GroupRule):
     """The rule that takes the group name from a folder below the class folder (good/, scratch/).
 
@@ -112,45 +111,33 @@ class GroupByFolder(GroupRule):
     folders above, so that a/1 and b/1 are two groups.
     """
 
+    level: int
     takes_subfolders = True
     hint = "no image lies that many subfolders below good/ or the like: move the images of each part into a subfolder"
-
-    def __init__(self, text: str, level: int) -> None:
-        """Sets the level of the folder, 1 or more.
-
-        Raises: ValueError: the level is below 1.
-        """
-        super().__init__(text)
-        if level < 1:
-            raise ValueError(f"the level {level} is below 1")
-        self._level = level
 
     def name_groups(self, locations: Sequence[ImageLocation]) -> list[str]:
         """Returns the folder of each image at the level of the rule; empty if the image has fewer subfolders."""
         folders = (below.split("/") if below else [] for _, below in locations)
-        return ["/".join(names[: max(0, len(names) - self._level + 1)]) for names in folders]
+        return ["/".join(names[: max(0, len(names) - self.level + 1)]) for names in folders]
 
 
+@dataclass(frozen=True)
 class GroupByTable(GroupRule):
-    """The rule that takes the group names from a table, which lists paths relative to the source, or file names."""
+    """The rule that takes the group names from a table, which lists paths relative to the source, or file names.
 
+    Attributes:
+        groups: path or file name -> group name.
+        source: root of the source.
+    """
+
+    groups: Mapping[str, str]
+    source: SourcePath
     hint = "the table names none of the image files: expected paths relative to the source, or file names"
-
-    def __init__(self, text: str, groups: Mapping[str, str], source: SourcePath) -> None:
-        """Sets the group names from the content of a table.
-
-        Args:
-            text: the rule as the user wrote it.
-            groups: path or file name -> group name.
-            source: root of the source.
-        """
-        super().__init__(text)
-        self._groups, self._source = dict(groups), source
 
     def name_groups(self, locations: Sequence[ImageLocation]) -> list[str]:
         """Returns the group of each image in the table; empty if the table does not name the image."""
-        names = ((get_relative_path(path, self._source), path.name) for path, _ in locations)
-        return [self._groups.get(relative, self._groups.get(name, "")) for relative, name in names]
+        names = ((get_relative_path(path, self.source), path.name) for path, _ in locations)
+        return [self.groups.get(relative, self.groups.get(name, "")) for relative, name in names]
 
     def check_source_images(self, paths: Iterable[SourcePath]) -> None:
         """Checks that each file name without folder in the table belongs to only one image of the source.
@@ -159,30 +146,22 @@ class GroupByTable(GroupRule):
         """
         by_name: dict[str, list[str]] = defaultdict(list)
         for path in paths:
-            relative = get_relative_path(path, self._source)
-            if relative not in self._groups or relative == path.name:
+            relative = get_relative_path(path, self.source)
+            if relative not in self.groups or relative == path.name:
                 by_name[path.name].append(relative)
         for name, relatives in by_name.items():
-            if name in self._groups and len(relatives) > 1:
+            if name in self.groups and len(relatives) > 1:
                 places = " or ".join(sorted(relatives)[:3])
                 raise DataError(f"group_by={self.text!r}: {name!r} could be {places}: write the path into the table")
 
 
+@dataclass(frozen=True)
 class GroupByTime(GroupRule):
     """The rule that groups photographs into bursts: their EXIF times have gaps of at most `max_gap_s` seconds."""
 
+    max_gap_s: float
     hint = "no image has an EXIF time"
-
-    def __init__(self, text: str, max_gap_s: float) -> None:
-        """Sets the largest gap between two photographs of a burst.
-
-        Raises: ValueError: the gap is not a finite number above 0.
-        """
-        super().__init__(text)
-        if not 0 < max_gap_s < math.inf:
-            raise ValueError(f"{max_gap_s} is not a number of seconds above 0")
-        self._max_gap_s = max_gap_s
-        self._times: dict[str, datetime | None] = {}
+    _times: dict[str, datetime | None] = field(default_factory=dict)  # path -> EXIF time, of images that were read
 
     def name_groups(self, locations: Sequence[ImageLocation]) -> list[str]:
         """Returns the time of the first photograph of each image's burst; empty for an image without EXIF time."""
@@ -194,7 +173,7 @@ class GroupByTime(GroupRule):
         first = last = datetime.min  # times of the first image of the current burst, and of the previous image
         timed = ((self._times[str(path)], str(path), number) for number, path in enumerate(paths))
         for time, _, number in sorted((time, path, number) for time, path, number in timed if time is not None):
-            if last is datetime.min or (time - last).total_seconds() > self._max_gap_s:
+            if last is datetime.min or (time - last).total_seconds() > self.max_gap_s:
                 first = time
             last = time
             names[number] = first.isoformat()

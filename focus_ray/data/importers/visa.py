@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from focus_ray.data.importers.base import (
     ImportPlan,
     ImportSettings,
-    Sample,
+    SourceImage,
     check_category_name,
     get_folder_name,
     select_test_images,
@@ -87,12 +87,14 @@ def plan_visa_import(
         image, mask = (_resolve_table_path(text, root, table) for text in (image_text, mask_text or image_text))
         missing_files = [text for text, path in ((image_text, image), (mask_text, mask)) if text and not path.is_file()]
         if missing_files:
-            detail = f"{settings.format_relative_path(table)} names {missing_files[0]}, which does not exist"
-            plan.rejects.append(RejectedFile(settings.format_relative_path(image), category, "missing_file", detail))
+            detail = f"{settings.describe_path(table)} names {missing_files[0]}, which does not exist"
+            plan.rejects.append(RejectedFile(settings.describe_path(image), category, "missing_file", detail))
             continue
         label_name = "anomaly" if label_text.casefold() in _YES else label_text
         defect = re.sub(r"[^A-Za-z0-9._-]+", "_", label_name) if label else "good"
-        plan.samples.append(Sample(image, split, split, label, defect, (mask,) if mask_text else (), has_drawn_split))
+        plan.samples.append(
+            SourceImage(image, split, split, label, defect, (mask,) if mask_text else (), has_drawn_split)
+        )
     return [plans[name] for name in sorted(plans)]
 
 
