@@ -44,7 +44,7 @@ def build_variants(epochs: int, learning_rate: float) -> dict[str, dict[str, Any
         "+ ICA + fine loss": merge_settings(ICA, fine),
         "all": everything,
         "fine loss + ICA by gradient": merge_settings(LITERAL_ICA, fine),
-        "selected": merge_settings(everything, {"selection": {"enabled": True}}),
+        "selected": merge_settings(everything, {"selection": {"fraction": 0.1}}),
     }
 
 

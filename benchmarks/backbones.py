@@ -96,7 +96,7 @@ def measure_fit(name: str, num_images: int, folder: Path) -> dict[str, Any]:
     plan = compute_split_plan(config, "gear")
     shard = build_shard(config, "gear", plan, rank=0, num_workers=1)
     start = time.process_time()
-    found = fit(config, shard, len(plan.fit_rows), torch.device("cpu"))
+    found = fit(config, shard, len(plan.fit.rows), torch.device("cpu"))
     seconds = time.process_time() - start
     place = folder / name
     write_bundle(

@@ -82,15 +82,15 @@ def make_split_settings(holdout_fraction: float) -> dict[str, Any]:
 def plan_training(tree: Mapping[str, Any], category: str, shots: int | None) -> SplitPlan:
     """The training images of a category. shots: take only this many of them, evenly chosen; None takes all."""
     plan = compute_split_plan(parse_config(dict(tree)), category)
-    if shots is None or shots >= len(plan.fit_rows):
+    if shots is None or shots >= len(plan.fit.rows):
         return plan
-    chosen = sorted(choose_evenly_spaced(len(plan.fit_rows), shots))
+    chosen = sorted(choose_evenly_spaced(len(plan.fit.rows), shots))
     return plan.select_fit_images(chosen)
 
 
 def hash_training_images(plan: SplitPlan) -> str:
     """The same for two plans if the same images train, be it that some of them first validate."""
-    rows = sorted([*plan.fit_rows.tolist(), *plan.validation_rows.tolist()])
+    rows = sorted([*plan.fit.rows.tolist(), *plan.validation.rows.tolist()])
     return hashlib.sha256(json.dumps([plan.fingerprint, rows]).encode()).hexdigest()[:16]
 
 

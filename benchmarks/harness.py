@@ -74,7 +74,7 @@ def fit_category(
     """Trains one category in this process and gives an inspector of it."""
     plan = plan or compute_split_plan(config, category)
     shard = build_shard(config, category, plan, rank=0, num_workers=1)
-    result = fit(config, shard, len(plan.fit_rows), torch.device(device), log=print)
+    result = fit(config, shard, len(plan.fit.rows), torch.device(device), log=print)
     return result, make_inspector(config, category, result, device)
 
 

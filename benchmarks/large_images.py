@@ -23,11 +23,11 @@ from focus_ray.features.settings import ModelConfig
 METRICS = ("image_auroc", "pixel_auroc", "pixel_average_precision", "aupro_0.3", "aupro_0.05")
 
 
-def list_image_treatments(size_px: int, grid: list[int], overlap: float) -> dict[str, dict[str, Any]]:
+def list_image_treatments(size_px: int, grid: list[int]) -> dict[str, dict[str, Any]]:
     """Name -> the model section of a way to look at images; a whole one of another shape than a square is left out."""
     found: dict[str, dict[str, Any]] = {f"{size_px} px, whole": {"image_size_px": size_px}}
     for density in ("per_tile", "shared"):
-        tiling = {"grid": grid, "overlap": overlap, "density": density}
+        tiling = {"grid": grid, "density": density}
         found[f"{grid[0]} x {grid[1]} tiles, {density}"] = {"image_size_px": size_px, "tiling": tiling}
     height, width = ModelConfig(
         image_alignment={"group": "none"}, image_size_px=size_px, tiling=tiling
@@ -42,16 +42,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, several=True)
     parser.add_argument("--grid", type=int, nargs=2, default=[2, 2])
-    parser.add_argument("--overlap", type=float, default=0.125)
     parser.add_argument("--max-images", type=int, default=96)
     arguments = parser.parse_args()
     rows: list[list[Any]] = []
     for place in arguments.data:
         uri, categories = open_data(argparse.Namespace(**{**vars(arguments), "data": place}))
         for category in categories:
-            for name, model in list_image_treatments(
-                arguments.image_size_px, arguments.grid, arguments.overlap
-            ).items():
+            for name, model in list_image_treatments(arguments.image_size_px, arguments.grid).items():
                 tree = merge_settings(
                     make_base_settings(arguments, uri),
                     {"data": {"holdout_fraction": 0.2}, "calibration": {"method": "split"}},

@@ -166,7 +166,7 @@ def build_data_loaders(config: Config, category: str, rows: Sequence[int], where
     kept = build_shard(config, category, plan, 0, 1)
     unkept = config.model_copy(update={"data": config.data.model_copy(update={"memory_budget_mb": 0.0})})
     streamed = build_shard(unkept, category, plan, 0, 1, build_local_stream(unkept, category, plan))
-    steps = BatchSchedule.from_smallest_share(len(plan.fit_rows), 1, train.batch_size_per_worker)
+    steps = BatchSchedule.from_smallest_share(len(plan.fit.rows), 1, train.batch_size_per_worker)
 
     def epoch(shard: Any) -> int:
         return consume_batches(

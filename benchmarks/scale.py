@@ -53,7 +53,7 @@ def make_config(asked: dict[str, Any]) -> Config:
         tree = merge_settings(tree, {"model": {"image_alignment": {"group": "none"}}})
     if tiles > 1:
         tree = merge_settings(tree, {"model": {"tiling": {"grid": [tiles, tiles], "overlap": 0.0}}})
-    return parse_config(tree)
+    return parse_config(tree, is_fitted=True)  # tiles without overlap, so that sizes compare
 
 
 def make_images(files: Sequence[str], count: int, config: Config, turns: int) -> NDArray[np.uint8]:

@@ -141,7 +141,7 @@ def measure_reductions(
     tree: dict[str, Any], category: str, device: str, shares: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
     """Name of a way -> figures of one fit of the category."""
-    config = parse_config(merge_settings(tree, {"density": {"per_place": None, "gaussian_share": 0.0}}))
+    config = parse_config(merge_settings(tree, {"density": {"per_place": None, "gaussian_share": 0.0}}), is_fitted=True)
     result, inspector = fit_category(config, category, device)
     detector, found = result.detector, result.statistics
     joint = detector.density
@@ -172,7 +172,7 @@ def compute_sizes(num_images: int, per_place: int | None, precision: str) -> dic
     tree = merge_settings(
         make_base_settings_of("unused", "random", 256), {"density": {"per_place": per_place, "precision": precision}}
     )
-    config = parse_config(tree)
+    config = parse_config(tree, is_fitted=True)
     net = build_network(config.model)
     reduction = ChannelReduction(net.backbone.spec.channels, config.density, 0)
     side = config.model.image_size_px // config.model.location_side_px(config.density.map_layer)

@@ -65,7 +65,7 @@ def measure_density_seconds(tree: dict[str, Any], category: str, device: str) ->
         for start in range(0, len(records), 32):
             batch = [record["image"] for record in records[start : start + 32]]
             images = convert_to_float_images(torch.from_numpy(decode_batch(batch, size)), device)
-            embeddings.append(embed_images(result.net, result.reduction, images)[0])
+            embeddings.append(embed_images(result.detector.net, result.detector.reduction, images)[0])
         seconds = []
         for _ in range(3):
             begin = time.perf_counter()

@@ -62,7 +62,9 @@ def run_grid_without_ray(
     config = parse_sweep_config({"base": base, "space": space, "searcher": "grid"})
     reference = config.make_trial_config()
     size_px, points, on = reference.model.image_size_px, list_grid_points(config), torch.device(device)
-    plans = {category: split_for_scoring(reference, category, "validation").plan(reference) for category in categories}
+    plans = {
+        category: split_for_scoring(reference, category, "validation").build_plan(reference) for category in categories
+    }
     samples = []
     for share in (False, True):
         clear_trial_caches()

@@ -254,23 +254,24 @@ def _ensure_ingested(
 
     Raises: DataError: the images cannot be ingested, or there are several categories.
     """
-    if groups is not None and isinstance(images, (str, Path)):
-        raise DataError(f"{images}: groups is for a list or array of images: give group_by for a folder")
-    if group_by is not None and not isinstance(images, (str, Path)):
-        raise DataError(f"group_by={group_by!r} is for a folder: give groups for a list or array of images")
-    source = Path(images).expanduser() if isinstance(images, (str, Path)) and "://" not in str(images) else None
-    if isinstance(images, (str, Path)) and (source is None or any(source.glob("category=*"))):
-        uri = str(images)
-        if group_by is not None:
-            raise DataError(f"group_by={group_by!r}: {uri} is already ingested: give --group-by to `focus-ray ingest`")
-        return uri, _require_single_category(list_categories(uri), uri)
     rule: str | GroupRule | None = group_by
-    if source is None:
+    if not isinstance(images, (str, Path)):
+        if group_by is not None:
+            raise DataError(f"group_by={group_by!r} is for a folder: give groups for a list or array of images")
         source = _write_image_files(images, root / _DEFAULT_CATEGORY)
         rule = _make_group_rule(groups, source)
-    elif not source.is_dir():
-        raise DataError(f"{source}: no such folder: give a folder of good images")
+    elif groups is not None:
+        raise DataError(f"{images}: groups is for a list or array of images: give group_by for a folder")
     else:
+        source = Path(images).expanduser()
+        if "://" in str(images) or any(source.glob("category=*")):
+            if group_by is not None:
+                raise DataError(
+                    f"group_by={group_by!r}: {images} is already ingested: give --group-by to `focus-ray ingest`"
+                )
+            return str(images), _require_single_category(list_categories(str(images)), str(images))
+        if not source.is_dir():
+            raise DataError(f"{source}: no such folder: give a folder of good images")
         source = link_images_into_good_folder(source, root)
     report = ingest(source, root / "data", progress=False, group_by=rule)
     name = _require_single_category([category.name for category in report.categories], str(source))
@@ -309,13 +310,9 @@ def _write_image_files(images: Any, folder: Path) -> Path:
     """Writes images as files into folder/good/ and returns the folder."""
     (folder / "good").mkdir(parents=True)
     for number, image in enumerate(_convert_to_image_list(images)):
-        name = f"{number:06}"
-        if isinstance(image, (str, Path)):
-            path = Path(image).expanduser()
-            suffix = path.suffix if path.suffix.lower() in IMAGE_SUFFIXES else ".png"
-            (folder / "good" / f"{name}{suffix}").write_bytes(_encode_image_file(path))
-        else:
-            (folder / "good" / f"{name}.png").write_bytes(_encode_image_file(image, f"image {number}"))
+        suffix = Path(image).suffix if isinstance(image, (str, Path)) else ""
+        name = f"{number:06}{suffix if suffix.lower() in IMAGE_SUFFIXES else '.png'}"
+        (folder / "good" / name).write_bytes(_encode_image_file(image, f"image {number}"))
     return folder
 
 

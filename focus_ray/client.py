@@ -149,13 +149,13 @@ class Client:
 
         Raises: ServiceError: the service refused the request, or did not answer within the retries.
         """
-        return _parse_inspection(
-            self._send_request(_build_inspection_request(team, category, images, version, include_map))
-        )
+        query = {"version": version, "include": "map" if include_map else None}
+        return _parse_inspection(self._send_request(_build_inspection_request(team, category, images, query)))
 
     def picture(self, team: str, category: str, image: bytes, output: Output, *, version: str | None = None) -> bytes:
         """Returns a PNG with the heat map, overlay or mask of an image. Raises: ServiceError: see `inspect`."""
-        return self._send_request(_build_picture_request(team, category, image, output, version)).content
+        request = _build_inspection_request(team, category, [image], {"version": version, "output": output})
+        return self._send_request(request).content
 
     def get(self, path: str) -> Any:
         """Returns the JSON of a path, such as /v1/press/bolt. Raises: ServiceError: see `inspect`."""
@@ -209,15 +209,15 @@ class AsyncClient:
         include_map: bool = False,
     ) -> InspectionResult:
         """Inspects encoded images, as `Client.inspect` does."""
-        return _parse_inspection(
-            await self._send_request(_build_inspection_request(team, category, images, version, include_map))
-        )
+        query = {"version": version, "include": "map" if include_map else None}
+        return _parse_inspection(await self._send_request(_build_inspection_request(team, category, images, query)))
 
     async def picture(
         self, team: str, category: str, image: bytes, output: Output, *, version: str | None = None
     ) -> bytes:
         """Returns a PNG with the heat map, overlay or mask of an image. Raises: ServiceError: see `Client.inspect`."""
-        return (await self._send_request(_build_picture_request(team, category, image, output, version))).content
+        request = _build_inspection_request(team, category, [image], {"version": version, "output": output})
+        return (await self._send_request(request)).content
 
     async def get(self, path: str) -> Any:
         """Returns the JSON of a path, such as /v1/press/bolt. Raises: ServiceError: see `Client.inspect`."""
@@ -232,24 +232,17 @@ def _build_auth_headers(token: str | None) -> dict[str, str]:
 
 
 def _build_inspection_request(
-    team: str, category: str, images: Sequence[bytes], version: str | None, include_map: bool
+    team: str, category: str, images: Sequence[bytes], query: dict[str, str | None]
 ) -> _Request:
-    """Returns the request that inspects images: a single image as the body, several images as multipart files."""
-    params = {"version": version or "", "include": "map" if include_map else ""}
-    request = {
-        "method": "POST",
-        "url": f"/v1/{team}/{category}/inspect",
-        "params": {name: value for name, value in params.items() if value},
-    }
+    """Returns the request that inspects images: a single image as the body, several images as multipart files.
+
+    Args: query: query parameters; those without a value are left out.
+    """
+    params = {name: value for name, value in query.items() if value}
+    request = {"method": "POST", "url": f"/v1/{team}/{category}/inspect", "params": params}
     if len(images) == 1:
         return {**request, "content": images[0], "headers": {"content-type": "application/octet-stream"}}
     return {**request, "files": [("images", (str(number), image)) for number, image in enumerate(images)]}
-
-
-def _build_picture_request(team: str, category: str, image: bytes, output: Output, version: str | None) -> _Request:
-    request = _build_inspection_request(team, category, [image], version, False)
-    request["params"]["output"] = output
-    return request
 
 
 async def _send_with_retries(

@@ -18,6 +18,7 @@ from places import REPOSITORY, free_port
 from waiting import wait_for
 
 CONFIGURATION = REPOSITORY / "serve" / "nginx.conf"
+SLOW_TIMEOUT_S = 10  # of headers, and of pauses in a body
 
 
 @dataclass(frozen=True)
@@ -70,29 +71,36 @@ def write_certificate(folder: Path) -> None:
     subprocess.run(["bash", str(REPOSITORY / "container/certificate.sh"), str(folder)], check=True, capture_output=True)
 
 
-def write_proxy_configuration(folder: Path, service: str) -> int:
+def write_proxy_configuration(folder: Path, service: str, slow_timeout_s: int = SLOW_TIMEOUT_S) -> int:
     """Writes serve/nginx.conf with two free ports, place.conf and a certificate into a folder.
 
     Args:
         service: HOST:PORT of the service.
+        slow_timeout_s: replaces the timeout of slow clients, so that tests wait for less time.
 
     Returns:
         The port of the proxy.
     """
     port, inner = free_port(), free_port()
     text = CONFIGURATION.read_text()
-    assert text.count("8443") == 1
-    (folder / "nginx.conf").write_text(text.replace("8443", f"127.0.0.1:{port}").replace("8444", str(inner)))
+    for old, new in (
+        ("8443", f"127.0.0.1:{port}"),
+        ("8444", str(inner)),
+        (f"_timeout {SLOW_TIMEOUT_S}s", f"_timeout {slow_timeout_s}s"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "nginx.conf").write_text(text)
     (folder / "place.conf").write_text(f"upstream focus_ray {{ server {service}; keepalive 32; }}\n")
     write_certificate(folder / "tls")
     return port
 
 
 @contextmanager
-def run_proxy(folder: Path, service: str) -> Iterator[NginxProxy]:
+def run_proxy(folder: Path, service: str, slow_timeout_s: int = SLOW_TIMEOUT_S) -> Iterator[NginxProxy]:
     """Runs the shipped proxy in front of a service at HOST:PORT until the context ends."""
     program = find_nginx()
-    port = write_proxy_configuration(folder, service)
+    port = write_proxy_configuration(folder, service, slow_timeout_s)
     words = [program, "-p", f"{folder}/", "-c", str(folder / "nginx.conf")]
     if os.geteuid() == 0:
         words += ["-g", "user root;"]  # else its workers become `nobody`, who may not write into pytest's folders

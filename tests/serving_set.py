@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import uvicorn
 from fastapi.testclient import TestClient
-from small_set import ingest_parts, make_bundle, small_config
 from waiting import wait_for
 
 from focus_ray.bundle.bundle import MANIFEST, compute_manifest_hash
 from focus_ray.bundle.registry import Registry
 from focus_ray.data.read import read_rows
+from focus_ray.detect.inspection import Inspection
 from focus_ray.serving.api import create_api
 from focus_ray.serving.metrics import METRICS, MetricsRecorder
 from focus_ray.serving.scorer import ImageScorer
@@ -33,7 +34,7 @@ INSPECT = f"/v1/{PRESS}/gear/inspect"
 
 
 @dataclass(frozen=True)
-class ServiceTestData:
+class TwoTeams:
     """A registry with small models of two teams, and a token of each kind.
 
     Team press has the categories gear and board. Team mill has only gear.
@@ -52,7 +53,7 @@ class ServiceTestData:
     def image_headers(self, token: str) -> dict[str, str]:
         return {**bearer_header(token), "content-type": "image/png"}
 
-    def copy_registry(self, folder: Path) -> ServiceTestData:
+    def copy_registry(self, folder: Path) -> TwoTeams:
         """Copies the registry, for a test that changes it."""
         return replace(self, registry=str(shutil.copytree(self.registry, folder)))
 
@@ -61,19 +62,14 @@ def bearer_header(token: str) -> dict[str, str]:
     return {"authorization": f"Bearer {token}"}
 
 
-def create_test_data(folder: Path) -> ServiceTestData:
-    data = ingest_parts(folder)
-    plain = {"image_alignment": {"group": "none"}}
-    bundles = {
-        "gear": make_bundle(small_config(data, folder / "runs", model=plain), "gear"),
-        "board": make_bundle(small_config(data, folder / "runs", data={"categories": ["board"]}), "board"),
-    }
+def create_test_data(folder: Path, data: str, bundles: dict[str, str]) -> TwoTeams:
+    """Publishes the bundles of gear and board, which learnt from the data set, and creates the tokens."""
     registry = Registry(folder / "registry")
-    for bundle in bundles.values():
-        registry.publish(bundle, PRESS, aliases=["production"])
+    for category in ("gear", "board"):
+        registry.publish(bundles[category], PRESS, aliases=["production"])
     registry.publish(bundles["gear"], MILL)
     tokens = str(folder / "tokens.yaml")
-    return ServiceTestData(
+    return TwoTeams(
         registry=registry.root,
         bundles=bundles,
         data=data,
@@ -97,16 +93,21 @@ def replace_data_set_uri(registry: Path | str, team: str, uri: object) -> None:
     record_file.write_text(json.dumps({**json.loads(record_file.read_text()), "sha256": manifest["sha256"]}))
 
 
-def create_settings(plant: ServiceTestData, **changes: Any) -> ServiceSettings:
+def create_settings(plant: TwoTeams, **changes: Any) -> ServiceSettings:
     return parse_service_settings({"registry": plant.registry, "tokens": plant.tokens, "refresh_s": 0.05, **changes})
 
 
-def create_open_settings(plant: ServiceTestData) -> ServiceSettings:
+def create_open_settings(plant: TwoTeams) -> ServiceSettings:
     return parse_service_settings({"registry": plant.registry, "open_to_all": True})
 
 
+def check_score(score: float, inspection: Inspection) -> None:
+    """Compares squares: the memory contains the training images, so their squared distances are rounding errors."""
+    assert score**2 == pytest.approx(inspection.score**2, rel=2e-4, abs=1e-4 * inspection.threshold**2)
+
+
 class RecordedMetrics(MetricsRecorder):
-    """Keeps the reported metrics as (name, value, tags)."""
+    """Stores the recorded metrics as (name, value, tags)."""
 
     def __init__(self) -> None:
         self.records: list[tuple[str, float, dict[str, str]]] = []

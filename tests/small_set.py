@@ -60,14 +60,14 @@ def small_config(uri: str, storage: Path | str, **sections: dict[str, Any]) -> C
     }
     for name, section in sections.items():
         settings[name] = {**settings.get(name, {}), **section}
-    return parse_config(settings)
+    return parse_config(settings, is_fitted=True)  # tests change values that are fixed for users
 
 
 def fit_alone(config: Config, category: str = "gear") -> FitResult:
     """Trains a category in this process."""
     plan = compute_split_plan(config, category)
     shard = build_shard(config, category, plan, 0, 1)
-    return fit(config, shard, len(plan.fit_rows), torch.device("cpu"))
+    return fit(config, shard, len(plan.fit.rows), torch.device("cpu"))
 
 
 def make_bundle(

@@ -19,7 +19,6 @@ from places import SHARED
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils import estimator_checks
-from small_set import draw_parts, ingest_parts
 
 import focus_ray
 from focus_ray.bundle.bundle import read_manifest
@@ -36,9 +35,10 @@ QUICK: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_parts(tmp_path_factory.mktemp("api") / "images") / "gear"
+@pytest.fixture(scope="module", name="parts")
+def gear_folder(parts: str) -> Path:
+    """The folder of images from which the category gear of the data set `parts` was ingested."""
+    return Path(parts).parent / "images/gear"
 
 
 @pytest.fixture(scope="module")
@@ -46,39 +46,23 @@ def model(parts: Path) -> focus_ray.Model:
     return focus_ray.fit(parts, **QUICK)
 
 
-def pixels_of(folder: Path) -> np.ndarray[Any, Any]:
+def read_pixels(folder: Path) -> np.ndarray[Any, Any]:
     return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.iterdir())])
 
 
 def test_a_folder_an_array_and_a_list_of_paths_make_the_same_model(parts: Path, model: focus_ray.Model) -> None:
     good = parts / "train/good"
     new = sorted((parts / "test/good").iterdir())[0]
-    score = model.inspect(new).score
-    arrays = focus_ray.fit(pixels_of(good), **QUICK)
-    paths = focus_ray.fit(sorted(good.iterdir()), **QUICK)
-    plain = focus_ray.fit(good, **QUICK)
+    arrays, paths, plain = (focus_ray.fit(x, **QUICK) for x in (read_pixels(good), sorted(good.iterdir()), good))
     for other in (arrays, paths, plain):
-        assert other.inspect(new).score == pytest.approx(score, rel=1e-5)
+        assert other.inspect(new).score == pytest.approx(model.inspect(new).score, rel=1e-5)
         assert other.threshold == pytest.approx(model.threshold, rel=1e-5)
-    assert plain.category == "good"
-    assert model.category == "gear"
+    assert (plain.category, model.category) == ("good", "gear")
 
 
 def test_fit_makes_the_same_model_as_the_commands(parts: Path, model: focus_ray.Model, tmp_path: Path) -> None:
-    uri = ingest_parts(tmp_path)
-    words = [
-        f"data.uri={uri}",
-        "data.categories=[gear]",
-        f"storage={tmp_path / 'runs'}",
-        "name=a",
-        "model.weights=random",
-    ]
-    words += [
-        "model.image_size_px=64",
-        "model.image_alignment.group=none",
-        "density.num_channels=16",
-        "density.coreset=64",
-    ]
+    words = f"""data.uri={parts.parents[1]}/data data.categories=[gear] storage={tmp_path}/runs name=a model.weights=random
+    model.image_size_px=64 model.image_alignment.group=none density.num_channels=16 density.coreset=64""".split()
     assert main(["train", "default", *words]) == 0
     commanded = read_manifest(tmp_path / "runs/a/bundles/gear")
     model.save(tmp_path / "saved")
@@ -148,40 +132,29 @@ def test_an_array_that_may_be_one_image_with_its_channels_first_gives_a_warning(
 def test_a_pillow_image_scores_as_its_file(
     mode: str, rotated: bool, model: focus_ray.Model, photograph: Image.Image, tmp_path: Path
 ) -> None:
+    deep = Image.fromarray(np.asarray(photograph.convert("L")).astype(np.uint16) * 257)
     if mode in ("I;16", "I"):
-        deep = np.asarray(photograph.convert("L")).astype(np.uint16) * 257
-        image = Image.fromarray(deep if mode == "I;16" else deep.astype(np.int32))
-    elif mode == "LAB":
-        image = ImageCms.profileToProfile(  # Pillow converts RGB to LAB by profiles alone
-            photograph, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
-        )
+        image = deep if mode == "I;16" else Image.fromarray(np.asarray(deep).astype(np.int32))
+    elif mode == "LAB":  # Pillow converts RGB to LAB by profiles alone
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        image = ImageCms.profileToProfile(photograph, *profiles, outputMode="LAB")
     else:
         image = photograph.quantize(16) if mode == "P" else photograph.convert(mode)
     assert image.mode == mode
-    suffix = {"CMYK": "tif", "LAB": "tif"}.get(mode, "png")
-    shown = {"YCbCr": photograph.convert("YCbCr").convert("RGB"), "HSV": photograph.convert("HSV").convert("RGB")}
-    path = tmp_path / f"image.{suffix}"
-    if mode == "PA":
-        shown[mode] = image.convert("RGBA")
-    if mode == "I":
-        shown[mode] = Image.fromarray(deep)
-    (shown.get(mode, image)).save(path)
+    # a file format without this mode holds the same colours in another mode
+    saved = {"PA": "RGBA", "YCbCr": "RGB", "HSV": "RGB"}.get(mode)
+    saved_image = deep if mode == "I" else image.convert(saved) if saved else image
+    path = tmp_path / f"image.{'tif' if mode in ('CMYK', 'LAB') else 'png'}"
+    exif = Image.Exif()
     if rotated:
-        image.getexif()[0x0112] = 6
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        shown.get(mode, image).save(path, exif=exif)
-    from_file = model.inspect(path)
-    inspection = model.inspect(image)
-    assert (
-        (inspection.width, inspection.height)
-        == (from_file.width, from_file.height)
-        == ((48, 64) if rotated else (64, 48))
-    )
-    assert inspection.score == from_file.score
-    assert model.inspect_all([image])[0].score == inspection.score
+        image.getexif()[0x0112] = exif[0x0112] = 6
+    saved_image.save(path, exif=exif)
+    from_file, inspection = model.inspect(path), model.inspect(image)
+    size = (48, 64) if rotated else (64, 48)
+    assert (inspection.width, inspection.height) == (from_file.width, from_file.height) == size
+    assert inspection.score == from_file.score == model.inspect_all([image])[0].score
     opened = Image.open(path)
-    if rotated and suffix == "tif":
+    if rotated and path.suffix == ".tif":
         with pytest.raises(DataError, match="Pillow misreads this kind of TIFF: give the path"):
             model.inspect(opened)
     else:
@@ -210,20 +183,16 @@ def test_recorded_files_score_equally_as_files_and_as_pillow_images(model: focus
 
 
 def test_a_corrupt_image_among_many_is_named(parts: Path, model: focus_ray.Model, tmp_path: Path) -> None:
-    good = sorted((parts / "train/good").iterdir())[:5]
-    folder = tmp_path / "new"
-    folder.mkdir()
-    for path in good:
-        shutil.copy(path, folder)
-    corrupt = folder / good[3].name
-    corrupt.write_bytes(corrupt.read_bytes()[:200])
-    files = sorted(folder.iterdir())
-    for images in (folder, files, [str(path) for path in files]):
-        with pytest.raises(DataError, match=rf"^{corrupt}: .*truncated"):
+    for path in sorted((parts / "train/good").iterdir())[:5]:
+        shutil.copy(path, tmp_path)
+    files = sorted(tmp_path.iterdir())
+    files[3].write_bytes(files[3].read_bytes()[:200])
+    for images in (tmp_path, files, [str(path) for path in files]):
+        with pytest.raises(DataError, match=rf"^{files[3]}: .*truncated"):
             model.inspect_all(images)
-    with pytest.raises(DataError, match=rf"^{corrupt}: .*truncated"):
-        model.inspect(corrupt)
-    with pytest.raises(DataError, match=rf"^{corrupt}: .*truncated"):
+    with pytest.raises(DataError, match=rf"^{files[3]}: .*truncated"):
+        model.inspect(files[3])
+    with pytest.raises(DataError, match=rf"^{files[3]}: .*truncated"):
         model.evaluate(files, [0, 0, 0, 0, 1])
     with pytest.raises(DataError, match=r"^image 3: .*truncated"):
         model.inspect_all([path.read_bytes() for path in files])
@@ -242,55 +211,55 @@ def test_a_model_is_evaluated_on_its_test_images_or_on_labelled_images(
 ) -> None:
     result = model.evaluate()
     assert (result["num_normal"], result["image_auroc"] is not None) == (4, True)
-    assert model.evaluate(parts)["image_auroc"] == result["image_auroc"]
-    good, bad = (
-        sorted((parts / "test/good").iterdir()),
-        [p for p in (parts / "test").rglob("*.png") if p.parent.name != "good"],
-    )
-    labelled_result = model.evaluate([*good, *bad], [0] * len(good) + [1] * len(bad))
-    assert labelled_result["image_auroc"] == pytest.approx(result["image_auroc"])
+    images = sorted((parts / "test").rglob("*.png"))
+    labels = [int(path.parent.name != "good") for path in images]
+    for auroc in (
+        model.evaluate(parts)["image_auroc"],
+        model.evaluate(images, labels)["image_auroc"],
+        focus_ray.load(model.save(tmp_path / "saved")).evaluate(parts)["image_auroc"],
+    ):
+        assert auroc == pytest.approx(result["image_auroc"])
     with pytest.raises(DataError, match="2 images, but 1 labels"):
-        model.evaluate(good[:2], [0])
-    with pytest.raises(DataError, match="label 3 of image 0: expected 0"):
-        model.evaluate(good[:1], [3])
+        model.evaluate(images[:2], [0])
     with pytest.raises(DataError, match="evaluate needs labels"):
-        model.evaluate(good)
-    loaded = focus_ray.load(model.save(tmp_path / "saved"))
-    assert loaded.evaluate(parts)["image_auroc"] == result["image_auroc"]
+        model.evaluate(images)
 
 
-def test_a_misspelt_or_ambiguous_setting_is_refused_by_name(parts: Path) -> None:
-    with pytest.raises(ConfigError, match="image_size_px"):
-        focus_ray.fit(parts, image_size=64)
-    with pytest.raises(ConfigError, match=r"image_alignment__method"):
-        focus_ray.fit(parts, method="split")
-    with pytest.raises(ConfigError, match=r"model\.image_size_px"):
-        focus_ray.fit(parts, image_size_px=63)
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"image_size": 64}, "image_size_px"),
+        ({"method": "split"}, "image_alignment__method"),
+        ({"image_size_px": 63}, r"model\.image_size_px"),
+    ],
+)
+def test_a_misspelt_or_ambiguous_setting_is_refused_by_name(parts: Path, setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        focus_ray.fit(parts, **setting)
 
 
 def test_invalid_images_are_refused(parts: Path, model: focus_ray.Model, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"shape \(4, 4, 5\).*expected uint8"):
-        model.inspect(np.zeros((4, 4, 5), np.uint8))
-    with pytest.raises(DataError, match="type float64: expected uint8"):
-        model.inspect(np.zeros((4, 4, 3)))
-    with pytest.raises(DataError, match="cannot be read"):
-        model.inspect(tmp_path / "gone.png")
-    with pytest.raises(DataError, match="no such folder"):
-        focus_ray.fit(tmp_path / "gone", **QUICK)
-    with pytest.raises(DataError, match="2 normal training images; at least 4"):
-        focus_ray.fit(pixels_of(parts / "train/good")[:2], **QUICK)
-    with pytest.raises(DataError, match=r"2 categories \(board, gear\)"):
-        focus_ray.fit(parts.parent, **QUICK)
     (tmp_path / "empty").mkdir()
+    for images, message in (
+        (np.zeros((4, 4, 5), np.uint8), r"shape \(4, 4, 5\).*expected uint8"),
+        (np.zeros((4, 4, 3)), "type float64: expected uint8"),
+        (tmp_path / "gone.png", "cannot be read"),
+    ):
+        with pytest.raises(DataError, match=message):
+            model.inspect(images)
     with pytest.raises(DataError, match="no image in this folder"):
         model.inspect_all(tmp_path / "empty")
+    for source, message in (
+        (tmp_path / "gone", "no such folder"),
+        (read_pixels(parts / "train/good")[:2], "2 normal training images; at least 4"),
+        (parts.parent, r"2 categories \(board, gear\)"),
+    ):
+        with pytest.raises(DataError, match=message):
+            focus_ray.fit(source, **QUICK)
 
 
 def test_the_estimator_keeps_scikit_learns_conventions(parts: Path) -> None:
-    good, bad = (
-        pixels_of(parts / "train/good"),
-        pixels_of(next(p for p in (parts / "test").iterdir() if p.name != "good")),
-    )
+    good, bad = read_pixels(parts / "train/good"), read_pixels(parts / "test/scratch")
     settings = {key: value for key, value in QUICK.items() if key not in ("weights", "image_size_px")}
     estimator = focus_ray.AnomalyDetector(64, "random", settings=settings)
     with pytest.raises(NotFittedError):
@@ -299,18 +268,17 @@ def test_the_estimator_keeps_scikit_learns_conventions(parts: Path) -> None:
     images = np.concatenate([good[:3], bad])
     scores, decision = estimator.score_samples(images), estimator.decision_function(images)
     np.testing.assert_allclose(decision, scores - estimator.offset_)
-    assert set(estimator.predict(images)) <= {-1, 1}
-    assert ((decision < -1e-4) == (estimator.predict(images) == -1)).all()
-    assert ((estimator.p_values(images) <= 0.05) == (estimator.predict(images) == -1)).all()
-    np.testing.assert_array_equal(estimator.fit_predict(good), estimator.predict(good))
+    verdicts = estimator.predict(images)
+    assert set(verdicts) <= {-1, 1}
+    assert ((decision < -1e-4) == (verdicts == -1)).all()
+    assert ((estimator.p_values(images) <= 0.05) == (verdicts == -1)).all()
     again = pickle.loads(pickle.dumps(estimator))
     np.testing.assert_array_equal(again.score_samples(images), scores)
     assert not hasattr(clone(estimator), "model_")
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
+def test_scikit_learns_own_checks_that_need_no_table_pass() -> None:
+    for check in (
         estimator_checks.check_parameters_default_constructible,
         estimator_checks.check_no_attributes_set_in_init,
         estimator_checks.check_get_params_invariance,
@@ -319,10 +287,8 @@ def test_the_estimator_keeps_scikit_learns_conventions(parts: Path) -> None:
         estimator_checks.check_estimator_cloneable,
         estimator_checks.check_valid_tag_types,
         estimator_checks.check_mixin_order,
-    ],
-)
-def test_scikit_learns_own_checks_that_need_no_table_pass(check: Any) -> None:
-    check("AnomalyDetector", focus_ray.AnomalyDetector())
+    ):
+        check("AnomalyDetector", focus_ray.AnomalyDetector())
 
 
 def test_the_package_is_imported_without_torch() -> None:
@@ -332,42 +298,43 @@ def test_the_package_is_imported_without_torch() -> None:
     assert out == ["False", "fit", "True", "False"]
 
 
-def groups_of_the_ingested(model: focus_ray.Model) -> list[str]:
+def read_groups(model: focus_ray.Model) -> list[str]:
     data = str(model.inspector.bundle.config.data.uri)
     return read_index(data, model.category)["group"].to_pylist()
 
 
 def test_a_list_of_images_accepts_a_group_for_each_image(parts: Path) -> None:
-    images = list(pixels_of(parts / "train/good")[:8])
+    images = list(read_pixels(parts / "train/good")[:8])
     model = focus_ray.fit(images, groups=["a", "a", 2, np.int64(2), "b", None, "", "c"], **QUICK)
-    assert groups_of_the_ingested(model) == ["a", "a", "2", "2", "b", "", "", "c"]
+    assert read_groups(model) == ["a", "a", "2", "2", "b", "", "", "c"]
 
 
 def test_a_folder_accepts_a_rule_for_its_groups(parts: Path) -> None:
     model = focus_ray.fit(parts / "train/good", group_by=r"name:(\d)\.png$", **QUICK)
     names = sorted(path.name for path in (parts / "train/good").iterdir())
-    assert groups_of_the_ingested(model) == [name[-5] for name in names]
+    assert read_groups(model) == [name[-5] for name in names]
 
 
-def test_groups_that_do_not_fit_the_images_are_refused(parts: Path, tmp_path: Path) -> None:
-    images = list(pixels_of(parts / "train/good")[:4])
-    with pytest.raises(DataError, match="4 images, but 3 groups"):
-        focus_ray.fit(images, groups=["a", "b", "c"], **QUICK)
-    with pytest.raises(DataError, match=r"1\.5"):
-        focus_ray.fit(images, groups=["a", "b", "c", 1.5], **QUICK)  # type: ignore[list-item]
-    with pytest.raises(DataError, match="group_by"):
-        focus_ray.fit(parts, groups=["a"], **QUICK)
-    with pytest.raises(DataError, match="name:x"):
-        focus_ray.fit(images, group_by="name:x", **QUICK)
-    ingest_parts(tmp_path)
-    with pytest.raises(DataError, match="name:x"):
-        focus_ray.fit(tmp_path / "data", group_by="name:x", **QUICK)
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("pixels", {"groups": ["a", "b", "c"]}, "4 images, but 3 groups"),
+        ("pixels", {"groups": ["a", "b", "c", 1.5]}, r"1\.5"),
+        ("pixels", {"group_by": "name:x"}, "name:x"),
+        ("folder", {"groups": ["a"]}, "group_by"),
+        ("ingested", {"group_by": "name:x"}, "name:x"),
+    ],
+)
+def test_groups_that_do_not_fit_the_images_are_refused(
+    parts: Path, source: str, options: dict[str, Any], message: str
+) -> None:
+    images: Any = {"folder": parts, "ingested": parts.parents[1] / "data"}.get(source)
+    with pytest.raises(DataError, match=message):
+        focus_ray.fit(list(read_pixels(parts / "train/good")[:4]) if images is None else images, **options, **QUICK)
 
 
-def test_training_images_are_left_out_of_an_evaluation(parts: Path) -> None:
-    model = focus_ray.fit(parts / "train/good", **QUICK)
-    trained_on = sorted((parts / "train/good").iterdir())
-    new = sorted((parts / "test").rglob("*.png"))
+def test_training_images_are_left_out_of_an_evaluation(parts: Path, model: focus_ray.Model) -> None:
+    trained_on, new = sorted((parts / "train/good").iterdir()), sorted((parts / "test").rglob("*.png"))
     labels = [int(path.parent.name != "good") for path in new]
     alone = model.evaluate(new, labels)
     result = model.evaluate([*trained_on, *new], [0] * len(trained_on) + labels)

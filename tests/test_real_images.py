@@ -18,20 +18,20 @@ from focus_ray.training.training import train
 BATCH_SIZE = 16
 
 
-def ingested(source: Path, folder: Path) -> str:
+def ingest_or_skip(source: Path, folder: Path) -> str:
     if not source.is_dir():
         pytest.skip(f"there are no images at {source}")
     ingest(source, folder / "data", progress=False)
     return str(folder / "data")
 
 
-def shipped(name: str, data: str, weights: Path, folder: Path) -> Config:
+def load_shipped_config(name: str, data: str, weights: Path, folder: Path) -> Config:
     """Loads a shipped configuration and changes only data, weights and storage."""
     places = [f"data.uri={data}", f"model.weights={weights}", f"storage={folder / 'runs'}"]
     return load_config(CONFIGS / f"{name}.yaml", places)
 
 
-def evaluated(place: str | Path, config: Config, category: str) -> dict[str, Any]:
+def evaluate_bundle(place: str | Path, config: Config, category: str) -> dict[str, Any]:
     inspector = Inspector.load(place, "cpu", batch_size=BATCH_SIZE)
     result = inspector.evaluate(read_test_rows(config.data.uri, category))
     print(f"{category}: image AUROC {result['image_auroc']:.4f}, pixel AUROC {result['pixel_auroc']:.4f}")
@@ -43,11 +43,11 @@ def evaluated(place: str | Path, config: Config, category: str) -> dict[str, Any
 def test_the_default_configuration_separates_hazelnuts(
     shared: Path, resnet18_weights: Path, ray_cluster: None, tmp_path: Path
 ) -> None:
-    data = ingested(shared / "data" / "hazelnut_toy", tmp_path)
-    config = shipped("default", data, resnet18_weights, tmp_path)
+    data = ingest_or_skip(shared / "data" / "hazelnut_toy", tmp_path)
+    config = load_shipped_config("default", data, resnet18_weights, tmp_path)
     (category, place), *other_bundles = train(config).items()
     assert not other_bundles
-    result = evaluated(place, config, category)
+    result = evaluate_bundle(place, config, category)
     assert (result["num_normal"], result["num_anomalous"]) == (6, 17)
     assert result["num_masks"] == 17
     assert result["image_auroc"] >= 0.99
@@ -74,8 +74,10 @@ def test_the_shipped_configurations_reach_their_figures(
     min_image_auroc: float,
     min_pixel_auroc: float,
 ) -> None:
-    config = shipped(name, ingested(shared / "data/mvtec" / category, tmp_path), resnet18_weights, tmp_path)
-    result = evaluated(make_bundle(config, category), config, category)
+    config = load_shipped_config(
+        name, ingest_or_skip(shared / "data/mvtec" / category, tmp_path), resnet18_weights, tmp_path
+    )
+    result = evaluate_bundle(make_bundle(config, category), config, category)
     assert (result["num_normal"], result["num_anomalous"]) == counts
     assert result["image_auroc"] >= min_image_auroc
     assert result["pixel_auroc"] >= min_pixel_auroc

@@ -14,7 +14,7 @@ from places import REPOSITORY
 from focus_ray import __version__
 
 
-def load(name: str) -> ModuleType:
+def load_release_script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, REPOSITORY / "release" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -24,7 +24,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-LONG, RELEASE = load("long_description"), load("release")
+LONG, RELEASE = load_release_script("long_description"), load_release_script("release")
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 DEAD = re.compile(r"\]\((?!https?://|#)")
 

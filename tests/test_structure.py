@@ -9,6 +9,7 @@ import ast
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,25 +54,28 @@ MAY_IMPORT = {
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 
 
-def name_of(path: Path) -> str:
+def get_module_name(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
-def room_of(name: str) -> str:
+def get_room(name: str) -> str:
     return name.partition(".")[0]
 
 
-def may_import(name: str, library: str) -> bool:
+def is_import_allowed(name: str, library: str) -> bool:
     """Whether MAY_IMPORT lists the module or its room for the library."""
-    return not {name, room_of(name)}.isdisjoint(MAY_IMPORT[library])
+    return not {name, get_room(name)}.isdisjoint(MAY_IMPORT[library])
 
 
 WITHOUT_RAY = [
-    name_of(path) for path in MODULES if not may_import(name_of(path), "ray") and not path.stem.startswith("__")
+    get_module_name(path)
+    for path in MODULES
+    if not is_import_allowed(get_module_name(path), "ray") and not path.stem.startswith("__")
 ]
 
 
-def imports_of(path: Path) -> list[tuple[int, str]]:
+@cache  # seven tests read the same files
+def list_imports(path: Path) -> list[tuple[int, str]]:
     """Returns (line, dotted name) of every import in a file, also inside functions, but not for type checkers only."""
     imports = []
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -90,29 +94,26 @@ def imports_of(path: Path) -> list[tuple[int, str]]:
     return imports
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@pytest.mark.parametrize("path", MODULES, ids=get_module_name)
 def test_a_module_imports_only_lower_levels(path: Path) -> None:
-    room = room_of(name_of(path))
+    room = get_room(get_module_name(path))
     assert room in LEVEL_OF, "give the new room a level in LEVELS"
-    imported = {target.split(".")[1] for _, target in imports_of(path) if target.startswith("focus_ray.")}
+    imported = {target.split(".")[1] for _, target in list_imports(path) if target.startswith("focus_ray.")}
     upward = {other for other in imported - {room} if LEVEL_OF[other] >= LEVEL_OF[room]}
     assert upward == set()
 
 
 @pytest.mark.parametrize("library", MAY_IMPORT)
 def test_only_allowed_modules_import_a_library(library: str) -> None:
-    imports = {name_of(path) for path in MODULES for _, name in imports_of(path) if name.partition(".")[0] == library}
-    assert [name for name in sorted(imports) if not may_import(name, library)] == []
+    imports = {
+        get_module_name(path) for path in MODULES for _, name in list_imports(path) if name.partition(".")[0] == library
+    }
+    assert [name for name in sorted(imports) if not is_import_allowed(name, library)] == []
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
-    assert {name for _, name in imports_of(PACKAGE / "__init__.py")} == {
-        "os",
-        "typing",
-        "importlib",
-        "focus_ray.errors",
-        "focus_ray.version",
-    }
+    names = {name for _, name in list_imports(PACKAGE / "__init__.py")}
+    assert names == {"os", "typing", "importlib", "focus_ray.errors", "focus_ray.version"}
 
 
 BLOCK = """

@@ -21,12 +21,21 @@ from focus_ray.data.read import data_fingerprint, list_categories, read_index
 NUM_CATEGORIES, EACH = 12, 250
 
 
+# runs the command line with 50 instead of 3 retries of a category
+MANY_RETRIES = """
+import runpy
+import focus_ray.cluster.settings
+focus_ray.cluster.settings.MAX_FAILURES = 50
+runpy.run_module("focus_ray.cli", run_name="__main__")
+"""
+
+
 def run_command(arguments: list[str], log: Path, address: str, accept: tuple[int, ...] = (0,)) -> float:
     """Runs a focus-ray command on the cluster. Returns: seconds. Raises: SystemExit: it failed."""
     start = time.perf_counter()
     with log.open("w") as stream:
         status = subprocess.run(
-            [sys.executable, "-m", "focus_ray.cli", *arguments],
+            [sys.executable, "-c", MANY_RETRIES, *arguments],
             stdout=stream,
             stderr=stream,
             cwd=ROOT,
@@ -56,7 +65,7 @@ def hash_outcome(root: str) -> dict[str, Any]:
 def run_once(arguments: argparse.Namespace, work: Path, number: int) -> dict[str, Any]:
     """One run of the whole way, undisturbed where it is number 0."""
     root = f"s3://{BUCKET}/kills-{number}"
-    train = ["train", *make_settings(arguments, root), "cluster.max_failures=50"]
+    train = ["train", *make_settings(arguments, root)]
     with NodeProcesses(3, number or None) as nodes:
         address = nodes.address
         raw = f"s3://{BUCKET}/kills/raw"

@@ -79,7 +79,7 @@ def measure_count(count: int) -> dict[str, Any]:
         num_bytes = write_index_only(Path(folder), count)
         config = parse_config({"data": {"uri": folder}})
         split, split_s, split_mb = measure_call(lambda: compute_split_rule(config, "part"))
-        plan, plan_s, plan_mb = measure_call(lambda: split.plan(config))
+        plan, plan_s, plan_mb = measure_call(lambda: split.build_plan(config))
     return {
         "images": count,
         "index_mb": num_bytes / 2**20,

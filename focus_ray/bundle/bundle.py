@@ -146,7 +146,7 @@ def write_bundle(
     Args:
         uri: folder of the bundle, a local path or an s3:// URI.
         detector: built from `statistics` with `build_detector`.
-        statistics: statistics of the training images. They are stored for later updates only with density.keep_moments.
+        statistics: statistics of the training images. They are stored for later updates.
         calibration: if its `precision` is None, the stored copy gets the number format in which `detector` computes.
         data: provenance of the images, the manifest's entry "data": uri, fingerprint, num_fit, num_holdout.
         metrics: the manifest's entry "metrics": losses, indicators of a collapsed network, seconds of each stage.
@@ -423,9 +423,7 @@ def read_statistics(uri: str | Path) -> NormalStatistics:
 def _read_statistics_of_manifest(uri: str | Path, manifest: dict[str, Any]) -> NormalStatistics:
     """Reads the statistics of the bundle that `manifest` describes. Raises: BundleError, ConfigError: see `read_statistics`."""
     if "moments" not in manifest["files"]:
-        raise BundleError(
-            f"{uri}: the bundle stores no moments, so it cannot be updated: train with density.keep_moments=true"
-        )
+        raise BundleError(f"{uri}: the bundle stores no moments, so it cannot be updated: train the category again")
     shape = manifest["moments"]
     content = _read_verified_bytes(uri, manifest["files"]["density"])
     read_header(content, str(uri))

@@ -436,7 +436,7 @@ def _relate_groups(names: Sequence[str]) -> ImageRelations | None:
     numbers: dict[str, int] = {}
     groups = [numbers.setdefault(name or f"/{index}", len(numbers)) for index, name in enumerate(names)]
     relations = ImageRelations.from_groups(torch.tensor(groups, dtype=torch.long))
-    return None if relations.is_trivial else relations
+    return None if relations.has_no_related_images else relations
 
 
 def _move_moments(statistics: NormalStatistics, device: torch.device | str) -> NormalStatistics:
@@ -509,7 +509,7 @@ def _choose_calibration_images(
         raise DataError(f"the bundle's own held-out images cannot be read ({error}): {hint}") from None
     if not is_unchanged:
         raise DataError(f"{uri} has changed since the bundle was made, so its holdout images are unknown: {hint}")
-    holdout_rows = set(compute_split_plan(bundle.config, bundle.category).holdout_rows.tolist())
+    holdout_rows = set(compute_split_plan(bundle.config, bundle.category).holdout.rows.tolist())
     holdout = _list_normal_images(uri, bundle.category).select_by_hash(fit_hashes, included=False)
     holdout = holdout._replace(hashes={row: value for row, value in holdout.hashes.items() if row in holdout_rows})
     if not holdout.hashes:

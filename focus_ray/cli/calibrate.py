@@ -10,7 +10,7 @@ from typing import Any
 from focus_ray.cli.output import check_paths_exist, escape_invalid_utf8, list_image_paths, print_message
 
 
-def add_calibrate_parser(commands: Any) -> None:
+def add_parsers(commands: Any) -> None:
     """Adds the parser of `calibrate`."""
     calibrate = commands.add_parser(
         "calibrate",
@@ -19,35 +19,26 @@ def add_calibrate_parser(commands: Any) -> None:
         "defects are optional. They set no threshold; they show the cost of each threshold. If `update` joined bundles "
         "of several sites, the embeddings of one site can set the thresholds, without image files.",
     )
-    calibrate.add_argument("bundle", help="the bundle that needs new thresholds")
-    calibrate.add_argument("output", help="folder of the changed bundle; may be the bundle itself")
-    calibrate.add_argument("--good", nargs="+", metavar="FOLDER", help="images of good parts, or folders of them")
-    calibrate.add_argument(
+    add = calibrate.add_argument
+    add("bundle", help="the bundle that needs new thresholds")
+    add("output", help="folder of the changed bundle; may be the bundle itself")
+    add("--good", nargs="+", metavar="FOLDER", help="images of good parts, or folders of them")
+    add(
         "--site",
         metavar="BUNDLE",
         help="instead of --good: a site's own bundle that was joined into this bundle; its images set the thresholds, by "
         "leave-one-out",
     )
-    calibrate.add_argument("--bad", nargs="+", metavar="FOLDER", default=[], help="images of defective parts")
-    calibrate.add_argument(
-        "--target-fpr", type=float, help="share of good parts that may be called bad (default: the bundle's)"
-    )
-    calibrate.add_argument(
-        "--target-pixel-fpr", type=float, help="share of good pixels called bad (default: the bundle's)"
-    )
-    calibrate.add_argument("--image-threshold", type=float, help="set this threshold by hand, instead of --good")
-    calibrate.add_argument("--pixel-threshold", type=float, help="set this threshold by hand, instead of --good")
-    calibrate.add_argument(
-        "--cost-false-alarm", type=float, default=1.0, help="cost of a good part called bad (default: 1)"
-    )
-    calibrate.add_argument("--cost-miss", type=float, default=10.0, help="cost of a missed defect (default: 10)")
-    calibrate.add_argument(
-        "--defect-rate", type=float, default=0.01, help="share of parts that are defective (default: 0.01)"
-    )
-    calibrate.add_argument(
-        "--trade-off", metavar="FILE", help="with --bad: write the curve of false alarms and misses to this CSV file"
-    )
-    calibrate.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    add("--bad", nargs="+", metavar="FOLDER", default=[], help="images of defective parts")
+    add("--target-fpr", type=float, help="share of good parts that may be called bad (default: the bundle's)")
+    add("--target-pixel-fpr", type=float, help="share of good pixels called bad (default: the bundle's)")
+    add("--image-threshold", type=float, help="set this threshold by hand, instead of --good")
+    add("--pixel-threshold", type=float, help="set this threshold by hand, instead of --good")
+    add("--cost-false-alarm", type=float, default=1.0, help="cost of a good part called bad (default: 1)")
+    add("--cost-miss", type=float, default=10.0, help="cost of a missed defect (default: 10)")
+    add("--defect-rate", type=float, default=0.01, help="share of parts that are defective (default: 0.01)")
+    add("--trade-off", metavar="FILE", help="with --bad: write the curve of false alarms and misses to this CSV file")
+    add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     calibrate.set_defaults(run=_run_calibrate_command)
 
 
@@ -76,23 +67,13 @@ def _run_calibrate_command(arguments: argparse.Namespace) -> int:
     from focus_ray.detect.shift import describe_new_calibration_shift
     from focus_ray.storage.files import write_bytes
 
+    targets = {name: getattr(arguments, name) for name in ("target_fpr", "target_pixel_fpr", "device")}
     if by_hand:
-        manifest = set_thresholds(
-            arguments.bundle,
-            arguments.output,
-            image_threshold=arguments.image_threshold,
-            pixel_threshold=arguments.pixel_threshold,
-        )
+        thresholds = {name: getattr(arguments, name) for name in ("image_threshold", "pixel_threshold")}
+        manifest = set_thresholds(arguments.bundle, arguments.output, **thresholds)
         calibration = Calibration.from_dict(manifest["calibration"])
     elif arguments.site is not None:
-        outcome = calibrate_for_site(
-            arguments.bundle,
-            arguments.output,
-            arguments.site,
-            target_fpr=arguments.target_fpr,
-            target_pixel_fpr=arguments.target_pixel_fpr,
-            device=arguments.device,
-        )
+        outcome = calibrate_for_site(arguments.bundle, arguments.output, arguments.site, **targets)
         manifest, calibration = outcome.manifest, outcome.calibration
         if outcome.is_metric_biased:
             print_message(
@@ -100,15 +81,7 @@ def _run_calibrate_command(arguments: argparse.Namespace) -> int:
                 "alarm rate may be above the target: calibrate with new good images (--good)"
             )
     else:
-        outcome = calibrate_bundle(
-            arguments.bundle,
-            arguments.output,
-            good,
-            bad,
-            target_fpr=arguments.target_fpr,
-            target_pixel_fpr=arguments.target_pixel_fpr,
-            device=arguments.device,
-        )
+        outcome = calibrate_bundle(arguments.bundle, arguments.output, good, bad, **targets)
         manifest, calibration = outcome.manifest, outcome.calibration
         for line in _describe_copied_images(outcome.copies):
             print_message(f"note: {line}")
@@ -155,32 +128,17 @@ def _print_threshold_trade_off(curve: Any, threshold: float, arguments: argparse
     The table has a row for each false alarm rate, for the threshold in use, and for the cheapest threshold.
     """
     cost = curve.compute_cost(arguments.cost_false_alarm, arguments.cost_miss, arguments.defect_rate)
-    cheapest = float(curve.thresholds[int(cost.argmin())])
+    rows = {}
+    for rate in (0.0, 0.01, 0.02, 0.05, 0.1, 0.2):  # the lowest threshold with at most this false alarm rate
+        rows[f"at most {rate:.0%} false alarms"] = curve.thresholds[int((curve.false_alarms <= rate + 1e-12).argmax())]
+    rows |= {"as set": threshold, "cheapest": curve.thresholds[int(cost.argmin())]}
     print(f"{'':24}{'threshold':>10} {'good called bad':>16} {'defects missed':>15} {'cost per part':>14}")
-    rows = [
-        (f"at most {rate:.0%} false alarms", _find_lowest_threshold(curve, rate))
-        for rate in (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
-    ]
-    for name, value in [*rows, ("as set", threshold), ("cheapest", cheapest)]:
+    for name, value in rows.items():
         alarms, misses = curve.get_rates_at(value)
-        price = float(
-            curve.compute_cost(arguments.cost_false_alarm, arguments.cost_miss, arguments.defect_rate)[
-                _find_threshold_index(curve, value)
-            ]
-        )
+        price = cost[max(0, int(curve.thresholds.searchsorted(value, side="right")) - 1)]
         print(f"{name:24}{value:10.4g} {alarms:16.1%} {misses:15.1%} {price:14.4g}")
     print_message(
         f"of {curve.num_good} good and {curve.num_bad} bad images; a false alarm costs {arguments.cost_false_alarm:g}, a miss "
         f"{arguments.cost_miss:g}, and {arguments.defect_rate:g} of parts are defective. A threshold picked from this table fits "
         "these defects: set it with --image-threshold, and test it on other images."
     )
-
-
-def _find_lowest_threshold(curve: Any, rate: float) -> float:
-    """Returns the lowest threshold whose false alarm rate is at most `rate`."""
-    return float(curve.thresholds[int((curve.false_alarms <= rate + 1e-12).argmax())])
-
-
-def _find_threshold_index(curve: Any, threshold: float) -> int:
-    """Returns the index of the last point of the curve whose threshold is not above `threshold`; at least 0."""
-    return max(0, int(curve.thresholds.searchsorted(threshold, side="right")) - 1)

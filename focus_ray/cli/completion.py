@@ -11,22 +11,13 @@ from typing import Any
 SHELLS = ("bash", "zsh", "fish")
 _REQUEST_VARIABLE = "_ARGCOMPLETE"  # the variable that a shell sets when it completes a word
 _STANDARD_KINDS = {"train": "run", "sweep": "sweep"}  # command -> kind of its standard configurations
-_CONFIG_TITLES = {
-    "sweep": "a sweep",
-    "serve": "the service",
-}  # command -> configuration of its keys; other commands take keys of a run
-_TYPE_WORDS = {
-    "integer",
-    "number",
-    "text",
-    "name",
-    "null",
-    "anything",
-    "section",
-}  # words of the reference that are types, not values
+# command -> configuration of its keys; other commands take keys of a run
+_CONFIG_TITLES = {"sweep": "a sweep", "serve": "the service"}
+# words of the reference that are types, not values
+_TYPE_WORDS = {"integer", "number", "text", "name", "null", "anything", "section"}
 
 
-def add_completion_parser(commands: Any) -> None:
+def add_parsers(commands: Any) -> None:
     """Adds the parser of `completion`."""
     completion = commands.add_parser(
         "completion",

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 
-def add_config_parser(commands: Any) -> None:
+def add_parsers(commands: Any) -> None:
     """Adds the parsers of `config show`, `config explain` and `config list`."""
     config = commands.add_parser("config", help="show a configuration, explain a key, list the standard configurations")
     actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -32,12 +32,14 @@ def _run_config_show_command(arguments: argparse.Namespace) -> int:
 
     path = find_config_file(arguments.config)
     tree = read_yaml_mapping(path)
+    config: Any
     if "space" in tree:  # required in a sweep, unknown in a run
         from focus_ray.sweep.settings import load_sweep_config
 
-        print(config_to_yaml(load_sweep_config(path, arguments.override)), end="")
+        config = load_sweep_config(path, arguments.override)
     else:
-        print(config_to_yaml(parse_config(apply_overrides(tree, arguments.override), str(path))), end="")
+        config = parse_config(apply_overrides(tree, arguments.override), str(path))
+    print(config_to_yaml(config), end="")
     return 0
 
 

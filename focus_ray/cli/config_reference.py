@@ -1,6 +1,6 @@
 """Writes the reference of all settings from the fields of the models, and the text of `focus-ray config explain`.
 
-`python -m focus_ray.cli.config_reference docs/reference/configuration.md` writes the page. Imports neither torch nor Ray.
+`python -m focus_ray.cli.config_reference > docs/reference/configuration.md` writes the page. Imports neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import inspect
 import sys
 import types
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -23,13 +21,13 @@ from focus_ray.fitting.settings import Config
 from focus_ray.names import NAME_PATTERN, NAME_WORDS
 from focus_ray.serving.settings import ServiceSettings
 from focus_ray.settings.kinds import LazyRegistry
+from focus_ray.settings.sections import select_user_fields
 from focus_ray.sweep.settings import SweepConfig
 
-COMMAND = "python -m focus_ray.cli.config_reference docs/reference/configuration.md"
+COMMAND = "python -m focus_ray.cli.config_reference > docs/reference/configuration.md"
 
 
-@dataclass(frozen=True)
-class ConfigKind:
+class ConfigKind(NamedTuple):
     """A kind of configuration. title: for people.  usage: the command that takes it, in Markdown."""
 
     title: str
@@ -57,8 +55,7 @@ CONFIG_KINDS = (
 )
 
 
-@dataclass(frozen=True)
-class SettingDescription:
+class SettingDescription(NamedTuple):
     """One setting. key: dotted; `[]` means each item of a list, KEY each key of a mapping.  default: YAML, or None if the
     setting is required."""
 
@@ -68,8 +65,7 @@ class SettingDescription:
     description: str
 
 
-@dataclass(frozen=True)
-class SettingsSection:
+class SettingsSection(NamedTuple):
     """A section with its own settings, without inner sections. key: empty at the top of a configuration."""
 
     key: str
@@ -88,7 +84,7 @@ def iterate_sections(
     """
     prefix = f"{key}." if key else ""
     settings, inner = [], []
-    for name, field in model.model_fields.items():
+    for name, field in select_user_fields(model).items():
         default = getattr(value, name) if value is not None else field.get_default(call_default_factory=True)
         below, suffix = _find_section_model(field.annotation)
         description = field.description or _read_first_paragraph(below)
@@ -139,16 +135,10 @@ _PLAIN = {bool: "true, false", int: "integer", float: "number", str: "text", typ
 _UNITS = {"px": "pixels", "s": "seconds", "mb": "MiB", "gib": "GiB", "deg": "degrees", "days": "days"}
 
 
-def find_unit(name: str) -> str | None:
-    """Returns the unit in a field's name, as in timeout_s and memory_gib_per_worker, or None."""
-    words = name.split("_")[1:]
-    return next((_UNITS[word] for word in words if word in _UNITS), None)
-
-
 def _describe_values(name: str, field: FieldInfo) -> str:
-    text = _describe_type(field.annotation, field.metadata)
-    unit = find_unit(name)
-    return f"{text}; {unit}" if unit else text
+    """Returns the values of a setting in words, with the unit in its name, as in timeout_s and memory_gib_per_worker."""
+    units = [_UNITS[word] for word in name.split("_")[1:] if word in _UNITS]
+    return "; ".join([_describe_type(field.annotation, field.metadata), *units[:1]])
 
 
 def _describe_type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
@@ -244,14 +234,11 @@ def render_markdown() -> str:
                 lines += ["", f"### `{section.key}`", "", section.description]
             if section.settings:
                 lines += ["", "| key | value | default | meaning |", "|---|---|---|---|"]
-                lines += [_format_table_row(setting) for setting in section.settings]
+            for setting in section.settings:
+                default = f"`{setting.default}`" if setting.default else "to be set"
+                cells = (f"`{setting.key}`", setting.values, default, setting.description)
+                lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _format_table_row(setting: SettingDescription) -> str:
-    default = "to be set" if setting.default is None else f"`{setting.default}`"
-    cells = (f"`{setting.key}`", setting.values, default, setting.description)
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 # one key
@@ -265,9 +252,7 @@ def explain_key(key: str) -> str:
 
     Raises: ConfigError: the key does not exist; the error names similar keys.
     """
-    full_key = key.strip().strip(".")
-    if full_key.startswith("base."):
-        full_key = full_key.removeprefix("base.")
+    full_key = key.strip().strip(".").removeprefix("base.")
     explanations = [text for kind in CONFIG_KINDS for text in _iterate_explanations(kind, full_key)]
     if not explanations:
         near = _find_similar_keys(full_key)
@@ -277,52 +262,34 @@ def explain_key(key: str) -> str:
 
 
 def _iterate_explanations(kind: ConfigKind, key: str) -> Iterator[str]:
+    """Yields the explanations of a key or a section in one configuration."""
     sections = list(iterate_sections(kind.model))
     settings = [setting for section in sections for setting in section.settings]
-    yield from (_explain_setting(kind, setting) for setting in settings if setting.key == key)
+    for setting in settings:
+        if setting.key == key:
+            default = setting.default or "none: it must be set"
+            head = f"{key} (of {kind.title})\n  value:   {setting.values}\n  default: {default}\n"
+            yield f"{head}  {setting.description}"
     for section in sections:
         if section.key in (key, f"{key}[]", f"{key}.KEY"):
-            inside = [item for item in settings if item.key.startswith(f"{section.key}.")]
-            yield _explain_section(kind, section, inside)
-
-
-def _explain_setting(kind: ConfigKind, setting: SettingDescription) -> str:
-    default = "none: it must be set" if setting.default is None else setting.default
-    lines = [
-        f"{setting.key} (of {kind.title})",
-        f"  value:   {setting.values}",
-        f"  default: {default}",
-        f"  {setting.description}",
-    ]
-    return "\n".join(lines)
-
-
-def _explain_section(kind: ConfigKind, section: SettingsSection, settings: Sequence[SettingDescription]) -> str:
-    width = max(len(setting.key) for setting in settings)
-    lines = [f"{section.key} (a section of {kind.title}): {section.description}"]
-    lines += [f"  {item.key:{width}}  {'to be set' if item.default is None else item.default}" for item in settings]
-    return "\n".join(lines)
+            inside = [setting for setting in settings if setting.key.startswith(f"{section.key}.")]
+            width = max(len(setting.key) for setting in inside)
+            lines = [f"{section.key} (a section of {kind.title}): {section.description}"]
+            yield "\n".join([*lines, *(f"  {item.key:{width}}  {item.default or 'to be set'}" for item in inside)])
 
 
 def _find_similar_keys(key: str) -> list[str]:
     """Returns up to four similar keys."""
-    keys = dict.fromkeys(
-        name for kind in CONFIG_KINDS for section in iterate_sections(kind.model) for name in _iterate_keys(section)
-    )
+    sections = [section for kind in CONFIG_KINDS for section in iterate_sections(kind.model)]
+    keys = [name for section in sections for name in (section.key, *(item.key for item in section.settings)) if name]
+    last_parts = {name: name.rpartition(".")[2] for name in keys}
     last = key.rpartition(".")[2]
-    same_end = [name for name in keys if name.rpartition(".")[2] == last]
-    ends = dict.fromkeys(name.rpartition(".")[2] for name in keys)
-    close_ends = difflib.get_close_matches(last, ends, n=1)
-    close = [name for name in keys if name.rpartition(".")[2] in close_ends]
-    similar = difflib.get_close_matches(key, keys, n=3)
-    return list(dict.fromkeys([*same_end, *similar, *close]))[:4]
-
-
-def _iterate_keys(section: SettingsSection) -> Iterator[str]:
-    if section.key:
-        yield section.key
-    yield from (setting.key for setting in section.settings)
+    close_parts = difflib.get_close_matches(last, dict.fromkeys(last_parts.values()), n=1)
+    same_end = [name for name in last_parts if last_parts[name] == last]
+    close_end = [name for name in last_parts if last_parts[name] in close_parts]
+    similar = difflib.get_close_matches(key, last_parts, n=3)
+    return list(dict.fromkeys([*same_end, *similar, *close_end]))[:4]
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(render_markdown(), encoding="utf-8")
+    sys.stdout.buffer.write(render_markdown().encode())

@@ -9,21 +9,18 @@ from typing import Any
 from focus_ray.cli.output import print_message
 
 
-def add_data_parser(commands: Any) -> None:
-    """Adds the parsers of `ingest`, `data remove` and `data compact`."""
+def add_parsers(commands: Any) -> None:
+    """Adds the parsers of `ingest`, `data remove`, `data compact` and `samples`."""
     ingest = commands.add_parser("ingest", help="read a folder of images into a Parquet data set")
-    ingest.add_argument(
-        "source", help="folder or s3:// prefix: MVTec AD (also AD 2, LOCO), BTAD, VisA, or good/ bad/ masks/"
-    )
-    ingest.add_argument("destination", help="root of the Parquet data set: a path or s3:// URI")
-    ingest.add_argument("--format", default="auto", help="auto, mvtec, btad, visa or folder (default: auto)")
-    ingest.add_argument("--category", action="append", help="ingest only this category (may be repeated)")
-    ingest.add_argument("--site", default="default", help="name of the site of the images (default: default)")
+    add = ingest.add_argument
+    add("source", help="folder or s3:// prefix: MVTec AD (also AD 2, LOCO), BTAD, VisA, or good/ bad/ masks/")
+    add("destination", help="root of the Parquet data set: a path or s3:// URI")
+    add("--format", default="auto", help="auto, mvtec, btad, visa or folder (default: auto)")
+    add("--category", action="append", help="ingest only this category (may be repeated)")
+    add("--site", default="default", help="name of the site of the images (default: default)")
     add_group_by_option(ingest)
-    ingest.add_argument(
-        "--append", action="store_true", help="add new images to a category, and keep its existing images"
-    )
-    ingest.add_argument(
+    add("--append", action="store_true", help="add new images to a category, and keep its existing images")
+    add(
         "--workers",
         metavar="N|auto",
         type=_parse_num_tasks,
@@ -54,6 +51,13 @@ def add_data_parser(commands: Any) -> None:
     compact.add_argument("data", help="root of the Parquet data set: a path or s3:// URI")
     compact.add_argument("--category", action="append", help="only this category (may be repeated)")
     compact.set_defaults(run=_run_data_compact_command)
+
+    samples = commands.add_parser(
+        "samples", help="draw a small set of images of synthetic parts, in the folder layout of MVTec AD"
+    )
+    samples.add_argument("folder", help="a new folder")
+    samples.add_argument("--seed", type=int, default=0, help="seed of the drawing (default: 0)")
+    samples.set_defaults(run=_run_samples_command)
 
 
 def add_group_by_option(parser: argparse.ArgumentParser) -> None:
@@ -137,16 +141,6 @@ def _run_data_compact_command(arguments: argparse.Namespace) -> int:
     for report in compact_part_files(arguments.data, arguments.category):
         print(report)
     return 0
-
-
-def add_samples_parser(commands: Any) -> None:
-    """Adds the parser of `samples`."""
-    samples = commands.add_parser(
-        "samples", help="draw a small set of images of synthetic parts, in the folder layout of MVTec AD"
-    )
-    samples.add_argument("folder", help="a new folder")
-    samples.add_argument("--seed", type=int, default=0, help="seed of the drawing (default: 0)")
-    samples.set_defaults(run=_run_samples_command)
 
 
 def _run_samples_command(arguments: argparse.Namespace) -> int:

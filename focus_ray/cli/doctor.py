@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from focus_ray.doctor.diagnosis import CheckContext, Diagnosis
 
 
-def add_doctor_parser(commands: Any) -> None:
+def add_parsers(commands: Any) -> None:
     """Adds the parser of `doctor`."""
     doctor = commands.add_parser(
         "doctor", help="check this machine and the needs of a configuration, and say how to correct each problem"
@@ -82,9 +82,9 @@ def read_check_context(config: str | None, overrides: Sequence[str]) -> CheckCon
     from focus_ray.sweep.settings import load_sweep_config
 
     if config is None:
-        defaults = {"data": {"uri": "data"}}  # the only setting without a default
+        tree = {"data": {"uri": "data"}}  # the only setting without a default
         has_data = any(override.partition("=")[0].strip() in ("data", "data.uri") for override in overrides)
-        return CheckContext(parse_config(apply_overrides(defaults, list(overrides))), bool(overrides), has_data)
+        return CheckContext(parse_config(apply_overrides(tree, list(overrides))), bool(overrides), has_data)
     path = find_config_file(config)
     tree = read_yaml_mapping(path)
     if "space" in tree:  # only a sweep has this key

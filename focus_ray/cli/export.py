@@ -8,7 +8,7 @@ from typing import Any
 from focus_ray.cli.output import check_paths_exist, print_message
 
 
-def add_export_parser(commands: Any) -> None:
+def add_parsers(commands: Any) -> None:
     """Adds the parser of `export`."""
     export = commands.add_parser(
         "export",
@@ -16,15 +16,16 @@ def add_export_parser(commands: Any) -> None:
         description="Writes one model that takes a decoded image and returns score, p-value, verdict and anomaly map. model.json "
         "describes the model. The export is compared with PyTorch in float32 on real images, and refused if its scores differ.",
     )
-    export.add_argument("bundle", help="the bundle to export")
-    export.add_argument("--to", required=True, help="onnx, torch or openvino")
-    export.add_argument("--precision", default="fp32", help="fp32, fp16 or int8 (default: fp32)")
-    export.add_argument(
+    add = export.add_argument
+    add("bundle", help="the bundle to export")
+    add("--to", required=True, help="onnx, torch or openvino")
+    add("--precision", default="fp32", help="fp32, fp16 or int8 (default: fp32)")
+    add(
         "--output",
         metavar="DIR",
         help="folder of the export (default: <category>-<to>-<precision>, in the working folder)",
     )
-    export.add_argument(
+    add(
         "--examples",
         nargs="+",
         metavar="PLACE",
@@ -32,7 +33,7 @@ def add_export_parser(commands: Any) -> None:
         help="images for the check: folders with good/ and bad/, image files, or a Parquet data set (default: the data "
         "set of the bundle's training)",
     )
-    export.add_argument("--accept-cost", action="store_true", help="accept fp16 or int8 even if it exceeds the limits")
+    add("--accept-cost", action="store_true", help="accept fp16 or int8 even if it exceeds the limits")
     export.set_defaults(run=_run_export_command)
 
 

@@ -12,7 +12,7 @@ from focus_ray.cli.data import add_group_by_option
 from focus_ray.cli.output import check_paths_exist, print_message
 
 
-def add_fit_parser(commands: Any) -> None:
+def add_parsers(commands: Any) -> None:
     """Adds the parser of `fit`."""
     fit = commands.add_parser(
         "fit",
@@ -51,7 +51,7 @@ def _run_fit_command(arguments: argparse.Namespace) -> int:
     config = load_config(find_config_file("default", "run"), words)
     print_message(f"fit: {arguments.source} -> {output}")
     from focus_ray.api import link_images_into_good_folder
-    from focus_ray.cli.evaluate import evaluate_bundles_of_place
+    from focus_ray.cli.main import build_parser
     from focus_ray.cli.train import print_threshold_caveats
     from focus_ray.ingestion.ingest import ingest
     from focus_ray.training.training import train
@@ -65,7 +65,8 @@ def _run_fit_command(arguments: argparse.Namespace) -> int:
     tested = any(category.num_test_normal + category.num_test_anomalous for category in ingested.categories)
     status = 0
     if tested:
-        status = evaluate_bundles_of_place(str(output))
+        evaluation = build_parser().parse_args(["evaluate", str(output)])
+        status = evaluation.run(evaluation)
     else:
         print_message("there are no labelled test images, so the share of defects that the model finds is not known")
         print_threshold_caveats(bundles)

@@ -19,17 +19,26 @@ from focus_ray.progress import track_progress
 _NAME_BYTES = 200  # length of an overlay's name without number and .png; a file name may have 255 bytes
 
 
-def add_inspect_parser(commands: Any) -> None:
-    """Adds the parser of `inspect`."""
+def add_parsers(commands: Any) -> None:
+    """Adds the parsers of `inspect` and `inspect-batch`."""
     inspect = commands.add_parser("inspect", help="score images; prints JSON lines, and can draw heat maps")
-    inspect.add_argument("bundle", help="a bundle")
-    inspect.add_argument("images", nargs="+", help="image files, or folders of them")
-    inspect.add_argument("--overlays", metavar="FOLDER", help="folder for the heat map over each image")
-    inspect.add_argument(
-        "--csv", metavar="FILE", help="also write a table: one row for each image, after the last image"
-    )
+    add = inspect.add_argument
+    add("bundle", help="a bundle")
+    add("images", nargs="+", help="image files, or folders of them")
+    add("--overlays", metavar="FOLDER", help="folder for the heat map over each image")
+    add("--csv", metavar="FILE", help="also write a table: one row for each image, after the last image")
     add_engine_options(inspect)
     inspect.set_defaults(run=_run_inspect_command)
+
+    batch = commands.add_parser("inspect-batch", help="score a Parquet data set on Ray into Parquet")
+    add = batch.add_argument
+    add("bundles", help="a bundle, a run's folder, a registry, or a team's folder in a registry")
+    add("data", help="Parquet data set: a path or s3:// URI")
+    add("output", help="folder of the results: a path or s3:// URI")
+    add("--split", choices=("train", "test"), help="only these images")
+    add("--workers", "--actors", type=int, default=1, metavar="N", help="parallel workers (default: 1)")
+    add_model_version_option(batch)
+    batch.set_defaults(run=_run_inspect_batch_command)
 
 
 def _run_inspect_command(arguments: argparse.Namespace) -> int:
@@ -164,18 +173,6 @@ def _choose_overlay_names(paths: Sequence[Path]) -> dict[Path, str]:
         used_names.add(name)
         names[path] = f"{name}.png"
     return names
-
-
-def add_inspect_batch_parser(commands: Any) -> None:
-    """Adds the parser of `inspect-batch`."""
-    batch = commands.add_parser("inspect-batch", help="score a Parquet data set on Ray into Parquet")
-    batch.add_argument("bundles", help="a bundle, a run's folder, a registry, or a team's folder in a registry")
-    batch.add_argument("data", help="Parquet data set: a path or s3:// URI")
-    batch.add_argument("output", help="folder of the results: a path or s3:// URI")
-    batch.add_argument("--split", choices=("train", "test"), help="only these images")
-    batch.add_argument("--workers", "--actors", type=int, default=1, metavar="N", help="parallel workers (default: 1)")
-    add_model_version_option(batch)
-    batch.set_defaults(run=_run_inspect_batch_command)
 
 
 def _run_inspect_batch_command(arguments: argparse.Namespace) -> int:

@@ -8,36 +8,32 @@ from typing import Any
 
 from focus_ray.cli.output import print_message
 
+# options of `submit` with the names of arguments of `build_job_request`
+_JOB_OPTIONS = ("team", "category", "working_dir", "env", "python", "num_cpus", "num_gpus", "memory_gib")
 
-def add_jobs_parser(commands: Any) -> None:
+
+def add_parsers(commands: Any) -> None:
     """Adds the parsers of `submit` and `jobs`."""
     submit = commands.add_parser(
         "submit",
         help="run a command as a job on a Ray cluster",
         epilog="COMMAND is a focus-ray command (focus-ray submit train configs/run.yaml storage=s3://...) or a program.",
     )
-    submit.add_argument("--address", help="http://HEAD:8265 (default: RAY_ADDRESS)")
-    submit.add_argument("--team", help="owner of the job; also set in the configuration of train and sweep")
-    submit.add_argument(
-        "--category", help="category to record with the job (default for train: the category of the configuration)"
-    )
-    submit.add_argument("--working-dir", default=".", help="folder to send (default: the working folder)")
-    submit.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="also leave out these files")
-    submit.add_argument(
-        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="environment variable for the job"
-    )
-    submit.add_argument(
-        "--label", action="append", default=[], metavar="KEY=VALUE", help="label of the node for the driver"
-    )
-    submit.add_argument(
-        "--num-cpus", type=float, default=0.0, help="CPUs to reserve for the driver (default: 0, on the head node)"
-    )
-    submit.add_argument("--num-gpus", type=float, default=0.0, help="GPUs to reserve for the driver (default: 0)")
-    submit.add_argument("--memory-gib", type=float, default=0.0, help="memory to reserve for the driver (default: 0)")
-    submit.add_argument("--python", default="python", help="interpreter on the cluster (default: python)")
-    submit.add_argument("--no-follow", action="store_true", help="return immediately, and print only the id of the job")
-    submit.add_argument("--dry-run", action="store_true", help="list the files to send, and send nothing")
-    submit.add_argument(
+    add = submit.add_argument
+    add("--address", help="http://HEAD:8265 (default: RAY_ADDRESS)")
+    add("--team", help="owner of the job; also set in the configuration of train and sweep")
+    add("--category", help="category to record with the job (default for train: the category of the configuration)")
+    add("--working-dir", default=".", help="folder to send (default: the working folder)")
+    add("--exclude", action="append", default=[], metavar="PATTERN", help="also leave out these files")
+    add("--env", action="append", default=[], metavar="NAME[=VALUE]", help="environment variable for the job")
+    add("--label", action="append", default=[], metavar="KEY=VALUE", help="label of the node for the driver")
+    add("--num-cpus", type=float, default=0.0, help="CPUs to reserve for the driver (default: 0, on the head node)")
+    add("--num-gpus", type=float, default=0.0, help="GPUs to reserve for the driver (default: 0)")
+    add("--memory-gib", type=float, default=0.0, help="memory to reserve for the driver (default: 0)")
+    add("--python", default="python", help="interpreter on the cluster (default: python)")
+    add("--no-follow", action="store_true", help="return immediately, and print only the id of the job")
+    add("--dry-run", action="store_true", help="list the files to send, and send nothing")
+    add(
         "words",
         nargs=argparse.REMAINDER,
         metavar="COMMAND ...",
@@ -77,15 +73,8 @@ def _run_submit_command(arguments: argparse.Namespace) -> int:
         words,
         load_sweep_config,
         commands=arguments.known,
-        team=arguments.team,
-        category=arguments.category,
-        working_dir=arguments.working_dir,
         excludes=arguments.exclude,
-        env=arguments.env,
-        python=arguments.python,
-        num_cpus=arguments.num_cpus,
-        num_gpus=arguments.num_gpus,
-        memory_gib=arguments.memory_gib,
+        **{name: getattr(arguments, name) for name in _JOB_OPTIONS},
         labels=labels,
     )
     print_message(

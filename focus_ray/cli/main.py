@@ -6,29 +6,19 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
-from focus_ray.cli.calibrate import add_calibrate_parser
-from focus_ray.cli.completion import add_completion_parser, answer_completion_request
-from focus_ray.cli.config import add_config_parser
-from focus_ray.cli.data import add_data_parser, add_samples_parser
-from focus_ray.cli.doctor import add_doctor_parser
-from focus_ray.cli.evaluate import add_evaluate_parser
-from focus_ray.cli.export import add_export_parser
-from focus_ray.cli.fit import add_fit_parser
-from focus_ray.cli.inspect import add_inspect_batch_parser, add_inspect_parser
-from focus_ray.cli.jobs import add_jobs_parser
+from focus_ray.cli.completion import answer_completion_request
 from focus_ray.cli.output import EXIT_ERROR, EXIT_INTERRUPTED, make_stdout_accept_all_characters
-from focus_ray.cli.registry import add_registry_parser
-from focus_ray.cli.serve import add_serving_parser
-from focus_ray.cli.sweep import add_sweep_parser
-from focus_ray.cli.train import add_train_parser
-from focus_ray.cli.update import add_metric_parser, add_update_parser
-from focus_ray.cli.watch import add_watch_parser
 from focus_ray.cluster.messages import VERBOSE_VARIABLE
 from focus_ray.errors import FocusRayError, check_extra_is_installed, find_missing_package_error
 from focus_ray.version import __version__
 
+# The modules with the function `add_parsers`, in the order of the help text.
+COMMAND_MODULES = (
+    "data train fit sweep evaluate inspect watch update calibrate export registry jobs config doctor completion serve"
+)
 # Command -> the extra that it always needs. Other commands name a missing package when they need it.
 REQUIRED_EXTRAS = {
     "fit": "train",
@@ -63,11 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command in REQUIRED_EXTRAS:
             check_extra_is_installed(REQUIRED_EXTRAS[arguments.command], f"focus-ray {arguments.command}")
         return int(arguments.run(arguments))
-    except FocusRayError as error:
-        print(f"focus-ray: {error}", file=sys.stderr)
-        return EXIT_ERROR
-    except ModuleNotFoundError as error:
-        message = find_missing_package_error(error)
+    except (FocusRayError, ModuleNotFoundError) as error:
+        message = error if isinstance(error, FocusRayError) else find_missing_package_error(error)
         if message is None:
             raise
         print(f"focus-ray: {message}", file=sys.stderr)
@@ -107,29 +94,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"focus-ray {__version__}")
     parser.add_argument("--verbose", action="store_true", help="show Ray's own messages and all output of workers")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_data_parser(commands)
-    add_train_parser(commands)
-    add_fit_parser(commands)
-    add_sweep_parser(commands)
-    add_evaluate_parser(commands)
-    add_inspect_parser(commands)
-    add_watch_parser(commands)
-    add_inspect_batch_parser(commands)
-    add_metric_parser(commands)
-    add_update_parser(commands)
-    add_calibrate_parser(commands)
-    add_export_parser(commands)
-    add_registry_parser(commands)
-    add_jobs_parser(commands)
-    add_config_parser(commands)
-    add_doctor_parser(commands)
-    add_completion_parser(commands)
-    add_serving_parser(commands)
-    add_samples_parser(commands)
+    for name in COMMAND_MODULES.split():
+        import_module(f"focus_ray.cli.{name}").add_parsers(commands)
     return parser
-
-
-def list_command_names() -> list[str]:
-    """Returns the names of the subcommands."""
-    (subparsers,) = (item for item in build_parser()._actions if isinstance(item, argparse._SubParsersAction))
-    return list(subparsers.choices)

@@ -1,15 +1,14 @@
-"""Writes the reference of all commands from the parser: `python -m focus_ray.cli.reference docs/reference/cli.md`."""
+"""Writes the reference of all commands from the parser: `python -m focus_ray.cli.reference > docs/reference/cli.md`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from focus_ray.cli.main import build_parser
 
-COMMAND = "python -m focus_ray.cli.reference docs/reference/cli.md"
+COMMAND = "python -m focus_ray.cli.reference > docs/reference/cli.md"
 _INTRODUCTION = f"""# Commands
 
 This page lists every command of `focus-ray` with its arguments. `focus-ray COMMAND --help` shows the same in the terminal.
@@ -133,4 +132,4 @@ def _iterate_argument_table_lines(parser: argparse.ArgumentParser) -> Iterator[s
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(render_markdown(), encoding="utf-8")
+    sys.stdout.buffer.write(render_markdown().encode())

@@ -17,7 +17,7 @@ _ARGUMENT_HELP = {
 }
 
 
-def add_registry_parser(commands: Any) -> None:
+def add_parsers(commands: Any) -> None:
     """Adds the parsers of the actions of `registry`."""
     registry = commands.add_parser("registry", help="publish bundles, move aliases, list, delete old versions")
     actions = registry.add_subparsers(dest="action", required=True, metavar="ACTION")

@@ -8,7 +8,7 @@ from typing import Any
 from focus_ray.cli.output import check_paths_exist, print_message
 
 
-def add_serving_parser(commands: Any) -> None:
+def add_parsers(commands: Any) -> None:
     """Adds the parsers of `serve` and `token`."""
     serve = commands.add_parser(
         "serve", help="answer HTTP requests with the bundles of a run or the models of a registry"
@@ -22,16 +22,17 @@ def add_serving_parser(commands: Any) -> None:
     token = commands.add_parser("token", help="create, list and revoke the tokens that clients of the service send")
     actions = token.add_subparsers(dest="action", required=True, metavar="ACTION")
     create = actions.add_parser("create", help="add a token to a file and print it; it cannot be printed again")
-    create.add_argument("file", help="token file: a path or s3:// URI; created if it does not exist")
-    create.add_argument("--team", required=True, help="the team that the token belongs to")
-    create.add_argument(
+    add = create.add_argument
+    add("file", help="token file: a path or s3:// URI; created if it does not exist")
+    add("--team", required=True, help="the team that the token belongs to")
+    add(
         "--scope",
         action="append",
         choices=("inspect", "read", "admin"),
         help="a permission of the token; may be repeated (default: inspect and read)",
     )
-    create.add_argument("--days", type=float, help="days until the token expires (default: never)")
-    create.add_argument("--note", default="", help="a note for people, for instance the owner")
+    add("--days", type=float, help="days until the token expires (default: never)")
+    add("--note", default="", help="a note for people, for instance the owner")
     listing = actions.add_parser("list", help="list the tokens of a file, one in each line, without their secrets")
     listing.add_argument("file", help="token file: a path or s3:// URI")
     revoke = actions.add_parser("revoke", help="remove a token from a file")

@@ -10,7 +10,7 @@ from focus_ray.cli.output import EXIT_ERROR, print_message
 from focus_ray.errors import ConfigError
 
 
-def add_sweep_parser(commands: Any) -> None:
+def add_parsers(commands: Any) -> None:
     """Adds the parser of `sweep`."""
     sweep = commands.add_parser(
         "sweep",

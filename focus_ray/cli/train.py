@@ -16,16 +16,15 @@ if TYPE_CHECKING:
 _SHOWN_CATEGORIES = 3  # with more categories, only the report shows the caveats
 
 
-def add_train_parser(commands: Any) -> None:
+def add_parsers(commands: Any) -> None:
     """Adds the parser of `train`."""
     train = commands.add_parser("train", help="train one model for each category and write its bundle")
-    train.add_argument("config", nargs="?", help="a YAML file, or a name of `focus-ray config list`")
-    train.add_argument("override", nargs="*", help="key=value, for instance train.epochs=10")
-    train.add_argument(
-        "--config", dest="named", metavar="CONFIG", help="the configuration as an option; then all words are key=value"
-    )
-    train.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help="also show Ray's own messages")
-    train.add_argument("--resume", action="store_true", help="continue the run of this name")
+    add = train.add_argument
+    add("config", nargs="?", help="a YAML file, or a name of `focus-ray config list`")
+    add("override", nargs="*", help="key=value, for instance train.epochs=10")
+    add("--config", dest="named", metavar="CONFIG", help="the configuration as an option; then all words are key=value")
+    add("--verbose", action="store_true", default=argparse.SUPPRESS, help="also show Ray's own messages")
+    add("--resume", action="store_true", help="continue the run of this name")
     train.set_defaults(run=_run_train_command)
 
 

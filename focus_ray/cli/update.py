@@ -9,18 +9,6 @@ from focus_ray.cli.output import check_paths_exist, print_message
 from focus_ray.errors import DataError
 
 
-def add_metric_parser(commands: Any) -> None:
-    """Adds the parser of `metric`."""
-    metric = commands.add_parser(
-        "metric", help="join the discriminant projections of trained categories to one projection for new categories"
-    )
-    metric.add_argument("bundles", nargs="+", help="bundles, runs' folders, or folders of bundles")
-    metric.add_argument(
-        "--output", required=True, metavar="FILE", help="file to write, for density.metric: a path or s3:// URI"
-    )
-    metric.set_defaults(run=_run_metric_command)
-
-
 def _run_metric_command(arguments: argparse.Namespace) -> int:
     """Runs `metric`: joins discriminant projections and writes the joined projection to a file. Returns the exit status."""
     check_paths_exist(*arguments.bundles)
@@ -31,30 +19,38 @@ def _run_metric_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def add_update_parser(commands: Any) -> None:
-    """Adds the parser of `update`."""
+def add_parsers(commands: Any) -> None:
+    """Adds the parsers of `metric` and `update`."""
+    metric = commands.add_parser(
+        "metric", help="join the discriminant projections of trained categories to one projection for new categories"
+    )
+    metric.add_argument("bundles", nargs="+", help="bundles, runs' folders, or folders of bundles")
+    metric.add_argument(
+        "--output", required=True, metavar="FILE", help="file to write, for density.metric: a path or s3:// URI"
+    )
+    metric.set_defaults(run=_run_metric_command)
+
     update = commands.add_parser(
         "update", help="add images to a bundle, remove images, or join bundles of several sites"
     )
-    update.add_argument("bundle", help="the bundle to change")
-    update.add_argument("output", help="folder of the changed bundle; may be the bundle itself")
-    update.add_argument("--add", metavar="DATA", help="add the normal training images of this data set")
-    update.add_argument("--remove", metavar="DATA", help="remove the normal training images of this data set")
-    update.add_argument(
+    add = update.add_argument
+    add("bundle", help="the bundle to change")
+    add("output", help="folder of the changed bundle; may be the bundle itself")
+    add("--add", metavar="DATA", help="add the normal training images of this data set")
+    add("--remove", metavar="DATA", help="remove the normal training images of this data set")
+    add(
         "--join",
         nargs="+",
         metavar="BUNDLE",
         default=[],
         help="add the statistics of these bundles, which must have the same network; a shared image counts once",
     )
-    update.add_argument(
+    add(
         "--only",
         metavar="DATA",
         help="keep only the normal training images of this data set: a site's own bundle, for joining later",
     )
-    update.add_argument(
-        "--calibrate", metavar="DATA", help="set the thresholds from the normal images of this data set"
-    )
+    add("--calibrate", metavar="DATA", help="set the thresholds from the normal images of this data set")
     update.set_defaults(run=_run_update_command)
 
 

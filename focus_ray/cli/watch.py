@@ -19,7 +19,7 @@ from focus_ray.cli.output import EXIT_PARTLY, check_paths_exist, list_image_path
 from focus_ray.errors import DataError
 
 
-def add_watch_parser(commands: Any) -> None:
+def add_parsers(commands: Any) -> None:
     """Adds the parser of `watch`."""
     watch = commands.add_parser(
         "watch",
@@ -28,53 +28,52 @@ def add_watch_parser(commands: Any) -> None:
         "image to OUTPUT/verdicts-YYYY-MM-DD.jsonl. Ctrl-C ends the command; after a restart it continues with the next "
         "image.",
     )
-    watch.add_argument("bundle", help="a bundle, a run's folder, a registry, or a team's folder in a registry")
-    watch.add_argument("folder", help="folder in which images arrive, including its subfolders")
-    watch.add_argument(
-        "--output", default="verdicts", metavar="FOLDER", help="folder of the verdicts (default: verdicts)"
-    )
-    watch.add_argument("--csv", action="store_true", help="also write a table for each day")
-    watch.add_argument(
+    add = watch.add_argument
+    add("bundle", help="a bundle, a run's folder, a registry, or a team's folder in a registry")
+    add("folder", help="folder in which images arrive, including its subfolders")
+    add("--output", default="verdicts", metavar="FOLDER", help="folder of the verdicts (default: verdicts)")
+    add("--csv", action="store_true", help="also write a table for each day")
+    add(
         "--overlays",
         nargs="?",
         const="all",
         choices=("all", "anomalous"),
         help="also write heat maps, of all images or of anomalous images (default: all)",
     )
-    watch.add_argument("--print", dest="show", action="store_true", help="also print the lines on standard output")
-    watch.add_argument(
+    add("--print", dest="show", action="store_true", help="also print the lines on standard output")
+    add(
         "--once",
         action="store_true",
         help="inspect the existing images and end; exit status 3 if a file is not an image",
     )
-    watch.add_argument(
+    add(
         "--on-anomalous",
         metavar="COMMAND",
         help="command to run for each anomalous image, with its line on standard input",
     )
-    watch.add_argument(
+    add(
         "--poll-s",
         type=float,
         default=0.5,
         metavar="S",
         help="seconds between two listings of the folder (default: 0.5)",
     )
-    watch.add_argument(
+    add(
         "--settle-s",
         type=float,
         default=1.0,
         metavar="S",
         help="seconds without a change after which a file is read (default: 1)",
     )
-    watch.add_argument(
+    add(
         "--give-up-s",
         type=float,
         default=30.0,
         metavar="S",
         help="seconds without a change after which an unreadable image gets an error line (default: 30)",
     )
-    watch.add_argument("--batch", type=int, default=8, metavar="N", help="images inspected at once (default: 8)")
-    watch.add_argument("--category", metavar="NAME", help="category, if the place has models of several categories")
+    add("--batch", type=int, default=8, metavar="N", help="images inspected at once (default: 8)")
+    add("--category", metavar="NAME", help="category, if the place has models of several categories")
     add_model_version_option(watch)
     add_engine_options(watch)
     watch.set_defaults(run=_run_watch_command)
@@ -105,24 +104,12 @@ def _run_watch_command(arguments: argparse.Namespace) -> int:
         raise DataError(
             f"--on-anomalous {arguments.on_anomalous}: {command[0]} is no program on the PATH, nor a file that runs"
         )
-    with _catch_stop_signals() as stop:
-        return _watch_folder(arguments, examples, command, stop)
-
-
-def _watch_folder(
-    arguments: argparse.Namespace, examples: list[Path], command: tuple[str, ...], stop: threading.Event
-) -> int:
-    """Watches the folder until `stop` is set. Returns the exit status.
-
-    Args:
-        arguments: Checked arguments of the command.
-        examples: Images for scaling and checking an engine other than torch.
-        command: Words of --on-anomalous; empty for no command.
-        stop: Event that ends the watch.
-    """
     from focus_ray.watching.journal import VerdictJournal
 
-    with VerdictJournal(arguments.output, arguments.csv, print_message) as journal:
+    with (
+        _catch_stop_signals() as stop,
+        VerdictJournal(arguments.output, arguments.csv, print_message) as journal,
+    ):
         print_message(
             f"watch: {arguments.folder} -> {arguments.output}, where {journal.num_lines_at_start} images have a line"
         )
@@ -137,23 +124,10 @@ def _watch_folder(
             version=arguments.version_of,
             category=arguments.category,
         )
-        settings = WatchSettings(
-            arguments.poll_s,
-            arguments.settle_s,
-            arguments.give_up_s,
-            arguments.batch,
-            overlays=arguments.overlays,
-            on_anomalous=command,
-            once=arguments.once,
-        )
-        watch = FolderWatch(
-            Path(arguments.folder),
-            model,
-            journal,
-            settings,
-            print_message,
-            _LinePrinter() if arguments.show else lambda line: None,
-        )
+        options = {name: getattr(arguments, name) for name in ("poll_s", "settle_s", "give_up_s", "overlays", "once")}
+        settings = WatchSettings(batch_size=arguments.batch, on_anomalous=command, **options)
+        print_line = _LinePrinter() if arguments.show else lambda line: None
+        watch = FolderWatch(Path(arguments.folder), model, journal, settings, print_message, print_line)
         watch.run(stop)
         remaining_text = f", {len(watch.pending)} left for the next start" if watch.pending else ""
         print_message(f"watch: ended: {format_verdict_counts(watch.counts)}{remaining_text}")

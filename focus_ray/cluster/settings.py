@@ -10,11 +10,14 @@ from pydantic import Field, model_validator
 from focus_ray.names import NAME_PATTERN
 from focus_ray.settings.sections import ConfigSection
 
+# Retries of a category after a lost worker, from its last checkpoint if it has one. More would repeat an error of the category.
+MAX_FAILURES = 3
+
 
 class ClusterConfig(ConfigSection):
     """Workers and resources that a run requests from Ray, and the owner of the run."""
 
-    FIXED: ClassVar[Mapping[str, Any]] = {"priority": None, "namespace": None}
+    FIXED: ClassVar[Mapping[str, Any]] = {"priority": None, "namespace": None, "max_failures": MAX_FAILURES}
 
     team: str | None = Field(
         default=None,
@@ -69,11 +72,6 @@ class ClusterConfig(ConfigSection):
     )
     max_gpus: float | None = Field(
         default=None, ge=0.0, description="GPUs to which the cluster can grow. null as in max_cpus."
-    )
-    max_failures: int = Field(
-        default=3,
-        ge=0,
-        description="Number of retries of a category after a lost worker, from its last checkpoint if it has one.",
     )
     max_concurrent_categories: int | None = Field(
         default=None,

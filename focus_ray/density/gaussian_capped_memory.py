@@ -18,15 +18,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from focus_ray.density.base import NormalStatistics, choose_evenly_spaced
+from focus_ray.density.base import NormalStatistics
 from focus_ray.density.gaussian import Gaussian, LeaveOneOutGaussian, fit_gaussian
 from focus_ray.density.moments import compute_mean_variance, pack_lower_triangles, unpack_lower_triangles
-from focus_ray.density.nearest import LocationAndCoresetMemory
+from focus_ray.density.nearest import LocationAndCoresetMemory, measure_mean_distance
 
 RIDGE = 0.1  # as a share of the embedding's mean variance: ten times more blurs Gaussians of locations with little variation
 MIN_IMAGES = 16  # images that remain without one part: with fewer images, a covariance consists mostly of its ridge
 MAX_FACTOR_VALUES = 2**24  # in all packed precision factors: 128 MiB of memory; larger maps have no Gaussians
-_TYPICAL_IMAGES = 16
 
 
 class GaussianCappedMemory:
@@ -64,6 +63,11 @@ class GaussianCappedMemory:
         """
         distance = self.gaussian.score(embedding[:, : self.gaussian.channels], *excluded_images)
         return torch.minimum(self.memory.score(embedding, *excluded_images), distance * self.scale)
+
+    def make_exportable(self, half: bool) -> GaussianCappedMemory:
+        """Returns a density that `torch.export` can trace. Args: half: see `shrink_tensor_for_export`."""
+        assert isinstance(self.gaussian, Gaussian)
+        return GaussianCappedMemory(self.memory.make_exportable(half), self.gaussian.make_exportable(half), self.scale)
 
 
 def can_fit_gaussians(statistics: NormalStatistics, gaussian_share: float) -> bool:
@@ -108,19 +112,11 @@ def build_leave_one_out_gaussian(statistics: NormalStatistics) -> LeaveOneOutGau
 def measure_gaussian_scale(
     statistics: NormalStatistics, gaussian: LeaveOneOutGaussian, gaussian_share: float
 ) -> Tensor:
-    """Computes `GaussianCappedMemory.scale`, a scalar, from the leave-one-out distances of at most `_TYPICAL_IMAGES` bank images.
+    """Computes `GaussianCappedMemory.scale`, a scalar, from leave-one-out distances of images of the bank.
 
     Raises: ValueError: fewer than two images would remain when an image and its related images are left out.
     """
-    bank, moments = statistics.bank, statistics.moments
-    assert bank is not None
-    total = torch.zeros((), device=moments.mean.device)
-    sampled = torch.tensor(sorted(choose_evenly_spaced(len(bank), _TYPICAL_IMAGES)))
-    for numbers in sampled.split(8):
-        rows = bank[numbers, :, : moments.channels].to(moments.mean).transpose(1, 2)
-        embedding = rows.unflatten(2, (moments.height, moments.width))
-        total += gaussian.score(embedding, statistics.find_images_to_exclude(numbers)).mean() * len(numbers)
-    return gaussian_share / (total / len(sampled)).clamp_min(1e-12)
+    return gaussian_share / measure_mean_distance(gaussian, statistics, slice(gaussian.channels))
 
 
 def collect_gaussian_tensors(density: GaussianCappedMemory) -> dict[str, Tensor]:

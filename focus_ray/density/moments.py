@@ -122,10 +122,11 @@ def compute_mean_variance(moments: Moments) -> float:
 def compute_absolute_ridge(config: DensityConfig, moments: Moments) -> float:
     """Converts density.shrinkage to the number to add to a covariance's diagonal, in the squared unit of the embeddings.
 
-    Raises: ValueError: density.shrinkage_unit is mean_variance, and there are fewer than two images.
+    Raises: ValueError: density.shrinkage is not absolute, and there are fewer than two images.
     """
-    scale = compute_mean_variance(moments) if config.shrinkage_unit == "mean_variance" else 1.0
-    return max(config.shrinkage * scale, 1e-12)
+    if isinstance(config.shrinkage, str):
+        return max(float(config.shrinkage.removesuffix(" absolute")), 1e-12)
+    return max(config.shrinkage * compute_mean_variance(moments), 1e-12)
 
 
 def check_enough_images(moments: Moments) -> None:

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focus_ray.density.base import NormalStatistics, choose_evenly_spaced, shrink_tensor_for_export
-from focus_ray.density.coreset import Coreset, choose_farthest_points_per_set
+from focus_ray.density.base import LeaveOneOutScorer, NormalStatistics, choose_evenly_spaced, shrink_tensor_for_export
+from focus_ray.density.coreset import Coreset, ExportableCoreset, choose_farthest_points_per_set
 from focus_ray.density.moments import (
     check_enough_images,
     compute_absolute_ridge,
@@ -142,7 +142,7 @@ class LocationMemory:
             agreement = torch.baddbmm(self.half_squares[part, None], near, self.bank[part].transpose(1, 2), beta=-1)
             if excluded_images is not None:
                 agreement_PWBM = agreement.view(len(agreement), -1, batch, agreement.shape[2])
-                self._exclude(agreement_PWBM, excluded_images.view(batch, -1), part)
+                self._mask_excluded_images(agreement_PWBM, excluded_images.view(batch, -1), part)
             best = agreement.amax(dim=2)
             if self.centre is not None:  # every location has another centre, so |q - centre|^2 differs between them
                 best = best.to(queries.dtype) - near.to(queries.dtype).square().sum(dim=2) / 2
@@ -154,7 +154,11 @@ class LocationMemory:
         squares = 0 if self.centre is not None else queries.square().sum(dim=2).view(height, width, batch)
         return (squares - 2 * closest).clamp_min_(0).sqrt_().permute(2, 0, 1)
 
-    def _exclude(self, agreement: Tensor, excluded_images: Tensor, part: slice) -> None:
+    def make_exportable(self, half: bool) -> LocationMemory:
+        """Returns a memory that `torch.export` can trace. Args: half: see `shrink_tensor_for_export`."""
+        return ExportableLocationMemory(self, half)
+
+    def _mask_excluded_images(self, agreement: Tensor, excluded_images: Tensor, part: slice) -> None:
         """Sets the agreement (a similarity) with stored embeddings of excluded images to -inf, in place.
 
         Args:
@@ -207,6 +211,11 @@ class LocationAndCoresetMemory:
             + self.coreset.score(embedding[:, channels:], *excluded_images) / self.typical_distance[1]
         ) / 2
 
+    def make_exportable(self, half: bool) -> LocationAndCoresetMemory:
+        """Returns a density that `torch.export` can trace. Args: half: see `shrink_tensor_for_export`."""
+        memory = self.location_memory.make_exportable(half)
+        return LocationAndCoresetMemory(memory, ExportableCoreset(self.coreset, half), self.typical_distance)
+
 
 class CoresetScorer:
     """Scores images with the coreset of a joint memory alone (a `LeaveOneOutScorer`)."""
@@ -224,25 +233,36 @@ def measure_typical_distances(
 ) -> Tensor:
     """Computes the mean leave-one-out distance of a sample of normal images in both memories.
 
-    The sample has at most `_TYPICAL_IMAGES` images of the bank.
-
     Args: statistics: with the bank (stored embeddings) from which both memories were built.
 
     Returns: (2,), above 0: the mean distance in the location memory, and in the coreset. Both are 1 if the bank has one image.
     """
-    bank, channels = statistics.bank, location_memory.channels
-    assert bank is not None
-    if len(bank) < 2:
+    assert statistics.bank is not None
+    if len(statistics.bank) < 2:
         return torch.ones(2, device=location_memory.device)
+    channels = location_memory.channels
+    parts = (location_memory, slice(channels)), (coreset, slice(channels, None))
+    return torch.stack([measure_mean_distance(memory, statistics, part) for memory, part in parts])
+
+
+def measure_mean_distance(
+    scorer: LeaveOneOutScorer | LocationMemory | Coreset, statistics: NormalStatistics, channels: slice
+) -> Tensor:
+    """Computes the mean leave-one-out distance of at most `_TYPICAL_IMAGES` images of the bank: a scalar above 0.
+
+    Args: channels: the channels of the bank's embeddings that the scorer compares.
+
+    Raises: ValueError: fewer than two images would remain for a Gaussian when an image and its related images are left out.
+    """
+    bank, moments = statistics.bank, statistics.moments
+    assert bank is not None
+    total = torch.zeros((), device=moments.mean.device)
     sampled = torch.tensor(sorted(choose_evenly_spaced(len(bank), _TYPICAL_IMAGES)))
-    totals = torch.zeros(2, device=location_memory.device)
-    for numbers in sampled.split(8):  # 8 images together, so that the bank is read only once for them
-        rows = bank[numbers].to(location_memory.device, torch.float32).transpose(1, 2)
-        rows = rows.unflatten(2, (location_memory.height, location_memory.width))
-        excluded = statistics.find_images_to_exclude(numbers)
-        distances = location_memory.score(rows[:, :channels], excluded), coreset.score(rows[:, channels:], excluded)
-        totals += torch.stack([distance.mean() for distance in distances]) * len(numbers)
-    return (totals / len(sampled)).clamp_min_(1e-12)
+    for numbers in sampled.split(8):  # 8 images together, so that a memory is read only once for them
+        rows = bank[numbers].to(moments.mean).transpose(1, 2).unflatten(2, (moments.height, moments.width))
+        distance = scorer.score(rows[:, channels], statistics.find_images_to_exclude(numbers))
+        total += distance.mean() * len(numbers)
+    return (total / len(sampled)).clamp_min(1e-12)
 
 
 def update_maximum(target: Tensor, values: Tensor, top: int, left_edge: int) -> None:

@@ -95,7 +95,7 @@ class ChannelReduction(nn.Module):
                 level = F.conv2d(level, self.projection[:, start : start + width, None, None].to(level.dtype))
             if LAYERS[index] in self.config.smooth_layers:
                 level = F.avg_pool2d(level, 3, stride=1, padding=1, count_include_pad=False)
-            reduced.append(self._resample(level, size))
+            reduced.append(self._resample_level(level, size))
             start += width
         return _sum_tensors(reduced) if self.has_projection else torch.cat(reduced, dim=1)
 
@@ -106,10 +106,10 @@ class ChannelReduction(nn.Module):
         for level in levels[1:]:
             weight = self.coreset_projection[:, start : start + level.shape[1], None, None].to(level.dtype)
             start += level.shape[1]
-            parts.append(self._resample(F.avg_pool2d(F.conv2d(level, weight), 3, stride=1, padding=1), size))
+            parts.append(self._resample_level(F.avg_pool2d(F.conv2d(level, weight), 3, stride=1, padding=1), size))
         return _sum_tensors(parts)
 
-    def _resample(self, level: Tensor, size: tuple[int, int]) -> Tensor:
+    def _resample_level(self, level: Tensor, size: tuple[int, int]) -> Tensor:
         """Resamples a level (B, C, h, w) to the map's size: (B, C, *size)."""
         if level.shape[2:] == size:
             return level

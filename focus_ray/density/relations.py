@@ -36,7 +36,7 @@ class ImageRelations(NamedTuple):
         return len(self.groups.unique())
 
     @property
-    def is_trivial(self) -> bool:
+    def has_no_related_images(self) -> bool:
         """Whether no two images are related."""
         return int(self.related.sum()) == len(self.groups)
 

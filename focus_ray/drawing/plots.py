@@ -60,14 +60,11 @@ def plot_curve(
         steps: draw steps: y is constant from its x to the next x.
         x_limit: right end of the x axis.
     """
-    figure, (axes,) = _create_figure(2.8, 1)
+    figure, (axes,) = create_figure(_WIDTH_IN, 2.8, ink=_INK, grid=_LINE)
     axes.plot(*xy, color=_GOOD, linewidth=1.8, drawstyle="steps-post" if steps else "default")
     if point is not None:
         axes.plot([point[0]], [point[1]], "o", color=_BAD, markersize=7, clip_on=False, zorder=3)
-    axes.set_xlim(-0.02 * x_limit, 1.02 * x_limit)
-    axes.set_ylim(-0.02, 1.04)
-    axes.set_xlabel(axes_names[0])
-    axes.set_ylabel(axes_names[1])
+    axes.set(xlim=(-0.02 * x_limit, 1.02 * x_limit), ylim=(-0.02, 1.04), xlabel=axes_names[0], ylabel=axes_names[1])
     axes.set_title(title, fontsize=10, color=_INK)
     return Plot(title, caption, _render_svg(figure))
 
@@ -81,7 +78,7 @@ def plot_score_histograms(groups: Mapping[str, Sequence[float]], threshold: floa
     shown = {name: np.asarray(scores, dtype=np.float64) for name, scores in groups.items() if len(scores)}
     all_values = np.concatenate([*shown.values(), [threshold]])
     edges, is_log = _compute_bin_edges(all_values, threshold)
-    figure, rows = _create_figure(0.7 + 0.8 * len(shown), len(shown))
+    figure, rows = create_figure(_WIDTH_IN, 0.7 + 0.8 * len(shown), len(shown), ink=_INK, grid=_LINE)
     for axes, (name, scores) in zip(rows, shown.items(), strict=True):
         colour = _BAD if name.startswith("bad") else _CALIBRATION if name.startswith("calibration") else _GOOD
         axes.hist(scores, bins=edges, color=colour)
@@ -102,20 +99,12 @@ def plot_values_by_epoch(
     Args:
         lines: name -> (epochs, values).
     """
-    figure, (axes,) = _create_figure(2.5, 1)
+    figure, (axes,) = create_figure(_WIDTH_IN, 2.5, ink=_INK, grid=_LINE)
     styles = [(_GOOD, "-"), (_BAD, "--"), (_CALIBRATION, ":"), (_INK, "-.")]
     for number, (name, (epochs, values)) in enumerate(lines.items()):
         colour, dashes = styles[number % len(styles)]
-        axes.plot(
-            epochs,
-            values,
-            color=colour,
-            linestyle=dashes,
-            marker="o",
-            markersize=3,
-            linewidth=1.6,
-            label=escape_matplotlib_text(name),
-        )
+        style = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 3, "linewidth": 1.6}
+        axes.plot(epochs, values, label=escape_matplotlib_text(name), **style)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("epochs trained")
     axes.set_title(escape_matplotlib_text(title), fontsize=10, color=_INK)
@@ -142,24 +131,28 @@ def _compute_bin_edges(values: NDArray[np.float64], threshold: float) -> tuple[N
     return np.linspace(low, high, _NUM_BINS + 1), False
 
 
-def _create_figure(height_in: float, num_rows: int) -> tuple[Any, list[Any]]:
-    """Creates a figure with `num_rows` axes below each other, in the placeholder colours."""
+def create_figure(
+    width_in: float, height_in: float, rows: int = 1, columns: int = 1, *, ink: str = "black", grid: str = "#e3e7eb"
+) -> tuple[Any, list[Any]]:
+    """Creates a figure with a grid of styled axes. Returns the figure and the axes.
+
+    Args:
+        ink: colour of text and spines.
+        grid: colour of the horizontal grid lines.
+    """
     from matplotlib.figure import Figure  # not pyplot, which stores figures and may look for a display
 
-    figure = Figure(figsize=(_WIDTH_IN, height_in), layout="constrained")
-    rows = figure.subplots(num_rows, 1, squeeze=False, sharex=True)[:, 0]
-    for axes in rows:
-        axes.patch.set_visible(False)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        for spine in axes.spines.values():
-            spine.set_color(_INK)
-        axes.tick_params(labelsize=9, colors=_INK)
+    figure = Figure(figsize=(width_in, height_in), layout="constrained")
+    all_axes = figure.subplots(rows, columns, squeeze=False, sharex="col").flatten().tolist()
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[:].set_color(ink)
+        axes.tick_params(labelsize=9, colors=ink)
         axes.set_axisbelow(True)
-        axes.grid(axis="y", color=_LINE, linewidth=0.8)
+        axes.grid(axis="y", color=grid)
         for text in (axes.xaxis.label, axes.yaxis.label):
-            text.set(color=_INK, fontsize=9)
-    return figure, list(rows)
+            text.set(color=ink, fontsize=9)
+    return figure, all_axes
 
 
 def _render_svg(figure: Any) -> str:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from focus_ray.drawing.mark import MARK
-from focus_ray.drawing.plots import escape_matplotlib_text
+from focus_ray.drawing.plots import create_figure, escape_matplotlib_text
 
 MIN_SPAN = 0.02  # least length of a score axis: twice the noise of a score (`summary.NOISE`)
-_BEST, _FINISHED, _CUT, _GRID = "#c0392b", "#2c6fad", "#9aa5b1", "#e3e7eb"
+_BEST, _FINISHED, _CUT = "#c0392b", "#2c6fad", "#9aa5b1"
+_LABEL_BOX = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8}
 _CURVE_STYLES: dict[str, dict[str, Any]] = {
     "best": {"color": _BEST, "linewidth": 2.4, "marker": "o", "zorder": 3},
     "finished": {"color": _FINISHED, "linewidth": 1.1, "marker": "o", "zorder": 2},
@@ -71,7 +72,7 @@ def plot_parallel_coordinates(
         objective: what the scores measure.
     """
     columns = [*settings, *(_make_score_axis(name, values) for name, values in scores.items())]
-    figure, axes = _create_figure(1.6 * len(columns) + 1.6, 4.4)
+    figure, (axes,) = create_figure(1.6 * len(columns) + 1.6, 4.4)
     ranking = list(scores.values())[-1]
     low, high = compute_score_axis_limits(ranking)
     # Jitter, so that lines with equal settings do not cover each other.
@@ -82,20 +83,14 @@ def plot_parallel_coordinates(
         if number == len(ranking) - 1:
             style = {"color": _BEST, "linewidth": 2.6, "zorder": 3, "label": f"best: {best}"}
         else:
-            style = {
-                "color": _choose_score_colour((score - low) / (high - low)),
-                "linewidth": 1.3,
-                "alpha": 0.85,
-                "zorder": 2,
-            }
+            colour = _choose_score_colour((score - low) / (high - low))
+            style = {"color": colour, "linewidth": 1.3, "alpha": 0.85, "zorder": 2}
         axes.plot(range(len(columns)), heights, **style)
     for index, column in enumerate(columns):
         axes.axvline(index, color="#5f6b76", linewidth=1.0, zorder=1)
         for height, text in column.ticks:
-            axes.text(
-                index + 0.05, height, escape_matplotlib_text(text), fontsize=8, va="center", zorder=4,
-                bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8},
-            )  # fmt: skip
+            label = escape_matplotlib_text(text)
+            axes.text(index + 0.05, height, label, fontsize=8, va="center", zorder=4, bbox=_LABEL_BOX)
     axes.set_xticks(range(len(columns)), [escape_matplotlib_text(column.name) for column in columns], fontsize=9)
     axes.set_yticks([])
     axes.set_xlim(-0.2, len(columns) - 1 + 0.55)
@@ -113,13 +108,10 @@ def plot_learning_curves(panels: Mapping[str, Sequence[LearningCurve]], objectiv
         panels: category -> its curves.
         objective: what the scores measure.
     """
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure, all_axes = create_figure(4.6 * len(panels), 3.6, columns=len(panels))
     for axes, (category, curves) in zip(all_axes, panels.items(), strict=True):
-        _style_axes(axes)
         for epochs, scores, kind in curves:
             last = [len(scores) - 1] if len(scores) > 1 else None
             axes.plot(epochs, scores, markersize=4, markevery=last, **_CURVE_STYLES[kind])
@@ -138,54 +130,34 @@ def plot_learning_curves(panels: Mapping[str, Sequence[LearningCurve]], objectiv
 def plot_parameter_importance(importance: Mapping[str, float], num_trials: int) -> bytes:
     """Returns a PNG of the parameter importance: setting -> share of the score's variance."""
     keys = list(importance)[::-1]
-    figure, axes = _create_figure(6.4, 1.1 + 0.42 * len(keys))
+    figure, (axes,) = create_figure(6.4, 1.1 + 0.42 * len(keys))
     axes.barh(keys, [importance[key] for key in keys], color=_FINISHED, height=0.6)
     for number, key in enumerate(keys):
         axes.text(importance[key] + 0.012, number, f"{importance[key]:.2f}", va="center", fontsize=9)
     axes.set_xlim(0, max(importance.values()) * 1.15 + 0.02)
     axes.set_xlabel("share of the score's variance (fANOVA)")
     axes.set_title(f"from {num_trials} finished trials", fontsize=10)
-    axes.grid(axis="x", color=_GRID)
+    axes.grid(axis="x", color="#e3e7eb")
     return _render_png(figure)
 
 
 def _make_score_axis(name: str, values: Sequence[float]) -> VerticalAxis:
     """Returns the axis of scores."""
     low, high = compute_score_axis_limits(values)
-    return VerticalAxis(
-        name, [(value - low) / (high - low) for value in values], [(0.0, f"{low:.4f}"), (1.0, f"{high:.4f}")]
-    )
+    heights = [(value - low) / (high - low) for value in values]
+    return VerticalAxis(name, heights, [(0.0, f"{low:.4f}"), (1.0, f"{high:.4f}")])
 
 
 def _choose_score_colour(relative_score: float) -> str:
     """Returns a colour from pale blue (0) to dark blue (1). Brightness alone shows the score, so a grey print is readable."""
     start, end = np.array([190, 212, 232]), np.array([16, 58, 110])
-    return "#" + "".join(f"{int(v):02x}" for v in start + relative_score * (end - start))
-
-
-def _create_figure(width: float, height: float) -> tuple[Any, Any]:
-    """Returns a Matplotlib figure with one styled pair of axes."""
-    from matplotlib.figure import Figure  # not pyplot, which keeps figures in memory and may need a display
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    _style_axes(axes)
-    return figure, axes
-
-
-def _style_axes(axes: Any) -> None:
-    """Sets the style of axes."""
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.set_axisbelow(True)
-    axes.grid(axis="y", color=_GRID)
-    axes.tick_params(labelsize=9)
+    return "#" + bytes((start + relative_score * (end - start)).astype(np.uint8).tolist()).hex()
 
 
 def _render_png(figure: Any) -> bytes:
     """Returns a figure as PNG bytes.
 
-    The metadata contains `drawings.MARK`, so that no command mistakes the plot for a photograph.
+    The metadata contains `mark.MARK`, so that no command mistakes the plot for a photograph.
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": MARK})

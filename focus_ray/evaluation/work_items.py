@@ -23,7 +23,7 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.cluster.connect import connect_to_ray, do_workers_use_gpu
 from focus_ray.cluster.pool import FailedPiece, WorkerPool, make_worker_options
 from focus_ray.cluster.preflight import check_storage_on_nodes, count_concurrent_trainings
-from focus_ray.cluster.settings import ClusterConfig
+from focus_ray.cluster.settings import MAX_FAILURES, ClusterConfig
 from focus_ray.data.store import open_data_set
 from focus_ray.errors import DataError, FocusRayError
 from focus_ray.names import Log
@@ -273,4 +273,4 @@ def open_worker_pool(num_workers: int | None, inputs: Sequence[str], output: str
     check_storage_on_nodes(inputs, [output])
     config = ClusterConfig()
     count = count_concurrent_trainings(config, is_private, log=log, limit=num_workers)
-    return WorkerPool(count, make_worker_options(config, do_workers_use_gpu(config)), config.max_failures, log)
+    return WorkerPool(count, make_worker_options(config, do_workers_use_gpu(config)), MAX_FAILURES, log)

@@ -38,6 +38,7 @@ class ImageAlignmentConfig(ConfigSection):
         "padding": "reflection",
     }
     FIXED_FOR_SCORES = frozenset({"max_translation", "max_scale", "padding"})
+    STORED = frozenset({"min_drop"})
 
     group: Group = Field(
         default="rotation_translation",
@@ -50,13 +51,8 @@ class ImageAlignmentConfig(ConfigSection):
         "learnt from the training images [ours]. localisation: by a network that is trained with the "
         "pairwise loss [paper]; it does not find large rotations.",
     )
-    min_drop: float = Field(
-        default=0.25,
-        ge=0.0,
-        le=1.0,
-        description="congealing: alignment is used only if it lowers the pairwise L2 distance of held-out normal "
-        "images by at least this share.",
-    )
+    # congealing: alignment is used only if it lowers the pairwise L2 distance of held-out normal images by at least this share
+    min_drop: float = 0.25
 
 
 class FeatureAlignmentConfig(ConfigSection):
@@ -73,17 +69,14 @@ class FeatureAlignmentConfig(ConfigSection):
 class TilingConfig(ConfigSection):
     """Tiles of the size of the network's input, in which a large photograph is scored [ours]."""
 
+    STORED = frozenset({"overlap"})
+
     grid: tuple[Annotated[int, Field(ge=1, le=32)], Annotated[int, Field(ge=1, le=32)]] = Field(
         description="[rows, columns] of tiles. Every photograph is resized to the area of the tiles, so that a tile "
         "shows the same feature of every part."
     )
-    overlap: float = Field(
-        default=0.125,
-        ge=0.0,
-        le=0.5,
-        description="Share of a tile's side that overlaps with the neighbouring tile. The maps of both tiles are "
-        "blended there.",
-    )
+    # share of a tile's side that overlaps with the neighbouring tile; the maps of both tiles are blended there
+    overlap: float = Field(default=0.125, ge=0.0, le=0.5)
     density: Literal["per_tile", "shared"] = Field(
         default="per_tile",
         description="per_tile: each tile has its own places, for parts in the same position in all images. shared: "
@@ -206,35 +199,28 @@ class ModelConfig(ConfigSection):
         return value
 
     @model_validator(mode="after")
-    def _check_tiling_without_alignment(self) -> ModelConfig:
-        aligned = {"model.image_alignment.group": self.image_alignment.group}
-        aligned.update(
-            {f"model.feature_alignment.{key}": getattr(self.feature_alignment, key) for key in get_args(Layer)}
-        )
-        moving = [f"{key}=none" for key, group in aligned.items() if group != "none"]
-        if self.tiling is not None and moving:
+    def _check_consistency(self) -> ModelConfig:
+        """Checks settings that depend on each other: tiling, padding, alignment and backbone."""
+        aligned_layers = [
+            f"model.feature_alignment.{layer}=none"
+            for layer in get_args(Layer)
+            if getattr(self.feature_alignment, layer) != "none"
+        ]
+        aligned_image = [] if self.image_alignment.group == "none" else ["model.image_alignment.group=none"]
+        spec = self.backbone_spec
+        if self.tiling is not None and aligned_image + aligned_layers:
             raise ValueError(
-                f"tiling does not go with alignment, which would move each tile by itself: set {', '.join(moving)}, or leave "
-                "tiling out"
+                f"tiling does not go with alignment, which would move each tile by itself: set "
+                f"{', '.join(aligned_image + aligned_layers)}, or leave tiling out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_size_for_reflection_padding(self) -> ModelConfig:
-        smallest = self.backbone_spec.min_reflected_px
-        if self.padding == "reflect" and self.image_size_px < smallest:
+        if self.padding == "reflect" and self.image_size_px < spec.min_reflected_px:
             raise ValueError(
-                f"padding=reflect with {self.backbone} needs an image_size_px of at least {smallest}, got {self.image_size_px}: "
-                "raise it, or set padding=zeros"
+                f"padding=reflect with {self.backbone} needs an image_size_px of at least {spec.min_reflected_px}, got "
+                f"{self.image_size_px}: raise it, or set padding=zeros"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_alignable_backbone(self) -> ModelConfig:
-        moving = [key for key in get_args(Layer) if getattr(self.feature_alignment, key) != "none"]
-        if moving and not self.backbone_spec.passes_feature_maps:
+        if aligned_layers and not spec.passes_feature_maps:
             raise ValueError(
                 f"{self.backbone} hands tokens from layer to layer, which cannot be aligned as maps: set "
-                f"{', '.join(f'model.feature_alignment.{key}=none' for key in moving)}, or take another backbone"
+                f"{', '.join(aligned_layers)}, or take another backbone"
             )
         return self

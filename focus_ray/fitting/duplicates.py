@@ -20,6 +20,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
+import scipy.sparse
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -158,7 +160,7 @@ def find_related_images(descriptors: Tensor, groups_and_order: ImageGroupsAndOrd
 
 def _drop_uninformative_relations(relations: ImageRelations) -> ImageRelations | None:
     """Returns the relations; None if no two images are related, or if at least one image is related to all others."""
-    return None if relations.is_trivial or bool(relations.related.all(dim=1).any()) else relations
+    return None if relations.has_no_related_images or bool(relations.related.all(dim=1).any()) else relations
 
 
 def add_duplicate_relations(statistics: NormalStatistics) -> None:
@@ -217,14 +219,9 @@ def find_connected_components(linked: Tensor) -> Tensor:
 
     Returns: (N,) int64, for each node the smallest node number in its component.
     """
-    groups = torch.arange(len(linked))
-    while True:
-        # each node takes the smallest number of itself and its neighbours, until nothing changes
-        smallest = torch.where(linked, groups[None, :], len(linked)).amin(dim=1) if len(linked) else groups
-        merged = torch.minimum(groups, smallest)
-        if bool((merged == groups).all()):
-            return groups
-        groups = merged
+    labels = scipy.sparse.csgraph.connected_components(linked.numpy(), directed=False)[1]
+    _, first_nodes = np.unique(labels, return_index=True)
+    return torch.from_numpy(first_nodes[labels])
 
 
 def _merge_groupings(first: Tensor, second: Tensor) -> Tensor:

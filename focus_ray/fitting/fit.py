@@ -94,16 +94,6 @@ class FitResult:
     notes: FitNotes = field(default_factory=FitNotes)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def net(self) -> FocusNet:
-        """The network of the detector."""
-        return self.detector.net
-
-    @property
-    def reduction(self) -> ChannelReduction:
-        """The channel reduction of the detector."""
-        return self.detector.reduction
-
 
 def fit(
     config: Config,
@@ -141,7 +131,7 @@ def fit(
     """
     fitter = DetectorFitter(config, shard, num_images, device, net=net, rank=rank, log=log)
     fitter.align_and_train(state, on_epoch)
-    return fitter.finish()
+    return fitter.build_and_calibrate()
 
 
 def check_fit_prerequisites(config: Config) -> None:
@@ -319,21 +309,17 @@ class DetectorFitter:
         The arguments are described in `fit`.
         """
         if state is not None:
-            self.restore(state)
+            assert self.training is not None
+            self.training.load_network_weights(state.net)
+            self.notes, self.best = state.notes, state.best
         else:
             with self._measure_stage_time("alignment"):
                 self.fit_image_aligner()
         with self._measure_stage_time("train"):
             if self.training is not None:
-                self.train(self.training, state, on_epoch)
+                self.train_network(self.training, state, on_epoch)
 
-    def restore(self, state: TrainState) -> None:
-        """Restores the network's weights, the notes (`FitNotes`) and the best network so far from a saved state."""
-        assert self.training is not None
-        self.training.load_network_weights(state.net)
-        self.notes, self.best = state.notes, state.best
-
-    def train(self, training: FydTraining, state: TrainState | None, on_epoch: EpochCallback | None) -> None:
+    def train_network(self, training: FydTraining, state: TrainState | None, on_epoch: EpochCallback | None) -> None:
         """Trains for train.epochs epochs. With selection, the network then gets the weights of `best`.
 
         The arguments are described in `fit`.
@@ -460,7 +446,10 @@ class DetectorFitter:
     # ---- images that show the same part
     def _collect_groups_and_order(self, positions: Sequence[int]) -> ImageGroupsAndOrder:
         """Returns the groups and the order of some training images of all workers. Args: positions: their image numbers."""
-        groups, order = _gather_from_workers(self.shard.fit_groups()), _gather_from_workers(self.shard.fit_order())
+        groups, order = (
+            _gather_from_workers(self.shard.share.fit.groups),
+            _gather_from_workers(self.shard.share.fit.order),
+        )
         return ImageGroupsAndOrder(groups[list(positions)], order[list(positions)], self._measure_same_part_distance())
 
     def _measure_same_part_distance(self) -> float | None:
@@ -498,14 +487,14 @@ class DetectorFitter:
         Returns: positions among this worker's held-out images. None if less than `_MIN_UNRELATED_SHARE` of the held-out images
             of all workers show other parts: the scores of held-out images then do not show how a new part scores.
         """
-        counts = all_gather_objects(self.shard.num_holdout())
+        counts = all_gather_objects(len(self.shard.share.holdout))
         bank_images = self._choose_bank_images(for_calibration=True)
         assert bank_images is not None
         assert statistics.descriptors is not None
         bank = self._collect_groups_and_order(sorted(bank_images))
         groups, order = (
-            _gather_from_workers(self.shard.holdout_groups()),
-            _gather_from_workers(self.shard.holdout_order()),
+            _gather_from_workers(self.shard.share.holdout.groups),
+            _gather_from_workers(self.shard.share.holdout.order),
         )
         groups_and_order = ImageGroupsAndOrder(
             torch.cat([bank.groups, groups]), torch.cat([bank.order, order]), bank.same_part_distance
@@ -525,7 +514,7 @@ class DetectorFitter:
         if 1 - float(is_related.float().mean()) < _MIN_UNRELATED_SHARE:
             return None
         first = sum(counts[: self.rank])
-        return [row for row in range(self.shard.num_holdout()) if not is_related[first + row]]
+        return [row for row in range(len(self.shard.share.holdout)) if not is_related[first + row]]
 
     def _record_related_images(self, relations: ImageRelations) -> None:
         """Adds the number of physical parts that the photographs show to the notes, and logs it."""
@@ -543,7 +532,7 @@ class DetectorFitter:
         if self.validation is None:
             return
         self.shard = self.shard.merge_validation_into_fit()
-        counts = all_gather_objects(len(self.shard.fit_groups()))
+        counts = all_gather_objects(len(self.shard.share.fit.groups))
         self.num_images, self.num_own = sum(counts), counts[self.rank]
         self.offset = sum(counts[: self.rank])
 
@@ -552,14 +541,16 @@ class DetectorFitter:
         method = self.config.calibration.method
         if method != "auto":
             return method
-        return "split" if sum(all_gather_objects(self.shard.num_holdout())) else self._choose_method_without_holdout()
+        return (
+            "split" if sum(all_gather_objects(len(self.shard.share.holdout))) else self._choose_method_without_holdout()
+        )
 
     def _choose_method_without_holdout(self) -> Method:
         """Returns the calibration method that uses training images: leave_one_out if the density supports it, else cross."""
         config = self.config
         return "leave_one_out" if supports_leave_one_out(config.density, config.model.shared_tile_grid) else "cross"
 
-    def finish(self) -> FitResult:
+    def build_and_calibrate(self) -> FitResult:
         """Computes the statistics, builds the detector and calibrates it, with the trained network.
 
         Raises:
@@ -572,7 +563,7 @@ class DetectorFitter:
             return self._build_and_calibrate_prepared()
 
     def _build_and_calibrate_prepared(self) -> FitResult:
-        """Computes the result of `finish` with a network that is already prepared for inference."""
+        """Computes the result of `build_and_calibrate` with a network that is already prepared for inference."""
         folds: list[_CrossValidationFold] = []
         holdout_rows: list[int] | None = None
         self._add_validation_to_training()
@@ -608,7 +599,7 @@ class DetectorFitter:
                 )
             else:
                 batches = self._track_progress("calibration", self.shard.read_batches("holdout", holdout_rows))
-                groups = self.shard.holdout_groups()[holdout_rows]
+                groups = self.shard.share.holdout.groups[holdout_rows]
                 builder = collect_calibration_scores(detector, batches, self.config.calibration, "split", groups)
         return FitResult(detector, statistics, builder.build_calibration(), self.notes, self.seconds)
 
@@ -618,7 +609,7 @@ class DetectorFitter:
         Recognised photographs of one physical part are in one fold. The bank of each fold is so small that
         the banks of all folds but one together have about density.max_images images.
         """
-        fold_of, groups = self.shard.fit_folds(), self.shard.fit_groups()
+        fold_of, groups = self.shard.get_fit_folds(), self.shard.share.fit.groups
         if self.num_images <= _MAX_COMPARED_IMAGES:
             groups_and_order = self._collect_groups_and_order(range(self.num_images))
             relations = _find_related_images(

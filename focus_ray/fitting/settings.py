@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.data.settings import DataConfig
@@ -22,6 +22,10 @@ from focus_ray.names import NAME_PATTERN
 from focus_ray.settings.sections import ConfigSection, read_config_tree, validate_section
 from focus_ray.tracking.settings import TrackerConfig, TrackerName
 
+DEFAULT_SELECTION_SHARE = (
+    0.1  # of the normal training images, where a command needs a choice and the user gives no share
+)
+
 
 class SelectionConfig(ConfigSection):
     """Choice of alignment and epoch from normal images alone [ours].
@@ -31,18 +35,27 @@ class SelectionConfig(ConfigSection):
 
     FIXED: ClassVar[Mapping[str, Any]] = {"max_images": 64, "every_epochs": 1, "margin": 0.01}
 
-    enabled: bool = Field(
-        default=False,
-        description="Whether synthetic defects choose alignment and epoch. This costs a share of the training images, "
-        "and a density pass for each candidate.",
-    )
     fraction: float = Field(
-        default=0.1,
-        gt=0.0,
+        default=0.0,
+        ge=0.0,
         lt=1.0,
-        description="Share of the normal training images that judge the candidates. They join the density after the "
-        "choice.",
+        description="Share of the normal training images that judge the candidates, for instance 0.1. They join the "
+        "density after the choice, which costs a density pass for each candidate. 0 chooses nothing.",
     )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether synthetic defects choose alignment and epoch."""
+        return self.fraction > 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _convert_enabled(cls, value: Any) -> Any:
+        """Converts `enabled` of an earlier version to a share: 0 if it is false, otherwise `fraction`, by default 0.1."""
+        if not isinstance(value, dict) or "enabled" not in value:
+            return value
+        share = value.get("fraction", DEFAULT_SELECTION_SHARE) if value["enabled"] else 0.0
+        return {**{key: setting for key, setting in value.items() if key != "enabled"}, "fraction": share}
 
 
 class Config(ConfigSection):
@@ -79,6 +92,25 @@ class Config(ConfigSection):
         if not isinstance(value, dict):
             return value
         return {name: {} if settings is None else settings for name, settings in value.items()}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _use_model_precision(cls, value: Any, info: ValidationInfo) -> Any:
+        """Sets density.precision to model.precision. A bundle keeps its own value.
+
+        Raises: ValueError: density.precision has another value.
+        """
+        if not isinstance(value, dict) or (info.context and info.context.get("is_fitted")):
+            return value
+        model, density = value.get("model", {}), value.get("density", {})
+        if not isinstance(model, dict) or not isinstance(density, dict):
+            return value
+        precision = model.get("precision", "auto")
+        if density.get("precision", precision) != precision:
+            raise ValueError(
+                f"density.precision is always model.precision, {precision} (got {density['precision']!r}): leave it out"
+            )
+        return {**value, "density": {**density, "precision": precision}}
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Config:

@@ -62,25 +62,7 @@ class Shard(ABC):
     def merge_validation_into_fit(self) -> Shard:
         """Returns a new shard in which the validation images are fit images too; it has no validation images."""
 
-    def fit_batches(self, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """Generator: yields every fit image once, in batches.
-
-        Args: positions: yields only the fit images at these ascending positions; the others are not read.
-        """
-        return self.read_batches("fit", positions)
-
-    def validation_batches(self) -> Iterator[Tensor]:
-        """Generator: yields every validation image once, in batches."""
-        return self.read_batches("validation", None)
-
-    def holdout_batches(self, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """Generator: yields every held-out image once, in batches.
-
-        Args: positions: yields only the held-out images at these ascending positions; the others are not read.
-        """
-        return self.read_batches("holdout", positions)
-
-    def fit_folds(self) -> NDArray[np.int64]:
+    def get_fit_folds(self) -> NDArray[np.int64]:
         """Returns the cross-validation fold (N,) of each fit image, in the order of `read_batches("fit")`.
 
         Raises: ValueError: the shard has no fold numbers.
@@ -88,30 +70,6 @@ class Shard(ABC):
         if len(self.share.folds) != len(self.share.fit):
             raise ValueError("cross calibration needs the fold numbers of the images: pass `folds`")
         return self.share.folds
-
-    def num_holdout(self) -> int:
-        """Returns the number of held-out images of this worker."""
-        return len(self.share.holdout)
-
-    def fit_groups(self) -> NDArray[np.int64]:
-        """Returns the group number (N,) of each fit image, in the order of `read_batches("fit")`.
-
-        Images with the same named group have equal numbers, in all workers and also in `holdout_groups`. The images of a group
-        may be spread over several workers.
-        """
-        return self.share.fit.groups
-
-    def holdout_groups(self) -> NDArray[np.int64]:
-        """Returns the group number (M,) of each held-out image, in the order of `read_batches("holdout")`."""
-        return self.share.holdout.groups
-
-    def fit_order(self) -> NDArray[np.int64]:
-        """Returns the rank (N,) of each fit image among the images of all workers, in natural order of file names."""
-        return self.share.fit.order
-
-    def holdout_order(self) -> NDArray[np.int64]:
-        """Returns the rank (M,) of each held-out image in the same ranking as `fit_order`."""
-        return self.share.holdout.order
 
 
 class MemoryShard(Shard):
@@ -216,9 +174,9 @@ def build_local_stream(config: Config, category: str, plan: SplitPlan, num_threa
     """
     frame = load_frame(config, category)
 
-    def batches(batch_size: int, seed: int) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
+    def read_shuffled_batches(batch_size: int, seed: int) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
         rng = np.random.default_rng(seed)
-        order = rng.permutation(plan.fit_rows)
+        order = rng.permutation(plan.fit.rows)
         for start in range(0, len(order), _SHUFFLE_ROWS):
             group = np.sort(order[start : start + _SHUFFLE_ROWS])
             rows = decode_rows(config.data.uri, category, group, frame, num_threads=num_threads, version=plan.version)
@@ -227,7 +185,7 @@ def build_local_stream(config: Config, category: str, plan: SplitPlan, num_threa
             for first in range(0, len(images), batch_size):
                 yield {"image": images[positions[first : first + batch_size]]}
 
-    return batches
+    return read_shuffled_batches
 
 
 class StreamShard(Shard):
@@ -318,7 +276,7 @@ def build_shard(
 
     Raises: DataError: the region of interest of the category cannot be used.
     """
-    share = plan.share(rank, num_workers)
+    share = plan.get_worker_share(rank, num_workers)
     if not fits_in_memory(config, plan):
         return StreamShard(config, category, share, stream, num_threads)
     frame = load_frame(config, category)

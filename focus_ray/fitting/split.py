@@ -76,7 +76,7 @@ class SplitRule:
         key = compute_split_key(self.seed, content_hash, group)
         return "holdout" if key < self.validation_from else "validation" if key < self.fit_from else "fit"
 
-    def plan(self, config: Config) -> SplitPlan:
+    def build_plan(self, config: Config) -> SplitPlan:
         """Applies the rule to the stored version of the category, and returns the images of each subset.
 
         Raises: DataError: this version does not exist any more.
@@ -139,21 +139,6 @@ class SplitPlan:
     fit_hashes: NDArray[np.int64] = field(default_factory=lambda: NO_ROWS)
 
     @property
-    def fit_rows(self) -> NDArray[np.int64]:
-        """Row numbers of the fit images."""
-        return self.fit.rows
-
-    @property
-    def validation_rows(self) -> NDArray[np.int64]:
-        """Row numbers of the validation images."""
-        return self.validation.rows
-
-    @property
-    def holdout_rows(self) -> NDArray[np.int64]:
-        """Row numbers of the held-out images."""
-        return self.holdout.rows
-
-    @property
     def num_images(self) -> int:
         """The number of fit, validation and held-out images together."""
         return len(self.fit) + len(self.validation) + len(self.holdout)
@@ -177,7 +162,7 @@ class SplitPlan:
         """Returns a plan without held-out images."""
         return replace(self, holdout=self.holdout.take(NO_ROWS))
 
-    def share(self, rank: int, num_workers: int) -> SplitPlan:
+    def get_worker_share(self, rank: int, num_workers: int) -> SplitPlan:
         """Returns the share of one worker: a contiguous section of each subset. Every image is in exactly one share.
 
         The images of a group may be spread over several workers.
@@ -313,7 +298,7 @@ def _compute_rule_and_images(config: Config, category: str) -> tuple[SplitRule, 
         if num_groups - num_holdout - num_validation < 2:
             raise DataError(
                 f"category {category!r} has {count_text}: {num_holdout}{parts} calibrate and {num_validation}{parts} validate, "
-                "so fewer than 2 remain for training; set selection.enabled=false or add images"
+                "so fewer than 2 remain for training; set selection.fraction=0 or add images"
             )
     limits = [str(normal.group_keys[in_order[rank]]) for rank in (num_holdout, num_holdout + num_validation)]
     # Count the images below each key limit. Two files with the same content have the same key, so they are in the same part.

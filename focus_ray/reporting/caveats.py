@@ -11,7 +11,7 @@ import numpy as np
 from focus_ray.metrics.metrics import ScoredTestImages
 from focus_ray.metrics.registry import METRICS
 from focus_ray.metrics.ties import exceeds_threshold
-from focus_ray.reporting.tables import format_error_bound
+from focus_ray.reporting.tables import collect_notices, format_error_bound
 
 FEW_IMAGES = 20  # below this number, a single image changes a rate by 5 % or more
 CONFIDENCE = 0.95
@@ -64,8 +64,7 @@ def list_evaluation_caveats(
         result: metrics and notices of `Inspector.evaluate`.
         good, bad: share of the good and of the bad test images whose score is above the threshold.
     """
-    trained_on = (result.get("trained_on") or {}).get("notice")
-    caveats = [*([trained_on] if trained_on else []), *calibration, *warnings]
+    caveats = [*collect_notices(result, "trained_on"), *calibration, *warnings]
     for share, kind, rate in ((good, "good", "false alarm rate"), (bad, "bad", "share of defects found")):
         if not share.total:
             caveats.append(f"There is no {kind} test image: nothing is known of the {rate}.")
@@ -80,10 +79,7 @@ def list_evaluation_caveats(
             f"{100 * good.share:.0f} % of the good test images are called bad, more than chance makes of the target of "
             f"{100 * target:.3g} %. Calibrate with more images like them."
         )
-    for finding in ("shift", "repeats"):
-        notice = (result.get(finding) or {}).get("notice")
-        if notice:
-            caveats.append(notice)
+    caveats += collect_notices(result, "shift", "repeats")
     num_unmasked = int(result["num_anomalous"]) - int(result["num_masks"])
     if num_unmasked:
         caveats.append(

@@ -80,18 +80,18 @@ def build_evaluation_section(
         num_calibration=calibration.num_images,
         method=calibration.method,
         caveats=list_evaluation_caveats(calibration.describe_limits(), warnings, result, good, bad),
-        plots=_draw_metric_plots(measured, calibration.image_scores, result, good, bad),
+        plots=_draw_metric_plots(measured, calibration, result, good, bad),
         gallery=_group_gallery_cards(cards, good, bad),
     )
 
 
 def summarize_metrics(result: Mapping[str, Any]) -> str:
     """Returns one line of text with the most important metrics of a category, such as 'Image AUROC 0.9876, Recall 0.9500'."""
-    shown = [(METRICS[key].title, result.get(key)) for key in ("image_auroc", "pixel_auroc", "aupro_0.3", "recall")]
+    metrics = {METRICS[key].title: result.get(key) for key in ("image_auroc", "pixel_auroc", "aupro_0.3", "recall")}
     num_left_out = (result.get("trained_on") or {}).get("num_images", 0)
     prefix = f"without {num_left_out} images that the model was trained on: " if num_left_out else ""
-    figures = ", ".join(f"{title} {value:.4f}" for title, value in shown if value is not None)
-    return prefix + (figures or "no metric can be computed")
+    texts = [f"{title} {value:.4f}" for title, value in metrics.items() if value is not None]
+    return prefix + (", ".join(texts) or "no metric can be computed")
 
 
 def render_evaluation_page(
@@ -151,11 +151,7 @@ def _sum_shares(shares: Iterable[ImageShare]) -> ImageShare:
 
 
 def _draw_metric_plots(
-    measured: ScoredTestImages,
-    calibration_scores: Sequence[float],
-    result: Mapping[str, Any],
-    good: ImageShare,
-    bad: ImageShare,
+    measured: ScoredTestImages, calibration: Calibration, result: Mapping[str, Any], good: ImageShare, bad: ImageShare
 ) -> list[plots.Plot]:
     """Draws score histograms; with good and bad images also ROC and precision-recall curves; with masks also a PRO curve.
 
@@ -168,7 +164,7 @@ def _draw_metric_plots(
             {
                 "good test images": measured.scores[measured.labels == 0].tolist(),
                 "bad test images": measured.scores[measured.labels == 1].tolist(),
-                "calibration: good images": calibration_scores,
+                "calibration: good images": calibration.image_scores,
             },
             measured.threshold,
             "Scores",
@@ -222,17 +218,16 @@ def _group_gallery_cards(
 ) -> list[GalleryGroup]:
     """Makes a gallery group with a title and a note for each kind of cards, and leaves out kinds without cards."""
     num_missed = bad.total - bad.count
-    misses = "Worst misses" if num_missed else "Bad images that came closest to being missed"
-    alarms = "Worst false alarms" if good.count else "Good images that came closest to a false alarm"
-    notes = (
-        _describe_image_count(num_missed, "bad", "called good") if num_missed else "Every bad test image is found.",
-        _describe_image_count(good.count, "good", "called bad") if good.count else "No good test image is called bad.",
-        "Bad images called bad, with scores about the median.",
-    )
+    misses, alarms = "Bad images that came closest to being missed", "Good images that came closest to a false alarm"
+    missed_note, alarm_note = "Every bad test image is found.", "No good test image is called bad."
+    if num_missed:
+        misses, missed_note = "Worst misses", _describe_image_count(num_missed, "bad", "called good")
+    if good.count:
+        alarms, alarm_note = "Worst false alarms", _describe_image_count(good.count, "good", "called bad")
     groups = [
-        GalleryGroup(misses, notes[0], cards["misses"]),
-        GalleryGroup(alarms, notes[1], cards["false_alarms"]),
-        GalleryGroup("Typical finds", notes[2], cards["finds"]),
+        GalleryGroup(misses, missed_note, cards["misses"]),
+        GalleryGroup(alarms, alarm_note, cards["false_alarms"]),
+        GalleryGroup("Typical finds", "Bad images called bad, with scores about the median.", cards["finds"]),
     ]
     return [group for group in groups if group.cards]
 

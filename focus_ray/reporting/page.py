@@ -38,12 +38,12 @@ def encode_jpeg_uri(picture: NDArray[np.uint8]) -> str:
     """Returns a picture (H, W, 3) as the data URI of a JPEG."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=_JPEG_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return encode_data_uri("jpeg", buffer.getvalue())
 
 
-def encode_png_uri(data: bytes) -> str:
-    """Returns an encoded PNG as a data URI."""
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+def encode_data_uri(kind: str, data: bytes) -> str:
+    """Returns an encoded picture as a data URI. `kind` is its format, such as png."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def encode_svg_uri(svg: str) -> str:
@@ -54,7 +54,7 @@ def encode_svg_uri(svg: str) -> str:
     head, end, body = svg.partition(">")
     head = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"', 1)
     content = f"{head}{end}<style>{_read_colours()} text {{ font-family: system-ui, sans-serif; }}</style>{body}"
-    return f"data:image/svg+xml;base64,{base64.b64encode(content.encode(errors='replace')).decode()}"
+    return encode_data_uri("svg+xml", content.encode(errors="replace"))
 
 
 @cache

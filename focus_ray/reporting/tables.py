@@ -39,11 +39,19 @@ def format_evaluation_tables(results: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     for category, result in results.items():
         reasons += [f"{category}: {metric_key}: {reason}" for metric_key, reason in result.get("reasons", {}).items()]
+    notices_first, notices = (
+        [
+            f"{category}: {notice}"
+            for category, result in results.items()
+            for notice in collect_notices(result, *findings)
+        ]
+        for findings in (("trained_on",), ("shift", "repeats"))
+    )
     sections = [
-        _format_list(_collect_notices(results, "trained_on")),
+        _format_list(notices_first),
         _format_table(["category", "good", "bad"], METRICS, rows),
         _format_table(["category", "defect type", "images"], per_defect, type_rows),
-        _format_list([*reasons, *_collect_notices(results, "shift", "repeats")]),
+        _format_list([*reasons, *notices]),
     ]
     explanations = {
         "binned": "Pixels counted in bins ({}): the exact value lies within the ± next to each value.",
@@ -73,15 +81,10 @@ def format_error_bound(bound: float) -> str:
     return f"±{math.ceil(bound / unit - 1e-9) * unit:.1g}"
 
 
-def _collect_notices(results: Mapping[str, Mapping[str, Any]], *findings: str) -> list[str]:
-    """Returns the text '<category>: <notice>' for each notice in the results.
-
-    Args: findings: keys of a category's result whose entry may have a notice, such as 'shift'.
-    """
-    notices = (
-        (category, (result.get(key) or {}).get("notice")) for category, result in results.items() for key in findings
-    )
-    return [f"{category}: {notice}" for category, notice in notices if notice]
+def collect_notices(result: Mapping[str, Any], *findings: str) -> list[str]:
+    """Returns the notices of some findings in the result of a category, such as 'shift'."""
+    notices = ((result.get(finding) or {}).get("notice") for finding in findings)
+    return [notice for notice in notices if notice]
 
 
 def _format_metrics(result: Mapping[str, Any], keys: Iterable[str]) -> list[str]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import base64
+import pathlib
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
-from importlib import resources
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
@@ -25,7 +24,7 @@ from focus_ray.names import NAME_PATTERN, suggest_similar_name
 from focus_ray.serving.envelope import RequestMiddleware
 from focus_ray.serving.limits import extract_images, read_body, read_content_length, read_json_body
 from focus_ray.serving.origin import check_same_origin
-from focus_ray.serving.problems import MEDIA_TYPE, SCHEMA, HttpProblem
+from focus_ray.serving.problems import MEDIA_TYPE, HttpProblem, ProblemDocument
 from focus_ray.serving.service import InspectionService
 from focus_ray.serving.settings import MIB, Name
 from focus_ray.serving.source import get_version_labels
@@ -33,11 +32,7 @@ from focus_ray.serving.tokens import Caller
 from focus_ray.version import __version__
 
 PNG = "image/png"
-_PAGE_FILES = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
-    "/page.css": ("page.css", "text/css; charset=utf-8"),
-}
+_PAGE_FILES = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
 NamePath = Annotated[str, Path(pattern=NAME_PATTERN)]
 Ref = Annotated[
     str | None,
@@ -55,7 +50,7 @@ async def authenticate_request(request: Request) -> Caller:
     """
     service: InspectionService = request.app.state.service
     check_same_origin(request.headers, service.tokens is not None)
-    caller = service.authenticate(request.headers.get("authorization"))
+    caller = service.authenticate_caller(request.headers.get("authorization"))
     request.state.facts = {"token": caller.id, "team": caller.team}
     parameters = sorted(field.alias for field in request.scope["route"].dependant.query_params)
     for name, count in Counter(name for name, _ in request.query_params.multi_items()).items():
@@ -72,27 +67,27 @@ async def authenticate_request(request: Request) -> Caller:
 AuthenticatedCaller = Annotated[Caller, Depends(authenticate_request)]
 
 
-class _JsonAnswer(BaseModel):
-    """Base class of the JSON answers. An answer has only the fields that its class documents."""
+class _StrictBody(BaseModel):
+    """Base class of JSON bodies. A body has only the fields that its class documents."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class TokenAccess(_JsonAnswer):
+class TokenAccess(_StrictBody):
     """The teams that the token opens, and its scopes (inspect, read, admin)."""
 
     teams: list[str]
     scopes: list[str]
 
 
-class CategoryList(_JsonAnswer):
+class CategoryList(_StrictBody):
     """The categories of a team that have a model."""
 
     team: str
     categories: list[str]
 
 
-class VersionAnswer(_JsonAnswer):
+class VersionAnswer(_StrictBody):
     """A published version of a model: its name, hash of its manifest, time of publication and size."""
 
     version: str
@@ -101,7 +96,7 @@ class VersionAnswer(_JsonAnswer):
     num_bytes: int
 
 
-class VersionList(_JsonAnswer):
+class VersionList(_StrictBody):
     """The versions of a category, and its aliases. `aliases`: alias -> version name."""
 
     team: str
@@ -110,7 +105,7 @@ class VersionList(_JsonAnswer):
     aliases: dict[str, str]
 
 
-class AnomalyMapAnswer(_JsonAnswer):
+class AnomalyMapAnswer(_StrictBody):
     """The anomaly map as an 8-bit grey PNG in base64. A pixel value v means the anomaly value high * v / 255.
 
     Stretch the map over the whole image, because size and aspect ratio of the map may differ from those of the image.
@@ -120,14 +115,14 @@ class AnomalyMapAnswer(_JsonAnswer):
     high: float
 
 
-class UnreadableImage(_JsonAnswer):
+class UnreadableImage(_StrictBody):
     """The reason why an image cannot be read."""
 
     reason: str
     detail: str
 
 
-class ImageResultAnswer(_JsonAnswer):
+class ImageResultAnswer(_StrictBody):
     """The result of one image. If the image cannot be read, the result has only `name` and `error`."""
 
     name: str
@@ -144,8 +139,8 @@ class ImageResultAnswer(_JsonAnswer):
     error: UnreadableImage | None = None
 
 
-class InspectAnswer(_JsonAnswer):
-    """The results of the images of a request, in the order of the images, and the version that scored the images.
+class InspectionAnswer(_StrictBody):
+    """The results of the images of a request, in their order, and the version that scored them.
 
     The role is canary if a new version answered on trial, otherwise answer.
     """
@@ -160,17 +155,15 @@ class InspectAnswer(_JsonAnswer):
     timings_ms: dict[str, float]
 
 
-class PromotionRequest(BaseModel):
+class PromotionRequest(_StrictBody):
     """The version to which an alias moves: a version name or an alias."""
 
-    model_config = ConfigDict(extra="forbid")
     version: Name
 
 
-class ThresholdsRequest(BaseModel):
+class ThresholdsRequest(_StrictBody):
     """Thresholds that a person chose. A threshold that is absent does not change."""
 
-    model_config = ConfigDict(extra="forbid")
     image_threshold: float | None = Field(default=None, gt=0, le=1e30, allow_inf_nan=False)
     pixel_threshold: float | None = Field(default=None, gt=0, le=1e30, allow_inf_nan=False)
 
@@ -182,7 +175,7 @@ class ThresholdsRequest(BaseModel):
         return self
 
 
-class AliasAnswer(_JsonAnswer):
+class AliasAnswer(_StrictBody):
     """An alias and the version to which it now points."""
 
     team: str
@@ -191,7 +184,7 @@ class AliasAnswer(_JsonAnswer):
     version: str
 
 
-class HealthAnswer(_JsonAnswer):
+class HealthAnswer(_StrictBody):
     """The answer of a health check; `status` is "ok"."""
 
     status: str
@@ -214,7 +207,12 @@ def create_api(service: InspectionService) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # FastAPI's own pages load scripts from other hosts
         redoc_url=None,
-        responses={"default": {"description": "Problem (RFC 9457)", "content": {MEDIA_TYPE: {"schema": SCHEMA}}}},
+        responses={
+            "default": {
+                "description": "Problem (RFC 9457)",
+                "content": {MEDIA_TYPE: {"schema": ProblemDocument.model_json_schema()}},
+            }
+        },
     )
     api.add_middleware(RequestMiddleware, metrics=service.metrics)
     api.state.service = service
@@ -299,7 +297,7 @@ def _add_inspect_route(router: APIRouter, service: InspectionService) -> None:
 
     @router.post(
         "/{team}/{category}/inspect",
-        response_model=InspectAnswer,
+        response_model=InspectionAnswer,
         responses={
             **_describe_problem_responses(400, 406, 408, 413, 415, 429, 504),
             200: {"description": "The results, or a picture of the result", "content": {PNG: binary}},
@@ -407,15 +405,13 @@ def _add_open_routes(api: FastAPI, service: InspectionService) -> None:
         return HealthAnswer(status="ok")
 
     if service.settings.page:
-        folder = resources.files("focus_ray.serving") / "page"
-        for path, (name, media_type) in _PAGE_FILES.items():
-            endpoint = partial(_answer_page_file, (folder / name).read_bytes(), media_type)
-            api.add_api_route(path, endpoint, include_in_schema=False)
+        for path in _PAGE_FILES:
+            api.add_api_route(path, _answer_page_file, include_in_schema=False)
 
 
-async def _answer_page_file(content: bytes, media_type: str) -> Response:
+async def _answer_page_file(request: Request) -> Response:
     """Answers a request for a file of the web page with its content."""
-    return Response(content, media_type=media_type)
+    return FileResponse(pathlib.Path(__file__).parent / "page" / _PAGE_FILES[request.scope["route"].path])
 
 
 def _add_error_handlers(api: FastAPI) -> None:
@@ -503,5 +499,5 @@ def _describe_json_body(model: type[BaseModel]) -> dict[str, Any]:
 
 def _describe_problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Returns the OpenAPI description of problem documents with these HTTP statuses."""
-    content = {MEDIA_TYPE: {"schema": SCHEMA}}
+    content = {MEDIA_TYPE: {"schema": ProblemDocument.model_json_schema()}}
     return {status: {"description": "Problem (RFC 9457)", "content": content} for status in statuses}

@@ -30,7 +30,7 @@ from focus_ray.serving.scorer import ImageScorer, ScoringAnswer, ScoringRequest
 from focus_ray.serving.serve_private import check_private_serve_api, unregister_model
 from focus_ray.serving.service import InspectionService, ScoringBackend
 from focus_ray.serving.settings import ReplicaScaling, ScoringPool, ServiceSettings, parse_service_settings
-from focus_ray.serving.source import get_version_key, open_source_folder
+from focus_ray.serving.source import get_version_key, open_model_source
 
 COMMON_POOL = "scorer"  # name of the pool for all categories without their own pool
 _MAX_ATTEMPTS = 4  # of a call whose replica dies; a lost node ends several replicas at the same time
@@ -118,18 +118,20 @@ class ScorerReplica:
         return key
 
     def _handle_model_drop(self, version: Version) -> None:
-        """Removes a version that was dropped from memory from Serve's list of this replica's models, and counts the drop.
+        """Removes a version that was dropped from memory from Serve's list of this replica's models.
 
         Serve then sends requests for the version to replicas that still have it.
         """
         key = get_version_key(version)
         self._versions.pop(key, None)
         unregister_model(self, key)
-        self._scorer.record_model_drop(version)
 
 
 class RemoteScoringBackend:
-    """Scores images in the pool of replicas of their category, and repeats a call if its replica was lost."""
+    """Scores images in the pool of replicas of their category, and repeats a call if its replica was lost.
+
+    Raises `HttpProblem` if all replicas are busy.
+    """
 
     def __init__(
         self,
@@ -246,7 +248,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     """
     check_private_serve_api()
     settings = parse_service_settings(arguments, "args of the application")
-    source = open_source_folder(settings.registry, settings.bundles, settings.team, settings.refresh_s)
+    source = open_model_source(settings)
     refs = {(route.team, route.category): route.ref for route in settings.routes}
     pinned_pools = {}
     for pin in settings.pins:

@@ -171,30 +171,22 @@ class DecoderPool:
                 return await asyncio.wrap_future(pool.schedule(function, arguments, timeout=DECODE_TIMEOUT_S))
             except ImageError as error:
                 return error
-            except MemoryError:
-                return _create_memory_error()
             # from Python 3.11 on, the first two are the same class
             except (PoolTimeoutError, asyncio.TimeoutError):
                 pool = await _restart_decoder(pool)
                 return ImageError(
                     "too_slow", f"the image takes more than {DECODE_TIMEOUT_S:g} s to decode: save it as a plain PNG"
                 )
-            except ProcessExpired:
-                pool = await _restart_decoder(pool)
-                return _create_memory_error()
+            except (MemoryError, ProcessExpired) as error:
+                if isinstance(error, ProcessExpired):
+                    pool = await _restart_decoder(pool)
+                limit = f"more than {DECODER_MEMORY_BYTES >> 20} MiB to decode"
+                return ImageError("too_large", f"the image takes {limit}: cut it into tiles, or save it as a plain PNG")
             except (BrokenProcessPool, RuntimeError):
                 pool = await _restart_decoder(pool)
                 raise
             finally:
                 self._idle_pools.append(pool)
-
-
-def _create_memory_error() -> ImageError:
-    """Returns the error of an image that exceeds the memory limit."""
-    return ImageError(
-        "too_large",
-        f"the image takes more than {DECODER_MEMORY_BYTES >> 20} MiB to decode: cut it into tiles, or save it as a plain PNG",
-    )
 
 
 def _create_decoder() -> ProcessPool:

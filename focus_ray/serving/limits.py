@@ -118,7 +118,7 @@ async def read_json_body(request: Request, model: type[M]) -> M:
     that strangers cannot make the service read bodies.
 
     Raises:
-        HttpProblem: 400 or 413, as `read_content_length`. 408 or 413, as `read_body`. 415, the Content-Type is not application/json.
+        HttpProblem: 400 or 413, as `read_content_length`. 408 or 413, as `read_body`. 415, the Content-Type is not JSON.
         RequestValidationError: the body is not valid JSON, or does not fit the model.
     """
     if _read_media_type(request) != "application/json":
@@ -133,8 +133,8 @@ async def read_json_body(request: Request, model: type[M]) -> M:
 async def extract_images(request: Request, body: bytes, limits: RequestLimits) -> list[tuple[str, bytes]]:
     """Returns (file name, bytes) of each image in a body. The body is one image, without a file name, or a multipart form.
 
-    Raises: HttpProblem: 400, the form cannot be read. 413, the form has too many images. 415, the Content-Type is neither an image
-        nor a form. 422, there is no image, or the form has a field that belongs into the URL.
+    Raises: HttpProblem: 400, the form cannot be read. 413, the form has too many images. 415, the Content-Type is neither an
+        image nor a form. 422, there is no image, or the form has a field that belongs into the URL.
     """
     media_type = _read_media_type(request)
     if media_type == "multipart/form-data":

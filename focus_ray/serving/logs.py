@@ -28,8 +28,8 @@ class JsonLogFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def configure_logging(level: int = logging.INFO) -> None:
-    """Sends the log events of the service to stderr as JSON lines; a second call in a process changes only the level."""
+def configure_logging() -> None:
+    """Sends the log events of the service to stderr as JSON lines; a second call in a process changes nothing."""
     for name in (LOGGER, _LIBRARY):
         logger = logging.getLogger(name)
         if not logger.handlers:
@@ -37,7 +37,7 @@ def configure_logging(level: int = logging.INFO) -> None:
             handler.setFormatter(JsonLogFormatter())
             logger.addHandler(handler)
             logger.propagate = False
-        logger.setLevel(level)
+        logger.setLevel(logging.INFO)
 
 
 def log_event(event: str, *, level: int = logging.INFO, error: BaseException | str | None = None, **facts: Any) -> None:

@@ -9,7 +9,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from focus_ray.bundle.registry import Version
 from focus_ray.detect.detector import Detector
 from focus_ray.errors import BundleError
 from focus_ray.precision import choose_compute_dtype
+from focus_ray.serving.metrics import MetricsRecorder
 from focus_ray.serving.source import get_version_key
 
 
@@ -75,21 +76,19 @@ class ModelCache:
         self,
         budget_bytes: int,
         device: str,
-        executor: Executor,
-        on_load: Callable[[Version, float], None] = lambda version, seconds: None,
+        metrics: MetricsRecorder,
         on_drop: Callable[[Version], None] = lambda version: None,
     ) -> None:
-        """Creates an empty cache.
+        """Creates an empty cache. One thread reads bundles, which limits the memory that loading needs above the budget.
 
         Args:
             budget_bytes: largest size of all models and backbones together.
             device: cpu or cuda; the models are loaded on it.
-            executor: its threads read bundles. Their number limits the memory that loading needs above the budget.
-            on_load: called after a load, with the version and the duration in seconds.
+            metrics: receives the duration of each load, the number of drops, and the size of the cache.
             on_drop: called after a version was dropped from memory.
         """
-        self.budget_bytes, self.device, self.executor = budget_bytes, device, executor
-        self.on_load, self.on_drop = on_load, on_drop
+        self.budget_bytes, self.device, self.metrics, self.on_drop = budget_bytes, device, metrics, on_drop
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._models: OrderedDict[str, LoadedModel] = OrderedDict()
         self._loading: dict[str, asyncio.Task[LoadedModel]] = {}
         self._backbones = SharedBackbones()
@@ -119,11 +118,11 @@ class ModelCache:
             return model
         task = self._loading.get(key)
         if task is None:
-            task = self._loading[key] = asyncio.create_task(self._load(key, version))
+            task = self._loading[key] = asyncio.create_task(self._load_model(key, version))
             task.add_done_callback(lambda _: self._loading.pop(key, None))
         return await asyncio.shield(task)  # a cancelled request must not cancel the load of other requests
 
-    async def _load(self, key: str, version: Version) -> LoadedModel:
+    async def _load_model(self, key: str, version: Version) -> LoadedModel:
         """Loads a model, and drops the least recently used models until all fit into the budget.
 
         Raises: BundleError: as `get_or_load`.
@@ -133,8 +132,12 @@ class ModelCache:
         self._models[key] = model
         while self.num_bytes > self.budget_bytes and len(self._models) > 1:
             _, dropped = self._models.popitem(last=False)
+            self.metrics.record("models_dropped", team=dropped.version.team, category=dropped.version.category)
             self.on_drop(dropped.version)
-        self.on_load(version, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.metrics.record("load_seconds", seconds, team=version.team, category=version.category)
+        self.metrics.record("models", len(self._models))
+        self.metrics.record("model_bytes", self.num_bytes)
         return model
 
     def _read_verified_model(self, version: Version) -> LoadedModel:

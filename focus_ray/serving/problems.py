@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from http import HTTPStatus
 
+from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
 
 MEDIA_TYPE = "application/problem+json"
-SCHEMA = {
-    "type": "object",
-    "required": ["type", "title", "status", "detail", "request_id"],
-    "properties": {
-        "type": {"type": "string", "description": "urn:focus-ray:CODE; programs should use this field."},
-        "title": {"type": "string"},
-        "status": {"type": "integer"},
-        "detail": {"type": "string", "description": "Text for people: the value, the expected value, and what to do."},
-        "request_id": {"type": "string", "description": "Identifies the request in the logs of the service."},
-    },
-}
 RETRY_AFTER_S = 1  # a client that meets a limit waits this long before a retry: about the time of a batch
 STORAGE_RETRY_AFTER_S = 5  # the same while the storage fails, which rarely ends within a second
+
+
+class ProblemDocument(BaseModel):
+    """The JSON answer to a request that fails (RFC 9457)."""
+
+    type: str = Field(description="urn:focus-ray:CODE; programs should use this field.")
+    title: str
+    status: int
+    detail: str = Field(description="Text for people: the value, the expected value, and what to do.")
+    request_id: str = Field(description="Identifies the request in the logs of the service.")
 
 
 class HttpProblem(Exception):
@@ -56,14 +56,14 @@ class HttpProblem(Exception):
 
     def create_response(self, request_id: str) -> JSONResponse:
         """Returns the problem document as an HTTP response."""
-        document = {
-            "type": f"urn:focus-ray:{self.code}",
-            "title": HTTPStatus(self.status).phrase,
-            "status": self.status,
-            "detail": self.detail,
-            "request_id": request_id,
-        }
-        return JSONResponse(document, self.status, self.headers, MEDIA_TYPE)
+        document = ProblemDocument(
+            type=f"urn:focus-ray:{self.code}",
+            title=HTTPStatus(self.status).phrase,
+            status=self.status,
+            detail=self.detail,
+            request_id=request_id,
+        )
+        return JSONResponse(document.model_dump(), self.status, self.headers, MEDIA_TYPE)
 
 
 def create_not_found_problem(detail: str) -> HttpProblem:

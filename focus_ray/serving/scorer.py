@@ -124,13 +124,7 @@ class ImageScorer:
         self._batcher: DynamicBatcher[DecodedRequest, RequestScores] = DynamicBatcher(
             self._score_requests_together, pool.max_batch_images, pass_thread
         )
-        self.models = ModelCache(
-            int(pool.memory_mb * MIB),
-            device,
-            ThreadPoolExecutor(1, thread_name_prefix="load"),
-            on_load=self._record_model_load,
-            on_drop=self.record_model_drop,
-        )
+        self.models = ModelCache(int(pool.memory_mb * MIB), device, self.metrics)
 
     async def warm_up_model(self, version: Version) -> None:
         """Loads a version and scores a blank image with it. Raises: BundleError: the version cannot be loaded."""
@@ -228,16 +222,6 @@ class ImageScorer:
         self.metrics.record("batch_categories", len(categories))
         self.metrics.record("passes", len(groups))
         return [RequestScores(*scores_by_part[index], started_at, ended_at) for index in range(len(parts))]
-
-    def _record_model_load(self, version: Version, seconds: float) -> None:
-        """Records metrics about a version that was loaded within `seconds`, and about the size of the cache."""
-        self.metrics.record("load_seconds", seconds, team=version.team, category=version.category)
-        self.metrics.record("models", len(self.models.loaded_keys))
-        self.metrics.record("model_bytes", self.models.num_bytes)
-
-    def record_model_drop(self, version: Version) -> None:
-        """Counts a version that was dropped from memory in the metric `models_dropped`."""
-        self.metrics.record("models_dropped", team=version.team, category=version.category)
 
 
 def _set_num_torch_threads(count: int) -> None:

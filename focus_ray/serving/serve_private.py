@@ -16,17 +16,14 @@ from focus_ray.errors import TrainingError
 
 _WRAPPER_ATTRIBUTE = "__serve_multiplex_wrapper"  # of replicas that have called a `serve.multiplexed` method
 _PUSH_FLAG = "_push_multiplexed_replica_info"  # if True, Serve soon sends the list to the router
-SERVE_PARTS = {"which models a replica holds": ("ray.serve.multiplex", "_ModelMultiplexWrapper")}
 
 
-def check_private_serve_api(parts: dict[str, tuple[str, str]] = SERVE_PARTS) -> None:
+def check_private_serve_api() -> None:
     """Checks that the installed Ray still has all private classes and attributes that this module uses.
-
-    Args: parts: purpose -> module and name of a private object.
 
     Raises: TrainingError: the installed Ray lacks a class or attribute.
     """
-    check_private_attributes(parts)
+    check_private_attributes({"which models a replica holds": ("ray.serve.multiplex", "_ModelMultiplexWrapper")})
     import ray
     from ray.serve import api, multiplex
 

@@ -11,7 +11,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar
 
 from focus_ray.bundle.registry import Registry, Version
 from focus_ray.data.images import ImageError
@@ -34,7 +34,7 @@ from focus_ray.serving.problems import (
 from focus_ray.serving.scorer import ScoringAnswer, ScoringRequest
 from focus_ray.serving.settings import ServiceSettings, VersionChoice
 from focus_ray.serving.sink import FLUSH_EVERY_S, ImageSink
-from focus_ray.serving.source import ModelSource, StorageThreads, VersionCache, get_version_labels, open_source_folder
+from focus_ray.serving.source import ModelSource, StorageThreads, VersionCache, get_version_labels, open_model_source
 from focus_ray.serving.stream_shift import StreamShiftDetector
 from focus_ray.serving.tokens import Caller, Scope, TokenStore
 
@@ -92,22 +92,14 @@ class InspectionService:
             BundleError: a bundle in the folder is damaged.
         """
         self.settings, self.backend, self.metrics = settings, backend, metrics or MetricsRecorder()
-        self.source = source or open_source_folder(
-            settings.registry, settings.bundles, settings.team, settings.refresh_s
-        )
+        self.source = source or open_model_source(settings)
         self.storage_threads = StorageThreads()
-        self.version_cache = VersionCache(
-            self.source, settings.refresh_s, backend.warm_up_model, log_event, self.storage_threads
-        )
+        self.version_cache = VersionCache(self.source, settings.refresh_s, backend.warm_up_model, self.storage_threads)
         self.examples = ExampleImageReader(settings.examples)
         self.gate = RequestLimiter(settings.limits, self.metrics)
-        self.tokens = None
-        if settings.tokens is not None:
-            self.tokens = TokenStore(
-                settings.tokens, settings.refresh_s, lambda text: log_event(text, level=logging.ERROR)
-            )
-        self.sink = ImageSink(settings.sink, self.metrics, log_event) if settings.sink else None
-        self.shifts = StreamShiftDetector(self.version_cache.get_manifest, self.metrics, log_event)
+        self.tokens = TokenStore(settings.tokens, settings.refresh_s) if settings.tokens else None
+        self.sink = ImageSink(settings.sink, self.metrics) if settings.sink else None
+        self.shifts = StreamShiftDetector(self.version_cache.get_manifest, self.metrics)
         self._routes = {(route.team, route.category): route for route in settings.routes}
         self._shadow_tasks: set[asyncio.Task[None]] = set()
         self._ready = asyncio.Event()
@@ -137,7 +129,7 @@ class InspectionService:
             await asyncio.to_thread(self.sink.close)
 
     # ---- authentication and access
-    def authenticate(self, authorization: str | None) -> Caller:
+    def authenticate_caller(self, authorization: str | None) -> Caller:
         """Returns the caller to whom the token in an Authorization header belongs.
 
         A service without tokens accepts everyone, as a caller without the scope `admin`.
@@ -146,7 +138,7 @@ class InspectionService:
         """
         if self.tokens is None:
             return Caller(id="anonymous", team="*", scopes=("inspect", "read"))
-        caller = self.tokens.authenticate(authorization)
+        caller = self.tokens.authenticate_caller(authorization)
         if caller is None:
             detail, headers = "send a valid token: Authorization: Bearer frs_...", {"www-authenticate": "Bearer"}
             raise HttpProblem(401, "unauthorised", detail, headers=headers)
@@ -289,8 +281,7 @@ class InspectionService:
 
         Args: number: number of the example, from 0.
 
-        Raises: HttpProblem: 404, there is no such example, or the settings do not allow this data set. 503, the storage fails, or
-            the manifest or the data set cannot be read.
+        Raises: HttpProblem: 404, there is no such example, or the settings do not allow this data set. 503, the storage fails.
         """
         if not self.settings.examples:
             raise create_not_found_problem("this service shows no training images")
@@ -308,68 +299,59 @@ class InspectionService:
 
         Args: ref: version name, or another alias of the version.
 
-        Raises: HttpProblem: 404, there is no such version, or the registry refuses the move, for instance because of the name of
-            the alias. 409, the service has no registry. 503, the storage fails.
+        Raises: HttpProblem: 404, there is no such version, or the alias cannot be moved. 409, the service has no registry. 503,
+            the storage fails.
         """
-        function = self._get_registry().promote
-        version = await self._change_registry(team, category, ref, function, team, category, ref, alias)
+        version = await self._change_registry(team, category, ref, Registry.promote, team, category, ref, alias)
         log_event("promoted", alias=alias, **get_version_labels(version))
         return version
 
     async def roll_back_alias(self, team: str, category: str, alias: str) -> Version:
         """Moves an alias back to its previous version, and returns this version.
 
-        Raises: HttpProblem: 404, there is no such alias or no previous version. 409, the service has no registry. 503, the storage
-            fails.
+        Raises: HttpProblem: 404, there is no such alias or no previous version. 409, the service has no registry. 503, the
+            storage fails.
         """
-        function = self._get_registry().roll_back
-        version = await self._change_registry(team, category, alias, function, team, category, alias)
+        version = await self._change_registry(team, category, alias, Registry.roll_back, team, category, alias)
         log_event("rolled back", alias=alias, **get_version_labels(version))
         return version
 
     async def set_thresholds(
-        self, version: Version, image: float | None, pixel: float | None, caller: Caller
+        self, version: Version, image_threshold: float | None, pixel_threshold: float | None, caller: Caller
     ) -> Version:
         """Publishes the same model with other thresholds, and returns the new version. Only the alias `latest` moves to it.
 
         Args:
             version: version to copy.
-            image: new image threshold; None: unchanged.
-            pixel: new pixel threshold; None: unchanged.
+            image_threshold, pixel_threshold: new values; None: unchanged.
             caller: the token id of the caller is stored as the author.
 
         Raises: HttpProblem: 404, the registry refuses the new version. 409, the service has no registry. 503, the storage fails.
         """
-        arguments = (version, image, pixel, f"token {caller.id}")
-        function = self._get_registry().set_thresholds
-        new_version = await self._change_registry(version.team, version.category, version.name, function, *arguments)
+        change = (Registry.set_thresholds, version, image_threshold, pixel_threshold, f"token {caller.id}")
+        new_version = await self._change_registry(version.team, version.category, version.name, *change)
         log_event("thresholds set", of=version.name, by=caller.id, **get_version_labels(new_version))
         return new_version
 
-    def _get_registry(self) -> Registry:
-        """Returns the registry of the service. Raises: HttpProblem: 409, the service has a folder of bundles instead."""
-        if self.settings.registry is None:
-            detail = "a folder of bundles keeps no versions and aliases: serve a registry, or use `focus-ray calibrate`"
-            raise HttpProblem(409, "not-a-registry", detail)
-        return cast(Registry, self.source)
-
     async def _change_registry(
-        self, team: str, category: str, ref: str, function: Callable[..., Version], *arguments: Any
+        self, team: str, category: str, ref: str, method: Callable[..., Version], *arguments: Any
     ) -> Version:
-        """Calls a registry function that moves an alias or publishes a version, and returns the version of the function.
-
-        Then the cached aliases of the category expire, also after an error, so that the next request checks them again.
+        """Calls a method that moves an alias of a category, returns its version, and makes the next request check the aliases.
 
         Args:
             team, category: whose aliases expire.
             ref: version or alias that the client named, for the message.
-            function: called with `arguments` in a thread.
+            method: method of `Registry`, called with `arguments` in a thread.
 
-        Raises: HttpProblem: 404, there is no such version or alias, or the alias cannot be moved. 503, the storage fails.
+        Raises: HttpProblem: 404, there is no such version or alias, or the alias cannot be moved. 409, the service has a folder
+            of bundles instead of a registry. 503, the storage fails.
         """
-        limit_s = self.settings.limits.timeout_s
+        if self.settings.registry is None:
+            detail = "a folder of bundles keeps no versions and aliases: serve a registry, or use `focus-ray calibrate`"
+            raise HttpProblem(409, "not-a-registry", detail)
+        call, limit_s = (method, self.source, *arguments), self.settings.limits.timeout_s
         try:
-            return await self._call_storage(team, category, function, *arguments, ref=ref, timeout_s=limit_s)
+            return await self._call_storage(team, category, *call, ref=ref, timeout_s=limit_s)
         finally:
             self.version_cache.expire_category(team, category)
 
@@ -397,8 +379,8 @@ class InspectionService:
 
         Returns: the version, its answer, and its role, "answer" or "canary".
 
-        Raises: HttpProblem: 404, there is no such version. 500, the score is not finite. 503, the storage fails, the model cannot
-            be read, or the replicas are busy or lost. 504, there is no answer within the time limit.
+        Raises: HttpProblem: 404, no such version. 500, the score is not finite. 503, the model cannot be read, or all replicas
+            are busy. 504, timeout.
         """
         route = self._get_version_choice(team, category)
         version, role = await self._choose_version(route, ref)

@@ -27,6 +27,7 @@ from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
 from focus_ray.detect.inspection import Inspection
 from focus_ray.errors import DataError
+from focus_ray.serving.logs import log_event
 from focus_ray.serving.metrics import MetricsRecorder
 from focus_ray.serving.settings import SinkSettings
 from focus_ray.storage.files import join_path, list_folder_entries, remove_folder, write_bytes
@@ -72,10 +73,8 @@ class _PendingFile(NamedTuple):
 class ImageSink:
     """Stores a random sample of the inspected images and their results; a thread writes them as Parquet files."""
 
-    def __init__(
-        self, settings: SinkSettings, metrics: MetricsRecorder, log: Any = lambda message, **facts: None
-    ) -> None:
-        self.settings, self.metrics, self.log = settings, metrics, log
+    def __init__(self, settings: SinkSettings, metrics: MetricsRecorder) -> None:
+        self.settings, self.metrics = settings, metrics
         self._lock = threading.Lock()
         self._rows_by_team: dict[str, list[dict[str, Any]]] = defaultdict(list)  # by team
         self._num_bytes = 0  # of the images in waiting rows and files
@@ -153,7 +152,7 @@ class ImageSink:
             try:
                 step()
             except Exception as error:  # any error: the next flush must still run
-                self.log("a flush of the sink failed", error=f"{type(error).__name__}: {error}")
+                log_event("a flush of the sink failed", error=f"{type(error).__name__}: {error}")
 
     def _write_files(self) -> None:
         """Writes the files that failed before, and a file for each team with waiting rows. A file that fails waits for a retry."""
@@ -168,7 +167,7 @@ class ImageSink:
             except Exception as error:  # any error of any storage
                 if file in new_files:
                     self._count_images("delayed", file.num_images)
-                self.log("the sink could not be written", error=str(error), num_images=file.num_images)
+                log_event("the sink could not be written", error=str(error), num_images=file.num_images)
                 self._unwritten_files.append(file)
                 continue
             self._count_images("written", file.num_images)
@@ -186,7 +185,7 @@ class ImageSink:
             retention = timedelta(
                 days=min(self.settings.retention_days, 100_000.0)
             )  # so that the limit is a valid date
-            delete_old_images(self.settings.uri, now - retention, self.log)
+            delete_old_images(self.settings.uri, now - retention)
 
     def _encode_rows(self, team: str, rows: Sequence[dict[str, Any]]) -> _PendingFile:
         """Encodes the rows of a team as a Parquet file, and chooses its location."""
@@ -199,15 +198,14 @@ class ImageSink:
         )
 
 
-def delete_old_images(uri: str, limit: datetime, log: Any = lambda message, **facts: None) -> list[str]:
-    """Deletes the sink's folders of days (`date=2026-01-31`, in UTC) that ended at or before `limit`, for all teams.
+def delete_old_images(uri: str, limit: datetime) -> list[str]:
+    """Deletes the sink's folders of days (`date=2026-01-31`, in UTC) that ended before `limit`, for all teams.
 
     Other folders stay. If a folder cannot be deleted or has an invalid date, logs this and continues with the next folder.
 
     Args:
         uri: location of the sink.
         limit: time with a time zone.
-        log: called with a message and facts for each folder that cannot be deleted or has an invalid date.
 
     Returns: the deleted folders.
 
@@ -229,7 +227,7 @@ def delete_old_images(uri: str, limit: datetime, log: Any = lambda message, **fa
                     remove_folder(day)
                     deleted.append(day)
             except (ValueError, OverflowError) as error:
-                log("a folder of the sink has an invalid date and stays", folder=day, error=str(error))
+                log_event("a folder of the sink has an invalid date and stays", folder=day, error=str(error))
             except DataError as error:
-                log("old images could not be deleted from the sink", folder=day, error=str(error))
+                log_event("old images could not be deleted from the sink", folder=day, error=str(error))
     return deleted

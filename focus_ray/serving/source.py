@@ -20,6 +20,8 @@ from weakref import WeakValueDictionary
 from focus_ray.bundle.bundle import find_bundles, read_bundle_stamps, read_manifest
 from focus_ray.bundle.registry import LATEST, Registry, Version
 from focus_ray.errors import BundleError, DataError, RegistryError
+from focus_ray.serving.logs import log_event
+from focus_ray.serving.settings import ServiceSettings
 from focus_ray.storage.files import FileStat
 
 T = TypeVar("T")
@@ -145,22 +147,17 @@ ModelSource = Registry | FolderModelSource
 """Published models. Methods block. They raise RegistryError if a version is missing, and DataError if the storage fails."""
 
 
-def open_source_folder(registry: str | None, bundles: str | None, team: str, refresh_s: float) -> ModelSource:
-    """Opens a registry; without one, opens the folder `bundles` as a source of models of one team.
-
-    Args:
-        registry: location of the registry; None: there is none.
-        bundles: location of a bundle or of the folder of a run; not used if there is a registry.
-        team, refresh_s: as for `FolderModelSource`.
+def open_model_source(settings: ServiceSettings) -> ModelSource:
+    """Opens the registry of the settings; without a registry, opens the folder `bundles` as the models of one team.
 
     Raises:
         DataError: the folder contains no bundle.
         BundleError: a bundle in the folder has a damaged manifest.
     """
-    if registry is not None:
-        return Registry(registry)
-    assert bundles is not None
-    return FolderModelSource(bundles, team, refresh_s)
+    if settings.registry is not None:
+        return Registry(settings.registry)
+    assert settings.bundles is not None
+    return FolderModelSource(settings.bundles, settings.team, settings.refresh_s)
 
 
 def get_version_key(version: Version) -> str:
@@ -270,21 +267,18 @@ class VersionCache:
         source: ModelSource,
         refresh_s: float,
         warm_up_model: Callable[[Version], Awaitable[None]],
-        log: Callable[..., None] = lambda message, **facts: None,
-        storage_threads: StorageThreads | None = None,
+        storage_threads: StorageThreads,
     ) -> None:
         """Creates an empty cache.
 
         Args:
             source: lists and reads the models.
             refresh_s: seconds after which an entry is checked again.
-            warm_up_model: loads the new version of an alias that has moved, before this version answers requests.
-            log: called with a message and facts.
-            storage_threads: runs the look-ups that requests wait for; checks in the background have their own threads. None:
-                new threads.
+            warm_up_model: loads a version before it answers for an alias that has moved.
+            storage_threads: runs the look-ups that requests wait for; checks in the background have their own threads.
         """
-        self.source, self.refresh_s, self.warm_up_model, self.log = source, refresh_s, warm_up_model, log
-        self.storage_threads = storage_threads or StorageThreads()
+        self.source, self.refresh_s, self.warm_up_model = source, refresh_s, warm_up_model
+        self.storage_threads = storage_threads
         self._threads = ThreadPoolExecutor(_REFRESH_THREADS, thread_name_prefix="refresh")
         self._entries: dict[tuple[str, str, str], _ResolvedAlias] = {}
         self._manifests: dict[str, dict[str, Any]] = {}
@@ -319,7 +313,7 @@ class VersionCache:
 
         Args: key: team, category, and alias or version name.
         """
-        facts = dict(zip(("team", "category", "ref"), key, strict=True))
+        facts: dict[str, Any] = dict(zip(("team", "category", "ref"), key, strict=True))
         now = checked_at = time.monotonic()
         try:
             marks = await self._get_current_marks(key[0])
@@ -328,7 +322,7 @@ class VersionCache:
                 version = await self._call_in_refresh_thread(self.source.resolve, *key)
                 if get_version_key(version) != get_version_key(entry.version):
                     await self.warm_up_model(version)
-                    self.log("alias moved", former=entry.version.name, version=version.name, **facts)
+                    log_event("alias moved", former=entry.version.name, version=version.name, **facts)
                     entry.version = version
                 entry.mark, entry.resolved_at = mark, now
             else:
@@ -336,7 +330,7 @@ class VersionCache:
         except RegistryError:
             self._entries.pop(key, None)  # it was deleted: the next request gets this error
         except Exception as error:  # any error: the cached version continues to answer
-            self.log("version not refreshed", error=str(error), **facts)
+            log_event("version not refreshed", error=str(error), **facts)
         finally:
             entry.checked_at, entry.task = checked_at, None
 

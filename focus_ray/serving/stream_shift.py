@@ -16,6 +16,7 @@ from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
 from focus_ray.detect.inspection import Inspection
 from focus_ray.detect.shift import ScoreShift, StreamShiftMonitor, compare_stream_with_calibration
+from focus_ray.serving.logs import log_event
 from focus_ray.serving.metrics import MetricsRecorder
 from focus_ray.serving.source import get_version_key, get_version_labels
 
@@ -25,20 +26,14 @@ MAX_VERSIONS = 1024  # with scores in memory, about 10 kB each; the version that
 class StreamShiftDetector:
     """Holds the latest scores of each version that answered requests, and tests them for distribution shift."""
 
-    def __init__(
-        self,
-        read_manifest: Callable[[Version], Awaitable[dict[str, Any]]],
-        metrics: MetricsRecorder,
-        log: Callable[..., None],
-    ) -> None:
-        """Creates an empty store of scores.
+    def __init__(self, read_manifest: Callable[[Version], Awaitable[dict[str, Any]]], metrics: MetricsRecorder) -> None:
+        """Creates an empty store of scores. Logs each shift once, and each test that fails.
 
         Args:
             read_manifest: returns the manifest of a version, which contains its calibration scores.
             metrics: receives the result of each test.
-            log: called once for each shift, and for each test that fails.
         """
-        self._read_manifest, self._metrics, self._log = read_manifest, metrics, log
+        self._read_manifest, self._metrics = read_manifest, metrics
         self._recent_scores: OrderedDict[str, StreamShiftMonitor] = OrderedDict()
         self._tests: dict[str, asyncio.Task[None]] = {}
 
@@ -80,11 +75,11 @@ class StreamShiftDetector:
                 compare_stream_with_calibration, calibration, recent_scores.take_scores_for_test()
             )
         except Exception as error:  # any error: the requests already have their answers
-            self._log("shift not tested", level=logging.WARNING, error=str(error) or type(error).__name__, **facts)
+            log_event("shift not tested", level=logging.WARNING, error=str(error) or type(error).__name__, **facts)
             return
         notice = recent_scores.report_shift_once(shift)
         if shift is not None:
             self._metrics.record("shift_p_value", shift.p_higher, direction="higher", **facts)
             self._metrics.record("shift_p_value", shift.p_lower, direction="lower", **facts)
         if notice is not None:
-            self._log("shift", level=logging.WARNING, notice=notice, **facts)
+            log_event("shift", level=logging.WARNING, notice=notice, **facts)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
@@ -22,6 +23,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from focus_ray.errors import ConfigError, DataError
+from focus_ray.serving.logs import log_event
 from focus_ray.serving.settings import Name
 from focus_ray.settings.sections import ConfigSection, validate_section
 from focus_ray.settings.yaml_text import load_yaml
@@ -118,7 +120,7 @@ def create_token(
     secret, token_id = secrets.token_urlsafe(32), secrets.token_hex(6)
     now = datetime.now(timezone.utc).replace(microsecond=0)
     expires = None if expires_in is None else now + expires_in
-    fields = {"id": token_id, "team": team, "scopes": list(dict.fromkeys(scopes)), "sha256": hash_secret(secret)}
+    fields = {"id": token_id, "team": team, "scopes": list(dict.fromkeys(scopes)), "sha256": hash_token_secret(secret)}
     record = validate_section(TokenRecord, {**fields, "created": now, "expires": expires, "note": note}, "token")
     with _lock_token_file(uri):
         try:
@@ -166,7 +168,7 @@ def _lock_token_file(uri: str, timeout_s: float = 20.0) -> Iterator[None]:
         remove_file(lock)
 
 
-def hash_secret(secret: str) -> str:
+def hash_token_secret(secret: str) -> str:
     """Returns the SHA-256 of the secret part of a token, as hex."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
@@ -180,17 +182,16 @@ def _write_token_file(uri: str, tokens: tuple[TokenRecord, ...]) -> None:
 class TokenStore:
     """The tokens of a token file in memory. If the file becomes unreadable, the last tokens stay valid, and this is logged."""
 
-    def __init__(self, uri: str, refresh_s: float = 2.0, log: Callable[[str], None] = lambda message: None) -> None:
+    def __init__(self, uri: str, refresh_s: float = 2.0) -> None:
         """Reads the token file.
 
         Args:
             uri: path or URI of the token file.
             refresh_s: seconds between two reads by `refresh_regularly`.
-            log: called with the reason when the file cannot be read again.
 
         Raises: ConfigError: the file cannot be read, or is not a token file.
         """
-        self.uri, self.refresh_s, self.log = uri, refresh_s, log
+        self.uri, self.refresh_s = uri, refresh_s
         self._content: bytes | None = None
         self._by_id = {token.id: token for token in read_tokens(uri).tokens}
 
@@ -214,15 +215,19 @@ class TokenStore:
                 self._by_id = {token.id: token for token in parse_tokens(content, self.uri).tokens}
                 self._content = content
         except Exception as error:  # any error: the next read must still happen
-            self.log(f"the tokens could not be read again, the previous ones stay valid: {error}")
+            log_event(
+                "the tokens could not be read again, the previous ones stay valid",
+                level=logging.ERROR,
+                error=str(error),
+            )
 
-    def authenticate(self, authorization: str | None) -> Caller | None:
+    def authenticate_caller(self, authorization: str | None) -> Caller | None:
         """Returns the caller with the token of an Authorization header; None if the token is missing, invalid or expired."""
         scheme, _, value = (authorization or "").partition(" ")
         match = _TOKEN.fullmatch(value.strip()) if scheme.lower() == "bearer" else None
         record = self._by_id.get(match[1]) if match else None
         expected_hash = record.sha256 if record else _IMPOSSIBLE_HASH
-        is_secret_right = hmac.compare_digest(hash_secret(match[2] if match else ""), expected_hash)
+        is_secret_right = hmac.compare_digest(hash_token_secret(match[2] if match else ""), expected_hash)
         if record is None or not is_secret_right:
             return None
         if record.expires is not None and record.expires <= datetime.now(timezone.utc):

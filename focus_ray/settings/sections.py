@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
+from pydantic.fields import FieldInfo
 
 from focus_ray.errors import ConfigError
 from focus_ray.names import suggest_similar_name
@@ -25,26 +26,53 @@ class ConfigSection(BaseModel):
         FIXED: setting of an earlier version -> the value that it always has now. A configuration may contain it with this value.
         FIXED_FOR_SCORES: keys of `FIXED` that change the scores of a fitted model. The other keys only change how a model is
             fitted, so a bundle that was fitted with another value is still read.
+        STORED: fields that a user cannot change. They are fields, because a bundle that was fitted with another value keeps it.
+            A class adds its fields to those of its base classes.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
     FIXED: ClassVar[Mapping[str, Any]] = {}
     FIXED_FOR_SCORES: ClassVar[frozenset[str]] = frozenset()
+    STORED: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def stored_fields(cls) -> frozenset[str]:
+        """Returns `STORED` of this class and of all its base classes."""
+        return frozenset().union(*(vars(base).get("STORED", ()) for base in cls.__mro__))
+
+    @classmethod
+    def derive_stored_values(cls, tree: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the value of each field in `STORED` for the settings of a user: name of the field -> value.
+
+        Args: tree: the settings of the section, not validated.
+        """
+        return {name: cls.model_fields[name].default for name in cls.stored_fields()}
 
     @model_validator(mode="before")
     @classmethod
     def _drop_fixed_settings(cls, value: Any, info: ValidationInfo) -> Any:
-        """Drops fixed settings that have their value, and for a bundle also those that do not change its scores."""
+        """Drops fixed settings that have their value; for a bundle, keeps stored values and drops harmless other values.
+
+        Raises: ValueError: a setting that a user cannot change has another value.
+        """
         if not isinstance(value, dict):
             return value
         is_fitted = bool(info.context and info.context.get("is_fitted"))
-        for key in cls.FIXED.keys() & value.keys():
+        stored_values = cls.derive_stored_values(value)
+        for key, fixed in {**cls.FIXED, **stored_values}.items():
             is_harmless = is_fitted and key not in cls.FIXED_FOR_SCORES
-            if value[key] != cls.FIXED[key] and not is_harmless:
+            if key in value and _to_lists(value[key]) != _to_lists(fixed) and not is_harmless:
                 raise ValueError(
-                    f"{key} is always {cls.FIXED[key]!r} in this version (got {value[key]!r}): leave it out"
+                    f"{key} is always {_to_lists(fixed)!r} in this version (got {value[key]!r}): leave it out"
                 )
-        return {key: setting for key, setting in value.items() if key not in cls.FIXED}
+        if not is_fitted:
+            value = {**value, **stored_values}
+        return {**stored_values, **{key: setting for key, setting in value.items() if key not in cls.FIXED}}
+
+
+def _to_lists(value: Any) -> Any:
+    """Returns a list instead of a tuple, so that a default equals the same value from YAML."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -103,8 +131,21 @@ def validate_section(model: type[M], tree: Any, source: str, is_fitted: bool = F
 
 
 def config_to_yaml(config: BaseModel) -> str:
-    """Returns the resolved configuration as YAML, with every default."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """Returns the resolved configuration as YAML, with every default, but without the fields that a user cannot change."""
+    return yaml.safe_dump(dump_settings(config), sort_keys=False)
+
+
+def dump_settings(section: BaseModel) -> dict[str, Any]:
+    """Returns the settings of a section and of its inner sections as JSON types, without the fields in `STORED`."""
+    inner = {name: dump_settings(value) for name, value in section if isinstance(value, BaseModel)}
+    tree = {**section.model_dump(mode="json"), **inner}
+    return {name: tree[name] for name in select_user_fields(type(section))}
+
+
+def select_user_fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Returns the fields of a section that a user can set, without the fields in `STORED`: name -> field."""
+    stored = model.stored_fields() if issubclass(model, ConfigSection) else frozenset()
+    return {name: field for name, field in model.model_fields.items() if name not in stored}
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -132,7 +173,7 @@ def iterate_setting_keys(model: type[BaseModel], prefix: str = "", with_sections
 
     Args: with_sections: also yield the keys of all other sections.
     """
-    for name, field in model.model_fields.items():
+    for name, field in select_user_fields(model).items():
         key, annotation = f"{prefix}{name}", field.annotation
         is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
         if with_sections or not is_section:
@@ -185,4 +226,4 @@ def _list_valid_keys(loc: tuple[Any, ...], model: Any) -> list[str]:
         if not is_model and get_origin(annotation) is not dict:
             return []
         model = annotation
-    return sorted(model.model_fields)
+    return sorted(select_user_fields(model))

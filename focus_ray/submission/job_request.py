@@ -182,8 +182,7 @@ def _check_config_for_cluster(
         base_file = read_yaml_mapping(path).get("base_file")
         if base_file and not Path(file).is_absolute():
             _check_file_is_sent(os.path.join(os.path.dirname(file), base_file), package)
-        if "model.weights" in full_config.space:
-            weights.update(map(str, full_config.space["model.weights"].samples()))
+        weights.update(map(str, full_config.list_setting_values("model.weights")))
     else:
         full_config = config = load_config(path, overrides)
     weights = {config.model.weights, *weights} - {"default", "random", *package.names}

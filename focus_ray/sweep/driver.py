@@ -32,6 +32,7 @@ from focus_ray.cluster.failures import describe_root_cause
 from focus_ray.cluster.ownership import HeartbeatWriter, check_run_resumable
 from focus_ray.cluster.preflight import check_storage_on_nodes, count_concurrent_trainings
 from focus_ray.cluster.ray_private import remove_tune_folders
+from focus_ray.cluster.settings import MAX_FAILURES
 from focus_ray.data.read import list_categories
 from focus_ray.data.schema import COMMIT_NAME
 from focus_ray.errors import ConfigError, DataError, SweepError
@@ -40,6 +41,7 @@ from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import fits_in_memory
 from focus_ray.fitting.split import SplitRule
 from focus_ray.names import Log, make_unique_name
+from focus_ray.settings.sections import dump_settings
 from focus_ray.storage.files import join_path, read_bytes, remove_folder
 from focus_ray.sweep import records
 from focus_ray.sweep.proposer import SettingsProposer
@@ -103,7 +105,7 @@ def run_sweep(config: SweepConfig, log: Log = lambda message: None) -> SweepOutc
     base = make_paths_absolute(config.make_trial_config())
     if config.name is None:
         config = config.model_copy(update={"name": make_unique_name(base.cluster.team, base.name)})
-    config = config.model_copy(update={"base": base.model_dump(mode="json")})
+    config = config.model_copy(update={"base": dump_settings(base)})
     root = join_path(base.storage, str(config.name))
     records.check_folder_has_no_sweep(root)
     splits = _split_categories(config, base)
@@ -435,7 +437,7 @@ class _SweepDriver:
                     name=f"{self.experiment}-{stage or 'all'}",
                     storage_path=self.scratch,
                     stop=SweepStopper(should_stop),
-                    failure_config=tune.FailureConfig(max_failures=cluster.max_failures),
+                    failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
                     verbose=0,
                 ),
             )
@@ -443,7 +445,7 @@ class _SweepDriver:
             ray.kill(pruner)
         recorded_names = {record.name for record in records.read_trial_records(self.root)}
         for result in [] if self.stopping.is_set() else grid:
-            if result.error is not None:  # its process was lost more than max_failures times
+            if result.error is not None:  # its process was lost more than MAX_FAILURES times
                 number, point = result.config["number"], result.config["point"]
                 reason = describe_root_cause(result.error)
                 record = TrialRecord(number, stage, point, "failed", None, reason=reason, ended_at=time.time())

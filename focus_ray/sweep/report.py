@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from focus_ray.drawing.sweep_plots import plot_parameter_importance
-from focus_ray.reporting.page import encode_png_uri, render_page
+from focus_ray.reporting.page import encode_data_uri, render_page
 from focus_ray.storage.files import join_path, write_bytes
 from focus_ray.sweep import records, summary
 from focus_ray.sweep.plots import draw_learning_curves, draw_parallel_coordinates
@@ -60,7 +60,7 @@ def write_sweep_report(root: str, sweep: SweepConfig, trials: Sequence[TrialReco
         for (name, title), picture in plots.items():
             if picture is not None:
                 files[f"{name}-{stage.stage}.png" if stage.stage else f"{name}.png"] = picture
-                pictures[title] = encode_png_uri(picture)
+                pictures[title] = encode_data_uri("png", picture)
         if stage.best is not None:
             best_yaml = records.format_best_config(sweep, stage.best, root)
             files[records.name_best_config_file(stage.stage)] = best_yaml.encode()

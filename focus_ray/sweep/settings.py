@@ -25,6 +25,7 @@ from focus_ray.names import NAME_PATTERN, suggest_similar_name
 from focus_ray.settings.sections import (
     ConfigSection,
     apply_override,
+    dump_settings,
     iterate_setting_keys,
     read_yaml_mapping,
     validate_section,
@@ -86,16 +87,7 @@ def find_settings_without_effect(config: Config) -> dict[str, str]:
             ["train.lambda_ica"],
             "no gradient moves the image aligner (model.image_alignment.method is congealing, or its group none)",
         ),
-        (
-            alignment.method == "localisation",
-            ["model.image_alignment.min_drop"],
-            "model.image_alignment.method is localisation",
-        ),
-        (
-            alignment.group == "none",
-            ["model.image_alignment.method", "model.image_alignment.min_drop"],
-            "model.image_alignment.group is none",
-        ),
+        (alignment.group == "none", ["model.image_alignment.method"], "model.image_alignment.group is none"),
         *(
             (True, [f"density.{key}"], why)
             for key, why in DENSITIES[density.kind].find_unused_settings(density).items()
@@ -449,7 +441,7 @@ def parse_sweep_config(tree: Mapping[str, Any], source: str = "sweep") -> SweepC
         if domain.choice is not None:
             parsed = [operator.attrgetter(key)(sweep.make_trial_config({key: value})) for value in domain.choice]
             space[key] = SearchDomain(choice=tuple(TypeAdapter(Any).dump_python(parsed, mode="json")))
-    return sweep.model_copy(update={"base": base.model_dump(mode="json"), "base_file": None, "space": space})
+    return sweep.model_copy(update={"base": dump_settings(base), "base_file": None, "space": space})
 
 
 def list_grid_points(sweep: SweepConfig) -> list[Point]:

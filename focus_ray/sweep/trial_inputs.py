@@ -26,7 +26,7 @@ from focus_ray.features.backbones.registry import BACKBONES
 from focus_ray.features.network import convert_to_float_images, warp_features_to_common_frame
 from focus_ray.fitting.fit import DetectorFitter
 from focus_ray.fitting.selection import DEFECTS_PER_IMAGE, make_validation_images
-from focus_ray.fitting.settings import Config
+from focus_ray.fitting.settings import DEFAULT_SELECTION_SHARE, Config, SelectionConfig
 from focus_ray.fitting.shards import MemoryShard
 from focus_ray.fitting.split import SplitPlan, SplitRule, compute_split_rule
 from focus_ray.seeds import derive_seed
@@ -103,8 +103,8 @@ def split_for_scoring(config: Config, category: str, objective: Objective) -> Sp
         DataError: There are too few images, or the category does not exist.
     """
     if objective == "validation":
-        selection = config.selection.model_copy(update={"enabled": True})
-        config = config.model_copy(update={"selection": selection})
+        share = config.selection.fraction or DEFAULT_SELECTION_SHARE
+        config = config.model_copy(update={"selection": SelectionConfig(fraction=share)})
     return compute_split_rule(config, category)
 
 
@@ -130,14 +130,14 @@ def load_category_images(
         return np.concatenate([np.empty((0, decode_size_px, decode_size_px, 3), np.uint8), *batches])
 
     if objective == "validation":
-        normals = decode_at_size(plan.validation_rows, config.model.image_size_px)
+        normals = decode_at_size(plan.validation.rows, config.model.image_size_px)
         images, masks = make_validation_images(normals, seed=derive_seed(config.train.seed, "synthetic defects", 0))
         labels = np.asarray(masks.any(axis=(1, 2)), dtype=np.int64)
         images, masks = _downscale_images_and_masks(images, masks, size_px)
         scored = ScoringImages(images, masks, labels, np.ones(len(images), dtype=bool))
     else:
         scored = _read_test_images(config.data.uri, category, size_px)
-    fit, validation = decode_at_size(plan.fit_rows, size_px), decode_at_size(plan.validation_rows, size_px)
+    fit, validation = decode_at_size(plan.fit.rows, size_px), decode_at_size(plan.validation.rows, size_px)
     return CategoryImages(fit, validation, scored, plan.fit.groups, plan.fit.order)
 
 

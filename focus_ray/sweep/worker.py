@@ -88,7 +88,7 @@ def load_images_task(
 
     Raises: DataError: see `load_category_images`.
     """
-    return load_category_images(config, split.category, split.plan(config), objective, size_px), None
+    return load_category_images(config, split.category, split.build_plan(config), objective, size_px), None
 
 
 def compute_features_task(config: Config, images: CategoryImages) -> tuple[FrozenFeatures, None]:
@@ -189,7 +189,9 @@ def _score_on_worker(job: TrialJob, device: torch.device) -> CategoryResult:
         features = _fetch_shared_input(stage.features.get(make_features_key(settings, job.category) or ""))
     shared = "features" if features is not None else "images" if images is not None else "nothing"
     if images is None:
-        shard, plan = split_images_for_worker(settings, job.category, job.split.plan(settings), get_rank(), num_workers)
+        shard, plan = split_images_for_worker(
+            settings, job.category, job.split.build_plan(settings), get_rank(), num_workers
+        )
         images = load_category_images(stage.sweep.largest_image_config, job.category, plan, objective, size_px)
 
     def on_score(epoch: int, score: float, final: bool) -> str | None:
@@ -228,7 +230,7 @@ def split_images_for_worker(
         num_workers: Number of workers.
     """
     if settings.train.epochs and not fits_in_memory(settings, plan):
-        shard: Shard = StreamShard(settings, category, plan.share(rank, num_workers), iterate_worker_batches)
+        shard: Shard = StreamShard(settings, category, plan.get_worker_share(rank, num_workers), iterate_worker_batches)
     else:
         shard = build_shard(settings, category, plan.drop_holdout(), rank, num_workers)
     return shard, plan.select_fit_images(NO_ROWS)

@@ -25,7 +25,7 @@ from focus_ray.tracking.base import (
     find_writable_folder,
     remove_uri_secrets,
 )
-from focus_ray.tracking.settings import TrackerConfig
+from focus_ray.tracking.settings import PROJECT, TrackerConfig
 
 _KEY = "focus_ray.key"
 _MAX_ITEMS = 100  # parameters, tags or metrics in a request
@@ -125,7 +125,9 @@ class MLflowTracker(Tracker):
         return remove_uri_secrets(uri)  # MLFLOW_TRACKING_URI may hold a password
 
     def __init__(self, settings: TrackerConfig, storage: str) -> None:
-        """Connects to the server or database, and opens the MLflow experiment `settings.project` or creates it.
+        """Connects to the server or database, and opens or creates the experiment.
+
+        MLFLOW_EXPERIMENT_NAME names the experiment; the default is `PROJECT`.
 
         Raises:
             ConfigError: The local folder cannot be written.
@@ -138,10 +140,11 @@ class MLflowTracker(Tracker):
             logging.getLogger(name).setLevel(logging.WARNING)  # otherwise they log every table that they create
         uri, artifacts = _find_storage_uris(settings, storage)
         self.client = MlflowClient(tracking_uri=uri)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         try:
-            self.experiment_id = str(self.client.create_experiment(settings.project, artifact_location=artifacts))
+            self.experiment_id = str(self.client.create_experiment(name, artifact_location=artifacts))
         except MlflowException:
-            experiment = self.client.get_experiment_by_name(settings.project)
+            experiment = self.client.get_experiment_by_name(name)
             if experiment is None:  # it could not be created
                 raise
             self.experiment_id = str(experiment.experiment_id)

@@ -13,10 +13,13 @@ from focus_ray.tracking.registry import TRACKERS
 TrackerName = Annotated[str, AfterValidator(TRACKERS.check_name)]
 
 
+PROJECT = "focus-ray"  # experiment of MLflow and project of W&B, unless MLFLOW_EXPERIMENT_NAME or WANDB_PROJECT is set
+
+
 class TrackerConfig(ConfigSection):
     """An experiment tracker, which records settings, metrics and heat maps (docs/use/trackers.md)."""
 
-    FIXED: ClassVar[Mapping[str, Any]] = {"mode": "auto", "num_images": 6}
+    FIXED: ClassVar[Mapping[str, Any]] = {"mode": "auto", "num_images": 6, "project": PROJECT}
 
     uri: str | None = Field(
         default=None,
@@ -24,9 +27,6 @@ class TrackerConfig(ConfigSection):
         description="A local folder, or for mlflow a tracking server, as http://host:5000, or the URI of a database. "
         "null: for mlflow the value of MLFLOW_TRACKING_URI, otherwise trackers/KEY below storage. A "
         "password is refused: trackers read it from their own environment variables.",
-    )
-    project: str = Field(
-        default="focus-ray", min_length=1, max_length=128, description="MLflow's experiment, W&B's project."
     )
 
     @field_validator("uri")

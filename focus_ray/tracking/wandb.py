@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from focus_ray.errors import ConfigError, check_extra_is_installed
 from focus_ray.tracking.base import CaptionedPicture, RunDescription, Tracker, find_writable_folder
-from focus_ray.tracking.settings import TrackerConfig
+from focus_ray.tracking.settings import PROJECT, TrackerConfig
 
 STEP = "step"  # metric on the x axis of curves
 _TIMEOUT_S = 30  # for a server's first answer
@@ -80,7 +80,6 @@ class WandbTracker(Tracker):
     def __init__(self, settings: TrackerConfig, storage: str) -> None:
         """Checks the folder and the mode; does not connect. Raises: ConfigError: see `check_usable`."""
         self.folder, self.mode = find_writable_folder("wandb", settings, storage), _find_wandb_mode()
-        self.project = settings.project
 
     def has_run(self, run: RunDescription) -> bool:
         """Returns True if the local folder has files of the run. Does not ask the server."""
@@ -92,7 +91,7 @@ class WandbTracker(Tracker):
         import wandb
 
         wandb_run = wandb.init(
-            project=self.project,
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=_hash_run_id(run),
             name=run.name,
             group=(run.parent or run).name,

@@ -98,14 +98,14 @@ def fit_category(
 
     start = time.perf_counter()
     log_on_rank0(f"reading {split.num_images} images")
-    plan = split.plan(config)
+    plan = split.build_plan(config)
     stream = stream or build_local_stream(config, category, plan, num_threads)
     shard = build_shard(config, category, plan, rank, num_workers, stream, num_threads)
     load_s = time.perf_counter() - start
     result = fit(
         config,
         shard,
-        len(plan.fit_rows),
+        len(plan.fit.rows),
         device,
         rank=rank,
         state=state,
@@ -125,7 +125,7 @@ def fit_category(
             "uri": config.data.uri,
             "fingerprint": plan.fingerprint,
             "num_fit": result.statistics.num_images,
-            "num_holdout": len(plan.holdout_rows),
+            "num_holdout": len(plan.holdout.rows),
         },
         metrics={
             **asdict(result.notes),

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from focus_ray.cluster.connect import compute_worker_resources
+from focus_ray.cluster.settings import MAX_FAILURES
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import fits_in_memory
 from focus_ray.fitting.split import SplitRule
@@ -43,7 +44,7 @@ J = TypeVar("J", bound=TrainerJob)
 def run_on_train_workers(worker: Callable[[J, torch.device], Any], job: J, scratch: str, name: str) -> Any:
     """Runs a function on every worker of a new Ray Train trainer and returns the function's result of rank 0.
 
-    After an error or the loss of a worker, Ray Train starts all workers again, up to cluster.max_failures times; it starts fewer
+    After an error or the loss of a worker, Ray Train starts all workers again, up to MAX_FAILURES times; it starts fewer
     workers if cluster.min_workers allows this. At the end, also after an error, the folder <scratch>/<name> is deleted.
 
     Args:
@@ -51,7 +52,7 @@ def run_on_train_workers(worker: Callable[[J, torch.device], Any], job: J, scrat
         scratch: folder for files of Ray Train. All nodes must share it.
         name: name of the trainer, unique in `scratch`.
 
-    Raises: the error of Ray Train after more than cluster.max_failures failures.
+    Raises: the error of Ray Train after more than MAX_FAILURES failures.
     """
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -80,9 +81,7 @@ def run_on_train_workers(worker: Callable[[J, torch.device], Any], job: J, scrat
             name=name,
             storage_path=path,
             storage_filesystem=filesystem if is_s3_uri(scratch) else None,
-            failure_config=ray.train.FailureConfig(
-                max_failures=cluster.max_failures, controller_failure_limit=cluster.max_failures
-            ),
+            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=MAX_FAILURES),
         ),
         datasets=datasets,
         dataset_config=ray.train.DataConfig(datasets_to_split=["train"]),

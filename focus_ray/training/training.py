@@ -18,6 +18,7 @@ from focus_ray.cluster.messages import Message, MessageQueue, make_actor_options
 from focus_ray.cluster.ownership import HeartbeatWriter, check_run_resumable, write_image_fingerprints
 from focus_ray.cluster.pool import FailedPiece, WorkerPool, make_worker_options
 from focus_ray.cluster.preflight import check_storage_on_nodes, count_concurrent_trainings
+from focus_ray.cluster.settings import MAX_FAILURES
 from focus_ray.data.read import list_categories
 from focus_ray.data.schema import COMMIT_NAME
 from focus_ray.errors import DataError, TrainingError
@@ -27,7 +28,7 @@ from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.shards import BatchSchedule, fits_in_memory
 from focus_ray.fitting.split import SplitRule, compute_split_rule
 from focus_ray.names import Log, make_unique_name
-from focus_ray.settings.sections import config_to_yaml, parse_yaml_mapping
+from focus_ray.settings.sections import config_to_yaml, dump_settings, parse_yaml_mapping
 from focus_ray.storage.files import (
     check_folder_access,
     file_exists,
@@ -283,7 +284,7 @@ def _train_on_cluster(
         num_at_once,
         # a process that waits for a trainer runs on the node of the driver, so that the loss of another node ends no training
         make_actor_options_for_this_node() if needs_trainer else make_worker_options(config.cluster, use_gpu),
-        MAX_TRAINER_RESTARTS if needs_trainer else config.cluster.max_failures,
+        MAX_TRAINER_RESTARTS if needs_trainer else MAX_FAILURES,
         show,
         show_new_messages,
         retry_errors=not needs_trainer,
@@ -335,7 +336,7 @@ def make_paths_absolute(config: Config) -> Config:
     for section, key in locations:
         if section[key] is not None:
             section[key] = make_absolute_path(section[key])
-    return parse_config(tree)
+    return parse_config(tree, is_fitted=True)  # the settings are checked already
 
 
 def _claim_run_folder(root: str, resume: bool, fingerprints: Mapping[str, str]) -> None:
@@ -409,7 +410,7 @@ def describe_changed_settings(earlier: Config, config: Config) -> list[str]:
 
     The number of workers counts only if the network is trained (train.epochs above 0).
     """
-    earlier_values, values = (dict(flatten_dict(settings.model_dump(mode="json"))) for settings in (earlier, config))
+    earlier_values, values = (dict(flatten_dict(dump_settings(settings))) for settings in (earlier, config))
     return [
         f"{key} was {earlier_values.get(key)}, is {values.get(key)}"
         for key in sorted({*earlier_values, *values})

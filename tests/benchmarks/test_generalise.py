@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_set import NUM_TRAIN, ingest_parts
+from small_set import NUM_TRAIN
 
 from benchmarks.generalise import (
     METHODS,
@@ -25,11 +25,6 @@ from benchmarks.intervals import NUM_PIXEL_DRAWS
 from benchmarks.patchcore import choose_farthest_points, compute_left_out_distances
 
 
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return ingest_parts(tmp_path_factory.mktemp("parts"))
-
-
 def make_tree(uri: str, holdout_fraction: float = 0.0, **sections: dict[str, Any]) -> dict[str, Any]:
     arguments = argparse.Namespace(weights="random", image_size_px=64, backbone="resnet18")
     return merge_settings(make_base_settings(arguments, uri), make_split_settings(holdout_fraction), sections)
@@ -37,30 +32,25 @@ def make_tree(uri: str, holdout_fraction: float = 0.0, **sections: dict[str, Any
 
 def make_sample(category: str, method: str, auroc: float, **changes: Any) -> dict[str, Any]:
     figures = {"image_auroc": auroc, "pixel_auroc": None, "aupro_0.3": None, "false_positive_rate": 0.1, "recall": 0.8}
-    images = {
-        "labels": [0, 0, 1, 1],
-        "scores": [1.0, 3.0, 2.0, 4.0],
-        "training_images": "a",
-        "pixel_draws": {},
-        "fit_s": 1.0,
-        "ms": 1.0,
-    }
-    return {"category": category, "method": method, "seed": 0, "shots": None, **figures, **images, **changes}
+    images = {"labels": [0, 0, 1, 1], "scores": [1.0, 3.0, 2.0, 4.0], "training_images": "a", "pixel_draws": {}}
+    costs = {"fit_s": 1.0, "ms": 1.0}
+    return {"category": category, "method": method, "seed": 0, "shots": None, **figures, **images, **costs, **changes}
 
 
-def test_all_good_training_images_train_unless_a_share_is_held_out(uri: str) -> None:
-    assert len(plan_training(make_tree(uri), "gear", None).fit_rows) == NUM_TRAIN
-    held = plan_training(make_tree(uri, 0.25), "gear", None)
-    assert (len(held.fit_rows), len(held.holdout_rows)) == (NUM_TRAIN * 3 // 4, NUM_TRAIN // 4)
-    assert len(plan_training(make_tree(uri), "gear", 5).fit_rows) == 5
+def test_all_good_training_images_train_unless_a_share_is_held_out(parts: str) -> None:
+    assert len(plan_training(make_tree(parts), "gear", None).fit.rows) == NUM_TRAIN
+    held = plan_training(make_tree(parts, 0.25), "gear", None)
+    assert (len(held.fit.rows), len(held.holdout.rows)) == (NUM_TRAIN * 3 // 4, NUM_TRAIN // 4)
+    assert len(plan_training(make_tree(parts), "gear", 5).fit.rows) == 5
 
 
-def test_every_method_trains_on_the_same_images_and_returns_the_scores_of_the_test_images(uri: str) -> None:
-    tree = make_tree(uri, 0.25)
-    light = ["density.coreset=16", "density.num_channels=16", "scoring.image_score=maximum"]
+def test_every_method_trains_on_the_same_images_and_returns_the_scores_of_the_test_images(parts: str) -> None:
+    tree = make_tree(parts, 0.25)
+    light = ["density.coreset=16", "density.num_channels=16", "density.reduction=random"]
+    light += ["scoring.image_score=maximum", "model.image_alignment.group=none"]
     samples = []
     for method in METHODS:
-        sample = measure_method(method, tree, "gear", "cpu", 6, [*light, "density.reduction=random"])
+        sample = measure_method(method, tree, "gear", "cpu", 6, light)
         assert len(sample["labels"]) == len(sample["scores"]) == sample["num_normal"] + sample["num_anomalous"]
         samples.append({"category": "gear", "method": method, "seed": 0, "shots": 6, **sample})
         assert {len(draws) for draws in sample["pixel_draws"].values()} == {NUM_PIXEL_DRAWS}
@@ -76,9 +66,9 @@ def test_every_method_trains_on_the_same_images_and_returns_the_scores_of_the_te
 @pytest.mark.parametrize(
     "override", ["calibration.method=split data.holdout_fraction=0.5", "data.holdout_fraction=0.5", "train.seed=1"]
 )
-def test_settings_of_the_default_cannot_change_which_images_train(uri: str, override: str) -> None:
+def test_settings_of_the_default_cannot_change_which_images_train(parts: str, override: str) -> None:
     with pytest.raises(ValueError, match=override.split("=")[0]):
-        measure_method("default", make_tree(uri, 0.25), "gear", "cpu", None, override.split())
+        measure_method("default", make_tree(parts, 0.25), "gear", "cpu", None, override.split())
 
 
 def test_samples_of_different_training_or_test_images_are_not_compared() -> None:

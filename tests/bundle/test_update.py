@@ -96,7 +96,7 @@ def images_of(uri: str, rows: Any = None) -> list[Tensor]:
 
 
 def fit_images(place: str, data: str) -> list[Tensor]:
-    return images_of(data, compute_split_plan(read_bundle(place).config, "gear").fit_rows)
+    return images_of(data, compute_split_plan(read_bundle(place).config, "gear").fit.rows)
 
 
 def hashes_of(uri: str) -> set[int]:

@@ -16,48 +16,53 @@ from focus_ray.cli.main import main
 # does what bash does when a user presses TAB at the end of a line
 TAB = """
 eval "$(focus-ray completion bash)"
-COMP_LINE="$1" COMP_POINT=${#1} COMP_TYPE=9
-read -ra COMP_WORDS <<< "$1"
-[[ "$1" == *" " ]] && COMP_WORDS+=("")
-COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
-complete -p focus-ray > /dev/null && _python_argcomplete focus-ray "${COMP_WORDS[COMP_CWORD]}" ""
-printf '%s\\n' "${COMPREPLY[@]}"
+complete -p focus-ray > /dev/null || exit 1
+for COMP_LINE in "$@"; do
+    COMP_POINT=${#COMP_LINE} COMP_TYPE=9 COMPREPLY=()
+    read -ra COMP_WORDS <<< "$COMP_LINE"
+    [[ "$COMP_LINE" == *" " ]] && COMP_WORDS+=("")
+    COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+    _python_argcomplete focus-ray "${COMP_WORDS[COMP_CWORD]}" ""
+    printf '%s\\n' "${COMPREPLY[@]}" END
+done
 """
 
 
-def completed(line: str, folder: Path) -> set[str]:
+def complete(lines: list[str], folder: Path) -> list[set[str]]:
+    """Returns the words that a bash offers for each line."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     ended = subprocess.run(
-        ["bash", "-c", TAB, "bash", line], env={**os.environ, "PATH": path}, cwd=folder, capture_output=True, text=True
+        ["bash", "-c", TAB, "bash", *lines],
+        env={**os.environ, "PATH": path},
+        cwd=folder,
+        capture_output=True,
+        text=True,
     )
     assert (ended.returncode, ended.stderr) == (0, "")
-    return {word.strip() for word in ended.stdout.splitlines()}
+    return [{word.strip() for word in words.splitlines()} for words in ended.stdout.split("END\n")[:-1]]
 
 
 @pytest.mark.skipif(
     not shutil.which("bash") or not Path(sys.executable).with_name("focus-ray").exists(),
     reason="no bash, or not installed",
 )
-@pytest.mark.parametrize(
-    ("line", "word"),
-    [
-        ("focus-ray ins", "inspect-batch"),
-        ("focus-ray inspect --en", "--engine"),
-        ("focus-ray train ", "default"),
-        ("focus-ray train ", "mine.yaml"),
-        ("focus-ray train default model.backb", "model.backbone="),
-        ("focus-ray train default model.backbone=", "resnet18"),
-        ("focus-ray sweep sweep base.train.lambda_f", "base.train.lambda_fine="),
-        ("focus-ray serve models pool.num_g", "pool.num_gpus="),
-        ("focus-ray config explain train.lambda_f", "train.lambda_fine"),
-    ],
-)
-def test_a_word_is_completed(line: str, word: str, tmp_path: Path) -> None:
+def test_words_are_completed(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").touch()
     (tmp_path / "photo.png").touch()
-    words = completed(line, tmp_path)
-    assert word in words
-    assert "photo.png" not in words
+    word_by_line = {
+        "focus-ray ins": "inspect-batch",
+        "focus-ray inspect --en": "--engine",
+        "focus-ray train ": "default",
+        "focus-ray train m": "mine.yaml",
+        "focus-ray train default model.backb": "model.backbone=",
+        "focus-ray train default model.backbone=": "resnet18",
+        "focus-ray sweep sweep base.train.lambda_f": "base.train.lambda_fine=",
+        "focus-ray serve models pool.num_g": "pool.num_gpus=",
+        "focus-ray config explain train.lambda_f": "train.lambda_fine",
+    }
+    for word, words in zip(word_by_line.values(), complete(list(word_by_line), tmp_path), strict=True):
+        assert word in words
+        assert "photo.png" not in words
 
 
 @pytest.mark.parametrize("shell", SHELLS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,8 @@ import pytest
 import yaml
 from places import CONFIGS, REPOSITORY
 
-from focus_ray.cli.main import list_command_names, main
+from focus_ray.cli.main import build_parser, main
+from focus_ray.cli.reference import list_subcommands
 from focus_ray.errors import ConfigError, SubmissionError
 from focus_ray.fitting.settings import Config, load_config
 from focus_ray.settings import standard
@@ -21,6 +21,8 @@ from focus_ray.settings.standard import find_config_file, list_standard_configs
 from focus_ray.submission.job_request import build_job_request
 from focus_ray.submission.package import build_job_package
 from focus_ray.sweep.settings import SweepConfig, load_sweep_config
+
+COMMANDS = list_subcommands(build_parser())
 
 
 @pytest.fixture
@@ -59,24 +61,13 @@ def test_show_reads_its_own_output(tmp_path: Path, capsys: pytest.CaptureFixture
     assert load_config(tmp_path / "shown.yaml") == load_config(CONFIGS / "padim.yaml")
 
 
-def test_explain_prints_a_key_and_refuses_a_misspelt_one(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["config", "explain", "train.lambda_fine"]) == 0
-    assert "default: 1.0" in capsys.readouterr().out
-    assert main(["config", "explain", "train.lambda_fin"]) == 1
-    assert "did you mean train.lambda_fine" in capsys.readouterr().err
-
-
 def test_list_names_the_standard_configurations_with_their_first_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "list"]) == 0
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert [row[:2] for row in rows] == [
-        ["default", "train"],
-        ["fyd", "train"],
-        ["padim", "train"],
-        ["quickstart", "train"],
-        ["sweep", "sweep"],
-        ["sweep-training", "sweep"],
-    ]
+    commands = dict.fromkeys(["default", "fyd", "padim", "quickstart"], "train") | dict.fromkeys(
+        ["sweep", "sweep-training"], "sweep"
+    )
+    assert {row[0]: row[1] for row in rows} == commands
     assert all(row[2].endswith(".") for row in rows)
 
 
@@ -102,14 +93,10 @@ def test_a_file_wins_over_a_name_and_a_folder_does_not(
 @pytest.mark.parametrize(
     ("text", "kind", "message"),
     [
-        (
-            "defalt",
-            "run",
-            r"^defalt: .*no such file, and no standard configuration of that name \(did you mean 'default'\?\)",
-        ),
-        ("nowhere/x.yaml", "run", "give the path of a YAML file, or one of default, fyd, padim, quickstart$"),
-        ("nowhere", "sweep", "give the path of a YAML file, or one of sweep, sweep-training$"),
-        (".", None, r"^\.: cannot read the configuration: a folder, and no standard configuration of that name"),
+        ("defalt", "run", r"^defalt: .*\(did you mean 'default'\?\)"),
+        ("nowhere/x.yaml", "run", "one of default, fyd, padim, quickstart$"),
+        ("nowhere", "sweep", "one of sweep, sweep-training$"),
+        (".", None, r"^\.: .*a folder"),
         ("sweep", "run", "^sweep .*`focus-ray sweep sweep`"),
         ("default", "sweep", "^default .*`focus-ray train default`"),
     ],
@@ -124,9 +111,7 @@ def test_an_unknown_configuration_gets_an_error_about_files_and_names(
 @pytest.mark.parametrize("words", [[], ["name=a"]])
 def test_train_without_a_configuration_says_what_to_give(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *words]) == 1
-    assert "train needs a configuration, before any key=value: the path of a YAML file, or one of default" in (
-        capsys.readouterr().err
-    )
+    assert "the path of a YAML file, or one of default" in capsys.readouterr().err
 
 
 def test_a_package_without_the_standard_configurations_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +124,7 @@ def test_a_package_without_the_standard_configurations_says_so(tmp_path: Path, m
 
 
 def test_a_wheel_contains_the_standard_configurations(tmp_path: Path) -> None:
-    with zipfile.ZipFile(_wheel(tmp_path)) as archive:
+    with zipfile.ZipFile(build_wheel(tmp_path)) as archive:
         archive.extractall(tmp_path / "installed")
     folder = tmp_path / "installed/focus_ray/configs"
     assert sorted(path.stem for path in folder.glob("*.yaml")) == list_standard_configs()
@@ -150,23 +135,16 @@ def test_a_wheel_contains_the_standard_configurations(tmp_path: Path) -> None:
     assert yaml.safe_load(shown.stdout) == load_sweep_config(CONFIGS / "sweep-training.yaml").model_dump(mode="json")
 
 
-def _wheel(folder: Path) -> Path:
-    """Builds the wheel from a copy of its sources. Skips the test if neither hatchling nor uv is installed."""
+def build_wheel(folder: Path) -> Path:
+    """Builds the wheel from a copy of its sources. Skips the test if hatchling is not installed."""
+    pytest.importorskip("hatchling")
     source = folder / "source"
     for name in ("focus_ray", "configs", "release"):
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source / name)
-    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin") or shutil.which("uv")
-    if importlib.util.find_spec("hatchling") is not None:
-        command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder / "dist")]
-    elif uv is not None:
-        command = [uv, "build", "--wheel", "-o", str(folder / "dist")]
-    else:
-        pytest.skip("neither hatchling nor uv is here to build a wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder / "dist")]
     built = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=200)
-    if built.returncode and "resolve requirements from `build-system" in built.stderr:
-        pytest.skip("uv cannot get hatchling to build a wheel with")
     assert built.returncode == 0, built.stderr
     (wheel,) = (folder / "dist").glob("*.whl")
     return wheel
@@ -178,9 +156,7 @@ def _wheel(folder: Path) -> Path:
 @pytest.mark.parametrize("words", [["train", "padim"], ["train", "--config", "padim"], ["train", "--config=padim"]])
 def test_a_job_with_a_named_configuration_contains_its_file(words: list[str], tmp_path: Path) -> None:
     places = ["data.uri=s3://plant/parts", "storage=s3://plant/runs"]
-    job = build_job_request(
-        [*words, *places], load_sweep_config, commands=list_command_names(), team="press", working_dir=tmp_path
-    )
+    job = build_job_request([*words, *places], load_sweep_config, commands=COMMANDS, team="press", working_dir=tmp_path)
     assert job.entrypoint.endswith("storage=s3://plant/runs cluster.team=press")
     assert {"team", "config_sha256"} <= set(job.metadata)
     assert "focus_ray/configs/padim.yaml" in job.package.names
@@ -189,7 +165,7 @@ def test_a_job_with_a_named_configuration_contains_its_file(words: list[str], tm
 def test_a_job_of_a_named_sweep_is_checked_before_it_is_sent(tmp_path: Path) -> None:
     words = ["sweep", "sweep-training", "base.data.uri=s3://plant/parts"]
     with pytest.raises(SubmissionError, match=r"base\.storage=runs: a relative path"):
-        build_job_request(words, load_sweep_config, commands=list_command_names(), working_dir=tmp_path)
+        build_job_request(words, load_sweep_config, commands=COMMANDS, working_dir=tmp_path)
 
 
 def test_a_checkout_sends_its_configurations_unchanged() -> None:

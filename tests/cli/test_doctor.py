@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import metadata
 from pathlib import Path
@@ -19,20 +20,12 @@ import pytest
 from packaging.requirements import Requirement
 from places import free_port
 from s3_server import S3Server
-from small_set import corrupt_image, ingest_parts, small_config
+from small_set import corrupt_image, small_config
 
 from focus_ray.cli import doctor
 from focus_ray.cli.main import main
 from focus_ray.doctor import checks, cluster, machine, resources, software
-from focus_ray.doctor.diagnosis import (
-    Check,
-    CheckContext,
-    Diagnosis,
-    report_failure,
-    report_ok,
-    report_warning,
-    run_checks,
-)
+from focus_ray.doctor.diagnosis import Check, CheckContext, Diagnosis, report_ok, run_checks
 from focus_ray.errors import DataError
 from focus_ray.fitting.settings import Config, parse_config
 
@@ -40,19 +33,10 @@ GIB = 2**30
 ConfigMaker = Callable[..., Config]
 
 
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return ingest_parts(tmp_path_factory.mktemp("parts"))
-
-
 @pytest.fixture
-def make_config(uri: str, tmp_path: Path) -> ConfigMaker:
+def make_config(parts: str, tmp_path: Path) -> ConfigMaker:
     """Returns a function that makes a configuration for the category `gear` from a storage and sections."""
-
-    def make(storage: str = f"{tmp_path}/runs", **sections: Any) -> Config:
-        return small_config(uri, storage, **sections)
-
-    return make
+    return partial(small_config, parts, storage=f"{tmp_path}/runs")
 
 
 def run_check(check: Check, config: Config | None = None, has_config: bool = True) -> Diagnosis:
@@ -83,17 +67,15 @@ def test_a_check_that_crashes_gives_a_failed_diagnosis_with_its_reason() -> None
     ]
 
 
-@pytest.mark.parametrize(
-    ("result", "exit_status"), [(report_ok("x"), 0), (report_warning("x", "y"), 0), (report_failure("x", "y"), 1)]
-)
+@pytest.mark.parametrize(("status", "exit_status"), [("ok", 0), ("warning", 0), ("FAILED", 1)])
 def test_the_exit_status_is_1_only_if_a_check_failed(
-    result: tuple[str, str, str], exit_status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    status: str, exit_status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(checks, "CHECKS", {"it": lambda context: result})
+    monkeypatch.setattr(checks, "CHECKS", {"it": lambda context: (status, "x", "y")})
     assert main(["doctor"]) == exit_status
-    assert capsys.readouterr().out.split()[0] == result[0]
+    assert capsys.readouterr().out.split()[0] == status
     assert main(["doctor", "--json"]) == exit_status
-    finding = dict(zip(("check", "status", "message", "advice"), ("it", *result), strict=True))
+    finding = {"check": "it", "status": status, "message": "x", "advice": "y"}
     assert json.loads(capsys.readouterr().out) == {"healthy": exit_status == 0, "findings": [finding]}
 
 
@@ -143,11 +125,8 @@ EMPTY = SimpleNamespace(free=100 * GIB, total=200 * GIB)
 SMALL = SimpleNamespace(free=GIB // 16, total=GIB // 16)
 NO_GPU = {"torch.cuda.is_available": False, "shutil.which": None, "machine._read_system_file": ""}
 DRIVER = {**NO_GPU, "machine._read_system_file": "NVRM version: 580.1\nGCC\n"}
-CPUS, MEMORY, BUDGET = (
-    {"machine.count_cpus": 2.0},
-    {"machine.read_memory_bytes": (8 * GIB, 3 * GIB)},
-    {"memory_budget_mb": 100},
-)
+CPUS, BUDGET = {"machine.count_cpus": 2.0}, {"memory_budget_mb": 100}
+MEMORY, LITTLE_MEMORY = ({"machine.read_memory_bytes": (8 * GIB, free * GIB)} for free in (3, 1))
 OTHER_CLUSTER = {**CPUS, "RAY_ADDRESS": "10.0.0.9:6379"}
 
 
@@ -164,13 +143,7 @@ def needs(*lines: str) -> dict[str, Any]:
         (software.check_package_versions, {}, needs("numpy>=9999"), "FAILED", "not >=9999: pip install 'numpy>=9999'"),
         (software.check_package_versions, {}, needs("no-package>=1"), "FAILED", "missing: pip install 'no-package>=1'"),
         (software.check_torch_and_torchvision, {}, needs("torch>=1.0"), "ok", "torchvision"),
-        (
-            software.check_torch_and_torchvision,
-            {},
-            needs("torch==1.0"),
-            "FAILED",
-            "--force-reinstall torch torchvision",
-        ),
+        (software.check_torch_and_torchvision, {}, needs("torch==1.0"), "FAILED", "--force-reinstall"),
         (software.check_ray_package, {}, {}, "ok", "internal parts"),
         (software.check_ray_package, {}, needs("ray[data]>=9999"), "FAILED", "pip install 'ray[data]>=9999'"),
         (machine.check_cpus, {"num_workers": 2}, CPUS, "ok", "2"),
@@ -178,13 +151,7 @@ def needs(*lines: str) -> dict[str, Any]:
         (machine.check_cpus, {"num_workers": 3}, OTHER_CLUSTER, "ok", "2"),
         (machine.check_free_memory, BUDGET, MEMORY, "ok", "3.0 of 8.0 GiB"),
         (machine.check_free_memory, {}, MEMORY, "warning", "data.memory_budget_mb"),
-        (
-            machine.check_free_memory,
-            BUDGET,
-            {"machine.read_memory_bytes": (8 * GIB, GIB)},
-            "warning",
-            "stop other programs",
-        ),
+        (machine.check_free_memory, BUDGET, LITTLE_MEMORY, "warning", "stop other programs"),
         (machine.check_storage_disk_space, {}, {"shutil.disk_usage": EMPTY}, "ok", "100.0 GiB"),
         (machine.check_storage_disk_space, {}, {"shutil.disk_usage": LOW}, "warning", "storage"),
         (machine.check_storage_disk_space, {}, {"shutil.disk_usage": FULL}, "FAILED", "storage"),
@@ -361,13 +328,13 @@ def test_storage_that_cannot_be_used_fails_with_the_reason(
         "s3://bucket/runs": "AWS_ENDPOINT_URL",
     }
     for storage, reason in reasons.items():
-        diagnosis = run_check(resources.check_storage_access, make_config(storage))
+        diagnosis = run_check(resources.check_storage_access, make_config(storage=storage))
         assert (diagnosis.status, reason in diagnosis.message) == ("FAILED", True)
 
 
 @pytest.mark.s3
 def test_storage_on_s3_is_tried(make_config: ConfigMaker, s3: S3Server) -> None:
-    assert run_check(resources.check_storage_access, make_config(s3.new_uri())).status == "ok"
+    assert run_check(resources.check_storage_access, make_config(storage=s3.new_uri())).status == "ok"
 
 
 def test_a_data_set_is_reported_with_its_counts_and_a_missing_one_with_advice(

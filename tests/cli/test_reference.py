@@ -6,8 +6,8 @@ import re
 
 from places import REPOSITORY
 
-from focus_ray.cli.main import list_command_names
-from focus_ray.cli.reference import COMMAND, render_markdown
+from focus_ray.cli.main import build_parser
+from focus_ray.cli.reference import COMMAND, list_subcommands, render_markdown
 
 
 def test_the_page_is_up_to_date() -> None:
@@ -16,7 +16,9 @@ def test_the_page_is_up_to_date() -> None:
 
 
 def test_every_command_has_its_heading() -> None:
-    assert [name for name in list_command_names() if f"\n## `focus-ray {name}`\n" not in render_markdown()] == []
+    assert [
+        name for name in list_subcommands(build_parser()) if f"\n## `focus-ray {name}`\n" not in render_markdown()
+    ] == []
 
 
 def test_every_argument_has_a_description() -> None:

@@ -29,7 +29,7 @@ from focus_ray.evaluation.batch_inspection import inspect_dataset
 from focus_ray.fitting.settings import parse_config
 from focus_ray.training.training import train
 if __name__ == "__main__":
-    config, output = parse_config(json.loads(sys.argv[1])), sys.argv[2]
+    config, output = parse_config(json.loads(sys.argv[1]), is_fitted=True), sys.argv[2]
     ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="error")
     bundles = train(config, log=lambda text: print(text, file=sys.stderr, flush=True))
     print(json.dumps(inspect_dataset(bundles, config.data.uri, output)))

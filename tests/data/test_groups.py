@@ -116,9 +116,7 @@ def by_row(plan: SplitPlan, name: str) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(
-    ("method", "selection"), [("split", {}), ("cross", {}), ("split", {"enabled": True, "fraction": 0.3})]
-)
+@pytest.mark.parametrize(("method", "selection"), [("split", {}), ("cross", {}), ("split", {"fraction": 0.3})])
 def test_all_images_of_a_group_are_in_the_same_part_and_fold(
     tmp_path: Path, method: str, selection: dict[str, Any], seed: int
 ) -> None:

@@ -183,7 +183,7 @@ TILED = {
 }
 ALIGNED = {
     "model": {"image_alignment": {"group": "rotation", "min_drop": 0.0}},
-    "selection": {"enabled": True, "fraction": 0.2},
+    "selection": {"fraction": 0.2},
 }
 
 

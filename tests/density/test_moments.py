@@ -121,7 +121,7 @@ def test_the_ridge_is_relative_to_the_mean_variance_or_absolute() -> None:
     assert compute_absolute_ridge(DensityConfig(shrinkage=2.0), moments) == pytest.approx(
         2 * compute_mean_variance(moments)
     )
-    assert compute_absolute_ridge(DensityConfig(shrinkage=0.01, shrinkage_unit="absolute"), moments) == 0.01
+    assert compute_absolute_ridge(DensityConfig(shrinkage="0.01 absolute"), moments) == 0.01
 
 
 @given(st.sampled_from([*range(1, 12), 100, 448, 550]))

@@ -22,18 +22,17 @@ from focus_ray.density.base import (
     collect_density_tensors,
     restore_density,
 )
-from focus_ray.density.gaussian import Gaussian
 from focus_ray.density.nearest import LocationMemory, subsample_location_coresets, whiten_bank
 from focus_ray.density.relations import ImageRelations
 from focus_ray.density.settings import DensityConfig
 
 HEIGHT, WIDTH, CHANNELS = 3, 4, 6
 LEARNT = {"reduction": "discriminant"}  # nothing is whitened
-WHITENED = {"reduction": "semi_orthogonal", "shrinkage": 0.3, "shrinkage_unit": "absolute"}
+WHITENED = {"reduction": "semi_orthogonal", "shrinkage": "0.3 absolute"}
 
 
 def config_of(**settings: Any) -> DensityConfig:
-    return DensityConfig.model_validate({"coreset": 0, "precision": "fp32", **settings})
+    return DensityConfig.model_validate({"coreset": 0, "precision": "fp32", **settings}, context={"is_fitted": True})
 
 
 def build_location_memory(images: Tensor, **settings: Any) -> LocationMemory:
@@ -127,13 +126,6 @@ def test_coresets_and_unused_embeddings_restore_the_bank() -> None:
     assert torch.equal(restore_bank_from_coresets(coreset.transpose(0, 1), images.t(), unused), bank)
 
 
-def test_bank_rows_order_locations_row_by_row() -> None:
-    images = make_embeddings(3)
-    rows = convert_to_bank_rows(images)
-    assert (rows.shape, rows.dtype) == ((3, HEIGHT * WIDTH, CHANNELS), torch.float16)
-    assert torch.equal(rows[0, 2 * WIDTH + 1].float(), images[0, :, 2, 1])
-
-
 @pytest.mark.parametrize(
     ("bank", "whitening", "numbers"),
     [((3, 2, 3), (3, 3), None), ((4, 2, 3), (2, 2), None), ((4, 3), (3, 3), None), ((4, 2, 3), (3, 3), (4, 3))],
@@ -202,11 +194,6 @@ def test_joined_statistics_of_two_sites_equal_the_statistics_of_all_images(name:
     torch.testing.assert_close(build_density(config, first.join(second)).score(queries), expected, rtol=2e-3, atol=2e-3)
 
 
-def test_the_setting_kind_selects_the_density() -> None:
-    assert isinstance(build_density(config_of(kind="gaussian"), statistics_of(make_embeddings(9))), Gaussian)
-    assert build_location_memory(make_embeddings(9), window=5).window == 5
-
-
 def test_statistics_that_do_not_fit_cannot_be_joined() -> None:
     with pytest.raises(ValueError, match="bank"):
         statistics_of(make_embeddings(3)).join(NormalStatistics(moments_of(make_embeddings(3))))
@@ -219,7 +206,7 @@ def test_selecting_bank_images_selects_all_data_of_them() -> None:
     assert statistics.find_images_to_exclude(torch.tensor([0])).tolist() == [[0, 1]]
     statistics.select_bank_images([0, 2])
     assert statistics.relations is not None
-    assert statistics.relations.is_trivial
+    assert statistics.relations.has_no_related_images
     assert torch.equal(statistics.bank, bank[[0, 2]])  # type: ignore[arg-type]
     assert statistics.shown.tolist() == [[True, False, False], [False, False, True]]
 

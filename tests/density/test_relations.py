@@ -24,12 +24,12 @@ def test_a_subset_and_a_join_preserve_relations() -> None:
     joined = join_relations(make_relations([0, 1, 0]), 3, make_relations([3, 3]), 2)
     assert joined is not None
     assert torch.equal(joined.related, make_relations([0, 1, 0, 2, 2]).related)
-    assert torch.equal(joined.subset([1, 3, 4]).related, make_relations([0, 1, 1]).related)
+    assert torch.equal(joined.select_images([1, 3, 4]).related, make_relations([0, 1, 1]).related)
     assert join_relations(None, 2, None, 2) is None
 
 
 def test_tiles_of_related_images_are_related() -> None:
-    assert make_relations([0, 1, 0]).repeat(2).related[0].tolist() == [True, True, False, False, True, True]
+    assert make_relations([0, 1, 0]).repeat_for_tiles(2).related[0].tolist() == [True, True, False, False, True, True]
 
 
 def test_folds_contain_whole_groups_and_alternate_without_groups() -> None:

@@ -112,7 +112,7 @@ def test_merged_builders_equal_a_single_builder(cut, maps):
 
 
 def test_over_many_calibrations_the_false_alarm_rate_is_the_target():
-    rng, n, runs = np.random.default_rng(0), 64, 4000
+    rng, n, runs = np.random.default_rng(0), 64, 1500
     draws = rng.gamma(2.0, size=(runs, n + 1))
     alarms = sum(int(calibrate(scores[:n]).is_anomalous(scores[n])) for scores in draws)
     exact = math.floor(0.05 * (n + 1)) / (n + 1)  # for continuous scores

@@ -8,7 +8,7 @@ import shlex
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 
@@ -46,6 +46,7 @@ def test_the_tail_count_is_hypergeometric() -> None:
     assert result.p_higher == pytest.approx(4 * ways / math.comb(90, 17))
 
 
+@settings(max_examples=25)
 @given(st.integers(0, 2**31), st.sampled_from([np.exp, np.sqrt, lambda score: 3 * score + 7, lambda score: score**3]))
 def test_a_monotone_map_of_both_samples_changes_nothing(seed: int, change: np.ufunc) -> None:
     values = np.random.default_rng(seed).permutation(np.linspace(1, 2.3, 80))  # no ties, before or after the map

@@ -68,9 +68,3 @@ def test_the_prior_draws_thresholds_of_few_scores_together():
         for prior in (NO_PRIOR, SHIPPED_PRIOR)
     )
     assert shipped < 0.8 * without
-
-
-def test_scores_repeated_within_their_groups_give_the_same_tail():
-    scores = np.sort(np.random.default_rng(0).gamma(50.0, size=11))
-    assert fit_tail(np.repeat(scores, 2), 11) == pytest.approx(fit_tail(scores), rel=1e-12)
-    assert fit_tail(np.repeat(scores[:3], 5), 3) is None

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 from places import REPOSITORY
 
@@ -15,8 +13,7 @@ KINDS = ("bash", "python", "yaml", "json", "text")
 _FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """A fenced block. page: path of the document in the repository.  kind: the word after the fence, such as bash."""
 
     page: str
@@ -26,13 +23,9 @@ class Block:
 
 def find_code_blocks(*kinds: str) -> list[Block]:
     """Returns all blocks of the given kinds, or of every kind, in the order of the pages."""
-    return [block for page in PAGES for block in parse_code_blocks(page) if not kinds or block.kind in kinds]
-
-
-def parse_code_blocks(page: Path) -> Iterator[Block]:
-    name = page.relative_to(REPOSITORY).as_posix()
-    for kind, text in _FENCE.findall(page.read_text(encoding="utf-8")):
-        yield Block(name, kind, text)
+    texts = ((page.relative_to(REPOSITORY).as_posix(), page.read_text(encoding="utf-8")) for page in PAGES)
+    blocks = [Block(page, *match.groups()) for page, text in texts for match in _FENCE.finditer(text)]
+    return [block for block in blocks if not kinds or block.kind in kinds]
 
 
 def read_shell_commands(block: Block) -> list[str]:

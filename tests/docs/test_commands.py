@@ -11,20 +11,18 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 import workspace
 import yaml
 from documents import KINDS, Block, find_code_blocks, read_shell_commands, split_command_words
 from places import REPOSITORY
+from serving_set import create_service, run_server
 
 from focus_ray.cli.main import build_parser, parse_command_line
 from focus_ray.cli.main import main as focus_ray
@@ -57,34 +55,28 @@ NOT_RUN_WORDS = {  # a word of a focus-ray command -> why this module does not r
     "trackers.tensorboard={}": "trains by gradient, and needs a tracker's package; tests/tracking",
     "trackers.mlflow.uri=http://tracking.plant:5000": "needs a server; tests/tracking",
     "--workers": "starts Ray; tests/cluster",
-    "selection.enabled=true": "trains by gradient; tests/evaluation/test_selection.py",
+    "selection.fraction=0.1": "trains by gradient; tests/evaluation/test_selection.py",
     "--engine": "compiles a network; tests/bundle/test_engine.py",
 }
-# program -> why this module does not run its commands
-PROGRAMS = {
-    "make": "each target takes minutes; the Makefile has the target",
-    "python": "benchmarks and entry scripts take minutes or a cluster; the module is there, and knows the options",
-    "pip": "installs; pyproject.toml has the extra",
-    "uv": "installs",
-    "docker": "needs Docker; tests/container checks its files",
-    "container/certificate.sh": "writes a certificate; tests/container",
-    "nginx": "serves until it is ended; tests/serving/test_front_proxy.py runs it",
-    "mkdir": "prepares the folders of the front proxy",
-    "cp": "prepares the folders of the front proxy",
-    "echo": "writes the address of the service for the front proxy",
-    "POD=$(kubectl": "needs Kubernetes",
-    "container/env.sh": "writes a .env beside it; tests/container",
-    "VARIANT=cuda": "needs Docker and a GPU; tests/container checks its files",
-    "TOKEN=$(docker": "needs Docker; tests/container checks its files",
-    "trivy": "needs a scanner",
-    "sed": "changes the manifests, which are there",
-    "node": "needs Node.js; tests/export",
-    "tensorboard": "serves until it is interrupted; tests/tracking reads what it shows",
-    "kubectl": "needs Kubernetes; tests/cluster/test_manifests.py checks the files",
-    "serve": "needs a cluster; tests/cluster/test_manifests.py checks the file",
-    "ray": "needs a cluster; what it runs is checked",
-    "export": "sets variables for the commands after it",
+# why this module does not run the commands of some programs -> the programs
+PROGRAMS_BY_REASON = {
+    "takes minutes or a cluster; the target, module or script is there, and knows the options": ("make", "python"),
+    "installs; pyproject.toml has the extra": ("pip", "uv"),
+    "needs Docker, a GPU or a scanner; tests/container checks the files": (
+        "docker",
+        "VARIANT=cuda",
+        "TOKEN=$(docker",
+        "trivy",
+    ),
+    "writes files; tests/container": ("container/certificate.sh", "container/env.sh"),
+    "the front proxy; tests/serving/test_front_proxy.py runs it": ("nginx", "mkdir", "cp", "echo"),
+    "needs Kubernetes; tests/cluster/test_manifests.py checks the files": ("kubectl", "POD=$(kubectl", "sed"),
+    "needs a cluster; what it runs is checked": ("serve", "ray"),
+    "needs Node.js; tests/export": ("node",),
+    "serves until it is interrupted; tests/tracking reads what it shows": ("tensorboard",),
+    "sets variables for the commands after it": ("export",),
 }
+PROGRAMS = {program: reason for reason, programs in PROGRAMS_BY_REASON.items() for program in programs}
 CODES_RUN_ELSEWHERE = {
     "CONTRIBUTING.md": "tests/test_kinds.py runs them",
     "docs/use/export.md": "of an export; tests/export loads one so",
@@ -99,14 +91,11 @@ def reason_not_to_run(command: str) -> str | None:
     words = split_command_words(command)
     if words[0] != "focus-ray":
         return PROGRAMS.get(words[0])
-    arguments = " ".join(words[1:])
-    reasons_by_start = (
-        reason
-        for start, reason in NOT_RUN.items()
-        if f"{arguments} ".startswith(start if start.endswith("/") else f"{start} ")
-    )
-    reasons_by_word = (reason for word, reason in NOT_RUN_WORDS.items() if word in words)
-    return next(iter([*reasons_by_start, *reasons_by_word]), None)
+    arguments = " ".join(words[1:]) + " "
+    for start, reason in NOT_RUN.items():
+        if arguments.startswith(start if start.endswith("/") else f"{start} "):
+            return reason
+    return next((reason for word, reason in NOT_RUN_WORDS.items() if word in words), None)
 
 
 def test_every_block_has_a_known_kind() -> None:
@@ -119,14 +108,11 @@ def test_every_program_has_a_check() -> None:
 
 
 def test_every_exception_applies_to_a_command() -> None:
-    commands = [
-        " ".join(split_command_words(command)[1:])
-        for _, command in COMMANDS
-        if split_command_words(command)[0] == "focus-ray"
-    ]
-    assert [start for start in NOT_RUN if not any(f"{words} ".startswith(start) for words in commands)] == []
-    assert [word for word in NOT_RUN_WORDS if not any(word in words.split() for words in commands)] == []
-    assert set(PROGRAMS) <= {split_command_words(command)[0] for _, command in COMMANDS}
+    lines = [split_command_words(command) for _, command in COMMANDS]
+    focus_ray_lines = [f"{' '.join(words[1:])} " for words in lines if words[0] == "focus-ray"]
+    assert [start for start in NOT_RUN if not any(line.startswith(start) for line in focus_ray_lines)] == []
+    assert [word for word in NOT_RUN_WORDS if not any(word in line.split() for line in focus_ray_lines)] == []
+    assert set(PROGRAMS) <= {words[0] for words in lines}
 
 
 # Checks without running
@@ -134,31 +120,31 @@ def test_every_exception_applies_to_a_command() -> None:
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=IDS)
 def test_a_command_is_valid_for_its_program(page: str, command: str) -> None:
-    check(split_command_words(command))
+    check_command(split_command_words(command))
 
 
-def check(words: list[str]) -> None:
+def check_command(words: list[str]) -> None:
     """Checks the words of a command. Raises: AssertionError or the error of the program: a word is not valid."""
     program, arguments = words[0], words[1:]
     if program == "focus-ray":
-        check_focus_ray(arguments)
+        check_focus_ray_command(arguments)
     elif program == "make":
         targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
         assert [word for word in arguments if "=" not in word and word not in targets] == []
     elif program == "python":
-        check_python(arguments)
+        check_python_command(arguments)
     elif program == "pip":
         extras = re.findall(r"^([a-z]+) = \[", (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
         named = [extra for word in arguments for extra in "".join(re.findall(r"\[(.*)\]", word)).split(",") if extra]
         assert [extra for extra in named if extra not in extras] == []
     elif program == "ray":
-        check(arguments[arguments.index("--") + 1 :])
+        check_command(arguments[arguments.index("--") + 1 :])
     else:
         files = [word for word in arguments if re.fullmatch(r"[\w/.-]+/[\w.-]+\.ya?ml", word)]
         assert [name for name in files if not (REPOSITORY / name).is_file()] == []
 
 
-def check_python(words: list[str]) -> None:
+def check_python_command(words: list[str]) -> None:
     """Checks that the module or script of a Python command exists and has its options."""
     if words[0] == "-m":
         module = REPOSITORY / (words[1].replace(".", "/"))
@@ -173,7 +159,7 @@ def check_python(words: list[str]) -> None:
     assert [option for option in options if not any(f'"{option}"' in text for text in [*texts, shared])] == []
 
 
-def check_focus_ray(words: list[str]) -> None:
+def check_focus_ray_command(words: list[str]) -> None:
     """Parses a command line and validates its settings, as the command does at its start."""
     parser = build_parser()
     parser.exit = lambda status=0, message=None: None  # type: ignore[method-assign, assignment]
@@ -183,7 +169,7 @@ def check_focus_ray(words: list[str]) -> None:
     arguments = parse_command_line(parser, words)
     if arguments.command == "submit":
         inner = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
-        check_focus_ray(inner)
+        check_focus_ray_command(inner)
     elif arguments.command in ("train", "doctor") and not (arguments.config or "").startswith("s3://"):
         config = (
             find_config_file(arguments.config) if arguments.config else find_standard_config_folder() / "default.yaml"
@@ -208,9 +194,9 @@ def _refuse(message: str) -> None:
 def test_a_wrong_command_is_refused() -> None:
     for wrong in ("focus-ray trian default", "focus-ray train default data.uri=x model.wights=y", "make quickstrat"):
         with pytest.raises((AssertionError, ValueError, SystemExit)):
-            check(split_command_words(wrong))
+            check_command(split_command_words(wrong))
     with pytest.raises(AssertionError):
-        check(split_command_words("kubectl apply -f configs/cluster/nothing.yaml"))
+        check_command(split_command_words("kubectl apply -f configs/cluster/nothing.yaml"))
 
 
 # Commands that run
@@ -218,7 +204,7 @@ def test_a_wrong_command_is_refused() -> None:
 
 @pytest.fixture(scope="session")
 def plant(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return workspace.make(tmp_path_factory.mktemp("plant"))
+    return workspace.make_workspace(tmp_path_factory.mktemp("plant"))
 
 
 @pytest.fixture
@@ -230,9 +216,9 @@ def copied(plant: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return folder
 
 
-def run_words(command: str) -> list[str]:
+def adapt_words_to_plant(command: str) -> list[str]:
     """Returns the words of a focus-ray command for the plant: with its paths, existing files, and settings for a tiny model."""
-    words = [workspace.place(word) for word in split_command_words(command)[1:]]
+    words = [workspace.replace_place(word) for word in split_command_words(command)[1:]]
     words = [name for word in words for name in (sorted(glob.glob(word)) if "*" in word else [word])]
     if words[0] == "sweep":
         return [*words, *(f"base.{setting}" for setting in (*workspace.TINY, "model.weights=resnet18.pth"))]
@@ -243,36 +229,28 @@ def run_words(command: str) -> list[str]:
     return words
 
 
-def run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = run_words(command)
-    if words == ["--version"]:
-        with pytest.raises(SystemExit, match="0"):
-            focus_ray(words)
-        return
-    status = focus_ray(words)
-    captured = capsys.readouterr()
-    assert status in STATUSES.get(words[0], (0,)), f"{command}\nran as {words}\n{captured.err[-2000:]}"
-
-
-RUN_ON = sorted(
-    {page for page, command in COMMANDS if command.startswith("focus-ray") and not reason_not_to_run(command)}
-)
+RUN = [(page, line) for page, line in COMMANDS if line.startswith("focus-ray") and not reason_not_to_run(line)]
+RUN_ON = sorted({page for page, _ in RUN})
 
 
 @pytest.mark.parametrize("page", RUN_ON)
 def test_the_commands_of_a_page_run_in_its_order(page: str, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command_page, command in COMMANDS:
-        if command_page == page and command.startswith("focus-ray") and not reason_not_to_run(command):
-            run(command, capsys)
+    for command_page, command in RUN:
+        if command_page != page:
+            continue
+        words = adapt_words_to_plant(command)
+        if words == ["--version"]:
+            with pytest.raises(SystemExit, match="0"):
+                focus_ray(words)
+            continue
+        status = focus_ray(words)
+        captured = capsys.readouterr()
+        assert status in STATUSES.get(words[0], (0,)), f"{command}\nran as {words}\n{captured.err[-2000:]}"
 
 
 ON_RAY = sorted({command for _, command in COMMANDS if (reason_not_to_run(command) or "").startswith("starts Ray")})
-NEEDS_A_SWEEP = (
-    "sweep status",
-    "sweep resume",
-    "sweep report",
-    "train quickstart",
-)  # these commands need the folder of a run, which no test makes
+# these commands need the folder of a run, which no test makes
+NEEDS_A_SWEEP = ("sweep status", "sweep resume", "sweep report", "train quickstart")
 
 
 @pytest.mark.slow
@@ -281,12 +259,11 @@ NEEDS_A_SWEEP = (
     "command", [command for command in ON_RAY if not any(words in command for words in NEEDS_A_SWEEP)]
 )
 def test_a_command_runs_on_ray(command: str, copied: Path) -> None:
-    words = [word.replace("name=line3", "name=line4") for word in run_words(command)]  # line3 exists already
-    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    words = [word.replace("name=line3", "name=line4") for word in adapt_words_to_plant(command)]  # line3 exists already
     finished = subprocess.run(  # a separate process, which starts its own local cluster
         [sys.executable, "-m", "focus_ray.cli", *words],
         cwd=copied,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
         timeout=800,
@@ -298,23 +275,9 @@ def test_a_command_runs_on_ray(command: str, copied: Path) -> None:
 @pytest.fixture(scope="module")
 def service(plant: Path) -> Iterator[str]:
     """The address of a running service with the registry of the plant."""
-    from focus_ray.serving.api import create_api
-    from focus_ray.serving.scorer import ImageScorer
-    from focus_ray.serving.service import InspectionService
-
     settings = parse_service_settings({"registry": str(plant / "plant/registry"), "tokens": str(plant / "tokens.yaml")})
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()  # so that a request before the start of the server waits
-        api = create_api(InspectionService(settings, ImageScorer(settings.pool, "cpu")))
-        server = uvicorn.Server(uvicorn.Config(api, log_level="warning"))
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
+    with run_server(create_service(settings)) as url:
+        yield url
 
 
 CURL = sorted({command for _, command in COMMANDS if command.startswith("curl")})
@@ -345,16 +308,10 @@ def test_a_request_is_answered(command: str, service: str, plant: Path) -> None:
 CODE = [block for block in find_code_blocks("python") if block.page not in CODES_RUN_ELSEWHERE]
 
 
-def small(text: str, service: str) -> str:
+def shrink_code(text: str, service: str) -> str:
     """Returns a block with the address of the running service, and with images of 64 px instead of 256 px."""
     text = text.replace("http://127.0.0.1:8000", service).replace("image_size_px=256", "image_size_px=64")
-    calls = [
-        f'fit({images}, weights="resnet18.pth")' for images in ('"photographs/"', '"bottle/"', "paths, groups=parts")
-    ]
-    calls.append('fit("views/", group_by="name:^(part[0-9]+)_", weights="resnet18.pth")')
-    for call in calls:
-        text = text.replace(call, f"{call[:-1]}, image_size_px=64, coreset=32)")
-    return text
+    return text.replace('weights="resnet18.pth")', 'weights="resnet18.pth", image_size_px=64, coreset=32)')
 
 
 @pytest.mark.parametrize("page", sorted({block.page for block in CODE}))
@@ -366,7 +323,7 @@ def test_the_code_of_a_page_runs(page: str, copied: Path, service: str) -> None:
     }
     for block in CODE:
         if block.page == page:
-            exec(compile(small(block.text, service), page, "exec"), namespace)
+            exec(compile(shrink_code(block.text, service), page, "exec"), namespace)
 
 
 @pytest.mark.parametrize("block", find_code_blocks("yaml"), ids=lambda block: f"{block.page}: {block.text[:30]!r}")

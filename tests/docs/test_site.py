@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 from places import REPOSITORY
+from serving_set import create_service
+
+from focus_ray.serving.api import create_api
+from focus_ray.serving.settings import parse_service_settings
 
 FETCHED = re.compile(r"""<(?:script|img|iframe|source)[^>]+src=["'](?:https?:)?//|<link[^>]+href=["'](?:https?:)?//""")
 
@@ -29,11 +33,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_page_is_built(site: Path) -> None:
+def test_every_page_is_built_and_in_the_search_index(site: Path) -> None:
     docs = REPOSITORY / "docs"
     pages = [path.relative_to(docs).with_suffix(".html") for path in docs.rglob("*.md")]
     assert pages
     assert [str(page) for page in pages if not (site / page).is_file()] == []
+    index = (site / "search/search_index.json").read_text(encoding="utf-8")
+    assert all(f'"location":"{name}' in index for name in ("start/", "learn/", "use/", "operate/", "reference/"))
 
 
 def test_no_page_loads_anything_from_other_servers(site: Path) -> None:
@@ -47,19 +53,9 @@ def test_no_page_loads_anything_from_other_servers(site: Path) -> None:
     assert styles == []
 
 
-def test_the_search_index_has_every_part_of_the_documentation(site: Path) -> None:
-    index = (site / "search/search_index.json").read_text(encoding="utf-8")
-    assert all(f'"location":"{name}' in index for name in ("start/", "learn/", "use/", "operate/", "reference/"))
-
-
 def test_the_http_reference_lists_every_path_of_the_service() -> None:
-    from focus_ray.serving.api import create_api
-    from focus_ray.serving.scorer import ImageScorer
-    from focus_ray.serving.service import InspectionService
-    from focus_ray.serving.settings import parse_service_settings
-
     settings = parse_service_settings({"registry": "registry", "open_to_all": True})
-    paths = create_api(InspectionService(settings, ImageScorer(settings.pool, "cpu"))).openapi()["paths"]
+    paths = create_api(create_service(settings)).openapi()["paths"]
     page = (REPOSITORY / "docs/reference/http.md").read_text(encoding="utf-8")
     named = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
     assert named

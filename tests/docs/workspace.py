@@ -1,6 +1,6 @@
 """Makes a folder in which the commands of the documents run: synthetic parts with the names of the pages, and tiny models.
 
-The pages use S3 addresses and photographs. MAP replaces them by files in the folder. Commands run inside the folder, so that
+The pages use S3 addresses and photographs. PLACES replaces them by files in the folder. Commands run inside the folder, so that
 relative paths need no replacement.
 """
 
@@ -19,7 +19,7 @@ from focus_ray.samples.write import write_samples
 from focus_ray.serving.tokens import create_token
 
 # beginning of a word on a page -> its replacement in the workspace; the longest matching beginning counts
-MAP = {
+PLACES = {
     "s3://plant/": "plant/",
     "s3://raw/parts": "mvtec",
     "/data/mvtec": "mvtec",
@@ -40,24 +40,23 @@ TINY = (
     "density.num_channels=16",
     "density.coreset=32",
     "model.precision=fp32",
-    "density.precision=fp32",
     "cluster.use_gpu=false",
 )
 
 
-def place(word: str) -> str:
+def replace_place(word: str) -> str:
     """Replaces the address in a word of a command by its path in the workspace; also after the = of a setting."""
     key, equals, value = word.partition("=")
     if equals and not key.startswith("-"):
-        return f"{key}={place(value)}"
-    for start in sorted(MAP, key=len, reverse=True):
+        return f"{key}={replace_place(value)}"
+    for start in sorted(PLACES, key=len, reverse=True):
         is_complete_name = start.isupper() or not start.endswith("/")
         if word == start or (word.startswith(start) and (not is_complete_name or word[len(start)] == "/")):
-            return MAP[start] + word[len(start) :]
+            return PLACES[start] + word[len(start) :]
     return word
 
 
-def make(folder: Path) -> Path:
+def make_workspace(folder: Path) -> Path:
     """Draws, ingests, trains and publishes the parts, and returns the folder."""
     parts = folder / "mvtec"
     write_samples(parts, size_px=64, num_train=20, num_test_good=4, num_bad_per_type=1)
@@ -65,44 +64,32 @@ def make(folder: Path) -> Path:
     (parts / "gear").rename(parts / "screw")
     good, bad = sorted((parts / "bolt/train/good").iterdir()), sorted((parts / "bolt/test").glob("[!g]*/*.png"))
     for name in ("photographs", "bottle", "bolt", "labelled"):
-        _copy(good[:12], folder / name / "good")
-        _copy(bad[:2], folder / name / "bad")
+        _copy_images(good[:12], folder / name / "good")
+        _copy_images(bad[:2], folder / name / "bad")
     for name, share in (("more/bolt", good[:6]), ("lyon-photographs/bolt", good[6:12]), ("porto/bolt", good[12:])):
-        _brighter(share, folder / name / "good")
-    _copy(good[12:], folder / "more/bolt/good")
-    _copy(good[12:16], folder / "good")
-    _views(good[:12], folder)
-    _copy(bad, folder / "defects")
-    _copy(sorted((parts / "bolt/test/good").iterdir()), folder / "good-parts")
-    _copy(bad[:2], folder / "new")
-    for name, source in (
-        ("new", bad[0]),
-        ("good", good[13]),
-        ("bad", bad[1]),
-        ("part", bad[0]),
-        ("a", bad[0]),
-        ("b", good[14]),
-    ):
+        _write_brighter_copies(share, folder / name / "good")
+    _copy_images(good[12:], folder / "more/bolt/good")
+    _copy_images(good[12:16], folder / "good")
+    _write_views(good[:12], folder)
+    _copy_images(bad, folder / "defects")
+    _copy_images(sorted((parts / "bolt/test/good").iterdir()), folder / "good-parts")
+    _copy_images(bad[:2], folder / "new")
+    sources = {"new": bad[0], "good": good[13], "bad": bad[1], "part": bad[0], "a": bad[0], "b": good[14]}
+    for name, source in sources.items():
         shutil.copy(source, folder / f"{name}.png")
     torch.manual_seed(0)
     torch.save(resnet18().state_dict(), folder / "resnet18.pth")
-    _run("ingest", parts, folder / "data")
+    _run_command("ingest", parts, folder / "data")
     shutil.copytree(folder / "data", folder / "plant/parts")
     shutil.copytree(folder / "data", folder / "plant/today")
-    _run("ingest", folder / "more/bolt", folder / "plant/newparts")
-    _run("ingest", folder / "porto/bolt", folder / "porto-data")
+    _run_command("ingest", folder / "more/bolt", folder / "plant/newparts")
+    _run_command("ingest", folder / "porto/bolt", folder / "porto-data")
     settings = [f"data.uri={folder / 'data'}", f"storage={folder / 'plant/runs'}", "name=line3"]
-    _run(
-        "train",
-        "default",
-        *settings,
-        f"model.weights={folder / 'resnet18.pth'}",
-        *TINY,
-        "density.reduction=discriminant",
-    )
+    settings += [f"model.weights={folder / 'resnet18.pth'}", *TINY, "density.reduction=discriminant"]
+    _run_command("train", "default", *settings)
     bolt = folder / "plant/runs/line3/bundles/bolt"
-    _run("update", bolt, folder / "B", "--only", folder / "plant/newparts")
-    _run("update", bolt, folder / "C", "--only", folder / "porto-data")
+    _run_command("update", bolt, folder / "B", "--only", folder / "plant/newparts")
+    _run_command("update", bolt, folder / "C", "--only", folder / "porto-data")
     registry = Registry(folder / "plant/registry")
     for _ in range(2):
         registry.publish(str(bolt), "press", aliases=["production", "candidate"])
@@ -113,13 +100,13 @@ def make(folder: Path) -> Path:
     return folder
 
 
-def _copy(paths: list[Path], folder: Path) -> None:
+def _copy_images(paths: list[Path], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in paths:
         shutil.copy(path, folder / f"{path.parent.name}_{path.name}")
 
 
-def _views(paths: list[Path], folder: Path) -> None:
+def _write_views(paths: list[Path], folder: Path) -> None:
     """Writes two views of six parts to views/good/part0_left.jpg with EXIF times, to boxes/good/part0/, and to parts.csv."""
     lines = ["file,serial"]
     for number, path in enumerate(paths):
@@ -134,13 +121,13 @@ def _views(paths: list[Path], folder: Path) -> None:
     (folder / "parts.csv").write_text("\n".join(lines) + "\n")
 
 
-def _brighter(paths: list[Path], folder: Path) -> None:
+def _write_brighter_copies(paths: list[Path], folder: Path) -> None:
     """Writes slightly brighter copies of images, which differ from the images of all other folders."""
     folder.mkdir(parents=True)
     for path in paths:
         Image.open(path).convert("RGB").point(lambda value: min(255, value + 3)).save(folder / f"bright_{path.name}")
 
 
-def _run(*words: object) -> None:
+def _run_command(*words: object) -> None:
     status = focus_ray([str(word) for word in words])
     assert status == 0, f"focus-ray {words}: exit status {status}"

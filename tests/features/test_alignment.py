@@ -53,19 +53,7 @@ def make(angle: float = 0.0, scale: float = 1.0, shift: tuple[float, float] = (0
 # Groups
 
 
-WIDTHS = {
-    "none": 0,
-    "rotation": 1,
-    "translation": 2,
-    "scale": 1,
-    "rotation_scale": 2,
-    "rotation_translation": 3,
-    "similarity": 4,
-    "affine": 6,
-}
-
-
-@pytest.mark.parametrize(("group", "width"), WIDTHS.items())
+@pytest.mark.parametrize(("group", "width"), zip(GROUPS, (0, 1, 2, 1, 2, 3, 4, 6), strict=True))
 def test_a_group_has_one_parameter_per_degree_of_freedom_and_zeros_give_the_identity(group: str, width: int) -> None:
     assert count_transform_parameters(group) == width
     theta = compute_theta_from_parameters(torch.zeros(3, width), group, TransformBounds())
@@ -162,13 +150,6 @@ def test_one_warp_by_the_composition_equals_two_warps(outer: Tensor, inner: Tens
     once = warp_images(smooth(), compose_theta(outer, inner))
     twice = warp_images(warp_images(smooth(), outer), inner)
     torch.testing.assert_close(once[..., INSIDE, INSIDE], twice[..., INSIDE, INSIDE], rtol=0, atol=5e-3)
-
-
-@settings(max_examples=50)
-@given(thetas("similarity"))
-def test_a_warp_and_its_inverse_cancel(theta: Tensor) -> None:
-    back = warp_images(warp_images(smooth(), theta), invert_theta(theta))
-    torch.testing.assert_close(back[..., INSIDE, INSIDE], smooth()[..., INSIDE, INSIDE], rtol=0, atol=5e-3)
 
 
 def test_a_singular_transform_has_no_inverse() -> None:

@@ -310,7 +310,8 @@ def slow_embedding(levels: tuple[Tensor, ...], config: DensityConfig) -> Tensor:
 def test_reducing_each_level_first_equals_concatenating_first(kind: str, layers: tuple[str, ...], stride: int) -> None:
     generator = torch.Generator().manual_seed(0)
     levels = tuple(torch.randn(2, 4 * n, 16 // n, 16 // n, generator=generator) for n in (1, 2, 4))
-    config = DensityConfig(layers=layers, reduction=kind, num_channels=6, map_stride_px=stride, coreset=0)
+    settings = {"layers": layers, "reduction": kind, "num_channels": 6, "map_stride_px": stride, "coreset": 0}
+    config = DensityConfig.model_validate(settings, context={"is_fitted": True})
     reduction = ChannelReduction((4, 8, 16), config, seed=3)
     whole = slow_embedding(levels, config)
     if kind == "random":
@@ -336,4 +337,4 @@ def test_the_reduction_depends_on_the_seed_only(kind: str) -> None:
 
 def test_more_channels_than_the_layers_have_are_refused() -> None:
     with pytest.raises(ValueError, match=r"density\.num_channels=100, .*24 channels"):
-        ChannelReduction((24, 40, 112), DensityConfig(layers=("layer1",), smooth_layers=()), 0)
+        ChannelReduction((4, 8, 12), DensityConfig(), 0)

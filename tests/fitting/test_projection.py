@@ -45,16 +45,16 @@ def make_fit(data: str, storage: Path | str = "unused", group: str = "none", **d
     density = {"reduction": "discriminant", **density}
     config = small_config(data, storage, model={"image_alignment": {"group": group}}, density=density)
     plan = compute_split_plan(config, "gear")
-    return DetectorFitter(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit_rows), CPU)
+    return DetectorFitter(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit.rows), CPU)
 
 
-def scatter(seed: int, channels: int = 6, samples: int = 200, scale: float = 1.0) -> Tensor:
+def make_scatter_matrix(seed: int, channels: int = 6, samples: int = 200, scale: float = 1.0) -> Tensor:
     values = scale * torch.randn(samples, channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return values.t() @ values / samples
 
 
 def test_the_directions_equal_those_of_the_generalised_eigenproblem_of_scipy() -> None:
-    normal, defective = scatter(0), scatter(1, scale=3.0)
+    normal, defective = make_scatter_matrix(0), make_scatter_matrix(1, scale=3.0)
     directions = compute_discriminant_directions(normal, defective, 4).numpy()
     ridged = normal + RIDGE * normal.diagonal().mean() * torch.eye(6, dtype=torch.float64)
     values, vectors = scipy.linalg.eigh(defective.numpy(), ridged.numpy())
@@ -140,8 +140,8 @@ def test_a_learnt_projection_separates_synthetic_defects_better_than_a_random_pr
 def test_the_same_seed_learns_the_same_projection_and_a_bundle_stores_it(data: str, tmp_path: Path) -> None:
     config = make_fit(data, tmp_path).config.model_copy(update={"scoring": ScoringConfig(image_score="profile")})
     first, second = fit_alone(config), fit_alone(config)
-    assert torch.equal(first.reduction.projection, second.reduction.projection)
-    assert first.reduction.projection.shape == (32, 448)
+    assert torch.equal(first.detector.reduction.projection, second.detector.reduction.projection)
+    assert first.detector.reduction.projection.shape == (32, 448)
     images = torch.cat(list(make_fit(data).shard.read_batches("holdout")))
     expected, read = first.detector(images), read_bundle(make_bundle(config, result=second)).detector(images)
     torch.testing.assert_close(read.score, expected.score, rtol=1e-4, atol=1e-4)
@@ -165,7 +165,7 @@ def two_bundles(data: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Co
     return config, [make_bundle(config, category) for category in CATEGORIES]
 
 
-def with_metric(config: Config, metric: Path | str, **model: Any) -> Config:
+def set_shared_metric(config: Config, metric: Path | str, **model: Any) -> Config:
     density = config.density.model_copy(update={"metric": str(metric)})
     return config.model_copy(update={"density": density, "model": config.model.model_copy(update=model)})
 
@@ -176,9 +176,9 @@ def test_a_shared_metric_is_the_mean_of_the_scatter_matrices_of_the_categories(
     config, bundles = two_bundles
     place = str(tmp_path / "metric.safetensors")
     assert average_projections(bundles, place) == sorted(CATEGORIES)
-    scatters = [read_statistics(bundle).scatter for bundle in bundles]
+    scatters = [read_statistics(bundle).residual_scatter for bundle in bundles]
     expected = sum(scatter / scatter[0].diagonal().mean() for scatter in scatters) / 2  # type: ignore[index,union-attr]
-    torch.testing.assert_close(read_shared_scatter(with_metric(config, place)), expected)
+    torch.testing.assert_close(read_shared_scatter(set_shared_metric(config, place)), expected)
 
 
 def test_a_category_with_a_shared_metric_uses_its_directions_and_paints_no_defects(
@@ -188,13 +188,13 @@ def test_a_category_with_a_shared_metric_uses_its_directions_and_paints_no_defec
     place = str(tmp_path / "metric.safetensors")
     average_projections(bundles[:1], place)
     monkeypatch.setattr("focus_ray.fitting.projection.draw_defective_copies", None)
-    result = fit_alone(with_metric(config, place), CATEGORIES[1])
-    shared = read_statistics(bundles[0]).scatter
+    result = fit_alone(set_shared_metric(config, place), CATEGORIES[1])
+    shared = read_statistics(bundles[0]).residual_scatter
     assert shared is not None
     directions = compute_discriminant_directions(
         shared[0].double(), shared[1].double(), config.density.num_channels // 2
     )
-    learnt = result.reduction.projection[: len(directions)]
+    learnt = result.detector.reduction.projection[: len(directions)]
     ratio = learnt.norm() / directions.norm()
     torch.testing.assert_close(learnt, directions * ratio, rtol=1e-3, atol=1e-3)
     assert result.statistics.residual_scatter is not None
@@ -209,11 +209,11 @@ def test_a_metric_of_another_network_or_a_file_that_is_no_metric_is_refused(
     average_projections(bundles, str(place))
     (tmp_path / "text").write_text("no metric")
     with pytest.raises(ConfigError, match=r"model\.padding=reflect.* model\.padding=zeros"):
-        read_shared_scatter(with_metric(config, place, padding="zeros"))
+        read_shared_scatter(set_shared_metric(config, place, padding="zeros"))
     for name in ("nowhere", "text"):
         with pytest.raises(ConfigError, match=rf"density\.metric=.*{name}"):
-            read_shared_scatter(with_metric(config, tmp_path / name))
-    with_shared = make_bundle(with_metric(config, place), CATEGORIES[0], place=tmp_path / "with_shared")
+            read_shared_scatter(set_shared_metric(config, tmp_path / name))
+    with_shared = make_bundle(set_shared_metric(config, place), CATEGORIES[0], place=tmp_path / "with_shared")
     with pytest.raises(BundleError, match="with_shared"):
         average_projections([with_shared], str(tmp_path / "other"))
     with pytest.raises(BundleError, match="another bundle has the same category"):

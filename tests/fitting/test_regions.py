@@ -37,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return ingest_parts(tmp_path_factory.mktemp("parts"))
 
 
-def config_with(data: str, folder: Path, region: Any, **sections: Any) -> Config:
+def make_region_config(data: str, folder: Path, region: Any, **sections: Any) -> Config:
     model = {"image_alignment": {"group": "none"}}
     sections = {"model": model, **sections}
     return small_config(data, folder, data={"regions": {"gear": region}}, **sections)
@@ -45,10 +45,10 @@ def config_with(data: str, folder: Path, region: Any, **sections: Any) -> Config
 
 @pytest.fixture(scope="module")
 def inspector(data: str, tmp_path_factory: pytest.TempPathFactory) -> Inspector:
-    return Inspector.load(make_bundle(config_with(data, tmp_path_factory.mktemp("runs"), LEFT)), "cpu")
+    return Inspector.load(make_bundle(make_region_config(data, tmp_path_factory.mktemp("runs"), LEFT)), "cpu")
 
 
-def save(path: Path, mask: NDArray[Any]) -> str:
+def save_mask(path: Path, mask: NDArray[Any]) -> str:
     path.write_bytes(encode_png(mask))
     return str(path)
 
@@ -74,7 +74,7 @@ def test_several_polygons_form_one_region() -> None:
 
 
 def test_a_single_polygon_needs_no_list_around_it(data: str, tmp_path: Path) -> None:
-    single, in_list = (config_with(data, tmp_path, region) for region in (LEFT, [LEFT]))
+    single, in_list = (make_region_config(data, tmp_path, region) for region in (LEFT, [LEFT]))
     assert single.data.regions == in_list.data.regions
     assert parse_config(single.model_dump(mode="json")) == single
 
@@ -83,7 +83,7 @@ def test_the_white_area_of_a_mask_is_inspected(data: str, tmp_path: Path) -> Non
     mask = np.zeros((100, 300), np.uint8)
     mask[:, :150] = 255
     mask[:, 150:] = 20  # like the noise of a JPEG
-    config = config_with(data, tmp_path, save(tmp_path / "mask.png", mask))
+    config = make_region_config(data, tmp_path, save_mask(tmp_path / "mask.png", mask))
     expected = np.zeros((64, 64), bool)
     expected[:, :32] = True
     np.testing.assert_array_equal(read_region(config, "gear"), expected)
@@ -110,27 +110,25 @@ def test_an_invalid_region_is_refused(region: Any, message: str) -> None:
         parse_config({"data": {"uri": "images", "regions": {"gear": region}}})
 
 
-def test_a_region_of_an_unknown_category_is_refused(data: str, tmp_path: Path) -> None:
-    config = small_config(data, tmp_path, data={"regions": {"gera": [LEFT]}})
-    with pytest.raises(DataError, match=r"data\.regions names 'gera'.*board, gear"):
-        check_regions(config, ["board", "gear"])
+TINY = [[0.5, 0.5], [0.51, 0.5], [0.5, 0.51]]
 
 
-def test_a_region_that_covers_no_cell_is_refused(data: str, tmp_path: Path) -> None:
-    black = save(tmp_path / "black.png", np.zeros((64, 64), np.uint8))
-    with pytest.raises(DataError, match=r"data\.regions\.gear: .*black\.png .* 0 of the 64 x 64 pixels"):
-        load_frame(config_with(data, tmp_path, black), "gear")
-    tiny = [[0.5, 0.5], [0.51, 0.5], [0.5, 0.51]]
-    with pytest.raises(DataError, match=r"polygons .* \d of the 64 x 64 pixels"):
-        load_frame(config_with(data, tmp_path, tiny), "gear")
-
-
-def test_an_unreadable_mask_is_refused(data: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere\.png: .*data\.regions"):
-        check_regions(config_with(data, tmp_path, str(tmp_path / "nowhere.png")), ["gear"])
+@pytest.mark.parametrize(
+    ("category", "region", "message"),
+    [
+        ("gera", LEFT, r"data\.regions names 'gera'.*board, gear"),
+        ("gear", TINY, r"polygons .* \d of the 64 x 64 pixels"),
+        ("gear", "black.png", r"data\.regions\.gear: .*black\.png .* 0 of the 64 x 64 pixels"),
+        ("gear", "nowhere.png", r"nowhere\.png: .*data\.regions"),
+        ("gear", "words.png", r"words\.png: .*data\.regions"),
+    ],
+)
+def test_an_unusable_region_is_refused(data: str, tmp_path: Path, category: str, region: Any, message: str) -> None:
+    save_mask(tmp_path / "black.png", np.zeros((64, 64), np.uint8))
     (tmp_path / "words.png").write_text("not an image")
-    with pytest.raises(DataError, match=r"words\.png: .*data\.regions"):
-        check_regions(config_with(data, tmp_path, str(tmp_path / "words.png")), ["gear"])
+    region = str(tmp_path / region) if isinstance(region, str) else region
+    with pytest.raises(DataError, match=message):
+        check_regions(small_config(data, tmp_path, data={"regions": {category: region}}), ["board", "gear"])
 
 
 @pytest.mark.parametrize(
@@ -159,7 +157,9 @@ def test_pixels_outside_the_region_are_not_scored(inspector: Inspector, data: st
     for inspection in (plain, changed_outside):
         assert (inspection.anomaly_map[:, 32:] == 0).all()
         assert inspection.anomaly_map[:, :32].min() > 0
-    whole_image_detector = fit_alone(config_with(data, Path("unused"), [[[0, 0], [1, 0], [1, 1], [0, 1]]])).detector
+    whole_image_detector = fit_alone(
+        make_region_config(data, Path("unused"), [[[0, 0], [1, 0], [1, 1], [0, 1]]])
+    ).detector
     batch = torch.from_numpy(decode_batch([encode_png(pixels), encode_png(changed)], 64))
     scores = whole_image_detector(batch).score
     # a small difference remains: the receptive field of patches inside the region reaches the changed pixels
@@ -181,7 +181,7 @@ def test_a_region_of_the_whole_image_scores_like_no_region(data: str, tmp_path: 
 
 def test_the_region_moves_with_the_image_when_images_are_aligned(data: str, tmp_path: Path) -> None:
     model = {"image_alignment": {"min_drop": 0.0}}
-    config = config_with(data, tmp_path, LEFT, model=model, scoring={"image_score": "profile"})
+    config = make_region_config(data, tmp_path, LEFT, model=model, scoring={"image_score": "profile"})
     result = fit_alone(config)
     assert result.notes.alignment is not None
     assert result.notes.alignment.enabled
@@ -213,12 +213,12 @@ def test_leave_one_out_scores_count_only_pixels_of_the_region(data: str, tmp_pat
         "density": {"reduction": reduction},
         "scoring": {"image_score": "profile"},
     }
-    config = config_with(data, tmp_path, LEFT, **sections)
+    config = make_region_config(data, tmp_path, LEFT, **sections)
     plan = compute_split_plan(config, "gear")
-    run = DetectorFitter(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit_rows), torch.device("cpu"))
-    result = run.finish()
+    run = DetectorFitter(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit.rows), torch.device("cpu"))
+    result = run.build_and_calibrate()
     builder = collect_leave_one_out_scores(result.detector, result.statistics, config, run.projection)
-    assert [image.num_pixels for image in builder._images] == [64 * 32] * len(plan.fit_rows)
+    assert [image.num_pixels for image in builder._images] == [64 * 32] * len(plan.fit.rows)
 
 
 def test_only_pixels_of_the_region_are_measured(inspector: Inspector, data: str) -> None:
@@ -242,8 +242,8 @@ def test_only_pixels_of_the_region_are_measured(inspector: Inspector, data: str)
 def test_a_bundle_contains_its_region(data: str, tmp_path: Path) -> None:
     mask = np.zeros((64, 64), np.uint8)
     mask[16:48, 8:40] = 255
-    mask_path = save(tmp_path / "mask.png", mask)
-    bundle = make_bundle(config_with(data, tmp_path, mask_path))
+    mask_path = save_mask(tmp_path / "mask.png", mask)
+    bundle = make_bundle(make_region_config(data, tmp_path, mask_path))
     Path(mask_path).unlink()
     np.testing.assert_array_equal(read_bundle(bundle).frame.region, mask > 0)
     update_bundle(bundle, tmp_path / "more", add=data, calibrate=data)
@@ -251,7 +251,7 @@ def test_a_bundle_contains_its_region(data: str, tmp_path: Path) -> None:
 
 
 def test_a_streamed_shard_equals_a_shard_in_memory(data: str, tmp_path: Path) -> None:
-    in_memory = config_with(data, tmp_path, LEFT)
+    in_memory = make_region_config(data, tmp_path, LEFT)
     streamed = in_memory.model_copy(update={"data": in_memory.data.model_copy(update={"memory_budget_mb": 0.0})})
     plan = compute_split_plan(in_memory, "gear")
     images, streamed_images = (

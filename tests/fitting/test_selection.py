@@ -27,15 +27,15 @@ EPOCHS = 3
 NORMALS = np.stack([draw_sample("board", 0, "train", index, 64)[0] for index in range(4)])
 
 
-def selection_config(data: str, **sections: dict[str, Any]) -> Config:
-    defaults = {"selection": {"enabled": True, "fraction": 0.2}, "model": {"image_alignment": {"group": "none"}}}
+def make_selection_config(data: str, **sections: dict[str, Any]) -> Config:
+    defaults = {"selection": {"fraction": 0.2}, "model": {"image_alignment": {"group": "none"}}}
     return small_config(data, "unused", **{**defaults, **sections})
 
 
 @pytest.fixture(scope="module")
 def trained(data: str) -> tuple[Config, FitResult]:
     """Trains three epochs with a learning rate that changes the score; any gain is enough."""
-    config = selection_config(data, train={"epochs": EPOCHS, "learning_rate": 0.02})
+    config = make_selection_config(data, train={"epochs": EPOCHS, "learning_rate": 0.02})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("focus_ray.fitting.fit.MIN_GAIN", 0.0)
         return config, fit_alone(config)
@@ -43,29 +43,29 @@ def trained(data: str) -> tuple[Config, FitResult]:
 
 @pytest.mark.parametrize("method", ["split", "cross"])
 def test_validation_images_are_in_no_other_part(data: str, method: str) -> None:
-    plan = compute_split_plan(selection_config(data, calibration={"method": method}), "gear")
-    together = [row for part in (plan.fit_rows, plan.validation_rows, plan.holdout_rows) for row in part]
+    plan = compute_split_plan(make_selection_config(data, calibration={"method": method}), "gear")
+    together = [row for part in (plan.fit.rows, plan.validation.rows, plan.holdout.rows) for row in part]
     assert len(together) == len(set(together)) == NUM_TRAIN
-    assert len(plan.validation_rows) == round(0.2 * NUM_TRAIN)
-    assert len(plan.folds) == len(plan.fit_rows)
+    assert len(plan.validation.rows) == round(0.2 * NUM_TRAIN)
+    assert len(plan.folds) == len(plan.fit.rows)
 
 
 def test_without_selection_nothing_is_held_out_or_judged_and_the_calibration_images_are_the_same(data: str) -> None:
     config = small_config(data, "unused")
-    plain, selecting = compute_split_plan(config, "gear"), compute_split_plan(selection_config(data), "gear")
-    assert len(plain.validation_rows) == 0
-    assert selecting.holdout_rows.tolist() == plain.holdout_rows.tolist()
+    plain, selecting = compute_split_plan(config, "gear"), compute_split_plan(make_selection_config(data), "gear")
+    assert len(plain.validation.rows) == 0
+    assert selecting.holdout.rows.tolist() == plain.holdout.rows.tolist()
     assert fit_alone(config).notes.selection == []
 
 
 def test_validation_takes_no_more_images_than_it_may(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("focus_ray.fitting.split.MAX_VALIDATION_IMAGES", 3)
-    assert len(compute_split_plan(selection_config(data), "gear").validation_rows) == 3
+    assert len(compute_split_plan(make_selection_config(data), "gear").validation.rows) == 3
 
 
 def test_a_set_too_small_to_validate_on_is_refused(data: str) -> None:
-    config = selection_config(data, selection={"enabled": True, "fraction": 0.85})
-    with pytest.raises(DataError, match=r"selection\.enabled=false"):
+    config = make_selection_config(data, selection={"fraction": 0.85})
+    with pytest.raises(DataError, match=r"selection\.fraction=0"):
         compute_split_plan(config, "gear")
 
 
@@ -78,8 +78,10 @@ def test_every_epoch_and_the_untrained_network_are_judged_and_the_best_is_kept(
     assert len(set(scores)) > 1
     shard = build_shard(config, "gear", compute_split_plan(config, "gear"), 0, 1)
     bank_images = range(config.density.max_images)
-    statistics = compute_statistics(result.net, result.reduction, shard.read_batches("fit"), CPU, bank_images)
-    detector = build_detector(config, result.net, result.reduction, statistics)
+    statistics = compute_statistics(
+        result.detector.net, result.detector.reduction, shard.read_batches("fit"), CPU, bank_images
+    )
+    detector = build_detector(config, result.detector.net, result.detector.reduction, statistics)
     normals = torch.cat(list(shard.read_batches("validation"))).numpy()
     images = make_validation_images(normals, derive_seed(config.train.seed, "synthetic defects", 0))
     assert validate_detector(detector, *images)["score"] == pytest.approx(max(scores), abs=1e-6)
@@ -88,29 +90,29 @@ def test_every_epoch_and_the_untrained_network_are_judged_and_the_best_is_kept(
 def test_the_untrained_network_is_kept_if_no_epoch_gains_enough(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert MIN_GAIN > 0
     monkeypatch.setattr("focus_ray.fitting.fit.MIN_GAIN", 1.0)
-    config = selection_config(data, train={"epochs": 1, "learning_rate": 0.05})
+    config = make_selection_config(data, train={"epochs": 1, "learning_rate": 0.05})
     torch.manual_seed(config.train.seed)
-    untrained, selected = build_network(config.model).state_dict(), fit_alone(config).net.state_dict()
+    untrained, selected = build_network(config.model).state_dict(), fit_alone(config).detector.net.state_dict()
     assert all(torch.equal(selected[name], value) for name, value in untrained.items() if name in selected)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "nearest"])
 def test_validation_images_join_the_density(data: str, kind: str) -> None:
-    config = selection_config(data, density={"kind": kind})
+    config = make_selection_config(data, density={"kind": kind})
     plan, statistics = compute_split_plan(config, "gear"), fit_alone(config).statistics
-    expected = len(plan.fit_rows) + len(plan.validation_rows)
+    expected = len(plan.fit.rows) + len(plan.validation.rows)
     assert statistics.moments.count == expected
     assert statistics.bank is None or len(statistics.bank) == expected
 
 
 def test_aligning_is_judged_against_not_aligning(data: str) -> None:
-    result = fit_alone(selection_config(data, model={"image_alignment": {"group": "rotation", "min_drop": 0.0}}))
+    result = fit_alone(make_selection_config(data, model={"image_alignment": {"group": "rotation", "min_drop": 0.0}}))
     scores = {
         entry["image_alignment"]: entry["score"] for entry in result.notes.selection if "image_alignment" in entry
     }
     assert set(scores) == {"rotation", "none"}
     assert result.notes.alignment.enabled == (scores["rotation"] > scores["none"])
-    assert bool(result.net.image_aligner.enabled) == result.notes.alignment.enabled
+    assert bool(result.detector.net.image_aligner.enabled) == result.notes.alignment.enabled
 
 
 def test_only_defective_copies_have_a_mask_and_they_depend_on_the_seed_only() -> None:

@@ -30,7 +30,7 @@ def columns_of(*parts: SplitRows) -> list[list[int]]:
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 9])
 def test_the_shares_of_all_workers_have_equal_sizes_and_together_are_the_plan(num_workers: int) -> None:
-    shares = [PLAN.share(rank, num_workers) for rank in range(num_workers)]
+    shares = [PLAN.get_worker_share(rank, num_workers) for rank in range(num_workers)]
     for part in PARTS:
         pieces = [getattr(share, part) for share in shares]
         assert columns_of(*pieces) == columns_of(getattr(PLAN, part))
@@ -55,13 +55,13 @@ def test_validation_images_join_the_fit_images_with_one_fold_for_each_group() ->
 def test_a_memory_shard_gives_each_image_without_a_group_a_number_of_its_own() -> None:
     images = torch.zeros(3, 2, 2, 3, dtype=torch.uint8)
     shard = MemoryShard(images, images[:2], validation=images)
-    assert [*shard.fit_groups(), *shard.share.validation.groups, *shard.holdout_groups()] == list(range(8))
-    assert shard.fit_order().tolist() == [0, 1, 2]
+    assert [*shard.share.fit.groups, *shard.share.validation.groups, *shard.share.holdout.groups] == list(range(8))
+    assert shard.share.fit.order.tolist() == [0, 1, 2]
     shard = MemoryShard(images, images[:2], groups=[5, 5, 2], order=[9, 4, 6])
-    assert (shard.fit_groups().tolist(), shard.fit_order().tolist()) == ([5, 5, 2], [9, 4, 6])
-    assert not {*shard.holdout_groups()} & {5, 2}
+    assert (shard.share.fit.groups.tolist(), shard.share.fit.order.tolist()) == ([5, 5, 2], [9, 4, 6])
+    assert not {*shard.share.holdout.groups} & {5, 2}
 
 
 def test_a_memory_shard_without_folds_refuses_cross_calibration() -> None:
     with pytest.raises(ValueError, match="folds"):
-        MemoryShard(torch.zeros(3, 2, 2, 3, dtype=torch.uint8)).fit_folds()
+        MemoryShard(torch.zeros(3, 2, 2, 3, dtype=torch.uint8)).get_fit_folds()

@@ -38,7 +38,7 @@ SIDE = 32  # of a tile, in pixels
 DENSITIES = ("per_tile", "shared")
 
 
-def tiled_config(
+def make_tiled_config(
     uri: str, kind: str | None, grid: tuple[int, int] = (2, 3), overlap: float = 0.25, side: int = SIDE, **rest: Any
 ) -> Config:
     """Returns a configuration with a profile of good images, and with tiles whose model.tiling.density is `kind`, if any."""
@@ -47,13 +47,13 @@ def tiled_config(
     return small_config(uri, "unused", model=model, **{"scoring": {"image_score": "profile"}, **rest})
 
 
-def textures(count: int, size: tuple[int, int]) -> Tensor:
+def make_textures(count: int, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, *size, 3), dtype=np.uint8))
 
 
 def fit_textures(config: Config, num_holdout: int = 4, num_new: int = 18) -> tuple[FitResult, ScoredImages]:
     """Fits a detector to 16 textures, and scores new ones."""
-    images = textures(16 + num_holdout + num_new, config.model.resized_image_px)
+    images = make_textures(16 + num_holdout + num_new, config.model.resized_image_px)
     shard = MemoryShard(images[:16], images[16 : 16 + num_holdout])
     result = fit(config, shard, 16, torch.device("cpu"))
     return result, result.detector(images[-num_new:])
@@ -64,7 +64,7 @@ def fitted(
     request: pytest.FixtureRequest, data: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[FitResult, str]:
     """Fits the gears with a value of model.tiling.density. Returns the result and the address of its bundle."""
-    config = tiled_config(data, request.param)
+    config = make_tiled_config(data, request.param)
     result = fit_alone(config)
     return result, make_bundle(config, place=tmp_path_factory.mktemp("bundle") / request.param, result=result)
 
@@ -117,7 +117,7 @@ def test_the_map_of_a_homogeneous_texture_has_no_jumps_at_seams(
     def seam_ratio(overlap: float, sigma_px: float) -> float:
         """Returns the largest change between neighbouring pixels at a seam, divided by the largest change elsewhere."""
         monkeypatch.setattr("focus_ray.detect.detector.SMOOTHING_SIGMA_PX", sigma_px)
-        config = tiled_config(data, density, (2, 2), overlap, side=64, scoring={"image_score": "maximum"})
+        config = make_tiled_config(data, density, (2, 2), overlap, side=64, scoring={"image_score": "maximum"})
         maps = fit_textures(config)[1].anomaly_map
         is_seam = torch.zeros(maps.shape[1] - 1, dtype=torch.bool)
         is_seam[64 - config.model.overlap_px - 1 : 64] = True  # a seam lies after these pixels
@@ -133,7 +133,7 @@ def test_the_map_of_a_homogeneous_texture_has_no_jumps_at_seams(
 def test_one_tile_that_covers_the_image_equals_no_tiling(data: str, density: str) -> None:
     learnt = {"reduction": "discriminant"}
     (untiled, expected), (tiled, scored) = (
-        fit_textures(tiled_config(data, kind, (1, 1), 0.0, density=learnt), num_new=3) for kind in (None, density)
+        fit_textures(make_tiled_config(data, kind, (1, 1), 0.0, density=learnt), num_new=3) for kind in (None, density)
     )
     assert torch.equal(scored.score, expected.score)
     assert torch.equal(scored.anomaly_map, expected.anomaly_map)
@@ -190,10 +190,10 @@ def test_statistics_and_calibration_count_whole_images(fitted: tuple[FitResult, 
     result, place = fitted
     bundle, statistics = read_bundle(place), read_statistics(place)
     plan = compute_split_plan(bundle.config, "gear")
-    assert statistics.num_images == len(statistics.bank) == len(plan.fit_rows)
+    assert statistics.num_images == len(statistics.bank) == len(plan.fit.rows)
     assert statistics.bank.shape[1] == (2 * SIDE // 8) * (3 * SIDE // 8)
     assert bundle.calibration.image_scores == result.calibration.image_scores
-    assert bundle.calibration.num_images == len(plan.holdout_rows)
+    assert bundle.calibration.num_images == len(plan.holdout.rows)
     num_shared = 6 if bundle.config.model.tiling.density == "shared" else 1
     assert statistics.moments.count == num_shared * statistics.num_images
     assert statistics.moments.mean.shape[0] * num_shared == statistics.bank.shape[1]
@@ -206,8 +206,8 @@ def test_a_bundle_scores_like_the_fit_that_made_it_and_together_with_another_mod
     fitted: tuple[FitResult, str],
 ) -> None:
     result, place = fitted
-    read, images = read_bundle(place).detector, textures(3, (56, 80))
-    read.net.backbone = result.net.backbone
+    read, images = read_bundle(place).detector, make_textures(3, (56, 80))
+    read.net.backbone = result.detector.net.backbone
     assert can_share_backbone_pass(result.detector, read)
     expected = result.detector(images)
     together = score_with_shared_backbone([(result.detector, images), (read, images[:2])])
@@ -241,14 +241,14 @@ def test_added_images_can_be_removed_from_a_tiled_bundle(
 
 @pytest.mark.parametrize("density", DENSITIES)
 def test_cross_calibration_selection_and_training_work_with_tiles(data: str, density: str) -> None:
-    selection = {"enabled": True, "fraction": 0.1}
+    selection = {"fraction": 0.1}
     learnt, method = {"reduction": "discriminant"}, {"method": "cross"}
-    config = tiled_config(
+    config = make_tiled_config(
         data, density, (1, 2), train={"epochs": 1}, selection=selection, calibration=method, density=learnt
     )
     result, plan = fit_alone(config), compute_split_plan(config, "gear")
     # validation images calibrate too, after the last selection
-    assert result.calibration.num_images == len(plan.fit_rows) + len(plan.validation_rows)
+    assert result.calibration.num_images == len(plan.fit.rows) + len(plan.validation.rows)
     assert (len(result.notes.history), len(result.notes.selection)) == (1, 2)
 
 
@@ -257,22 +257,22 @@ def test_cross_calibration_selection_and_training_work_with_tiles(data: str, den
 def test_leave_one_out_excludes_all_tiles_of_an_image(data: str, density: str, reduction: str) -> None:
     """Left-out images score like new images, with and without folds of the projection."""
     settings = {"calibration": {"method": "leave_one_out"}, "density": {"reduction": reduction, "coreset": 256}}
-    result, new = fit_textures(tiled_config(data, density, (2, 2), **settings), num_holdout=0)
+    result, new = fit_textures(make_tiled_config(data, density, (2, 2), **settings), num_holdout=0)
     assert (result.calibration.method, result.calibration.num_images) == ("leave_one_out", 16)
     assert float(np.median(result.calibration.image_scores)) == pytest.approx(float(new.score.median()), rel=0.05)
 
 
 def test_leave_one_out_is_refused_for_moments_that_tiles_share(data: str) -> None:
-    config = tiled_config(data, "shared", density={"kind": "gaussian"}, calibration={"method": "leave_one_out"})
+    config = make_tiled_config(data, "shared", density={"kind": "gaussian"}, calibration={"method": "leave_one_out"})
     with pytest.raises(ConfigError, match=r"calibration\.method=leave_one_out: density\.kind=gaussian"):
         check_fit_prerequisites(config)
-    automatic = tiled_config(data, "shared", density={"kind": "gaussian"}, calibration={"method": "auto"})
+    automatic = make_tiled_config(data, "shared", density={"kind": "gaussian"}, calibration={"method": "auto"})
     assert fit_alone(automatic).calibration.method == "cross"
 
 
 def test_the_memory_budget_counts_images_at_the_size_of_all_tiles(data: str) -> None:
     plain, limited = (
-        tiled_config(data, "shared", **settings) for settings in ({}, {"data": {"memory_budget_mb": 0.25}})
+        make_tiled_config(data, "shared", **settings) for settings in ({}, {"data": {"memory_budget_mb": 0.25}})
     )
     plan = compute_split_plan(limited, "gear")
     assert plan.num_images * SIDE**2 * 3 < 0.25 * 2**20 < plan.num_images * 56 * 80 * 3

@@ -53,6 +53,6 @@ def test_a_stream_gives_the_images_that_the_plan_trains_on_with_and_without_the_
     split, plan = compute_split_rule(config, "bolt"), compute_split_plan(config, "bolt")
     assert 0 < split.num_fit < 30
     streamed = {row["image"].tobytes() for row in stream_training_images(config, split).iter_rows()}
-    read = np.concatenate(list(decode_rows(config.data.uri, "bolt", plan.fit_rows, 32)))
+    read = np.concatenate(list(decode_rows(config.data.uri, "bolt", plan.fit.rows, 32)))
     assert len(streamed) == split.num_fit
     assert streamed == {image.tobytes() for image in read}

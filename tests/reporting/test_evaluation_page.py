@@ -57,7 +57,7 @@ def page(inspector: Inspector, labelled: UnseenTestImages, cards: dict[CardKind,
     return render_evaluation_page({"gear": result, "board": {"error": "gone"}}, {"gear": section}).decode()
 
 
-def random_measured(has_masks: bool = True) -> ScoredTestImages:
+def make_random_test_images(has_masks: bool = True) -> ScoredTestImages:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 200)
     masks = np.zeros((200, 16, 16), bool)
@@ -90,12 +90,12 @@ def test_plots_use_the_colours_of_the_page(page: str) -> None:
 
 
 def test_the_area_below_the_pro_curve_is_aupro() -> None:
-    measured = random_measured()
+    measured = make_random_test_images()
     curve = compute_per_region_overlap_curve(measured)
     assert curve is not None
     assert curve[0][-1] == pytest.approx(0.3)
     assert auc(*curve) / 0.3 == pytest.approx(METRICS["aupro_0.3"].value(measured), abs=1e-4)
-    assert compute_per_region_overlap_curve(random_measured(has_masks=False)) is None
+    assert compute_per_region_overlap_curve(make_random_test_images(has_masks=False)) is None
 
 
 @pytest.mark.parametrize(

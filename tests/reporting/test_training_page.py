@@ -29,7 +29,7 @@ def manifest(bundle: str) -> dict[str, Any]:
 
 def test_a_training_writes_its_page_beside_the_bundles(bundle: str) -> None:
     """All categories of this run are finished, so that it needs no Ray."""
-    config = parse_config(read_manifest(bundle)["config"])
+    config = parse_config(read_manifest(bundle)["config"], is_fitted=True)
     messages: list[str] = []
     assert train(config, resume=True, log=messages.append) == {"gear": bundle}
     place = f"{config.storage}/{config.name}/report.html"

@@ -41,7 +41,7 @@ TAGS = {
 ATTRIBUTES = {"http-equiv", "content", "charset", "name", "lang", "class", "id", "src", "alt", "href"}
 
 
-class Markup(HTMLParser):
+class ElementCollector(HTMLParser):
     """Collects the elements of a page."""
 
     def __init__(self, page: str) -> None:
@@ -56,7 +56,7 @@ class Markup(HTMLParser):
 
 def assert_harmless(content: bytes) -> list[tuple[str, dict[str, str]]]:
     """Asserts that elements, attributes, addresses and policy of a page are harmless, and returns its elements."""
-    elements = Markup(content.decode()).elements
+    elements = ElementCollector(content.decode()).elements
     assert {tag for tag, _ in elements} <= TAGS
     assert {name for _, attributes in elements for name in attributes} <= ATTRIBUTES
     for tag, attributes in elements:
@@ -71,7 +71,7 @@ def assert_harmless(content: bytes) -> list[tuple[str, dict[str, str]]]:
     return elements
 
 
-def stored_section(svg: str, view: str) -> EvaluationSection:
+def make_hostile_section(svg: str, view: str) -> EvaluationSection:
     """Returns a section from a hostile record."""
     card = {
         "name": ATTACK, "defect_type": ATTACK, "score": 1.0, "threshold": 1.0, "score_to_threshold": 1.0, "p_value": 0.5,
@@ -97,18 +97,16 @@ SCRIPTED_SVG = (
 )
 
 
+VIEWS = ("https://example.org/x.gif", "javascript:alert(1)", "data:text/html;base64,PHNjcmlwdD4=", "/etc/passwd")
+SVGS = (SCRIPTED_SVG, "", "no element", "<svg", "</figure><script>alert(1)</script>", *ATTACKS)
+
+
 @pytest.mark.parametrize(
-    "svg", [SCRIPTED_SVG, "", "no element", "<svg", "</figure><script>alert(1)</script>", *ATTACKS]
-)
-@pytest.mark.parametrize(
-    "view", ["https://example.org/x.gif", "javascript:alert(1)", "data:text/html;base64,PHNjcmlwdD4=", "/etc/passwd"]
+    ("svg", "view"), [*((svg, VIEWS[0]) for svg in SVGS), *((SCRIPTED_SVG, view) for view in VIEWS)]
 )
 def test_an_evaluation_record_puts_no_markup_into_the_page(svg: str, view: str) -> None:
-    results = {HALF_PAIR: RESULT, "board": {"error": HALF_PAIR}}
-    page = render_evaluation_page(
-        results, {HALF_PAIR: stored_section(svg, view)}, {HALF_PAIR: f"categories/{HALF_PAIR}.html"}
-    )
-    elements = assert_harmless(page)
+    results, sections = {HALF_PAIR: RESULT, "board": {"error": HALF_PAIR}}, {HALF_PAIR: make_hostile_section(svg, view)}
+    elements = assert_harmless(render_evaluation_page(results, sections, {HALF_PAIR: f"categories/{HALF_PAIR}.html"}))
     assert ("img", {"src": "data:,", "alt": f"{ATTACK}: {ATTACK}"}) in elements
     assert encode_svg_uri(svg) in {attributes.get("src") for _, attributes in elements}
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_set import INSPECT, PRESS, ServiceTestData, create_client, create_service, create_settings
+from serving_set import INSPECT, PRESS, TwoTeams, create_client, create_service, create_settings
 
 from focus_ray.bundle.bundle import MANIFEST, compute_manifest_hash, read_manifest
 from focus_ray.bundle.published import find_bundle_of_each_category
@@ -48,15 +49,21 @@ DAMAGED_TARGETS = NO_JSON + [
 ]
 
 
-@pytest.fixture
-def registry(plant: ServiceTestData, tmp_path: Path) -> Registry:
+@pytest.fixture(scope="module")
+def intact_registry(plant: TwoTeams, tmp_path_factory: pytest.TempPathFactory) -> Registry:
     """Three versions of press/gear; production went from v0001 to v0002."""
-    registry = Registry(tmp_path / "registry")
+    registry = Registry(tmp_path_factory.mktemp("intact"))
     for _ in range(3):
         registry.publish(plant.bundles["gear"], PRESS)
     for ref in ("v0001", "v0002"):
         registry.promote(PRESS, "gear", ref, "production")
     return registry
+
+
+@pytest.fixture
+def registry(intact_registry: Registry, tmp_path: Path) -> Registry:
+    """A copy of the registry, which the test damages."""
+    return Registry(shutil.copytree(intact_registry.root, tmp_path / "registry"))
 
 
 def find_registry_path(registry: Registry, *parts: str) -> Path:
@@ -80,7 +87,7 @@ def test_a_damaged_version_is_missing_in_lists_and_its_look_up_names_it(
     assert "v0002" not in registry.collect_garbage(PRESS, "gear", 0, min_age=NO_AGE)
 
 
-def test_a_damaged_version_is_a_404_and_does_not_break_the_list(plant: ServiceTestData, registry: Registry) -> None:
+def test_a_damaged_version_is_a_404_and_does_not_break_the_list(plant: TwoTeams, registry: Registry) -> None:
     find_registry_path(registry, "_published", "v0002.json").write_bytes(b"{}")
     headers = plant.image_headers(plant.press)
     with create_client(create_settings(plant, registry=registry.root)) as client:
@@ -91,7 +98,7 @@ def test_a_damaged_version_is_a_404_and_does_not_break_the_list(plant: ServiceTe
             assert answer.status_code == status
 
 
-def test_files_and_folders_of_other_kinds_change_no_list(registry: Registry, plant: ServiceTestData) -> None:
+def test_files_and_folders_of_other_kinds_change_no_list(registry: Registry, plant: TwoTeams) -> None:
     before = (
         registry.list_versions(PRESS, "gear"),
         registry.list_aliases(PRESS, "gear"),
@@ -115,7 +122,7 @@ def test_files_and_folders_of_other_kinds_change_no_list(registry: Registry, pla
 
 @pytest.mark.parametrize("record", DAMAGED_TARGETS)
 def test_an_alias_with_a_damaged_record_keeps_its_previous_version(
-    registry: Registry, plant: ServiceTestData, record: bytes, caplog: pytest.LogCaptureFixture
+    registry: Registry, plant: TwoTeams, record: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = find_registry_path(registry, "_aliases", "production", "00000003.json")
     path.write_bytes(record)
@@ -129,9 +136,7 @@ def test_an_alias_with_a_damaged_record_keeps_its_previous_version(
     assert registry.roll_back(PRESS, "gear", "production").name == "v0002"
 
 
-def test_an_alias_without_a_readable_record_is_absent_and_can_be_set_again(
-    registry: Registry, plant: ServiceTestData
-) -> None:
+def test_an_alias_without_a_readable_record_is_absent_and_can_be_set_again(registry: Registry, plant: TwoTeams) -> None:
     for path, record in zip(
         find_registry_path(registry, "_aliases", "latest").iterdir(), DAMAGED_TARGETS, strict=False
     ):
@@ -164,7 +169,7 @@ def test_an_alias_moves_after_the_record_with_the_largest_8_digit_number(registr
 
 @pytest.mark.parametrize("record", [b"{}", b"", b"[]", b'{"at": "2026-13-45"}', b'{"at": "2000-01-01T00:00:00"}', b"["])
 def test_a_damaged_claim_fails_neither_publishing_nor_garbage_collection(
-    registry: Registry, plant: ServiceTestData, record: bytes
+    registry: Registry, plant: TwoTeams, record: bytes
 ) -> None:
     find_registry_path(registry, "_claims", "v0007.json").write_bytes(record)
     find_registry_path(registry, "v0007").mkdir()
@@ -175,14 +180,14 @@ def test_a_damaged_claim_fails_neither_publishing_nor_garbage_collection(
 
 
 @pytest.mark.parametrize("name", ["v" + "9" * 249, "v" + "1" * 30, "v٣٣٣٣", "vvvv"])
-def test_a_claim_with_an_absurd_number_is_ignored(registry: Registry, plant: ServiceTestData, name: str) -> None:
+def test_a_claim_with_an_absurd_number_is_ignored(registry: Registry, plant: TwoTeams, name: str) -> None:
     for folder in ("_claims", "_published"):
         find_registry_path(registry, folder, f"{name}.json").write_text("{}")
     assert registry.publish(plant.bundles["gear"], PRESS).name == "v0004"
 
 
 def test_a_model_above_memory_mb_is_a_503_with_a_log_line_and_the_other_models_stay(
-    plant: ServiceTestData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    plant: TwoTeams, tmp_path: Path, service_log: pytest.LogCaptureFixture
 ) -> None:
     own_plant = plant.copy_registry(tmp_path / "registry")
     version = Registry(own_plant.registry).resolve(PRESS, "board")
@@ -193,13 +198,12 @@ def test_a_model_above_memory_mb_is_a_503_with_a_log_line_and_the_other_models_s
     record_file = Path(own_plant.registry, PRESS, "board", "_published", "v0001.json")
     record_file.write_text(json.dumps({**json.loads(record_file.read_text()), "sha256": manifest["sha256"]}))
     service: Any = create_service(create_settings(own_plant, pool={"memory_mb": 64}))
-    logging.getLogger("focus_ray.serving").propagate = True
-    caplog.set_level(logging.ERROR)
     with create_client(service) as client:
         for category, status in (("gear", 200), ("board", 503), ("gear", 200)):
             path, headers = f"/v1/press/{category}/inspect", plant.image_headers(plant.press)
             answer = client.post(path, content=plant.images[0], headers=headers)
             assert answer.status_code == status
             assert "limit" not in answer.text
+            assert answer.headers.get("retry-after") == ("5" if status == 503 else None)
         assert [key.split("/")[1] for key in service.backend.models.loaded_keys] == ["gear"]
-    assert "limit is 67108864" in caplog.text
+    assert "limit is 67108864" in service_log.text

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from nginx_proxy import CONFIGURATION, NginxProxy, read_until_closed, run_proxy
+from nginx_proxy import CONFIGURATION, SLOW_TIMEOUT_S, NginxProxy, read_until_closed, run_proxy
 from places import free_port
 from serving_set import INSPECT, bearer_header
 from waiting import wait_for
@@ -24,11 +24,11 @@ from focus_ray.serving.limits import BODY_TIMEOUT_S
 from focus_ray.serving.settings import RequestLimits
 
 TOKEN, OTHER_TOKEN = f"frs_{'0' * 12}_{'a' * 43}", f"frs_{'1' * 12}_{'b' * 43}"
-SLOW_TIMEOUT_S = 10  # of headers, and of pauses in a body
+SHORT_TIMEOUT_S = 3  # instead of SLOW_TIMEOUT_S
 MIB = 2**20
 
 
-class Service:
+class RecordingService:
     """An ASGI application: /v1 says whether a token is in force; every other path notes the request and its body's bytes."""
 
     def __init__(self) -> None:
@@ -52,25 +52,25 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service_and_proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, NginxProxy]]:
-    service, port = Service(), free_port()
+def service_and_proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RecordingService, NginxProxy]]:
+    service, port = RecordingService(), free_port()
     server = uvicorn.Server(uvicorn.Config(service, port=port, log_level="error", lifespan="off"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
     wait_for(lambda: server.started, 10.0, "the service answers")
-    with run_proxy(tmp_path_factory.mktemp("proxy"), f"127.0.0.1:{port}") as proxy:
+    with run_proxy(tmp_path_factory.mktemp("proxy"), f"127.0.0.1:{port}", SHORT_TIMEOUT_S) as proxy:
         yield service, proxy
     server.should_exit = True
     thread.join()
 
 
 @pytest.fixture
-def proxy(service_and_proxy: tuple[Service, NginxProxy]) -> NginxProxy:
+def proxy(service_and_proxy: tuple[RecordingService, NginxProxy]) -> NginxProxy:
     return service_and_proxy[1]
 
 
 @pytest.fixture
-def service(service_and_proxy: tuple[Service, NginxProxy]) -> Service:
+def service(service_and_proxy: tuple[RecordingService, NginxProxy]) -> RecordingService:
     service_and_proxy[0].requests.clear()
     return service_and_proxy[0]
 
@@ -101,7 +101,9 @@ def send_raw_request(proxy: NginxProxy, *lines: str, body: str = "") -> bytes:
     return data
 
 
-def test_a_body_arrives_complete_and_with_the_address_of_the_client(client: httpx.Client, service: Service) -> None:
+def test_a_body_arrives_complete_and_with_the_address_of_the_client(
+    client: httpx.Client, service: RecordingService
+) -> None:
     headers = {**bearer_header(TOKEN), "x-forwarded-for": "10.9.9.9", "x-request-id": "line-3.17"}
     assert client.post(INSPECT, content=b"x" * 200_000, headers=headers).text == "the service"
     (request,) = service.requests
@@ -111,7 +113,7 @@ def test_a_body_arrives_complete_and_with_the_address_of_the_client(client: http
     assert request["headers"]["host"].startswith("127.0.0.1:")
 
 
-def test_plain_http_and_old_tls_are_refused(proxy: NginxProxy, service: Service) -> None:
+def test_plain_http_and_old_tls_are_refused(proxy: NginxProxy, service: RecordingService) -> None:
     check_problem(httpx.get(f"http://127.0.0.1:{proxy.port}/", timeout=10), 400, "bad-request")
     context = proxy.create_tls_context()
     context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
@@ -126,7 +128,7 @@ def test_plain_http_and_old_tls_are_refused(proxy: NginxProxy, service: Service)
 @pytest.mark.parametrize("token", [None, "wrong", f"frs_{'2' * 12}_{'c' * 43}"])
 @pytest.mark.parametrize("path", [INSPECT, "/v1/press/gear/aliases/production/rollback"])
 def test_a_body_without_a_valid_token_is_never_read(
-    proxy: NginxProxy, service: Service, token: str | None, path: str
+    proxy: NginxProxy, service: RecordingService, token: str | None, path: str
 ) -> None:
     authorization = [] if token is None else [f"Authorization: Bearer {token}"]
     answer = send_raw_request(
@@ -139,7 +141,7 @@ def test_a_body_without_a_valid_token_is_never_read(
 
 
 def test_the_service_that_cannot_check_tokens_is_unavailable(
-    client: httpx.Client, service: Service, monkeypatch: pytest.MonkeyPatch
+    client: httpx.Client, service: RecordingService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service, "tokens_ready", False)
     answer = client.post(INSPECT, content=b"x", headers=bearer_header(TOKEN))
@@ -148,7 +150,7 @@ def test_the_service_that_cannot_check_tokens_is_unavailable(
 
 
 def test_a_body_beyond_the_limit_never_reaches_the_service(
-    client: httpx.Client, proxy: NginxProxy, service: Service
+    client: httpx.Client, proxy: NginxProxy, service: RecordingService
 ) -> None:
     pieces = (bytes(MIB) for _ in range(40))
     check_problem(client.post(INSPECT, content=pieces, headers=bearer_header(TOKEN)), 413, "too-large")
@@ -160,13 +162,15 @@ def test_a_body_beyond_the_limit_never_reaches_the_service(
 
 
 @pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/openapi.json"])
-def test_paths_without_bodies_refuse_a_body(client: httpx.Client, service: Service, path: str) -> None:
+def test_paths_without_bodies_refuse_a_body(client: httpx.Client, service: RecordingService, path: str) -> None:
     check_problem(client.request("GET", path, content=iter([b"x"])), 413, "too-large")
     assert service.requests == []
     assert client.get(path).status_code == 200
 
 
-def test_large_and_endless_headers_are_refused(client: httpx.Client, proxy: NginxProxy, service: Service) -> None:
+def test_large_and_endless_headers_are_refused(
+    client: httpx.Client, proxy: NginxProxy, service: RecordingService
+) -> None:
     check_problem(client.get("/", headers={"x-large": "x" * 9000}), 431, "headers-too-large")
     check_problem(client.get("/", headers={f"x-large-{n}": "x" * 7000 for n in range(6)}), 431, "headers-too-large")
     assert client.get("/" + "x" * 9000).status_code == 414
@@ -177,7 +181,7 @@ def test_large_and_endless_headers_are_refused(client: httpx.Client, proxy: Ngin
     assert service.requests == []
 
 
-def test_connections_of_slow_clients_are_closed_in_time(proxy: NginxProxy, service: Service) -> None:
+def test_connections_of_slow_clients_are_closed_in_time(proxy: NginxProxy, service: RecordingService) -> None:
     head = b"GET / HTTP/1.1\r\nHost: plant\r\nX-Slow: "
     post = f"POST {INSPECT} HTTP/1.1\r\nHost: plant\r\nContent-Length: 1000\r\nAuthorization: Bearer {TOKEN}\r\n\r\nx"
 
@@ -191,10 +195,10 @@ def test_connections_of_slow_clients_are_closed_in_time(proxy: NginxProxy, servi
         ):
             connection.sendall(first_bytes)
             try:
-                while drips and time.monotonic() < start + SLOW_TIMEOUT_S + 10:
+                while drips and time.monotonic() < start + SHORT_TIMEOUT_S + 10:
                     connection.sendall(b"x")
                     time.sleep(0.2)
-                read_until_closed(connection, SLOW_TIMEOUT_S + 10)
+                read_until_closed(connection, SHORT_TIMEOUT_S + 10)
             except OSError:
                 pass
             return time.monotonic() - start
@@ -203,7 +207,7 @@ def test_connections_of_slow_clients_are_closed_in_time(proxy: NginxProxy, servi
     clients += [(True, head, True)] * 2 + [(True, post.encode(), False)] * 8
     with ThreadPoolExecutor(len(clients)) as pool:
         times_s = list(pool.map(lambda client: attack(*client), clients))
-    assert max(times_s) < SLOW_TIMEOUT_S + 5
+    assert max(times_s) < SHORT_TIMEOUT_S + 5
     assert service.requests == []
 
 
@@ -228,7 +232,9 @@ def test_the_connections_of_one_address_are_limited(proxy: NginxProxy) -> None:
         connection.close()
 
 
-def test_a_flood_by_one_token_gets_429_while_another_token_is_answered(client: httpx.Client, service: Service) -> None:
+def test_a_flood_by_one_token_gets_429_while_another_token_is_answered(
+    client: httpx.Client, service: RecordingService
+) -> None:
     with ThreadPoolExecutor(8) as threads:  # a single sender is too slow on a busy machine
         answers = list(threads.map(lambda _: client.get("/v1/press", headers=bearer_header(TOKEN)), range(500)))
     refused = [answer for answer in answers if answer.status_code == 429]
@@ -239,7 +245,7 @@ def test_a_flood_by_one_token_gets_429_while_another_token_is_answered(client: h
 
 
 def test_a_flood_without_a_token_gets_429_by_its_address(
-    client: httpx.Client, proxy: NginxProxy, service: Service
+    client: httpx.Client, proxy: NginxProxy, service: RecordingService
 ) -> None:
     def ask(_: int) -> list[int]:
         flooding = httpx.HTTPTransport(verify=proxy.create_tls_context(), local_address="127.0.0.3")
@@ -254,7 +260,7 @@ def test_a_flood_without_a_token_gets_429_by_its_address(
 @pytest.mark.parametrize(
     "path", ["/-/routes", "/-/healthz", "//-/routes", "/%2D/routes", "/x/../-/routes", "/-%2Froutes"]
 )
-def test_the_paths_of_serve_are_hidden(proxy: NginxProxy, service: Service, path: str) -> None:
+def test_the_paths_of_serve_are_hidden(proxy: NginxProxy, service: RecordingService, path: str) -> None:
     answer = send_raw_request(proxy, f"GET {path} HTTP/1.1", "Connection: close")
     assert answer.startswith(b"HTTP/1.1 404 ")
     assert b"urn:focus-ray:not-found" in answer

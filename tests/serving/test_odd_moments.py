@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from serving_set import INSPECT, PRESS, ServiceTestData, create_client, create_service, create_settings
+from serving_set import INSPECT, PRESS, TwoTeams, create_client, create_service, create_settings
 from torch import nn
 
 from focus_ray.bundle import bundle as bundle_module
@@ -25,7 +25,7 @@ from focus_ray.serving.scorer import ScoringRequest
 
 
 def test_a_bundle_replaced_during_reading_is_read_completely_anew(
-    plant: ServiceTestData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plant: TwoTeams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, statistics = read_bundle(plant.bundles["gear"]), read_statistics(plant.bundles["gear"])
     read_file = bundle_module._read_verified_bytes
@@ -58,7 +58,7 @@ def test_a_bundle_replaced_during_reading_is_read_completely_anew(
 
 
 def test_a_service_without_models_is_not_ready_and_a_ready_service_looks_for_no_model(
-    plant: ServiceTestData, tmp_path: Path
+    plant: TwoTeams, tmp_path: Path
 ) -> None:
     with create_client(create_settings(plant, registry=str(tmp_path / "regisrty"))) as client:
         assert client.get("/readyz").status_code == 503
@@ -71,7 +71,7 @@ def test_a_service_without_models_is_not_ready_and_a_ready_service_looks_for_no_
     assert calls == ["teams"]
 
 
-def test_a_score_that_is_not_finite_is_a_500(plant: ServiceTestData, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_that_is_not_finite_is_a_500(plant: TwoTeams, monkeypatch: pytest.MonkeyPatch) -> None:
     inspector = Inspector.load(plant.bundles["gear"], "cpu")
     for score, value in ((float("nan"), np.nan), (1.0, np.inf)):
         with pytest.raises(ScoreError, match=r"'gear'.*version"):
@@ -85,7 +85,7 @@ def test_a_score_that_is_not_finite_is_a_500(plant: ServiceTestData, monkeypatch
     assert (answer.status_code, answer.json()["type"]) == (500, "urn:focus-ray:no-score")
 
 
-def test_a_hanging_shadow_is_cancelled(plant: ServiceTestData, tmp_path: Path) -> None:
+def test_a_hanging_shadow_is_cancelled(plant: TwoTeams, tmp_path: Path) -> None:
     registry = Registry(tmp_path)
     for alias in ("production", "candidate"):
         registry.publish(plant.bundles["gear"], PRESS, aliases=[alias])
@@ -135,7 +135,7 @@ def test_shared_backbones_can_be_counted_while_loaders_add_some() -> None:
         counter.result()
 
 
-def test_the_size_of_a_model_includes_both_memories(plant: ServiceTestData) -> None:
+def test_the_size_of_a_model_includes_both_memories(plant: TwoTeams) -> None:
     detector = read_bundle(plant.bundles["gear"]).detector
     density: Any = detector.density
     memory = getattr(density, "memory", density)  # without the Gaussians that check it

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from serving_set import PRESS, ServiceTestData, create_open_settings, create_service, create_settings, run_server
+from serving_set import PRESS, TwoTeams, create_open_settings, create_service, create_settings, run_server
 from waiting import wait_for
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -27,7 +27,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def url(plant: ServiceTestData) -> Iterator[str]:
+def url(plant: TwoTeams) -> Iterator[str]:
     with run_server(create_service(create_settings(plant, examples={PRESS: [plant.data]}))) as place:
         yield place
 
@@ -75,7 +75,7 @@ def open_page(place: str, folder: Path, size: tuple[int, int], camera: Sequence[
         browser.quit()
 
 
-def test_a_service_that_is_open_to_all_opens_without_a_token(plant: ServiceTestData, tmp_path: Path) -> None:
+def test_a_service_that_is_open_to_all_opens_without_a_token(plant: TwoTeams, tmp_path: Path) -> None:
     (tmp_path / "part.png").write_bytes(plant.images[0])
     service = create_service(create_open_settings(plant))
     with run_server(service) as place, open_page(place, tmp_path, DESK, FAKE_CAMERA) as browser:
@@ -88,7 +88,7 @@ def test_a_service_that_is_open_to_all_opens_without_a_token(plant: ServiceTestD
 
 @pytest.mark.parametrize("size", [DESK, PHONE])
 def test_a_user_gets_from_the_token_to_a_result(
-    url: str, plant: ServiceTestData, tmp_path: Path, size: tuple[int, int]
+    url: str, plant: TwoTeams, tmp_path: Path, size: tuple[int, int]
 ) -> None:
     from selenium.webdriver.common.keys import Keys
 
@@ -150,13 +150,13 @@ def test_a_user_gets_from_the_token_to_a_result(
 # the camera, as a file that chromium plays in a loop
 
 
-def draw_good_part(plant: ServiceTestData) -> NDArray[np.uint8]:
+def draw_good_part(plant: TwoTeams) -> NDArray[np.uint8]:
     """(480, 480, 3)"""
     picture = Image.open(io.BytesIO(plant.images[0])).convert("RGB")
     return np.asarray(picture.resize((480, 480), Image.Resampling.BICUBIC))
 
 
-def draw_defective_part(plant: ServiceTestData) -> NDArray[np.uint8]:
+def draw_defective_part(plant: TwoTeams) -> NDArray[np.uint8]:
     """The good part, with stripes on a quarter of it."""
     picture = draw_good_part(plant).copy()
     picture[120:360, 120:360] = np.where(np.arange(240)[:, None, None] // 30 % 2, 255, 0)
@@ -181,7 +181,7 @@ def write_film(path: Path, frames: Sequence[NDArray[np.uint8]], a_second: int) -
 
 @contextmanager
 def open_gear_page(
-    url: str, plant: ServiceTestData, folder: Path, size: tuple[int, int], camera: Sequence[str], **prefs: Any
+    url: str, plant: TwoTeams, folder: Path, size: tuple[int, int], camera: Sequence[str], **prefs: Any
 ) -> Iterator[Any]:
     """A browser in which the service is opened, and gear chosen."""
     from selenium.webdriver.common.keys import Keys
@@ -207,7 +207,7 @@ def open_camera(browser: Any) -> None:
 @pytest.mark.parametrize(("part", "word"), [(draw_good_part, "OK"), (draw_defective_part, "NG")])
 @pytest.mark.parametrize("size", [DESK, PHONE])
 def test_a_picture_of_a_good_part_is_ok_and_of_a_bad_one_is_not(
-    url: str, plant: ServiceTestData, tmp_path: Path, part: Any, word: str, size: tuple[int, int]
+    url: str, plant: TwoTeams, tmp_path: Path, part: Any, word: str, size: tuple[int, int]
 ) -> None:
     film = write_film(tmp_path / "part.y4m", [part(plant)] * 4, 4)
     camera = (*FAKE_CAMERA, f"--use-file-for-fake-video-capture={film}")
@@ -223,7 +223,7 @@ def test_a_picture_of_a_good_part_is_ok_and_of_a_bad_one_is_not(
 
 
 def test_a_picture_every_half_second_shows_both_verdicts_and_lists_the_anomalous_ones(
-    url: str, plant: ServiceTestData, tmp_path: Path
+    url: str, plant: TwoTeams, tmp_path: Path
 ) -> None:
     film = write_film(tmp_path / "parts.y4m", [draw_good_part(plant)] * 6 + [draw_defective_part(plant)] * 6, 2)
     camera = (*FAKE_CAMERA, f"--use-file-for-fake-video-capture={film}")
@@ -244,7 +244,7 @@ def test_a_picture_every_half_second_shows_both_verdicts_and_lists_the_anomalous
         assert not browser.find_element("id", "sign").is_displayed()
 
 
-def test_the_user_can_choose_a_camera(url: str, plant: ServiceTestData, tmp_path: Path) -> None:
+def test_the_user_can_choose_a_camera(url: str, plant: TwoTeams, tmp_path: Path) -> None:
     with open_gear_page(url, plant, tmp_path, PHONE, TWO_CAMERAS) as browser:
         open_camera(browser)
         names = [option.text for option in browser.find_elements("css selector", "#camera-choice option")]
@@ -255,7 +255,7 @@ def test_the_user_can_choose_a_camera(url: str, plant: ServiceTestData, tmp_path
         assert browser.find_element("id", "camera-choice").get_attribute("value")
 
 
-def test_pictures_continue_after_a_change_to_a_slow_camera(url: str, plant: ServiceTestData, tmp_path: Path) -> None:
+def test_pictures_continue_after_a_change_to_a_slow_camera(url: str, plant: TwoTeams, tmp_path: Path) -> None:
     with open_gear_page(url, plant, tmp_path, PHONE, TWO_CAMERAS) as browser:
         open_camera(browser)
         browser.execute_script(
@@ -288,7 +288,7 @@ def test_pictures_continue_after_a_change_to_a_slow_camera(url: str, plant: Serv
     ],
 )
 def test_a_camera_that_does_not_open_says_what_to_do(
-    url: str, plant: ServiceTestData, tmp_path: Path, camera: Sequence[str], prefs: dict[str, Any], message: str
+    url: str, plant: TwoTeams, tmp_path: Path, camera: Sequence[str], prefs: dict[str, Any], message: str
 ) -> None:
     with open_gear_page(url, plant, tmp_path, PHONE, camera, **prefs) as browser:
         browser.find_element("id", "camera").click()

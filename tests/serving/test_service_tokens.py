@@ -23,16 +23,17 @@ def file(tmp_path: Path) -> str:
 
 
 def find_team_of_token(store: TokenStore, token: str) -> str | None:
-    caller = store.authenticate(bearer_header(token)["authorization"])
+    caller = store.authenticate_caller(bearer_header(token)["authorization"])
     return None if caller is None else caller.team
 
 
-def test_tokens_are_stored_as_hashes_and_read_again_and_expire(file: str) -> None:
+def test_tokens_are_stored_as_hashes_and_read_again_and_expire(
+    file: str, service_log: pytest.LogCaptureFixture
+) -> None:
     first, record = create_token(file, "press", ["inspect", "inspect"])
     assert record.scopes == ("inspect",)
     assert first[-20:] not in Path(file).read_text()
-    messages: list[str] = []
-    store = TokenStore(file, 0.0, messages.append)
+    store = TokenStore(file)
     expired, _ = create_token(file, "press", ["read"], timedelta(seconds=-1))
     second, _ = create_token(file, "mill", ["read"])
     tokens = (first, second, expired, f"{first[:-1]}!")
@@ -44,7 +45,7 @@ def test_tokens_are_stored_as_hashes_and_read_again_and_expire(file: str) -> Non
     assert [find_team_of_token(store, token) for token in tokens] == [None, "mill", None, None]
     Path(file).write_text("tokens: [")
     store.refresh()
-    assert file in messages[0]
+    assert file in service_log.records[0].facts["error"]  # type: ignore[attr-defined]
     assert find_team_of_token(store, second) == "mill"  # the last readable file stays valid
 
 

@@ -16,7 +16,7 @@ from serving_set import (
     MILL,
     PRESS,
     RecordedMetrics,
-    ServiceTestData,
+    TwoTeams,
     bearer_header,
     create_client,
     create_service,
@@ -59,7 +59,7 @@ def inspect_in_batches(client: TestClient, team: str, token: str, images: list[b
         assert client.post(f"/v1/{team}/gear/inspect", files=files, headers=bearer_header(token)).status_code == 200
 
 
-def test_metrics_and_card_report_a_shifted_stream_but_not_a_few_defects(plant: ServiceTestData, tmp_path: Path) -> None:
+def test_metrics_and_card_report_a_shifted_stream_but_not_a_few_defects(plant: TwoTeams, tmp_path: Path) -> None:
     recorder, stream = RecordedMetrics(), draw_stream(tmp_path)
 
     def p_values(team: str, direction: str) -> list[float]:
@@ -91,13 +91,12 @@ def create_inspection(score: float) -> Inspection:
 
 
 def feed_streams(
-    versions: list[Version], read: Callable[[Version], Awaitable[Any]]
+    versions: list[Version], read: Callable[[Version], Awaitable[Any]], log: pytest.LogCaptureFixture
 ) -> tuple[StreamShiftDetector, list[dict[str, Any]]]:
     """Adds high scores of each version, one after the other. Returns: the shifts, and the facts of the log."""
-    logged_facts: list[dict[str, Any]] = []
 
     async def run() -> StreamShiftDetector:
-        shifts = StreamShiftDetector(read, MetricsRecorder(), lambda message, **facts: logged_facts.append(facts))
+        shifts = StreamShiftDetector(read, MetricsRecorder())
         for version in versions:
             shifts.add_scores(
                 version, [ImageError("empty", "no image"), *(create_inspection(100.0 + n) for n in range(MIN_STREAM))]
@@ -105,11 +104,11 @@ def feed_streams(
             await shifts.close()
         return shifts
 
-    return asyncio.run(run()), logged_facts
+    return asyncio.run(run()), [record.facts for record in log.records]  # type: ignore[attr-defined]
 
 
 def test_each_version_has_its_own_scores_and_idle_versions_are_dropped(
-    monkeypatch: pytest.MonkeyPatch, plant: ServiceTestData
+    monkeypatch: pytest.MonkeyPatch, plant: TwoTeams, service_log: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(stream_shift, "MAX_VERSIONS", 2)
     places = ((PRESS, "gear"), (MILL, "gear"), (PRESS, "board"))
@@ -118,24 +117,24 @@ def test_each_version_has_its_own_scores_and_idle_versions_are_dropped(
     async def read(version: Version) -> dict[str, Any]:
         return read_manifest(version.uri)
 
-    shifts, logged_facts = feed_streams([press, mill, press, board], read)  # mill is idle for longest when board comes
+    shifts, logged_facts = feed_streams([press, mill, press, board], read, service_log)  # mill is idle for longest
     assert shifts.get_latest_shift(mill) is None
     shift = shifts.get_latest_shift(press)
     assert shift is not None
     assert (shift.num_new, shift.direction) == (2 * MIN_STREAM, "higher")
     assert shifts.get_latest_shift(board) is not None
-    assert [(facts["team"], facts["category"]) for facts in logged_facts] == list(
-        places
-    )  # one message for each version
+    assert [(facts["team"], facts["category"]) for facts in logged_facts] == list(places)  # one for each version
     assert WINDOW > 2 * MIN_STREAM
 
 
-def test_a_manifest_that_cannot_be_read_is_logged_and_fails_no_request(plant: ServiceTestData) -> None:
+def test_a_manifest_that_cannot_be_read_is_logged_and_fails_no_request(
+    plant: TwoTeams, service_log: pytest.LogCaptureFixture
+) -> None:
     version = Registry(plant.registry).resolve(PRESS, "gear")
 
     async def fail(version: Version) -> dict[str, Any]:
         raise DataError("the storage is away")
 
-    shifts, logged_facts = feed_streams([version], fail)
+    shifts, logged_facts = feed_streams([version], fail, service_log)
     assert shifts.get_latest_shift(version) is None
     assert [facts["error"] for facts in logged_facts] == ["the storage is away"]

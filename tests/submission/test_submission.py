@@ -21,7 +21,8 @@ from small_set import draw_parts
 
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.registry import Registry
-from focus_ray.cli.main import list_command_names, main
+from focus_ray.cli.main import build_parser, main
+from focus_ray.cli.reference import list_subcommands
 from focus_ray.cluster.preflight import RESERVED_RESOURCES_VARIABLE
 from focus_ray.errors import ConfigError, SubmissionError
 from focus_ray.names import make_unique_name
@@ -51,7 +52,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def make_job_request(folder: Path, *words: str, **options: object) -> JobRequest:
     """Builds the request of a command whose working directory is `folder`."""
-    return build_job_request(words, load_sweep_config, commands=list_command_names(), working_dir=folder, **options)  # type: ignore[arg-type]
+    return build_job_request(
+        words, load_sweep_config, commands=list_subcommands(build_parser()), working_dir=folder, **options
+    )  # type: ignore[arg-type]
 
 
 # Packed files
@@ -187,7 +190,7 @@ def test_a_missing_address_and_a_missing_cluster_are_refused(monkeypatch: pytest
 
 def test_an_old_cluster_is_refused_and_a_newer_version_gives_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     head, versions = SimpleNamespace(get_address=lambda: "http://head:8265"), {}
-    monkeypatch.setattr(client, "cluster_metadata", lambda _: versions)
+    monkeypatch.setattr(client, "fetch_cluster_metadata", lambda _: versions)
     warnings: list[str] = []
     versions.update(rayVersion="2.9.3", pythonVersion="3.11.7")
     with pytest.raises(SubmissionError, match=r"http://head:8265: .* Ray 2\.9\.3"):

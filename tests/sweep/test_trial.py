@@ -46,7 +46,7 @@ def make_config(data: str, **sections: Any) -> Config:
 
 def load_gear(config: Config, objective: Objective = "validation", size_px: int = 64) -> CategoryImages:
     """Loads the images of the category `gear`."""
-    plan = split_for_scoring(config, "gear", objective).plan(config)
+    plan = split_for_scoring(config, "gear", objective).build_plan(config)
     return load_category_images(config, "gear", plan, objective, size_px)
 
 
@@ -95,7 +95,7 @@ def test_trials_share_features_only_if_their_settings_give_the_same_features(dat
     different = [{"model": UNALIGNED}, {"train": {"seed": 3}}, {"model": {"image_size_px": 48}}]
     unshareable = [
         {"train": {"epochs": 1}},
-        {"selection": {"enabled": True}},
+        {"selection": {"fraction": 0.1}},
         {"density": {"reduction": "discriminant"}},
     ]
     (key,) = {key_of(**sections) for sections in same}
@@ -163,7 +163,7 @@ def test_a_worker_decodes_only_its_own_share_if_images_are_not_shared(
     data: str, num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(data)
-    plan = split_for_scoring(config, "gear", "validation").plan(config)
+    plan = split_for_scoring(config, "gear", "validation").build_plan(config)
     all_images = load_category_images(config, "gear", plan, "validation", 64)
     decoded: list[int] = []
 
@@ -178,9 +178,9 @@ def test_a_worker_decodes_only_its_own_share_if_images_are_not_shared(
         decoded.clear()
         shard, common_plan = split_images_for_worker(config, "gear", plan, rank, num_workers)
         assert len(load_category_images(config, "gear", common_plan, "validation", 64).fit) == 0
-        rows_of_workers += sorted({*decoded} & {*plan.fit_rows})
+        rows_of_workers += sorted({*decoded} & {*plan.fit.rows})
         own_images = torch.cat(list(shard.read_batches("fit"))).numpy()
-        count = len(plan.fit_rows)
+        count = len(plan.fit.rows)
         expected = all_images.fit[count * rank // num_workers : count * (rank + 1) // num_workers]
         assert np.array_equal(own_images, expected)
-    assert sorted(rows_of_workers) == sorted(plan.fit_rows)
+    assert sorted(rows_of_workers) == sorted(plan.fit.rows)

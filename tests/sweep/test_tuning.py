@@ -62,7 +62,7 @@ def score_in_process(config: SweepConfig) -> list[TrialRecord]:
     base, trials = config.make_trial_config(), []
     images = {}
     for category in CATEGORIES:
-        plan = split_for_scoring(base, category, config.objective).plan(base)
+        plan = split_for_scoring(base, category, config.objective).build_plan(base)
         images[category] = load_category_images(base, category, plan, config.objective, base.model.image_size_px)
     for number, point in enumerate(SettingsProposer(config).points):
         results = {
@@ -218,9 +218,9 @@ def test_a_race_finds_the_same_best_trial_with_fewer_epochs(ray_cluster: None, d
     [
         (
             {},
-            {"density.num_channels": [32, 100], "density.layers": [["layer1"]]},
+            {"density.num_channels": [32, 500]},
             ConfigError,
-            "num_channels=100.* 64 ",
+            "num_channels=500.* 448 ",
         ),
         ({"data": {"categories": ["nut"]}}, SPACE, DataError, "nut.*board, gear"),
         ({"cluster": {"num_workers": 5, "use_gpu": False}}, SPACE, TrainingError, "need 5 CPU; the cluster has 4 CPU"),

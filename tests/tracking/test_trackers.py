@@ -478,8 +478,11 @@ def test_a_pool_records_the_same_as_one_process(
 
 @pytest.mark.cluster
 @pytest.mark.ray
-def test_a_sweep_has_one_run_per_trial_below_its_run(ray_cluster: None, data: str, tmp_path: Path) -> None:
-    config = make_config(data, tmp_path, {"mlflow": {"project": "sweeps"}}, ["gear"], density={"coreset": 0})
+def test_a_sweep_has_one_run_per_trial_below_its_run(
+    ray_cluster: None, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "sweeps")
+    config = make_config(data, tmp_path, {"mlflow": {}}, ["gear"], density={"coreset": 0})
     tree = config.model_dump(mode="json")
     space = {"density.num_channels": [4, 8]}
     outcome = run_sweep(parse_sweep_config({"base": tree, "space": space, "searcher": "grid", "name": "search"}))

@@ -78,19 +78,19 @@ def test_a_plan_assigns_every_normal_training_image_and_fills_its_folds_evenly(
     monkeypatch.setattr("focus_ray.fitting.split.MAX_CALIBRATION_IMAGES", max_images)
     plan = compute_split_plan(small_config(data, "unused", calibration={"method": method}), "gear")
     rows = read_index(data, "gear", split="train")["row"].to_pylist()
-    assert sorted([*plan.fit_rows, *plan.holdout_rows]) == rows
-    assert len(plan.holdout_rows) == num_holdout
-    assert all(np.diff(plan.fit_rows) > 0)
-    assert len(plan.folds) == len(plan.fit_rows)
+    assert sorted([*plan.fit.rows, *plan.holdout.rows]) == rows
+    assert len(plan.holdout.rows) == num_holdout
+    assert all(np.diff(plan.fit.rows) > 0)
+    assert len(plan.folds) == len(plan.fit.rows)
     assert np.ptp(np.bincount(plan.folds)) <= 1
 
 
 def test_another_seed_gives_another_plan(data: str) -> None:
     plans = [compute_split_plan(small_config(data, "unused", train={"seed": seed}), "gear") for seed in (0, 1)]
-    assert plans[0].holdout_rows.tolist() != plans[1].holdout_rows.tolist()
+    assert plans[0].holdout.rows.tolist() != plans[1].holdout.rows.tolist()
 
 
-@pytest.mark.parametrize("settings", [{}, {"selection": {"enabled": True, "fraction": 0.2}}])
+@pytest.mark.parametrize("settings", [{}, {"selection": {"fraction": 0.2}}])
 def test_a_small_pickled_rule_gives_the_rows_of_the_plan_and_the_part_of_every_image(
     data: str, settings: dict[str, Any]
 ) -> None:
@@ -98,7 +98,7 @@ def test_a_small_pickled_rule_gives_the_rows_of_the_plan_and_the_part_of_every_i
     pickled, plan = pickle.dumps(compute_split_rule(config, "gear")), compute_split_plan(config, "gear")
     assert len(pickled) < 1000
     split = pickle.loads(pickled)
-    again = split.plan(config)
+    again = split.build_plan(config)
     index = read_index(data, "gear", split="train")
     hashes = dict(zip(index["row"].to_pylist(), index["content_hash"].to_pylist(), strict=True))
     parts = {part: getattr(plan, part) for part in ("fit", "validation", "holdout")}
@@ -136,8 +136,8 @@ def test_a_plan_does_not_depend_on_the_order_of_the_rows(data: str, tmp_path: Pa
         plan = compute_split_plan(small_config(uri, "unused"), "gear")
         index = read_index(uri, "gear")
         hashes = dict(zip(index["row"].to_pylist(), index["content_hash"].to_pylist(), strict=True))
-        folds = {hashes[row]: fold for row, fold in zip(plan.fit_rows, plan.folds, strict=True)}
-        parts.append((folds, {hashes[row] for row in plan.holdout_rows}, plan.fingerprint))
+        folds = {hashes[row]: fold for row, fold in zip(plan.fit.rows, plan.folds, strict=True)}
+        parts.append((folds, {hashes[row] for row in plan.holdout.rows}, plan.fingerprint))
     assert parts[0] == parts[1]
 
 
@@ -224,7 +224,7 @@ def test_a_streamed_share_gives_the_images_of_one_in_memory(data: str, method: s
     assert not fits_in_memory(streamed, plan)
     in_memory, from_stream = (build_shard(item, "gear", plan, 1, 2) for item in (config, streamed))
     assert torch.equal(torch.cat(list(in_memory.read_batches("fit"))), torch.cat(list(from_stream.read_batches("fit"))))
-    in_fold = np.flatnonzero(in_memory.fit_folds() == 2).tolist()
+    in_fold = np.flatnonzero(in_memory.get_fit_folds() == 2).tolist()
     for passes in (lambda shard: shard.read_batches("fit", in_fold), lambda shard: shard.read_batches("holdout")):
         batches = [list(passes(shard)) for shard in (in_memory, from_stream)]
         assert [batch.tolist() for batch in batches[0]] == [batch.tolist() for batch in batches[1]]
@@ -268,7 +268,7 @@ def test_resuming_a_finished_run_trains_nothing_even_with_other_settings_that_ha
     root = f"{trained.storage}/small"
     version = read_manifest(f"{root}/bundles/gear")["sha256"]
     budget = trained.data.model_copy(update={"memory_budget_mb": 77})
-    cluster = trained.cluster.model_copy(update={"max_concurrent_categories": 1, "max_failures": 5})
+    cluster = trained.cluster.model_copy(update={"max_concurrent_categories": 1})
     lines: list[str] = []
     train(trained.model_copy(update={"data": budget, "cluster": cluster}), resume=True, log=lines.append)
     assert lines == [f"gear: already trained, {root}/bundles/gear", f"report: {root}/report.html"]
@@ -310,10 +310,10 @@ def test_a_streamed_run_takes_the_agreed_steps_and_counts_every_image_once(
     )
     place = train(config)["gear"]
     plan = compute_split_plan(config, "gear")
-    agreed = BatchSchedule.from_smallest_share(len(plan.fit_rows), 2, 4)
+    agreed = BatchSchedule.from_smallest_share(len(plan.fit.rows), 2, 4)
     assert [entry["steps"] for entry in read_manifest(place)["metrics"]["history"]] == [agreed.steps] * 2
     detector = read_bundle(place).detector
-    images = torch.cat([torch.from_numpy(b) for b in decode_rows(data, "gear", plan.fit_rows, 64)])
+    images = torch.cat([torch.from_numpy(b) for b in decode_rows(data, "gear", plan.fit.rows, 64)])
     again = compute_statistics(detector.net, detector.reduction, [images], torch.device("cpu")).moments
     moments = read_statistics(place).moments
     assert again.count == moments.count
@@ -344,7 +344,7 @@ def test_a_killed_worker_is_replaced_and_the_run_continues_from_its_checkpoint(
         data,
         tmp_path,
         train={"epochs": 16, "batch_size_per_worker": 2},
-        cluster={"num_workers": 2, "max_failures": 1},
+        cluster={"num_workers": 2},
     )
     lines: list[str] = []
 
@@ -378,7 +378,7 @@ def log(line):
         lost.append(line)
         threading.Thread(target=nodes.remove_node, args=(second,), kwargs={"allow_graceful": False}).start()
 
-bundles = train(parse_config(json.loads(sys.argv[1])), log=log)
+bundles = train(parse_config(json.loads(sys.argv[1]), is_fitted=True), log=log)
 metrics = read_manifest(bundles["gear"])["metrics"]
 print(json.dumps({"workers": metrics["num_workers"], "epochs": len(metrics["history"]),
                   "steps": sorted({entry["steps"] for entry in metrics["history"]})}))
@@ -397,7 +397,7 @@ def test_an_elastic_training_over_two_nodes_continues_with_the_remaining_node(da
     command = [sys.executable, "-c", SPOT, json.dumps(config.model_dump(mode="json"))]
     process = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert process.returncode == 0, process.stderr[-3000:]
-    num_images = len(compute_split_plan(config, "gear").fit_rows)
+    num_images = len(compute_split_plan(config, "gear").fit.rows)
     steps = sorted({BatchSchedule.from_smallest_share(num_images, num_workers, 2).steps for num_workers in (1, 2)})
     assert json.loads(process.stdout.splitlines()[-1]) == {"workers": 1, "epochs": 30, "steps": steps}
 
@@ -409,7 +409,7 @@ def test_a_failing_category_is_named_the_other_is_trained_and_a_resume_finishes(
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     config = small_config(str(copy), tmp_path, data={"uri": str(copy), "categories": None}, cluster={"local": True})
-    corrupt_image(str(copy), "gear", compute_split_plan(config, "gear").fit_rows[3])
+    corrupt_image(str(copy), "gear", compute_split_plan(config, "gear").fit.rows[3])
     lines: list[str] = []
     with pytest.raises(TrainingError, match=r"^1 of 2 categories failed; gear: .*image.*--resume$") as caught:
         train(config, log=lines.append)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from focus_ray.density.kinds.shared import SharedDensitySettings
 from focus_ray.density.registry import DENSITIES
+from focus_ray.settings.sections import select_user_fields
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,9 +43,9 @@ class DensityKind(Generic[C]):
 
     def find_unused_settings(self, config: C) -> dict[str, str]:
         """Returns the settings of the section `density` that have no effect on scores, as a dictionary: key -> reason."""
-        own_fields = self.settings.model_fields
+        own_fields = select_user_fields(self.settings)
         foreign_keys = [
-            key for name in DENSITIES for key in DENSITIES[name].settings.model_fields if key not in own_fields
+            key for name in DENSITIES for key in select_user_fields(DENSITIES[name].settings) if key not in own_fields
         ]
         return dict.fromkeys(
             foreign_keys if self.keeps_bank else [*foreign_keys, "max_images"], f"density.kind is {config.kind}"

@@ -19,7 +19,17 @@ _FLOAT_BYTES = 4
 
 
 class NearestSettings(SharedDensitySettings):
-    """The shared settings of densities, plus the settings that only the kind `nearest` has."""
+    """The shared settings of densities, plus the settings that only the kind `nearest` has.
+
+    coreset_channels: largest number of channels that the coreset compares, a random projection of layers 2 and 3.
+    gaussian_share: with a coreset, the distance of a patch is at most this share of its distance to a Gaussian of its place, both
+        as multiples of the distances of good images. So places where good parts vary, for instance a printed number, count less
+        [ours]. 0 switches it off, for tiles that share places. It is also off with fewer than 16 images, and with maps of more
+        than about 3300 places.
+    """
+
+    # 128 channels find as many defects as all, and 0.9 was the best share on ten categories (benchmarks/RESULTS.md).
+    STORED = frozenset({"coreset_channels", "gaussian_share"})
 
     per_place: int | None = Field(
         default=128,
@@ -36,22 +46,8 @@ class NearestSettings(SharedDensitySettings):
         "from all images. Its distance and the distance of the place memory are averaged [kin, "
         "PatchCore]. 0 switches it off.",
     )
-    coreset_channels: int = Field(
-        default=128,
-        ge=1,
-        le=4096,
-        description="Largest number of channels that the coreset compares, a random projection of layers 2 and 3.",
-    )
-    gaussian_share: float = Field(
-        default=0.9,
-        ge=0.0,
-        le=1.0,
-        description="nearest, with a coreset: the distance of a patch is at most this share of its distance to a "
-        "Gaussian of its place, both as multiples of the distances of good images. So places where good "
-        "parts vary, for instance a printed number, count less [ours]. 0 switches it off. It is also off "
-        "with fewer than 16 images, with tiles that share places, and with maps of more than about 3300 "
-        "places.",
-    )
+    coreset_channels: int = 128
+    gaussian_share: float = 0.9
 
 
 class NearestKind(DensityKind[NearestSettings]):
@@ -69,9 +65,7 @@ class NearestKind(DensityKind[NearestSettings]):
         reasons = super().find_unused_settings(config)
         if config.reduction == "discriminant":
             why = "density.reduction is discriminant: it learns the metric, and nothing is whitened"
-            reasons.update(dict.fromkeys(("shrinkage", "shrinkage_unit"), why))
-        if not config.coreset:
-            reasons.update(dict.fromkeys(("coreset_channels", "gaussian_share"), "density.coreset is 0"))
+            reasons["shrinkage"] = why
         return reasons
 
     def count_coreset_channels(self, config: NearestSettings) -> int:
@@ -120,33 +114,24 @@ class NearestKind(DensityKind[NearestSettings]):
         """
         import torch
 
-        from focus_ray.density.gaussian_capped_memory import (
-            GaussianCappedMemory,
-            build_leave_one_out_gaussian,
-            measure_gaussian_scale,
-        )
-        from focus_ray.density.nearest import (
-            CoresetScorer,
-            LocationAndCoresetMemory,
-            build_location_memory,
-            measure_typical_distances,
-        )
+        from focus_ray.density import gaussian_capped_memory as capped
+        from focus_ray.density import nearest
 
-        joint = density.memory if isinstance(density, GaussianCappedMemory) else density
+        joint = density.memory if isinstance(density, capped.GaussianCappedMemory) else density
         coreset_distances: Tensor | None = None
         for each in statistics:
             assert each.bank is not None
             bank, coreset_bank = each.bank.tensor_split([each.moments.channels], dim=2)
-            memory = build_location_memory(config, each)
+            memory = nearest.build_location_memory(config, each)
             distances = score(memory, bank)
-            if isinstance(joint, LocationAndCoresetMemory):
+            if isinstance(joint, nearest.LocationAndCoresetMemory):
                 if coreset_distances is None:
-                    coreset_distances = score(CoresetScorer(joint), coreset_bank)
-                typical = measure_typical_distances(memory, joint.coreset, each)
+                    coreset_distances = score(nearest.CoresetScorer(joint), coreset_bank)
+                typical = nearest.measure_typical_distances(memory, joint.coreset, each)
                 distances = (distances / typical[0] + coreset_distances / typical[1]) / 2
-            if isinstance(density, GaussianCappedMemory):
-                gaussian = build_leave_one_out_gaussian(each)
-                scale = measure_gaussian_scale(each, gaussian, config.gaussian_share)
+            if isinstance(density, capped.GaussianCappedMemory):
+                gaussian = capped.build_leave_one_out_gaussian(each)
+                scale = capped.measure_gaussian_scale(each, gaussian, config.gaussian_share)
                 distances = torch.minimum(distances, score(gaussian, bank) * scale)
             yield distances
 
@@ -211,23 +196,7 @@ class NearestKind(DensityKind[NearestSettings]):
         }
 
     def make_exportable(self, density: Density, half: bool) -> Any:
-        from focus_ray.density.coreset import ExportableCoreset
-        from focus_ray.density.gaussian import Gaussian
-        from focus_ray.density.gaussian_capped_memory import GaussianCappedMemory
-        from focus_ray.density.nearest import ExportableLocationMemory, LocationAndCoresetMemory, LocationMemory
-
-        if isinstance(density, GaussianCappedMemory):
-            assert isinstance(density.gaussian, Gaussian)
-            memory, gaussian = self.make_exportable(density.memory, half), density.gaussian.make_exportable(half)
-            return GaussianCappedMemory(memory, gaussian, density.scale)
-        if isinstance(density, LocationAndCoresetMemory):
-            location_memory, coreset = (
-                ExportableLocationMemory(density.location_memory, half),
-                ExportableCoreset(density.coreset, half),
-            )
-            return LocationAndCoresetMemory(location_memory, coreset, density.typical_distance)
-        assert isinstance(density, LocationMemory)
-        return ExportableLocationMemory(density, half)
+        return density.make_exportable(half)  # type: ignore[attr-defined]
 
 
 NEAREST = NearestKind()

@@ -6,9 +6,10 @@ choice of this project.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from focus_ray.density.registry import DENSITIES
 from focus_ray.settings.sections import ConfigSection, Layer, Precision
@@ -16,8 +17,26 @@ from focus_ray.settings.sections import ConfigSection, Layer, Precision
 DensityName = Annotated[str, AfterValidator(DENSITIES.check_name)]
 
 
+def _parse_shrinkage(value: Any) -> float | str:
+    """Returns a number, or a number with the unit "absolute". Raises: ValueError: the value has another form."""
+    number, _, unit = str(value).partition(" ")
+    try:
+        is_in_range = 0 < float(number) <= 1000
+    except ValueError:
+        is_in_range = False
+    if not is_in_range or unit not in ("", "absolute"):
+        raise ValueError(f"expected a number above 0, up to 1000, as in 2.0 or '0.01 absolute' (got {value!r})")
+    return f"{number} absolute" if unit else float(number)
+
+
 class SharedDensitySettings(ConfigSection):
     """The density of normal embeddings, one for each place of the map."""
+
+    # layers: the paper uses these three [paper].
+    # smooth_layers are averaged over 3x3 places: on the grid of layer 2 as in PatchCore [kin]; PaDiM's grid of layer 1 has none.
+    # precision: number format of the place memory and its search; it follows model.precision (`fitting.settings.Config`).
+    # keep_moments: whether the bundle keeps the data with which `focus-ray update` adds or removes images later.
+    STORED = frozenset({"layers", "smooth_layers", "precision", "keep_moments"})
 
     kind: DensityName = Field(
         default="nearest",
@@ -26,21 +45,14 @@ class SharedDensitySettings(ConfigSection):
         "discriminant projection is learnt [ours]. gaussian: a mean and a covariance for each place [kin, "
         "PaDiM].",
     )
-    layers: tuple[Layer, ...] = Field(
-        default=("layer1", "layer2", "layer3"),
-        min_length=1,
-        description="Layers of the backbone whose features are joined to an embedding, in order [paper].",
-    )
+    layers: tuple[Layer, ...] = Field(default=("layer1", "layer2", "layer3"), min_length=1)
     map_stride_px: Literal[4, 8] = Field(
         default=8,
         description="Side of a place of the map, in pixels of the network's input. 4: all layers are brought to layer "
         "1's places by nearest neighbour [kin, PaDiM]. 8: to layer 2's places, layer 1 by averaging, "
         "layer 3 bilinearly [ours]. DINOv2: a patch of 14 pixels in both cases.",
     )
-    smooth_layers: tuple[Layer, ...] = Field(
-        default=("layer2", "layer3"),
-        description="Layers whose features are first averaged over 3x3 places [kin, PatchCore].",
-    )
+    smooth_layers: tuple[Layer, ...] = ("layer2", "layer3")
     reduction: Literal["random", "semi_orthogonal", "none", "discriminant"] = Field(
         default="discriminant",
         description="How the channels of an embedding are reduced to num_channels [kin: 100 random channels in "
@@ -55,16 +67,11 @@ class SharedDensitySettings(ConfigSection):
         description="discriminant: path or URI of a discriminant projection that was learnt on other categories "
         "(`focus-ray metric` writes it). null learns the category's own projection [ours].",
     )
-    shrinkage: float = Field(
+    shrinkage: Annotated[float | str, BeforeValidator(_parse_shrinkage)] = Field(
         default=2.0,
-        gt=0.0,
-        le=1000.0,
-        description="Ridge that is added to the covariance's diagonal, in shrinkage_unit.",
-    )
-    shrinkage_unit: Literal["mean_variance", "absolute"] = Field(
-        default="mean_variance",
-        description="The unit of shrinkage. mean_variance: multiples of the embeddings' mean variance within places, "
-        "which suits any backbone [ours]. absolute: the value itself [kin: 0.01].",
+        description="Ridge that is added to the covariance's diagonal, above 0, up to 1000: a multiple of the embeddings' "
+        "mean variance within places, which suits any backbone [ours], as in 2.0; or a value in the features' own unit, as "
+        "in '0.01 absolute' [kin].",
     )
     window: Literal[1, 3, 5] = Field(
         default=3,
@@ -76,27 +83,29 @@ class SharedDensitySettings(ConfigSection):
         description="nearest: largest number of images whose embeddings are kept, chosen at even steps. gaussian uses "
         "all images.",
     )
-    precision: Precision = Field(
-        default="auto",
-        description="nearest: the number format of the place memory and its search, as in model.precision. bf16 takes "
-        "half the memory.",
-    )
-    keep_moments: bool = Field(
-        default=True,
-        description="Whether the bundle keeps the data with which `focus-ray update` adds or removes images later. "
-        "This is the largest file of the bundle.",
-    )
+    precision: Precision = "auto"
+    keep_moments: bool = True
+
+    @classmethod
+    def derive_stored_values(cls, tree: Mapping[str, Any]) -> dict[str, Any]:
+        values = super().derive_stored_values(tree)
+        values["precision"] = tree.get("precision", "auto")
+        if tree.get("map_stride_px") == 4:
+            values["smooth_layers"] = ()
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _convert_shrinkage_unit(cls, value: Any) -> Any:
+        """Joins `shrinkage_unit` of an earlier version with `shrinkage`."""
+        if not isinstance(value, dict) or value.get("shrinkage_unit") not in ("absolute", "mean_variance"):
+            return value
+        tree = {key: setting for key, setting in value.items() if key != "shrinkage_unit"}
+        if value["shrinkage_unit"] == "absolute":
+            tree["shrinkage"] = f"{value.get('shrinkage', 2.0)} absolute"
+        return tree
 
     @property
     def map_layer(self) -> int:
         """Index of the backbone layer whose grid the density uses: 0 for layer1 (map_stride_px 4), 1 for layer2 (8)."""
         return 0 if self.map_stride_px == 4 else 1
-
-    @field_validator("layers")
-    @classmethod
-    def _check_layer_order(cls, value: tuple[Layer, ...]) -> tuple[Layer, ...]:
-        if list(value) != sorted(set(value)):
-            raise ValueError(
-                f"layers must be in order and named once, for instance [layer1, layer2]: got {list(value)}"
-            )
-        return value
