@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Pillow
 
-from focus_ray.bundle.bundle import MANIFEST, copy_bundle, find_bundles, read_manifest
+from focus_ray.bundle.bundle import MANIFEST, copy_bundle, find_bundles_in_folder, read_manifest
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import ImageError, decode_image_with_info, encode_pillow_image, hash_pixels
 from focus_ray.data.importers.base import list_image_files, list_subfolders
@@ -203,7 +203,7 @@ def load(place: str | Path) -> Model:
         DataError: the place has bundles of several categories.
         BundleError: the bundle is missing or damaged.
     """
-    bundles = find_bundles(str(place))
+    bundles = find_bundles_in_folder(str(place))
     if len(bundles) > 1:
         raise DataError(
             f"{place}: has bundles of {', '.join(bundles)}: give a single bundle, for instance {next(iter(bundles.values()))}"

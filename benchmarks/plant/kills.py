@@ -15,7 +15,7 @@ from benchmarks.plant.made import upload_plant
 from benchmarks.plant.nodes import NodeProcesses
 from benchmarks.plant.server import BUCKET
 from benchmarks.plant.watch import ROOT, make_settings
-from focus_ray.bundle.bundle import find_bundles, read_manifest
+from focus_ray.bundle.bundle import find_bundles_in_folder, read_manifest
 from focus_ray.data.read import data_fingerprint, list_categories, read_index
 
 NUM_CATEGORIES, EACH = 12, 250
@@ -48,7 +48,7 @@ def run_command(arguments: list[str], log: Path, address: str, accept: tuple[int
 
 def hash_outcome(root: str) -> dict[str, Any]:
     """What must be equal: each category's rows, images and tensors of its bundle, whatever their order."""
-    bundles = find_bundles(f"{root}/runs/plant")
+    bundles = find_bundles_in_folder(f"{root}/runs/plant")
     found = {}
     for category in list_categories(f"{root}/data"):
         index = read_index(f"{root}/data", category)

@@ -168,7 +168,7 @@ def write_bundle(
         density["thetas"] = statistics.thetas
     if statistics.shown is not None:
         density["shown"] = statistics.shown
-    density.update(_pack_same_part_tensors(statistics))
+    density.update(_pack_image_relation_tensors(statistics))
     region = (frame or load_frame(config, category)).region
     if region is not None:
         density["region"] = torch.from_numpy(region)
@@ -248,7 +248,7 @@ def read_manifest(uri: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def find_bundles(place: str) -> dict[str, str]:
+def find_bundles_in_folder(place: str) -> dict[str, str]:
     """Returns category -> URI of its bundle, for a bundle, the folder of a run, or a folder of bundles.
 
     Args:
@@ -281,7 +281,7 @@ def read_bundle_stamps(place: str) -> dict[str, FileStat]:
     A stamp is the file's time of change and size. This function reads no manifest, so a caller can poll it, compare the stamps,
     and read only the changed manifests. Times on S3 count whole seconds, so a stamp does not show two changes in a second.
 
-    Args: place: see `find_bundles`.
+    Args: place: see `find_bundles_in_folder`.
 
     Raises: DataError: the storage cannot be read.
     """
@@ -392,7 +392,7 @@ def _read_bundle_of_manifest(
             profile = ImageScoreProfile(*(density[f"profile.{name}"].to(device) for name in ImageScoreProfile._fields))
         detector = Detector(net, reduction.to(device), fitted, config.scoring, profile)
         fit_hashes = frozenset(density[_FIT_HASHES].tolist()) if _FIT_HASHES in density else frozenset()
-        _, descriptors, distance = _unpack_same_part_tensors(density)
+        _, descriptors, distance = _unpack_image_relation_tensors(density)
     except BundleError:
         raise
     except (RuntimeError, LookupError, ValueError, TypeError, SafetensorError) as error:
@@ -437,11 +437,11 @@ def _read_statistics_of_manifest(uri: str | Path, manifest: dict[str, Any]) -> N
     bank = restore_bank(moments, grid, tensors, density)
     scatter, shown = tensors.get("metric_scatter"), density.get("shown")
     return NormalStatistics(
-        moments, bank, density.get("thetas"), scatter, shown, grid, *_unpack_same_part_tensors(density)
+        moments, bank, density.get("thetas"), scatter, shown, grid, *_unpack_image_relation_tensors(density)
     )
 
 
-def _pack_same_part_tensors(statistics: NormalStatistics) -> dict[str, Tensor]:
+def _pack_image_relation_tensors(statistics: NormalStatistics) -> dict[str, Tensor]:
     """Returns name -> tensor for the tensors that tell which images show the same physical part.
 
     These are the relations between images, the descriptors, and `same_part_distance` (see `NormalStatistics`). Relations that
@@ -457,7 +457,9 @@ def _pack_same_part_tensors(statistics: NormalStatistics) -> dict[str, Tensor]:
     return tensors
 
 
-def _unpack_same_part_tensors(density: dict[str, Tensor]) -> tuple[ImageRelations | None, Tensor | None, float | None]:
+def _unpack_image_relation_tensors(
+    density: dict[str, Tensor],
+) -> tuple[ImageRelations | None, Tensor | None, float | None]:
     """Returns (relations, descriptors, same_part_distance) from the tensors of a density file; None for a missing value."""
     relations = None
     if "relations.related" in density:

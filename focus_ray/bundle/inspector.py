@@ -378,7 +378,7 @@ class Inspector:
 
     @torch.inference_mode()
     def _compile_backbone(self, engine: str, examples: Sequence[bytes | str | Path]) -> None:
-        """Makes an engine compute the features of the network, if the engine's scores of example images agree with torch's scores.
+        """Makes an engine compute the features of the network, if its scores of example images agree with those of torch.
 
         The score of a training image is not compared.
         Raises:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from focus_ray.bundle.bundle import find_bundles, read_manifest, read_statistics
+from focus_ray.bundle.bundle import find_bundles_in_folder, read_manifest, read_statistics
 from focus_ray.errors import BundleError
 from focus_ray.fitting.settings import Config, parse_config
-from focus_ray.fitting.shared_metric import get_compatibility_settings, write_shared_scatter
+from focus_ray.fitting.shared_metric import get_compatibility_settings, write_shared_metric
 
 
 def average_projections(places: Sequence[str], output: str) -> list[str]:
@@ -30,7 +30,7 @@ def average_projections(places: Sequence[str], output: str) -> list[str]:
     """
     scatters = {}
     reference: tuple[str, Config] | None = None  # the first bundle: all others must have matching settings
-    for uri in (uri for place in places for uri in find_bundles(place).values()):
+    for uri in (uri for place in places for uri in find_bundles_in_folder(place).values()):
         manifest = read_manifest(uri)
         config = parse_config(manifest["config"], uri, is_fitted=True)
         scatter = read_statistics(uri).residual_scatter
@@ -52,5 +52,5 @@ def average_projections(places: Sequence[str], output: str) -> list[str]:
             )
         scatters[str(manifest["category"])] = scatter
     assert reference is not None
-    write_shared_scatter(output, scatters, reference[1])
+    write_shared_metric(output, scatters, reference[1])
     return sorted(scatters)

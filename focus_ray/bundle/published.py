@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from focus_ray.bundle.bundle import find_bundles
+from focus_ray.bundle.bundle import find_bundles_in_folder
 from focus_ray.bundle.registry import LATEST, Registry
 from focus_ray.errors import DataError, RegistryError
 from focus_ray.names import is_valid_name
@@ -12,10 +12,10 @@ from focus_ray.names import is_valid_name
 _NUM_PROBED = 3  # categories of a folder that are looked up to recognise the folder of a team
 
 
-def find_bundle_of_each_category(
+def find_bundles_in_folder_or_registry(
     place: str, version: str = LATEST, log: Callable[[str], None] = lambda message: None
 ) -> dict[str, str]:
-    """Returns category -> URI of its bundle. `place` may also be a registry, which `find_bundles` does not accept.
+    """Returns category -> URI of its bundle. `place` may also be a registry, which `find_bundles_in_folder` does not accept.
 
     Args:
         place: a bundle, the folder of a run, a folder of bundles, a registry, or the folder of a team in a registry.
@@ -29,7 +29,7 @@ def find_bundle_of_each_category(
         RegistryError: there is no bundle, and `version` is not allowed as a name.
     """
     try:
-        return find_bundles(place)
+        return find_bundles_in_folder(place)
     except DataError as error:
         bundles = _find_published_bundles(place, version, log)
         if not bundles:
@@ -40,7 +40,7 @@ def find_bundle_of_each_category(
 def _find_published_bundles(place: str, version: str, log: Callable[[str], None]) -> dict[str, str]:
     """Returns category -> URI of its bundle, for a registry or the folder of a team in a registry; empty for any other folder.
 
-    Args: as `find_bundle_of_each_category`.
+    Args: as `find_bundles_in_folder_or_registry`.
 
     Raises: DataError: several teams of the registry have a category of the same name, or the storage fails.
     """

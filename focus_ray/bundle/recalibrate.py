@@ -139,7 +139,9 @@ def _replace_target_rates(bundle: Bundle, target_fpr: float | None, target_pixel
 def _inspect_distinct_images(
     inspector: Inspector, paths: Sequence[Path], copies: dict[Path, Path]
 ) -> dict[str, tuple[Path, Inspection]]:
-    """Inspects image files, and returns content hash -> (file, inspection). Of files with the same pixels, only the first is used.
+    """Inspects image files, and returns content hash -> (file, inspection).
+
+    Of several files with the same pixels, only the first is inspected.
 
     Args:
         copies: changed in place: gets an entry for each unused file: file -> first file with the same pixels.

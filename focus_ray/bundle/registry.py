@@ -392,7 +392,7 @@ class Registry:
         return _list_recorded_versions(join_path(self._get_category_folder(team, category), "_published"))
 
     def _find_version(self, team: str, category: str, name: str) -> Version | None:
-        """Returns a published version; None if it does not exist, or if its folder is a link to a place outside the team's folder.
+        """Returns a published version; None if it does not exist, or if its folder is a link to a place outside the team.
 
         Args: name: name of the version; None is returned if it does not have the form v0007.
 

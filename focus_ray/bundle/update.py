@@ -31,7 +31,7 @@ from focus_ray.features.batch_norm import use_inference_backbone
 from focus_ray.fitting.duplicates import add_duplicate_relations, compute_bank_descriptors
 from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
-from focus_ray.fitting.passes import collect_calibration_scores, compute_statistics
+from focus_ray.fitting.passes import collect_calibration_scores, compute_image_statistics
 from focus_ray.fitting.split import compute_split_plan, shorten_hash
 from focus_ray.names import Log
 from focus_ray.precision import choose_compute_dtype
@@ -421,7 +421,7 @@ def _compute_statistics(bundle: Bundle, images: _NormalImages) -> NormalStatisti
     net, reduction, device = bundle.detector.net, bundle.detector.reduction, bundle.detector.density.device
     with use_inference_backbone(net, choose_compute_dtype(bundle.config.model.precision, device)):
         batches = _decode_images(bundle, images)
-        statistics = _move_moments(compute_statistics(net, reduction, batches, device, bank_images), "cpu")
+        statistics = _move_moments(compute_image_statistics(net, reduction, batches, device, bank_images), "cpu")
     if statistics.bank is not None:
         statistics.descriptors = compute_bank_descriptors(statistics, reduction)
         statistics.relations = _relate_groups([images.groups[row] for row in images.hashes])

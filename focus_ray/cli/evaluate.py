@@ -50,13 +50,13 @@ def _run_evaluate_command(arguments: argparse.Namespace) -> int:
     place = arguments.bundles
     check_paths_exist(place, arguments.data)
     print_message(f"evaluate: {place}")
-    from focus_ray.bundle.published import find_bundle_of_each_category
+    from focus_ray.bundle.published import find_bundles_in_folder_or_registry
     from focus_ray.evaluation.run import evaluate_bundles
     from focus_ray.storage.files import join_path
 
     output = arguments.output or join_path(place, "report")
     report = evaluate_bundles(
-        find_bundle_of_each_category(place, arguments.version_of, print_message),
+        find_bundles_in_folder_or_registry(place, arguments.version_of, print_message),
         output,
         data=arguments.data,
         max_side_px=arguments.max_side_px,

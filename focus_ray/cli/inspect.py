@@ -179,11 +179,11 @@ def _run_inspect_batch_command(arguments: argparse.Namespace) -> int:
     """Runs `inspect-batch`: inspects a data set on Ray and prints the counts as JSON. Returns the exit status."""
     check_paths_exist(arguments.bundles, arguments.data)
     print_message(f"inspect-batch: {arguments.data} with {arguments.bundles} -> {arguments.output}")
-    from focus_ray.bundle.published import find_bundle_of_each_category
+    from focus_ray.bundle.published import find_bundles_in_folder_or_registry
     from focus_ray.evaluation.batch_inspection import inspect_dataset
 
     counts = inspect_dataset(
-        find_bundle_of_each_category(arguments.bundles, arguments.version_of, print_message),
+        find_bundles_in_folder_or_registry(arguments.bundles, arguments.version_of, print_message),
         arguments.data,
         arguments.output,
         split=arguments.split,

@@ -66,9 +66,9 @@ def _run_registry_command(arguments: argparse.Namespace) -> int:
         print(*fields, version.num_bytes, version.sha256[:16], ",".join(aliases) or "-", version.uri, sep="\t")
 
     if action == "publish":
-        from focus_ray.bundle.bundle import find_bundles
+        from focus_ray.bundle.bundle import find_bundles_in_folder
 
-        bundles = find_bundles(arguments.bundles)
+        bundles = find_bundles_in_folder(arguments.bundles)
         if arguments.category not in (None, *bundles):
             raise RegistryError(
                 f"{arguments.bundles}: no bundle of category {arguments.category!r}; there are {', '.join(bundles)}"

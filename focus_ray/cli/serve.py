@@ -70,12 +70,12 @@ def _detect_place_kind(place: str) -> str:
     Raises:
         DataError: The place has neither bundles nor published versions.
     """
-    from focus_ray.bundle.bundle import find_bundles, list_runs
+    from focus_ray.bundle.bundle import find_bundles_in_folder, list_runs
     from focus_ray.bundle.registry import Registry
     from focus_ray.errors import DataError
 
     try:
-        find_bundles(place)
+        find_bundles_in_folder(place)
     except DataError as error:
         if list_runs(place):
             raise

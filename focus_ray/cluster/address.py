@@ -60,13 +60,13 @@ def read_last_cluster_address() -> str | None:
     The cluster may have ended since.
     """
     try:
-        text = (find_ray_session_folder() / "ray_current_cluster").read_text(encoding="utf-8").strip()
+        text = (find_ray_sessions_root() / "ray_current_cluster").read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         return None
     return text or None
 
 
-def find_ray_session_folder() -> Path:
+def find_ray_sessions_root() -> Path:
     """Returns the folder in which Ray makes a subfolder for each of its sessions on this machine, by the same rule as Ray."""
     parent = os.environ.get("RAY_TMPDIR") or (os.environ.get("TMPDIR") if sys.platform == "linux" else None) or "/tmp"
     return Path(parent) / "ray"

@@ -89,7 +89,7 @@ def patch_ray_train_retries() -> None:
         """Ray's retry policy, except that permanent errors are never retried."""
 
         def make_decision(self, training_failed_error: Any) -> Any:
-            """See `DefaultFailurePolicy.make_decision`: returns Ray's decision, but `FailureDecision.RAISE` for permanent errors."""
+            """See `DefaultFailurePolicy.make_decision`: Ray's decision, but `FailureDecision.RAISE` for permanent errors."""
             if not is_retryable(training_failed_error):
                 return FailureDecision.RAISE
             return super().make_decision(training_failed_error)
@@ -153,7 +153,7 @@ def is_token_refused(channel: Any, timeout_s: float) -> bool:
 
 
 def remove_tune_folders(experiment: str) -> None:
-    """Deletes the working folders of all Ray Tune experiments of this session on this node whose names begin with `experiment`."""
+    """Deletes the working folders, on this node, of all Ray Tune experiments whose names begin with `experiment`."""
     import ray
 
     session = Path(ray._private.worker._global_node.get_session_dir_path())

@@ -130,7 +130,9 @@ def collect_gaussian_tensors(density: GaussianCappedMemory) -> dict[str, Tensor]
     }
 
 
-def restore_capped_memory(memory: LocationAndCoresetMemory, tensors: Mapping[str, Tensor]) -> GaussianCappedMemory:
+def restore_gaussian_capped_memory(
+    memory: LocationAndCoresetMemory, tensors: Mapping[str, Tensor]
+) -> GaussianCappedMemory:
     """Rebuilds a `GaussianCappedMemory` from a memory and the tensors that `collect_gaussian_tensors` returned."""
     factor = unpack_lower_triangles(tensors["gaussian.precision_factor"].float())
     gaussian = Gaussian(tensors["gaussian.mean"], factor, memory.height, memory.width)

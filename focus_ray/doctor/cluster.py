@@ -11,7 +11,7 @@ import urllib.request
 from focus_ray.cluster.address import (
     TIMEOUT_S,
     find_connection_problem,
-    find_ray_session_folder,
+    find_ray_sessions_root,
     read_last_cluster_address,
 )
 from focus_ray.doctor.diagnosis import CheckContext, CheckResult, report_failure, report_ok, report_warning
@@ -69,7 +69,7 @@ def check_stale_cluster_file(context: CheckContext) -> CheckResult:
 
     Ray writes the address of the cluster that was started last on a machine to this file. A killed cluster cannot delete it.
     """
-    file, address = find_ray_session_folder() / "ray_current_cluster", read_last_cluster_address()
+    file, address = find_ray_sessions_root() / "ray_current_cluster", read_last_cluster_address()
     if address is None:
         return report_ok("no other Ray cluster is recorded on this machine")
     reason = find_connection_problem(address)

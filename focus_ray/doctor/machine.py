@@ -8,7 +8,7 @@ import socket
 import warnings
 from pathlib import Path
 
-from focus_ray.cluster.address import find_ray_session_folder
+from focus_ray.cluster.address import find_ray_sessions_root
 from focus_ray.doctor.diagnosis import CheckContext, CheckResult, report_failure, report_ok, report_warning
 from focus_ray.storage.files import is_s3_uri, open_filesystem
 
@@ -120,12 +120,10 @@ def find_nearest_existing_folder(uri: str) -> Path:
 
 def check_ray_disk_space(context: CheckContext) -> CheckResult:
     """Warns if the disk of Ray's session folder is so full that Ray writes no objects to it."""
-    folder = find_nearest_existing_folder(str(find_ray_session_folder()))
+    folder = find_nearest_existing_folder(str(find_ray_sessions_root()))
     usage = shutil.disk_usage(folder)
     full = 1 - usage.free / usage.total
-    text = (
-        f"{usage.free / GIB:.1f} GiB free for Ray's files at {find_ray_session_folder()}, the disk is {full:.0%} full"
-    )
+    text = f"{usage.free / GIB:.1f} GiB free for Ray's files at {find_ray_sessions_root()}, the disk is {full:.0%} full"
     if full > RAY_DISK_SHARE:
         return report_warning(
             f"{text}; Ray writes no objects to a disk that is more than {RAY_DISK_SHARE:.0%} full",

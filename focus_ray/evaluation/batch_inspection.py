@@ -175,7 +175,7 @@ class BatchInspection(ScoringRun[BatchInspectionJob]):
         self.batch_size, self.part_images = batch_size, part_images
         self.counts: dict[str, Counter[str]] = {}
 
-    def plan_category(self, category: str) -> list[BatchInspectionItem]:
+    def plan_work_items(self, category: str) -> list[BatchInspectionItem]:
         """Returns the work items (ranges of images) of a category that have no result file yet.
 
         Results of an unfinished run of the same job are reused; results of another unfinished run are deleted.

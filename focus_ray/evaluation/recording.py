@@ -83,7 +83,7 @@ def record_in_trackers(
     if not recorder:
         return
 
-    def read_cards(category: str) -> list[list[GalleryCard]]:
+    def read_gallery_cards(category: str) -> list[list[GalleryCard]]:
         """Returns the gallery groups in a category's report section; each group is a list of cards (pictures)."""
         return [group.cards for group in section_of(category).gallery]
 
@@ -93,7 +93,7 @@ def record_in_trackers(
             for category in (category for category, result in results.items() if "error" not in result):
                 bundle, manifest = bundles[category], read_manifest(bundles[category])
                 config = parse_config(add_missing_settings(manifest), bundle, is_fitted=True)
-                cards = partial(read_cards, category)
+                cards = partial(read_gallery_cards, category)
                 measured[category] = EvaluatedCategory(
                     bundle, manifest, config.model_dump(mode="json"), results[category], cards
                 )

@@ -62,7 +62,7 @@ class EvaluationRun(ScoringRun[EvaluationJob]):
         self._saved_at: dict[str, float] = {}
         self._written_at = 0.0
 
-    def plan_category(self, category: str) -> list[EvaluationItem]:
+    def plan_work_items(self, category: str) -> list[EvaluationItem]:
         """Plans the evaluation of a category and returns its work items; empty if the metrics of an earlier run are reused.
 
         With the setting `resume`, the metrics of a finished category are reused, or the saved progress of a category whose
@@ -158,13 +158,13 @@ class EvaluationRun(ScoringRun[EvaluationJob]):
         summary = f"not measured: {result['error']}" if "error" in result else summarize_metrics(result)
         self.log(f"{category}: {summary} ({len(self.results)} of {len(self.bundles)})")
         if time.monotonic() - self._written_at >= _WRITE_INTERVAL_S:
-            self.write_tables()
+            self.write_json_and_markdown()
 
     def sort_results(self) -> dict[str, dict[str, Any]]:
         """Returns category -> result, in the order of the bundles, without categories that have no result yet."""
         return {category: self.results[category] for category in self.bundles if category in self.results}
 
-    def write_tables(self) -> str:
+    def write_json_and_markdown(self) -> str:
         """Writes report.json and report.md with the results so far, and returns the Markdown text.
 
         Raises: DataError: a file cannot be written.
@@ -276,6 +276,6 @@ def evaluate_bundles(
         evaluation.run(process_work_item, pool)
     finally:  # also after an interruption or a failure of the storage
         evaluation.save_progress()
-    report = EvaluationReport(evaluation.sort_results(), evaluation.write_tables(), evaluation.write_pages())
+    report = EvaluationReport(evaluation.sort_results(), evaluation.write_json_and_markdown(), evaluation.write_pages())
     record_in_trackers(recorder, bundles, report.results, evaluation.read_report_section, log)
     return report

@@ -178,7 +178,7 @@ class ScoringRun(Generic[Job]):
         self.progress = ProgressPrinter("scoring", 0, log)
         self._planned = self._plan_categories()
 
-    def plan_category(self, category: str) -> list[WorkItem[Job]]:
+    def plan_work_items(self, category: str) -> list[WorkItem[Job]]:
         """Returns the work items of a category that are not done yet. Every subclass implements this method.
 
         Raises: FocusRayError: the category cannot be scored.
@@ -204,7 +204,7 @@ class ScoringRun(Generic[Job]):
         """
         for category in self.bundles:
             try:
-                items = self.plan_category(category)
+                items = self.plan_work_items(category)
                 self.num_open[category] = len(items)
                 self.progress.total += sum(item.num_images for item in items)
                 for item in items:

@@ -53,7 +53,7 @@ from focus_ray.fitting.duplicates import (
 from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
 from focus_ray.fitting.passes import (
     collect_calibration_scores,
-    compute_statistics,
+    compute_image_statistics,
     fit_aligner,
     validate_detector,
 )
@@ -61,7 +61,7 @@ from focus_ray.fitting.projection import DiscriminantProjection, choose_projecti
 from focus_ray.fitting.selection import MIN_GAIN, make_validation_images
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import BatchSchedule, Shard
-from focus_ray.fitting.shared_metric import read_shared_scatter
+from focus_ray.fitting.shared_metric import read_shared_metric
 from focus_ray.fitting.split import MAX_CALIBRATION_IMAGES, NUM_CALIBRATION_FOLDS
 from focus_ray.fitting.state import BestNetwork, EpochCallback, FitNotes, TrainState
 from focus_ray.precision import choose_compute_dtype
@@ -153,7 +153,7 @@ def check_fit_prerequisites(config: Config) -> None:
             "calibration.method=cross"
         )
     build_network(config.model)
-    read_shared_scatter(config)
+    read_shared_metric(config)
 
 
 def build_detector(
@@ -404,7 +404,7 @@ class DetectorFitter:
             self.num_images,
             [self.offset + row for row in rows],
             self.config.train.seed,
-            read_shared_scatter(self.config),
+            read_shared_metric(self.config),
             has_folds=self.method == "leave_one_out",
             groups_and_order=self._collect_groups_and_order(sorted(chosen)),
             log=self.log,
@@ -423,7 +423,9 @@ class DetectorFitter:
         bank_images = self._choose_bank_images(for_calibration)
         batches = self._track_progress("statistics", self.shard.read_batches("fit"))
         cache = None if self.projection is None else self.projection.cache
-        statistics = compute_statistics(self.net, self.reduction, batches, self.device, bank_images, self.offset, cache)
+        statistics = compute_image_statistics(
+            self.net, self.reduction, batches, self.device, bank_images, self.offset, cache
+        )
         if self.projection is not None:
             self.projection = self.projection._replace(cache=None)  # frees its memory
         if bank_images is not None:
@@ -628,7 +630,7 @@ class DetectorFitter:
             first, num_images = sum(sizes[: self.rank]), sum(sizes)
             bank_images = choose_evenly_spaced(num_images, limit) if DENSITIES[config.kind].keeps_bank else None
             batches = self.shard.read_batches("fit", rows.tolist())
-            statistics = compute_statistics(self.net, self.reduction, batches, self.device, bank_images, first)
+            statistics = compute_image_statistics(self.net, self.reduction, batches, self.device, bank_images, first)
             folds.append(_CrossValidationFold(rows, groups[rows], first, num_images, statistics))
         return folds
 

@@ -34,7 +34,7 @@ from focus_ray.fitting.selection import compute_validation_metrics
 
 
 @torch.no_grad()  # not inference_mode: statistics are joined in place later
-def compute_statistics(
+def compute_image_statistics(
     net: FocusNet,
     reduction: ChannelReduction,
     batches: Iterable[Tensor],

@@ -36,7 +36,7 @@ def get_compatibility_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def write_shared_scatter(uri: str, scatters: Mapping[str, Tensor], config: Config) -> None:
+def write_shared_metric(uri: str, scatters: Mapping[str, Tensor], config: Config) -> None:
     """Writes a shared metric: the mean of the scatter matrices, each divided by the mean variance of its normal residuals.
 
     Args:
@@ -53,7 +53,7 @@ def write_shared_scatter(uri: str, scatters: Mapping[str, Tensor], config: Confi
     write_bytes(uri, save_tensors({"scatter": torch.stack(scaled).mean(dim=0)}, metadata=metadata))
 
 
-def read_shared_scatter(config: Config) -> Tensor | None:
+def read_shared_metric(config: Config) -> Tensor | None:
     """Reads the scatter matrices (2, C, C) of the file that density.metric names; returns None if density.metric is None.
 
     Raises: ConfigError: the file cannot be read, is no shared metric, or belongs to a different kind of network.

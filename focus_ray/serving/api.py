@@ -275,7 +275,7 @@ def _add_read_routes(router: APIRouter, service: InspectionService) -> None:
         """Returns a normal training image of a version as a JPEG file."""
         service.check_access(caller, team, category, "read")
         resolved = await service.resolve_version(team, category, version)
-        return Response(await service.read_example(resolved, number), media_type="image/jpeg")
+        return Response(await service.read_example_image(resolved, number), media_type="image/jpeg")
 
 
 def _add_inspect_route(router: APIRouter, service: InspectionService) -> None:

@@ -40,7 +40,7 @@ class ExampleImageReader:
         except DataError as error:
             raise ConfigError(f"examples: {error}") from None
 
-    def read_example(self, team: str, category: str, uri: object, number: int) -> bytes:
+    def read_example_image(self, team: str, category: str, uri: object, number: int) -> bytes:
         """Returns a normal training image as JPEG with sides of at most 512 pixels. Blocks while it reads the data set.
 
         Args:

@@ -240,7 +240,7 @@ class InspectionService:
         return version
 
     def _get_version_choice(self, team: str, category: str) -> VersionChoice:
-        """Returns the settings that choose the version of a category (its route); without a route, settings with `default_ref`."""
+        """Returns the settings (the route) that choose the version of a category; without a route, they name `default_ref`."""
         default = VersionChoice(team=team, category=category, ref=self.settings.default_ref)
         return self._routes.get((team, category), default)
 
@@ -276,7 +276,7 @@ class InspectionService:
             "git_commit": manifest["git_commit"],
         }
 
-    async def read_example(self, version: Version, number: int) -> bytes:
+    async def read_example_image(self, version: Version, number: int) -> bytes:
         """Returns a normal training image of a version as JPEG bytes.
 
         Args: number: number of the example, from 0.
@@ -291,7 +291,7 @@ class InspectionService:
         uri = data.get("uri") if isinstance(data, dict) else None
         limit_s = self.settings.limits.timeout_s
         return await self._call_storage(
-            team, category, self.examples.read_example, team, category, uri, number, timeout_s=limit_s
+            team, category, self.examples.read_example_image, team, category, uri, number, timeout_s=limit_s
         )
 
     async def promote_version(self, team: str, category: str, ref: str, alias: str) -> Version:
@@ -302,7 +302,7 @@ class InspectionService:
         Raises: HttpProblem: 404, there is no such version, or the alias cannot be moved. 409, the service has no registry. 503,
             the storage fails.
         """
-        version = await self._change_registry(team, category, ref, Registry.promote, team, category, ref, alias)
+        version = await self._call_registry_change(team, category, ref, Registry.promote, team, category, ref, alias)
         log_event("promoted", alias=alias, **get_version_labels(version))
         return version
 
@@ -312,7 +312,7 @@ class InspectionService:
         Raises: HttpProblem: 404, there is no such alias or no previous version. 409, the service has no registry. 503, the
             storage fails.
         """
-        version = await self._change_registry(team, category, alias, Registry.roll_back, team, category, alias)
+        version = await self._call_registry_change(team, category, alias, Registry.roll_back, team, category, alias)
         log_event("rolled back", alias=alias, **get_version_labels(version))
         return version
 
@@ -329,11 +329,11 @@ class InspectionService:
         Raises: HttpProblem: 404, the registry refuses the new version. 409, the service has no registry. 503, the storage fails.
         """
         change = (Registry.set_thresholds, version, image_threshold, pixel_threshold, f"token {caller.id}")
-        new_version = await self._change_registry(version.team, version.category, version.name, *change)
+        new_version = await self._call_registry_change(version.team, version.category, version.name, *change)
         log_event("thresholds set", of=version.name, by=caller.id, **get_version_labels(new_version))
         return new_version
 
-    async def _change_registry(
+    async def _call_registry_change(
         self, team: str, category: str, ref: str, method: Callable[..., Version], *arguments: Any
     ) -> Version:
         """Calls a method that moves an alias of a category, returns its version, and makes the next request check the aliases.

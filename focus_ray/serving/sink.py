@@ -155,7 +155,7 @@ class ImageSink:
                 log_event("a flush of the sink failed", error=f"{type(error).__name__}: {error}")
 
     def _write_files(self) -> None:
-        """Writes the files that failed before, and a file for each team with waiting rows. A file that fails waits for a retry."""
+        """Writes the files that failed before, and a file for each team with waiting rows. A failed file waits for a retry."""
         with self._lock:
             rows_by_team, self._rows_by_team = self._rows_by_team, defaultdict(list)
         delayed_files, self._unwritten_files = self._unwritten_files, []

@@ -17,7 +17,7 @@ from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
-from focus_ray.bundle.bundle import find_bundles, read_bundle_stamps, read_manifest
+from focus_ray.bundle.bundle import find_bundles_in_folder, read_bundle_stamps, read_manifest
 from focus_ray.bundle.registry import LATEST, Registry, Version
 from focus_ray.errors import BundleError, DataError, RegistryError
 from focus_ray.serving.logs import log_event
@@ -59,7 +59,7 @@ class FolderModelSource:
         self._entries: dict[str, _CachedManifest] = {}
         self._versions: dict[str, Version] = {}
         self._listed_at = float("-inf")
-        find_bundles(place)  # searches few levels, so that a wrong folder fails immediately
+        find_bundles_in_folder(place)  # searches few levels, so that a wrong folder fails immediately
 
     def list_teams(self) -> list[str]:
         """Returns a list with the name of the only team."""
@@ -106,7 +106,7 @@ class FolderModelSource:
             if now - self._listed_at >= max_age_s:
                 stamps = read_bundle_stamps(self.place)
                 if not stamps:
-                    find_bundles(self.place)  # raises DataError with the reason
+                    find_bundles_in_folder(self.place)  # raises DataError with the reason
                 self._entries = {uri: self._read_changed_manifest(uri, stamp) for uri, stamp in stamps.items()}
                 self._versions = {entry.version.category: entry.version for entry in self._entries.values()}
                 self._listed_at = now

@@ -208,7 +208,7 @@ class TokenStore:
             thread.shutdown(wait=False, cancel_futures=True)
 
     def refresh(self) -> None:
-        """Reads the token file again and replaces the tokens. Blocks, so call it in a thread. Logs errors instead of raising them."""
+        """Reads the token file again and replaces the tokens. Logs errors. It blocks, so call it in a thread."""
         try:
             content = read_bytes(self.uri, is_quick=True)
             if content != self._content:

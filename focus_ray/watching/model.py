@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from focus_ray.bundle.bundle import MANIFEST
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.bundle.published import find_bundle_of_each_category
+from focus_ray.bundle.published import find_bundles_in_folder_or_registry
 from focus_ray.bundle.registry import LATEST
 from focus_ray.errors import DataError, FocusRayError
 from focus_ray.storage.files import FileStat, join_path, read_file_stat
@@ -90,7 +90,7 @@ class ReloadableModel:
         """
         if (manifest_stamp := read_file_stat(join_path(self.uri, MANIFEST))) is not None:
             return self.uri, manifest_stamp
-        bundles = find_bundle_of_each_category(self.uri, self.version, log)
+        bundles = find_bundles_in_folder_or_registry(self.uri, self.version, log)
         if self.category is None and len(bundles) > 1:
             raise DataError(f"{self.uri}: has models of {', '.join(sorted(bundles))}: choose one with --category")
         name = self.category or next(iter(bundles))

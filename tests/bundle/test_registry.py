@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from s3_server import S3Server
 
 from focus_ray.bundle.bundle import MANIFEST, read_bundle, read_manifest
-from focus_ray.bundle.published import find_bundle_of_each_category
+from focus_ray.bundle.published import find_bundles_in_folder_or_registry
 from focus_ray.bundle.registry import CLAIM_LASTS, Registry, check_name
 from focus_ray.cli.main import main
 from focus_ray.errors import BundleError, DataError, RegistryError
@@ -66,18 +66,18 @@ def test_a_registry_resolves_to_the_bundles_of_a_version_or_alias(
     registry.publish(board, "press", "board")
     team, first = join_path(registry.root, "press"), join_path(registry.root, "press/gear/v0001")
     expected = {"gear": join_path(team, "gear/v0002"), "board": join_path(team, "board/v0001")}
-    assert find_bundle_of_each_category(team) == find_bundle_of_each_category(registry.root) == expected
+    assert find_bundles_in_folder_or_registry(team) == find_bundles_in_folder_or_registry(registry.root) == expected
     messages: list[str] = []
-    assert find_bundle_of_each_category(team, "production", messages.append) == {"gear": first}
+    assert find_bundles_in_folder_or_registry(team, "production", messages.append) == {"gear": first}
     assert messages[0].startswith("press/board: left out: ")
     registry.publish(gear, "weld", "gear")
     with pytest.raises(DataError, match=r"several teams have a category 'gear': .*/weld"):
-        find_bundle_of_each_category(registry.root)
+        find_bundles_in_folder_or_registry(registry.root)
 
 
 def test_a_place_without_bundles_or_versions_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no bundle here: .*, or a registry"):
-        find_bundle_of_each_category(str(tmp_path))
+        find_bundles_in_folder_or_registry(str(tmp_path))
 
 
 # Publishing

@@ -20,7 +20,7 @@ from focus_ray.data.read import decode_rows, read_index
 from focus_ray.density.base import NormalStatistics
 from focus_ray.errors import BundleError, DataError
 from focus_ray.fitting.fit import build_detector
-from focus_ray.fitting.passes import compute_statistics
+from focus_ray.fitting.passes import compute_image_statistics
 from focus_ray.fitting.split import compute_split_plan, shorten_hash
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.samples.write import write_samples
@@ -107,7 +107,9 @@ def fresh_statistics(place: str, images: list[Tensor]) -> NormalStatistics:
     """Computes the statistics of images in a single pass with the bundle's network."""
     bundle = read_bundle(place)
     positions = range(10_000) if bundle.config.density.kind == "nearest" else None
-    return compute_statistics(bundle.detector.net, bundle.detector.reduction, images, torch.device("cpu"), positions)
+    return compute_image_statistics(
+        bundle.detector.net, bundle.detector.reduction, images, torch.device("cpu"), positions
+    )
 
 
 def assert_same_moments(statistics: NormalStatistics, expected: NormalStatistics, tolerance: float = 1e-5) -> None:

@@ -104,7 +104,7 @@ def test_incomplete_results_of_another_run_are_removed(data: str, bundles: dict[
     place.mkdir()
     (place / UNFINISHED).touch()
     (place / "half.parquet").write_bytes(b"PAR1")
-    items = BatchInspection(bundles, data, str(tmp_path), None, 32, 8, print).plan_category("gear")
+    items = BatchInspection(bundles, data, str(tmp_path), None, 32, 8, print).plan_work_items("gear")
     assert sum(item.num_images for item in items) == NUM_TRAIN + NUM_TEST
     assert [path.name for path in place.iterdir()] == [UNFINISHED]
 
@@ -113,7 +113,7 @@ def test_incomplete_results_of_another_run_are_removed(data: str, bundles: dict[
 def test_an_interrupted_run_continues_and_a_failed_category_stops_no_other(
     results: tuple[str, dict[str, int]], data: str, bundles: dict[str, str], tmp_path: Path
 ) -> None:
-    items = BatchInspection(bundles, data, str(tmp_path), None, 32, 8, print).plan_category("gear")
+    items = BatchInspection(bundles, data, str(tmp_path), None, 32, 8, print).plan_work_items("gear")
     assert [item.num_images for item in items] == [8] * 4
     assert sum(inspect_work_item(item)["num_images"] for item in items[1:3]) == 16  # then the run is interrupted
     place = tmp_path / "category=gear"

@@ -28,7 +28,7 @@ from focus_ray.features.network import (
 )
 from focus_ray.features.settings import ModelConfig
 from focus_ray.fitting.fit import build_detector
-from focus_ray.fitting.passes import compute_statistics
+from focus_ray.fitting.passes import compute_image_statistics
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fyd.head import ProjectorPredictorHead
 from focus_ray.fyd.objective import TrainingObjective
@@ -271,7 +271,7 @@ def test_an_anomaly_is_marked_at_its_position_in_the_input_image(quarter_turns: 
         nn.init.constant_(aligner.parameters_out.bias, 0.4)
     config = config_of(net.config)
     reduction = ChannelReduction(net.backbone.spec.channels, config.density, 0)
-    statistics = compute_statistics(net, reduction, parts(24, 0).split(8), torch.device("cpu"))
+    statistics = compute_image_statistics(net, reduction, parts(24, 0).split(8), torch.device("cpu"))
     detector = build_detector(config, net, reduction, statistics)
     images = parts(3, 1)
     spots = [(20, 38), (40, 22), (26, 26)]

@@ -23,7 +23,7 @@ from focus_ray.detect.settings import ScoringConfig
 from focus_ray.errors import BundleError, ConfigError
 from focus_ray.features.network import convert_to_float_images
 from focus_ray.fitting.fit import DetectorFitter
-from focus_ray.fitting.passes import compute_statistics
+from focus_ray.fitting.passes import compute_image_statistics
 from focus_ray.fitting.projection import (
     NUM_FOLDS,
     RIDGE,
@@ -34,7 +34,7 @@ from focus_ray.fitting.projection import (
 )
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import build_shard
-from focus_ray.fitting.shared_metric import read_shared_scatter
+from focus_ray.fitting.shared_metric import read_shared_metric
 from focus_ray.fitting.split import compute_split_plan
 
 CPU = torch.device("cpu")
@@ -178,7 +178,7 @@ def test_a_shared_metric_is_the_mean_of_the_scatter_matrices_of_the_categories(
     assert average_projections(bundles, place) == sorted(CATEGORIES)
     scatters = [read_statistics(bundle).residual_scatter for bundle in bundles]
     expected = sum(scatter / scatter[0].diagonal().mean() for scatter in scatters) / 2  # type: ignore[index,union-attr]
-    torch.testing.assert_close(read_shared_scatter(set_shared_metric(config, place)), expected)
+    torch.testing.assert_close(read_shared_metric(set_shared_metric(config, place)), expected)
 
 
 def test_a_category_with_a_shared_metric_uses_its_directions_and_paints_no_defects(
@@ -209,10 +209,10 @@ def test_a_metric_of_another_network_or_a_file_that_is_no_metric_is_refused(
     average_projections(bundles, str(place))
     (tmp_path / "text").write_text("no metric")
     with pytest.raises(ConfigError, match=r"model\.padding=reflect.* model\.padding=zeros"):
-        read_shared_scatter(set_shared_metric(config, place, padding="zeros"))
+        read_shared_metric(set_shared_metric(config, place, padding="zeros"))
     for name in ("nowhere", "text"):
         with pytest.raises(ConfigError, match=rf"density\.metric=.*{name}"):
-            read_shared_scatter(set_shared_metric(config, tmp_path / name))
+            read_shared_metric(set_shared_metric(config, tmp_path / name))
     with_shared = make_bundle(set_shared_metric(config, place), CATEGORIES[0], place=tmp_path / "with_shared")
     with pytest.raises(BundleError, match="with_shared"):
         average_projections([with_shared], str(tmp_path / "other"))
@@ -226,7 +226,7 @@ def test_statistics_from_cached_embeddings_equal_statistics_from_a_new_pass(data
     cache = run.projection.cache
     partial_cache = cache._replace(row={number: row for number, row in cache.row.items() if number % 3})
     uncached, partly_cached, cached = (
-        compute_statistics(
+        compute_image_statistics(
             run.net, run.reduction, run.shard.read_batches("fit"), CPU, range(run.num_images), 0, entries
         )
         for entries in (None, partial_cache, cache)

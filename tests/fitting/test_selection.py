@@ -12,7 +12,7 @@ from small_set import NUM_TRAIN, fit_alone, small_config
 from focus_ray.errors import DataError
 from focus_ray.features.network import build_network
 from focus_ray.fitting.fit import FitResult, build_detector
-from focus_ray.fitting.passes import compute_statistics, validate_detector
+from focus_ray.fitting.passes import compute_image_statistics, validate_detector
 from focus_ray.fitting.selection import DEFECTS_PER_IMAGE, MIN_GAIN, compute_validation_metrics, make_validation_images
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import build_shard
@@ -78,7 +78,7 @@ def test_every_epoch_and_the_untrained_network_are_judged_and_the_best_is_kept(
     assert len(set(scores)) > 1
     shard = build_shard(config, "gear", compute_split_plan(config, "gear"), 0, 1)
     bank_images = range(config.density.max_images)
-    statistics = compute_statistics(
+    statistics = compute_image_statistics(
         result.detector.net, result.detector.reduction, shard.read_batches("fit"), CPU, bank_images
     )
     detector = build_detector(config, result.detector.net, result.detector.reduction, statistics)

@@ -13,7 +13,7 @@ import pytest
 from serving_set import INSPECT, PRESS, TwoTeams, create_client, create_service, create_settings
 
 from focus_ray.bundle.bundle import MANIFEST, compute_manifest_hash, read_manifest
-from focus_ray.bundle.published import find_bundle_of_each_category
+from focus_ray.bundle.published import find_bundles_in_folder_or_registry
 from focus_ray.bundle.registry import Registry
 from focus_ray.errors import RegistryError
 
@@ -116,7 +116,7 @@ def test_files_and_folders_of_other_kinds_change_no_list(registry: Registry, pla
     ) == before
     assert registry.list_versions(PRESS, "readme") == []
     assert [registry.list_categories(team) for team in registry.list_teams()] == [[], ["gear", "readme"]]
-    assert set(find_bundle_of_each_category(registry.root)) == {"gear"}
+    assert set(find_bundles_in_folder_or_registry(registry.root)) == {"gear"}
     assert registry.publish(plant.bundles["gear"], PRESS, aliases=["gold"]).name == "v0004"
 
 

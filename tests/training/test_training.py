@@ -22,11 +22,11 @@ from places import free_port
 from small_set import NUM_TEST, NUM_TRAIN, corrupt_image, draw_parts, fit_alone, ingest_parts, small_config
 from torch import Tensor
 
-from focus_ray.bundle.bundle import find_bundles, read_bundle, read_manifest, read_statistics
+from focus_ray.bundle.bundle import find_bundles_in_folder, read_bundle, read_manifest, read_statistics
 from focus_ray.cluster.ownership import FINGERPRINTS_FILE, HeartbeatWriter
 from focus_ray.data.read import decode_rows, read_index
 from focus_ray.errors import DataError, TrainingError
-from focus_ray.fitting.passes import compute_statistics
+from focus_ray.fitting.passes import compute_image_statistics
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import BatchSchedule, build_shard, fits_in_memory
 from focus_ray.fitting.split import compute_split_key, compute_split_plan, compute_split_rule
@@ -243,7 +243,7 @@ def trained(ray_cluster: None, data: str, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.ray
 def test_two_workers_train_a_bundle_that_loads_and_scores(trained: Config, data: str) -> None:
-    bundle = read_bundle(find_bundles(f"{trained.storage}/small")["gear"])
+    bundle = read_bundle(find_bundles_in_folder(f"{trained.storage}/small")["gear"])
     assert [entry["epoch"] for entry in bundle.manifest["metrics"]["history"]] == [0, 1]
     assert bundle.manifest["metrics"]["num_workers"] == 2
     assert bundle.manifest["moments"]["count"] == bundle.manifest["data"]["num_fit"] == 19
@@ -314,7 +314,7 @@ def test_a_streamed_run_takes_the_agreed_steps_and_counts_every_image_once(
     assert [entry["steps"] for entry in read_manifest(place)["metrics"]["history"]] == [agreed.steps] * 2
     detector = read_bundle(place).detector
     images = torch.cat([torch.from_numpy(b) for b in decode_rows(data, "gear", plan.fit.rows, 64)])
-    again = compute_statistics(detector.net, detector.reduction, [images], torch.device("cpu")).moments
+    again = compute_image_statistics(detector.net, detector.reduction, [images], torch.device("cpu")).moments
     moments = read_statistics(place).moments
     assert again.count == moments.count
     assert compute_relative_difference(again.mean, moments.mean) <= 1e-5
@@ -414,12 +414,14 @@ def test_a_failing_category_is_named_the_other_is_trained_and_a_resume_finishes(
     with pytest.raises(TrainingError, match=r"^1 of 2 categories failed; gear: .*image.*--resume$") as caught:
         train(config, log=lines.append)
     assert "Traceback" not in str(caught.value)
-    assert list(find_bundles(f"{tmp_path}/small")) == ["board"]
+    assert list(find_bundles_in_folder(f"{tmp_path}/small")) == ["board"]
     assert any(line.startswith("gear: FAILED: ") for line in lines)
     version = read_manifest(tmp_path / "small/bundles/board")["sha256"]
     shutil.rmtree(copy)
     shutil.copytree(data, copy)
-    assert sorted(train(config, resume=True)) == sorted(find_bundles(f"{tmp_path}/small")) == ["board", "gear"]
+    assert (
+        sorted(train(config, resume=True)) == sorted(find_bundles_in_folder(f"{tmp_path}/small")) == ["board", "gear"]
+    )
     assert read_manifest(tmp_path / "small/bundles/board")["sha256"] == version
 
 

@@ -163,7 +163,7 @@ class NearestKind(DensityKind[NearestSettings]):
 
     def restore(self, config: NearestSettings, tensors: Mapping[str, Tensor], height: int, width: int) -> Density:
         from focus_ray.density.coreset import Coreset
-        from focus_ray.density.gaussian_capped_memory import restore_capped_memory
+        from focus_ray.density.gaussian_capped_memory import restore_gaussian_capped_memory
         from focus_ray.density.nearest import LocationAndCoresetMemory, LocationMemory, whiten_bank
         from focus_ray.precision import choose_compute_dtype
 
@@ -176,7 +176,7 @@ class NearestKind(DensityKind[NearestSettings]):
             return memory
         coreset = Coreset(tensors["coreset.patches"].float(), tensors["coreset.images"].long(), dtype)
         joint = LocationAndCoresetMemory(memory, coreset, tensors["typical"])
-        return restore_capped_memory(joint, tensors) if "gaussian.mean" in tensors else joint
+        return restore_gaussian_capped_memory(joint, tensors) if "gaussian.mean" in tensors else joint
 
     def check_tensor_shapes(self, config: NearestSettings, shapes: Shapes) -> None:
         for name, expected in {"typical": (2,), "gaussian.scale": ()}.items():
