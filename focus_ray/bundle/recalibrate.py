@@ -141,7 +141,7 @@ def _inspect_distinct_images(
 ) -> dict[str, tuple[Path, Inspection]]:
     """Inspects image files, and returns content hash -> (file, inspection).
 
-    Of several files with the same pixels, only the first is inspected.
+    Of several files with the same pixels, only the first one's result is used.
 
     Args:
         copies: changed in place: gets an entry for each unused file: file -> first file with the same pixels.
