@@ -23,9 +23,9 @@ from focus_ray.density.tiles import TiledDensity, join_bank_tiles, split_bank_in
 
 
 class Density(Protocol):
-    """A fitted model of normal embeddings that measures the distance of new embeddings to the normal ones.
+    """A fitted model of normal embeddings that measures the distance of new embeddings to the normal embeddings.
 
-    height, width: size of the map of locations that the density was fitted at.
+    height, width: rows and columns of the map of locations for which the density was fitted.
     """
 
     height: int
@@ -52,7 +52,7 @@ class LeaveOneOutScorer(Protocol):
         Args:
             embedding: (B, C, H, W), embeddings of the training images.
             excluded_images: positions in the bank of the images to exclude. (B,) excludes one image for each of the B images,
-                usually the image itself; (B, K) excludes up to K images for each, and a row may repeat a position.
+                usually the scored image. (B, K) excludes up to K images for each of the B images; a row may repeat a position.
 
         Returns: (B, H, W), >= 0.
 
@@ -127,11 +127,13 @@ class NormalStatistics:
         return images if self.relations is None else self.relations.find_related_images(images)
 
     def join(self, other: NormalStatistics) -> NormalStatistics:
-        """Adds the statistics of another site, in place, and returns self.
+        """Adds the statistics of other images (of another site, of a fold, or new images), in place, and returns self.
 
-        Data per bank image that one side lacks become None, for instance `descriptors`.
+        Data per bank image that only one of the two has, for instance `descriptors`, become None. No image of `self` becomes
+        related to an image of `other`. `residual_scatter` of `other` is not used, and its `same_part_distance` only if `self`
+        has none.
 
-        Raises: ValueError: the shapes of the moments differ, or only one side has a bank.
+        Raises: ValueError: the shapes of the moments differ, or only one of the two has a bank.
         """
         if (self.bank is None) != (other.bank is None):
             raise ValueError(
@@ -148,7 +150,10 @@ class NormalStatistics:
         return self
 
     def limit_bank_size(self, num_images: int) -> None:
-        """Reduces the bank to at most `num_images` evenly spaced images, in place; the moments do not change."""
+        """Reduces the bank and all data per bank image to at most `num_images` evenly spaced images, in place.
+
+        The moments do not change.
+        """
         if self.bank is not None and len(self.bank) > num_images:
             self.select_bank_images(sorted(choose_evenly_spaced(len(self.bank), num_images)))
 
@@ -257,21 +262,23 @@ def compute_leave_one_out_distances_per_projection(
     statistics: Iterable[NormalStatistics],
     score: Callable[[LeaveOneOutScorer, Tensor], Tensor],
 ) -> Iterator[Tensor]:
-    """Generator: yields the leave-one-out distances of all images, once for each of several projections of these images.
+    """Generator: for each of several projections, builds the density again and yields the leave-one-out distances of all images.
 
-    A projection maps all channels of an embedding to fewer channels.
+    A projection maps all channels of an embedding to fewer channels. A leave-one-out distance of an image is its distance to a
+    density that has not seen the image.
 
     Args:
         density: the result of `build_density` for the projection that was learnt from all images.
         statistics: one object for each projection, with a bank. The channels for a coreset are the same in all objects.
-        score: function of a scorer and of the channels (N, L, C) of the bank that the scorer needs; it returns the leave-one-out
-            distances of all N images.
+        score: called as score(scorer, channels), with the channels (N, L, C) of the bank that the scorer compares; returns the
+            leave-one-out distances of all N images.
 
     Raises: ValueError: there are too few images for the kind of density.
     """
     grid = density.grid if isinstance(density, TiledDensity) else (1, 1)
 
     def score_tiles(scorer: LeaveOneOutScorer, bank: Tensor) -> Tensor:
+        """Calls `score` with a scorer of whole images and a bank of whole images, for a scorer and a bank of tiles."""
         return score(_wrap_tile_density(scorer, grid), join_bank_tiles(bank, grid, scorer.height, scorer.width))
 
     return DENSITIES[config.kind].compute_leave_one_out_distances_per_projection(
@@ -332,7 +339,7 @@ def shrink_tensor_for_export(values: Tensor, half: bool) -> Tensor:
 
 
 def _get_tile_config(config: DensityConfig, grid: tuple[int, int]) -> DensityConfig:
-    """Returns the settings of a density of single tiles that all tiles of an image share."""
+    """Returns the settings of the density that all tiles of an image share; the unchanged settings for images without tiles."""
     return config if grid == (1, 1) else DENSITIES[config.kind].adapt_settings_to_tiles(config, grid[0] * grid[1])
 
 

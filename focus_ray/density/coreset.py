@@ -173,7 +173,7 @@ class ExportableCoreset(Coreset):
         self.half_squares = self.patches.float().square().sum(dim=0) / 2
 
     def score(self, embedding: Tensor, excluded_images: Tensor | None = None) -> Tensor:
-        """Computes distances (B, H, W) of embeddings (B, K, H, W); `excluded_images` is ignored."""
+        """See `Coreset.score`: returns distances (B, H, W) of embeddings (B, K, H, W); `excluded_images` is ignored."""
         queries = embedding.permute(0, 2, 3, 1)
         best_agreement = (queries @ self.patches.float() - self.half_squares).amax(dim=3)
         return (queries.square().sum(dim=3) - 2 * best_agreement).clamp_min(0).sqrt()

@@ -98,7 +98,7 @@ def compute_mahalanobis_distances(embedding: Tensor, mean: Tensor, precision_fac
         mean: (H*W, C).
         precision_factor: (H*W, C, C), lower triangular matrix W of each location, with W^T W = inverse covariance.
 
-    Returns: (B, H, W), >= 0, not squared (scikit-learn's function of this name returns the square).
+    Returns: (B, H, W), >= 0, not squared (the method `mahalanobis` of scikit-learn's covariance estimators returns the square).
     """
     batch, channels, height, width = embedding.shape
     centred = move_locations_first(embedding) - mean[:, None].to(embedding.dtype)
@@ -116,15 +116,17 @@ MAX_FITS = 4  # fits that a `LeaveOneOutGaussian` stores: 41 MB each at 1024 loc
 class LeaveOneOutGaussian:
     """Scores each training image against the Gaussian of all other training images, from one fit [ours].
 
-    "Leave-one-out" means: an image is scored as if it had not been in the training images. The Gaussian of all images is fitted
-    once, and the distances are corrected by a formula: Sherman-Morrison for one excluded image, Woodbury for several.
-
-    The formula for one excluded image: let x be the embedding of one of n images, m the mean of all images, v = x - m, and A the
-    covariance that is computed from the scatter of all images with the divisor n - 2. Without x, the covariance is A - c v v^T
-    with a constant c, so the distance follows from v^T A^-1 v alone. This is exact, except that the ridge and the pooled
-    covariance still include the excluded images.
+    "Leave-one-out" means: an image is scored as if it had not been in the training images. For each number of excluded images,
+    the Gaussian of all images is fitted once, and its distances are corrected by a formula: Sherman-Morrison for one excluded
+    image, Woodbury for several. The result is exact, except that ridge and pooled covariance still include the excluded images.
     """
 
+    # The formula for one excluded image:
+    #   x: embedding of one of n images
+    #   m: mean of all images
+    #   v = x - m
+    #   A: covariance that is computed from the scatter of all images with the divisor n - 2
+    # Without x, the covariance is A - c v v^T with a constant c, so the distance follows from v^T A^-1 v alone.
     def __init__(self, moments: Moments, ridge: float, pooling: float, bank: Tensor | None = None) -> None:
         """
         Args:
@@ -146,8 +148,8 @@ class LeaveOneOutGaussian:
     def _get_gaussian_for_exclusion(self, num_excluded: int) -> Gaussian:
         """Returns the Gaussian from which leave-one-out distances are computed if `num_excluded` images are excluded together.
 
-        Mean and scatter are computed from all n images. The covariance is computed as in `fit_gaussian`, but with the divisor n
-        - num_excluded - 1, which is the divisor of the remaining images. The newest `MAX_FITS` Gaussians are cached.
+        Mean and scatter are computed from all images. The covariance is computed as in `fit_gaussian`, but the divisor is the
+        number of the remaining images minus 1. The newest `MAX_FITS` Gaussians are cached.
 
         Raises: ValueError: fewer than two images would remain.
         """
@@ -191,7 +193,7 @@ class LeaveOneOutGaussian:
     def _score_without_own_image(self, embedding: Tensor) -> Tensor:
         """Computes the distances (B, H, W) of B training images to the Gaussian of all images except the scored image.
 
-        It uses the Sherman-Morrison formula.
+        Corrects the distances to the Gaussian of all images by the Sherman-Morrison formula.
 
         Args: embedding: (B, C, H, W), embeddings of the training images.
         """
@@ -208,14 +210,22 @@ class LeaveOneOutGaussian:
             embedding: (B, C, H, W), embeddings of the training images.
             numbers: (k,), positions of the excluded images in the bank.
 
-        Let m be the mean and S the scatter of all n images, v_j = x_j - m for the embeddings x_1 ... x_k of the excluded images,
-        V = (v_1 ... v_k), and 1 the vector of k ones. The remaining images have mean m - V 1 / (n - k) and scatter S - V M V^T.
-        Here M = I + 1 1^T / (n - k), and the inverse of M is I - 1 1^T / n. Let c = (1 - pooling) / (n - k - 1), and A = c S +
-        pooling * pooled covariance + ridge I. For a scored
-        embedding x with v = x - m, let y = v + V 1 / (n - k), which is x minus the mean of the remaining images. The Woodbury
-        formula gives the squared distance of y under the covariance A - c V M V^T: y^T A^-1 y + (y^T A^-1 V) ((c M)^-1 - V^T
-        A^-1 V)^-1 (V^T A^-1 y).
+        Corrects the distances to the Gaussian of all images by the Woodbury formula.
+
+        Raises: ValueError: fewer than two images would remain.
         """
+        # m: mean of all n images
+        # S: scatter of all n images
+        # x_1 ... x_k: embeddings of the excluded images
+        # V: matrix with the columns x_1 - m ... x_k - m
+        # 1: vector of k ones
+        # The remaining images have the mean m - V 1 / (n - k) and the scatter S - V M V^T.
+        # M = I + 1 1^T / (n - k), and the inverse of M is I - 1 1^T / n
+        # c = (1 - pooling) / (n - k - 1)
+        # A = c S + pooling * pooled covariance + ridge I
+        # y = x - m + V 1 / (n - k): a scored embedding x minus the mean of the remaining images
+        # The Woodbury formula gives the squared distance of y under the covariance A - c V M V^T:
+        # y^T A^-1 y + (y^T A^-1 V) ((c M)^-1 - V^T A^-1 V)^-1 (V^T A^-1 y)
         assert self.bank is not None, "only a density with a bank can leave out several images together"
         n, k = self.moments.count, len(numbers)
         gaussian = self._get_gaussian_for_exclusion(k)

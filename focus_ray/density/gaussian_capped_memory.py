@@ -133,7 +133,12 @@ def collect_gaussian_tensors(density: GaussianCappedMemory) -> dict[str, Tensor]
 def restore_gaussian_capped_memory(
     memory: LocationAndCoresetMemory, tensors: Mapping[str, Tensor]
 ) -> GaussianCappedMemory:
-    """Rebuilds a `GaussianCappedMemory` from a memory and the tensors that `collect_gaussian_tensors` returned."""
+    """Rebuilds a `GaussianCappedMemory`, a memory whose distances are limited by Gaussians.
+
+    Args:
+        memory: the memory without Gaussians.
+        tensors: the result of `collect_gaussian_tensors`; other tensors are ignored.
+    """
     factor = unpack_lower_triangles(tensors["gaussian.precision_factor"].float())
     gaussian = Gaussian(tensors["gaussian.mean"], factor, memory.height, memory.width)
     return GaussianCappedMemory(memory, gaussian, tensors["gaussian.scale"])

@@ -224,7 +224,7 @@ class CoresetScorer:
         self.height, self.width, self.coreset = memory.height, memory.width, memory.coreset
 
     def score(self, embedding: Tensor, excluded_images: Tensor) -> Tensor:
-        """Computes the distance of each patch to the nearest patch of the coreset; see `Coreset.score`."""
+        """See `Coreset.score`: returns the distance (B, H, W) of each patch to the nearest patch of the coreset."""
         return self.coreset.score(embedding, excluded_images)
 
 
@@ -384,7 +384,7 @@ class ExportableLocationMemory(LocationMemory):
         self.whitening, self.is_unwhitened = memory.whitening, memory.is_unwhitened
 
     def score(self, embedding: Tensor, excluded_images: Tensor | None = None) -> Tensor:
-        """Computes distances (B, H, W) of embeddings (B, C, H, W); `excluded_images` is ignored."""
+        """See `LocationMemory.score`: returns distances (B, H, W) of embeddings (B, C, H, W); `excluded_images` is ignored."""
         batch, channels, height, width = embedding.shape
         queries = move_locations_first(embedding)  # (L, B, C)
         if not self.is_unwhitened:

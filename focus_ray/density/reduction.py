@@ -16,12 +16,13 @@ from focus_ray.settings.sections import LAYERS
 class ChannelReduction(nn.Module):
     """Combines the features of layers 1 to 3 into one embedding, on the grid of layer 1 (map_stride_px 4) or layer 2 (8).
 
-    A level is the feature map of one layer. The reduction is a random choice of channels [kin, PaDiM], a semi-orthogonal
-    projection, a projection that `fitting.projection` learns, or none. All are linear in the channels. So each level is reduced
-    at its own resolution before it is resampled to the grid, and the result is the same as after concatenating all levels first.
+    A level is the feature map of one layer. The reduction is a random choice of channels (as in PaDiM), a semi-orthogonal
+    projection, a projection that `fitting.projection` learns, or none. Because all reductions are linear, each level is reduced
+    at its own resolution and then resampled to the grid. Up to rounding, this equals concatenating all levels first, and is
+    cheaper.
 
-    If the density has a coreset (a representative set of patches), the channels for it come last: a semi-orthogonal projection
-    of layers 2 and 3, averaged over 3x3 locations including the zero padding, like in PatchCore [kin].
+    If the density has a coreset (a representative set of patches), the channels for the coreset come last: a semi-orthogonal
+    projection of layers 2 and 3, averaged over 3x3 locations including the zero padding (as in PatchCore).
 
     Attributes:
         num_channels: C, channels for the location memory or the Gaussians.

@@ -45,7 +45,8 @@ class ImageRelations(NamedTuple):
 
         Args: images: (B,), positions in the bank.
 
-        Returns: (B, K), where K is the largest number of relatives. A shorter row is filled with the number of the image itself.
+        Returns: (B, K). K is the largest number of related images, with the image itself. The row of an image with fewer related
+            images is filled with the position of the image itself.
         """
         rows = self.related[images]
         counts = rows.sum(dim=1)
@@ -55,7 +56,7 @@ class ImageRelations(NamedTuple):
         return torch.where(filled, order, images[:, None])
 
     def select_images(self, images: list[int]) -> ImageRelations:
-        """Returns the relations between the images with these numbers, renumbered in this order."""
+        """Returns the relations between the images at these positions; the n-th of these images gets the position n."""
         chosen = torch.tensor(images, dtype=torch.long)
         return ImageRelations(self.related[chosen][:, chosen], self.groups[chosen])
 

@@ -182,11 +182,11 @@ class DetectorFitter:
         num_images: number of training images of all workers.
         num_own: number of training images of this worker.
         offset: image number of this worker's first training image.
-        validation: this worker's validation images (N, H, W, C) and masks (N, H, W) of their synthetic defects; None without
-            selection.
+        validation: this worker's validation images (N, H, W, C) and masks (N, H, W) of their synthetic defects; None if no
+            validation score chooses alignment and epoch (selection.fraction=0).
         training: the training of the network; None with train.epochs=0.
         method: calibration method.
-        best: the network with the best validation score so far.
+        best: the network with the best validation score so far; None before the first validation, and with selection.fraction=0.
         projection: the learnt projection; None before it is learnt, and for other reductions.
         notes: intermediate results for the bundle's manifest and for reports.
         seconds: duration of each stage, by name.
@@ -241,7 +241,7 @@ class DetectorFitter:
     def _make_validation_set(self) -> tuple[NDArray[np.uint8], NDArray[np.bool_]] | None:
         """Makes the validation set: this worker's normal validation images, and copies with synthetic defects.
 
-        Returns: images (N, H, W, C), and masks (N, H, W) of the defects; None without selection.
+        Returns: images (N, H, W, C), and masks (N, H, W) of the defects; None with selection.fraction=0.
 
         Raises: DataError: the worker has only one validation image.
         """
@@ -608,8 +608,11 @@ class DetectorFitter:
     def _compute_fold_statistics(self) -> list[_CrossValidationFold]:
         """Divides the training images into folds for cross calibration, and computes the statistics of each fold.
 
-        Recognised photographs of one physical part are in one fold. The bank of each fold is so small that
-        the banks of all folds but one together have about density.max_images images.
+        Images of a named group are in one fold. With at most `_MAX_COMPARED_IMAGES` images, photographs of one physical part are
+        also recognised by their content and put into one fold. If the kind of density keeps a bank, the bank of each fold is so
+        small that the banks of all folds but one together have about density.max_images images.
+
+        Raises: ValueError: the shard has no fold numbers, or an embedding has values that are not finite.
         """
         fold_of, groups = self.shard.get_fit_folds(), self.shard.share.fit.groups
         if self.num_images <= _MAX_COMPARED_IMAGES:
@@ -635,9 +638,9 @@ class DetectorFitter:
         return folds
 
     def _calibrate_by_cross_validation(self, folds: Sequence[_CrossValidationFold]) -> CalibrationBuilder:
-        """Scores the training images of each fold with a density of the other folds.
+        """Scores training images of each fold with a density of the other folds, at most about `MAX_CALIBRATION_IMAGES` in all.
 
-        This density's bank is not larger than the bank of the final density.
+        The bank of such a density is not larger than the bank of the final density.
         """
         images_per_fold = -(-MAX_CALIBRATION_IMAGES // len(folds))
         builders = []

@@ -138,6 +138,7 @@ def _score_with_fold_projections(
     projected = (_compute_projected_statistics(statistics, projection, fold, device) for fold in range(NUM_FOLDS))
 
     def score(scorer: LeaveOneOutScorer, rows: Tensor) -> Tensor:
+        """Returns the leave-one-out distances of all images of the bank; rows: the bank's channels that the scorer compares."""
         return compute_leave_one_out_distances(scorer, statistics, rows, detector.coverage_mask, all_images, device)
 
     for fold, distances in enumerate(

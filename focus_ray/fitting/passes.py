@@ -52,6 +52,8 @@ def compute_image_statistics(
         bank_images: numbers, over all workers, of the images whose embeddings are stored in the bank; None: no bank.
         first_image: number, over all workers, of this worker's first image.
         cache: embeddings of some of this worker's images, computed with the same network; they are not computed again.
+
+    Raises: ValueError: an embedding has values that are not finite.
     """
     net.eval()
     pad_batches = reduction.num_coreset_channels > 0
@@ -75,6 +77,7 @@ def compute_image_statistics(
         return embedding, theta
 
     def embed_batches() -> Iterator[EmbeddedBatch]:
+        """Generator: yields the embeddings, alignments and scored locations of each batch."""
         position = first_image
         for batch in batches:
             embedding, theta = embed_batch(batch, position)
@@ -186,6 +189,7 @@ def fit_aligner(net: FocusNet, batches: Iterable[Tensor], device: torch.device, 
     rows = all_gather_rows(torch.cat([torch.empty(0, size, size), *prepared]))
 
     def fit() -> tuple[AlignmentReport, dict[str, Tensor]]:
+        """Fits the aligner, in place, and returns the report and the state dict of the aligner, on the CPU."""
         report = aligner.fit(rows.to(device), seed)
         return report, {name: value.cpu() for name, value in aligner.state_dict().items()}
 

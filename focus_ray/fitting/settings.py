@@ -114,6 +114,10 @@ class Config(ConfigSection):
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Config:
+        """Checks settings that depend on each other.
+
+        Raises: ValueError: calibration.method is split, and no images are held out.
+        """
         if self.calibration.method == "split" and self.data.holdout_fraction == 0.0:
             raise ValueError(
                 "calibration.method=split needs held-out images: set data.holdout_fraction above 0, "

@@ -117,7 +117,11 @@ class MemoryShard(Shard):
         )
 
     def read_train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Generator: see `Shard.read_train_batches`. If there are too few images, they are used more than once."""
+        """Generator: see `Shard.read_train_batches`. Yields batches (B, H, W, C) of exactly `batch_size` images.
+
+        When fewer images than a batch remain, all images are shuffled again and added to the remaining images, so that all
+        `steps` batches are full.
+        """
         order = torch.empty(0, dtype=torch.long)
         for _ in range(steps):
             while len(order) < batch_size:
@@ -126,6 +130,7 @@ class MemoryShard(Shard):
             order = order[batch_size:]
 
     def read_batches(self, part: _Part, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
+        """Generator: see `Shard.read_batches`; yields batches (B, H, W, C) from the images in RAM."""
         images = {"fit": self.images, "validation": self.validation, "holdout": self.holdout}[part]
         if positions is not None:
             images = images[torch.tensor(positions, dtype=torch.long)]
@@ -175,6 +180,7 @@ def build_local_stream(config: Config, category: str, plan: SplitPlan, num_threa
     frame = load_frame(config, category)
 
     def read_shuffled_batches(batch_size: int, seed: int) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
+        """Generator: see `BatchStream`; the last batch of a block of images may be smaller."""
         rng = np.random.default_rng(seed)
         order = rng.permutation(plan.fit.rows)
         for start in range(0, len(order), _SHUFFLE_ROWS):
@@ -232,6 +238,7 @@ class StreamShard(Shard):
             )
 
     def read_batches(self, part: _Part, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
+        """Generator: see `Shard.read_batches`; reads and decodes the images, and yields batches (B, H, W, C)."""
         share: SplitRows = getattr(self.share, part)
         rows = share.rows if positions is None else share.rows[np.asarray(positions, dtype=np.int64)]
         uri, version = self.config.data.uri, self.share.version
@@ -282,6 +289,7 @@ def build_shard(
     frame = load_frame(config, category)
 
     def load_images(row_numbers: NDArray[np.int64]) -> Tensor:
+        """Returns the decoded images (N, H, W, C) uint8 of some rows of the category."""
         images = torch.empty(len(row_numbers), *frame.shape, dtype=torch.uint8)
         start = 0
         uri, version = config.data.uri, plan.version

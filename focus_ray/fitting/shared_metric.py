@@ -37,12 +37,18 @@ def get_compatibility_settings(config: Config) -> dict[str, Any]:
 
 
 def write_shared_metric(uri: str, scatters: Mapping[str, Tensor], config: Config) -> None:
-    """Writes a shared metric: the mean of the scatter matrices, each divided by the mean variance of its normal residuals.
+    """Writes a shared metric: the scatter matrices of residuals, averaged over categories.
+
+    A residual is the difference between the embedding of a patch and the nearest neighbour in the other normal images
+    (`fitting.projection`). Before the average, both matrices of a category are divided by the mean variance of the normal
+    residuals of this category.
 
     Args:
         uri: path or URI of the file to write.
-        scatters: name of a category -> scatter matrices (2, C, C), normal and defective.
-        config: a configuration; its `get_compatibility_settings` hold for the networks of all categories.
+        scatters: category -> scatter matrices (2, C, C) of the residuals of normal and of defective patches.
+        config: the configuration of a category; the settings of `get_compatibility_settings` must be equal for all categories.
+
+    Raises: DataError: the file cannot be written.
     """
     metadata = {
         "format": FORMAT,
@@ -54,9 +60,11 @@ def write_shared_metric(uri: str, scatters: Mapping[str, Tensor], config: Config
 
 
 def read_shared_metric(config: Config) -> Tensor | None:
-    """Reads the scatter matrices (2, C, C) of the file that density.metric names; returns None if density.metric is None.
+    """Reads the shared metric in the file that density.metric names; returns None if density.metric is None.
 
-    Raises: ConfigError: the file cannot be read, is no shared metric, or belongs to a different kind of network.
+    Returns: (2, C, C), scatter matrices of normal and of defective residuals, see `write_shared_metric`.
+
+    Raises: ConfigError: the file cannot be read, is no shared metric, or was made with other network settings.
     """
     uri = config.density.metric
     if uri is None:

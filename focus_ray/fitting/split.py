@@ -171,6 +171,7 @@ class SplitPlan:
         """
 
         def slice_of_worker(length: int) -> slice:
+            """Returns the positions of the worker's section in a subset of `length` images."""
             return slice(length * rank // num_workers, length * (rank + 1) // num_workers)
 
         return replace(
@@ -263,6 +264,7 @@ def _compute_natural_ranks(ids: pa.ChunkedArray) -> NDArray[np.int64]:
     """Returns the rank (N,) of each id in natural order: digits compare by their value, so img_2 comes before img_10."""
 
     def prefix_length(match: re.Match[str]) -> str:
+        """Returns the digits of a number without leading zeros, after the count of these digits (three characters)."""
         digits = match.group().lstrip("0")
         return f"{len(digits):03}{digits}"  # the number with more digits is larger, so the length comes first
 

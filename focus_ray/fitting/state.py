@@ -18,9 +18,9 @@ Metrics = dict[str, float]
 class BestNetwork:
     """The network with the best validation score so far.
 
-    epoch: the epoch after which it was copied; -1 for the untrained network.
-    score: its validation score.
-    net: state dict of this network, on the CPU.
+    epoch: number, from 0, of the epoch after which the network was copied; -1 for the untrained network.
+    score: validation score of the network.
+    net: state dict of the network, on the CPU.
     """
 
     epoch: int
@@ -54,7 +54,7 @@ class TrainState:
     epoch: number of the last finished epoch.
     net, optimizer, schedule: state dicts.
     notes: intermediate results up to this epoch.
-    best: the network with the best validation score so far; None without selection.
+    best: the network with the best validation score so far; None with selection.fraction=0.
     """
 
     epoch: int

@@ -42,7 +42,10 @@ class DensityKind(Generic[C]):
     supports_leave_one_out = False
 
     def find_unused_settings(self, config: C) -> dict[str, str]:
-        """Returns the settings of the section `density` that have no effect on scores, as a dictionary: key -> reason."""
+        """Returns key -> reason, for the settings of the section `density` that have no effect on scores.
+
+        The default names the settings of other kinds and, for a kind without a bank, max_images.
+        """
         own_fields = select_user_fields(self.settings)
         foreign_keys = [
             key for name in DENSITIES for key in select_user_fields(DENSITIES[name].settings) if key not in own_fields
@@ -59,16 +62,23 @@ class DensityKind(Generic[C]):
         return 0
 
     def adapt_settings_to_tiles(self, config: C, num_tiles: int) -> C:
-        """Returns the settings for a density of single tiles, which all `num_tiles` tiles of an image share."""
+        """Returns the settings for one density that all `num_tiles` tiles of an image share.
+
+        The default returns `config` unchanged.
+        """
         return config
 
     def build(self, config: C, statistics: NormalStatistics) -> Density:
-        """Fits the density to statistics of normal images. Raises: ValueError: the statistics are of too few images."""
+        """Fits the density to statistics of normal images. Every kind implements this method.
+
+        Raises: ValueError: the statistics are of too few images.
+        """
         raise NotImplementedError
 
     def collect_tensors(self, config: C, statistics: NormalStatistics, density: Any) -> dict[str, Tensor]:
-        """Returns the tensors, by name, that a bundle stores and from which `restore` rebuilds the density.
+        """Returns name -> tensor, for the tensors that a bundle stores and from which `restore` rebuilds the density.
 
+        Every kind implements this method.
         A kind with a bank stores it under 'bank', without the channels for a coreset. If only some embeddings of each location
         are stored, 'bank.images' (M, L) contains the position in the bank of the image of each embedding.
 
@@ -77,8 +87,7 @@ class DensityKind(Generic[C]):
         raise NotImplementedError
 
     def restore(self, config: C, tensors: Mapping[str, Tensor], height: int, width: int) -> Density:
-        """Rebuilds the density, on the device of the tensors, from the result of `collect_tensors`.
-
+        """Rebuilds the density, on the device of the tensors, from the result of `collect_tensors`. Every kind implements it.
         Raises: KeyError: a tensor is missing. ValueError: the shapes do not fit together.
         """
         raise NotImplementedError
@@ -114,15 +123,15 @@ class DensityKind(Generic[C]):
         statistics: Iterable[NormalStatistics],
         score: Callable[[LeaveOneOutScorer, Tensor], Tensor],
     ) -> Iterator[Tensor]:
-        """Generator: yields the leave-one-out distances of all images, once for each of several projections of these images.
+        """Generator: for each of several projections, builds the density again and yields leave-one-out distances of all images.
 
         A projection maps all channels of an embedding to fewer channels.
 
         Args:
             density: the result of `build` for the projection that was learnt from all images.
             statistics: one object for each projection, with a bank. The channels for a coreset are the same in all objects.
-            score: function of a scorer and of the channels (N, L, C) of the bank that the scorer needs; it returns the
-                leave-one-out distances of all N images.
+            score: called as score(scorer, channels), with the channels (N, L, C) of the bank that the scorer compares; returns
+                the leave-one-out distances of all N images.
 
         Raises: ValueError: there are too few images.
         """

@@ -36,12 +36,14 @@ class GaussianKind(DensityKind[GaussianSettings]):
     supports_leave_one_out = True
 
     def find_unused_settings(self, config: GaussianSettings) -> dict[str, str]:
+        """See `DensityKind.find_unused_settings`: returns key -> reason. Adds window, unless a projection is learnt."""
         reasons = super().find_unused_settings(config)
         if config.reduction != "discriminant":  # otherwise the search for the projection uses the window
             reasons["window"] = "density.kind is gaussian"
         return reasons
 
     def build(self, config: GaussianSettings, statistics: NormalStatistics) -> Gaussian:
+        """See `DensityKind.build`: returns a `Gaussian`. Raises: ValueError: fewer than two images."""
         from focus_ray.density.gaussian import Gaussian, fit_gaussian
         from focus_ray.density.moments import compute_absolute_ridge
 
@@ -52,6 +54,10 @@ class GaussianKind(DensityKind[GaussianSettings]):
     def build_leave_one_out_scorer(
         self, config: GaussianSettings, statistics: NormalStatistics, density: Gaussian
     ) -> LeaveOneOutGaussian:
+        """See `DensityKind.build_leave_one_out_scorer`: returns a `LeaveOneOutGaussian`.
+
+        Raises: ValueError: fewer than three images.
+        """
         from focus_ray.density.gaussian import LeaveOneOutGaussian
         from focus_ray.density.moments import compute_absolute_ridge
 
@@ -61,17 +67,23 @@ class GaussianKind(DensityKind[GaussianSettings]):
     def collect_tensors(
         self, config: GaussianSettings, statistics: NormalStatistics, density: Gaussian
     ) -> dict[str, Tensor]:
+        """See `DensityKind.collect_tensors`: returns the tensors mean and precision_factor (packed triangles)."""
         from focus_ray.density.moments import pack_lower_triangles
 
         return {"mean": density.mean, "precision_factor": pack_lower_triangles(density.precision_factor)}
 
     def restore(self, config: GaussianSettings, tensors: Mapping[str, Tensor], height: int, width: int) -> Gaussian:
+        """See `DensityKind.restore`: returns a `Gaussian`.
+
+        Raises: KeyError: a tensor is missing. ValueError: the shapes do not fit together.
+        """
         from focus_ray.density.gaussian import Gaussian
         from focus_ray.density.moments import unpack_lower_triangles
 
         return Gaussian(tensors["mean"], unpack_lower_triangles(tensors["precision_factor"]), height, width)
 
     def make_exportable(self, density: Gaussian, half: bool) -> Gaussian:
+        """See `DensityKind.make_exportable`: returns a `Gaussian`."""
         return density.make_exportable(half)
 
 

@@ -62,6 +62,7 @@ class NearestKind(DensityKind[NearestSettings]):
     supports_leave_one_out = True
 
     def find_unused_settings(self, config: NearestSettings) -> dict[str, str]:
+        """See `DensityKind.find_unused_settings`: returns key -> reason. Adds shrinkage if a projection is learnt."""
         reasons = super().find_unused_settings(config)
         if config.reduction == "discriminant":
             why = "density.reduction is discriminant: it learns the metric, and nothing is whitened"
@@ -69,15 +70,21 @@ class NearestKind(DensityKind[NearestSettings]):
         return reasons
 
     def count_coreset_channels(self, config: NearestSettings) -> int:
+        """See `DensityKind.count_coreset_channels`: returns coreset_channels; 0 if density.coreset is 0."""
         return config.coreset_channels if config.coreset else 0
 
     def adapt_settings_to_tiles(self, config: NearestSettings, num_tiles: int) -> NearestSettings:
+        """See `DensityKind.adapt_settings_to_tiles`: returns a copy with `num_tiles` times per_place, and without Gaussians."""
         # A location of the shared tile has the embeddings of num_tiles locations. Tiled textures have no fixed locations, so no
         # Gaussian of a location can describe them.
         per_place = config.per_place and config.per_place * num_tiles
         return config.model_copy(update={"per_place": per_place, "gaussian_share": 0.0})
 
     def build(self, config: NearestSettings, statistics: NormalStatistics) -> Density:
+        """See `DensityKind.build`: returns one of the three classes that the docstring of this class names.
+
+        Raises: ValueError: the bank has no image, or the moments are of fewer than two images.
+        """
         from focus_ray.density.coreset import choose_coreset
         from focus_ray.density.gaussian_capped_memory import can_fit_gaussians, cap_memory_by_gaussians
         from focus_ray.density.nearest import LocationAndCoresetMemory, build_location_memory, measure_typical_distances
@@ -95,6 +102,7 @@ class NearestKind(DensityKind[NearestSettings]):
     def build_leave_one_out_scorer(
         self, config: NearestSettings, statistics: NormalStatistics, density: Density
     ) -> LeaveOneOutScorer:
+        """See `DensityKind.build_leave_one_out_scorer`: returns the density itself, or a copy with leave-one-out Gaussians."""
         from focus_ray.density.gaussian_capped_memory import GaussianCappedMemory, build_leave_one_out_gaussian
 
         if isinstance(density, GaussianCappedMemory):
@@ -138,6 +146,7 @@ class NearestKind(DensityKind[NearestSettings]):
     def collect_tensors(
         self, config: NearestSettings, statistics: NormalStatistics, density: Density
     ) -> dict[str, Tensor]:
+        """See `DensityKind.collect_tensors`: returns bank, whitening, and the tensors of a coreset and of Gaussians."""
         import torch
 
         from focus_ray.density.gaussian_capped_memory import GaussianCappedMemory, collect_gaussian_tensors
@@ -162,6 +171,10 @@ class NearestKind(DensityKind[NearestSettings]):
         return {**tensors, "bank": bank, "whitening": memory.whitening}
 
     def restore(self, config: NearestSettings, tensors: Mapping[str, Tensor], height: int, width: int) -> Density:
+        """See `DensityKind.restore`: returns a density of the class that `build` returned.
+
+        Raises: KeyError: a tensor is missing. ValueError: the shapes do not fit together.
+        """
         from focus_ray.density.coreset import Coreset
         from focus_ray.density.gaussian_capped_memory import restore_gaussian_capped_memory
         from focus_ray.density.nearest import LocationAndCoresetMemory, LocationMemory, whiten_bank
@@ -179,6 +192,10 @@ class NearestKind(DensityKind[NearestSettings]):
         return restore_gaussian_capped_memory(joint, tensors) if "gaussian.mean" in tensors else joint
 
     def check_tensor_shapes(self, config: NearestSettings, shapes: Shapes) -> None:
+        """See `DensityKind.check_tensor_shapes`: checks typical distances, scale of the Gaussians, and size of the coreset.
+
+        Raises: ValueError: a shape is wrong, or the coreset has more patches than density.coreset.
+        """
         for name, expected in {"typical": (2,), "gaussian.scale": ()}.items():
             if name in shapes and shapes[name] != expected:
                 raise ValueError(f"tensor {name} has the shape {shapes[name]}, expected {expected}")
@@ -188,6 +205,7 @@ class NearestKind(DensityKind[NearestSettings]):
     def estimate_scoring_memory_bytes(
         self, config: NearestSettings, shapes: Shapes, rows: int, columns: int, num_images: int
     ) -> dict[str, int]:
+        """See `DensityKind.estimate_scoring_memory_bytes`: returns the sizes of the distances to the coreset and to the bank."""
         patches, bank = shapes.get("coreset.patches", (0,)), shapes.get("bank", (0, 0, 0))
         row_bytes = columns * config.window**2 * (bank[0] + bank[-1]) * _FLOAT_BYTES
         return {
@@ -196,6 +214,7 @@ class NearestKind(DensityKind[NearestSettings]):
         }
 
     def make_exportable(self, density: Density, half: bool) -> Any:
+        """See `DensityKind.make_exportable`: returns a density whose memories `torch.export` can trace."""
         return density.make_exportable(half)  # type: ignore[attr-defined]
 
 

@@ -88,6 +88,7 @@ class SharedDensitySettings(ConfigSection):
 
     @classmethod
     def derive_stored_values(cls, tree: Mapping[str, Any]) -> dict[str, Any]:
+        """See `ConfigSection.derive_stored_values`: returns name -> value, here for `precision` and `smooth_layers` too."""
         values = super().derive_stored_values(tree)
         values["precision"] = tree.get("precision", "auto")
         if tree.get("map_stride_px") == 4:
