@@ -382,7 +382,7 @@ def _read_bundle_of_manifest(
         if missing or unexpected:
             raise BundleError(f"{uri}: network tensors missing {missing[:3]}, unknown {unexpected[:3]}")
         shape = manifest["moments"]
-        grid = config.model.shared_tile_grid
+        grid = config.model.density_tile_grid
         fitted = restore_density(config.density, density, shape["height"], shape["width"], device, grid)
         region = density["region"].numpy() if category in config.data.regions else None
         frame = make_frame(config, region)
@@ -433,7 +433,7 @@ def _read_statistics_of_manifest(uri: str | Path, manifest: dict[str, Any]) -> N
     tensors = load_tensors(content)
     del content  # frees the file's bytes before the stored embeddings are assembled
     moments = restore_moments(shape["count"], shape["height"], shape["width"], tensors)
-    grid = parse_config(add_missing_settings(manifest), f"{uri}/{MANIFEST}", is_fitted=True).model.shared_tile_grid
+    grid = parse_config(add_missing_settings(manifest), f"{uri}/{MANIFEST}", is_fitted=True).model.density_tile_grid
     bank = restore_bank(moments, grid, tensors, density)
     scatter, shown = tensors.get("metric_scatter"), density.get("shown")
     return NormalStatistics(

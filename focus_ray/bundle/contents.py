@@ -174,7 +174,7 @@ def check_tensor_shapes(config: Config, moments: Mapping[str, int], network: Hea
     Raises: BundleError: the map has another size, or a tensor another shape. The message names the first such tensor.
     """
     cells = compute_map_cells(config)
-    grid = config.model.shared_tile_grid
+    grid = config.model.density_tile_grid
     size = len(cells.tops) // grid[0], len(cells.lefts) // grid[1]
     if (moments["height"], moments["width"]) != size:
         raise BundleError(f"{uri}: the map has {moments['height']} x {moments['width']} cells, expected {size}")
@@ -225,7 +225,7 @@ def check_memory_limit(config: Config, network: Header, density: Header, max_byt
     Raises: BundleError: the tensors or a step need more memory. The message names the step.
     """
     height, width = config.model.resized_image_px
-    cells, grid = compute_map_cells(config), config.model.shared_tile_grid
+    cells, grid = compute_map_cells(config), config.model.density_tile_grid
     rows, columns = len(cells.tops), len(cells.lefts)
     tile = rows // grid[0], columns // grid[1]
     required_bytes = {

@@ -188,7 +188,7 @@ def calibrate_for_site(
     bundle = Inspector.load(uri, device).bundle
     statistics = read_statistics(uri)
     if statistics.bank is None or not supports_leave_one_out(
-        bundle.config.density, bundle.config.model.shared_tile_grid
+        bundle.config.density, bundle.config.model.density_tile_grid
     ):
         raise DataError(
             f"{uri}: a density of kind {bundle.config.density.kind} does not support leave-one-out: give good images of the site"

@@ -199,7 +199,7 @@ def _calibrates_by_leave_one_out(bundle: Bundle, statistics: NormalStatistics, h
         has_new_sources: whether images were joined or replaced.
     """
     if statistics.bank is None or not supports_leave_one_out(
-        bundle.config.density, bundle.config.model.shared_tile_grid
+        bundle.config.density, bundle.config.model.density_tile_grid
     ):
         return False
     return has_new_sources or bundle.calibration.method == "leave_one_out"

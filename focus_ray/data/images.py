@@ -166,8 +166,8 @@ def decode_mask(data: bytes, height: int, width: int) -> npt.NDArray[np.bool_]:
     """Decodes a mask, and resizes it to (height, width). A pixel is anomalous if at least one of its channels is above 0.
 
     This rule holds for every bit depth; of 16-bit colour only the high byte counts. For a palette image the colours count, not
-    the palette indices. Transparent pixels are composed over black. Pages of a TIFF are combined: a pixel is anomalous if it is
-    anomalous on one page. `resize_mask` describes the resizing.
+    the palette indices. Transparent pixels are composed over black. The full-size pages of a TIFF are combined: a pixel is
+    anomalous if it is anomalous on one page. `resize_mask` describes the resizing.
 
     Args:
         data: bytes of a file in one of the formats ``FORMATS``.

@@ -141,7 +141,7 @@ def read_rows(
 def _iterate_rows(
     store: DataSetStore, category: str, commit: Commit, numbers: np.ndarray[Any, Any], columns: list[str]
 ) -> Iterator[Row]:
-    """Generator: yields the rows of a version that have these numbers, see `read_rows`."""
+    """Generator: yields the rows of a version at these ascending row numbers, counted over all part files; see `read_rows`."""
     start = 0
     for entry in commit["files"]:
         # (G + 1,) first row number of each row group of this part file, and the end of the file

@@ -64,7 +64,9 @@ class DataConfig(ConfigSection):
     @field_validator("regions")
     @classmethod
     def _check_polygons(cls, value: dict[str, str | tuple[Polygon, ...]]) -> dict[str, str | tuple[Polygon, ...]]:
-        """Checks that each region of interest is not empty and that its polygons have at least 3 points inside the image.
+        """Checks that no region of interest is empty, and that polygons have at least 3 points, all of them in the image.
+
+        For a region given as the path of a mask, only checks that the path is not empty.
 
         Raises: ValueError: a region breaks one of these rules.
         """

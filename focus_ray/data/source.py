@@ -27,7 +27,7 @@ class S3Listing:
     def add_objects(self, objects: Iterable[ListedObject]) -> None:
         """Adds listed objects, and the folders that contain them. Call it once.
 
-        Raises: DataError: there is no object, or a folder has an empty name.
+        Raises: DataError: no object is a file, or a folder has an empty name.
         """
         for path, num_bytes, etag in objects:
             parts = path.rstrip("/").split("/")

@@ -124,8 +124,8 @@ class Detector:
         Args:
             theta: (B, 2, 3), alignment of each image; None without image alignment.
             profile: used for image scores instead of the detector's profile; None: the detector's profile.
-            shown: (B, H, W) bool, pixels of the input images that are scored; the map is 0 at all other pixels. None: all
-                pixels.
+            shown: (B, H, W) bool; the map is set to 0 where it is False. It does not change the score: the caller has already
+                set the distances there to 0. None: all pixels.
         """
         profile = profile or self.profile
         # pixels outside the image are invented by padding, and the density has not learnt locations that training rarely showed

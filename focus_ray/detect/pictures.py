@@ -22,8 +22,8 @@ Output = Literal["json", "heatmap", "overlay", "mask"]
 MAX_SIDE_PX = 1024  # of heat maps and overlays; a mask has the size of the image
 
 
-def compute_picture_size(width: int, height: int) -> tuple[int, int]:
-    """Returns the (width, height) in pixels of the heat map and overlay of an image of `width` x `height` pixels."""
+def compute_overlay_size(width: int, height: int) -> tuple[int, int]:
+    """Returns the (width, height) of the heat map and overlay: the image's size, reduced to at most `MAX_SIDE_PX`."""
     rows, columns = compute_evaluation_size(height, width, MAX_SIDE_PX)
     return columns, rows
 
@@ -76,7 +76,7 @@ def draw_inspection_png(output: Output, inspection: Inspection, data: bytes | ND
 
     Raises: DataError: an overlay is requested, and the encoded image cannot be decoded.
     """
-    width, height = compute_picture_size(inspection.width, inspection.height)
+    width, height = compute_overlay_size(inspection.width, inspection.height)
     anomaly_map, threshold = inspection.anomaly_map, inspection.pixel_threshold
     if output == "mask":
         return encode_png(resize_anomaly_map(anomaly_map, inspection.height, inspection.width) > threshold, drawn=True)

@@ -65,9 +65,9 @@ class ExportableScorer(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Scores uint8 images (B, H, W, 3). Returns the outputs in the order of `OUTPUTS`, and the box if the frame has padding.
+        """Scores uint8 images (B, H, W, 3). Returns the outputs in the order of `OUTPUTS`.
 
-        The box is the last output.
+        If the frame has padding, the last output is the box: top, left, height and width of the image within the map.
         """
         pixels, shown, box = self.to_frame(images)
         theta = self._estimate_alignment(pixels)

@@ -160,8 +160,8 @@ class ModelConfig(ConfigSection):
         return self.backbone_spec.strides[map_layer]
 
     @property
-    def shared_tile_grid(self) -> tuple[int, int]:
-        """(rows, columns) of tiles of an image that share one density; (1, 1) if every tile has its own locations."""
+    def density_tile_grid(self) -> tuple[int, int]:
+        """(rows, columns) of the tiles that share one density; (1, 1) without tiling, or if each tile has its own density."""
         return self.tile_grid if self.tiling is not None and self.tiling.density == "shared" else (1, 1)
 
     @property

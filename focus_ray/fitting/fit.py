@@ -145,9 +145,9 @@ def check_fit_prerequisites(config: Config) -> None:
         ConfigError: density.metric cannot be used, or the density does not support calibration.method=leave_one_out.
     """
     if config.calibration.method == "leave_one_out" and not supports_leave_one_out(
-        config.density, config.model.shared_tile_grid
+        config.density, config.model.density_tile_grid
     ):
-        tiles = " that tiles share" if config.model.shared_tile_grid != (1, 1) else ""
+        tiles = " that tiles share" if config.model.density_tile_grid != (1, 1) else ""
         raise ConfigError(
             f"calibration.method=leave_one_out: density.kind={config.density.kind}{tiles} does not support leave-one-out: set "
             "calibration.method=cross"
@@ -550,7 +550,7 @@ class DetectorFitter:
     def _choose_method_without_holdout(self) -> Method:
         """Returns the calibration method that uses training images: leave_one_out if the density supports it, else cross."""
         config = self.config
-        return "leave_one_out" if supports_leave_one_out(config.density, config.model.shared_tile_grid) else "cross"
+        return "leave_one_out" if supports_leave_one_out(config.density, config.model.density_tile_grid) else "cross"
 
     def build_and_calibrate(self) -> FitResult:
         """Computes the statistics, builds the detector and calibrates it, with the trained network.

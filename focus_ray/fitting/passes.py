@@ -88,7 +88,7 @@ def compute_image_statistics(
             yield EmbeddedBatch(embedding, theta, shown)
 
     size = net.config.image_size_px // net.config.location_side_px(reduction.config.map_layer)
-    grid = net.config.shared_tile_grid
+    grid = net.config.density_tile_grid
     # moments cover one tile if tiles share their locations, otherwise the whole image
     map_size = (size, size) if grid == tiles[:2] else (tiles.rows * size, tiles.columns * size)
     return compute_embedding_statistics(embed_batches(), reduction, map_size, device, bank_images, first_image, grid)

@@ -219,7 +219,9 @@ class CategoryIngestion:
         return new_samples
 
     def publish_version(self) -> None:
-        """Merges the results of the chunks, publishes the new version, and sets `report`, `rejects` and `notes`.
+        """Merges the results of the chunks, and publishes the new version if a new image remains.
+
+        Sets `report`, `rejects` and `notes`.
 
         Afterwards the chunks and their results are deleted from memory.
 
@@ -294,7 +296,7 @@ class CategoryIngestion:
             num_masks += base.commit["counts"]["num_masks"]
             fingerprint = derive_fingerprint_after_change(base.commit, "append", new_index["content_hash"].to_pylist())
         counts = {**count_rows_by_split_and_label(index), "num_masks": num_masks}
-        self._make_report("appended" if base.commit else "written", counts, index, items, num_existing)
+        self._set_report("appended" if base.commit else "written", counts, index, items, num_existing)
         sources = merge_source_manifests(base.sources, build_source_manifest(new.digests, self._stamps, new.items))
         files = [*base_files, *new_files]
         return CommitDraft(files, index, sources, fingerprint, counts, self._merge_rejected_files())
@@ -307,7 +309,7 @@ class CategoryIngestion:
         return sorted([*(item for item in stored if item.path not in new_paths), *self.rejects], key=_REJECT_ORDER)
 
     def _report_unchanged_category(self, commit: Commit, num_existing: int = 0) -> None:
-        """Sets the report of a category whose current version stays, see `_make_report`.
+        """Sets the report of a category whose current version stays, see `_set_report`.
 
         Args:
             commit: the description of the current version.
@@ -316,9 +318,9 @@ class CategoryIngestion:
         index = INDEX_SCHEMA.empty_table()
         if self.options.settings.grouping is not None:  # without a group rule there are no groups to count
             index = load_version_index(self.store, self.category, commit)
-        self._make_report("unchanged", commit["counts"], index, [], num_existing)
+        self._set_report("unchanged", commit["counts"], index, [], num_existing)
 
-    def _make_report(
+    def _set_report(
         self, status: Status, counts: dict[str, int], index: pa.Table, items: Sequence[CheckedSample], num_existing: int
     ) -> None:
         """Sets the report of the category, and adds notes on implausible data and on groups to `notes`.

@@ -62,11 +62,11 @@ class IngestOptions:
 
 @dataclass(frozen=True)
 class ImageChunk:
-    """Images of one category that are read and written together; their total size is about the size of one part file.
+    """Images of one category that are read and written together; they fill about one part file, at most `MAX_CHUNK_IMAGES`.
 
     Attributes:
         category: name of the category.
-        samples: row id and sample of each image. The ids are final only if no image of the category is rejected.
+        samples: provisional row id and sample of each image. Rows get other ids if images are rejected or ids are in use.
         used_ids: the ids of this chunk that existing rows already use.
         options: the options of the ingestion.
     """
@@ -139,7 +139,9 @@ def divide_into_chunks(
 
 
 def ingest_chunk(chunk: ImageChunk) -> ChunkResult:
-    """Reads and checks the images of a chunk, and writes the good images to part files. Only images of the chunk are in memory.
+    """Reads and checks the images of a chunk, and writes the images that pass to part files.
+
+    Only images of the chunk are in memory.
 
     Raises: DataError: the storage fails.
     """
@@ -200,7 +202,7 @@ class PartFileRewrite:
 
 
 def rewrite_part_file(rewrite: PartFileRewrite) -> tuple[list[PartFileEntry], int]:
-    """Writes the remaining rows of a part file to new part files. The old file stays.
+    """Writes the remaining rows of a part file, with their new ids, to new part files. The old file stays.
 
     Returns:
         The entries of the new part files, and the number of removed rows with a mask.

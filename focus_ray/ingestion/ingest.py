@@ -35,11 +35,11 @@ def ingest(
     run: Mapper | None = None,
     group_by: str | GroupRule | None = None,
 ) -> IngestReport:
-    """Checks folders of images, and publishes the good images as a Parquet data set, category by category.
+    """Checks folders of images, and publishes the images that pass as a Parquet data set, category by category.
 
     A category whose files and settings have not changed since the last ingestion stays, and is reported as "unchanged". Any
-    other category is replaced as a whole or, for an append, extended. RAM contains the row data of the categories without images
-    and masks, and the images of about one part file.
+    other category is replaced as a whole or, for an append, extended. RAM holds the row data of all
+    categories (no images or masks), and the images of about one part file.
 
     Args:
         source: a local folder or an s3:// prefix: one category, or a folder of categories.

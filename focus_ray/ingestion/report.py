@@ -57,7 +57,7 @@ class IngestReport:
     """The result of ``ingest`` for all categories. ``str()`` returns the text for the user.
 
     Attributes:
-        format: name of the importer.
+        format: name of the folder layout.
         categories: report of each published or unchanged category.
         rejects: the rejected files.
         notes: hints for the user.

@@ -26,7 +26,7 @@ from focus_ray.detect.inspection import Inspection
 from focus_ray.detect.pictures import (
     EncodedAnomalyMap,
     Output,
-    compute_picture_size,
+    compute_overlay_size,
     draw_inspection_png,
     encode_anomaly_map,
 )
@@ -155,7 +155,7 @@ class ImageScorer:
                 # it shows the whole image at another size than the frame: it is decoded again, also in a decoder process
                 for number, entry in enumerate(decoded):
                     if not isinstance(entry, ImageError):
-                        size = compute_picture_size(entry[0].width, entry[0].height)
+                        size = compute_overlay_size(entry[0].width, entry[0].height)
                         picture = await self._decoders.decode_resized_image(team, request.images[number], *size)
                         if isinstance(picture, ImageError):
                             decoded[number] = picture

@@ -313,7 +313,9 @@ class _SweepDriver:
 
     @contextlib.contextmanager
     def stop_on_signals(self) -> Iterator[None]:
-        """Context manager: SIGINT or SIGTERM stops the sweep in an orderly way; a second signal is handled as before.
+        """Context manager: SIGINT or SIGTERM stops the sweep in an orderly way.
+
+        A second signal of the same kind is handled as before.
 
         Outside the main thread it does nothing.
         """

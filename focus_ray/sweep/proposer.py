@@ -20,7 +20,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 def draw_random_points(sweep: SweepConfig) -> list[Point]:
     """Returns `num_planned_trials` different random points (choices of settings), or fewer if the search space has fewer points.
 
-    A point depends only on the seed, its number and the points before it.
+    With the same seed and search space, a larger number of planned trials begins with the same points.
     """
     rng = np.random.default_rng(derive_seed(sweep.seed, "points"))
     if all(domain.choice is not None for domain in sweep.space.values()):

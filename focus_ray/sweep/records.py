@@ -125,7 +125,10 @@ def make_ranking_key(record: TrialRecord) -> tuple[bool, float, str, int]:
 
 
 def find_best_records(records: Sequence[TrialRecord]) -> dict[str | None, TrialRecord]:
-    """Returns the best finished trial of each stage: stage -> its record, sorted by stage. A stage is one search."""
+    """Returns the best finished trial of each stage: stage -> its record, sorted by stage.
+
+    A stage is the search for one category; None is the search for all categories together.
+    """
     best: dict[str | None, TrialRecord] = {}
     for record in sorted(
         select_finished_records(records), key=lambda record: (record.stage or "", make_ranking_key(record))
@@ -158,7 +161,7 @@ def uses_labelled_images(sweep: SweepConfig) -> bool:
 
 
 def describe_objective(sweep: SweepConfig) -> str:
-    """Returns what the sweep maximizes, in words, with LABELLED if it uses labelled test images."""
+    """Returns what the sweep maximizes, in words; the text contains "LABELLED" if labelled test images are used."""
     return (
         f"{sweep.objective} on LABELLED test images" if uses_labelled_images(sweep) else "label-free validation score"
     )

@@ -358,7 +358,7 @@ class SweepConfig(ConfigSection):
         return self.make_trial_config({"model.image_size_px": max(self.list_setting_values("model.image_size_px"))})
 
     def list_single_setting_points(self) -> list[Point]:
-        """Returns points that set only one setting, one point for each checked value, to check each value alone."""
+        """Returns points with one setting each, to check each value of `SearchDomain.list_checked_values` alone."""
         return [{key: value} for key, domain in self.space.items() for value in domain.list_checked_values()]
 
     def make_trial_config(self, point: Mapping[str, Any] | None = None) -> Config:

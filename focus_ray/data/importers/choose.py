@@ -12,8 +12,10 @@ from focus_ray.data.source import SourcePath
 from focus_ray.errors import DataError
 
 
-def _suggest_good_folder(source: SourcePath) -> str:
-    """Returns advice for images outside a class folder such as good/; an empty text if there are no such images."""
+def _advise_moving_images_to_good_folder(source: SourcePath) -> str:
+    """Returns the end of an error message: advice to move the images of the first folder with images into a folder good/.
+
+    Looks in the source and its direct subfolders. The text is empty if they contain no image."""
     for folder in (source, *list_subfolders(source)):
         images = list_image_files(folder)
         if images:
@@ -53,7 +55,7 @@ def make_import_plans(
     if not roots:
         expected = "; ".join(f"{name}: {IMPORTERS[name].expected}" for name in names)
         content = ", ".join(sorted(item.name for item in source.iterdir())[:12]) or "nothing"
-        content_text = f"Found: {content}{_suggest_good_folder(source)}"
+        content_text = f"Found: {content}{_advise_moving_images_to_good_folder(source)}"
         raise DataError(f"{source}: no category found, here or one folder down. Expected {expected}. {content_text}")
     if len(roots) > 1:
         layouts = "; ".join(f"{name}: {', '.join(path.name for path in folders)}" for name, folders in roots.items())

@@ -25,10 +25,10 @@ from focus_ray.data.source import SourcePath
 
 
 def plan_folder_import(root: SourcePath, category: str, settings: ImportSettings) -> ImportPlan:
-    """Makes the import plan of a category with the folders good/, bad*/ and masks/, the most common layout of users' own images.
+    """Makes the import plan of a category with folders of good parts, of defective parts, and masks/: users' own images.
 
-    If there is a bad*/ folder, some good images are drawn as test images. A mask has the name of its image and is in
-    masks/<folder of the image>/ or directly in masks/.
+    Folders of good parts are good/ or a word for it (`vocabulary`); folders of defective parts are bad*/ or a word for it. If a
+    folder of defective parts exists, some good images are drawn as test images. `find_mask_files` describes the names of masks.
 
     Raises: DataError: the category contains another folder.
     """

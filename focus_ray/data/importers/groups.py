@@ -168,7 +168,7 @@ class GroupByTime(GroupRule):
         paths = [path for path, _ in locations]
         unread = [path for path in paths if str(path) not in self._times]
         with ThreadPoolExecutor(_NUM_READERS) as pool:
-            self._times.update(zip(map(str, unread), pool.map(_read_file_time, unread), strict=True))
+            self._times.update(zip(map(str, unread), pool.map(_read_exif_time, unread), strict=True))
         names = [""] * len(paths)
         first = last = datetime.min  # times of the first image of the current burst, and of the previous image
         timed = ((self._times[str(path)], str(path), number) for number, path in enumerate(paths))
@@ -180,7 +180,7 @@ class GroupByTime(GroupRule):
         return names
 
 
-def _read_file_time(path: SourcePath) -> datetime | None:
+def _read_exif_time(path: SourcePath) -> datetime | None:
     """Returns the EXIF time of an image; None if the image has no time or cannot be read."""
     try:
         return read_capture_time(path if isinstance(path, Path) else path.read_bytes())

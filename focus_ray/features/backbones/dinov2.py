@@ -107,6 +107,13 @@ def refuse_default_weights(name: str, hugging_face: str) -> Mapping[str, Tensor]
 
 
 def _make_dinov2_spec(name: str, width: int, registers: int, hugging_face: str) -> BackboneSpec:
+    """Returns the specification of a DINOv2 vision transformer.
+
+    Args:
+        width: number of channels.
+        registers: number of register tokens.
+        hugging_face: Hugging Face repository with the published weights, named in error messages.
+    """
     return BackboneSpec(
         (width, width, width),
         IMAGENET_MEAN,
