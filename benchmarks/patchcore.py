@@ -107,8 +107,8 @@ def fit_and_evaluate_patchcore(
         image_score: as scoring.image_score. The profile is taken from images that are left out of the coreset.
 
     Returns:
-        The figures of `summarise`, labels, scores and pixel draws of the test images, seconds of the fit and milliseconds per
-        test image.
+        The metrics of `compute_metrics`, labels, scores and pixel draws of the test images, seconds of the fit and
+        milliseconds per test image.
     """
     config = parse_config(tree)
     plan = plan or compute_split_plan(config, category)
@@ -153,10 +153,10 @@ def fit_and_evaluate_patchcore(
         mask = decode_mask(record["mask"], height, width) if has_mask else np.zeros((height, width), dtype=bool)
         masks.append(mask if has_mask or not record["label"] else None)
     measured = ScoredTestImages(np.array(labels), np.array(scores), masks, maps, 0.0)
-    figures = compute_metrics(measured, types, 0.05)
+    metrics = compute_metrics(measured, types, 0.05)
     ms = 1e3 * (time.perf_counter() - start) / len(labels)
     images = {"labels": labels, "scores": scores, "pixel_draws": bootstrap_pixel_metrics(labels, masks, maps)}
-    return {**figures, **images, "fit_s": fit_s, "features_s": features_s, "ms": ms}
+    return {**metrics, **images, "fit_s": fit_s, "features_s": features_s, "ms": ms}
 
 
 def main() -> None:

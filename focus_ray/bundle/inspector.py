@@ -378,9 +378,10 @@ class Inspector:
 
     @torch.inference_mode()
     def _compile_backbone(self, engine: str, examples: Sequence[bytes | str | Path]) -> None:
-        """Makes an engine compute the features of the network, if its scores of example images agree with those of torch.
+        """Lets an engine compute the features of the network, if the engine and torch give the same scores to example images.
 
-        The score of a training image is not compared.
+        Training images among the examples are not compared.
+
         Raises:
             ConfigError: too few examples are new to the model, or the scores differ by more than `TOLERANCE`.
             DataError: an example cannot be read or decoded.

@@ -64,7 +64,9 @@ class DataConfig(ConfigSection):
     @field_validator("regions")
     @classmethod
     def _check_polygons(cls, value: dict[str, str | tuple[Polygon, ...]]) -> dict[str, str | tuple[Polygon, ...]]:
-        """Checks that no region of interest is empty, and that polygons have at least 3 points, all of them in the image.
+        """Checks that each region of interest has content, and that each polygon has at least 3 points inside the image frame.
+
+        A polygon with a point outside the frame is refused.
 
         For a region given as the path of a mask, only checks that the path is not empty.
 

@@ -108,7 +108,7 @@ class VersionList(_StrictBody):
 class AnomalyMapAnswer(_StrictBody):
     """The anomaly map as an 8-bit grey PNG in base64. A pixel value v means the anomaly value high * v / 255.
 
-    Stretch the map over the whole image, because size and aspect ratio of the map may differ from those of the image.
+    Stretch the map over the whole image: the map and the image may differ in size and aspect ratio.
     """
 
     png: str

@@ -199,7 +199,7 @@ class ImageSink:
 
 
 def delete_old_images(uri: str, limit: datetime) -> list[str]:
-    """Deletes the sink's folders of days (`date=2026-01-31`, in UTC) that ended before `limit`, for all teams.
+    """Deletes the sink's folders of days (`date=2026-01-31`, in UTC) that ended at or before `limit`, for all teams.
 
     Other folders stay. If a folder cannot be deleted or has an invalid date, logs this and continues with the next folder.
 

@@ -43,9 +43,10 @@ def test_an_engine_scores_as_torch_does(engine: str, bundle: str, parts: str, ex
     assert compiled.bundle.detector.net.compiled is not None
     expected, actual = (inspector.score_labelled_images(records).measured for inspector in (plain, compiled))
     np.testing.assert_allclose(actual.scores, expected.scores, rtol=4 * TOLERANCE[engine])
+    # int8 on a CPU without VNNI instructions differs by up to 12 %
+    largest_difference = (4 if engine == "onnxruntime-int8" else 2) * TOLERANCE[engine]
     for anomaly_map, expected_map in zip(actual.maps, expected.maps, strict=True):
-        # int8 on a CPU without VNNI instructions differs by up to 12 %
-        assert np.abs(anomaly_map - expected_map).mean() <= 4 * TOLERANCE[engine] * expected_map.mean()
+        assert np.abs(anomaly_map - expected_map).mean() <= largest_difference * expected_map.mean()
 
 
 def test_an_engine_accepts_batches_of_any_size(bundle: str, examples: list[bytes]) -> None:

@@ -41,7 +41,7 @@ NOT_RUN = {
     "export": "compiles a network; tests/export",
     "jobs": "needs a cluster; tests/submission follows jobs",
     "sweep": "starts Ray; tests/sweep",
-    "inspect-batch": "starts Ray; tests/cluster/test_batch.py",
+    "inspect-batch": "starts Ray; tests/evaluation/test_batch.py",
     "inspect quickstart/": "of a model of the quickstart, which `make quickstart` makes",
     "ingest quickstart/": "of images of the quickstart, which `make quickstart` draws",
     "train quickstart": "starts Ray with two workers; `make quickstart` runs it",
@@ -51,11 +51,11 @@ NOT_RUN = {
     "fit photographs/ model-offline/": "a backbone that takes many times as long; `make quickstart` trains it",
 }
 NOT_RUN_WORDS = {  # a word of a focus-ray command -> why this module does not run it
-    "cluster.num_workers=4": "starts Ray with four workers; tests/cluster/test_training.py",
+    "cluster.num_workers=4": "starts Ray with four workers; tests/training/test_training.py",
     "trackers.tensorboard={}": "trains by gradient, and needs a tracker's package; tests/tracking",
     "trackers.mlflow.uri=http://tracking.plant:5000": "needs a server; tests/tracking",
     "--workers": "starts Ray; tests/cluster",
-    "selection.fraction=0.1": "trains by gradient; tests/evaluation/test_selection.py",
+    "selection.fraction=0.1": "trains by gradient; tests/fitting/test_selection.py",
     "--engine": "compiles a network; tests/bundle/test_engine.py",
 }
 # why this module does not run the commands of some programs -> the programs

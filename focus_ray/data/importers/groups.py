@@ -107,8 +107,8 @@ class GroupByFileName(GroupRule):
 class GroupByFolder(GroupRule):
     """The rule that takes the group name from a folder below the class folder (good/, scratch/).
 
-    Level 1 is the folder that contains the file, level 2 is the parent of that folder, and so on. The group name includes the
-    folders above, so that a/1 and b/1 are two groups.
+    Level 1 is the folder of the file, and level 2 is the parent of this folder. The group name includes the folders above, so
+    that a/1 and b/1 are two groups.
     """
 
     level: int

@@ -119,7 +119,7 @@ def find_visa_tables(source: SourcePath) -> list[SourcePath]:
 
 
 class _VisaImporter:
-    """The importer for data sets with a table like that of VisA, see `Importer`."""
+    """The importer for data sets with a split table in the format of VisA, see `Importer`."""
 
     expected = "split_csv/1cls.csv or image_anno.csv"
     has_table = True

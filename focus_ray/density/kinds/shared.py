@@ -33,7 +33,8 @@ class SharedDensitySettings(ConfigSection):
     """The density of normal embeddings, one for each place of the map."""
 
     # layers: the paper uses these three [paper].
-    # smooth_layers are averaged over 3x3 places: on the grid of layer 2 as in PatchCore [kin]; PaDiM's grid of layer 1 has none.
+    # `smooth_layers` are averaged over 3 x 3 locations on the grid of layer 2, as in PatchCore; PaDiM uses the grid of layer 1
+    # and averages nothing
     # precision: number format of the place memory and its search; it follows model.precision (`fitting.settings.Config`).
     # keep_moments: whether the bundle keeps the data with which `focus-ray update` adds or removes images later.
     STORED = frozenset({"layers", "smooth_layers", "precision", "keep_moments"})
