@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import make_base_settings_of, merge_settings, print_table, save_json
+from benchmarks.harness import make_base_settings_of, print_table, save_json
 from focus_ray.bundle.bundle import write_bundle
 from focus_ray.features.backbones.base import build_backbone, build_meta_backbone
 from focus_ray.features.backbones.registry import BACKBONES
@@ -90,9 +90,7 @@ def measure_fit(name: str, num_images: int, folder: Path) -> dict[str, Any]:
             folder / f"images-{size}", size_px=size, num_train=num_images, num_test_good=1, num_bad_per_type=1
         )
         ingest(folder / f"images-{size}", uri, categories=["gear"], progress=False)
-    config = parse_config(
-        merge_settings(make_base_settings_of(str(uri), "random", size, name), {"train": {"batch_size_per_worker": 8}})
-    )
+    config = parse_config(make_base_settings_of(str(uri), "random", size, name))
     plan = compute_split_plan(config, "gear")
     shard = build_shard(config, "gear", plan, rank=0, num_workers=1)
     start = time.process_time()

@@ -38,8 +38,9 @@ from focus_ray.data.images import decode_batch
 from focus_ray.data.read import read_index, read_rows
 from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config, parse_config
-from focus_ray.fitting.shards import BatchSchedule, build_local_stream, build_shard
+from focus_ray.fitting.shards import build_local_stream, build_shard
 from focus_ray.fitting.split import compute_split_plan
+from focus_ray.fyd.batch_schedule import BatchSchedule
 from focus_ray.settings.sections import config_to_yaml
 
 FYD = Path(__file__).resolve().parents[1] / "configs" / "fyd.yaml"
@@ -85,9 +86,7 @@ def run_training(config: Config, category: str, threads: int) -> dict[str, float
     wall_s = time.perf_counter() - start
     manifest = read_manifest(Path(config.storage) / config.name / "bundles" / category)
     history, stages = manifest["metrics"]["history"], manifest["metrics"]["seconds"]
-    batch_size = BatchSchedule.from_smallest_share(
-        manifest["data"]["num_fit"], 1, config.train.batch_size_per_worker
-    ).batch_size
+    batch_size = BatchSchedule.plan_epoch(manifest["data"]["num_fit"], 1, config.train.batch_size).batch_size
     epochs_s = [epoch["seconds"] for epoch in history]
     return {
         "images_per_s": statistics.median(e["steps"] * batch_size / e["seconds"] for e in history[1:]),
@@ -102,7 +101,7 @@ def run_training(config: Config, category: str, threads: int) -> dict[str, float
 def measure_training(arguments: argparse.Namespace, uri: str, category: str) -> dict[str, list[dict[str, float]]]:
     """Variant -> its runs, which take turns with those of the others."""
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in build_variants(arguments)}
-    train = {"epochs": arguments.epochs, "batch_size_per_worker": arguments.batch_size}
+    train = {"epochs": arguments.epochs, "batch_size": arguments.batch_size}
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         shared = {
             "storage": str(Path(folder).absolute()),
@@ -162,16 +161,14 @@ def consume_batches(batches: Iterable[Any]) -> int:
 def build_data_loaders(config: Config, category: str, rows: Sequence[int], where: str) -> dict[str, Callable[[], int]]:
     """Name -> from a stored data set to batches; returns how many images came."""
     plan = compute_split_plan(config, category)
-    uri, train = config.data.uri, config.train
+    uri = config.data.uri
     kept = build_shard(config, category, plan, 0, 1)
     unkept = config.model_copy(update={"data": config.data.model_copy(update={"memory_budget_mb": 0.0})})
     streamed = build_shard(unkept, category, plan, 0, 1, build_local_stream(unkept, category, plan))
-    steps = BatchSchedule.from_smallest_share(len(plan.fit.rows), 1, train.batch_size_per_worker)
+    schedule = BatchSchedule.plan_epoch(len(plan.fit.rows), 1, config.train.batch_size)
 
     def epoch(shard: Any) -> int:
-        return consume_batches(
-            shard.read_train_batches(steps.batch_size, steps.steps, torch.Generator().manual_seed(0))
-        )
+        return consume_batches(shard.read_train_batches(schedule, torch.Generator().manual_seed(0)))
 
     def build() -> int:
         build_shard(config, category, plan, 0, 1)
@@ -187,9 +184,7 @@ def build_data_loaders(config: Config, category: str, rows: Sequence[int], where
 
 def measure_data_loading(arguments: argparse.Namespace, uri: str, category: str) -> dict[str, float]:
     """Way -> images a second, medians of rounds that take turns; the first round, which warms up, is left out."""
-    tree = merge_settings(
-        make_base_settings(arguments, uri), {"train": {"batch_size_per_worker": arguments.batch_size}}
-    )
+    tree = merge_settings(make_base_settings(arguments, uri), {"train": {"batch_size": arguments.batch_size}})
     config = parse_config(tree)
     frame, size = load_frame(config, category), arguments.batch_size
     rows = read_index(uri, category, "train")["row"].to_numpy().tolist()

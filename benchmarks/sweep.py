@@ -134,7 +134,7 @@ def main() -> None:
             base,
             {
                 "model": {"image_size_px": arguments.race_size_px, "image_alignment": {"group": "none"}},
-                "train": {"epochs": arguments.epochs, "batch_size_per_worker": 16},
+                "train": {"epochs": arguments.epochs, "batch_size": 16},
             },
         )
         samples += [

@@ -7,12 +7,45 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
     """Concatenates the rows (n, ...) of all workers on the CPU, in the order of the workers; n may differ."""
     return rows if get_world_size() == 1 else torch.cat(all_gather_objects(rows.cpu().contiguous()))
+
+
+class AllReduceSum(torch.autograd.Function):
+    """Adds up a tensor over all workers; gradients are added up over all workers too.
+
+    torch.distributed.nn has such a function, but it is deprecated since torch 2.13.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        # every worker's loss depends on the sum, so the gradients of all workers are added
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def join_batch(rows: Tensor, first: int, batch_size: int) -> Tensor:
+    """Joins the rows of all workers to one batch (batch_size, ...) on every worker; gradients flow back to every worker's rows.
+
+    Args: first: position of this worker's first row in the batch.
+    """
+    if get_world_size() == 1:
+        return rows
+    padding = [0, 0] * (rows.ndim - 1) + [first, batch_size - first - len(rows)]
+    joined: Tensor = AllReduceSum.apply(F.pad(rows, padding))
+    return joined
 
 
 _T = TypeVar("_T")

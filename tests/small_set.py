@@ -52,7 +52,7 @@ def small_config(uri: str, storage: Path | str, **sections: dict[str, Any]) -> C
             "predictor_width": 8,
             "precision": "fp32",  # so that results do not depend on the machine
         },
-        "train": {"epochs": 0, "batch_size_per_worker": 4, "learning_rate": 1e-3},
+        "train": {"epochs": 0, "batch_size": 4, "learning_rate": 1e-3},
         "density": {"num_channels": 32, "reduction": "semi_orthogonal", "precision": "fp32"},
         "scoring": {"image_score": "maximum"},
         "calibration": {"method": "split"},

@@ -15,7 +15,7 @@ from places import CONFIGS
 from focus_ray.density.settings import DensityConfig
 from focus_ray.errors import ConfigError
 from focus_ray.features.backbones.registry import BACKBONES
-from focus_ray.fitting.settings import load_config, parse_config
+from focus_ray.fitting.settings import convert_earlier_settings, load_config, parse_config
 from focus_ray.settings.sections import config_to_yaml
 from focus_ray.settings.yaml_text import load_yaml
 
@@ -320,6 +320,28 @@ def test_settings_of_earlier_versions_are_converted() -> None:
     config = parse_config({"data": {"uri": "images"}, **earlier})
     assert (config.density.shrinkage, config.selection.fraction) == ("0.01 absolute", 0.1)
     assert not parse_config({"data": {"uri": "x"}, "selection": {"enabled": False, "fraction": 0.3}}).selection.enabled
+
+
+@pytest.mark.parametrize(("cluster", "size"), [({}, 12), ({"num_workers": 3}, 36), ({"num_workers": 1}, 12)])
+def test_the_batch_size_per_worker_of_earlier_versions_becomes_that_of_all_workers_of_the_run(
+    cluster: dict[str, int], size: int
+) -> None:
+    earlier = {"data": {"uri": "images"}, "train": {"batch_size_per_worker": 12, "epochs": 2}, "cluster": cluster}
+    config = parse_config(earlier, is_fitted=True)
+    assert (config.train.batch_size, config.train.epochs) == (size, 2)
+    assert parse_config(convert_earlier_settings(earlier)) == config
+    message = rf"train\.batch_size_per_worker=12 is now train\.batch_size.*set train\.batch_size={size} instead"
+    with pytest.raises(ConfigError, match=message):
+        parse_config(earlier)
+
+
+def test_a_training_with_more_workers_than_images_in_a_batch_is_refused() -> None:
+    workers = {"train.batch_size": 4, "cluster.num_workers": 5}
+    with pytest.raises(ConfigError, match=r"train\.batch_size=4 .* cluster\.num_workers=5"):
+        parse_config(tree_with(**workers, **{"train.epochs": 1}))
+    assert (
+        parse_config(tree_with(**workers)).train.epochs == 0
+    )  # without training by gradient, there are no batches to share
 
 
 def test_grid_and_memory_follow_the_settings_that_decide_them() -> None:

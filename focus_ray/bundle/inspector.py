@@ -28,7 +28,14 @@ from focus_ray.bundle.engine import (
     check_engine_support,
     compile_feature_extractor,
 )
-from focus_ray.data.images import ImageError, ImageInfo, decode_batch, decode_batch_with_info, decode_mask
+from focus_ray.data.images import (
+    NUM_DECODE_THREADS_PER_GPU,
+    ImageError,
+    ImageInfo,
+    decode_batch,
+    decode_batch_with_info,
+    decode_mask,
+)
 from focus_ray.data.prefetch import prefetch_items
 from focus_ray.data.schema import Row
 from focus_ray.density.base import choose_evenly_spaced
@@ -50,7 +57,7 @@ from focus_ray.metrics.evaluate import (
 )
 from focus_ray.precision import choose_compute_dtype
 
-_NUM_DECODE_THREADS = 2  # they decode the next batch during a forward pass
+_NUM_CPU_DECODE_THREADS = 2  # decode the next batch during a forward pass on a CPU
 
 
 class Inspector:
@@ -81,6 +88,8 @@ class Inspector:
             DataError: an example cannot be read or decoded.
         """
         self.bundle, self.device, self.batch_size = bundle, device, batch_size
+        on_gpu = torch.device(device).type == "cuda"
+        self._num_decode_threads = NUM_DECODE_THREADS_PER_GPU if on_gpu else _NUM_CPU_DECODE_THREADS
         self.frame = bundle.frame
         net = bundle.detector.net
         check_engine_support(engine, net, device, len(examples))
@@ -126,7 +135,7 @@ class Inspector:
             stream = iter(images)
             while batch := list(islice(stream, self.batch_size)):
                 names, encoded = [name for name, _ in batch], [data for _, data in batch]
-                yield names, *decode_batch_with_info(encoded, self.frame, _NUM_DECODE_THREADS, hashed, names)
+                yield names, *decode_batch_with_info(encoded, self.frame, self._num_decode_threads, hashed, names)
 
         for names, infos, pixels in prefetch_items(decode_batches(), max_waiting=1):
             scored = self.bundle.detector(torch.from_numpy(pixels), describe=repeats is not None)
@@ -390,7 +399,9 @@ class Inspector:
         numbers = sorted(choose_evenly_spaced(len(examples), MAX_EXAMPLES))
         encoded = [_read_image_bytes(examples[number], number) for number in numbers]
         names = [_get_image_name(examples[number], number) for number in numbers]
-        infos, pixels = decode_batch_with_info(encoded, self.frame, _NUM_DECODE_THREADS, with_hash=True, names=names)
+        infos, pixels = decode_batch_with_info(
+            encoded, self.frame, self._num_decode_threads, with_hash=True, names=names
+        )
         # training images score near 0, where a relative change has no meaning
         is_new = [info.content_hash is None or shorten_hash(info.content_hash) not in fit_hashes for info in infos]
         if sum(is_new) < MIN_EXAMPLES:

@@ -16,6 +16,7 @@ from focus_ray.cluster.ray_private import (
     require_private_cluster_token,
 )
 from focus_ray.cluster.settings import ClusterConfig
+from focus_ray.data.images import NUM_DECODE_THREADS_PER_GPU
 from focus_ray.errors import TrainingError
 
 
@@ -132,6 +133,20 @@ def compute_worker_resources(config: ClusterConfig, use_gpu: bool) -> dict[str, 
     if config.memory_gib_per_worker is not None:
         resources["memory"] = config.memory_gib_per_worker * 2**30
     return resources
+
+
+def count_decode_threads(config: ClusterConfig, use_gpu: bool) -> int:
+    """Returns how many threads of a worker decode images: cpus_per_worker, rounded down; with a GPU at least 8 for a whole GPU.
+
+    A GPU would wait for one thread. The threads of a GPU worker may exceed the CPUs that Ray reserves, because a larger
+    reservation could be more than a node with a GPU has.
+
+    Args: use_gpu: whether the worker uses a GPU, the result of `do_workers_use_gpu`.
+    """
+    num_threads = max(1, int(config.cpus_per_worker))
+    if not use_gpu:
+        return num_threads
+    return max(num_threads, math.ceil(NUM_DECODE_THREADS_PER_GPU * config.gpus_per_worker))
 
 
 def find_cluster_growth_limits(config: ClusterConfig, total: Mapping[str, float]) -> dict[str, float]:

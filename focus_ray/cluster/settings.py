@@ -53,7 +53,8 @@ class ClusterConfig(ConfigSection):
     cpus_per_worker: float = Field(
         default=1.0,
         gt=0.0,
-        description="CPUs that Ray reserves for a worker. The same number of threads decodes images.",
+        description="CPUs that Ray reserves for a worker. The same number of threads decodes images; with a GPU, at least 8 "
+        "threads for a whole GPU.",
     )
     gpus_per_worker: float = Field(
         default=1.0,

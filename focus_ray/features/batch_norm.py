@@ -6,33 +6,11 @@ import copy
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from focus_ray.distributed import get_world_size
-
-
-class _AllReduceSum(torch.autograd.Function):
-    """Adds up a tensor over all workers; gradients are added up over all workers too.
-
-    torch.distributed.nn has such a function, but it is deprecated since torch 2.13.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        # every worker's loss depends on the sum, so the gradients of all workers are added
-        total = gradient.clone()
-        dist.all_reduce(total)
-        return total
+from focus_ray.distributed import AllReduceSum, get_world_size
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
@@ -54,7 +32,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         values = values - shift_point[:, None, None]
         count = values.numel() / values.shape[1]
         sums = torch.cat([values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), values.new_full((1,), count)])
-        sums = _AllReduceSum.apply(sums)
+        sums = AllReduceSum.apply(sums)
         total = sums[-1].detach()
         mean = sums[: self.num_features] / total
         variance = (sums[self.num_features : -1] / total - mean.square()).clamp_min(0)

@@ -60,10 +60,11 @@ from focus_ray.fitting.passes import (
 from focus_ray.fitting.projection import DiscriminantProjection, choose_projection_images, learn_projection
 from focus_ray.fitting.selection import MIN_GAIN, make_validation_images
 from focus_ray.fitting.settings import Config
-from focus_ray.fitting.shards import BatchSchedule, Shard
+from focus_ray.fitting.shards import Shard
 from focus_ray.fitting.shared_metric import read_shared_metric
 from focus_ray.fitting.split import MAX_CALIBRATION_IMAGES, NUM_CALIBRATION_FOLDS
 from focus_ray.fitting.state import BestNetwork, EpochCallback, FitNotes, TrainState
+from focus_ray.fyd.batch_schedule import BatchSchedule
 from focus_ray.precision import choose_compute_dtype
 from focus_ray.progress import track_progress
 from focus_ray.seeds import derive_seed
@@ -332,16 +333,17 @@ class DetectorFitter:
         from focus_ray.fyd.training import cut_one_tile_per_image
 
         train, tiles = self.config.train, TileGrid(*self.config.model.tile_layout)
-        steps = BatchSchedule.from_smallest_share(self.num_images, get_world_size(), train.batch_size_per_worker)
-        training.build_optimizer_and_schedule(steps.steps)
+        schedule = BatchSchedule.plan_epoch(self.num_images, get_world_size(), train.batch_size)
+        training.build_optimizer_and_schedule(schedule)
         if state is None:
             self._keep_best_network(-1)
         else:
             training.restore_optimizer(state.optimizer, state.schedule, state.epoch)
         for epoch in range(0 if state is None else state.epoch + 1, train.epochs):
-            generator = torch.Generator().manual_seed(derive_seed(train.seed, "epoch", epoch, self.rank))
+            # the same on every worker (the 0 keeps the order of images of earlier versions)
+            generator = torch.Generator().manual_seed(derive_seed(train.seed, "epoch", epoch, 0))
             start = time.perf_counter()
-            batches = self.shard.read_train_batches(steps.batch_size, steps.steps, generator)
+            batches = self.shard.read_train_batches(schedule, generator)
             figures = training.run_epoch(cut_one_tile_per_image(batches, tiles, train.seed, epoch), generator)
             figures = {"epoch": float(epoch), **figures, "seconds": time.perf_counter() - start}
             self._record_epoch_metrics(figures)

@@ -27,6 +27,9 @@ DEFAULT_SELECTION_SHARE = (
 )
 
 
+_OLD_BATCH_SIZE = "batch_size_per_worker"
+
+
 class SelectionConfig(ConfigSection):
     """Choice of alignment and epoch from normal images alone [ours].
 
@@ -112,18 +115,55 @@ class Config(ConfigSection):
             )
         return {**value, "density": {**density, "precision": precision}}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _convert_batch_size(cls, value: Any, info: ValidationInfo) -> Any:
+        """Converts the batch size of a bundle of an earlier version, see `convert_earlier_settings`.
+
+        Raises: ValueError: a user sets the batch size of an earlier version.
+        """
+        if not isinstance(value, dict) or (converted := convert_earlier_settings(value)) == value:
+            return value
+        if not (info.context and info.context.get("is_fitted")):
+            old_size, size = value["train"][_OLD_BATCH_SIZE], converted["train"]["batch_size"]
+            raise ValueError(
+                f"train.{_OLD_BATCH_SIZE}={old_size} is now train.batch_size, the images of all workers in one step: set "
+                f"train.batch_size={size} instead, for {old_size} images of each of {size // old_size} worker(s)"
+            )
+        return converted
+
     @model_validator(mode="after")
     def _check_consistency(self) -> Config:
         """Checks settings that depend on each other.
 
-        Raises: ValueError: calibration.method is split, and no images are held out.
+        Raises: ValueError: calibration.method is split, and no images are held out; or more workers train than a batch has
+            images.
         """
+        if self.train.epochs and self.train.batch_size < self.cluster.num_workers:
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} has no image for some of the workers, "
+                f"cluster.num_workers={self.cluster.num_workers}: raise train.batch_size or lower cluster.num_workers"
+            )
         if self.calibration.method == "split" and self.data.holdout_fraction == 0.0:
             raise ValueError(
                 "calibration.method=split needs held-out images: set data.holdout_fraction above 0, "
                 "or calibration.method=leave_one_out"
             )
         return self
+
+
+def convert_earlier_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the stored settings of a run with the names of this version.
+
+    Earlier versions had train.batch_size_per_worker. Its product with cluster.num_workers is train.batch_size.
+    """
+    train, cluster = tree.get("train"), tree.get("cluster")
+    if not isinstance(train, Mapping) or not isinstance(train.get(_OLD_BATCH_SIZE), int):
+        return dict(tree)
+    num_workers = cluster.get("num_workers", 1) if isinstance(cluster, Mapping) else 1
+    size = train[_OLD_BATCH_SIZE] * (num_workers if isinstance(num_workers, int) else 1)
+    other_settings = {key: value for key, value in train.items() if key != _OLD_BATCH_SIZE}
+    return {**tree, "train": {"batch_size": size, **other_settings}}
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

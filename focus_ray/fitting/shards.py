@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -13,11 +12,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from focus_ray.data.read import decode_rows
-from focus_ray.errors import DataError, TrainingError
+from focus_ray.data.read import NUM_ROWS_PER_READ, decode_rows
+from focus_ray.distributed import all_gather_rows, compute_worker_range, get_rank, get_world_size
+from focus_ray.errors import TrainingError
 from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.split import NO_ROWS, SplitPlan, SplitRows, SplitRule
+from focus_ray.fyd.batch_schedule import BatchSchedule
 
 _SHUFFLE_ROWS = 512  # rows of a local stream that are decoded and shuffled together
 
@@ -45,8 +46,10 @@ class Shard(ABC):
     batch_size: int
 
     @abstractmethod
-    def read_train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Generator: yields exactly `steps` shuffled batches of exactly `batch_size` fit images.
+    def read_train_batches(self, schedule: BatchSchedule, generator: torch.Generator) -> Iterator[Tensor]:
+        """Generator: yields this worker's share of the shuffled fit images of each global batch of an epoch.
+
+        Args: generator: must be in the same state on every worker.
 
         Raises: TrainingError: a stream of images ended too early.
         """
@@ -80,7 +83,7 @@ class MemoryShard(Shard):
         images: Tensor,
         holdout: Tensor | None = None,
         folds: Tensor | None = None,
-        batch_size: int = 32,
+        batch_size: int = NUM_ROWS_PER_READ,
         validation: Tensor | None = None,
         *,
         groups: ArrayLike | None = None,
@@ -116,18 +119,20 @@ class MemoryShard(Shard):
             fingerprint="",
         )
 
-    def read_train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Generator: see `Shard.read_train_batches`. Yields batches (B, H, W, C) of exactly `batch_size` images.
+    def read_train_batches(self, schedule: BatchSchedule, generator: torch.Generator) -> Iterator[Tensor]:
+        """Generator: see `Shard.read_train_batches`.
 
-        When fewer images than a batch remain, all images are shuffled again and added to the remaining images, so that all
-        `steps` batches are full.
+        The images of a global batch do not depend on the number of workers. The workers exchange them, because each worker keeps
+        other images in RAM.
         """
-        order = torch.empty(0, dtype=torch.long)
-        for _ in range(steps):
-            while len(order) < batch_size:
-                order = torch.cat([order, torch.randperm(len(self.images), generator=generator)])
-            yield self.images[order[:batch_size]]
-            order = order[batch_size:]
+        order = torch.randperm(schedule.num_images, generator=generator)
+        own_numbers = compute_worker_range(schedule.num_images)
+        for step, numbers in enumerate(order.split(schedule.batch_size)[: schedule.steps]):
+            ascending = numbers.sort().values
+            own = ascending[(ascending >= own_numbers.start) & (ascending < own_numbers.stop)]
+            images = all_gather_rows(self.images[own - own_numbers.start])  # in the order of `ascending`
+            share = schedule.get_share(step, get_rank(), get_world_size())
+            yield images[torch.searchsorted(ascending, numbers[share.start : share.stop])]
 
     def read_batches(self, part: _Part, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Generator: see `Shard.read_batches`; yields batches (B, H, W, C) from the images in RAM."""
@@ -140,29 +145,6 @@ class MemoryShard(Shard):
         """Returns a new shard in which the validation images are fit images too, after the other fit images."""
         images, share = torch.cat([self.images, self.validation]), self.share.merge_validation_into_fit()
         return MemoryShard(images, self.holdout, batch_size=self.batch_size, share=share)
-
-
-@dataclass(frozen=True)
-class BatchSchedule:
-    """The batch size and the number of steps per epoch, which are the same for all workers."""
-
-    batch_size: int
-    steps: int
-
-    @classmethod
-    def from_smallest_share(cls, num_images: int, num_workers: int, batch_size_per_worker: int) -> BatchSchedule:
-        """Computes the schedule, the same on every worker, from the smallest share of images that a worker has.
-
-        Raises: DataError: a worker would get fewer than two images.
-        """
-        share = num_images // num_workers
-        if share < 2:
-            raise DataError(
-                f"{num_images} training images for {num_workers} workers are fewer than 2 per worker: lower cluster.num_workers "
-                "or add images"
-            )
-        size = min(batch_size_per_worker, share)
-        return cls(size, share // size)
 
 
 def build_local_stream(config: Config, category: str, plan: SplitPlan, num_threads: int = 1) -> BatchStream:
@@ -210,31 +192,40 @@ class StreamShard(Shard):
         """
         self.num_threads = num_threads
         self.config, self.category, self.share, self.stream = config, category, share, stream
-        self.batch_size = config.train.batch_size_per_worker
+        self.batch_size = NUM_ROWS_PER_READ
         self.frame = load_frame(config, category)
 
-    def read_train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+    def read_train_batches(self, schedule: BatchSchedule, generator: torch.Generator) -> Iterator[Tensor]:
         """Generator: see `Shard.read_train_batches`. It needs a stream.
+
+        A global batch contains images of the streams of all workers, so its images depend on the number of workers.
 
         Raises: TrainingError: the stream ended too early, for instance because the data was changed.
         """
         assert self.stream is not None, "training needs a stream"
         seed = int(torch.randint(2**31 - 1, (1,), generator=generator))
-        pending: list[Tensor] = []
+        rank, num_workers = get_rank(), get_world_size()
+        sizes = [len(schedule.get_share(step, rank, num_workers)) for step in range(schedule.steps)]
         num_yielded = 0
+        pending = spare = torch.empty(0, *self.frame.shape, dtype=torch.uint8)
         # a shuffled stream of Ray 2.60 also yields short batches before its end: build full batches here
-        batches = self.stream(batch_size, seed)
-        for batch in batches:
-            pending.append(torch.from_numpy(np.array(batch["image"])))
-            while num_yielded < steps and sum(map(len, pending)) >= batch_size:
-                joined = torch.cat(pending)
-                pending = [joined[batch_size:]]
+        for batch in self.stream(max(sizes), seed):
+            images = torch.from_numpy(np.array(batch["image"]))
+            spare = spare if len(spare) else images[:1]
+            pending = torch.cat([pending, images])
+            while num_yielded < schedule.steps and len(pending) >= sizes[num_yielded]:
+                size = sizes[num_yielded]
                 num_yielded += 1
-                yield joined[:batch_size]
-        if num_yielded < steps:
+                yield pending[:size]
+                pending = pending[size:]
+        # Ray Data gives all workers equally many images and drops the remainder, so one image can be missing in the last batch
+        if num_yielded == schedule.steps - 1 and len(pending) == sizes[-1] - 1:
+            num_yielded += 1
+            yield torch.cat([pending, spare])
+        if num_yielded < schedule.steps:
             raise TrainingError(
-                f"the stream of category {self.category!r} ended after {num_yielded} of {steps} batches: check whether the data "
-                "was changed during the training"
+                f"the stream of category {self.category!r} ended after {num_yielded} of {schedule.steps} batches: check whether "
+                "the data was changed during the training"
             )
 
     def read_batches(self, part: _Part, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
@@ -301,7 +292,6 @@ def build_shard(
     return MemoryShard(
         load_images(share.fit.rows),
         load_images(share.holdout.rows),
-        batch_size=config.train.batch_size_per_worker,
         validation=load_images(share.validation.rows),
         share=share,
     )

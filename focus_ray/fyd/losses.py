@@ -18,48 +18,47 @@ def draw_image_pairs(batch_size: int, generator: torch.Generator | None = None) 
     Raises: ValueError: fewer than two images.
     """
     if batch_size < 2:
-        raise ValueError(f"pairs need at least 2 images per batch, got {batch_size}: raise train.batch_size_per_worker")
+        raise ValueError(f"pairs need at least 2 images per batch, got {batch_size}: raise train.batch_size")
     order = torch.randperm(batch_size, generator=generator)
     pairs = torch.empty_like(order)
     pairs[order] = order.roll(1)  # one random cycle through the batch
     return pairs
 
 
-def compute_image_alignment_loss(aligned: Tensor, pairs: Tensor, valid: Tensor | None = None) -> Tensor:
+def compute_image_alignment_loss(aligned: Tensor, partners: Tensor, valid: Tensor | None = None) -> Tensor:
     """Computes the image alignment loss L_ICA: the L2 distance between pixels of paired aligned images [paper], averaged [ours].
 
-    Every pair has the same weight, however many valid pixels it has. So the mean over workers equals the mean over the joined
-    batch.
+    Every pair has the same weight, however many valid pixels it has. So the mean over workers, weighted by their images, equals
+    the mean over the global batch.
 
     Args:
         aligned: (B, 3, H, W), images after image alignment.
-        pairs: (B,), from `draw_image_pairs`.
-        valid: (B, H, W), True at pixels that come from inside the image; other pixels are ignored [ours]. None: all are valid.
+        partners: (B, 3, H, W), the aligned partner of each image.
+        valid: (B, H, W), True at pixels that come from inside both images; other pixels are ignored [ours]. None: all are valid.
 
     Returns: scalar, >= 0.
     """
-    difference = aligned - aligned[pairs]
+    difference = aligned - partners
     # 1e-12 keeps the gradient of the root finite where two pixels are equal
     distance = (difference.square().sum(dim=1) + 1e-12).sqrt()
     if valid is None:
         return distance.mean()
-    is_valid = (valid & valid[pairs]).to(distance.dtype)
+    is_valid = valid.to(distance.dtype)
     return ((distance * is_valid).sum(dim=(1, 2)) / is_valid.sum(dim=(1, 2)).clamp_min(1.0)).mean()
 
 
-def compute_fine_feature_loss(predicted: Tensor, projected: Tensor, pairs: Tensor) -> Tensor:
+def compute_fine_feature_loss(predicted: Tensor, partners: Tensor) -> Tensor:
     """Computes L_fine: negative cosine similarity to the features of the partner image, averaged over all locations [paper].
 
     No gradient flows through the features of the other image (stop-gradient, SimSiam, arXiv 2011.10566).
 
     Args:
         predicted: (B, C, H, W), g(f(x)): output of the predictor g for images x.
-        projected: (B, C, H, W), f(x): output of the projector f for the same images.
-        pairs: (B,), from `draw_image_pairs`.
+        partners: (B, C, H, W), output of the projector f for the partner of each image.
 
     Returns: scalar in -1..1; -1 means that the predictions have the same directions as the projected features of the partners.
     """
-    return -F.cosine_similarity(predicted, projected.detach()[pairs], dim=1).mean()
+    return -F.cosine_similarity(predicted, partners.detach(), dim=1).mean()
 
 
 @torch.no_grad()

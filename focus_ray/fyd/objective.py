@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from focus_ray.distributed import get_world_size, join_batch
 from focus_ray.features.alignment.theta import compute_valid_mask
 from focus_ray.features.network import FocusNet
 from focus_ray.fyd.head import ProjectorPredictorHead
@@ -34,30 +35,38 @@ class TrainingObjective(nn.Module):
         if not self.uses_alignment_loss and not self.uses_fine_loss and net.image_aligner is not None:
             net.image_aligner.requires_grad_(False)
 
-    def forward(self, images: Tensor, pairs: Tensor) -> dict[str, Tensor]:
-        """Computes the losses of a batch.
+    def forward(self, images: Tensor, pairs: Tensor, first: int = 0) -> dict[str, Tensor]:
+        """Computes this worker's part of the losses of a global batch of B images.
+
+        The mean over all workers, which DistributedDataParallel takes of the gradients, is the loss of the global batch.
 
         Args:
-            images: (B, 3, H, W) in 0..1.
-            pairs: (B,), index of the partner of each image in the batch.
+            images: (b, 3, H, W) in 0..1, this worker's images.
+            pairs: (B,), position of the partner of each image in the global batch.
+            first: position of this worker's first image in the global batch.
 
         Returns: name -> tensor. 'loss' is the weighted sum, a scalar. 'loss_ica' and 'loss_fine' are the losses without weights,
-            if they are used. With the fine loss, also 'feature_std', a scalar, and `LAST_LEVEL`, the features of layer 3.
+            if they are used. With the fine loss, also 'feature_std' of the global batch, a scalar, and `LAST_LEVEL`, the
+            features of layer 3 of this worker's images.
         """
         aligned = self.net(images)
+        partners = pairs[first : first + len(images)]
+        share = len(images) * get_world_size() / len(pairs)  # weight of this worker in the mean over workers
         parts: dict[str, Tensor] = {}
         total = images.new_zeros(())
         if self.uses_alignment_loss:
-            theta, size = aligned.theta_image, aligned.image.shape[2:]
-            parts["loss_ica"] = compute_image_alignment_loss(
-                aligned.image, pairs, None if theta is None else compute_valid_mask(theta, *size)
-            )
+            joined, valid = join_batch(aligned.image, first, len(pairs)), None
+            if aligned.theta_image is not None:
+                valid = compute_valid_mask(aligned.theta_image, *aligned.image.shape[2:])
+                valid = valid & (join_batch(valid.byte(), first, len(pairs))[partners] > 0)
+            parts["loss_ica"] = share * compute_image_alignment_loss(aligned.image, joined[partners], valid)
             total = total + self.config.lambda_ica * parts["loss_ica"]
         if self.uses_fine_loss:
             projected, predicted = self.head(aligned.levels[2])
-            parts["loss_fine"] = compute_fine_feature_loss(predicted.float(), projected.float(), pairs)
+            joined = join_batch(projected.detach().float(), first, len(pairs))
+            parts["loss_fine"] = share * compute_fine_feature_loss(predicted.float(), joined[partners])
             total = total + self.config.lambda_fine * parts["loss_fine"]
-            parts["feature_std"] = compute_feature_std(projected)
+            parts["feature_std"] = compute_feature_std(joined)
             parts[LAST_LEVEL] = aligned.levels[2].detach()
         return {"loss": total, **parts}
 

@@ -38,14 +38,19 @@ class TrainConfig(ConfigSection):
         description="Passes over the training images in which the network learns by gradient. 0 trains nothing: the "
         "backbone does not change.",
     )
-    batch_size_per_worker: int = Field(
+    batch_size: int = Field(
         default=32,
         ge=2,
-        le=4096,
-        description="Images in a batch of one worker, in training steps and in passes [kin: 32].",
+        le=1_000_000,
+        description="Images in an optimiser step, of all workers together [kin: 32]. An epoch has as many steps as it has full "
+        "batches, with any number of workers.",
     )
     learning_rate: float = Field(
-        default=1e-4, gt=0.0, le=10.0, description="Learning rate of the backbone [kin: 1e-4]."
+        default=1e-4,
+        gt=0.0,
+        le=10.0,
+        description="Learning rate of the backbone [kin: 1e-4]. It belongs to the batch size: scale it yourself if you change "
+        "batch_size.",
     )
     lambda_ica: float = Field(default=1.0, ge=0.0, description="Weight of the image alignment loss.")
     lambda_fine: float = Field(default=1.0, ge=0.0, description="Weight of the fine loss.")

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from focus_ray.density.tiles import TileGrid
-from focus_ray.distributed import get_world_size
+from focus_ray.distributed import get_rank, get_world_size, join_batch
 from focus_ray.errors import DataError
 from focus_ray.features.network import FocusNet, convert_to_float_images
+from focus_ray.fyd.batch_schedule import BatchSchedule
 from focus_ray.fyd.head import ProjectorPredictorHead
 from focus_ray.fyd.losses import compute_effective_rank, draw_image_pairs
 from focus_ray.fyd.objective import LAST_LEVEL, TrainingObjective, iterate_all_parameters
@@ -43,7 +44,7 @@ class FydTraining:
         self.net, self.device, self.config = net, device, config
         self.head = ProjectorPredictorHead(net).to(device).to(memory_format=torch.channels_last)
 
-    def build_optimizer_and_schedule(self, steps_per_epoch: int) -> None:
+    def build_optimizer_and_schedule(self, batch_schedule: BatchSchedule) -> None:
         """Builds objective, optimiser and schedule; call it before `get_state_dicts`, `restore_optimizer` and `run_epoch`.
 
         Parameters of the network that no loss trains are frozen.
@@ -56,8 +57,8 @@ class FydTraining:
                 "train.epochs is above 0, but no loss trains anything: set train.lambda_fine or lambda_ica above 0"
             )
         self.optimizer = build_optimizer(self.net, self.head, self.config)
-        self.schedule = build_learning_rate_schedule(self.optimizer, self.config, steps_per_epoch)
-        self.steps_per_epoch = steps_per_epoch
+        self.schedule = build_learning_rate_schedule(self.optimizer, self.config, batch_schedule.steps)
+        self.batch_schedule = batch_schedule
         self.objective: nn.Module = objective
         if get_world_size() > 1:
             devices = [self.device] if self.device.type == "cuda" else None
@@ -84,8 +85,8 @@ class FydTraining:
         """
         self.optimizer.load_state_dict(optimizer)
         self.schedule.load_state_dict(schedule)
-        # computed again, because the number of workers may have changed
-        self.schedule.last_epoch = (epoch + 1) * self.steps_per_epoch
+        # computed again: in earlier versions, the number of steps depended on the number of workers
+        self.schedule.last_epoch = (epoch + 1) * self.batch_schedule.steps
 
     def run_epoch(self, batches: Iterable[Tensor], generator: torch.Generator) -> dict[str, float]:
         """Switches network and head to training mode, and trains for one epoch.
@@ -97,6 +98,7 @@ class FydTraining:
         return train_epoch(
             self.objective,
             batches,
+            self.batch_schedule,
             self.optimizer,
             self.schedule,
             self.config,
@@ -168,8 +170,9 @@ def build_learning_rate_schedule(
 
 
 def train_epoch(
-    objective: Callable[[Tensor, Tensor], dict[str, Tensor]],
+    objective: Callable[[Tensor, Tensor, int], dict[str, Tensor]],
     batches: Iterable[Tensor],
+    batch_schedule: BatchSchedule,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LambdaLR,
     config: TrainConfig,
@@ -181,26 +184,29 @@ def train_epoch(
 
     Args:
         objective: computes the losses from images and pairs, see `TrainingObjective.forward`.
-        batches: uint8 (B, H, W, 3 or 4), or float (B, 3, H, W) in 0..1.
-        generator: draws the pairs of images.
+        batches: this worker's share of each global batch, uint8 (B, H, W, 3 or 4), or float (B, 3, H, W) in 0..1.
+        batch_schedule: the global batches of the epoch.
+        generator: draws the pairs of images. It must be in the same state on every worker.
         autocast: compute the losses in bfloat16 where torch allows it.
 
-    Returns: name of a metric -> value. Losses and 'feature_std' are means over all steps and workers. 'effective_rank' is
+    Returns: name of a metric -> value. Losses and 'feature_std' are means over all steps. 'effective_rank' is
         computed from the last step only, because it needs an eigen-decomposition; it is missing without the fine loss. 'steps'
         is the number of steps, 'learning_rate' the learning rate of the last step.
 
     Raises:
-        ValueError: there is no batch, or a batch has fewer than two images.
+        ValueError: there is no batch, or a global batch has fewer than two images.
         FloatingPointError: on every worker, if the loss, or a weight after the last step, is not finite on any worker.
     """
     sums: dict[str, Tensor] = {}
     steps, rate = 0, 0.0
     level: Tensor | None = None
+    first, rank, num_workers = 0, get_rank(), get_world_size()
     for batch in batches:
+        first = batch_schedule.get_share(steps, rank, num_workers).start
         images = convert_to_float_images(batch, device)
-        pairs = draw_image_pairs(images.shape[0], generator).to(device)
+        pairs = draw_image_pairs(batch_schedule.batch_size, generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            parts = objective(images, pairs)
+            parts = objective(images, pairs, first)
         level = parts.pop(LAST_LEVEL, None)
         loss = parts["loss"]
         optimizer.zero_grad(set_to_none=True)
@@ -212,9 +218,7 @@ def train_epoch(
             sums[key] = sums.get(key, value.new_zeros((), dtype=torch.float32)) + value.detach().float()
         steps += 1
     if not steps:
-        raise ValueError(
-            "an epoch needs at least 1 batch, got 0: add training images or lower train.batch_size_per_worker"
-        )
+        raise ValueError("an epoch needs at least 1 batch, got 0: add training images or lower train.batch_size")
     keys = sorted(sums)
     means = _average_over_workers(torch.stack([sums[key] for key in keys]) / steps)
     result = dict(zip(keys, means.tolist(), strict=True))
@@ -224,7 +228,7 @@ def train_epoch(
         problem = f"the loss is {result['loss']}" if not math.isfinite(result["loss"]) else "weights are not finite"
         raise FloatingPointError(f"{problem} after {steps} steps: lower train.learning_rate")
     if level is not None:
-        result["effective_rank"] = float(_average_over_workers(compute_effective_rank(level)))
+        result["effective_rank"] = float(compute_effective_rank(join_batch(level, first, batch_schedule.batch_size)))
     return {**result, "steps": float(steps), "learning_rate": rate}
 
 

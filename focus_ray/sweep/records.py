@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from focus_ray.cluster.ownership import FINGERPRINTS_FILE, read_run_state, write_image_fingerprints
 from focus_ray.errors import SweepError
+from focus_ray.fitting.settings import convert_earlier_settings
 from focus_ray.settings.sections import config_to_yaml
 from focus_ray.settings.yaml_text import load_yaml
 from focus_ray.storage.files import (
@@ -217,7 +218,9 @@ def read_sweep_config(root: str) -> SweepConfig:
         text = read_bytes(join_path(root, SWEEP_FILE))
     except FileNotFoundError:
         raise SweepError(f"{root}: contains no sweep: give the folder that `focus-ray sweep` printed") from None
-    return parse_sweep_config(load_yaml(text), source=join_path(root, SWEEP_FILE))
+    tree = load_yaml(text)
+    tree["base"] = convert_earlier_settings(tree["base"])
+    return parse_sweep_config(tree, source=join_path(root, SWEEP_FILE))
 
 
 def summarize_progress(root: str, sweep: SweepConfig, records: Sequence[TrialRecord]) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def find_settings_without_effect(config: Config) -> dict[str, str]:
     return {key: why for holds, keys, why in rules if holds for key in keys}
 
 
-_USED_WITHOUT_TRAINING = ("train.epochs", "train.seed", "train.batch_size_per_worker")
+_USED_WITHOUT_TRAINING = ("train.epochs", "train.seed")
 
 
 class SearchDomain(ConfigSection):

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from focus_ray.data.read import NUM_ROWS_PER_READ
 from focus_ray.density.base import NormalStatistics, choose_bank_images
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.registry import DENSITIES
@@ -140,7 +141,7 @@ def score_category(
             result.alignment = features.alignment
             report_score(0, _score_features(config, images, features, objective, device), True)
         else:
-            own_images = shard or make_worker_shard(config, images)
+            own_images = shard or make_worker_shard(images)
             run = DetectorFitter(config, own_images, num_images or len(images.fit), device, rank=get_rank())
             _train_and_score(run, images.scored, objective, result, report_score)
     except TrialPruned as pruned:
@@ -286,9 +287,12 @@ def _reduce_features(
 
     kept_positions = choose_bank_images(density, len(features.fit[0]))
     size = config.model.image_size_px // config.model.location_side_px(density.map_layer)
-    batch_size = config.train.batch_size_per_worker
-    thetas = None if features.fit_theta is None else torch.from_numpy(np.array(features.fit_theta)).split(batch_size)
-    batches = map(EmbeddedBatch, iterate_reduced_embeddings(features.fit, batch_size), thetas or itertools.repeat(None))
+    thetas = (
+        None if features.fit_theta is None else torch.from_numpy(np.array(features.fit_theta)).split(NUM_ROWS_PER_READ)
+    )
+    batches = map(
+        EmbeddedBatch, iterate_reduced_embeddings(features.fit, NUM_ROWS_PER_READ), thetas or itertools.repeat(None)
+    )
     statistics = compute_embedding_statistics(batches, reduction, (size, size), device, kept_positions)
     while len(_reductions) >= _MAX_REDUCTIONS:
         del _reductions[next(iter(_reductions))]

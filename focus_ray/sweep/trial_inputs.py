@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from focus_ray.data.images import decode_batch, decode_mask
-from focus_ray.data.read import decode_rows, read_index, read_test_rows
+from focus_ray.data.read import NUM_ROWS_PER_READ, decode_rows, read_index, read_test_rows
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.detect.detector import split_batch_for_inference
 from focus_ray.distributed import compute_worker_range
@@ -177,7 +177,7 @@ def make_features_key(config: Config, category: str) -> str | None:
         return None  # it also needs the features of synthetic defects
     if config.train.epochs or (config.selection.enabled and config.model.image_alignment.group != "none"):
         return None  # the network is trained, or the density of the trial decides on the alignment
-    parts = [category, config.model.model_dump_json(), config.train.seed, config.train.batch_size_per_worker]
+    parts = [category, config.model.model_dump_json(), config.train.seed]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
 
 
@@ -209,7 +209,7 @@ def compute_frozen_features(config: Config, images: CategoryImages, device: torc
     Raises:
         DataError: The images cannot be aligned, for the reasons of `fitting.fit.fit`.
     """
-    run = DetectorFitter(config, make_worker_shard(config, images), len(images.fit), device)
+    run = DetectorFitter(config, make_worker_shard(images), len(images.fit), device)
     run.fit_image_aligner()
     run.net.eval()
 
@@ -228,7 +228,7 @@ def compute_frozen_features(config: Config, images: CategoryImages, device: torc
                 thetas.append(theta.float().cpu().numpy())
         return tuple(map(np.concatenate, zip(*maps, strict=True))), np.concatenate(thetas) if thetas else None
 
-    fit, fit_theta = compute_features(torch.from_numpy(images.fit).split(config.train.batch_size_per_worker))
+    fit, fit_theta = compute_features(torch.from_numpy(images.fit).split(NUM_ROWS_PER_READ))
     scored, theta = compute_features(torch.from_numpy(images.scored.images).split(SCORING_BATCH_SIZE))
     aligner = run.net.image_aligner
     state = None if aligner is None else {name: value.cpu().numpy() for name, value in aligner.state_dict().items()}
@@ -280,11 +280,10 @@ def take_worker_rows(array: NDArray[Any]) -> NDArray[Any]:
     return array[rows.start : rows.stop]
 
 
-def make_worker_shard(config: Config, images: CategoryImages) -> MemoryShard:
+def make_worker_shard(images: CategoryImages) -> MemoryShard:
     """Returns the training and validation images of this worker: a contiguous part of each.
 
     Args:
-        config: Configuration of the trial.
         images: All images of the category.
     """
     row_numbers = np.arange(len(images.fit))
@@ -292,7 +291,6 @@ def make_worker_shard(config: Config, images: CategoryImages) -> MemoryShard:
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return MemoryShard(
             torch.from_numpy(take_worker_rows(images.fit)),
-            batch_size=config.train.batch_size_per_worker,
             validation=torch.from_numpy(take_worker_rows(images.validation)),
             groups=take_worker_rows(row_numbers if images.fit_groups is None else images.fit_groups),
             order=take_worker_rows(row_numbers if images.fit_order is None else images.fit_order),

@@ -99,7 +99,7 @@ def fit_category(
     start = time.perf_counter()
     log_on_rank0(f"reading {split.num_images} images")
     plan = split.build_plan(config)
-    stream = stream or build_local_stream(config, category, plan, num_threads)
+    stream = stream or build_local_stream(config, category, plan.get_worker_share(rank, num_workers), num_threads)
     shard = build_shard(config, category, plan, rank, num_workers, stream, num_threads)
     load_s = time.perf_counter() - start
     result = fit(

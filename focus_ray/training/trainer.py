@@ -54,6 +54,7 @@ def run_on_train_workers(worker: Callable[[J, torch.device], Any], job: J, scrat
 
     Raises: the error of Ray Train after more than MAX_FAILURES failures.
     """
+    import ray.data
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -62,9 +63,11 @@ def run_on_train_workers(worker: Callable[[J, torch.device], Any], job: J, scrat
     patch_ray_train_retries()
     config = job.config
     cluster = config.cluster
-    datasets = {}
+    datasets, execution_options = {}, None
     if config.train.epochs and not fits_in_memory(config, job.split):
         datasets["train"] = stream_training_images(config, job.split)
+        # by default, Ray Train drops the label selector of the dataset (Ray 2.60)
+        execution_options = ray.data.DataContext.get_current().execution_options
     filesystem, path = open_filesystem(scratch)
     trainer = TorchTrainer(
         _call_worker_function,
@@ -84,7 +87,10 @@ def run_on_train_workers(worker: Callable[[J, torch.device], Any], job: J, scrat
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=MAX_FAILURES),
         ),
         datasets=datasets,
-        dataset_config=ray.train.DataConfig(datasets_to_split=["train"]),
+        dataset_config=ray.train.DataConfig(
+            datasets_to_split=["train"],
+            execution_options=execution_options,
+        ),
     )
     try:
         return trainer.fit().return_value

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from focus_ray.bundle.metric import average_projections
-from focus_ray.cluster.connect import connect_to_ray, do_workers_use_gpu, runs_without_ray
+from focus_ray.cluster.connect import connect_to_ray, count_decode_threads, do_workers_use_gpu, runs_without_ray
 from focus_ray.cluster.failures import describe_root_cause
 from focus_ray.cluster.messages import Message, MessageQueue, make_actor_options_for_this_node
 from focus_ray.cluster.ownership import HeartbeatWriter, check_run_resumable, write_image_fingerprints
@@ -24,9 +24,10 @@ from focus_ray.data.schema import COMMIT_NAME
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.fit import check_fit_prerequisites
 from focus_ray.fitting.regions import check_regions
-from focus_ray.fitting.settings import Config, parse_config
-from focus_ray.fitting.shards import BatchSchedule, fits_in_memory
+from focus_ray.fitting.settings import Config, convert_earlier_settings, parse_config
+from focus_ray.fitting.shards import fits_in_memory
 from focus_ray.fitting.split import SplitRule, compute_split_rule
+from focus_ray.fyd.batch_schedule import BatchSchedule
 from focus_ray.names import Log, make_unique_name
 from focus_ray.settings.sections import config_to_yaml, dump_settings, parse_yaml_mapping
 from focus_ray.storage.files import (
@@ -139,9 +140,7 @@ def check_enough_images(config: Config, splits: Mapping[str, SplitRule]) -> None
     """Checks that each category has enough training images for all workers. Raises: DataError: it names the category."""
     for category, split in splits.items():
         try:
-            BatchSchedule.from_smallest_share(
-                split.num_fit, config.cluster.num_workers, config.train.batch_size_per_worker
-            )
+            BatchSchedule.plan_epoch(split.num_fit, config.cluster.num_workers, config.train.batch_size)
         except DataError as error:
             raise DataError(f"category {category!r}: {error}") from None
 
@@ -266,7 +265,7 @@ def _train_on_cluster(
     messages = MessageQueue()
     use_gpu = do_workers_use_gpu(config.cluster)
     needs_trainer = not fits_without_ray_train(config)
-    num_threads = max(1, int(config.cluster.cpus_per_worker))
+    num_threads = count_decode_threads(config.cluster, use_gpu)
     jobs = iter(
         [
             CategoryJob(config, split, use_gpu, root, messages.put, needs_trainer, num_threads)
@@ -386,8 +385,8 @@ def _check_run_folder_usable(config: Config, root: str, resume: bool, fingerprin
         )
     started = _list_started_categories(root)  # other categories have no results yet
     check_run_resumable(root, fingerprints, TrainingError, fixed_categories=started)
-    stored_yaml = read_bytes(path).decode()
-    changed = describe_changed_settings(parse_config(parse_yaml_mapping(stored_yaml, path), source=path), config)
+    stored_settings = convert_earlier_settings(parse_yaml_mapping(read_bytes(path).decode(), path))
+    changed = describe_changed_settings(parse_config(stored_settings, source=path), config)
     if changed and started:
         raise TrainingError(
             f"{root}: categories that are finished, or have checkpoints, were made with other settings: "

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from s3_server import S3Server
 
-from focus_ray.cluster.connect import compute_worker_resources, do_workers_use_gpu
+from focus_ray.cluster.connect import compute_worker_resources, count_decode_threads, do_workers_use_gpu
 from focus_ray.cluster.preflight import (
     RESERVED_RESOURCES_VARIABLE,
     check_storage_on_nodes,
@@ -48,6 +48,21 @@ def test_concurrent_trainings_are_counted(
     ray_cluster: None, settings: dict[str, Any], options: dict[str, Any], expected: int
 ) -> None:
     assert count_concurrent_trainings(ClusterConfig(**settings), **{"is_private": True, **options}) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "use_gpu", "expected"),
+    [
+        ({}, False, 1),
+        ({"cpus_per_worker": 3.5}, False, 3),
+        ({"cpus_per_worker": 0.5}, False, 1),
+        ({}, True, 8),
+        ({"gpus_per_worker": 0.25}, True, 2),
+        ({"cpus_per_worker": 12}, True, 12),
+    ],
+)
+def test_more_than_one_thread_decodes_for_a_gpu(settings: dict[str, Any], use_gpu: bool, expected: int) -> None:
+    assert count_decode_threads(ClusterConfig(**settings), use_gpu) == expected
 
 
 REFUSED = [

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from places import free_port
 from torch import Tensor, nn
 
+from focus_ray.fyd.batch_schedule import BatchSchedule
 from focus_ray.fyd.objective import LAST_LEVEL
 from focus_ray.fyd.settings import TrainConfig
 from focus_ray.fyd.training import build_learning_rate_schedule, format_collapse_warning, train_epoch
@@ -24,7 +25,7 @@ class Slope(nn.Module):
         super().__init__()
         self.weight, self.factor = nn.Parameter(torch.ones(())), factor
 
-    def forward(self, images: Tensor, pairs: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, pairs: Tensor, first: int) -> dict[str, Tensor]:
         return {"loss": self.weight * self.factor, LAST_LEVEL: torch.randn(4, 3, 2, 2) * self.factor}
 
 
@@ -32,8 +33,9 @@ def run(slope: Slope, steps: int = 2, **settings: float) -> dict[str, float]:
     config = TrainConfig(epochs=1, **settings)
     optimizer = torch.optim.SGD(slope.parameters(), lr=config.learning_rate)
     schedule = build_learning_rate_schedule(optimizer, config, steps)
-    batches = [torch.zeros(2, 8, 8, 3, dtype=torch.uint8)] * steps
-    return train_epoch(slope, batches, optimizer, schedule, config, CPU, torch.Generator())
+    batches = [torch.zeros(4, 8, 8, 3, dtype=torch.uint8)] * steps
+    plan = BatchSchedule(4 * steps, 4, steps)
+    return train_epoch(slope, batches, plan, optimizer, schedule, config, CPU, torch.Generator())
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])

@@ -35,7 +35,7 @@ CONFIG = """
 data: {uri: s3://bucket/data, categories: [gear]}
 storage: s3://bucket/runs
 model: {weights: random, image_size_px: 64, predictor_width: 8, image_alignment: {group: none}}
-train: {epochs: 1, batch_size_per_worker: 4}
+train: {epochs: 1, batch_size: 4}
 density: {num_channels: 32}
 """
 

@@ -261,6 +261,10 @@ def test_a_folder_holds_one_sweep_which_is_resumed_only_with_the_same_images(dat
     config = make_sweep(data, tmp_path, race={"enabled": True, "order": ["gear"]})
     records.claim_sweep_folder(str(tmp_path), config, {"gear": "a", "board": "b"})
     assert read_sweep_config(str(tmp_path)) == config
+    stored = tmp_path / records.SWEEP_FILE
+    stored.write_text(stored.read_text().replace("batch_size: 4", "batch_size_per_worker: 4"))  # as in earlier versions
+    assert "batch_size_per_worker: 4" in stored.read_text()
+    assert read_sweep_config(str(tmp_path)) == config
     with pytest.raises(SweepError, match="already contains a sweep"):
         records.claim_sweep_folder(str(tmp_path), config, {})
     with pytest.raises(DataError, match="gear"):

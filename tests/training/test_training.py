@@ -26,10 +26,13 @@ from focus_ray.bundle.bundle import find_bundles_in_folder, read_bundle, read_ma
 from focus_ray.cluster.ownership import FINGERPRINTS_FILE, HeartbeatWriter
 from focus_ray.data.read import decode_rows, read_index
 from focus_ray.errors import DataError, TrainingError
+from focus_ray.features.network import build_network
 from focus_ray.fitting.passes import compute_image_statistics
 from focus_ray.fitting.settings import Config
-from focus_ray.fitting.shards import BatchSchedule, build_shard, fits_in_memory
+from focus_ray.fitting.shards import build_shard, fits_in_memory
 from focus_ray.fitting.split import compute_split_key, compute_split_plan, compute_split_rule
+from focus_ray.fyd.batch_schedule import BatchSchedule
+from focus_ray.fyd.settings import TrainConfig
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.training.category import fit_category
 from focus_ray.training.training import train
@@ -142,16 +145,29 @@ def test_a_plan_does_not_depend_on_the_order_of_the_rows(data: str, tmp_path: Pa
 
 
 @given(st.integers(2, 500), st.integers(1, 8), st.integers(2, 64))
-def test_the_agreed_steps_fit_every_worker(num_images: int, num_workers: int, batch_size: int) -> None:
-    share = num_images // num_workers
-    if share < 2:
+def test_any_number_of_workers_takes_the_same_steps_and_shares_each_global_batch(
+    num_images: int, num_workers: int, batch_size: int
+) -> None:
+    if num_images < 2 * num_workers:
         with pytest.raises(DataError, match=r"cluster\.num_workers"):
-            BatchSchedule.from_smallest_share(num_images, num_workers, batch_size)
+            BatchSchedule.plan_epoch(num_images, num_workers, batch_size)
         return
-    steps = BatchSchedule.from_smallest_share(num_images, num_workers, batch_size)
-    assert 2 <= steps.batch_size <= batch_size
-    assert steps.steps >= 1
-    assert steps.steps * steps.batch_size <= share
+    schedule = BatchSchedule.plan_epoch(num_images, num_workers, batch_size)
+    assert schedule == BatchSchedule.plan_epoch(num_images, 1, batch_size)
+    assert 2 <= schedule.batch_size <= batch_size
+    assert num_images - schedule.batch_size < schedule.steps * schedule.batch_size <= num_images
+    totals = np.zeros(num_workers, int)
+    for step in range(schedule.steps):
+        shares = [schedule.get_share(step, rank, num_workers) for rank in range(num_workers)]
+        assert sorted(position for share in shares for position in share) == list(range(schedule.batch_size))
+        assert np.ptp([len(share) for share in shares]) <= 1
+        totals += [len(share) for share in shares]
+    assert np.ptp(totals) <= 1  # so a stream of num_images // num_workers images lacks at most one image
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 4, 8])
+def test_167_images_give_50_steps_in_10_epochs_with_any_number_of_workers(num_workers: int) -> None:
+    assert 10 * BatchSchedule.plan_epoch(167, num_workers, TrainConfig().batch_size).steps == 50
 
 
 # One and several workers, without Ray
@@ -197,7 +213,7 @@ def assert_same_bundles(data: str, config: Config, other: Config, bound: float, 
 def fitted_by_three(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the folder in which three workers fitted all cases."""
     folder = tmp_path_factory.mktemp("three")
-    configs = [make_case_config(data, folder, case) for case in CASES]
+    configs = [*(make_case_config(data, folder, case) for case in CASES), make_trained_config(data, folder)]
     torch.multiprocessing.spawn(fit_as_worker, (free_port(), configs, 3), nprocs=3)
     return folder
 
@@ -213,6 +229,55 @@ def test_three_workers_give_the_moments_and_scores_of_one(
         read_manifest(f"{item.storage}/small/bundles/gear")["metrics"]["alignment"] for item in (config, other)
     ]
     assert [bool(alignment and alignment["enabled"]) for alignment in alignments] == [case[1] != "none"] * 2
+
+
+def make_trained_config(data: str, storage: Path, **cluster: Any) -> Config:
+    """Returns a configuration whose losses and batch norms use the whole global batch, which two and three do not divide."""
+    return small_config(
+        data,
+        storage / "trained",
+        model={
+            "batch_norm": "train",
+            "image_alignment": {"group": "rotation_translation", "method": "localisation"},
+            "feature_alignment": {"layer3": "rotation_scale"},
+        },
+        train={"epochs": 2, "batch_size": 7, "learning_rate": 1e-3},
+        cluster=cluster,
+    )
+
+
+def assert_same_training(data: str, config: Config, other: Config, bound: float) -> None:
+    """Compares the training metrics, the trained weights (largest relative difference: `bound`) and the scores of two runs."""
+    places = [f"{item.storage}/small/bundles/gear" for item in (config, other)]
+    histories = [read_manifest(place)["metrics"]["history"] for place in places]
+    for epoch, other_epoch in zip(*histories, strict=True):
+        assert epoch["steps"] == other_epoch["steps"] == 2
+        assert epoch["learning_rate"] == other_epoch["learning_rate"]
+        for name in ("loss", "loss_ica", "loss_fine", "feature_std", "effective_rank"):
+            assert epoch[name] == pytest.approx(other_epoch[name], rel=1e-3, abs=1e-4), name
+    weights, other_weights = (read_bundle(place).detector.net.state_dict() for place in places)
+    start = build_network(config.model).state_dict()
+    moved = [name for name in weights if not torch.equal(weights[name], start[name])]
+    assert any("image_aligner" in name for name in moved)
+    assert any("feature_aligners" in name for name in moved)
+    assert any("running_var" in name for name in moved)
+    for name in moved:
+        if 1:
+            print(
+                name,
+                compute_relative_difference(
+                    (weights[name] - start[name]).double(), (other_weights[name] - start[name]).double()
+                ),
+            )
+        change, other_change = weights[name] - start[name], other_weights[name] - start[name]
+        assert compute_relative_difference(change.double(), other_change.double()) <= bound, name
+    assert_same_bundles(data, config, other, bound, 0.01)
+
+
+def test_three_workers_train_the_network_of_one(data: str, fitted_by_three: Path, tmp_path: Path) -> None:
+    config, other = (make_trained_config(data, folder) for folder in (tmp_path, fitted_by_three))
+    fit_in_this_process(config)
+    assert_same_training(data, config, other, 1e-3)
 
 
 @pytest.mark.parametrize("method", ["split", "cross"])
@@ -236,7 +301,7 @@ def test_a_streamed_share_gives_the_images_of_one_in_memory(data: str, method: s
 @pytest.fixture(scope="module")
 def trained(ray_cluster: None, data: str, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Trains a run with two workers and returns its configuration."""
-    config = small_config(data, tmp_path_factory.mktemp("runs"), train={"epochs": 2}, cluster={"num_workers": 2})
+    config = make_trained_config(data, tmp_path_factory.mktemp("runs"), num_workers=2)
     assert train(config) == {"gear": f"{config.storage}/small/bundles/gear"}
     return config
 
@@ -251,6 +316,13 @@ def test_two_workers_train_a_bundle_that_loads_and_scores(trained: Config, data:
     assert scored.anomaly_map.shape == (NUM_TEST, 64, 64)
     assert bool((scored.score > 0).all())
     assert list(Path(trained.storage).glob("small/scratch/*")) == []
+
+
+@pytest.mark.ray
+def test_two_workers_of_ray_train_train_the_network_of_one(trained: Config, data: str, tmp_path: Path) -> None:
+    alone = make_trained_config(data, tmp_path)
+    fit_in_this_process(alone)
+    assert_same_training(data, alone, trained, 1e-2)
 
 
 @pytest.mark.cluster
@@ -305,13 +377,13 @@ def test_a_streamed_run_takes_the_agreed_steps_and_counts_every_image_once(
         data,
         tmp_path,
         data={"uri": data, "categories": ["gear"], "memory_budget_mb": 0},
-        train={"epochs": 2, "batch_size_per_worker": 4, "learning_rate": 1e-3},
+        train={"epochs": 2, "batch_size": 4, "learning_rate": 1e-3},
         cluster={"num_workers": 2, "use_gpu": False},
     )
     place = train(config)["gear"]
     plan = compute_split_plan(config, "gear")
-    agreed = BatchSchedule.from_smallest_share(len(plan.fit.rows), 2, 4)
-    assert [entry["steps"] for entry in read_manifest(place)["metrics"]["history"]] == [agreed.steps] * 2
+    steps = BatchSchedule.plan_epoch(len(plan.fit.rows), 2, 4).steps
+    assert [entry["steps"] for entry in read_manifest(place)["metrics"]["history"]] == [steps] * 2
     detector = read_bundle(place).detector
     images = torch.cat([torch.from_numpy(b) for b in decode_rows(data, "gear", plan.fit.rows, 64)])
     again = compute_image_statistics(detector.net, detector.reduction, [images], torch.device("cpu")).moments
@@ -319,6 +391,46 @@ def test_a_streamed_run_takes_the_agreed_steps_and_counts_every_image_once(
     assert again.count == moments.count
     assert compute_relative_difference(again.mean, moments.mean) <= 1e-5
     assert compute_relative_difference(again.scatter, moments.scatter) <= 1e-5
+
+
+SITES = """
+import json, os, sys
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.state import list_tasks
+from focus_ray.fitting.settings import parse_config
+from focus_ray.training.training import train
+
+site_a = {"num_cpus": 2, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": int(sys.argv[2])}
+nodes = Cluster(initialize_head=True, head_node_args={**site_a, "labels": {"site": "a"}})
+nodes.add_node(num_cpus=3, labels={"site": "b"})
+ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
+train(parse_config(json.loads(sys.argv[1]), is_fitted=True), log=lambda line: print(line, file=sys.stderr))
+sites = {node["NodeID"]: node["Labels"]["site"] for node in ray.nodes()}
+tasks = list_tasks(detail=True, limit=10_000, filters=[("type", "=", "NORMAL_TASK")])
+print(json.dumps([[task.name, sites[task.node_id]] for task in tasks if task.node_id]))
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.ray
+def test_every_task_of_the_stream_of_images_runs_on_nodes_with_the_labels(data: str, tmp_path: Path) -> None:
+    config = small_config(
+        data,
+        tmp_path,
+        data={"uri": data, "categories": ["gear"], "memory_budget_mb": 0},
+        train={"epochs": 2},
+        cluster={"num_workers": 2, "labels": {"site": "b"}},
+    )
+    command = [sys.executable, "-c", SITES, json.dumps(config.model_dump(mode="json")), str(free_port())]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert process.returncode == 0, process.stderr[-3000:]
+    sites: dict[str, set[str]] = {}
+    for name, site in json.loads(process.stdout.splitlines()[-1]):
+        sites.setdefault(name, set()).add(site)
+    assert sites.pop("_find_storage_problem") == {"a", "b"}  # the check of the storage runs on all nodes
+    assert any("decode_fit_images" in name for name in sites), sites
+    assert set().union(*sites.values()) == {"b"}, sites
 
 
 def find_train_worker_pids() -> list[int]:
@@ -343,7 +455,7 @@ def test_a_killed_worker_is_replaced_and_the_run_continues_from_its_checkpoint(
     config = small_config(
         data,
         tmp_path,
-        train={"epochs": 16, "batch_size_per_worker": 2},
+        train={"epochs": 16, "batch_size": 2},
         cluster={"num_workers": 2},
     )
     lines: list[str] = []
@@ -391,15 +503,14 @@ def test_an_elastic_training_over_two_nodes_continues_with_the_remaining_node(da
     config = small_config(
         data,
         tmp_path,
-        train={"epochs": 30, "batch_size_per_worker": 2},
+        train={"epochs": 30, "batch_size": 2},
         cluster={"num_workers": 2, "min_workers": 1},
     )
     command = [sys.executable, "-c", SPOT, json.dumps(config.model_dump(mode="json"))]
     process = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert process.returncode == 0, process.stderr[-3000:]
-    num_images = len(compute_split_plan(config, "gear").fit.rows)
-    steps = sorted({BatchSchedule.from_smallest_share(num_images, num_workers, 2).steps for num_workers in (1, 2)})
-    assert json.loads(process.stdout.splitlines()[-1]) == {"workers": 1, "epochs": 30, "steps": steps}
+    steps = len(compute_split_plan(config, "gear").fit.rows) // 2
+    assert json.loads(process.stdout.splitlines()[-1]) == {"workers": 1, "epochs": 30, "steps": [steps]}
 
 
 # Several categories, and failures
@@ -490,6 +601,9 @@ def test_training_in_the_process_continues_from_its_last_checkpoint_to_the_same_
 
     with pytest.raises(KeyboardInterrupt):
         train(broken, log=stop_after_one)
+    stored = tmp_path / "b/small/config.yaml"
+    stored.write_text(stored.read_text().replace("batch_size: 4", "batch_size_per_worker: 4"))  # as in earlier versions
+    assert "batch_size_per_worker: 4" in stored.read_text()
     lines: list[str] = []
     resumed = read_manifest(train(broken, resume=True, log=lines.append)["gear"])
     assert not any("epoch 1/2" in line for line in lines)
