@@ -43,8 +43,8 @@ class ClusterConfig(ConfigSection):
         default=None,
         ge=1,
         description="Smallest number of workers with which a training starts or continues if machines are missing. It "
-        "adds workers when machines return, from its last checkpoint. Results then depend on the times at "
-        "which machines come and go. null waits for all num_workers.",
+        "adds workers when machines return, from its last checkpoint. If images are streamed, results then depend on "
+        "the times at which machines come and go. null waits for all num_workers.",
     )
     use_gpu: bool | Literal["auto"] = Field(
         default="auto",
