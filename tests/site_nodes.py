@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from places import free_port
 from ray.cluster_utils import Cluster
-from ray.util.state import list_actors, list_tasks
+from ray.util.state import list_tasks
 
 from focus_ray.cli.main import main
 from focus_ray.cluster.preflight import check_storage_on_nodes
@@ -27,7 +27,6 @@ from focus_ray.fitting.settings import parse_config
 from focus_ray.training.training import train
 
 LABELS = "cluster.labels.site=a"
-PROBE_TASK = "_find_storage_problem"
 
 
 @contextlib.contextmanager
@@ -88,8 +87,9 @@ def run(images: str, root: str, config: dict[str, Any]) -> None:
     selectors = {"a": {"site": "a"}, "a or c": {"site": "in(a,c)"}, "c": {"site": "c"}, "d": {"site": "d"}, "none": {}}
     checks = {name: check_storage(root, selector) for name, selector in selectors.items()}
     results = run_commands(images, root, config)
-    places = {task.name: task.node_id for task in list_tasks(limit=10_000, detail=True) if task.name != PROBE_TASK}
-    places |= {actor.class_name: actor.node_id for actor in list_actors(detail=True)}
+    places: dict[str, list[str]] = {}
+    for task in list_tasks(limit=10_000):
+        places.setdefault(task.name, []).append(task.node_id)
     print(json.dumps({"nodes": nodes, "checks": checks, "results": results, "places": places}))
     ray.shutdown()
     cluster.shutdown()
