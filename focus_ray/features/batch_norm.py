@@ -27,6 +27,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.momentum is not None
+        assert self.num_batches_tracked is not None
         # subtract a point near the mean, equal on all workers, before squaring: otherwise float32 loses small variances
         shift_point = self.running_mean.float()
         values = values - shift_point[:, None, None]
@@ -37,6 +38,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         mean = sums[: self.num_features] / total
         variance = (sums[self.num_features : -1] / total - mean.square()).clamp_min(0)
         with torch.no_grad():
+            self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean + shift_point, self.momentum)
             self.running_var.lerp_(variance * (total / (total - 1).clamp_min(1)), self.momentum)
         scale = (variance + self.eps).rsqrt() * self.weight

@@ -247,14 +247,17 @@ def make_trained_config(data: str, storage: Path, **cluster: Any) -> Config:
 
 
 def assert_same_training(data: str, config: Config, other: Config, bound: float) -> None:
-    """Compares the training metrics, the trained weights (largest relative difference: `bound`) and the scores of two runs."""
+    """Compares the training metrics, the changes of the weights and the scores of two runs.
+
+    Args: bound: largest relative difference of metrics. Changes of weights, small sums of large terms, may differ 50 times more.
+    """
     places = [f"{item.storage}/small/bundles/gear" for item in (config, other)]
     histories = [read_manifest(place)["metrics"]["history"] for place in places]
     for epoch, other_epoch in zip(*histories, strict=True):
         assert epoch["steps"] == other_epoch["steps"] == 2
         assert epoch["learning_rate"] == other_epoch["learning_rate"]
         for name in ("loss", "loss_ica", "loss_fine", "feature_std", "effective_rank"):
-            assert epoch[name] == pytest.approx(other_epoch[name], rel=1e-3, abs=1e-4), name
+            assert epoch[name] == pytest.approx(other_epoch[name], rel=bound, abs=bound / 10), name
     weights, other_weights = (read_bundle(place).detector.net.state_dict() for place in places)
     start = build_network(config.model).state_dict()
     moved = [name for name in weights if not torch.equal(weights[name], start[name])]
@@ -269,9 +272,11 @@ def assert_same_training(data: str, config: Config, other: Config, bound: float)
                     (weights[name] - start[name]).double(), (other_weights[name] - start[name]).double()
                 ),
             )
-        change, other_change = weights[name] - start[name], other_weights[name] - start[name]
-        assert compute_relative_difference(change.double(), other_change.double()) <= bound, name
-    assert_same_bundles(data, config, other, bound, 0.01)
+        change = (weights[name] - start[name]).double().norm()
+        rounding = 1e-6 * weights[name].double().norm()
+        difference = (weights[name] - other_weights[name]).double().norm()
+        assert difference <= 50 * bound * change + rounding, name
+    assert_same_bundles(data, config, other, bound, 10 * bound)
 
 
 def test_three_workers_train_the_network_of_one(data: str, fitted_by_three: Path, tmp_path: Path) -> None:
@@ -322,7 +327,7 @@ def test_two_workers_train_a_bundle_that_loads_and_scores(trained: Config, data:
 def test_two_workers_of_ray_train_train_the_network_of_one(trained: Config, data: str, tmp_path: Path) -> None:
     alone = make_trained_config(data, tmp_path)
     fit_in_this_process(alone)
-    assert_same_training(data, alone, trained, 1e-2)
+    assert_same_training(data, alone, trained, 1e-3)
 
 
 @pytest.mark.cluster
