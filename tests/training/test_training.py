@@ -265,13 +265,6 @@ def assert_same_training(data: str, config: Config, other: Config, bound: float)
     assert any("feature_aligners" in name for name in moved)
     assert any("running_var" in name for name in moved)
     for name in moved:
-        if 1:
-            print(
-                name,
-                compute_relative_difference(
-                    (weights[name] - start[name]).double(), (other_weights[name] - start[name]).double()
-                ),
-            )
         change = (weights[name] - start[name]).double().norm()
         rounding = 1e-6 * weights[name].double().norm()
         difference = (weights[name] - other_weights[name]).double().norm()
