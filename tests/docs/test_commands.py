@@ -293,7 +293,7 @@ def test_a_request_is_answered(command: str, service: str, plant: Path) -> None:
         cwd=plant,
         env={"TOKEN": (plant / "token.txt").read_text(), "PATH": "/usr/bin:/bin"},
         capture_output=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert finished.returncode == 0, (finished.stderr, finished.stdout)

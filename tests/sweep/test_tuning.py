@@ -92,7 +92,7 @@ def wait_for_cleanup() -> None:
         groups = ray.util.placement_group_table().values()
         return alive <= {*own_actors} and all(group["state"] == "REMOVED" for group in groups)
 
-    wait_for(is_clean, 20.0, "the end of all actors and placement groups")
+    wait_for(is_clean, 60.0, "the end of all actors and placement groups")
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +342,7 @@ def test_a_stopped_sweep_prints_how_to_resume_it(data: str, tmp_path: Path) -> N
     driver = start_sweep(make_sweep(data, tmp_path, {"train": {"learning_rate": 0.001}}, space=SLOW), tmp_path)
     wait_for_records(f"{tmp_path}/search", 1, driver, 200.0)
     driver.send_signal(signal.SIGTERM)
-    _, errors = driver.communicate(timeout=60)
+    _, errors = driver.communicate(timeout=120)
     assert driver.returncode == 130, errors[-3000:]
     assert f"focus-ray sweep resume {tmp_path}/search" in errors
     assert json.loads(Path(tmp_path, "search/state.json").read_text())["state"] == "stopped"
