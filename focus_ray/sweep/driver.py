@@ -231,7 +231,7 @@ def _run_and_report_sweep(
 
     base = config.make_trial_config()
     recorder = BackgroundRecorder(base.trackers, base.storage, log)
-    is_private = connect_to_ray()
+    is_private = connect_to_ray(namespace=base.cluster.ray_namespace)
 
     try:
         streams = config.max_epochs > 0 and any(not fits_in_memory(base, split) for split in splits.values())
@@ -244,7 +244,9 @@ def _run_and_report_sweep(
             limit=config.max_concurrent_trials,
             prefix="base.",
         )
-        check_storage_on_nodes([join_path(base.data.uri, f"category={c}", COMMIT_NAME) for c in splits], [root])
+        check_storage_on_nodes(
+            [join_path(base.data.uri, f"category={c}", COMMIT_NAME) for c in splits], [root], base.cluster.labels, log
+        )
         claim()
         sweep_recorder = SweepRecorder(
             recorder,

@@ -166,8 +166,7 @@ def _connect_and_check_cluster(config: Config, root: str, splits: Mapping[str, S
         TrainingError: Ray cannot be used, or the cluster has no room for the workers of one category.
         DataError: a node cannot read the data set or cannot use the folder of the run.
     """
-    team = config.cluster.team
-    is_private = connect_to_ray(namespace=f"focus-ray-{team}" if team else None)
+    is_private = connect_to_ray(namespace=config.cluster.ray_namespace)
     streams = config.train.epochs > 0 and any(not fits_in_memory(config, split) for split in splits.values())
     limit = count_concurrent_trainings(
         config.cluster,
@@ -178,7 +177,10 @@ def _connect_and_check_cluster(config: Config, root: str, splits: Mapping[str, S
         count_growth=fits_without_ray_train(config),
     )
     check_storage_on_nodes(
-        [join_path(config.data.uri, f"category={category}", COMMIT_NAME) for category in splits], [root]
+        [join_path(config.data.uri, f"category={category}", COMMIT_NAME) for category in splits],
+        [root],
+        config.cluster.labels,
+        log,
     )
     return limit
 
