@@ -290,7 +290,7 @@ def test_a_folder_holds_one_sweep_which_is_resumed_only_with_the_same_images(dat
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_sweep_that_is_taken_over_stops_and_writes_nothing_more(ray_cluster: None, data: str, tmp_path: Path) -> None:
-    config = make_sweep(data, tmp_path, {"train": {"learning_rate": 0.001}}, space=SLOW, max_concurrent_trials=2)
+    config = make_sweep(data, tmp_path, {"train": {"learning_rate": 0.001}}, space=SLOW, max_concurrent_trials=1)
     owners: list[FolderOwner] = []
     records_before: list[list[TrialRecord]] = []
 
