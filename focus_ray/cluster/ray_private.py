@@ -29,6 +29,7 @@ PRIVATE_ATTRIBUTES = {
     "the policy of retries": ("ray.train.v2.api.data_parallel_trainer", "create_failure_policy"),
     "the environment variables of actors": ("ray.train.v2._internal.constants", "ENV_VARS_TO_PROPAGATE"),
     "the requirement of a token": ("ray._raylet", "Config.initialize"),
+    "the token mode": ("ray._raylet", "get_authentication_mode"),
     "the token of a request": ("ray._raylet", "AuthenticationTokenLoader.get_token_for_http_header"),
     "the Python version of a cluster": ("ray.job_submission", "JobSubmissionClient._do_request"),
 }
@@ -150,6 +151,25 @@ def is_token_refused(channel: Any, timeout_s: float) -> bool:
     except grpc.RpcError as error:
         return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
     return False
+
+
+def describe_token_problem() -> str:
+    """Returns why a cluster refuses the requests of this process, and which variables to set."""
+    raylet: Any = importlib.import_module("ray._raylet")  # a compiled module without types
+
+    loader = raylet.AuthenticationTokenLoader.instance()
+    variables = "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token that the cluster was started with"
+    if raylet.get_authentication_mode() == raylet.AuthenticationMode.TOKEN:
+        problem = "the token of this process is wrong" if loader.has_token() else "this process has no token"
+        return f"the cluster requires a token, and {problem}: set {variables}"
+    if loader.has_token(
+        ignore_auth_mode=True
+    ):  # for instance in ~/.ray/auth_token, which `ray start` uses without being told
+        return (
+            "the cluster requires a token, and Ray sends the token of this machine to RAY_ADDRESS only with "
+            f"RAY_AUTH_MODE=token: set it. If the cluster has another token, also set {variables}"
+        )
+    return f"the cluster requires a token: set RAY_AUTH_MODE=token, and {variables}"
 
 
 def remove_tune_folders(experiment: str) -> None:
