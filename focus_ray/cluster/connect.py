@@ -68,10 +68,10 @@ def connect_to_ray(num_cpus: int | None = None, namespace: str | None = None) ->
     if ray.is_initialized():
         return False
     if (address := os.environ.get("RAY_ADDRESS", "")) not in ("", "local"):
-        failure = f"the Ray cluster at RAY_ADDRESS={address} does not answer"
+        failure = f"cannot join the Ray cluster at RAY_ADDRESS={address}"
         if reason := find_cluster_problem(address):
             raise TrainingError(
-                f"{failure} ({reason}): check that the cluster runs, or unset RAY_ADDRESS to start a private Ray on this machine"
+                f"{failure}: {reason}. To start a private Ray on this machine instead, unset RAY_ADDRESS"
             )
         _init_ray(failure, namespace=namespace, runtime_env={"env_vars": _collect_train_variables()})
         return False

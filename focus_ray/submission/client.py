@@ -138,7 +138,7 @@ def _translate_ray_errors(address: str, job_id: str | None = None) -> Iterator[N
         if isinstance(error.__context__, requests.exceptions.SSLError):
             raise SubmissionError(
                 f"{address}: the certificate of the server is not trusted: give --verify FILE with the certificate of its "
-                f"authority [{' '.join(str(error.__context__).split())[-200:]}]"
+                f"authority [{str(error.__context__).rpartition('] ')[2].rstrip("')")}]"
             ) from error
         raise SubmissionError(
             f"{address}: no Ray cluster answers at this address: correct --address, or start the cluster"

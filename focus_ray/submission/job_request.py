@@ -156,9 +156,7 @@ def read_runtime_env(path: str | Path) -> dict[str, Any]:
             )
         if key not in RUNTIME_ENV_KEYS:
             hint = suggest_similar_name(str(key), RUNTIME_ENV_KEYS)
-            raise SubmissionError(
-                f"{path}: {key}: unknown key: expected {', '.join(RUNTIME_ENV_KEYS)}. {hint}".rstrip()
-            )
+            raise SubmissionError(f"{path}: {key}: unknown key; {hint or 'expected ' + ', '.join(RUNTIME_ENV_KEYS)}")
     for key in ("image_uri", "py_executable"):  # Ray does not check their types
         if not isinstance(settings.get(key, ""), str):
             raise SubmissionError(f"{path}: {key}: expected a text, got {settings[key]!r}")

@@ -217,7 +217,8 @@ def test_a_job_in_a_container_image_sends_no_files(folder: Path) -> None:
     [
         ("{working_dir: .}", "working_dir: .*--working-dir"),
         ("{excludes: [a]}", "excludes: .*--exclude"),
-        ("{pips: [a]}", "pips: unknown key: expected pip, uv, .*did you mean 'pip'"),
+        ("{pips: [a]}", "pips: unknown key; did you mean 'pip'"),
+        ("{xyz: [a]}", "xyz: unknown key; expected pip, uv, "),
         ("{pip: [a], uv: [b]}", "'pip' field, 'uv' field"),
         ("{pip: none.txt}", r"none\.txt"),
         ("{uv: 5}", "uv"),
