@@ -136,9 +136,10 @@ def _translate_ray_errors(address: str, job_id: str | None = None) -> Iterator[N
         ) from error
     except ConnectionError as error:
         if isinstance(error.__context__, requests.exceptions.SSLError):
+            reason = str(error.__context__).rpartition("] ")[2].rstrip("')")
             raise SubmissionError(
                 f"{address}: the certificate of the server is not trusted: give --verify FILE with the certificate of its "
-                f"authority [{str(error.__context__).rpartition('] ')[2].rstrip("')")}]"
+                f"authority [{reason}]"
             ) from error
         raise SubmissionError(
             f"{address}: no Ray cluster answers at this address: correct --address, or start the cluster"
