@@ -39,11 +39,11 @@ def set_variables(changes: Mapping[str, str]) -> Iterator[None]:
     os.environ.update(earlier)
 
 
-def check_storage(root: str, labels: Mapping[str, str]) -> tuple[str, list[str]]:
+def check_storage(root: str, labels: Mapping[str, str], timeout_s: float = 60) -> tuple[str, list[str]]:
     """Returns the error of `check_storage_on_nodes`, or an empty text, and its messages."""
     messages: list[str] = []
     try:
-        check_storage_on_nodes([], [root], labels, messages.append, timeout_s=10)
+        check_storage_on_nodes([], [root], labels, messages.append, timeout_s)
     except DataError as error:
         return str(error), messages
     return "", messages
@@ -83,9 +83,15 @@ def run(images: str, root: str, config: dict[str, Any]) -> None:
         with set_variables(variables):
             nodes[site] = cluster.add_node(num_cpus=2, labels={"site": site}).node_id
     ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
-    # site c has no node that answers, so commands without labels must name site b
-    selectors = {"a": {"site": "a"}, "a or c": {"site": "in(a,c)"}, "c": {"site": "c"}, "d": {"site": "d"}, "none": {}}
-    checks = {name: check_storage(root, selector) for name, selector in selectors.items()}
+    checks = {
+        "a": check_storage(root, {"site": "a"}),
+        "a or c": check_storage(
+            root, {"site": "in(a,c)"}, timeout_s=20
+        ),  # site a has a running worker and answers quickly
+        "c": check_storage(root, {"site": "c"}, timeout_s=1),
+        "d": check_storage(root, {"site": "d"}),
+        "none": check_storage(root, {}),  # ends with the answer of site b, without waiting for site c
+    }
     results = run_commands(images, root, config)
     places: dict[str, list[str]] = {}
     for task in list_tasks(limit=10_000):

@@ -21,9 +21,17 @@ def add_cluster_settings_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "override",
         nargs="*",
+        type=_check_setting_word,
         metavar="cluster.KEY=VALUE",
         help="nodes and resources of the workers, for instance cluster.labels.site=a or cluster.cpus_per_worker=2",
     )
+
+
+def _check_setting_word(word: str) -> str:
+    """Returns the word of a setting. Raises: ArgumentTypeError: the word has another form than key=value."""
+    if "=" not in word:
+        raise argparse.ArgumentTypeError(f"{word!r}: expected key=value, for instance cluster.labels.site=a")
+    return word
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ def test_labels_keep_every_command_on_the_site_that_may_use_the_bucket(s3: S3Ser
     script, images = REPOSITORY / "tests/site_nodes.py", draw_parts(tmp_path / "images")
     ended = subprocess.run(
         [sys.executable, script, images, root, json.dumps(config.model_dump(mode="json"))],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-3000:]
     report = json.loads(ended.stdout.strip().splitlines()[-1])
