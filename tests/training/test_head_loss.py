@@ -28,7 +28,7 @@ SETTINGS = (
 @pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.s3
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_same_command_completes_a_run_after_the_loss_of_the_head_node(s3: S3Server, tmp_path: Path) -> None:
     images = draw_parts(tmp_path / "images")
     with run_nodes(s3, 1) as nodes:
@@ -41,7 +41,7 @@ def test_the_same_command_completes_a_run_after_the_loss_of_the_head_node(s3: S3
         checkpoints = f"{root}/runs/parts/train/gear"
         wait_for(
             lambda: file_exists(manifest) and "checkpoint_000002" in "".join(list_folder_entries(checkpoints)),
-            240.0,
+            500.0,
             "the bundle of board and the third checkpoint of gear",
         )
         nodes.kill_all_processes()
