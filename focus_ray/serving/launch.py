@@ -7,15 +7,17 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from focus_ray.errors import ConfigError
+from focus_ray.errors import ConfigError, TrainingError
 from focus_ray.serving.logs import log_event
 from focus_ray.serving.origin import is_loopback_host
-from focus_ray.serving.settings import ServiceSettings
+from focus_ray.serving.settings import ServiceSettings, make_service_paths_absolute
 
 APPLICATION = "focus-ray"
+_REPORT_EVERY_S = 60.0  # while replicas wait for nodes
 
 
 def check_host_security(host: str, settings: ServiceSettings) -> None:
@@ -51,17 +53,22 @@ def check_port_free(host: str, port: int) -> None:
 
 
 @contextmanager
-def run_service(settings: ServiceSettings, host: str = "127.0.0.1", port: int = 8000) -> Iterator[str]:
+def run_service(
+    settings: ServiceSettings, host: str = "127.0.0.1", port: int = 8000, log: Callable[[str], None] = lambda line: None
+) -> Iterator[str]:
     """Context manager: runs the service while the context is open, and finishes the requests in flight at the end.
 
-    Uses the Ray cluster that this process is connected to, else the cluster of RAY_ADDRESS, else starts a private cluster.
-    Without RAY_USAGE_STATS_ENABLED in the environment, sets it to 0.
+    Waits until all replicas have started, also for nodes that an autoscaler adds. Resolves relative paths of the settings, since
+    replicas run in other folders. Uses the Ray cluster that this process is connected to, else the cluster of RAY_ADDRESS, else
+    starts a private cluster. Without RAY_USAGE_STATS_ENABLED in the environment, sets it to 0.
+
+    Args: log: called every minute with each deployment (kind of replica) that has not started yet.
 
     Yields: the URL of the service.
 
     Raises:
         ConfigError: as `check_host_security` and `app.build`.
-        TrainingError: Ray does not start, or lacks a private function that the service uses.
+        TrainingError: Ray or a replica does not start, or Ray lacks a private function that the service uses.
         DataError, BundleError, RegistryError: as `app.build`.
     """
     check_host_security(host, settings)
@@ -76,19 +83,58 @@ def run_service(settings: ServiceSettings, host: str = "127.0.0.1", port: int = 
     started_ray = connect_to_ray()
     try:
         serve.start(http_options={"host": host, "port": port, "request_timeout_s": settings.limits.timeout_s + 30})
-        serve.run(
-            build(settings.model_dump(mode="json")),
-            name=APPLICATION,
-            route_prefix="/",
-            # no access log of Serve: the service writes its own
-            logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
-        )
+        application = build(make_service_paths_absolute(settings).model_dump(mode="json"))
+        try:
+            with _report_waiting(log):
+                serve.run(
+                    application,
+                    name=APPLICATION,
+                    route_prefix="/",
+                    # no access log of Serve: the service writes its own
+                    logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
+                )
+        except RuntimeError as error:
+            reasons = "; ".join(_list_unready_deployments()) or str(error)
+            raise TrainingError(f"the service has not started: {reasons}") from error
         yield f"http://{host}:{port}"
         serve.delete(APPLICATION)  # waits for requests in flight
     finally:
         serve.shutdown()
         if started_ray:
             ray.shutdown()
+
+
+@contextmanager
+def _report_waiting(log: Callable[[str], None]) -> Iterator[None]:
+    """Context manager: every minute, logs each deployment whose replicas have not started yet, with the reason."""
+    ended, start = threading.Event(), time.monotonic()
+
+    def report() -> None:
+        while not ended.wait(_REPORT_EVERY_S):
+            for line in _list_unready_deployments():
+                log(f"waiting for {(time.monotonic() - start) / 60:.0f} min: {line}")
+
+    thread = threading.Thread(target=report, name="waiting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _list_unready_deployments() -> list[str]:
+    """Returns one line for each deployment that is not healthy: its name, and Serve's reason or the error of a replica."""
+    from ray import serve
+
+    application = serve.status().applications.get(APPLICATION)
+    lines = []
+    for name, deployment in application.deployments.items() if application else ():
+        if deployment.status != "HEALTHY":
+            # a message of several lines is a traceback, which ends with the original error
+            reason = deployment.message.strip().rpartition("\n")[2] or deployment.status.value
+            lines.append(f"{name}: {reason.removeprefix('focus_ray.errors.')}")
+    return lines
 
 
 def serve_until_interrupted(settings: ServiceSettings, host: str, port: int, log: Callable[[str], None]) -> None:
@@ -98,7 +144,7 @@ def serve_until_interrupted(settings: ServiceSettings, host: str, port: int, log
 
     Raises: ConfigError, TrainingError, DataError, BundleError, RegistryError: as `run_service`.
     """
-    with run_service(settings, host, port) as url:
+    with run_service(settings, host, port, log) as url:
         with suppress(KeyboardInterrupt):
             for number in (signal.SIGINT, signal.SIGTERM):  # a shell may have disabled SIGINT
                 signal.signal(number, signal.default_int_handler)
