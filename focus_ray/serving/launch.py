@@ -14,9 +14,10 @@ from contextlib import contextmanager, suppress
 from focus_ray.errors import ConfigError, TrainingError
 from focus_ray.serving.logs import log_event
 from focus_ray.serving.origin import is_loopback_host
-from focus_ray.serving.settings import ServiceSettings, make_service_paths_absolute
+from focus_ray.serving.settings import ScoringPool, ServiceSettings, make_service_paths_absolute
 
 APPLICATION = "focus-ray"
+_GPU_SHARE = 0.01  # of a replica; so small that the number of replicas is not limited
 _REPORT_EVERY_S = 60.0  # while replicas wait for nodes
 
 
@@ -60,7 +61,8 @@ def run_service(
 
     Waits until all replicas have started, also for nodes that an autoscaler adds. Resolves relative paths of the settings, since
     replicas run in other folders. Uses the Ray cluster that this process is connected to, else the cluster of RAY_ADDRESS, else
-    starts a private cluster. Without RAY_USAGE_STATS_ENABLED in the environment, sets it to 0.
+    starts a private cluster. In a private cluster, replicas that reserve no GPU share the GPU of this machine. Without
+    RAY_USAGE_STATS_ENABLED in the environment, sets it to 0.
 
     Args: log: called every minute with each deployment (kind of replica) that has not started yet.
 
@@ -83,6 +85,8 @@ def run_service(
     started_ray = connect_to_ray()
     try:
         serve.start(http_options={"host": host, "port": port, "request_timeout_s": settings.limits.timeout_s + 30})
+        if started_ray and ray.cluster_resources().get("GPU"):
+            settings = share_gpu(settings)
         application = build(make_service_paths_absolute(settings).model_dump(mode="json"))
         try:
             with _report_waiting(log):
@@ -102,6 +106,21 @@ def run_service(
         serve.shutdown()
         if started_ray:
             ray.shutdown()
+
+
+def share_gpu(settings: ServiceSettings) -> ServiceSettings:
+    """Returns the settings with a small share of a GPU for each pool that reserves no GPU, unless the device is the CPU.
+
+    Only a replica that reserves a share uses the GPU (`choose_device`).
+    """
+    if settings.device == "cpu":
+        return settings
+
+    def add_share(pool: ScoringPool) -> ScoringPool:
+        return pool if pool.num_gpus else pool.model_copy(update={"num_gpus": _GPU_SHARE})
+
+    pins = tuple(pin.model_copy(update={"pool": add_share(pin.pool)}) for pin in settings.pins)
+    return settings.model_copy(update={"pool": add_share(settings.pool), "pins": pins})
 
 
 @contextmanager

@@ -223,7 +223,9 @@ class ServiceSettings(ConfigSection):
         "paths or s3:// URIs, which include everything below. true allows every data set that a model names; only with bundles.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="Device of the replicas that score. auto: a GPU if they have one."
+        default="auto",
+        description="Device of the replicas that score. auto: a GPU if pool.num_gpus is above 0, or if `focus-ray serve` "
+        "runs without a cluster on a machine with a GPU.",
     )
     labels: dict[str, str] = Field(
         default={},

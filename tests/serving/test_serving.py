@@ -45,7 +45,7 @@ from focus_ray.detect.detector import can_share_backbone_pass
 from focus_ray.detect.inspection import Inspection, Region, resize_anomaly_map
 from focus_ray.errors import BundleError, ConfigError, RegistryError
 from focus_ray.serving.batching import DynamicBatcher
-from focus_ray.serving.launch import check_host_security
+from focus_ray.serving.launch import check_host_security, share_gpu
 from focus_ray.serving.limits import read_body, read_content_length
 from focus_ray.serving.models import ModelCache
 from focus_ray.serving.problems import HttpProblem
@@ -637,3 +637,12 @@ def test_local_paths_of_the_settings_become_absolute_where_they_are_typed(
     assert settings.sink is not None
     assert settings.sink.uri == str(tmp_path / "sink")
     assert settings.examples == {"press": (str(tmp_path / "data"), "s3://plant/data")}
+
+
+@pytest.mark.parametrize(("device", "shares"), [("auto", [0.5, True]), ("cpu", [0.5, False])])
+def test_every_pool_without_a_gpu_gets_a_share_of_the_gpu_of_this_machine(
+    plant: TwoTeams, device: str, shares: list[object]
+) -> None:
+    pins = [{"name": "boards", "team": PRESS, "categories": ["board"]}]
+    settings = share_gpu(create_settings(plant, device=device, pool={"num_gpus": 0.5}, pins=pins))
+    assert [settings.pool.num_gpus, settings.pins[0].pool.num_gpus > 0] == shares
