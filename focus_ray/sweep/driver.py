@@ -29,7 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from focus_ray.cluster.connect import compute_worker_resources, connect_to_ray, do_workers_use_gpu
 from focus_ray.cluster.failures import describe_root_cause
-from focus_ray.cluster.ownership import HeartbeatWriter, check_run_resumable
+from focus_ray.cluster.ownership import FolderOwner, check_images_unchanged, find_next_generation
 from focus_ray.cluster.preflight import check_storage_on_nodes, count_concurrent_trainings
 from focus_ray.cluster.ray_private import remove_tune_folders
 from focus_ray.cluster.settings import MAX_FAILURES
@@ -42,7 +42,7 @@ from focus_ray.fitting.shards import fits_in_memory
 from focus_ray.fitting.split import SplitRule
 from focus_ray.names import Log, make_unique_name
 from focus_ray.settings.sections import dump_settings
-from focus_ray.storage.files import join_path, read_bytes, remove_folder
+from focus_ray.storage.files import file_exists, join_path, read_bytes, remove_folder
 from focus_ray.sweep import records
 from focus_ray.sweep.proposer import SettingsProposer
 from focus_ray.sweep.race import TrialPruner
@@ -54,7 +54,7 @@ from focus_ray.sweep.tune import SweepStopper, TuneSearcher, run_tune_trials
 from focus_ray.sweep.worker import STOPPED, SweepStageInputs, run_trial
 from focus_ray.tracking.recorder import BackgroundRecorder
 from focus_ray.tracking.trials import SweepRecorder
-from focus_ray.training.training import check_enough_images, make_paths_absolute
+from focus_ray.training.training import check_enough_images, describe_changed_settings, make_paths_absolute
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,19 @@ class SweepOutcome:
         return [record for record in self.records if record.status == "failed"]
 
 
-def run_sweep(config: SweepConfig, log: Log = lambda message: None) -> SweepOutcome:
-    """Runs a new sweep (a search for good settings) in its own folder, writes its report, and returns its result.
+def run_sweep(config: SweepConfig, *, resume: bool = False, log: Log = lambda message: None) -> SweepOutcome:
+    """Runs a sweep (a search for good settings) in its own folder, writes its report, and returns its result.
 
     It joins or starts a Ray cluster, see `cluster.connect.connect_to_ray`.
 
     Args:
         config: Configuration of the sweep.
+        resume: If the folder already contains a sweep of this configuration, continue it as `resume_sweep` does.
         log: Called with messages.
 
     Raises:
-        SweepError: The folder already contains a sweep, or no trial has a score although the sweep was not stopped.
+        SweepError: The folder contains a sweep and `resume` is False, `resume` is True without a name or with changed settings,
+            another process runs the sweep, or no trial has a score although the sweep was not stopped.
         DataError: The data set lacks a category, or has too few images, images cannot be read, or a node cannot access the
             storage.
         ConfigError: The search space is not valid for the network, or a tracker cannot be used.
@@ -104,23 +106,33 @@ def run_sweep(config: SweepConfig, log: Log = lambda message: None) -> SweepOutc
     """
     base = make_paths_absolute(config.make_trial_config())
     if config.name is None:
+        if resume:
+            raise SweepError("--resume needs the name of the sweep to continue: name=...")
         config = config.model_copy(update={"name": make_unique_name(base.cluster.team, base.name)})
     config = config.model_copy(update={"base": dump_settings(base)})
     root = join_path(base.storage, str(config.name))
+    if resume and file_exists(join_path(root, records.SWEEP_FILE)):
+        if changed := describe_changed_settings(records.read_sweep_config(root), config):
+            raise SweepError(
+                f"{root}: the sweep began with other settings: {'; '.join(changed.values())}. Continue with the same settings, "
+                f"with `focus-ray sweep resume {root}`, or start a new sweep under another name"
+            )
+        return resume_sweep(root, log)
     records.check_folder_has_no_sweep(root)
     splits = _split_categories(config, base)
     _check_trial_configs(config, base, splits)
     fingerprints = {category: split.fingerprint for category, split in splits.items()}
     log(f"sweep: {root}")
     return _run_and_report_sweep(
-        config, root, splits, log, lambda: records.claim_sweep_folder(root, config, fingerprints)
+        config, root, splits, log, 1, lambda: records.claim_sweep_folder(root, config, fingerprints)
     )
 
 
 def resume_sweep(folder: str, log: Log = lambda message: None) -> SweepOutcome:
     """Resumes a sweep: runs all trials that have no result yet, and all failed trials again. Writes the report anew.
 
-    Finished and pruned trials (stopped early for a low score) do not run again.
+    Finished and pruned trials (stopped early for a low score) do not run again. The function may wait up to `LEASE_S` for a sign
+    of life of the earlier driver.
 
     Args:
         folder: Folder of the sweep.
@@ -137,9 +149,10 @@ def resume_sweep(folder: str, log: Log = lambda message: None) -> SweepOutcome:
     config = records.read_sweep_config(root)
     base = config.make_trial_config()
     splits = _split_categories(config, base)
-    check_run_resumable(root, {category: split.fingerprint for category, split in splits.items()}, SweepError)
+    generation = find_next_generation(root, SweepError, log)
+    check_images_unchanged(root, {category: split.fingerprint for category, split in splits.items()})
     log(f"sweep: {root}, {len(records.read_trial_records(root))} trials have records")
-    return _run_and_report_sweep(config, root, splits, log, lambda: None)
+    return _run_and_report_sweep(config, root, splits, log, generation, lambda: None)
 
 
 def _split_categories(config: SweepConfig, base: Config) -> dict[str, SplitRule]:
@@ -195,7 +208,7 @@ def _check_trial_configs(config: SweepConfig, base: Config, splits: Mapping[str,
 
 
 def _run_and_report_sweep(
-    config: SweepConfig, root: str, splits: dict[str, SplitRule], log: Log, claim: Callable[[], None]
+    config: SweepConfig, root: str, splits: dict[str, SplitRule], log: Log, generation: int, claim: Callable[[], None]
 ) -> SweepOutcome:
     """Runs the trials of a new or resumed sweep and writes its report.
 
@@ -204,10 +217,12 @@ def _run_and_report_sweep(
         root: Folder of the sweep.
         splits: Category -> split of its images.
         log: Called with messages.
-        claim: Takes possession of the folder. Called after the check that the cluster is large enough.
+        generation: Generation of the folder that this process takes, see `FolderOwner`.
+        claim: Takes possession of a new folder. Called after the check that the cluster is large enough.
 
     Raises:
-        SweepError: No trial has a score although the sweep was not stopped, or `claim` fails.
+        SweepError: No trial has a score although the sweep was not stopped, `claim` fails, or another process takes the folder
+            over.
         ConfigError: A tracker cannot be used.
         DataError: A node cannot access the storage, or images cannot be read.
         TrainingError: Ray does not start or answer, or the cluster is too small for a trial.
@@ -216,7 +231,7 @@ def _run_and_report_sweep(
 
     base = config.make_trial_config()
     recorder = BackgroundRecorder(base.trackers, base.storage, log)
-    is_private = connect_to_ray()
+    is_private = connect_to_ray(namespace=base.cluster.ray_namespace)
 
     try:
         streams = config.max_epochs > 0 and any(not fits_in_memory(base, split) for split in splits.values())
@@ -229,14 +244,16 @@ def _run_and_report_sweep(
             limit=config.max_concurrent_trials,
             prefix="base.",
         )
-        check_storage_on_nodes([join_path(base.data.uri, f"category={c}", COMMIT_NAME) for c in splits], [root])
+        check_storage_on_nodes(
+            [join_path(base.data.uri, f"category={c}", COMMIT_NAME) for c in splits], [root], base.cluster.labels, log
+        )
         claim()
         sweep_recorder = SweepRecorder(
             recorder,
             read_bytes(join_path(root, records.SWEEP_FILE)),
             config.model_dump(mode="json", exclude_none=True),
         )
-        state = _SweepDriver(config, root, splits, streams, limit, log, sweep_recorder).run_trials()
+        state = _SweepDriver(config, root, generation, splits, streams, limit, log, sweep_recorder).run_trials()
     finally:
         if is_private:
             ray.shutdown()
@@ -258,18 +275,20 @@ class _SweepDriver:
     Attributes:
         config: Configuration of the sweep.
         root: Folder of the sweep.
+        generation: Generation of the folder that this process takes, see `FolderOwner`.
         splits: Category -> split of its images.
         streams: True if images are streamed, which needs Ray Train workers.
         limit: Largest number of trials that run at once.
         log: Called with messages.
         recorder: Sends results to the experiment trackers.
-        stopping: Set by a signal: the sweep ends in an orderly way.
+        stopping: Set by a signal, or when another process takes the folder over: the sweep ends in an orderly way.
         experiment: Name of Tune's files, which are deleted at the end.
         scratch: Folder of Tune's files on this machine.
     """
 
     config: SweepConfig
     root: str
+    generation: int
     splits: dict[str, SplitRule]
     streams: bool
     limit: int
@@ -287,10 +306,10 @@ class _SweepDriver:
 
         Raises:
             DataError: Images cannot be read, or the storage fails.
-            SweepError: A stored result of a trial is not valid.
+            SweepError: A stored result of a trial is not valid, or another process owns the folder or takes it over.
         """
         groups_before = list_placement_groups()
-        heartbeat = HeartbeatWriter(self.root)
+        owner = FolderOwner(self.root, self.generation, SweepError, self.stopping.set)
         state = "failed"
         try:
             with self.stop_on_signals():
@@ -302,13 +321,14 @@ class _SweepDriver:
             state = "stopped" if self.stopping.is_set() else "finished"
         finally:
             try:
-                self.remove_temporary_files()
+                self.remove_temporary_files(keep_shared_files=owner.is_taken_over)
                 # A killed Ray Train controller does not remove the placement group of its workers (Ray 2.60).
                 for name in list_placement_groups() - groups_before:
                     remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(name)))
-                self.close_trackers(state)
+                if not owner.is_taken_over:  # otherwise the new owner continues the runs of the trackers
+                    self.close_trackers(state)
             finally:
-                heartbeat.close(state)
+                owner.close(state)
         return state
 
     @contextlib.contextmanager
@@ -335,13 +355,16 @@ class _SweepDriver:
             for caught_signal, handler in previous_handlers.items():
                 signal.signal(caught_signal, handler)
 
-    def remove_temporary_files(self) -> None:
+    def remove_temporary_files(self, keep_shared_files: bool) -> None:
         """Deletes all temporary files of the sweep: on this machine, in its folder, and on all nodes of the cluster.
 
         Tune leaves one folder per trial in the session folder of every node, also after the job (Ray 2.60).
+
+        Args: keep_shared_files: True keeps temporary files in the folder of the sweep, which another process may use.
         """
         shutil.rmtree(self.scratch, ignore_errors=True)
-        remove_folder(join_path(self.root, "scratch"))
+        if not keep_shared_files:
+            remove_folder(join_path(self.root, "scratch"))
         tasks = []
         for node in ray.nodes():
             if node["Alive"]:
@@ -425,7 +448,9 @@ class _SweepDriver:
         has_train_workers = cluster.num_workers > 1 or self.streams
         bundle = {"memory": float(2**20)} if has_train_workers else compute_worker_resources(cluster, use_gpu)
         labels = [dict(cluster.labels)] if cluster.labels else None
-        job = SweepStageInputs(self.config, stage, splits, self.root, use_gpu, shared.images, shared.features, pruner)
+        job = SweepStageInputs(
+            self.config, stage, splits, self.root, self.generation, use_gpu, shared.images, shared.features, pruner
+        )
         try:
             grid = run_tune_trials(
                 tune.with_parameters(run_trial, job=job),

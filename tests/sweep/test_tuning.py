@@ -25,7 +25,7 @@ from s3_server import S3Server
 from small_set import CATEGORIES, draw_parts, ingest_parts, small_config
 from waiting import wait_for, wait_for_records
 
-from focus_ray.cluster.ownership import FINGERPRINTS_FILE, check_images_unchanged
+from focus_ray.cluster.ownership import FINGERPRINTS_FILE, FolderOwner, check_images_unchanged
 from focus_ray.errors import ConfigError, DataError, FocusRayError, SweepError, TrainingError
 from focus_ray.fitting.settings import load_config
 from focus_ray.ingestion.ingest import ingest
@@ -92,7 +92,7 @@ def wait_for_cleanup() -> None:
         groups = ray.util.placement_group_table().values()
         return alive <= {*own_actors} and all(group["state"] == "REMOVED" for group in groups)
 
-    wait_for(is_clean, 20.0, "the end of all actors and placement groups")
+    wait_for(is_clean, 60.0, "the end of all actors and placement groups")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,8 @@ def finished(ray_cluster: None, data: str, tmp_path_factory: pytest.TempPathFact
     (root / "tmp").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(root / "tmp"))
-        return run_sweep(make_sweep(data, root, max_concurrent_trials=2))  # each process imports torch
+        # each process imports torch; resume: the folder has no sweep yet
+        return run_sweep(make_sweep(data, root, max_concurrent_trials=2), resume=True)
 
 
 # Results
@@ -138,7 +139,7 @@ def test_the_folder_of_a_sweep_has_a_configuration_ready_to_train_and_a_report(f
     assert {"score:gear", "param:density.shrinkage"} <= set(table.column_names)
     page = Path(finished.root, "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2  # nothing was trained: no learning curves
-    names = "sweep.yaml data.json state.json trials best.yaml trials.parquet report.html report.md report.json"
+    names = "sweep.yaml data.json state.json owners trials best.yaml trials.parquet report.html report.md report.json"
     assert set(os.listdir(finished.root)) == {*names.split(), "parallel.png", "importance.png"}
 
 
@@ -148,6 +149,22 @@ def test_features_are_shared_and_do_not_change_the_scores(finished: SweepOutcome
     assert shared == {"features"}
     unshared = score_in_process(make_sweep(data, "unused"))
     assert [record.score for record in unshared] == pytest.approx([r.score for r in finished.records], abs=1e-6)
+
+
+@pytest.mark.ray
+def test_the_same_configuration_with_resume_continues_a_sweep_and_another_is_refused(
+    finished: SweepOutcome, data: str
+) -> None:
+    config = read_sweep_config(finished.root)
+    messages: list[str] = []
+    assert run_sweep(config, resume=True, log=messages.append).records == finished.records
+    assert f"sweep: {finished.root}, 4 trials have records" in messages
+    with pytest.raises(SweepError, match="already contains a sweep"):
+        run_sweep(config)
+    with pytest.raises(SweepError, match=r"seed was 0, is 7\..*sweep resume"):
+        run_sweep(config.model_copy(update={"seed": 7}), resume=True)
+    with pytest.raises(SweepError, match="needs the name"):
+        run_sweep(config.model_copy(update={"name": None}), resume=True)
 
 
 @pytest.mark.slow
@@ -270,6 +287,26 @@ def test_a_folder_holds_one_sweep_which_is_resumed_only_with_the_same_images(dat
     assert json.loads((tmp_path / FINGERPRINTS_FILE).read_text()) == {"gear": "x"}
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_sweep_that_is_taken_over_stops_and_writes_nothing_more(ray_cluster: None, data: str, tmp_path: Path) -> None:
+    config = make_sweep(data, tmp_path, {"train": {"learning_rate": 0.001}}, space=SLOW, max_concurrent_trials=1)
+    owners: list[FolderOwner] = []
+    records_before: list[list[TrialRecord]] = []
+
+    def take_over_after_the_first_trial(message: str) -> None:
+        if message.startswith("trial ") and not owners:
+            owners.append(FolderOwner(f"{tmp_path}/search", 2, SweepError))
+            records_before.append(read_trial_records(f"{tmp_path}/search"))
+
+    with pytest.raises(SweepError, match=rf"search: process {os.getpid()} on .* has taken over this run"):
+        run_sweep(config, log=take_over_after_the_first_trial)
+    assert json.loads(Path(tmp_path, "search/state.json").read_text())["generation"] == 2
+    assert read_trial_records(f"{tmp_path}/search") == records_before[0]
+    assert not Path(tmp_path, "search/report.html").exists()
+    owners[0].close("stopped")
+
+
 # Killed and stopped drivers in separate processes
 
 
@@ -325,7 +362,7 @@ def test_a_stopped_sweep_prints_how_to_resume_it(data: str, tmp_path: Path) -> N
     driver = start_sweep(make_sweep(data, tmp_path, {"train": {"learning_rate": 0.001}}, space=SLOW), tmp_path)
     wait_for_records(f"{tmp_path}/search", 1, driver, 200.0)
     driver.send_signal(signal.SIGTERM)
-    _, errors = driver.communicate(timeout=60)
+    _, errors = driver.communicate(timeout=120)
     assert driver.returncode == 130, errors[-3000:]
     assert f"focus-ray sweep resume {tmp_path}/search" in errors
     assert json.loads(Path(tmp_path, "search/state.json").read_text())["state"] == "stopped"
