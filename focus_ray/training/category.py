@@ -15,6 +15,7 @@ from dataclasses import asdict
 import torch
 
 from focus_ray.bundle.bundle import write_bundle
+from focus_ray.device import choose_device
 from focus_ray.distributed import compute_on_rank0_and_broadcast, get_rank, get_world_size
 from focus_ray.fitting.fit import fit
 from focus_ray.fitting.settings import Config
@@ -54,6 +55,7 @@ def fit_category(
     device: torch.device | None = None,
     num_threads: int | None = None,
     stream: BatchStream | None = None,
+    check_owned: Callable[[], None] = lambda: None,
 ) -> None:
     """Fits the model of a category, writes a checkpoint after each epoch, and writes the bundle.
 
@@ -71,8 +73,10 @@ def fit_category(
         num_threads: threads that decode images; None: one for each CPU of this machine, up to 8.
         stream: source of training batches, used if the worker's share of the images does not fit into RAM; None: the worker
             reads its images from the data set again in each epoch.
+        check_owned: called before a checkpoint or the bundle is written; raises an error if another process owns the folder.
 
     Raises:
+        The error of `check_owned`.
         DataError: images cannot be read or decoded, there are too few images, or a file cannot be written.
         WeightsError, ConfigError: pretrained weights or density.metric cannot be used.
         ValueError: too few images remain for the density, the calibration or the image alignment.
@@ -80,7 +84,7 @@ def fit_category(
     """
     make_cudnn_deterministic()
     category, rank, num_workers = split.category, get_rank(), get_world_size()
-    device = device or torch.device("cuda" if config.cluster.use_gpu and torch.cuda.is_available() else "cpu")
+    device = device or torch.device(choose_device() if config.cluster.use_gpu else "cpu")
     num_threads = num_threads or min(_MAX_DECODE_THREADS, os.cpu_count() or 1)
     folder = get_checkpoint_folder(root, category)
     # the workers must agree: an earlier group may still write
@@ -94,6 +98,7 @@ def fit_category(
         if rank > 0:
             return
         on_epoch_metrics(figures)
+        check_owned()
         _write_checkpoint(folder, epoch, snapshot())
 
     start = time.perf_counter()
@@ -114,6 +119,7 @@ def fit_category(
     )
     if rank > 0:
         return
+    check_owned()
     write_bundle(
         get_bundle_uri(root, category),
         config=config,

@@ -164,12 +164,14 @@ def test_the_job_waits_in_its_teams_queue_and_fits_its_quota() -> None:
             assert 0 < requested <= parse_quantity(resource["nominalQuota"]), resource["name"]
 
 
-def test_the_command_of_the_job_is_valid() -> None:
+def test_the_command_of_the_job_is_valid_and_continues_its_run_if_it_runs_again() -> None:
     words = JOB["spec"]["entrypoint"].split()
     assert words[:3] == ["python", "-m", "focus_ray.cli"]
     arguments = build_parser().parse_args(words[3:])
     config = load_config(find_config_file(arguments.config, "run"), arguments.override)
-    assert (config.name, config.cluster.team) == ("auto", "press")
+    assert (config.name, config.cluster.team) == (JOB["metadata"]["name"], "press")
+    assert arguments.resume
+    assert JOB["spec"]["backoffLimit"] > 0
 
 
 def test_queues_have_flavors_and_admit_the_namespaces_of_their_teams() -> None:
@@ -263,6 +265,21 @@ def test_only_heads_with_an_autoscaler_reach_the_kubernetes_api() -> None:
         if any(does_rule_cover_port(rule, 6443) and "ipBlock" in rule["to"][0] for rule in policy["spec"]["egress"])
     ]
     assert reach == [("vision", {"ray.io/node-type": "head"})]
+
+
+def test_the_service_keeps_its_cluster_state_in_redis_with_a_password_from_a_secret() -> None:
+    options = CLUSTERS["RayService"]["gcsFaultToleranceOptions"]
+    assert set(options) <= {"redisUsername", "redisPassword", "externalStorageNamespace", "redisAddress"}
+    assert options["redisPassword"]["valueFrom"]["secretKeyRef"] == {"name": "focus-ray-redis", "key": "password"}
+    policy = find_manifest("NetworkPolicy", "ray-redis", "vision")["spec"]
+    assert does_rule_cover_port(policy["egress"][0], int(options["redisAddress"].rpartition(":")[2]))
+
+
+def test_ingress_replicas_on_separate_nodes_fit_the_node_groups() -> None:
+    ingress = yaml.safe_load(SERVICE["spec"]["serveConfigV2"])["applications"][0]["args"]["ingress"]
+    num_nodes = sum(group["maxReplicas"] for group in CLUSTERS["RayService"]["workerGroupSpecs"])
+    assert ingress["min_replicas"] > ingress["max_replicas_per_node"]
+    assert ingress["max_replicas"] <= ingress["max_replicas_per_node"] * num_nodes
 
 
 def test_the_services_serve_config_fits_rays_schema() -> None:
