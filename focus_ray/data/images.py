@@ -271,10 +271,6 @@ def refuse_generated_picture(data: bytes) -> None:
         raise ImageError("unsupported", "a heat map or plot that focus_ray drew, not a photograph: give the photograph")
 
 
-# Threads that decode for one GPU. A GPU scores about 3,000 images a second, a thread decodes about 60 photographs of 1 megapixel.
-NUM_DECODE_THREADS_PER_GPU = 8
-
-
 def decode_batch(
     images: Sequence[bytes], size: int | InputFrame, num_threads: int = 1, names: Sequence[str] | None = None
 ) -> npt.NDArray[np.uint8]:
