@@ -6,9 +6,6 @@ import sys
 
 import torch
 
-# Threads that decode for one GPU. A GPU scores about 3,000 images a second, a thread decodes about 60 photographs of 1 megapixel.
-NUM_DECODE_THREADS_PER_GPU = 8
-
 
 def choose_device() -> str:
     """Returns "cuda" if this process may use a GPU of this machine, otherwise "cpu".

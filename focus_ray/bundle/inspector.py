@@ -28,8 +28,8 @@ from focus_ray.bundle.engine import (
     check_engine_support,
     compile_feature_extractor,
 )
+from focus_ray.cluster.settings import NUM_DECODE_THREADS_PER_GPU
 from focus_ray.data.images import (
-    NUM_DECODE_THREADS_PER_GPU,
     ImageError,
     ImageInfo,
     decode_batch,
@@ -41,7 +41,7 @@ from focus_ray.data.schema import Row
 from focus_ray.density.base import choose_evenly_spaced
 from focus_ray.detect.inspection import Inspection, find_regions, resize_anomaly_map
 from focus_ray.detect.shift import compare_with_calibration_scores, describe_test_shift
-from focus_ray.device import NUM_DECODE_THREADS_PER_GPU, choose_device
+from focus_ray.device import choose_device
 from focus_ray.errors import ConfigError, DataError, ScoreError
 from focus_ray.features.batch_norm import fuse_batch_norms, prepare_backbone_for_inference
 from focus_ray.features.network import convert_to_float_images

@@ -17,8 +17,7 @@ from focus_ray.cluster.ray_private import (
     read_autoscaler_limits,
     require_private_cluster_token,
 )
-from focus_ray.cluster.settings import ClusterConfig
-from focus_ray.device import NUM_DECODE_THREADS_PER_GPU
+from focus_ray.cluster.settings import NUM_DECODE_THREADS_PER_GPU, ClusterConfig
 from focus_ray.errors import TrainingError
 
 
