@@ -29,13 +29,7 @@ from focus_ray.bundle.engine import (
     compile_feature_extractor,
 )
 from focus_ray.cluster.settings import NUM_DECODE_THREADS_PER_GPU
-from focus_ray.data.images import (
-    ImageError,
-    ImageInfo,
-    decode_batch,
-    decode_batch_with_info,
-    decode_mask,
-)
+from focus_ray.data.images import ImageError, ImageInfo, decode_batch, decode_batch_with_info, decode_mask
 from focus_ray.data.prefetch import prefetch_items
 from focus_ray.data.schema import Row
 from focus_ray.density.base import choose_evenly_spaced
