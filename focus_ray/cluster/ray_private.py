@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import operator
 import os
 import secrets
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,14 @@ from focus_ray.errors import TrainingError
 
 RAY_VERSION = "2.60.0"
 RESOURCE_KINDS = ("CPU", "GPU", "memory")
+_NUM_REPORT_ATTEMPTS, _REPORT_PAUSE_S = 10, 1.0  # to read the first report of the autoscaler
 # purpose -> module and dotted attribute that must exist
 PRIVATE_ATTRIBUTES = {
     "the limits of the autoscaler": ("ray._private.state", "state.get_max_resources_from_cluster_config"),
+    "the free resources of nodes": ("ray._private.state", "available_resources_per_node"),
+    "the actors that wait for resources": ("ray._private.state", "actors"),
+    "the state of the autoscaler": ("ray.autoscaler.v2.sdk", "get_cluster_status"),
+    "the report of the autoscaler": ("ray._private.ray_constants", "DEBUG_AUTOSCALING_STATUS"),
     "the current node": ("ray._private.worker", "_global_node"),
     "the cluster of this machine": ("ray._private.services", "canonicalize_bootstrap_address"),
     "the session folder": ("ray._private.node", "Node.get_session_dir_path"),
@@ -61,6 +68,49 @@ def read_autoscaler_limits() -> dict[str, float]:
     return {kind: float(amount) for kind, amount in (limits or {}).items() if kind in RESOURCE_KINDS}
 
 
+def has_autoscaler() -> bool:
+    """Returns whether an autoscaler can add nodes to the cluster that this process has joined.
+
+    Ray runs an autoscaler on every head node. Without a configuration it only observes, and names the type of each node after
+    the id of the node ("node_..."). On a cluster that has just started, the function waits some seconds for the first report.
+    """
+    import ray
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.autoscaler.v2.sdk import get_cluster_status
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    for _ in range(_NUM_REPORT_ATTEMPTS):
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        node_types: set[str] = set()
+        if status.stats.autoscaler_version not in (None, "0"):  # version 2 of the autoscaler
+            node_types = {node.ray_node_type_name for node in [*status.active_nodes, *status.idle_nodes]}
+        elif content := _internal_kv_get(DEBUG_AUTOSCALING_STATUS):  # version 1
+            node_types = set((json.loads(content).get("autoscaler_report") or {}).get("node_type_mapping", {}).values())
+        if node_types:
+            return any(not name.startswith("node_") for name in node_types)
+        time.sleep(_REPORT_PAUSE_S)
+    return False
+
+
+def read_available_resources() -> dict[str, dict[str, float]]:
+    """Returns id of a node -> its free resources: kind -> amount. A kind that is used up is missing."""
+    from ray._private.state import available_resources_per_node
+
+    return available_resources_per_node()  # type: ignore[no-any-return]
+
+
+def do_other_jobs_wait() -> bool:
+    """Returns whether actors or placement groups of other jobs than this one wait for resources of the cluster."""
+    import ray
+    from ray._private.state import actors
+
+    job = ray.get_runtime_context().get_job_id()
+    if any(actor["JobID"] != job for actor in actors(actor_state_name="PENDING_CREATION").values()):
+        return True
+    groups = ray.util.placement_group_table()
+    return any(group["state"] == "PENDING" and not name.endswith(job) for name, group in groups.items())
+
+
 def find_local_cluster_address() -> str | None:
     """Returns HOST:PORT of the cluster that RAY_ADDRESS=auto names; None if there is none. The cluster may have ended."""
     from ray._private.services import canonicalize_bootstrap_address
@@ -74,7 +124,9 @@ def find_local_cluster_address() -> str | None:
 def patch_ray_train_retries() -> None:
     """Changes Ray Train in this process, for all trainers that are created later: permanent errors end a training at once.
 
-    Ray Train has no public option for this. `is_retryable` says which errors are permanent. Requires a connection to a cluster.
+    Ray Train has no public option for this. `is_retryable` says which errors are permanent. Ray Train also counts every minute
+    in which the workers wait for resources as a failure; a training may wait longer, until `ResourceWait` ends the run. Requires
+    a connection to a cluster.
 
     The function also sets RAY_ADDRESS to the address of the cluster, in this process and in the actors of a trainer. The
     placement group cleaner of Ray Train asks the state API whether its controller is alive, without naming a cluster. With two
@@ -82,16 +134,20 @@ def patch_ray_train_retries() -> None:
     """
     import ray
     from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
     from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
     from ray.train.v2.api import data_parallel_trainer
 
     class PermanentFailurePolicy(DefaultFailurePolicy):
-        """Ray's retry policy, except that permanent errors are never retried."""
+        """Ray's retry policy, except that permanent errors are never retried, and waiting for resources is no failure."""
 
         def make_decision(self, training_failed_error: Any) -> Any:
-            """See `DefaultFailurePolicy.make_decision`: Ray's decision, but `FailureDecision.RAISE` for permanent errors."""
+            """See `DefaultFailurePolicy.make_decision`: Ray's decision, but permanent errors and waiting are decided here."""
             if not is_retryable(training_failed_error):
                 return FailureDecision.RAISE
+            failure = getattr(training_failed_error, "controller_failure", None)
+            if isinstance(failure, WorkerGroupStartupTimeoutError):
+                return FailureDecision.RETRY
             return super().make_decision(training_failed_error)
 
     data_parallel_trainer.create_failure_policy = PermanentFailurePolicy

@@ -20,9 +20,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.cluster.connect import connect_to_ray, do_workers_use_gpu
-from focus_ray.cluster.pool import FailedPiece, WorkerPool, make_worker_options
-from focus_ray.cluster.preflight import check_storage_on_nodes, count_concurrent_trainings
+from focus_ray.cluster.capacity import ClusterCapacity, make_worker_options
+from focus_ray.cluster.connect import connect_to_ray
+from focus_ray.cluster.pool import FailedPiece, WorkerPool
+from focus_ray.cluster.preflight import check_storage_on_nodes
 from focus_ray.cluster.settings import MAX_FAILURES, ClusterConfig
 from focus_ray.data.store import open_data_set
 from focus_ray.errors import DataError, FocusRayError
@@ -272,5 +273,5 @@ def open_worker_pool(num_workers: int | None, inputs: Sequence[str], output: str
     is_private = connect_to_ray()
     check_storage_on_nodes(inputs, [output])
     config = ClusterConfig()
-    count = count_concurrent_trainings(config, is_private, log=log, limit=num_workers)
-    return WorkerPool(count, make_worker_options(config, do_workers_use_gpu(config)), MAX_FAILURES, log)
+    capacity = ClusterCapacity(config, is_private, log, limit=num_workers)
+    return WorkerPool(capacity, make_worker_options(config, capacity.use_gpu), MAX_FAILURES, log)

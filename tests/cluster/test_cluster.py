@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from s3_server import S3Server
 
-from focus_ray.cluster.connect import compute_worker_resources, do_workers_use_gpu
-from focus_ray.cluster.preflight import (
+from focus_ray.cluster.capacity import (
     RESERVED_RESOURCES_VARIABLE,
-    check_storage_on_nodes,
-    count_concurrent_trainings,
+    ClusterCapacity,
+    compute_worker_resources,
+    do_workers_use_gpu,
     labels_match_selector,
 )
+from focus_ray.cluster.preflight import check_storage_on_nodes
 from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.errors import DataError, TrainingError
 
@@ -37,8 +38,8 @@ pytestmark = pytest.mark.ray
         ({}, {"limit": 3}, 3),
         ({}, {"share": 0.5}, 2),
         ({}, {"share": 0.5, "limit": 1}, 1),
-        ({"max_cpus": 8}, {"is_private": False}, 4),
-        ({"max_cpus": 8}, {"is_private": False, "count_growth": True}, 8),
+        ({"max_cpus": 8}, {"is_private": False}, 8),
+        ({"max_cpus": 8}, {"is_private": False, "limit": 6}, 6),
         ({"num_workers": 8, "max_cpus": 8}, {"is_private": False}, 1),  # after growth
         ({"num_workers": 3, "max_cpus": 8}, {"is_private": False, "share": 0.5}, 1),  # after growth
         ({"num_workers": 8, "min_workers": 2}, {}, 1),
@@ -47,7 +48,8 @@ pytestmark = pytest.mark.ray
 def test_concurrent_trainings_are_counted(
     ray_cluster: None, settings: dict[str, Any], options: dict[str, Any], expected: int
 ) -> None:
-    assert count_concurrent_trainings(ClusterConfig(**settings), **{"is_private": True, **options}) == expected
+    capacity = ClusterCapacity(ClusterConfig(**settings), **{"is_private": True, **options})
+    assert capacity.count_trainings(0) == expected
 
 
 REFUSED = [
@@ -72,7 +74,7 @@ def test_a_training_that_never_fits_is_refused_with_the_arithmetic(
     ray_cluster: None, settings: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(TrainingError, match=message):
-        count_concurrent_trainings(ClusterConfig(**settings), **{"is_private": True, **options})
+        ClusterCapacity(ClusterConfig(**settings), **{"is_private": True, **options})
 
 
 def test_gpus_that_the_cluster_can_grow_to_are_used(ray_cluster: None) -> None:
@@ -84,9 +86,9 @@ def test_gpus_that_the_cluster_can_grow_to_are_used(ray_cluster: None) -> None:
 
 def test_resources_of_the_jobs_own_process_are_not_counted(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RESERVED_RESOURCES_VARIABLE, json.dumps({"CPU": 1}))
-    assert count_concurrent_trainings(ClusterConfig(num_workers=3), is_private=False) == 1
+    assert ClusterCapacity(ClusterConfig(num_workers=3), is_private=False).count_trainings(0) == 1
     with pytest.raises(TrainingError, match=r"the cluster has 4 CPU, .* process uses 1 CPU, and room"):
-        count_concurrent_trainings(ClusterConfig(num_workers=4), is_private=False)
+        ClusterCapacity(ClusterConfig(num_workers=4), is_private=False)
 
 
 @given(

@@ -14,7 +14,9 @@ import pytest
 from ray import cloudpickle
 from waiting import wait_for
 
+from focus_ray.cluster.capacity import ClusterCapacity
 from focus_ray.cluster.pool import FailedPiece, WorkerPool
+from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.errors import DataError, StorageError
 
 pytestmark = pytest.mark.ray
@@ -30,10 +32,15 @@ class Job:
     place: Path
 
 
+def make_capacity(num_workers: int) -> ClusterCapacity:
+    """Returns the capacity of the private cluster of the tests for at most `num_workers` workers."""
+    return ClusterCapacity(ClusterConfig(), is_private=True, limit=num_workers)
+
+
 def run_jobs(function: Callable[[Job], Any], names: str, place: Path, **options: Any) -> dict[str, Any]:
     """Returns the result of each job, or the reason why it failed."""
     jobs = iter([Job(name, place) for name in names])
-    pool = WorkerPool[Job](2, {"num_cpus": 1}, MAX_RETRIES, lambda text: None, **options)
+    pool = WorkerPool[Job](make_capacity(2), {"num_cpus": 1}, MAX_RETRIES, lambda text: None, **options)
     return {
         job.name: outcome.reason if isinstance(outcome, FailedPiece) else outcome
         for job, outcome in pool.run_pieces(function, lambda: next(jobs, None))
@@ -59,7 +66,7 @@ def work_or_die(job: Job) -> bool:
 
 
 def test_the_piece_of_a_lost_worker_is_repeated_and_the_others_are_not(ray_cluster: None, tmp_path: Path) -> None:
-    assert run_jobs(work_or_die, "abcde", tmp_path, retry_errors=False) == dict.fromkeys("abcde", True)
+    assert run_jobs(work_or_die, "abcde", tmp_path, runs_trainers=True) == dict.fromkeys("abcde", True)
     assert list_attempts(tmp_path) == ["a", "b", "b", "c", "d", "e"]
 
 
@@ -85,7 +92,9 @@ def test_the_end_of_the_loop_stops_the_workers(ray_cluster: None, tmp_path: Path
     import ray
 
     jobs = iter([Job(name, tmp_path) for name in "ab"])
-    for _ in WorkerPool[Job](1, {"num_cpus": 1}, 0, print).run_pieces(record_attempt, lambda: next(jobs, None)):
+    for _ in WorkerPool[Job](make_capacity(1), {"num_cpus": 1}, 0, print).run_pieces(
+        record_attempt, lambda: next(jobs, None)
+    ):
         break
     num_cpus = ray.cluster_resources()["CPU"]
     wait_for(lambda: ray.available_resources().get("CPU") == num_cpus, 30, "the CPU of the worker")
