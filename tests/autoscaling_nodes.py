@@ -14,12 +14,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from places import REPOSITORY, free_port
 from waiting import wait_for
 
@@ -98,19 +97,19 @@ def run_autoscaled_cluster(groups: Mapping[str, Any], idle_minutes: float = 0.2)
         wait_for(lambda: "Ray runtime started" in (folder / "ray-start.log").read_text(), 120, "the head runs")
         yield AutoscaledCluster({**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"}, folder)
     finally:
-        processes = [process for process in psutil.process_iter() if _uses_folder(process, folder)]
-        for process in [*processes, psutil.Process(head.pid)]:
-            try:
-                process.send_signal(signal.SIGKILL)
-            except psutil.NoSuchProcess:
-                continue
+        for process_id in _find_processes(folder):
+            with suppress(ProcessLookupError):
+                os.kill(process_id, signal.SIGKILL)
+        head.kill()
         head.wait(60)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _uses_folder(process: psutil.Process, folder: Path) -> bool:
-    """Returns whether a process belongs to the cluster: its command line or its environment names the cluster's folder."""
-    try:
-        return str(folder) in " ".join(process.cmdline()) or process.environ().get("RAY_TMPDIR") == str(folder)
-    except psutil.Error:
-        return False
+def _find_processes(folder: Path) -> list[int]:
+    """Returns the ids of the processes whose command line or environment names the cluster's folder."""
+    processes = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if str(folder).encode() in (place / "cmdline").read_bytes() + (place / "environ").read_bytes():
+                processes.append(int(place.name))
+    return processes

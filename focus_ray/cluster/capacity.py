@@ -42,7 +42,7 @@ def do_workers_use_gpu(config: ClusterConfig) -> bool:
     if config.use_gpu != "auto":
         return config.use_gpu
     growth = config.max_gpus if config.max_gpus is not None else read_autoscaler_limits().get("GPU", 0.0)
-    return max(growth, _sum_resources(list_nodes(config))["GPU"]) > 0
+    return max(growth, _sum_resources(node["Resources"] for node in list_nodes(config))["GPU"]) > 0
 
 
 def compute_worker_resources(config: ClusterConfig, use_gpu: bool) -> dict[str, float]:
@@ -294,13 +294,11 @@ class ClusterCapacity:
         return advice + f", or set {prefix}cluster.max_cpus and {prefix}cluster.max_gpus to what its autoscaler can add"
 
     def _describe_count(self, count: int, num_fitting: int) -> str:
-        """Returns the number of trainings side by side, and the calculation of this number, as text."""
-        workers = f"{self._num_workers} worker(s) of {format_resources(self.worker)}"
-        if self.limit is not None and count == self.limit:
-            return f"{count} as set, each {workers}; room for {num_fitting} now"
-        note = f"; room for {num_fitting} now, and the cluster can grow" if count > num_fitting else ""
+        """Returns how many trainings may run side by side, and how many of them have room now, as text."""
         share = f" in a share of {self.share:g} of the cluster" if self.share < 1 else ""
-        return f"{count}, each {workers}{share}{note}"
+        growth = ", and the cluster can grow" if count > num_fitting else ""
+        workers = f"{self._num_workers} worker(s) of {format_resources(self.worker)}"
+        return f"up to {count}, each with {workers}{share}; room for {num_fitting} now{growth}"
 
 
 def _sum_resources(nodes: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -51,7 +51,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(cluster: AutoscaledCluster, config_file: Path) -> str:
     """The folder of a run whose categories were trained on nodes that did not exist before. Also checks the command."""
     output = cluster.run("train", str(config_file))
-    assert "side by side: 2, each 1 worker(s) of 1 CPU; room for 0 now, and the cluster can grow" in output
+    assert "side by side: up to 2, each with 1 worker(s) of 1 CPU; room for 0 now" in output
     return str(config_file.parent / "runs" / "small")
 
 
@@ -77,7 +77,7 @@ def test_the_trials_of_a_sweep_run_in_parallel(cluster: AutoscaledCluster, confi
     sweep = {"name": "search", "base": base, "space": space, "searcher": "grid", "share_work": False}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     output = cluster.run("sweep", str(tmp_path / "sweep.yaml"))
-    assert "side by side: 64" in output
+    assert "side by side: up to 64" in output
     records = read_trial_records(str(tmp_path / "search"))
     assert [record.status for record in records] == ["finished"] * 8
     # each trial runs from `ended_at - seconds` to `ended_at`; the largest number of overlapping trials

@@ -57,7 +57,7 @@ REFUSED = [
     ({"num_workers": 4}, {"streams": True}, r"1 CPU for the stream .* need 5 CPU; .* raise data\.memory_budget_mb"),
     ({"use_gpu": True}, {}, r"1 CPU \+ 1 GPU need 1 CPU \+ 1 GPU; .* has 4 CPU \+ 0 GPU, and room for 0"),
     ({"memory_gib_per_worker": 1e6}, {}, r"need 1 CPU \+ 1e\+06 GiB memory; this machine has 4 CPU \+ "),
-    ({"labels": {"gpu": "h100"}}, {}, r"room for 0 such worker\(s\) on its 1 node\(s\) labelled {'gpu': 'h100'}"),
+    ({"labels": {"gpu": "h100"}}, {}, r"room for 0 such worker\(s\) on its 0 node\(s\) labelled {'gpu': 'h100'}"),
     ({"num_workers": 3}, {"share": 0.5}, r"3 worker\(s\) .* a share of 0\.5 .* raise cluster_share"),
     ({"num_workers": 5}, {"is_private": False}, r"the cluster has 4 CPU.* or set cluster\.max_cpus"),
     ({"num_workers": 9, "max_cpus": 8}, {"is_private": False}, r"9 CPU; .* can grow to 8 CPU: lower cluster"),

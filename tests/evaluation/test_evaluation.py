@@ -195,7 +195,7 @@ def test_workers_give_the_metrics_of_one_process(
     report = evaluate(bundles, tmp_path / "ray", exact_pixels, num_workers=2, log=messages.append)
     assert_same(report.results, evaluate(bundles, tmp_path / "here", exact_pixels).results)
     assert [(name, result["binned"]) for name, result in report.results.items()] == [("board", False), ("gear", True)]
-    assert any("side by side: 2 as set" in line for line in messages)
+    assert any("side by side: up to 2" in line for line in messages)
     for category in bundles:
         tables = [pq.read_table(tmp_path / place / f"images/category={category}") for place in ("ray", "here")]
         assert tables[0]["id"].equals(tables[1]["id"])
