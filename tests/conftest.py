@@ -17,12 +17,13 @@ os.environ.pop("RAY_ADDRESS", None)  # tests must not use an existing cluster
 _RAY_FOLDER = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="fr-", dir="/tmp" if os.path.isdir("/tmp") else None)
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from places import SHARED
 from s3_server import s3, s3_server  # noqa: F401
 from shared_bundles import part_bundles, parts  # noqa: F401
 
-settings.register_profile("focus_ray", deadline=None)  # a test may be slow on a busy machine
+# a test may be slow on a busy machine
+settings.register_profile("focus_ray", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("focus_ray")
 
 

@@ -44,7 +44,7 @@ class NginxProxy:
         """A client's context that trusts the proxy's certificate alone."""
         return ssl.create_default_context(cafile=self.certificate)
 
-    def connect(self, timeout_s: float = 30.0) -> ssl.SSLSocket:
+    def connect(self, timeout_s: float = 60.0) -> ssl.SSLSocket:
         """A new TLS connection, before any byte of HTTP."""
         plain = socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s)
         return self.create_tls_context().wrap_socket(plain, server_hostname="127.0.0.1")
@@ -117,11 +117,11 @@ def run_proxy(folder: Path, service: str, slow_timeout_s: int = SLOW_TIMEOUT_S) 
             return True
 
         try:
-            wait_for(is_answering, 10.0, "the proxy answers")
+            wait_for(is_answering, 60.0, "the proxy answers")
             yield proxy
         finally:
             process.terminate()
-            process.wait(10)
+            process.wait(60)
 
 
 def read_until_closed(connection: socket.socket, limit_s: float) -> bytes:

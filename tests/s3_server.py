@@ -69,7 +69,7 @@ def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[s
         finally:
             process.terminate()
             try:
-                process.wait(timeout=15)
+                process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -203,7 +203,7 @@ def run_serve_command(*words: str, environment: Mapping[str, str] | None = None)
     def is_ready() -> bool:
         assert process.poll() is None, log.read_text()[-4000:]
         try:
-            return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
+            return httpx.get(f"{url}/readyz", timeout=60).status_code == 200
         except httpx.HTTPError:
             return False
 

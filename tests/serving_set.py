@@ -150,7 +150,7 @@ def run_server(service: InspectionService) -> Iterator[str]:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:
-            wait_for(lambda: server.started, 10, "the server listens", 0.01)
+            wait_for(lambda: server.started, 60, "the server listens", 0.01)
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True

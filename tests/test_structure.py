@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import time
 from functools import cache
 from pathlib import Path
 
@@ -135,16 +134,13 @@ def test_the_method_can_be_imported_without_ray() -> None:
     assert finished.returncode == 0, finished.stderr
 
 
-@pytest.mark.parametrize(
-    "arguments", [["-c", "import focus_ray"], [str(Path(sys.executable).parent / "focus-ray"), "--help"]]
-)
-def test_the_package_and_its_command_start_within_a_second(arguments: list[str]) -> None:
-    if not arguments[0].startswith("-") and not Path(arguments[0]).is_file():
-        pytest.skip(f"the package is not installed: there is no {arguments[0]}")
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, *arguments], check=True, capture_output=True, timeout=60)
-        seconds.append(time.perf_counter() - start)
-    print(f"{min(seconds):.2f} s")
-    assert min(seconds) < 1
+def test_the_package_and_the_help_of_its_command_import_no_slow_package() -> None:
+    code = """if True:
+        import contextlib, sys
+        from focus_ray.cli.main import main
+        with contextlib.suppress(SystemExit):
+            main(["--help"])
+        print("slow:", *{"torch", "torchvision", "ray", "pyarrow", "scipy"} & set(sys.modules))
+    """
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert finished.stdout.splitlines()[-1] == "slow:"

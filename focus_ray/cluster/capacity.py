@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from focus_ray.cluster.ray_private import (
     RESOURCE_KINDS,
     do_other_jobs_wait,
     has_autoscaler,
+    labels_match_selector,
     read_autoscaler_limits,
     read_available_resources,
 )
@@ -86,21 +86,6 @@ def list_nodes(config: ClusterConfig) -> list[dict[str, Any]]:
 
     nodes = (node for node in ray.nodes() if node["Alive"])
     return [node for node in nodes if labels_match_selector(node.get("Labels", {}), config.labels)]
-
-
-def labels_match_selector(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
-    """Returns whether the labels of a node satisfy a label selector of Ray.
-
-    Args:
-        labels: name of a label -> value.
-        selector: name of a label -> condition: value, !value, in(a,b) or !in(a,b).
-    """
-    for key, condition in selector.items():
-        in_list = re.fullmatch(r"in\((.*)\)", condition.removeprefix("!"))
-        values = [value.strip() for value in in_list[1].split(",")] if in_list else [condition.removeprefix("!")]
-        if (labels.get(key) in values) == condition.startswith("!"):
-            return False
-    return True
 
 
 class ClusterCapacity:
@@ -190,6 +175,10 @@ class ClusterCapacity:
         self._num_allowed = max(1, int(count) if self.limit is None else min(int(count), self.limit))
         self._counted_at = time.monotonic()
         return self._num_allowed
+
+    def has_room_on_nodes(self) -> bool:
+        """Returns whether a training fits on the present nodes, if no other run uses them."""
+        return self._count_fixed() > 0
 
     def do_others_wait(self) -> bool:
         """Returns whether another run has waited for resources since earlier calls, and this run should give way.

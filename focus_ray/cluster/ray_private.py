@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ RESOURCE_KINDS = ("CPU", "GPU", "memory")
 _NUM_REPORT_ATTEMPTS, _REPORT_PAUSE_S = 10, 1.0  # to read the first report of the autoscaler
 # purpose -> module and dotted attribute that must exist
 PRIVATE_ATTRIBUTES = {
+    "the labels of nodes": ("ray._raylet", "node_labels_match_selector"),
     "the limits of the autoscaler": ("ray._private.state", "state.get_max_resources_from_cluster_config"),
     "the free resources of nodes": ("ray._private.state", "available_resources_per_node"),
     "the actors that wait for resources": ("ray._private.state", "actors"),
@@ -109,6 +111,18 @@ def do_other_jobs_wait() -> bool:
         return True
     groups = ray.util.placement_group_table()
     return any(group["state"] == "PENDING" and not name.endswith(job) for name, group in groups.items())
+
+
+def labels_match_selector(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    """Returns whether the labels of a node satisfy a label selector, by the rules of Ray's scheduler.
+
+    Args:
+        labels: name of a label -> value.
+        selector: name of a label -> condition: value, !value, in(a,b) or !in(a,b).
+    """
+    raylet: Any = importlib.import_module("ray._raylet")  # a compiled module without types
+
+    return bool(raylet.node_labels_match_selector(dict(labels), dict(selector)))
 
 
 def find_local_cluster_address() -> str | None:

@@ -97,5 +97,5 @@ def test_the_end_of_the_loop_stops_the_workers(ray_cluster: None, tmp_path: Path
     ):
         break
     num_cpus = ray.cluster_resources()["CPU"]
-    wait_for(lambda: ray.available_resources().get("CPU") == num_cpus, 30, "the CPU of the worker")
+    wait_for(lambda: ray.available_resources().get("CPU") == num_cpus, 60, "the CPU of the worker")
     assert list_attempts(tmp_path)[0] == "a"

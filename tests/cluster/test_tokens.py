@@ -45,7 +45,7 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
 
 def run_python(command: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     arguments = [sys.executable, "-c", command]
-    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
     with subprocess.Popen([sys.executable, "-c", START], env=environment(folder), text=True, **pipes) as process:
         assert process.stdout is not None
         yield {**json.loads(process.stdout.readline()), "folder": folder}
-        process.communicate("end\n", timeout=60)
+        process.communicate("end\n", timeout=120)
     shutil.rmtree(make_ray_folder_path(folder), ignore_errors=True)
 
 
@@ -64,7 +64,7 @@ def request_status(url: str, token: str | None = None, body: bytes | None = None
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(urllib.request.Request(url, body, headers), timeout=20) as answer:
+        with opener.open(urllib.request.Request(url, body, headers), timeout=60) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code

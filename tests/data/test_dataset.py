@@ -270,7 +270,7 @@ def test_part_files_are_read_in_parallel_and_keep_their_order(
 ) -> None:
     expected = read_index(small_groups, "bolt")
     remove_index(small_groups)
-    read, barrier = pq.ParquetFile.read, threading.Barrier(3, timeout=30)
+    read, barrier = pq.ParquetFile.read, threading.Barrier(3, timeout=60)
     monkeypatch.setattr(pq.ParquetFile, "read", lambda *at, **how: barrier.wait() >= 0 and read(*at, **how))
     assert read_index(small_groups, "bolt").equals(expected)
 

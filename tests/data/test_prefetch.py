@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import wait_for
 
 from focus_ray.data.prefetch import prefetch_items
 
@@ -39,9 +40,7 @@ def test_items_are_computed_while_the_reader_works_but_only_as_many_as_may_wait(
     computed: list[int] = []
     prefetched = prefetch_items((computed.append(number) or number for number in range(100)), max_waiting=2)
     assert next(prefetched) == 0
-    deadline = time.monotonic() + 10
-    while len(computed) < 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: len(computed) >= 4, 60, "four items are computed", 0.01)
     time.sleep(0.1)
     assert len(computed) == 4  # one was read, and three wait
     prefetched.close()

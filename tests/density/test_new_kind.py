@@ -123,4 +123,4 @@ assert {"pooling", "window"} & set(DENSITIES["toy"].find_unused_settings(config.
 def test_settings_of_a_new_density_become_settings_of_the_section_density(tmp_path: Path) -> None:
     (tmp_path / "toy.py").write_text(OWN_SETTINGS)
     code = f"import sys; sys.path[:0] = {[str(tmp_path), str(REPOSITORY)]}\n{CHECK}"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -178,7 +178,7 @@ def check_focus_ray_command(words: list[str]) -> None:
     elif arguments.command == "fit":
         load_config(find_config_file("default"), [*arguments.override, "data.uri=data"])
     elif arguments.command == "sweep" and arguments.what not in ("status", "resume", "report"):
-        load_sweep_config(find_config_file(arguments.what), arguments.rest)
+        load_sweep_config(find_config_file(arguments.what), arguments.override)
     elif arguments.command == "serve":
         tree = read_config_tree(find_standard_config_folder() / "default.yaml", arguments.override)
         settings = {key: value for key, value in tree.items() if key not in ("name", "data", "model")}
@@ -293,7 +293,7 @@ def test_a_request_is_answered(command: str, service: str, plant: Path) -> None:
         cwd=plant,
         env={"TOKEN": (plant / "token.txt").read_text(), "PATH": "/usr/bin:/bin"},
         capture_output=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert finished.returncode == 0, (finished.stderr, finished.stdout)

@@ -270,7 +270,7 @@ def test_the_node_example_agrees_with_inspect(
     # sharp converts CMYK with a colour profile, focus_ray without one
     images = [*photographs, *(path for path in odd_photographs if "cmyk" not in path.name)]
     process = subprocess.run(
-        [node, EXAMPLES / "inspect_onnx.mjs", onnx, *images], capture_output=True, text=True, timeout=60
+        [node, EXAMPLES / "inspect_onnx.mjs", onnx, *images], capture_output=True, text=True, timeout=120
     )
     assert process.returncode == 0, process.stderr
     assert_equals_inspect([json.loads(line) for line in process.stdout.splitlines()], bundle, images)

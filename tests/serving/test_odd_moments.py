@@ -90,7 +90,7 @@ def test_a_hanging_shadow_is_cancelled(plant: TwoTeams, tmp_path: Path) -> None:
     for alias in ("production", "candidate"):
         registry.publish(plant.bundles["gear"], PRESS, aliases=[alias])
     route = {"team": PRESS, "category": "gear", "ref": "production", "shadow": "candidate"}
-    settings = create_settings(plant, registry=str(tmp_path), routes=[route], limits={"timeout_s": 1.0})
+    settings = create_settings(plant, registry=str(tmp_path), routes=[route], limits={"timeout_s": 2.0})
     service: Any = create_service(settings)
     inspect = service.backend.inspect_images
 
@@ -104,7 +104,7 @@ def test_a_hanging_shadow_is_cancelled(plant: TwoTeams, tmp_path: Path) -> None:
         await service.backend.warm_up_model(registry.resolve(PRESS, "gear", "production"))
         await service.inspect_images(PRESS, "gear", None, plant.images[:1], "json", False, "request")
         assert len(service._shadow_tasks) == 1
-        await asyncio.wait(set(service._shadow_tasks), timeout=10)
+        await asyncio.wait(set(service._shadow_tasks), timeout=60)
         await asyncio.sleep(0)
         assert not service._shadow_tasks
         await service.close()

@@ -61,7 +61,7 @@ def start_browser(profile: Path, width: int, height: int, camera: Sequence[str],
 
 
 def wait_until(claim: Any, event: str) -> None:
-    wait_for(claim, 30.0, event, 0.05)
+    wait_for(claim, 60.0, event, 0.05)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import dataclasses
 import io
 import random
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -268,7 +267,7 @@ def test_requests_above_the_limit_in_flight_get_retry_after(
     with create_client(InspectionService(settings, stuck)) as client, ThreadPoolExecutor(6) as pool:
         requests = [pool.submit(client.post, INSPECT, content=body, headers=headers) for _ in range(6)]
         try:
-            wait_for(lambda: sum(request.done() for request in requests) >= 4, 20, "four of six are refused", 0.01)
+            wait_for(lambda: sum(request.done() for request in requests) >= 4, 60, "four of six are refused", 0.01)
         finally:
             stuck.may_go.set()  # the pool waits for all
         answers = sorted((request.result() for request in requests), key=lambda answer: answer.status_code)
@@ -365,12 +364,12 @@ def test_promotion_and_rollback_change_the_version_and_fail_no_request(plant: Tw
             assert answer.status_code == 200
             return bool(answer.json()["version"] == version)
 
-        wait_for(lambda: answers("v0001"), 20, "v0001 answers", 0.0)
+        wait_for(lambda: answers("v0001"), 60, "v0001 answers", 0.0)
         body = client.put(alias, json={"version": "candidate"}, headers=admin).json()
         assert body == {"team": PRESS, "category": "gear", "alias": "production", "version": "v0002"}
-        wait_for(lambda: answers("v0002"), 20, "v0002 answers", 0.0)
+        wait_for(lambda: answers("v0002"), 60, "v0002 answers", 0.0)
         assert client.post(f"{alias}/rollback", headers=admin).json()["version"] == "v0001"
-        wait_for(lambda: answers("v0001"), 20, "v0001 answers again", 0.0)
+        wait_for(lambda: answers("v0001"), 60, "v0001 answers again", 0.0)
         by_alias = client.post(f"{INSPECT}?version=candidate", content=plant.images[0], headers=headers)
         assert by_alias.json()["version"] == "v0002"
 
@@ -449,11 +448,12 @@ class Blocker:
     """An item that blocks the pass until `may_go` is set, and then fails."""
 
     def __init__(self) -> None:
-        self.may_go = threading.Event()
+        self.has_started, self.may_go = threading.Event(), threading.Event()
 
     @property
     def inspector(self) -> Any:
-        self.may_go.wait(20)
+        self.has_started.set()
+        self.may_go.wait(120)
         raise RuntimeError("the blocker has ended")
 
 
@@ -468,10 +468,12 @@ def test_two_categories_with_one_backbone_share_a_pass_with_equal_scores(plant: 
         recorder.records.clear()
         blocker = Blocker()
         first = asyncio.create_task(scorer._batcher.submit(blocker, 1))  # type: ignore[arg-type]
-        await asyncio.sleep(0.05)
+        assert await asyncio.to_thread(blocker.has_started.wait, 60)
         requests = [ScoringRequest(version, plant.images[:3]) for version in versions for _ in range(2)]
         inspections = [asyncio.create_task(scorer.inspect_images(request)) for request in requests]
-        await asyncio.sleep(0.5)
+        await asyncio.to_thread(
+            wait_for, lambda: len(scorer._batcher._waiting) == 4, 60, "all requests are decoded", 0.01
+        )
         blocker.may_go.set()
         await asyncio.gather(first, return_exceptions=True)
         return await asyncio.gather(*inspections)
@@ -492,10 +494,11 @@ def test_detectors_with_different_backbones_share_no_pass(plant: TwoTeams) -> No
 
 def test_items_that_wait_are_the_next_batch_and_an_error_fails_only_its_item() -> None:
     batches: list[list[int]] = []
+    may_go = threading.Event()
 
     def run(items: Any) -> list[int]:
         batches.append(list(items))
-        time.sleep(0.02)
+        may_go.wait(60)
         if 7 in items:
             raise ValueError("seven")
         return [10 * item for item in items]
@@ -504,11 +507,12 @@ def test_items_that_wait_are_the_next_batch_and_an_error_fails_only_its_item() -
         with ThreadPoolExecutor(1) as executor:
             batcher: DynamicBatcher[int, int] = DynamicBatcher(run, 8, executor)
             first = asyncio.create_task(batcher.submit(0, 1))
-            await asyncio.sleep(0.005)
+            await asyncio.to_thread(wait_for, lambda: batches, 60, "the first batch is computed", 0.01)
             next_items = [asyncio.create_task(batcher.submit(item, 4 if item == 9 else 1)) for item in range(1, 10)]
             cancelled = asyncio.create_task(batcher.submit(99, 1))
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0)  # all items wait now
             cancelled.cancel()
+            may_go.set()
             return await asyncio.gather(first, *next_items, return_exceptions=True)
 
     results = asyncio.run(ask())

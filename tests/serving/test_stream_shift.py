@@ -74,11 +74,11 @@ def test_metrics_and_card_report_a_shifted_stream_but_not_a_few_defects(plant: T
         before = card(PRESS, plant.press)
         assert before["shift"] is None
         inspect_in_batches(client, PRESS, plant.press, stream)
-        wait_for(lambda: p_values(PRESS, "lower"), 20, "a test of the usual images")
+        wait_for(lambda: p_values(PRESS, "lower"), 60, "a test of the usual images")
         after = card(PRESS, plant.press)
         assert (after["shift"]["direction"], after["caveats"]) == (None, before["caveats"])
         inspect_in_batches(client, MILL, plant.mill, [darken(image) for image in stream])
-        wait_for(lambda: p_values(MILL, "lower"), 20, "a test of the dark images")
+        wait_for(lambda: p_values(MILL, "lower"), 60, "a test of the dark images")
         after = card(MILL, plant.mill)
     assert p_values(MILL, "higher")[-1] <= STREAM_ALPHA < p_values(PRESS, "higher")[-1]
     assert (after["shift"]["direction"], after["shift"]["p_value"] <= STREAM_ALPHA) == ("higher", True)

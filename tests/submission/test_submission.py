@@ -300,7 +300,7 @@ def test_a_job_survives_an_interrupted_follower_and_stop_ends_it(nodes: Nodes) -
     while follower.stdout.readline().strip() != "up":
         assert follower.poll() is None
     follower.send_signal(signal.SIGINT)
-    _, messages = follower.communicate(timeout=30)
+    _, messages = follower.communicate(timeout=120)
     assert follower.returncode == 130
     assert "no longer following; the job goes on" in messages
     name = messages.split(":")[0]

@@ -92,7 +92,7 @@ def wait_for_cleanup() -> None:
         groups = ray.util.placement_group_table().values()
         return alive <= {*own_actors} and all(group["state"] == "REMOVED" for group in groups)
 
-    wait_for(is_clean, 20.0, "the end of all actors and placement groups")
+    wait_for(is_clean, 60.0, "the end of all actors and placement groups")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,8 @@ def finished(ray_cluster: None, data: str, tmp_path_factory: pytest.TempPathFact
     (root / "tmp").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(root / "tmp"))
-        return run_sweep(make_sweep(data, root, max_concurrent_trials=2))  # each process imports torch
+        # each process imports torch; resume: the folder has no sweep yet
+        return run_sweep(make_sweep(data, root, max_concurrent_trials=2), resume=True)
 
 
 # Results
@@ -148,6 +149,22 @@ def test_features_are_shared_and_do_not_change_the_scores(finished: SweepOutcome
     assert shared == {"features"}
     unshared = score_in_process(make_sweep(data, "unused"))
     assert [record.score for record in unshared] == pytest.approx([r.score for r in finished.records], abs=1e-6)
+
+
+@pytest.mark.ray
+def test_the_same_configuration_with_resume_continues_a_sweep_and_another_is_refused(
+    finished: SweepOutcome, data: str
+) -> None:
+    config = read_sweep_config(finished.root)
+    messages: list[str] = []
+    assert run_sweep(config, resume=True, log=messages.append).records == finished.records
+    assert f"sweep: {finished.root}, 4 trials have records" in messages
+    with pytest.raises(SweepError, match="already contains a sweep"):
+        run_sweep(config)
+    with pytest.raises(SweepError, match=r"seed was 0, is 7\..*sweep resume"):
+        run_sweep(config.model_copy(update={"seed": 7}), resume=True)
+    with pytest.raises(SweepError, match="needs the name"):
+        run_sweep(config.model_copy(update={"name": None}), resume=True)
 
 
 @pytest.mark.slow
@@ -325,7 +342,7 @@ def test_a_stopped_sweep_prints_how_to_resume_it(data: str, tmp_path: Path) -> N
     driver = start_sweep(make_sweep(data, tmp_path, {"train": {"learning_rate": 0.001}}, space=SLOW), tmp_path)
     wait_for_records(f"{tmp_path}/search", 1, driver, 200.0)
     driver.send_signal(signal.SIGTERM)
-    _, errors = driver.communicate(timeout=60)
+    _, errors = driver.communicate(timeout=120)
     assert driver.returncode == 130, errors[-3000:]
     assert f"focus-ray sweep resume {tmp_path}/search" in errors
     assert json.loads(Path(tmp_path, "search/state.json").read_text())["state"] == "stopped"
