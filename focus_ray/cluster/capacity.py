@@ -30,6 +30,7 @@ MAX_REQUESTED = 64
 TEAM_QUOTAS_LABEL = "focus-ray/team-quotas"
 TEAM_RESOURCE_PREFIX = "team-"
 _RECOUNT_INTERVAL_S = 5.0
+_PATIENCE_S = 5.0  # an actor that has its resources also counts as waiting while its process starts
 _GROWTH_PATIENCE_S = 180.0  # a new node in a cloud usually starts in this time
 
 
@@ -133,7 +134,8 @@ class ClusterCapacity:
         self._num_workers, self._stream_cpus, self._prefix = config.num_workers, int(streams), prefix
         self._reserved: dict[str, float] = json.loads(os.environ.get(RESERVED_RESOURCES_VARIABLE) or "{}")
         self._has_autoscaler = not is_private and has_autoscaler()
-        self._num_allowed, self._counted_at, self._others_wait_since = 1, -math.inf, math.inf
+        self._num_allowed, self._counted_at = 1, -math.inf
+        self._others_checked_at, self._others_wait_since = -math.inf, math.inf
         if config.use_gpu == "auto" and not self.use_gpu and self._has_autoscaler and config.max_gpus is None:
             log("no node has a GPU now, so workers use CPUs: set cluster.use_gpu=true to request nodes with GPUs")
         if self._count_fixed() < 1 and self._count_grown() < 1 and config.min_workers_to_start < config.num_workers:
@@ -181,17 +183,18 @@ class ClusterCapacity:
         return self._count_fixed() > 0
 
     def do_others_wait(self) -> bool:
-        """Returns whether another run has waited for resources since earlier calls, and this run should give way.
+        """Returns whether another run has waited for resources for a while, so that this run should give way.
 
-        On a cluster with an autoscaler, this run gives way only after `_GROWTH_PATIENCE_S`, because a new node may come. The
-        function must be called regularly.
+        On a cluster with an autoscaler, this run gives way later, because a new node may come for the other run.
         """
         now = time.monotonic()
-        if self._is_private or not do_other_jobs_wait():
-            self._others_wait_since = math.inf
-        elif self._others_wait_since == math.inf:
-            self._others_wait_since = now
-        return now - self._others_wait_since >= (_GROWTH_PATIENCE_S if self._has_autoscaler else 0.0)
+        if not self._is_private and now - self._others_checked_at >= _RECOUNT_INTERVAL_S:
+            self._others_checked_at = now
+            if not do_other_jobs_wait():
+                self._others_wait_since = math.inf
+            elif self._others_wait_since == math.inf:
+                self._others_wait_since = now
+        return now - self._others_wait_since >= (_GROWTH_PATIENCE_S if self._has_autoscaler else _PATIENCE_S)
 
     def describe_present(self) -> str:
         """Returns what the nodes for this run have now and what is free, as text."""

@@ -140,7 +140,7 @@ class _PoolRun(Generic[Piece]):
         self.idle_workers: list[_Worker] = []
         self.calls: dict[Any, _WorkerCall[Piece]] = {}
         self.backlog: deque[_WorkerCall[Piece]] = deque()
-        self.num_failed_starts, self.released_at = 0, -_RELEASE_PAUSE_S
+        self.num_failed_starts, self.released_at, self.should_give_way = 0, -_RELEASE_PAUSE_S, False
         self.wait = ResourceWait(pool.capacity, pool.log)
 
     @property
@@ -171,6 +171,7 @@ class _PoolRun(Generic[Piece]):
 
         answers, _ = ray.wait(list(self.calls), num_returns=1, timeout=_POLL_INTERVAL_S)
         self.pool.listen()
+        self.should_give_way = self.pool.capacity.do_others_wait()
         num_working = self.num_working
         self.wait.check(len(self.calls) - num_working, is_working=num_working > 0 and not self.pool.runs_trainers)
         for answer in answers:
@@ -216,7 +217,7 @@ class _PoolRun(Generic[Piece]):
         give the free resources to them. Their pieces wait in `backlog`, and `assign_pieces` requests workers again later.
         """
         is_pause_over = time.monotonic() - self.released_at >= _RELEASE_PAUSE_S
-        if not is_pause_over or not self.pool.capacity.do_others_wait():
+        if not is_pause_over or not self.should_give_way:
             self.idle_workers.append(worker)
             return
         self.pool.log("another run waits for resources: one worker is stopped for it")

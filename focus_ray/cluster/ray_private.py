@@ -14,12 +14,14 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from focus_ray.cluster.failures import is_retryable
 from focus_ray.errors import TrainingError
+
+T = TypeVar("T")
 
 RAY_VERSION = "2.60.0"
 RESOURCE_KINDS = ("CPU", "GPU", "memory")
@@ -62,11 +64,25 @@ def check_private_attributes(attributes: dict[str, tuple[str, str]] = PRIVATE_AT
             ) from None
 
 
+def _call_on_cluster(function: Callable[[], T]) -> T:
+    """Calls a function that reads the state of the cluster: in this process; with Ray Client (ray://), in a task on the cluster."""
+    import ray
+
+    if not ray.util.client.ray.is_connected():
+        return function()
+    result: T = ray.get(ray.remote(num_cpus=0)(function).remote())
+    return result
+
+
 def read_autoscaler_limits() -> dict[str, float]:
     """Returns the limits of the autoscaler: kind of resource -> largest total of the cluster; empty without an autoscaler."""
-    from ray._private.state import state
 
-    limits = state.get_max_resources_from_cluster_config()
+    def read_limits() -> dict[str, float] | None:
+        from ray._private.state import state
+
+        return state.get_max_resources_from_cluster_config()  # type: ignore[no-any-return]
+
+    limits = _call_on_cluster(read_limits)
     return {kind: float(amount) for kind, amount in (limits or {}).items() if kind in RESOURCE_KINDS}
 
 
@@ -76,19 +92,21 @@ def has_autoscaler() -> bool:
     Ray runs an autoscaler on every head node. Without a configuration it only observes, and names the type of each node after
     the id of the node ("node_..."). On a cluster that has just started, the function waits some seconds for the first report.
     """
-    import ray
-    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
-    from ray.autoscaler.v2.sdk import get_cluster_status
-    from ray.experimental.internal_kv import _internal_kv_get
+
+    def read_node_types() -> set[str]:
+        import ray
+        from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+        from ray.autoscaler.v2.sdk import get_cluster_status
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        if status.stats.autoscaler_version not in (None, "0"):  # version 2 of the autoscaler
+            return {node.ray_node_type_name for node in [*status.active_nodes, *status.idle_nodes]}
+        report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}").get("autoscaler_report")  # version 1
+        return set((report or {}).get("node_type_mapping", {}).values())
 
     for _ in range(_NUM_REPORT_ATTEMPTS):
-        status = get_cluster_status(ray.get_runtime_context().gcs_address)
-        node_types: set[str] = set()
-        if status.stats.autoscaler_version not in (None, "0"):  # version 2 of the autoscaler
-            node_types = {node.ray_node_type_name for node in [*status.active_nodes, *status.idle_nodes]}
-        elif content := _internal_kv_get(DEBUG_AUTOSCALING_STATUS):  # version 1
-            node_types = set((json.loads(content).get("autoscaler_report") or {}).get("node_type_mapping", {}).values())
-        if node_types:
+        if node_types := _call_on_cluster(read_node_types):
             return any(not name.startswith("node_") for name in node_types)
         time.sleep(_REPORT_PAUSE_S)
     return False
@@ -96,21 +114,32 @@ def has_autoscaler() -> bool:
 
 def read_available_resources() -> dict[str, dict[str, float]]:
     """Returns id of a node -> its free resources: kind -> amount. A kind that is used up is missing."""
-    from ray._private.state import available_resources_per_node
 
-    return available_resources_per_node()  # type: ignore[no-any-return]
+    def read_resources() -> dict[str, dict[str, float]]:
+        from ray._private.state import available_resources_per_node
+
+        return available_resources_per_node()  # type: ignore[no-any-return]
+
+    return _call_on_cluster(read_resources)
 
 
 def do_other_jobs_wait() -> bool:
     """Returns whether actors or placement groups of other jobs than this one wait for resources of the cluster."""
-    import ray
-    from ray._private.state import actors
 
-    job = ray.get_runtime_context().get_job_id()
-    if any(actor["JobID"] != job for actor in actors(actor_state_name="PENDING_CREATION").values()):
-        return True
-    groups = ray.util.placement_group_table()
-    return any(group["state"] == "PENDING" and not name.endswith(job) for name, group in groups.items())
+    def find_waiting_jobs() -> bool:
+        import ray
+        from ray._private.state import actors
+
+        job = ray.get_runtime_context().get_job_id()
+        waiting_actors = actors(actor_state_name="PENDING_CREATION").values()
+        waiting_groups = [
+            name for name, group in ray.util.placement_group_table().items() if group["state"] == "PENDING"
+        ]
+        return any(actor["JobID"] != job for actor in waiting_actors) or any(
+            not name.endswith(job) for name in waiting_groups
+        )
+
+    return _call_on_cluster(find_waiting_jobs)
 
 
 def labels_match_selector(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
