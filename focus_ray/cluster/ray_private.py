@@ -65,7 +65,7 @@ def check_private_attributes(attributes: dict[str, tuple[str, str]] = PRIVATE_AT
 
 
 def _call_on_cluster(function: Callable[[], T]) -> T:
-    """Calls a function that reads the state of the cluster: in this process; with Ray Client (ray://), in a task on the cluster."""
+    """Calls a function that reads the state of the cluster: in this process, or with Ray Client (ray://) in a task."""
     import ray
 
     if not ray.util.client.ray.is_connected():
