@@ -116,6 +116,7 @@ print(ray.get(Worker.remote().work.remote()), flush=True)
 """
 
 
+@pytest.mark.cluster
 def test_a_run_gives_way_to_a_run_that_waits(ray_cluster: None) -> None:
     import ray
 
