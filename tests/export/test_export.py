@@ -190,7 +190,9 @@ def test_a_nan_score_is_anomalous() -> None:
     assert anomalous.tolist() == [True, True, False]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] if case == "aligned" else []) for case in CASES]
+)
 def test_the_exportable_scorer_agrees_with_the_inspector(
     case: str, parts: str, photographs: list[Path], tmp_path: Path
 ) -> None:
