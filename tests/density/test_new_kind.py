@@ -87,7 +87,7 @@ def test_a_new_backbone_is_fitted_stored_scored_and_exported(parts: str, tmp_pat
     inspect_and_export(small_config(parts, tmp_path, model=model, density={"num_channels": 16}), tmp_path)
     for size, message in ((64, "multiple of 20"), (20, "32")):
         with pytest.raises(Exception, match=message):
-            parse_config({"data": {"uri": uri}, "model": {"backbone": "toy", "image_size_px": size}})
+            parse_config({"data": {"uri": parts}, "model": {"backbone": "toy", "image_size_px": size}})
 
 
 OWN_SETTINGS = """

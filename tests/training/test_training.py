@@ -100,7 +100,11 @@ def test_a_small_pickled_rule_gives_the_rows_of_the_plan_and_the_part_of_every_i
     assert {hashes[row]: part for part, images in images_by_part.items() for row in images.rows} == {
         content_hash: split.find_subset(content_hash) for content_hash in hashes.values()
     }
-    assert [len(images) for images in images_by_part.values()] == [split.num_fit, split.num_validation, split.num_holdout]
+    assert [len(images) for images in images_by_part.values()] == [
+        split.num_fit,
+        split.num_validation,
+        split.num_holdout,
+    ]
     assert split.num_images == plan.num_images
     for part, images in images_by_part.items():
         for column, values in vars(images).items():
