@@ -75,15 +75,12 @@ def inspect_and_export(config: Config, folder: Path) -> None:
 
 def test_a_new_density_is_fitted_stored_scored_and_exported(parts: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(DENSITIES.import_paths, "toy", f"{__name__}:TOY")
-    still = {"image_alignment": {"group": "none"}}
-    inspect_and_export(
-        small_config(parts, tmp_path, model=still, density={"kind": "toy", "num_channels": 16}), tmp_path
-    )
+    inspect_and_export(small_config(parts, tmp_path, density={"kind": "toy", "num_channels": 16}), tmp_path)
 
 
 def test_a_new_backbone_is_fitted_stored_scored_and_exported(parts: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(BACKBONES.import_paths, "toy", f"{__name__}:TOY_NET")
-    model = {"backbone": "toy", "image_size_px": 60, "image_alignment": {"group": "none"}}
+    model = {"backbone": "toy", "image_size_px": 60}
     inspect_and_export(small_config(parts, tmp_path, model=model, density={"num_channels": 16}), tmp_path)
     for size, message in ((64, "multiple of 20"), (20, "32")):
         with pytest.raises(Exception, match=message):

@@ -33,8 +33,6 @@ LEFT = [[0, 0], [0.5, 0], [0.5, 1], [0, 1]]
 
 
 def make_region_config(parts: str, folder: Path, region: Any, **sections: Any) -> Config:
-    model = {"image_alignment": {"group": "none"}}
-    sections = {"model": model, **sections}
     return small_config(parts, folder, data={"regions": {"gear": region}}, **sections)
 
 
@@ -166,10 +164,7 @@ def test_a_region_of_the_whole_image_scores_like_no_region(parts: str, tmp_path:
     whole_image = [[0, 0], [1, 0], [1, 1], [0, 1]]
 
     def fit(regions: dict[str, Any]) -> FitResult:
-        model = {"image_alignment": {"group": "none"}}
-        return fit_alone(
-            small_config(parts, tmp_path, data={"regions": regions}, model=model, scoring=scoring, density=density)
-        )
+        return fit_alone(small_config(parts, tmp_path, data={"regions": regions}, scoring=scoring, density=density))
 
     assert fit({"gear": whole_image}).calibration == fit({}).calibration
 

@@ -28,7 +28,7 @@ NORMALS = np.stack([draw_sample("board", 0, "train", index, 64)[0] for index in 
 
 
 def make_selection_config(parts: str, **sections: dict[str, Any]) -> Config:
-    defaults = {"selection": {"fraction": 0.2}, "model": {"image_alignment": {"group": "none"}}}
+    defaults = {"selection": {"fraction": 0.2}}
     return small_config(parts, "unused", **{**defaults, **sections})
 
 

@@ -43,7 +43,7 @@ def make_tiled_config(
 ) -> Config:
     """Returns a configuration with a profile of good images, and with tiles whose model.tiling.density is `kind`, if any."""
     tiling = kind and {"grid": grid, "overlap": overlap, "density": kind}
-    model = {"image_size_px": side, "image_alignment": {"group": "none"}, "tiling": tiling}
+    model = {"image_size_px": side, "tiling": tiling}
     return small_config(uri, "unused", model=model, **{"scoring": {"image_score": "profile"}, **rest})
 
 

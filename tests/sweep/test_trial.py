@@ -29,13 +29,12 @@ from focus_ray.sweep.worker import split_images_for_worker
 
 CPU = torch.device("cpu")
 ALIGNED = {"image_alignment": {"group": "rotation", "min_drop": 0.0}}
-UNALIGNED = {"image_alignment": {"group": "none"}}
 SHAREABLE = {"reduction": "semi_orthogonal", "coreset": 0}  # with reduction `discriminant`, trials share no features
 
 
 def make_config(parts: str, **sections: Any) -> Config:
     """Returns the configuration of a trial without alignment; `sections` changes its sections."""
-    return small_config(parts, "unused", **{"model": UNALIGNED, **sections})
+    return small_config(parts, "unused", **sections)
 
 
 def load_gear(config: Config, objective: Objective = "validation", size_px: int = 64) -> CategoryImages:
@@ -52,10 +51,10 @@ def score_gear(config: Config, objective: Objective = "validation", **options: A
 @pytest.mark.parametrize(
     ("model", "density", "objective"),
     [
-        (UNALIGNED, SHAREABLE, "validation"),
-        (UNALIGNED, {"reduction": "semi_orthogonal"}, "aupro"),
+        ({}, SHAREABLE, "validation"),
+        ({}, {"reduction": "semi_orthogonal"}, "aupro"),
         (ALIGNED, {**SHAREABLE, "kind": "gaussian", "pooling": 0.5}, "aupro"),
-        (UNALIGNED, {"reduction": "random", "map_stride_px": 4, "layers": ["layer1", "layer2"], "coreset": 0}, "aupro"),
+        ({}, {"reduction": "random", "map_stride_px": 4, "layers": ["layer1", "layer2"], "coreset": 0}, "aupro"),
     ],
     ids=["nearest", "coreset", "aligned-gaussian", "random"],
 )
@@ -86,7 +85,7 @@ def test_trials_share_features_only_if_their_settings_give_the_same_features(par
         {"scoring": {"image_score": "maximum"}},
         {"train": {"learning_rate": 1.0}},
     ]
-    different = [{"model": UNALIGNED}, {"train": {"seed": 3}}, {"model": {"image_size_px": 48}}]
+    different = [{"model": ALIGNED}, {"train": {"seed": 3}}, {"model": {"image_size_px": 48}}]
     unshareable = [
         {"train": {"epochs": 1}},
         {"selection": {"fraction": 0.1}},

@@ -38,7 +38,6 @@ from focus_ray.sweep.settings import SweepConfig, parse_sweep_config
 from focus_ray.sweep.trial import score_category
 from focus_ray.sweep.trial_inputs import load_category_images, split_for_scoring
 
-UNALIGNED = {"image_alignment": {"group": "none"}}
 SPACE = {"density.num_channels": [4, 32], "density.shrinkage": [0.5, 4.0]}
 SLOW = {"train.seed": list(range(40)), "train.epochs": [40]}  # a sweep that runs long enough to be interrupted
 
@@ -46,7 +45,7 @@ SLOW = {"train.seed": list(range(40)), "train.epochs": [40]}  # a sweep that run
 def make_sweep(parts: str, storage: Path | str, base: dict[str, Any] | None = None, **keys: Any) -> SweepConfig:
     """Returns a grid sweep named `search`; `base` changes sections of its base configuration."""
     # Without a coreset: its choice depends on the last digits, which sharing changes. test_trial tests it.
-    defaults = {"data": {"categories": list(CATEGORIES)}, "model": UNALIGNED, "density": {"coreset": 0}}
+    defaults = {"data": {"categories": list(CATEGORIES)}, "density": {"coreset": 0}}
     tree = small_config(parts, storage, **{**defaults, **(base or {})}).model_dump(mode="json")
     return parse_sweep_config({"base": tree, "space": SPACE, "searcher": "grid", "name": "search", **keys})
 

@@ -31,7 +31,6 @@ from focus_ray.tracking.runs import MAX_PICTURES, TrainingRecorder
 from focus_ray.tracking.settings import TrackerConfig
 from focus_ray.training.training import train
 
-UNALIGNED_MODEL = {"image_alignment": {"group": "none"}}
 EPOCHS = 2
 LOCAL = {"local": True}
 
@@ -44,7 +43,7 @@ def make_config(
     **sections: Any,
 ) -> Config:
     """Returns the configuration of a short training in this process, unless `sections` says otherwise."""
-    settings = {"data": {"categories": list(categories)}, "model": UNALIGNED_MODEL, "cluster": LOCAL, **sections}
+    settings = {"data": {"categories": list(categories)}, "cluster": LOCAL, **sections}
     tree = small_config(uri, storage, **settings).model_dump(mode="json")
     return parse_config({**tree, "trackers": dict(trackers)})
 
@@ -420,7 +419,7 @@ def test_the_password_in_mlflows_variable_is_not_shown(monkeypatch: pytest.Monke
 def test_an_evaluation_records_to_the_tracker_on_its_command_line_and_takes_no_other_settings(
     fake_tracker: type[FakeTracker], parts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = make_bundle(small_config(parts, tmp_path / "runs", model=UNALIGNED_MODEL))
+    bundle = make_bundle(small_config(parts, tmp_path / "runs"))
     assert main(["evaluate", bundle, "trackers.fake={}", "--output", str(tmp_path / "report")]) == 0
     assert fake_tracker.calls == [
         ("small/gear", call) for call in ("set_tags", "log_metrics", "log_pictures", "end False")
