@@ -107,7 +107,7 @@ def test_validation_images_calibrate_with_the_projection_of_their_fold() -> None
     assert result.calibration.image_scores == fit_images(make_config(**settings), images).calibration.image_scores
 
 
-TARGET, NUM_DRAWS, NUM_FIT, NUM_HOLDOUT, NUM_NEW = 0.1, 12, 64, 19, 40
+TARGET, NUM_DRAWS, NUM_FIT, NUM_HOLDOUT, NUM_NEW = 0.1, 8, 64, 19, 40
 
 
 @pytest.mark.parametrize(("kind", "coreset"), [("nearest", 64), ("gaussian", 0)])

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from places import free_port
 from small_set import NUM_TEST, NUM_TRAIN, corrupt_image, draw_parts, fit_alone, small_config
 from torch import Tensor
+from worker_processes import run_workers
 
 from focus_ray.bundle.bundle import find_bundles_in_folder, read_bundle, read_manifest, read_statistics
 from focus_ray.cluster.ownership import FINGERPRINTS_FILE, HeartbeatWriter
@@ -197,7 +198,7 @@ def fitted_by_three(parts: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """Returns the folder in which three workers fitted all cases."""
     folder = tmp_path_factory.mktemp("three")
     configs = [make_case_config(parts, folder, case) for case in CASES]
-    torch.multiprocessing.spawn(fit_as_worker, (free_port(), configs, 3), nprocs=3)
+    run_workers(fit_as_worker, (free_port(), configs, 3), 3)
     return folder
 
 
@@ -256,7 +257,7 @@ def test_two_workers_train_a_bundle_that_loads_and_scores(trained: Config, parts
 @pytest.mark.ray
 def test_ray_train_agrees_with_two_plain_processes(trained: Config, parts: str, tmp_path: Path) -> None:
     plain = trained.model_copy(update={"storage": str(tmp_path)})
-    torch.multiprocessing.spawn(fit_as_worker, (free_port(), [plain], 2), nprocs=2)
+    run_workers(fit_as_worker, (free_port(), [plain], 2), 2)
     assert_same_bundles(parts, plain, trained, 1e-6, 1e-4)
 
 
