@@ -41,7 +41,7 @@ def answer_completion_request(parser: argparse.ArgumentParser) -> None:
     for command, action in _iterate_parser_arguments(parser):
         if action.dest in ("config", "named", "what"):
             action.completer = _ConfigNameCompleter(_STANDARD_KINDS.get(command))  # type: ignore[attr-defined]
-        elif action.dest in ("override", "rest"):
+        elif action.dest == "override":
             action.completer = _SettingKeyCompleter(_CONFIG_TITLES.get(command, "a run"))  # type: ignore[attr-defined]
         elif action.dest == "key":
             action.completer = _SettingKeyCompleter(None)  # type: ignore[attr-defined]

@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from focus_ray.cli.options import add_cluster_settings_argument
 from focus_ray.cli.output import print_message
+from focus_ray.errors import ConfigError
 
 
 def add_parsers(commands: Any) -> None:
@@ -15,6 +17,7 @@ def add_parsers(commands: Any) -> None:
     add = ingest.add_argument
     add("source", help="folder or s3:// prefix: MVTec AD (also AD 2, LOCO), BTAD, VisA, or good/ bad/ masks/")
     add("destination", help="root of the Parquet data set: a path or s3:// URI")
+    add_cluster_settings_argument(ingest)
     add("--format", default="auto", help="auto, mvtec, btad, visa or folder (default: auto)")
     add("--category", action="append", help="ingest only this category (may be repeated)")
     add("--site", default="default", help="name of the site of the images (default: default)")
@@ -24,8 +27,8 @@ def add_parsers(commands: Any) -> None:
         "--workers",
         metavar="N|auto",
         type=_parse_num_tasks,
-        help="number of parallel tasks on the Ray cluster of RAY_ADDRESS, or on this machine; auto: one for each CPU "
-        "(default: no tasks, in this process)",
+        help="largest number of tasks at the same time on the Ray cluster of RAY_ADDRESS, or on this machine; auto: as many "
+        "as the cluster has room for (default: no tasks, in this process)",
     )
     ingest.set_defaults(run=_run_ingest_command)
 
@@ -86,6 +89,8 @@ def _parse_num_tasks(text: str) -> int | str:
 
 def _run_ingest_command(arguments: argparse.Namespace) -> int:
     """Runs `ingest`: reads images into a Parquet data set and prints the report. Returns the exit status."""
+    if arguments.override and arguments.workers is None:
+        raise ConfigError(f"{' '.join(arguments.override)}: has an effect only with --workers: add --workers N or auto")
     print_message(f"ingest: {arguments.source} -> {arguments.destination}")
     options = {
         "format": arguments.format,
@@ -99,9 +104,13 @@ def _run_ingest_command(arguments: argparse.Namespace) -> int:
 
         report = ingest(arguments.source, arguments.destination, **options)
     else:
+        from focus_ray.cluster.settings import parse_cluster_settings
         from focus_ray.ingestion.cluster import ingest_on_cluster
 
-        report = ingest_on_cluster(arguments.source, arguments.destination, arguments.workers, **options)
+        cluster = parse_cluster_settings(arguments.override)
+        report = ingest_on_cluster(
+            arguments.source, arguments.destination, arguments.workers, cluster, print_message, **options
+        )
     print(report)
     return report.exit_status
 

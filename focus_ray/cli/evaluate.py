@@ -17,7 +17,8 @@ def add_parsers(commands: Any) -> None:
     add(
         "override",
         nargs="*",
-        help="trackers.KIND.KEY=value (default: the trackers of the training); trackers={} records nothing",
+        help="trackers.KIND.KEY=value (default: the trackers of the training), trackers={} records nothing; "
+        "cluster.KEY=value for nodes and resources of the workers, for instance cluster.labels.site=a",
     )
     add("--data", help="Parquet data set (default: the data set of the training)")
     add("--output", help="folder for report.html, .md and .json (default: report/ beside the bundles)")
@@ -38,7 +39,7 @@ def add_parsers(commands: Any) -> None:
         "--workers",
         type=int,
         metavar="N",
-        help="parallel workers on Ray (default: none, in this process; on a cluster, as many as fit)",
+        help="largest number of workers on Ray (default: none, in this process; on a cluster, as many as fit)",
     )
     add("--resume", action="store_true", help="continue the evaluation in the folder --output")
     add_model_version_option(evaluate)
@@ -49,6 +50,10 @@ def _run_evaluate_command(arguments: argparse.Namespace) -> int:
     """Runs `evaluate`: measures all bundles of a place, prints the metrics and writes the reports. Returns the exit status."""
     place = arguments.bundles
     check_paths_exist(place, arguments.data)
+    from focus_ray.cluster.settings import parse_cluster_settings
+
+    cluster_words = [word for word in arguments.override if word.startswith(("cluster.", "cluster="))]
+    cluster = parse_cluster_settings(cluster_words)
     print_message(f"evaluate: {place}")
     from focus_ray.bundle.published import find_bundles_in_folder_or_registry
     from focus_ray.evaluation.run import evaluate_bundles
@@ -62,8 +67,9 @@ def _run_evaluate_command(arguments: argparse.Namespace) -> int:
         max_side_px=arguments.max_side_px,
         exact_pixels=int(arguments.exact_megapixels * 1e6),
         num_workers=arguments.workers,
+        cluster=cluster,
         resume=arguments.resume,
-        trackers=arguments.override,
+        trackers=[word for word in arguments.override if word not in cluster_words],
         log=print_message,
     )
     print(report.table)

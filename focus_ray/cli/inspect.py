@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from focus_ray.cli.options import add_engine_options, add_model_version_option
+from focus_ray.cli.options import add_cluster_settings_argument, add_engine_options, add_model_version_option
 from focus_ray.cli.output import EXIT_ERROR, check_paths_exist, escape_invalid_utf8, list_image_paths, print_message
 from focus_ray.errors import DataError
 from focus_ray.progress import track_progress
@@ -30,13 +30,14 @@ def add_parsers(commands: Any) -> None:
     add_engine_options(inspect)
     inspect.set_defaults(run=_run_inspect_command)
 
-    batch = commands.add_parser("inspect-batch", help="score a Parquet data set on Ray into Parquet")
+    batch = commands.add_parser("inspect-batch", help="score a Parquet data set into Parquet")
     add = batch.add_argument
     add("bundles", help="a bundle, a run's folder, a registry, or a team's folder in a registry")
     add("data", help="Parquet data set: a path or s3:// URI")
     add("output", help="folder of the results: a path or s3:// URI")
+    add_cluster_settings_argument(batch)
     add("--split", choices=("train", "test"), help="only these images")
-    add("--workers", "--actors", type=int, default=1, metavar="N", help="parallel workers (default: 1)")
+    add("--workers", "--actors", type=int, default=1, metavar="N", help="largest number of workers on Ray (default: 1)")
     add_model_version_option(batch)
     batch.set_defaults(run=_run_inspect_batch_command)
 
@@ -176,7 +177,10 @@ def _choose_overlay_names(paths: Sequence[Path]) -> dict[Path, str]:
 
 
 def _run_inspect_batch_command(arguments: argparse.Namespace) -> int:
-    """Runs `inspect-batch`: inspects a data set on Ray and prints the counts as JSON. Returns the exit status."""
+    """Runs `inspect-batch`: inspects a data set and prints the counts as JSON. Returns the exit status."""
+    from focus_ray.cluster.settings import parse_cluster_settings
+
+    cluster = parse_cluster_settings(arguments.override)
     check_paths_exist(arguments.bundles, arguments.data)
     print_message(f"inspect-batch: {arguments.data} with {arguments.bundles} -> {arguments.output}")
     from focus_ray.bundle.published import find_bundles_in_folder_or_registry
@@ -188,6 +192,7 @@ def _run_inspect_batch_command(arguments: argparse.Namespace) -> int:
         arguments.output,
         split=arguments.split,
         num_actors=arguments.workers,
+        cluster=cluster,
         log=print_message,
     )
     print(json.dumps(counts, indent=1, ensure_ascii=False))

@@ -16,6 +16,24 @@ def add_model_version_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_cluster_settings_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds words such as cluster.labels.site=a to a command that runs on Ray."""
+    parser.add_argument(
+        "override",
+        nargs="*",
+        type=_check_setting_word,
+        metavar="cluster.KEY=VALUE",
+        help="nodes and resources of the workers, for instance cluster.labels.site=a or cluster.cpus_per_worker=2",
+    )
+
+
+def _check_setting_word(word: str) -> str:
+    """Returns the word of a setting. Raises: ArgumentTypeError: the word has another form than key=value."""
+    if "=" not in word:
+        raise argparse.ArgumentTypeError(f"{word!r}: expected key=value, for instance cluster.labels.site=a")
+    return word
+
+
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Adds --device, --engine and --examples to a command that inspects images on this machine."""
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")

@@ -16,13 +16,20 @@ def add_parsers(commands: Any) -> None:
         "sweep",
         help="search settings over categories with Ray Tune",
         description="focus-ray sweep CONFIG [key=value ...] starts a sweep; base.KEY=VALUE overrides the configuration "
-        "from which trials start. `status`, `resume` and `report` take the folder of a sweep.",
+        "from which trials start. With name=NAME --resume the same command starts a sweep, and continues it after an "
+        "interruption. `status`, `resume` and `report` take the folder of a sweep.",
     )
     sweep.add_argument(
         "what", metavar="CONFIG|status|resume|report", help="a YAML file, or a name of `focus-ray config list`"
     )
     sweep.add_argument(
-        "rest", nargs="*", metavar="key=value|PLACE", help="a setting such as num_trials=20, or the folder of a sweep"
+        "override",
+        nargs="*",
+        metavar="key=value|PLACE",
+        help="a setting such as num_trials=20, or the folder of a sweep",
+    )
+    sweep.add_argument(
+        "--resume", action="store_true", help="continue the sweep of this name, or start it if there is none yet"
     )
     sweep.set_defaults(run=_run_sweep_command)
 
@@ -30,17 +37,18 @@ def add_parsers(commands: Any) -> None:
 def _run_sweep_command(arguments: argparse.Namespace) -> int:
     """Runs `sweep`: starts a sweep, or uses an existing sweep (`status`, `resume`, `report`). Returns the exit status."""
     if arguments.what in ("status", "report", "resume"):
-        if len(arguments.rest) != 1:
-            raise ConfigError(f"focus-ray sweep {arguments.what}: expected one sweep's folder, got {arguments.rest}")
-        return _use_existing_sweep(arguments.what, arguments.rest[0])
+        words = [*arguments.override, *(["--resume"] if arguments.resume else [])]
+        if len(words) != 1 or arguments.resume:
+            raise ConfigError(f"focus-ray sweep {arguments.what}: expected one sweep's folder, got {words}")
+        return _use_existing_sweep(arguments.what, words[0])
     from focus_ray.settings.standard import find_config_file
     from focus_ray.sweep.settings import load_sweep_config
 
-    config = load_sweep_config(find_config_file(arguments.what, "sweep"), arguments.rest)
+    config = load_sweep_config(find_config_file(arguments.what, "sweep"), arguments.override)
     print_message(f"sweep: {arguments.what}")
     from focus_ray.sweep.driver import run_sweep
 
-    return _print_sweep_outcome(run_sweep(config, log=print_message))
+    return _print_sweep_outcome(run_sweep(config, resume=arguments.resume, log=print_message))
 
 
 def _use_existing_sweep(action: str, place: str) -> int:

@@ -24,7 +24,7 @@ def add_parsers(commands: Any) -> None:
     add("override", nargs="*", help="key=value, for instance train.epochs=10")
     add("--config", dest="named", metavar="CONFIG", help="the configuration as an option; then all words are key=value")
     add("--verbose", action="store_true", default=argparse.SUPPRESS, help="also show Ray's own messages")
-    add("--resume", action="store_true", help="continue the run of this name")
+    add("--resume", action="store_true", help="continue the run of this name, or start it if there is none yet")
     train.set_defaults(run=_run_train_command)
 
 

@@ -1,24 +1,26 @@
-"""Checks before a run that the cluster has enough resources, and that all nodes can access the storage."""
+"""Checks before a run that the cluster has enough resources, and that nodes can access the storage."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import re
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from focus_ray.cluster.connect import compute_worker_resources, do_workers_use_gpu, find_cluster_growth_limits
-from focus_ray.cluster.ray_private import RESOURCE_KINDS
+from focus_ray.cluster.ray_private import RESOURCE_KINDS, labels_match_selector
 from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.errors import DataError, TrainingError
+from focus_ray.names import Log
 from focus_ray.storage.files import check_folder_access, is_s3_uri, join_path, read_bytes, remove_file, write_bytes
 
 # JSON of the resources of the job's own process; `focus-ray submit` sets it
 RESERVED_RESOURCES_VARIABLE = "FOCUS_RAY_RESERVED"
 
-_PROBE_TIMEOUT_S = 120.0
+_PROBE_TIMEOUT_S = 60.0  # S3 requests of a node are retried for about 25 s
 
 
 def count_concurrent_trainings(
@@ -128,32 +130,27 @@ def _count_fitting_workers(available: Mapping[str, float], needs: Mapping[str, f
     return math.floor(ratio * share + 1e-9)
 
 
-def labels_match_selector(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
-    """Returns whether the labels of a node satisfy a label selector of Ray.
+def check_storage_on_nodes(
+    reads: Sequence[str],
+    writes: Sequence[str],
+    labels: Mapping[str, str],
+    log: Log,
+    timeout_s: float = _PROBE_TIMEOUT_S,
+) -> None:
+    """Checks that the nodes of workers can read and write the storage of a run, with the credentials of each node.
 
-    Args:
-        labels: name of a label -> value.
-        selector: name of a label -> condition: value, !value, in(a,b) or !in(a,b).
-    """
-    for key, condition in selector.items():
-        in_list = re.fullmatch(r"in\((.*)\)", condition.removeprefix("!"))
-        values = [value.strip() for value in in_list[1].split(",")] if in_list else [condition.removeprefix("!")]
-        if (labels.get(key) in values) == condition.startswith("!"):
-            return False
-    return True
-
-
-def check_storage_on_nodes(reads: Sequence[str], writes: Sequence[str]) -> None:
-    """Checks that every node of the cluster can read and write the storage of a run, with the credentials of the node.
-
-    Writes small test files and deletes them. If the cluster is only this node, `reads` is not checked. A node that leaves the
-    cluster during the check is not checked.
+    Writes small test files and deletes them. Nodes with other labels, or without CPUs and GPUs, are not checked. If workers
+    can run only on this node, `reads` is not checked. A node that leaves the cluster during the check is not checked.
 
     Args:
         reads: files that must be readable.
         writes: folders in which the run writes, reads, lists and deletes files. A local folder must be shared by all nodes.
+        labels: label selector of the workers, the setting cluster.labels.
+        log: called with a warning for each node that does not answer while another node does; pieces of work that fail on
+            this node are repeated on other nodes. Also called if the cluster has no node for workers yet.
+        timeout_s: time in which all nodes must answer.
 
-    Raises: DataError: a node lacks a permission, does not share a local folder, or does not answer in time; or this process
+    Raises: DataError: a node lacks a permission or does not share a local folder, no node answers in time, or this process
         cannot use a folder in `writes`.
     """
     import ray
@@ -161,34 +158,58 @@ def check_storage_on_nodes(reads: Sequence[str], writes: Sequence[str]) -> None:
 
     for folder in writes:
         check_folder_access(folder)
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    this_node = ray.get_runtime_context().get_node_id()
-    if [node["NodeID"] for node in nodes] == [this_node]:
+    nodes = {
+        node["NodeID"]: f"node {node['NodeManagerAddress']} ({node['NodeID'][:8]})"
+        for node in ray.nodes()
+        if node["Alive"]
+        and any(node["Resources"].get(kind) for kind in ("CPU", "GPU"))
+        and labels_match_selector(node.get("Labels", {}), labels)
+    }
+    if not nodes:
+        labelled = f" with the labels {dict(labels)}" if labels else ""
+        log(f"note: the cluster has no node for workers{labelled} yet, so no node has tested the storage")
+    if nodes.keys() <= {ray.get_runtime_context().get_node_id()}:
         return
     tokens = {join_path(folder, f"_shared-{uuid.uuid4().hex}"): uuid.uuid4().hex.encode() for folder in writes}
     files: dict[str, bytes | None] = {**dict.fromkeys(reads), **tokens}
     task = ray.remote(num_cpus=0, max_retries=1)(_find_storage_problem)
+    names_by_answer: dict[Any, str] = {}  # of the nodes that have not answered
+    num_usable = 0
     try:
         for file, content in tokens.items():
             write_bytes(file, content)
-        answers = {}
-        for node in nodes:
-            on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            answers[node["NodeManagerAddress"], node["NodeID"]] = task.options(scheduling_strategy=on_node).remote(
-                files, list(writes)
-            )
-        for (address, node_id), reference in answers.items():
+        for node_id, name in nodes.items():
+            on_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
+            names_by_answer[task.options(scheduling_strategy=on_node).remote(files, list(writes))] = name
+        deadline = time.monotonic() + timeout_s
+        while names_by_answer:
+            answers, _ = ray.wait(list(names_by_answer), timeout=max(0.0, deadline - time.monotonic()))
+            if not answers:
+                break
+            name = names_by_answer.pop(answers[0])
             try:
-                reason = ray.get(reference, timeout=_PROBE_TIMEOUT_S)
-            except ray.exceptions.GetTimeoutError:
-                reason = f"no answer from its storage within {_PROBE_TIMEOUT_S:.0f} s"
+                reason = ray.get(answers[0])
+                num_usable += not reason
             except ray.exceptions.TaskUnschedulableError:  # the node has gone, so the run will not use it
                 reason = None
             except ray.exceptions.RayError as error:
                 reason = None if "died" in str(error).lower() else str(error)
             if reason:
-                raise DataError(f"node {address} ({node_id[:8]}): {reason}")
+                advice = "; cluster.labels keeps workers off nodes with other labels" if len(nodes) > 1 else ""
+                raise DataError(f"{name}: {reason}{advice}")
+        silent_nodes = ", ".join(names_by_answer.values())
+        if silent_nodes and not num_usable:
+            raise DataError(
+                f"{silent_nodes}: no answer from the storage within {timeout_s:g} s, and no other node answered"
+            )
+        if silent_nodes:
+            log(
+                f"WARNING: {silent_nodes}: no answer from the storage within {timeout_s:g} s; work that fails there is "
+                "repeated on other nodes"
+            )
     finally:
+        for answer in names_by_answer:
+            ray.cancel(answer, force=True)
         for file in tokens:
             remove_file(file)
 

@@ -12,6 +12,7 @@ import operator
 import os
 import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ RAY_VERSION = "2.60.0"
 RESOURCE_KINDS = ("CPU", "GPU", "memory")
 # purpose -> module and dotted attribute that must exist
 PRIVATE_ATTRIBUTES = {
+    "the labels of nodes": ("ray._raylet", "node_labels_match_selector"),
     "the limits of the autoscaler": ("ray._private.state", "state.get_max_resources_from_cluster_config"),
     "the current node": ("ray._private.worker", "_global_node"),
     "the cluster of this machine": ("ray._private.services", "canonicalize_bootstrap_address"),
@@ -59,6 +61,18 @@ def read_autoscaler_limits() -> dict[str, float]:
 
     limits = state.get_max_resources_from_cluster_config()
     return {kind: float(amount) for kind, amount in (limits or {}).items() if kind in RESOURCE_KINDS}
+
+
+def labels_match_selector(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    """Returns whether the labels of a node satisfy a label selector, by the rules of Ray's scheduler.
+
+    Args:
+        labels: name of a label -> value.
+        selector: name of a label -> condition: value, !value, in(a,b) or !in(a,b).
+    """
+    raylet: Any = importlib.import_module("ray._raylet")  # a compiled module without types
+
+    return bool(raylet.node_labels_match_selector(dict(labels), dict(selector)))
 
 
 def find_local_cluster_address() -> str | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from focus_ray.errors import ConfigError
 from focus_ray.names import NAME_PATTERN
-from focus_ray.settings.sections import ConfigSection
+from focus_ray.settings.sections import ConfigSection, apply_overrides, validate_section
 
 # Retries of a category after a lost worker, from its last checkpoint if it has one. More would repeat an error of the category.
 MAX_FAILURES = 3
@@ -84,6 +85,11 @@ class ClusterConfig(ConfigSection):
         """The smallest number of workers with which a training may start: min_workers, or num_workers if min_workers is null."""
         return self.num_workers if self.min_workers is None else self.min_workers
 
+    @property
+    def ray_namespace(self) -> str | None:
+        """The namespace of named actors on the cluster; None, a new namespace for each process, without a team."""
+        return f"focus-ray-{self.team}" if self.team else None
+
     @model_validator(mode="after")
     def _check_consistency(self) -> ClusterConfig:
         """Checks settings that depend on each other.
@@ -98,3 +104,38 @@ class ClusterConfig(ConfigSection):
                 "cannot share a GPU; set one of the two to 1"
             )
         return self
+
+
+DEFAULT_CLUSTER = ClusterConfig()
+
+
+def parse_cluster_settings(overrides: Sequence[str]) -> ClusterConfig:
+    """Returns the cluster settings of a command line. overrides: texts such as cluster.labels.site=a.
+
+    Raises: ConfigError: a text is not a setting of the section cluster, or its value is not valid.
+    """
+    sections = apply_overrides({}, list(overrides))
+    if unknown := sections.keys() - {"cluster"}:
+        raise ConfigError(
+            f"{', '.join(sorted(unknown))}: this command accepts only settings of the section cluster, such as "
+            "cluster.labels.site=a"
+        )
+    return validate_section(ClusterConfig, sections.get("cluster") or {}, "cluster")
+
+
+def check_settings_have_effect(config: ClusterConfig, keys: Collection[str], command: str) -> None:
+    """Checks that only the settings which a command uses differ from their defaults.
+
+    Args:
+        keys: settings that the command uses, without "cluster.".
+        command: name of the command, for the error message.
+
+    Raises: ConfigError: another setting has a value that would have no effect.
+    """
+    for key, field in ClusterConfig.model_fields.items():
+        if key not in keys and getattr(config, key) != field.default:
+            advice = "use --workers" if key == "num_workers" else "leave it out"
+            raise ConfigError(
+                f"cluster.{key}={getattr(config, key)} has no effect on {command}: {advice}. Settings with an effect: "
+                + ", ".join(f"cluster.{name}" for name in ClusterConfig.model_fields if name in keys)
+            )

@@ -1,4 +1,4 @@
-"""Batch inspection: a pool of workers inspects the images of a data set with bundles and writes the results as Parquet files.
+"""Batch inspection: inspects the images of a data set with bundles, and writes the results as Parquet files.
 
 A part is a range of consecutive images of a category, a work item the work of one worker call (`evaluation.work_items`).
 """
@@ -17,12 +17,14 @@ import pyarrow.parquet as pq
 
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.bundle.inspector import Inspector
+from focus_ray.cluster.settings import DEFAULT_CLUSTER, ClusterConfig, check_settings_have_effect
 from focus_ray.data.prefetch import prefetch_items
-from focus_ray.data.read import index_version, list_categories, read_index, read_rows
-from focus_ray.data.schema import Row
+from focus_ray.data.read import data_version, index_version, list_categories, read_index, read_rows
+from focus_ray.data.schema import COMMIT_NAME, Row
 from focus_ray.errors import DataError
 from focus_ray.evaluation.work_items import (
     PART_IMAGES,
+    SCORING_SETTINGS,
     Rows,
     ScoringJob,
     ScoringRun,
@@ -40,9 +42,9 @@ from focus_ray.storage.files import (
     write_bytes,
 )
 
-UNFINISHED = (
-    "_unfinished"  # marker file in a folder with incomplete results; Parquet readers ignore names that begin with _
-)
+# files in the result folder of a category; Parquet readers ignore names that begin with _
+UNFINISHED = "_unfinished"  # exists until all results are written; contains the attributes that identify the job
+COMPLETE = "_complete.json"  # the identity of the job and the counts; a later run of the same job reuses them
 RESULT_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -83,6 +85,25 @@ class BatchInspectionJob(ScoringJob):
     def encode_marker(self) -> bytes:
         """Returns the content of the marker file: the attributes that `IDENTITY` names, as a line of JSON."""
         return (json.dumps(self.get_identity()) + "\n").encode()
+
+    def write_complete_file(self, counts: Counter[str]) -> None:
+        """Writes the file `COMPLETE`, with the counts of the category. Raises: DataError: it cannot be written."""
+        write_bytes(
+            join_path(self.folder, COMPLETE), json.dumps({"job": self.get_identity(), "counts": counts}).encode()
+        )
+
+    def read_complete_counts(self) -> Counter[str] | None:
+        """Returns the counts of the category if its complete results are from an equal job; otherwise None.
+
+        Results of versions of focus_ray without the file `COMPLETE` also give None.
+
+        Raises: DataError: the file cannot be read.
+        """
+        try:
+            record = json.loads(read_bytes(join_path(self.folder, COMPLETE)))
+        except FileNotFoundError:
+            return None
+        return Counter(record["counts"]) if record["job"] == self.get_identity() else None
 
 
 BatchInspectionItem = WorkItem[BatchInspectionJob]
@@ -125,10 +146,12 @@ def inspect_records(inspector: Inspector, records: Sequence[Row]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
 
 
-def inspect_work_item(item: BatchInspectionItem) -> Counter[str]:
+def inspect_work_item(item: BatchInspectionItem, on_image: Callable[[], None] = lambda: None) -> Counter[str]:
     """Inspects the images of a work item, which is a range of consecutive images, and writes their result file.
 
     A repeated call writes the same file again.
+
+    Args: on_image: is called after each inspected image.
 
     Returns: the counts of `count_results`.
 
@@ -147,6 +170,8 @@ def inspect_work_item(item: BatchInspectionItem) -> Counter[str]:
     tables = []
     while batch := list(islice(records, job.batch_size)):
         tables.append(inspect_records(inspector, batch))
+        for _ in batch:
+            on_image()
     table = pa.concat_tables(tables)
     job.write_part(first, table)
     return count_results(table)
@@ -175,6 +200,45 @@ class BatchInspection(ScoringRun[BatchInspectionJob]):
         self.batch_size, self.part_images = batch_size, part_images
         self.counts: dict[str, Counter[str]] = {}
 
+    def reuse_complete_results(self, category: str) -> bool:
+        """Returns whether an earlier run of the same job completed the results of a category; stores and logs their counts.
+
+        Raises:
+            BundleError: the bundle is missing or damaged.
+            DataError: the results are complete, but from another job; or the storage cannot be read.
+        """
+        folder = join_path(self.output, f"category={category}")
+        names = list_folder_entries(folder)
+        if not names or UNFINISHED in names:
+            return False
+        job = self._make_job(category, data_version(self.uri, category))
+        counts = job.read_complete_counts()
+        if counts is None:
+            raise DataError(
+                f"{folder} holds complete results of another bundle, data set version or setting: give another output folder, "
+                "remove this folder, or inspect only the other categories"
+            )
+        self.counts[category] = counts
+        self.log(f"{category}: complete from an earlier run, {_format_counts(counts)}")
+        return True
+
+    def _make_job(self, category: str, commit: str) -> BatchInspectionJob:
+        """Returns the job of a category. commit: version of the category in the data set.
+
+        Raises: BundleError: the bundle is missing or damaged.
+        """
+        return BatchInspectionJob(
+            category=category,
+            bundle=self.bundles[category],
+            version=str(read_manifest(self.bundles[category])["sha256"]),
+            data=self.uri,
+            commit=commit,
+            part_images=self.part_images,
+            folder=join_path(self.output, f"category={category}"),
+            split=self.split,
+            batch_size=self.batch_size,
+        )
+
     def plan_work_items(self, category: str) -> list[BatchInspectionItem]:
         """Returns the work items (ranges of images) of a category that have no result file yet.
 
@@ -185,17 +249,7 @@ class BatchInspection(ScoringRun[BatchInspectionJob]):
             DataError: the images of the category cannot be read, or the output cannot be written.
         """
         index = read_index(self.uri, category, split=self.split)
-        job = BatchInspectionJob(
-            category=category,
-            bundle=self.bundles[category],
-            version=str(read_manifest(self.bundles[category])["sha256"]),
-            data=self.uri,
-            commit=index_version(index),
-            part_images=self.part_images,
-            folder=join_path(self.output, f"category={category}"),
-            split=self.split,
-            batch_size=self.batch_size,
-        )
+        job = self._make_job(category, index_version(index))
         self.counts[category] = Counter(num_images=0, num_anomalous=0, num_errors=0)
         remaining_parts = self._prepare_parts(job, job.split_into_parts(index["row"].to_numpy()))
         if not remaining_parts:
@@ -231,27 +285,33 @@ class BatchInspection(ScoringRun[BatchInspectionJob]):
         return parts
 
     def store_result(self, item: BatchInspectionItem, result: Counter[str]) -> None:
-        """Adds the counts of a work item. After the last item of a category, deletes the marker file and logs the counts.
+        """Adds the counts of a work item. After the last item of a category, marks its results as complete.
 
-        Raises: DataError: the marker file cannot be deleted.
+        Raises: DataError: a file cannot be written or deleted.
         """
         self.counts[item.job.category].update(result)
         if not self.num_open[item.job.category]:
             self._finish_category(item.job)
 
     def _finish_category(self, job: BatchInspectionJob) -> None:
-        """Marks the results of a category as complete: deletes the marker file, and logs the counts.
+        """Marks the results of a category as complete: writes `COMPLETE`, deletes the marker file, and logs the counts.
 
-        Raises: DataError: the marker file cannot be deleted.
+        Raises: DataError: a file cannot be written or deleted.
         """
+        counts = self.counts[job.category]
+        job.write_complete_file(counts)
         remove_file(job.marker_path)
-        summary = ", ".join(f"{key} {value}" for key, value in self.counts[job.category].items())
-        self.log(f"{job.category}: {summary}")
+        self.log(f"{job.category}: {_format_counts(counts)}")
 
     def mark_failed(self, category: str, reason: str) -> None:
         """Marks a category as failed and logs the reason."""
         super().mark_failed(category, reason)
         self.log(f"{category}: FAILED: {reason}")
+
+
+def _format_counts(counts: Counter[str]) -> str:
+    """Returns counts as text, such as "num_images 8, num_anomalous 4, num_errors 0"."""
+    return ", ".join(f"{key} {value}" for key, value in counts.items())
 
 
 def inspect_dataset(
@@ -260,20 +320,24 @@ def inspect_dataset(
     output: str,
     split: str | None = None,
     num_actors: int = 1,
+    cluster: ClusterConfig = DEFAULT_CLUSTER,
     batch_size: int = 32,
     log: Callable[[str], None] = lambda message: None,
     part_images: int = PART_IMAGES,
 ) -> dict[str, dict[str, int]]:
     """Inspects every image of the bundles' categories in a data set, and writes <output>/category=<name>/*.parquet.
 
-    If the inspection of a category was interrupted, a second call with the same arguments continues it. The call is refused if
-    a category is complete; then pass only the bundles of the other categories.
+    The inspection runs in this process or on a Ray cluster, by the same rule as training (`runs_without_ray`).
+
+    If a call was interrupted, a second call with the same arguments continues it. It keeps the results of categories that are
+    complete. Complete results of another bundle, data set version, split or `part_images` are refused.
 
     Args:
         bundles: category -> address of its bundle.
         uri: address of the data set.
         split: train or test; None: both.
-        num_actors: largest number of workers on the cluster; each loads at most two bundles at a time.
+        num_actors: largest number of workers; each loads at most two bundles at a time.
+        cluster: resources and nodes of the workers.
         batch_size: number of images that a worker reads and scores at a time.
         log: receives progress messages.
         part_images: approximate number of images of a result file.
@@ -281,31 +345,31 @@ def inspect_dataset(
     Returns: category -> counts with the keys num_images, num_anomalous and num_errors.
 
     Raises:
-        DataError: the data set lacks a category, the output has complete results of a category already, the storage cannot be
-            used, or categories failed. After failures the message names each failed category with its reason, and the results
-            of the other categories are complete.
+        DataError: the data set lacks a category, the output has complete results of another job, the storage cannot be used, or
+            categories failed. After failures the message names each failed category with its reason, and the results of the
+            other categories are complete.
+        BundleError: the bundle of a category with complete results is missing or damaged.
         TrainingError: Ray cannot be used, the cluster has no room for a worker, or the workers do not start.
+        ConfigError: a setting in `cluster` has no effect on a batch inspection.
     """
+    check_settings_have_effect(cluster, SCORING_SETTINGS, "inspect-batch")
     bundles = {category: make_absolute_path(place) for category, place in bundles.items()}
     uri, output = make_absolute_path(uri), make_absolute_path(output)
     available = list_categories(uri)
     unknown = sorted(set(bundles) - set(available))
     if unknown:
         raise DataError(f"{uri} has no category {', '.join(unknown)}; it has {', '.join(available)}")
-    for category in bundles:
-        place = join_path(output, f"category={category}")
-        names = list_folder_entries(place)
-        if names and UNFINISHED not in names:
-            raise DataError(
-                f"{place} holds complete results already: inspect only the other categories, give another output folder, or "
-                "remove this folder"
-            )
     batch = BatchInspection(bundles, uri, output, split, batch_size, part_images, log)
-    batch.run(inspect_work_item, open_worker_pool(num_actors, [], output, log))
+    batch.bundles = {
+        category: place for category, place in bundles.items() if not batch.reuse_complete_results(category)
+    }
+    if batch.bundles:
+        inputs = [join_path(uri, f"category={category}", COMMIT_NAME) for category in batch.bundles]
+        batch.run(inspect_work_item, open_worker_pool(cluster, num_actors, inputs, output, log))
     if batch.failed:
         raise DataError(
             f"{len(batch.failed)} of {len(bundles)} categories failed; "
             + "; ".join(f"{category}: {reason}" for category, reason in sorted(batch.failed.items()))
-            + ". Fix the cause, and run again with the bundles of these categories only: finished results are kept"
+            + ". Fix the cause, and run the same command again: finished results are kept"
         )
     return {category: dict(batch.counts[category]) for category in bundles}

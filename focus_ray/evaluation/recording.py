@@ -40,7 +40,8 @@ def open_evaluation_recorder(
     for override in overrides:
         if override.partition("=")[0].strip().partition(".")[0] != "trackers":
             raise ConfigError(
-                f"{override!r}: an evaluation accepts only settings of trackers, such as trackers.mlflow.uri=PLACE"
+                f"{override!r}: an evaluation accepts only settings of trackers, such as trackers.mlflow.uri=PLACE, "
+                "and of the section cluster"
             )
     for bundle in bundles.values():
         try:

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from focus_ray.bundle.bundle import MANIFEST
-from focus_ray.cluster.connect import runs_without_ray
-from focus_ray.cluster.settings import ClusterConfig
+from focus_ray.cluster.settings import DEFAULT_CLUSTER, ClusterConfig, check_settings_have_effect
 from focus_ray.evaluation.measuring import (
     CATEGORIES,
     EvaluationItem,
@@ -27,11 +26,10 @@ from focus_ray.evaluation.measuring import (
     read_earlier_result,
 )
 from focus_ray.evaluation.recording import open_evaluation_recorder, record_in_trackers
-from focus_ray.evaluation.work_items import PART_IMAGES, ScoringRun, open_worker_pool
+from focus_ray.evaluation.work_items import PART_IMAGES, SCORING_SETTINGS, ScoringRun, open_worker_pool
 from focus_ray.reporting.evaluation import EvaluationSection, render_evaluation_page, summarize_metrics
 from focus_ray.reporting.tables import compute_mean_metrics, format_evaluation_tables
 from focus_ray.storage.files import (
-    check_folder_access,
     join_path,
     make_absolute_path,
     read_bytes,
@@ -232,6 +230,7 @@ def evaluate_bundles(
     exact_pixels: int,
     part_images: int = PART_IMAGES,
     num_workers: int | None = None,
+    cluster: ClusterConfig = DEFAULT_CLUSTER,
     resume: bool = False,
     trackers: Sequence[str] = (),
     log: Callable[[str], None] = lambda message: None,
@@ -251,15 +250,18 @@ def evaluate_bundles(
             have an error bound.
         part_images: approximate number of images of a part (a range of images, whose results are one file).
         num_workers: largest number of workers. None: this process, or on a cluster as many workers as fit.
+        cluster: resources and nodes of the workers.
         resume: continue the evaluation in `output`, and reuse results of the same bundles, images and settings.
         trackers: settings such as trackers.mlflow.uri=PLACE, which override the trackers of the training.
 
     Raises:
         DataError: the output cannot be written, or a node of the cluster cannot use the storage.
         TrainingError: Ray cannot be used, the cluster has no room for a worker, or the workers do not start.
-        ConfigError: a tracker setting is invalid, or with `trackers` a tracker cannot be used.
+        ConfigError: a setting in `cluster` has no effect on an evaluation, a tracker setting is invalid, or with `trackers` a
+            tracker cannot be used.
         MissingPackageError: with `trackers`: the package extra of a tracker is not installed.
     """
+    check_settings_have_effect(cluster, SCORING_SETTINGS, "evaluate")
     bundles = {category: make_absolute_path(uri) for category, uri in bundles.items()}
     settings = EvaluationSettings(
         make_absolute_path(output), data and make_absolute_path(data), max_side_px, exact_pixels, part_images, resume
@@ -267,12 +269,8 @@ def evaluate_bundles(
     recorder = open_evaluation_recorder(bundles, settings.output, trackers, log)
     evaluation = EvaluationRun(bundles, settings, log)
     try:
-        if runs_without_ray(ClusterConfig(num_workers=num_workers or 1)):
-            check_folder_access(settings.output)
-            pool = None
-        else:
-            first_bundle = next(iter(bundles.values()))  # all bundles are in the same storage
-            pool = open_worker_pool(num_workers, [join_path(first_bundle, MANIFEST)], settings.output, log)
+        inputs = [join_path(uri, MANIFEST) for uri in list(bundles.values())[:1]]  # all bundles are in the same storage
+        pool = open_worker_pool(cluster, num_workers, inputs, settings.output, log)
         evaluation.run(process_work_item, pool)
     finally:  # also after an interruption or a failure of the storage
         evaluation.save_progress()

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.cluster.connect import connect_to_ray, do_workers_use_gpu
+from focus_ray.cluster.connect import connect_to_ray, do_workers_use_gpu, runs_without_ray
 from focus_ray.cluster.pool import FailedPiece, WorkerPool, make_worker_options
 from focus_ray.cluster.preflight import check_storage_on_nodes, count_concurrent_trainings
 from focus_ray.cluster.settings import MAX_FAILURES, ClusterConfig
@@ -28,8 +28,10 @@ from focus_ray.data.store import open_data_set
 from focus_ray.errors import DataError, FocusRayError
 from focus_ray.names import Log
 from focus_ray.progress import ProgressPrinter
-from focus_ray.storage.files import join_path, write_bytes
+from focus_ray.storage.files import check_folder_access, join_path, write_bytes
 
+# settings of ClusterConfig that evaluation and batch inspection use; the number of workers is an argument of their own
+SCORING_SETTINGS = frozenset(ClusterConfig.model_fields) - {"num_workers", "min_workers", "max_concurrent_categories"}
 PART_IMAGES = 512  # approximate number of images in a part
 MAX_LOADED_BUNDLES = 2  # per process; the previous bundle is still needed for the pictures of its category
 
@@ -257,20 +259,27 @@ class ScoringRun(Generic[Job]):
             self.store_outcome(item, outcome)
 
 
-def open_worker_pool(num_workers: int | None, inputs: Sequence[str], output: str, log: Log) -> WorkerPool[Any]:
-    """Connects to a Ray cluster, or starts Ray on this machine, and returns a pool of workers that score images.
+def open_worker_pool(
+    cluster: ClusterConfig, num_workers: int | None, inputs: Sequence[str], output: str, log: Log
+) -> WorkerPool[Any] | None:
+    """Returns a pool of workers that score images, or None if the work runs in this process (`runs_without_ray`).
+
+    For a pool, connects to a Ray cluster or starts Ray on this machine.
 
     Args:
+        cluster: resources and nodes of the workers. Only the settings in `SCORING_SETTINGS` may differ from the defaults.
         num_workers: largest number of workers; there are fewer if the cluster has no room. None: as many as fit.
-        inputs: paths or URIs of files that every node must be able to read.
-        output: folder that every node must be able to write to.
+        inputs: paths or URIs of files that the nodes of workers must be able to read.
+        output: folder that this process and the nodes of workers must be able to write to.
 
     Raises:
         TrainingError: Ray cannot be used or started, or the cluster has no room for a worker.
-        DataError: a node cannot use the storage.
+        DataError: this process or a node cannot use the storage.
     """
-    is_private = connect_to_ray()
-    check_storage_on_nodes(inputs, [output])
-    config = ClusterConfig()
-    count = count_concurrent_trainings(config, is_private, log=log, limit=num_workers)
-    return WorkerPool(count, make_worker_options(config, do_workers_use_gpu(config)), MAX_FAILURES, log)
+    if runs_without_ray(cluster.model_copy(update={"num_workers": num_workers or 1})):
+        check_folder_access(output)
+        return None
+    is_private = connect_to_ray(namespace=cluster.ray_namespace)
+    check_storage_on_nodes(inputs, [output], cluster.labels, log)
+    count = count_concurrent_trainings(cluster, is_private, log=log, limit=num_workers, count_growth=True)
+    return WorkerPool(count, make_worker_options(cluster, do_workers_use_gpu(cluster)), MAX_FAILURES, log)

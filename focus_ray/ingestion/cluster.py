@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -10,17 +10,22 @@ from typing import Any
 
 from focus_ray.cluster.connect import connect_to_ray
 from focus_ray.cluster.failures import describe_root_cause
-from focus_ray.cluster.preflight import check_storage_on_nodes
+from focus_ray.cluster.pool import make_worker_options
+from focus_ray.cluster.preflight import check_storage_on_nodes, count_concurrent_trainings
+from focus_ray.cluster.settings import DEFAULT_CLUSTER, ClusterConfig, check_settings_have_effect
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.ingestion.report import IngestReport
+from focus_ray.names import Log
 from focus_ray.storage.files import is_s3_uri
 
+# settings of ClusterConfig that `ingest` uses
+INGEST_SETTINGS = ("team", "labels", "cpus_per_worker", "memory_gib_per_worker", "max_cpus")
 MAX_RETRIES = 5  # of a piece after the loss of its worker or node
 
 
 def map_in_ray_tasks(
-    function: Callable[[Any], Any], items: Sequence[Any], num_workers: int
+    function: Callable[[Any], Any], items: Sequence[Any], num_workers: int, task_options: Mapping[str, Any]
 ) -> Iterator[tuple[int, Any]]:
     """Generator: calls a function for each item in a separate Ray task, and yields (position, result) as the tasks finish.
 
@@ -33,6 +38,7 @@ def map_in_ray_tasks(
         function: the function; it may run again after the loss of its worker.
         items: arguments of the calls.
         num_workers: largest number of tasks at the same time.
+        task_options: options of `ray.remote` for each task, from `make_worker_options`.
 
     Raises: DataError: the function raised it. TrainingError: the workers of an item died on every attempt. Another error of the
         function becomes Ray's RayTaskError.
@@ -40,7 +46,7 @@ def map_in_ray_tasks(
     import ray
 
     # Ray repeats a task after the loss of its worker or node, but not after an error of the function
-    task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(function)
+    task = ray.remote(**task_options, max_retries=MAX_RETRIES)(function)
     item_numbers: dict[Any, int] = {}  # of the running tasks
     remaining = iter(enumerate(items))
     try:
@@ -67,7 +73,12 @@ def map_in_ray_tasks(
 
 
 def ingest_on_cluster(
-    source: str | Path, destination: str | Path, num_workers: int | str = "auto", **options: Any
+    source: str | Path,
+    destination: str | Path,
+    num_workers: int | str = "auto",
+    cluster: ClusterConfig = DEFAULT_CLUSTER,
+    log: Log = lambda message: None,
+    **options: Any,
 ) -> IngestReport:
     """Runs `ingest` in tasks on a Ray cluster. Report and data are the same as without a cluster.
 
@@ -76,19 +87,36 @@ def ingest_on_cluster(
     Args:
         source: a local folder that all nodes share, or an s3:// prefix.
         destination: root of the data set, which all nodes can access.
-        num_workers: number of tasks at the same time, with one CPU each; auto: the number of CPUs of the cluster.
+        num_workers: largest number of tasks at the same time; auto: as many as the cluster has room for.
+        cluster: resources and nodes of the tasks. Only the settings in `INGEST_SETTINGS` may differ from the defaults.
+        log: called with messages.
         options: further arguments of `ingest`.
 
     Raises:
         DataError: as `ingest`, or `num_workers` is invalid, or a node cannot access the source or the destination.
-        TrainingError: Ray does not start or answer, or the workers died on every attempt.
+        TrainingError: Ray does not start or answer, the cluster has no room for a task, or the workers died on every attempt.
+        ConfigError: a setting in `cluster` has no effect on an ingestion.
     """
-    import ray
-
+    check_settings_have_effect(cluster, INGEST_SETTINGS, "ingest")
     if num_workers != "auto" and (not isinstance(num_workers, int) or num_workers < 1):
         raise DataError(f"num_workers={num_workers!r}: expected a number of tasks, 1 or more, or auto")
-    connect_to_ray()
+    is_private = connect_to_ray(namespace=cluster.ray_namespace)
     files = () if is_s3_uri(source) else (path for path in Path(source).absolute().rglob("*") if path.is_file())
-    check_storage_on_nodes([str(path) for path in islice(files, 1)], [str(destination)])
-    count = max(1, int(ray.cluster_resources().get("CPU", 1))) if num_workers == "auto" else int(num_workers)
-    return ingest(source, destination, run=partial(map_in_ray_tasks, num_workers=count), **options)
+    check_storage_on_nodes([str(path) for path in islice(files, 1)], [str(destination)], cluster.labels, log)
+    task_options = make_worker_options(cluster, use_gpu=False)
+    count = _choose_num_tasks(num_workers, cluster, is_private, log)
+    return ingest(
+        source, destination, run=partial(map_in_ray_tasks, num_workers=count, task_options=task_options), **options
+    )
+
+
+def _choose_num_tasks(num_workers: int | str, cluster: ClusterConfig, is_private: bool, log: Log) -> int:
+    """Returns the largest number of tasks at the same time: a given number, or for auto the number that fits on the cluster.
+
+    A number above the present room is not lowered: waiting tasks make an autoscaler add nodes.
+
+    Raises: TrainingError: the cluster has no room for a single task, not even after growth.
+    """
+    without_gpu = cluster.model_copy(update={"use_gpu": False})
+    num_fitting = count_concurrent_trainings(without_gpu, is_private, log=log, count_growth=True)
+    return num_fitting if num_workers == "auto" else int(num_workers)

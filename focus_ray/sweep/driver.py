@@ -42,7 +42,7 @@ from focus_ray.fitting.shards import fits_in_memory
 from focus_ray.fitting.split import SplitRule
 from focus_ray.names import Log, make_unique_name
 from focus_ray.settings.sections import dump_settings
-from focus_ray.storage.files import join_path, read_bytes, remove_folder
+from focus_ray.storage.files import file_exists, join_path, read_bytes, remove_folder
 from focus_ray.sweep import records
 from focus_ray.sweep.proposer import SettingsProposer
 from focus_ray.sweep.race import TrialPruner
@@ -54,7 +54,7 @@ from focus_ray.sweep.tune import SweepStopper, TuneSearcher, run_tune_trials
 from focus_ray.sweep.worker import STOPPED, SweepStageInputs, run_trial
 from focus_ray.tracking.recorder import BackgroundRecorder
 from focus_ray.tracking.trials import SweepRecorder
-from focus_ray.training.training import check_enough_images, make_paths_absolute
+from focus_ray.training.training import check_enough_images, describe_changed_settings, make_paths_absolute
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,19 @@ class SweepOutcome:
         return [record for record in self.records if record.status == "failed"]
 
 
-def run_sweep(config: SweepConfig, log: Log = lambda message: None) -> SweepOutcome:
-    """Runs a new sweep (a search for good settings) in its own folder, writes its report, and returns its result.
+def run_sweep(config: SweepConfig, *, resume: bool = False, log: Log = lambda message: None) -> SweepOutcome:
+    """Runs a sweep (a search for good settings) in its own folder, writes its report, and returns its result.
 
     It joins or starts a Ray cluster, see `cluster.connect.connect_to_ray`.
 
     Args:
         config: Configuration of the sweep.
+        resume: If the folder already contains a sweep of this configuration, continue it as `resume_sweep` does.
         log: Called with messages.
 
     Raises:
-        SweepError: The folder already contains a sweep, or no trial has a score although the sweep was not stopped.
+        SweepError: The folder contains a sweep and `resume` is False, `resume` is True without a name or with changed settings,
+            another process runs the sweep, or no trial has a score although the sweep was not stopped.
         DataError: The data set lacks a category, or has too few images, images cannot be read, or a node cannot access the
             storage.
         ConfigError: The search space is not valid for the network, or a tracker cannot be used.
@@ -104,9 +106,18 @@ def run_sweep(config: SweepConfig, log: Log = lambda message: None) -> SweepOutc
     """
     base = make_paths_absolute(config.make_trial_config())
     if config.name is None:
+        if resume:
+            raise SweepError("--resume needs the name of the sweep to continue: name=...")
         config = config.model_copy(update={"name": make_unique_name(base.cluster.team, base.name)})
     config = config.model_copy(update={"base": dump_settings(base)})
     root = join_path(base.storage, str(config.name))
+    if resume and file_exists(join_path(root, records.SWEEP_FILE)):
+        if changed := describe_changed_settings(records.read_sweep_config(root), config):
+            raise SweepError(
+                f"{root}: the sweep began with other settings: {'; '.join(changed.values())}. Continue with the same settings, "
+                f"with `focus-ray sweep resume {root}`, or start a new sweep under another name"
+            )
+        return resume_sweep(root, log)
     records.check_folder_has_no_sweep(root)
     splits = _split_categories(config, base)
     _check_trial_configs(config, base, splits)
@@ -216,7 +227,7 @@ def _run_and_report_sweep(
 
     base = config.make_trial_config()
     recorder = BackgroundRecorder(base.trackers, base.storage, log)
-    is_private = connect_to_ray()
+    is_private = connect_to_ray(namespace=base.cluster.ray_namespace)
 
     try:
         streams = config.max_epochs > 0 and any(not fits_in_memory(base, split) for split in splits.values())
@@ -229,7 +240,9 @@ def _run_and_report_sweep(
             limit=config.max_concurrent_trials,
             prefix="base.",
         )
-        check_storage_on_nodes([join_path(base.data.uri, f"category={c}", COMMIT_NAME) for c in splits], [root])
+        check_storage_on_nodes(
+            [join_path(base.data.uri, f"category={c}", COMMIT_NAME) for c in splits], [root], base.cluster.labels, log
+        )
         claim()
         sweep_recorder = SweepRecorder(
             recorder,

@@ -28,7 +28,7 @@ from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.shards import BatchSchedule, fits_in_memory
 from focus_ray.fitting.split import SplitRule, compute_split_rule
 from focus_ray.names import Log, make_unique_name
-from focus_ray.settings.sections import config_to_yaml, dump_settings, parse_yaml_mapping
+from focus_ray.settings.sections import ConfigSection, config_to_yaml, dump_settings, parse_yaml_mapping
 from focus_ray.storage.files import (
     check_folder_access,
     file_exists,
@@ -48,7 +48,7 @@ from focus_ray.training.streams import iterate_worker_batches
 from focus_ray.training.trainer import TrainerJob, run_on_train_workers
 
 RUN_CONFIG = "config.yaml"
-# settings that do not change the result of a category
+# settings that do not change the result of a category; the number of workers does if the network is trained
 _SETTINGS_WITHOUT_EFFECT = ("cluster.", "trackers", "data.memory_budget_mb", "data.categories")
 MAX_TRAINER_RESTARTS = 2  # of the process that waits for a trainer; Ray Train restarts the workers of a trainer
 SHARED_METRIC = "metric.safetensors"
@@ -157,8 +157,7 @@ def _connect_and_check_cluster(config: Config, root: str, splits: Mapping[str, S
         TrainingError: Ray cannot be used, or the cluster has no room for the workers of one category.
         DataError: a node cannot read the data set or cannot use the folder of the run.
     """
-    team = config.cluster.team
-    is_private = connect_to_ray(namespace=f"focus-ray-{team}" if team else None)
+    is_private = connect_to_ray(namespace=config.cluster.ray_namespace)
     streams = config.train.epochs > 0 and any(not fits_in_memory(config, split) for split in splits.values())
     limit = count_concurrent_trainings(
         config.cluster,
@@ -169,7 +168,10 @@ def _connect_and_check_cluster(config: Config, root: str, splits: Mapping[str, S
         count_growth=fits_without_ray_train(config),
     )
     check_storage_on_nodes(
-        [join_path(config.data.uri, f"category={category}", COMMIT_NAME) for category in splits], [root]
+        [join_path(config.data.uri, f"category={category}", COMMIT_NAME) for category in splits],
+        [root],
+        config.cluster.labels,
+        log,
     )
     return limit
 
@@ -387,7 +389,12 @@ def _check_run_folder_usable(config: Config, root: str, resume: bool, fingerprin
     started = _list_started_categories(root)  # other categories have no results yet
     check_run_resumable(root, fingerprints, TrainingError, fixed_categories=started)
     stored_yaml = read_bytes(path).decode()
-    changed = describe_changed_settings(parse_config(parse_yaml_mapping(stored_yaml, path), source=path), config)
+    earlier = parse_config(parse_yaml_mapping(stored_yaml, path), source=path)
+    changed = [
+        text
+        for key, text in describe_changed_settings(earlier, config).items()
+        if not key.startswith(_SETTINGS_WITHOUT_EFFECT) or (key == "cluster.num_workers" and config.train.epochs > 0)
+    ]
     if changed and started:
         raise TrainingError(
             f"{root}: categories that are finished, or have checkpoints, were made with other settings: "
@@ -405,15 +412,11 @@ def _list_started_categories(root: str) -> set[str]:
     return started
 
 
-def describe_changed_settings(earlier: Config, config: Config) -> list[str]:
-    """Returns a text such as 'train.epochs was 5, is 10' for each setting that differs and can change a result.
-
-    The number of workers counts only if the network is trained (train.epochs above 0).
-    """
-    earlier_values, values = (dict(flatten_dict(dump_settings(settings))) for settings in (earlier, config))
-    return [
-        f"{key} was {earlier_values.get(key)}, is {values.get(key)}"
+def describe_changed_settings(earlier: ConfigSection, current: ConfigSection) -> dict[str, str]:
+    """Returns key -> text such as 'train.epochs was 5, is 10' for each setting that differs, sorted by key."""
+    earlier_values, values = (dict(flatten_dict(dump_settings(settings))) for settings in (earlier, current))
+    return {
+        key: f"{key} was {earlier_values.get(key)}, is {values.get(key)}"
         for key in sorted({*earlier_values, *values})
         if earlier_values.get(key) != values.get(key)
-        and (not key.startswith(_SETTINGS_WITHOUT_EFFECT) or (key == "cluster.num_workers" and config.train.epochs > 0))
-    ]
+    }

@@ -336,6 +336,12 @@ def test_every_path_of_a_command_line_may_begin_with_a_tilde(monkeypatch: pytest
     assert parse_command_line(build_parser(), ["submit", "inspect", "~/b"]).words == ["inspect", "~/b"]
 
 
+@pytest.mark.parametrize("command", ["train default", "sweep sweep"])
+def test_settings_may_follow_an_option(command: str) -> None:
+    arguments = parse_command_line(build_parser(), [*command.split(), "name=a", "--resume", "seed=1"])
+    assert (arguments.override, arguments.resume) == (["name=a", "seed=1"], True)
+
+
 # samples
 
 

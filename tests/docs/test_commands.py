@@ -178,7 +178,7 @@ def check_focus_ray_command(words: list[str]) -> None:
     elif arguments.command == "fit":
         load_config(find_config_file("default"), [*arguments.override, "data.uri=data"])
     elif arguments.command == "sweep" and arguments.what not in ("status", "resume", "report"):
-        load_sweep_config(find_config_file(arguments.what), arguments.rest)
+        load_sweep_config(find_config_file(arguments.what), arguments.override)
     elif arguments.command == "serve":
         tree = read_config_tree(find_standard_config_folder() / "default.yaml", arguments.override)
         settings = {key: value for key, value in tree.items() if key not in ("name", "data", "model")}

@@ -16,6 +16,7 @@ from small_set import NUM_TEST, NUM_TRAIN, corrupt_image, draw_parts, ingest_par
 
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
+from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.data.read import read_index, read_rows
 from focus_ray.errors import DataError
 from focus_ray.evaluation.batch_inspection import (
@@ -91,11 +92,32 @@ def test_a_damaged_image_has_its_reason_and_no_score_and_does_not_stop_the_run(
 
 
 @pytest.mark.ray
-def test_existing_results_are_not_overwritten(
-    results: tuple[str, dict[str, int]], data: str, bundles: dict[str, str]
+def test_complete_results_of_another_job_are_refused(
+    results: tuple[str, dict[str, int]], data: str, bundles: dict[str, str], part_bundles: dict[str, str]
 ) -> None:
-    with pytest.raises(DataError, match="/category=gear"):
-        inspect_dataset(bundles, data, results[0])
+    for changed_bundles, options in (
+        (bundles, {"split": "test"}),
+        (bundles, {"part_images": 8}),
+        ({"gear": part_bundles["board"]}, {}),
+    ):
+        with pytest.raises(DataError, match=r"/category=gear holds complete results of another"):
+            inspect_dataset(changed_bundles, data, results[0], **options)
+
+
+def test_a_repeated_run_keeps_complete_categories_and_inspects_the_others(
+    data: str, part_bundles: dict[str, str], tmp_path: Path
+) -> None:
+    """A job that is preempted after its first category runs again with all its categories."""
+    in_this_process = ClusterConfig(local=True)
+    first = inspect_dataset({"gear": part_bundles["gear"]}, data, str(tmp_path), cluster=in_this_process)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "category=gear").iterdir()}
+    messages: list[str] = []
+    counts = inspect_dataset(part_bundles, data, str(tmp_path), log=messages.append, cluster=in_this_process)
+    assert counts["gear"] == first["gear"]
+    assert counts["board"]["num_images"] == NUM_TRAIN + NUM_TEST
+    assert [line for line in messages if line.startswith("gear: complete from an earlier run, num_images 32, ")]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "category=gear").iterdir()} == times
+    assert inspect_dataset(part_bundles, data, str(tmp_path), cluster=in_this_process) == counts
 
 
 def test_incomplete_results_of_another_run_are_removed(data: str, bundles: dict[str, str], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from small_set import NUM_TEST, NUM_TRAIN, make_bundle, small_config
 
 from focus_ray.bundle.inspector import Inspector
+from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.data.read import read_index, read_test_rows
 from focus_ray.evaluation import run as module
 from focus_ray.evaluation.measuring import (
@@ -219,7 +220,7 @@ def test_a_killed_worker_changes_no_result_and_an_item_that_always_kills_fails(
 
     messages: list[str] = []
     evaluation = start(part_bundles, tmp_path / "out")
-    evaluation.run(deadly, open_worker_pool(2, [], str(tmp_path), messages.append))
+    evaluation.run(deadly, open_worker_pool(ClusterConfig(), 2, [], str(tmp_path), messages.append))
     assert any(line.startswith("retry 1 of 3: ActorDiedError") for line in messages)
     assert mark.exists()
     assert re.search(r"ActorDiedError: .* \(4 attempts\)", evaluation.results["board"]["error"])

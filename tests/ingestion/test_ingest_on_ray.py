@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from s3_faults import faulty
 from s3_server import S3Server
 
 from focus_ray.cli.main import main
+from focus_ray.cluster.pool import make_worker_options
+from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.data.commits import list_referenced_files
 from focus_ray.data.read import read_index
 from focus_ray.errors import DataError, TrainingError
@@ -26,6 +28,7 @@ from focus_ray.ingestion.cluster import ingest_on_cluster, map_in_ray_tasks
 from focus_ray.storage.files import write_bytes
 
 pytestmark = pytest.mark.ray
+ONE_CPU = {"num_cpus": 1}
 GROUPS = r"name:^(\d)"
 
 
@@ -47,7 +50,9 @@ def test_a_cluster_gives_the_data_of_one_process_even_if_each_worker_dies_once_a
     deaths, alone, out = tmp_path / "deaths", tmp_path / "alone", tmp_path / "out"
     deaths.mkdir()
 
-    def map_deadly(function: Callable[[Any], Any], items: Sequence[Any], num_workers: int) -> Iterator[tuple[int, Any]]:
+    def map_deadly(
+        function: Callable[[Any], Any], items: Sequence[Any], num_workers: int, task_options: Mapping[str, Any]
+    ) -> Iterator[tuple[int, Any]]:
         def die_once(item: Any) -> Any:
             result = function(item)
             place = deaths / f"{function.__name__}-{zlib.crc32(repr(item).encode())}"
@@ -58,7 +63,7 @@ def test_a_cluster_gives_the_data_of_one_process_even_if_each_worker_dies_once_a
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
-        return map_in_ray_tasks(die_once, items, num_workers)
+        return map_in_ray_tasks(die_once, items, num_workers, task_options)
 
     expected = ingest_quietly(source, alone, group_by=GROUPS)
     monkeypatch.setattr(cluster, "map_in_ray_tasks", map_deadly)
@@ -84,9 +89,26 @@ def test_an_error_of_a_worker_is_raised_unchanged(ray_cluster: None) -> None:
             raise DataError(f"{item}: no such thing")
         return item
 
-    assert sorted(map_in_ray_tasks(fail, [0, 0, 0], 2)) == [(0, 0), (1, 0), (2, 0)]
+    assert sorted(map_in_ray_tasks(fail, [0, 0, 0], 2, ONE_CPU)) == [(0, 0), (1, 0), (2, 0)]
     with pytest.raises(DataError, match=r"^7: no such thing$"):
-        list(map_in_ray_tasks(fail, [0, 7], 2))
+        list(map_in_ray_tasks(fail, [0, 7], 2, ONE_CPU))
+
+
+def test_tasks_reserve_the_resources_of_the_cluster_settings(ray_cluster: None) -> None:
+    def get_resources(item: int) -> dict[str, float]:
+        import ray
+
+        return ray.get_runtime_context().get_assigned_resources()
+
+    options = make_worker_options(ClusterConfig(cpus_per_worker=2, memory_gib_per_worker=0.25), use_gpu=False)
+    assert dict(map_in_ray_tasks(get_resources, [0], 1, options)) == {0: {"CPU": 2.0, "memory": 2.0**28}}
+
+
+def test_labels_that_no_node_has_are_refused(ray_cluster: None, source: Path, tmp_path: Path) -> None:
+    messages: list[str] = []
+    with pytest.raises(TrainingError, match=r"{'site': 'x'}"):
+        ingest_on_cluster(source, tmp_path / "out", 2, ClusterConfig(labels={"site": "x"}), messages.append)
+    assert "no node for workers with the labels {'site': 'x'}" in messages[0]
 
 
 def test_a_piece_whose_workers_always_die_is_reported(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +118,7 @@ def test_a_piece_whose_workers_always_die_is_reported(ray_cluster: None, monkeyp
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(TrainingError, match=r"2 attempts.*--workers"):
-        list(map_in_ray_tasks(die, [0], 1))
+        list(map_in_ray_tasks(die, [0], 1, ONE_CPU))
 
 
 def test_the_command_appends_with_workers(

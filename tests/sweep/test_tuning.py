@@ -95,7 +95,8 @@ def finished(ray_cluster: None, parts: str, tmp_path_factory: pytest.TempPathFac
     (root / "tmp").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(root / "tmp"))
-        return run_sweep(make_sweep(parts, root, max_concurrent_trials=2))  # each process imports torch
+        # each process imports torch; resume: the folder has no sweep yet
+        return run_sweep(make_sweep(parts, root, max_concurrent_trials=2), resume=True)
 
 
 # Results
@@ -141,6 +142,22 @@ def test_features_are_shared_and_do_not_change_the_scores(finished: SweepOutcome
     assert shared == {"features"}
     unshared = score_in_process(make_sweep(parts, "unused"))
     assert [record.score for record in unshared] == pytest.approx([r.score for r in finished.records], abs=1e-6)
+
+
+@pytest.mark.ray
+def test_the_same_configuration_with_resume_continues_a_sweep_and_another_is_refused(
+    finished: SweepOutcome, parts: str
+) -> None:
+    config = read_sweep_config(finished.root)
+    messages: list[str] = []
+    assert run_sweep(config, resume=True, log=messages.append).records == finished.records
+    assert f"sweep: {finished.root}, 4 trials have records" in messages
+    with pytest.raises(SweepError, match="already contains a sweep"):
+        run_sweep(config)
+    with pytest.raises(SweepError, match=r"seed was 0, is 7\..*sweep resume"):
+        run_sweep(config.model_copy(update={"seed": 7}), resume=True)
+    with pytest.raises(SweepError, match="needs the name"):
+        run_sweep(config.model_copy(update={"name": None}), resume=True)
 
 
 @pytest.mark.slow

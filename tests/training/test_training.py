@@ -499,6 +499,17 @@ def test_training_in_the_process_continues_from_its_last_checkpoint_to_the_same_
     assert hashes[0] == hashes[1]
 
 
+def test_the_same_command_with_resume_starts_a_run_and_finds_it_finished(parts: str, tmp_path: Path) -> None:
+    config = small_config(parts, tmp_path, cluster={"local": True})
+    lines: list[str] = []
+    bundles = [train(config, resume=True, log=lines.append) for _ in range(2)]
+    assert bundles[0] == bundles[1]
+    assert [line.partition(",")[0] for line in lines if "done in" not in line and "report" not in line][-1] == (
+        "gear: already trained"
+    )
+    assert sum("done in" in line for line in lines) == 1
+
+
 def test_streamed_training_in_the_process_sees_every_image(parts: str, tmp_path: Path) -> None:
     config = small_config(parts, tmp_path, data={"memory_budget_mb": 0.0}, train={"epochs": 1}, cluster={"local": True})
     assert read_manifest(train(config)["gear"])["moments"]["count"] == NUM_TRAIN - round(0.2 * NUM_TRAIN)
