@@ -5,12 +5,21 @@ from __future__ import annotations
 import pytest
 
 
+PLAIN = {"image_alignment": {"group": "none"}}
+
+
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The root of the data set of `small_set.ingest_parts`. Tests must not change it."""
     from small_set import ingest_parts
 
     return ingest_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="session")
+def data(parts: str) -> str:
+    """Another name of `parts`."""
+    return parts
 
 
 @pytest.fixture(scope="session")
