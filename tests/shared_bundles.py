@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-
 PLAIN = {"image_alignment": {"group": "none"}}
 
 
