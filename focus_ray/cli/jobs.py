@@ -9,7 +9,35 @@ from typing import Any
 from focus_ray.cli.output import print_message
 
 # options of `submit` with the names of arguments of `build_job_request`
-_JOB_OPTIONS = ("team", "category", "working_dir", "env", "python", "num_cpus", "num_gpus", "memory_gib")
+_JOB_OPTIONS = (
+    "team", "category", "working_dir", "env", "runtime_env", "python", "num_cpus", "num_gpus", "memory_gib"
+)  # fmt: skip
+
+
+def _add_connection_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that `_connect` reads: --address, --header, --cookie and --verify."""
+    add = parser.add_argument
+    add("--address", help="http://HEAD:8265 (default: RAY_ADDRESS)")
+    for name, thing in (("--header", "HTTP header"), ("--cookie", "cookie")):
+        text = f"{thing} for a proxy in front of the cluster; @FILE reads the value from a file"
+        add(name, action="append", default=[], metavar="NAME=VALUE|NAME=@FILE", help=text)
+    add(
+        "--verify",
+        default="true",
+        metavar="PATH|false",
+        help="trusted certificates for https, a file or folder; false checks no certificate (default: public authorities)",
+    )
+
+
+def _connect(arguments: argparse.Namespace) -> Any:
+    """Returns a client of the Jobs API. Warns if the certificate of the cluster is not checked."""
+    from focus_ray.submission.client import connect_to_cluster
+
+    if arguments.verify.lower() == "false":
+        print_message(
+            "WARNING: --verify false: anyone between this machine and the cluster can read and change the jobs"
+        )
+    return connect_to_cluster(arguments.address, arguments.header, arguments.cookie, arguments.verify)
 
 
 def add_parsers(commands: Any) -> None:
@@ -20,12 +48,17 @@ def add_parsers(commands: Any) -> None:
         epilog="COMMAND is a focus-ray command (focus-ray submit train configs/run.yaml storage=s3://...) or a program.",
     )
     add = submit.add_argument
-    add("--address", help="http://HEAD:8265 (default: RAY_ADDRESS)")
+    _add_connection_options(submit)
     add("--team", help="owner of the job; also set in the configuration of train and sweep")
     add("--category", help="category to record with the job (default for train: the category of the configuration)")
     add("--working-dir", default=".", help="folder to send (default: the working folder)")
     add("--exclude", action="append", default=[], metavar="PATTERN", help="also leave out these files")
     add("--env", action="append", default=[], metavar="NAME[=VALUE]", help="environment variable for the job")
+    add(
+        "--runtime-env",
+        metavar="FILE",
+        help="YAML or JSON file with keys of Ray's runtime environment: pip, uv, conda, image_uri, py_executable ...",
+    )
     add("--label", action="append", default=[], metavar="KEY=VALUE", help="label of the node for the driver")
     add("--num-cpus", type=float, default=0.0, help="CPUs to reserve for the driver (default: 0, on the head node)")
     add("--num-gpus", type=float, default=0.0, help="GPUs to reserve for the driver (default: 0)")
@@ -50,7 +83,7 @@ def add_parsers(commands: Any) -> None:
         ("stop", "stop a job"),
     ):
         action = actions.add_parser(name, help=help)
-        action.add_argument("--address", help="http://HEAD:8265 (default: RAY_ADDRESS)")
+        _add_connection_options(action)
         if name == "list":
             action.add_argument("--team", help="only jobs of this team")
         else:
@@ -79,11 +112,12 @@ def _run_submit_command(arguments: argparse.Namespace) -> int:
     )
     print_message(
         f"{job.submission_id}: {job.entrypoint}\n  sends {job.package}; environment: {', '.join(job.environment) or '-'}"
+        + (f"; runtime environment: {', '.join(job.runtime_env)}" if job.runtime_env else "")
     )
     if arguments.dry_run:
         print("\n".join(job.package.names))
         return 0
-    client = submission.connect_to_cluster(arguments.address)
+    client = _connect(arguments)
     name = submission.submit_job(client, job, print_message)
     if arguments.no_follow:
         print(name)
@@ -113,7 +147,7 @@ def _run_jobs_command(arguments: argparse.Namespace) -> int:
     """Runs `jobs list`, `jobs status`, `jobs follow` or `jobs stop`. Returns the exit status."""
     from focus_ray.submission import client as submission
 
-    client = submission.connect_to_cluster(arguments.address)
+    client = _connect(arguments)
     if arguments.action == "follow":
         return _follow_job(client, arguments.job)
     if arguments.action == "stop":

@@ -71,7 +71,8 @@ def _use_existing_sweep(action: str, place: str) -> int:
         for name in write_sweep_report(place, config, trials):
             print_message(f"report: {place}/{name}")
     else:
-        print(json.dumps(records.summarize_progress(place, config, trials), indent=1, ensure_ascii=False))
+        progress = records.summarize_progress(place, config, trials, log=print_message)
+        print(json.dumps(progress, indent=1, ensure_ascii=False))
     print(summary.format_sweep_summary(config, trials))
     if action == "report":
         print("\n".join(summary.list_train_commands(place, trials)))

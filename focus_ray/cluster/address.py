@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from focus_ray.cluster.ray_private import find_local_cluster_address, is_token_refused
+from focus_ray.cluster.ray_private import describe_token_problem, find_local_cluster_address, is_token_refused
 
 TIMEOUT_S = 4.0
 ANSWER_TIMEOUT_S = 20.0  # a busy head node accepts connections at once, but answers later
@@ -50,7 +50,7 @@ def _find_grpc_problem(host_and_port: str, is_token_known: bool) -> str:
         except grpc.FutureTimeoutError:
             return f"a server accepts connections there, but does not answer as Ray does within {ANSWER_TIMEOUT_S:g} s"
         if is_token_known and is_token_refused(channel, ANSWER_TIMEOUT_S):
-            return "it requires another token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to its token"
+            return describe_token_problem()
     return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -12,6 +13,7 @@ from focus_ray.cluster.address import find_cluster_problem
 from focus_ray.cluster.messages import is_verbose
 from focus_ray.cluster.ray_private import (
     check_private_attributes,
+    describe_token_problem,
     read_autoscaler_limits,
     require_private_cluster_token,
 )
@@ -48,7 +50,8 @@ def connect_to_ray(num_cpus: int | None = None, namespace: str | None = None) ->
     RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
 
     Sets these environment variables unless the user has set them: RAY_TRAIN_HEALTH_CHECK_INTERVAL_S; for a private cluster also
-    RAY_USAGE_STATS_ENABLED, RAY_TRAIN_ENABLE_PRINT_PATCH and the token variables (`require_private_cluster_token`).
+    RAY_USAGE_STATS_ENABLED, RAY_TRAIN_ENABLE_PRINT_PATCH and the token variables (`require_private_cluster_token`). The
+    processes of a joined cluster get all RAY_TRAIN_* variables.
 
     Args:
         num_cpus: number of CPUs of a new private cluster; None: all.
@@ -65,12 +68,12 @@ def connect_to_ray(num_cpus: int | None = None, namespace: str | None = None) ->
     if ray.is_initialized():
         return False
     if (address := os.environ.get("RAY_ADDRESS", "")) not in ("", "local"):
-        failure = f"the Ray cluster at RAY_ADDRESS={address} does not answer"
+        failure = f"cannot join the Ray cluster at RAY_ADDRESS={address}"
         if reason := find_cluster_problem(address):
             raise TrainingError(
-                f"{failure} ({reason}): check that the cluster runs, or unset RAY_ADDRESS to start a private Ray on this machine"
+                f"{failure}: {reason}. To start a private Ray on this machine instead, unset RAY_ADDRESS"
             )
-        _init_ray(failure, namespace=namespace)
+        _init_ray(failure, namespace=namespace, runtime_env={"env_vars": _collect_train_variables()})
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # otherwise every line is shown twice
@@ -101,12 +104,40 @@ def _init_ray(failure: str, **settings: Any) -> None:
 
     try:
         ray.init(logging_level="warning" if is_verbose() else "error", log_to_driver=is_verbose(), **settings)
-    except Exception as error:  # Ray raises many types, with messages of many lines
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise TrainingError(
-            f"{failure}: {type(error).__name__}: {reason[:300]}; a busy machine may need longer: try again with fewer "
-            "programs on it, or raise RAY_raylet_start_wait_time_s"
-        ) from error
+    except Exception as error:  # Ray raises many types
+        raise TrainingError(f"{failure}: {_describe_init_error(error)}") from error
+
+
+def _describe_init_error(error: BaseException) -> str:
+    """Returns the root cause of an error of `ray.init` as one line, with advice if it is a token or a slow machine.
+
+    Ray raises a general error, whose cause may contain a traceback as text.
+    """
+    from ray.exceptions import AuthenticationError
+
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    text = lines[-1] if any(line.startswith("Traceback") for line in lines) else " ".join(lines)
+    if isinstance(error, AuthenticationError) or "AuthenticationError" in text or "InvalidAuthToken" in text:
+        return describe_token_problem()
+    advice = ""
+    if "timed out" in text.lower() or "timeout" in text.lower():
+        advice = "; a busy machine may need longer: run fewer programs on it, or raise RAY_raylet_start_wait_time_s"
+    return f"{type(error).__name__}: {text[:300]}{advice}"
+
+
+def _collect_train_variables() -> dict[str, str]:
+    """Returns the RAY_TRAIN_* variables of this process that the workers of a joined cluster do not have yet.
+
+    Ray itself passes them on only from the process that creates a trainer, which may be a task on another node. Ray refuses a
+    variable that the runtime environment of the submitted job already sets.
+    """
+    job_config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    job_variables = (job_config.get("runtime_env") or {}).get("env_vars", {})
+    return {
+        name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_") and name not in job_variables
+    }
 
 
 def do_workers_use_gpu(config: ClusterConfig) -> bool:

@@ -31,6 +31,7 @@ PRIVATE_ATTRIBUTES = {
     "the policy of retries": ("ray.train.v2.api.data_parallel_trainer", "create_failure_policy"),
     "the environment variables of actors": ("ray.train.v2._internal.constants", "ENV_VARS_TO_PROPAGATE"),
     "the requirement of a token": ("ray._raylet", "Config.initialize"),
+    "the token mode": ("ray._raylet", "get_authentication_mode"),
     "the token of a request": ("ray._raylet", "AuthenticationTokenLoader.get_token_for_http_header"),
     "the Python version of a cluster": ("ray.job_submission", "JobSubmissionClient._do_request"),
 }
@@ -155,15 +156,36 @@ def is_token_refused(channel: Any, timeout_s: float) -> bool:
     from ray.exceptions import AuthenticationError
 
     loader = raylet.AuthenticationTokenLoader.instance()
-    request = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
     try:
         headers = loader.get_token_for_http_header() if loader.has_token() else {}
-        request(b"", timeout=timeout_s, metadata=tuple(headers.items()))
     except AuthenticationError:  # mode "token" without a token
         return True
-    except grpc.RpcError as error:
-        return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
+    # of the GCS, and of the server of Ray Client (ray://); each knows only its own method, and checks no token for another
+    for method in ("/ray.rpc.NodeInfoGcsService/GetClusterId", "/ray.rpc.RayletDriver/ClusterInfo"):
+        try:
+            channel.unary_unary(method)(b"", timeout=timeout_s, metadata=tuple(headers.items()))
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                return True
     return False
+
+
+def describe_token_problem() -> str:
+    """Returns why a cluster refuses the requests of this process, and which variables to set."""
+    raylet: Any = importlib.import_module("ray._raylet")  # a compiled module without types
+
+    has_token = raylet.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+    variables = "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token that the cluster was started with"
+    if raylet.get_authentication_mode() == raylet.AuthenticationMode.TOKEN:
+        problem = "the token of this process is wrong" if has_token else "this process has no token"
+        return f"the cluster requires a token, and {problem}: set {variables}"
+    # `ray start` requires a token as soon as ~/.ray/auth_token exists, but an explicit RAY_ADDRESS does not read this file
+    if has_token:
+        return (
+            "the cluster requires a token, and Ray sends the token of this machine to RAY_ADDRESS only with "
+            f"RAY_AUTH_MODE=token: set it. If the cluster has another token, also set {variables}"
+        )
+    return f"the cluster requires a token: set RAY_AUTH_MODE=token, and {variables}"
 
 
 def remove_tune_folders(experiment: str) -> None:

@@ -476,12 +476,14 @@ def read_bytes(uri: str | Path, is_quick: bool = False, max_bytes: int | None = 
     return data
 
 
-def write_bytes(uri: str | Path, data: bytes) -> None:
+def write_bytes(uri: str | Path, data: bytes, is_quick: bool = False) -> None:
     """Writes a file on a disk or on S3, completely or not at all. Missing folders are created.
+
+    Args: is_quick: as for `open_filesystem`.
 
     Raises: DataError: the file cannot be written.
     """
-    with _open_location("write", uri) as (filesystem, path):
+    with _open_location("write", uri, is_quick) as (filesystem, path):
         write_file(filesystem, path, data)
 
 

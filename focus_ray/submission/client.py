@@ -7,12 +7,14 @@ cluster have their own credentials, as a role or a secret.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,6 +30,7 @@ from focus_ray.submission.job_request import JobRequest
 
 MIN_RAY_VERSION = "2.60"  # the same as in pyproject.toml
 MIN_PYTHON_VERSION = "3.10"
+HEADERS_VARIABLE = "RAY_JOB_HEADERS"  # JSON object; Ray's own commands read it too
 
 _STOP_TIMEOUT_S = 60.0
 _START_TIMEOUT_S = 60.0
@@ -35,24 +38,73 @@ _MAX_FAILURES = 7
 _POLL_INTERVAL_S = 1.0
 
 
-def connect_to_cluster(address: str | None = None) -> Any:
+def connect_to_cluster(
+    address: str | None = None, headers: Sequence[str] = (), cookies: Sequence[str] = (), verify: str = "true"
+) -> Any:
     """Returns a client of the Jobs API of a cluster.
 
     Args:
         address: "http://host:8265"; None takes RAY_API_SERVER_ADDRESS or RAY_ADDRESS from the environment.
+        headers: HTTP headers that a proxy requires, as "NAME=VALUE" or "NAME=@FILE" (the value is the content of the file).
+            They are added to the headers of RAY_JOB_HEADERS.
+        cookies: Cookies in the same form.
+        verify: Check of the server's certificate: "true", "false", or a file or folder with trusted certificates.
 
     Raises:
-        SubmissionError: There is no address, the cluster does not answer, or the token is missing or wrong.
+        SubmissionError: There is no address, a header or a cookie cannot be read, the cluster does not answer, or the token is
+            missing or wrong.
     """
     server = os.environ.pop("RAY_API_SERVER_ADDRESS", None)  # Ray 2.60 prefers this variable to the argument
     address = address or server or os.environ.get("RAY_ADDRESS")
     if not address:
         raise SubmissionError("no cluster is named: give --address http://HEAD:8265, or set RAY_ADDRESS")
+    all_headers = {**_read_headers_variable(), **_read_named_values("--header", headers)}
+    trust = {"true": True, "false": False}.get(verify.lower(), verify)
+    if not trust:  # otherwise urllib3 warns at every request
+        warnings.filterwarnings("ignore", message="Unverified HTTPS request")
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.WARNING)  # otherwise it logs every upload
     with _translate_ray_errors(address):
-        return JobSubmissionClient(address)
+        return JobSubmissionClient(
+            address, headers=all_headers, cookies=_read_named_values("--cookie", cookies), verify=trust
+        )
+
+
+def _read_headers_variable() -> dict[str, str]:
+    """Returns the HTTP headers of RAY_JOB_HEADERS. Raises: SubmissionError: the variable holds no JSON object of texts."""
+    try:
+        headers = json.loads(os.environ.get(HEADERS_VARIABLE) or "{}")
+    except ValueError:
+        headers = None
+    if not isinstance(headers, dict) or not all(isinstance(value, str) for value in headers.values()):
+        raise SubmissionError(f'{HEADERS_VARIABLE}: expected a JSON object of texts, such as {{"X-Key": "..."}}')
+    return headers
+
+
+def _read_named_values(option: str, items: Sequence[str]) -> dict[str, str]:
+    """Returns name -> value of headers or cookies.
+
+    Args:
+        option: Name of the command's option, for messages.
+        items: "NAME=VALUE", or "NAME=@FILE" for the content of a file.
+
+    Raises:
+        SubmissionError: An item has another form, or its file cannot be read. The message contains no value.
+    """
+    values = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not (name and equals):
+            raise SubmissionError(f"{option}: expected NAME=VALUE or NAME=@FILE")
+        if value.startswith("@"):
+            file = Path(value[1:]).expanduser()
+            try:
+                value = file.read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise SubmissionError(f"{option} {name}: cannot read {file}: {error}") from error
+        values[name] = value
+    return values
 
 
 @contextmanager
@@ -66,6 +118,7 @@ def _translate_ray_errors(address: str, job_id: str | None = None) -> Iterator[N
     Raises:
         SubmissionError: A call in the block failed.
     """
+    import requests
     from ray.exceptions import AuthenticationError
 
     try:
@@ -73,9 +126,21 @@ def _translate_ray_errors(address: str, job_id: str | None = None) -> Iterator[N
     except AuthenticationError as error:
         raise SubmissionError(
             f"{address}: the cluster requires another token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
-            f"RAY_AUTH_TOKEN_PATH) to the token that the cluster was started with [{str(error).splitlines()[0]}]"
+            "RAY_AUTH_TOKEN_PATH) to the token that the cluster was started with; a proxy in front of it may also require "
+            f"--header or --cookie [{str(error).splitlines()[0][:200]}]"
+        ) from error
+    except requests.exceptions.JSONDecodeError as error:
+        raise SubmissionError(
+            f"{address}: the server answers, but not as Ray's dashboard does: correct --address; a proxy that shows a login "
+            "page requires --header or --cookie"
         ) from error
     except ConnectionError as error:
+        if isinstance(error.__context__, requests.exceptions.SSLError):
+            reason = str(error.__context__).rpartition("] ")[2].rstrip("')")
+            raise SubmissionError(
+                f"{address}: the certificate of the server is not trusted: give --verify FILE with the certificate of its "
+                f"authority [{reason}]"
+            ) from error
         raise SubmissionError(
             f"{address}: no Ray cluster answers at this address: correct --address, or start the cluster"
         ) from error
@@ -88,12 +153,14 @@ def _translate_ray_errors(address: str, job_id: str | None = None) -> Iterator[N
         raise SubmissionError(f"{address}: {text[:500]}") from error
 
 
-def check_cluster_versions(client: Any, say: Log) -> None:
+def check_cluster_versions(client: Any, say: Log, runtime_env: Mapping[str, Any] | None = None) -> None:
     """Checks that the cluster runs supported versions of Ray and Python, and warns if they differ from the local versions.
 
     Args:
         client: Client of the Jobs API.
         say: Prints a warning.
+        runtime_env: Keys of the job's runtime environment. A key that replaces the interpreter gives a note, because Ray
+            refuses a driver or worker whose version differs from the cluster's.
 
     Raises:
         SubmissionError: Ray or Python on the cluster is too old, or the cluster does not answer.
@@ -104,16 +171,21 @@ def check_cluster_versions(client: Any, say: Log) -> None:
     with _translate_ray_errors(address):
         metadata = fetch_cluster_metadata(client)
     local_python = ".".join(map(str, sys.version_info[:3]))
-    for program, version, oldest, local in (
+    versions = (
         ("Ray", metadata["rayVersion"], MIN_RAY_VERSION, ray.__version__),
         ("Python", metadata["pythonVersion"], MIN_PYTHON_VERSION, local_python),
-    ):
+    )
+    for program, version, oldest, local in versions:
         if Version(version) < Version(oldest):
             raise SubmissionError(
                 f"{address}: the cluster runs {program} {version}; focus_ray needs {program} {oldest} or newer"
             )
         if Version(version).release[:2] != Version(local).release[:2]:
             say(f"WARNING: the cluster runs {program} {version}, this machine has {program} {local}")
+    for key in ("image_uri", "py_executable", "conda"):
+        if key in (runtime_env or {}):
+            cluster = " and ".join(f"{program} {version}" for program, version, _, _ in versions)
+            say(f"note: {key} replaces the interpreter of the job: it needs {cluster}, the versions of the cluster")
 
 
 def submit_job(client: Any, request: JobRequest, say: Log) -> str:
@@ -130,10 +202,13 @@ def submit_job(client: Any, request: JobRequest, say: Log) -> str:
     Raises:
         SubmissionError: The cluster is too old, does not answer or refuses the job.
     """
-    check_cluster_versions(client, say)
+    check_cluster_versions(client, say, request.runtime_env)
+    runtime_env = {**request.runtime_env, "env_vars": dict(request.environment)}
     with tempfile.TemporaryDirectory(prefix="focus-ray-") as folder, _translate_ray_errors(client.get_address()):
-        archive = Path(folder) / "package.zip"
-        archive.write_bytes(request.package.content)
+        if request.package.names:
+            archive = Path(folder) / "package.zip"
+            archive.write_bytes(request.package.content)
+            runtime_env["working_dir"] = str(archive)
         deadline = time.monotonic() + _START_TIMEOUT_S
         while True:
             try:
@@ -141,7 +216,7 @@ def submit_job(client: Any, request: JobRequest, say: Log) -> str:
                     client.submit_job(
                         entrypoint=request.entrypoint,
                         submission_id=request.submission_id,
-                        runtime_env={"working_dir": str(archive), "env_vars": dict(request.environment)},
+                        runtime_env=runtime_env,
                         metadata=dict(request.metadata),
                         **request.resources,
                     )

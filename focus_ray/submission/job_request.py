@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import urllib.parse
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,10 @@ from typing import Any
 from focus_ray.cluster.preflight import RESERVED_RESOURCES_VARIABLE
 from focus_ray.errors import SubmissionError
 from focus_ray.fitting.settings import load_config
-from focus_ray.names import make_unique_name
+from focus_ray.names import make_unique_name, suggest_similar_name
 from focus_ray.settings.sections import config_to_yaml, read_yaml_mapping
 from focus_ray.settings.standard import COMMANDS, find_standard_config_folder, list_standard_configs
-from focus_ray.submission.package import JobPackage, build_job_package
+from focus_ray.submission.package import NO_FILES, JobPackage, build_job_package
 from focus_ray.version import __version__
 
 # Variables that are sent with every job: the address of the S3 server and how to reach it, never credentials.
@@ -33,6 +32,10 @@ SENT_VARIABLES = (
     "AWS_EC2_METADATA_DISABLED",
 )
 _SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|PRIVATE_KEY|API_?KEY", re.IGNORECASE)
+# scheme://user:password@host, and https://token@host as package indexes and Git servers take it
+_ADDRESS_WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]*@|https?://[^/@\s]+@")
+# Keys of Ray's runtime environment that a user may set. `submit` sets working_dir itself, and --exclude replaces excludes.
+RUNTIME_ENV_KEYS = ("pip", "uv", "conda", "image_uri", "py_executable", "env_vars", "config")
 # command with a configuration -> prefix of the configuration's keys
 _KEY_PREFIXES = {"train": "", "sweep": "base."}
 
@@ -44,8 +47,9 @@ class JobRequest:
     Attributes:
         submission_id: Unique name of the job.
         entrypoint: Shell command that the job runs.
-        package: Files that are sent with the job.
+        package: Files that are sent with the job. They are empty if the job runs in a container image.
         environment: Environment variables of the job's processes.
+        runtime_env: Further keys of Ray's runtime environment, such as pip; without working_dir and env_vars.
         metadata: Texts about the job: team, category, user and more.
         resources: Resources and node labels of the process of the command, as arguments of Ray's `submit_job`.
     """
@@ -54,6 +58,7 @@ class JobRequest:
     entrypoint: str
     package: JobPackage
     environment: Mapping[str, str]
+    runtime_env: Mapping[str, Any]
     metadata: Mapping[str, str]
     resources: Mapping[str, Any]
 
@@ -68,6 +73,7 @@ def build_job_request(
     working_dir: str | Path = ".",
     excludes: Sequence[str] = (),
     env: Sequence[str] = (),
+    runtime_env: str | Path | None = None,
     python: str = "python",
     num_cpus: float = 0.0,
     num_gpus: float = 0.0,
@@ -85,6 +91,7 @@ def build_job_request(
         working_dir: Folder that is sent with the job.
         excludes: Shell patterns of files that are not sent.
         env: "NAME" (takes the value on this machine) or "NAME=value", for the job's environment.
+        runtime_env: YAML or JSON file with keys of Ray's runtime environment (RUNTIME_ENV_KEYS). `env` overrides its env_vars.
         python: Python program on the cluster.
         num_cpus, num_gpus, memory_gib, labels: Resources and node labels of the command's own process. Without them, Ray
             may start this process on any node.
@@ -95,17 +102,28 @@ def build_job_request(
     if not command:
         raise SubmissionError("nothing to submit: give a command, such as: focus-ray submit train configs/run.yaml")
     arguments = list(command)
-    package = build_job_package(working_dir, excludes)
+    name = make_unique_name(team, Path(command[0]).stem)
+    runtime_keys = {} if runtime_env is None else read_runtime_env(runtime_env)
+    file_variables = runtime_keys.pop("env_vars", {})
+    # Ray refuses image_uri together with working_dir, so the image must contain focus_ray
+    package = NO_FILES if "image_uri" in runtime_keys else build_job_package(working_dir, excludes)
     metadata = {"focus_ray": __version__, "submitted_by": get_user_name(), "command": command[0]}
     if command[0] in commands:
         file = _find_config_file(command, Path(working_dir), package)
         if file is not None:
             if team is not None and command[0] in _KEY_PREFIXES:
                 arguments.append(f"{_KEY_PREFIXES[command[0]]}cluster.team={team}")
-            metadata.update(_check_config_for_cluster(arguments, file, Path(working_dir), package, load_sweep_config))
+            run_name, config_metadata = _check_config_for_cluster(
+                arguments, file, Path(working_dir), package, load_sweep_config
+            )
+            metadata.update(config_metadata)
+            if command[0] in _KEY_PREFIXES and run_name in (None, "auto") and "--resume" not in command:
+                # a job that starts again, for instance after a preemption, then continues its run
+                arguments = [word for word in arguments if word != "name=auto"] + [f"name={name}", "--resume"]
         arguments = [python, "-m", "focus_ray.cli", *arguments]
     metadata.update({key: value for key, value in (("team", team), ("category", category)) if value})
-    environment = _collect_environment_variables(env)
+    environment = _collect_environment_variables(env, file_variables)
+    _refuse_passwords_in_addresses({**environment, **runtime_keys})
     memory = int(memory_gib * 2**30)
     reserved = {kind: value for kind, value in (("CPU", num_cpus), ("GPU", num_gpus), ("memory", memory)) if value}
     if reserved:
@@ -116,8 +134,37 @@ def build_job_request(
         "entrypoint_memory": memory or None,
         "entrypoint_label_selector": dict(labels) if labels else None,
     }
-    name = make_unique_name(team, Path(command[0]).stem)
-    return JobRequest(name, shlex.join(arguments), package, environment, metadata, resources)
+    return JobRequest(name, shlex.join(arguments), package, environment, runtime_keys, metadata, resources)
+
+
+def read_runtime_env(path: str | Path) -> dict[str, Any]:
+    """Reads keys of Ray's runtime environment from a YAML or JSON file, and checks them with Ray's own rules.
+
+    A requirements file of `pip` or `uv` becomes the list of its packages. Its path is relative to the current folder.
+
+    Raises:
+        ConfigError: The file cannot be read, or is not a YAML mapping.
+        SubmissionError: A key is unknown or belongs to `submit`, or a value is not valid.
+    """
+    from ray.runtime_env import RuntimeEnv
+
+    settings = read_yaml_mapping(path)
+    for key in settings:
+        if key in ("working_dir", "excludes"):
+            raise SubmissionError(
+                f"{path}: {key}: submit sets this key itself: use --working-dir and --exclude instead"
+            )
+        if key not in RUNTIME_ENV_KEYS:
+            hint = suggest_similar_name(str(key), RUNTIME_ENV_KEYS)
+            raise SubmissionError(f"{path}: {key}: unknown key; {hint or 'expected ' + ', '.join(RUNTIME_ENV_KEYS)}")
+    for key in ("image_uri", "py_executable"):  # Ray does not check their types
+        if not isinstance(settings.get(key, ""), str):
+            raise SubmissionError(f"{path}: {key}: expected a text, got {settings[key]!r}")
+    try:
+        checked = RuntimeEnv(**settings)
+    except (TypeError, ValueError, OSError) as error:
+        raise SubmissionError(f"{path}: {' '.join(str(error).split())}") from error
+    return {key: checked[key] for key in settings if key in checked}
 
 
 def _find_config_file(command: Sequence[str], working_dir: Path, package: JobPackage) -> str | None:
@@ -143,6 +190,10 @@ def _find_config_file(command: Sequence[str], working_dir: Path, package: JobPac
 
 def _check_file_is_sent(file: str, package: JobPackage) -> None:
     """Checks that a file is sent. Raises: SubmissionError: it is not."""
+    if package is NO_FILES:
+        raise SubmissionError(
+            f"{file}: with image_uri no files are sent: name a standard configuration, and give key=value"
+        )
     if Path(os.path.normpath(file)).as_posix() not in package.names:
         raise SubmissionError(f"{file}: is not one of the files that are sent: give a path below --working-dir")
 
@@ -153,8 +204,8 @@ def _check_config_for_cluster(
     working_dir: Path,
     package: JobPackage,
     load_sweep_config: Callable[[Path, Sequence[str]], Any],
-) -> dict[str, str]:
-    """Checks that the configuration of a command can work on the cluster, and returns metadata about it.
+) -> tuple[str | None, dict[str, str]]:
+    """Checks that the configuration of a command can work on the cluster, and returns its name and metadata about it.
 
     Args:
         arguments: The command and its arguments.
@@ -164,7 +215,8 @@ def _check_config_for_cluster(
         load_sweep_config: See `build_job_request`.
 
     Returns:
-        config_sha256, and for `train` and `sweep` also category and team.
+        The name of the run or sweep ("auto" or None if it has no fixed name), and config_sha256; for `train` and `sweep` the
+        metadata also has category and team.
 
     Raises:
         ConfigError: The configuration is not valid.
@@ -173,7 +225,7 @@ def _check_config_for_cluster(
     path = working_dir / file
     overrides = [word for word in arguments[1:] if "=" in word and not word.startswith("-")]
     if arguments[0] not in _KEY_PREFIXES:
-        return {"config_sha256": hashlib.sha256(path.read_bytes() + "\n".join(overrides).encode()).hexdigest()}
+        return None, {"config_sha256": hashlib.sha256(path.read_bytes() + "\n".join(overrides).encode()).hexdigest()}
     prefix = _KEY_PREFIXES[arguments[0]]
     weights: set[str] = set()
     if prefix:
@@ -194,38 +246,45 @@ def _check_config_for_cluster(
                 f"{prefix}{key}={location}: a relative path is below the folder that is sent, and each node has its own copy of "
                 "this folder: give an s3:// URI, or the absolute path of a folder that all nodes share"
             )
-    return {
+    return full_config.name, {
         "config_sha256": hashlib.sha256(config_to_yaml(full_config).encode()).hexdigest(),
         "category": ",".join(config.data.categories or ("all",)),
         **({"team": config.cluster.team} if config.cluster.team else {}),
     }
 
 
-def _collect_environment_variables(variables: Sequence[str]) -> dict[str, str]:
-    """Returns the job's environment variables: SENT_VARIABLES that are set here, then `variables`.
+def _collect_environment_variables(variables: Sequence[str], file_variables: Mapping[str, str]) -> dict[str, str]:
+    """Returns the job's environment variables: SENT_VARIABLES that are set here, then `file_variables`, then `variables`.
 
     Args:
         variables: "NAME" (takes the value on this machine) or "NAME=value".
+        file_variables: env_vars of the file of --runtime-env.
 
     Raises:
-        SubmissionError: A variable is not set on this machine, its name looks like a secret, or its value is an address
-            with a password.
+        SubmissionError: A variable is not set on this machine, or its name looks like a secret.
     """
     environment = {name: os.environ[name] for name in SENT_VARIABLES if os.environ.get(name)}
+    pairs: list[tuple[str, str | None]] = [*file_variables.items()]
     for item in variables:
-        name, equals, value = item.partition("=")
+        name, equals, text = item.partition("=")
+        pairs.append((name, text if equals else os.environ.get(name)))
+    for name, value in pairs:
         if _SECRET.search(name):
             raise SubmissionError(
-                f"--env {name}: a secret is not sent with a job, because everyone who can list jobs can read it: give the nodes "
+                f"{name}: a secret is not sent with a job, because everyone who can list jobs can read it: give the nodes "
                 "of the cluster a role or their own secret (docs/use/jobs.md)"
             )
-        if not equals and name not in os.environ:
+        if value is None:
             raise SubmissionError(f"--env {name}: is not set on this machine: set it, or give {name}=value")
-        environment[name] = value if equals else os.environ[name]
-    for name, value in environment.items():
-        if "://" in value and urllib.parse.urlsplit(value).password:
-            raise SubmissionError(f"{name}: the address contains a password, which is not sent with a job: remove it")
+        environment[name] = value
     return environment
+
+
+def _refuse_passwords_in_addresses(values: Mapping[str, Any]) -> None:
+    """Checks that no address in the values contains a password. Raises: SubmissionError: it names the key, not the value."""
+    for name, value in values.items():
+        if _ADDRESS_WITH_PASSWORD.search(str(value)):
+            raise SubmissionError(f"{name}: an address contains a password, which is not sent with a job: remove it")
 
 
 def get_user_name() -> str:

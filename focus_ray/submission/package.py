@@ -49,6 +49,9 @@ class JobPackage:
         return f"{len(self.names)} files, {self.num_bytes / 2**20:.1f} MiB ({size:.1f} MiB compressed)"
 
 
+NO_FILES = JobPackage(b"", (), 0)
+
+
 def build_job_package(folder: str | Path, excludes: Sequence[str] = ()) -> JobPackage:
     """Packs a folder without the files that a job does not need. Adds the code of focus_ray if the folder does not contain it.
 

@@ -29,7 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from focus_ray.cluster.connect import compute_worker_resources, connect_to_ray, do_workers_use_gpu
 from focus_ray.cluster.failures import describe_root_cause
-from focus_ray.cluster.ownership import HeartbeatWriter, check_run_resumable
+from focus_ray.cluster.ownership import FolderOwner, check_images_unchanged, find_next_generation
 from focus_ray.cluster.preflight import check_storage_on_nodes, count_concurrent_trainings
 from focus_ray.cluster.ray_private import remove_tune_folders
 from focus_ray.cluster.settings import MAX_FAILURES
@@ -124,14 +124,15 @@ def run_sweep(config: SweepConfig, *, resume: bool = False, log: Log = lambda me
     fingerprints = {category: split.fingerprint for category, split in splits.items()}
     log(f"sweep: {root}")
     return _run_and_report_sweep(
-        config, root, splits, log, lambda: records.claim_sweep_folder(root, config, fingerprints)
+        config, root, splits, log, 1, lambda: records.claim_sweep_folder(root, config, fingerprints)
     )
 
 
 def resume_sweep(folder: str, log: Log = lambda message: None) -> SweepOutcome:
     """Resumes a sweep: runs all trials that have no result yet, and all failed trials again. Writes the report anew.
 
-    Finished and pruned trials (stopped early for a low score) do not run again.
+    Finished and pruned trials (stopped early for a low score) do not run again. The function may wait up to `LEASE_S` for a sign
+    of life of the earlier driver.
 
     Args:
         folder: Folder of the sweep.
@@ -148,9 +149,10 @@ def resume_sweep(folder: str, log: Log = lambda message: None) -> SweepOutcome:
     config = records.read_sweep_config(root)
     base = config.make_trial_config()
     splits = _split_categories(config, base)
-    check_run_resumable(root, {category: split.fingerprint for category, split in splits.items()}, SweepError)
+    generation = find_next_generation(root, SweepError, log)
+    check_images_unchanged(root, {category: split.fingerprint for category, split in splits.items()})
     log(f"sweep: {root}, {len(records.read_trial_records(root))} trials have records")
-    return _run_and_report_sweep(config, root, splits, log, lambda: None)
+    return _run_and_report_sweep(config, root, splits, log, generation, lambda: None)
 
 
 def _split_categories(config: SweepConfig, base: Config) -> dict[str, SplitRule]:
@@ -206,7 +208,7 @@ def _check_trial_configs(config: SweepConfig, base: Config, splits: Mapping[str,
 
 
 def _run_and_report_sweep(
-    config: SweepConfig, root: str, splits: dict[str, SplitRule], log: Log, claim: Callable[[], None]
+    config: SweepConfig, root: str, splits: dict[str, SplitRule], log: Log, generation: int, claim: Callable[[], None]
 ) -> SweepOutcome:
     """Runs the trials of a new or resumed sweep and writes its report.
 
@@ -215,10 +217,12 @@ def _run_and_report_sweep(
         root: Folder of the sweep.
         splits: Category -> split of its images.
         log: Called with messages.
-        claim: Takes possession of the folder. Called after the check that the cluster is large enough.
+        generation: Generation of the folder that this process takes, see `FolderOwner`.
+        claim: Takes possession of a new folder. Called after the check that the cluster is large enough.
 
     Raises:
-        SweepError: No trial has a score although the sweep was not stopped, or `claim` fails.
+        SweepError: No trial has a score although the sweep was not stopped, `claim` fails, or another process takes the folder
+            over.
         ConfigError: A tracker cannot be used.
         DataError: A node cannot access the storage, or images cannot be read.
         TrainingError: Ray does not start or answer, or the cluster is too small for a trial.
@@ -249,7 +253,7 @@ def _run_and_report_sweep(
             read_bytes(join_path(root, records.SWEEP_FILE)),
             config.model_dump(mode="json", exclude_none=True),
         )
-        state = _SweepDriver(config, root, splits, streams, limit, log, sweep_recorder).run_trials()
+        state = _SweepDriver(config, root, generation, splits, streams, limit, log, sweep_recorder).run_trials()
     finally:
         if is_private:
             ray.shutdown()
@@ -271,18 +275,20 @@ class _SweepDriver:
     Attributes:
         config: Configuration of the sweep.
         root: Folder of the sweep.
+        generation: Generation of the folder that this process takes, see `FolderOwner`.
         splits: Category -> split of its images.
         streams: True if images are streamed, which needs Ray Train workers.
         limit: Largest number of trials that run at once.
         log: Called with messages.
         recorder: Sends results to the experiment trackers.
-        stopping: Set by a signal: the sweep ends in an orderly way.
+        stopping: Set by a signal, or when another process takes the folder over: the sweep ends in an orderly way.
         experiment: Name of Tune's files, which are deleted at the end.
         scratch: Folder of Tune's files on this machine.
     """
 
     config: SweepConfig
     root: str
+    generation: int
     splits: dict[str, SplitRule]
     streams: bool
     limit: int
@@ -300,10 +306,10 @@ class _SweepDriver:
 
         Raises:
             DataError: Images cannot be read, or the storage fails.
-            SweepError: A stored result of a trial is not valid.
+            SweepError: A stored result of a trial is not valid, or another process owns the folder or takes it over.
         """
         groups_before = list_placement_groups()
-        heartbeat = HeartbeatWriter(self.root)
+        owner = FolderOwner(self.root, self.generation, SweepError, self.stopping.set)
         state = "failed"
         try:
             with self.stop_on_signals():
@@ -315,13 +321,14 @@ class _SweepDriver:
             state = "stopped" if self.stopping.is_set() else "finished"
         finally:
             try:
-                self.remove_temporary_files()
+                self.remove_temporary_files(keep_shared_files=owner.is_taken_over)
                 # A killed Ray Train controller does not remove the placement group of its workers (Ray 2.60).
                 for name in list_placement_groups() - groups_before:
                     remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(name)))
-                self.close_trackers(state)
+                if not owner.is_taken_over:  # otherwise the new owner continues the runs of the trackers
+                    self.close_trackers(state)
             finally:
-                heartbeat.close(state)
+                owner.close(state)
         return state
 
     @contextlib.contextmanager
@@ -348,13 +355,16 @@ class _SweepDriver:
             for caught_signal, handler in previous_handlers.items():
                 signal.signal(caught_signal, handler)
 
-    def remove_temporary_files(self) -> None:
+    def remove_temporary_files(self, keep_shared_files: bool) -> None:
         """Deletes all temporary files of the sweep: on this machine, in its folder, and on all nodes of the cluster.
 
         Tune leaves one folder per trial in the session folder of every node, also after the job (Ray 2.60).
+
+        Args: keep_shared_files: True keeps temporary files in the folder of the sweep, which another process may use.
         """
         shutil.rmtree(self.scratch, ignore_errors=True)
-        remove_folder(join_path(self.root, "scratch"))
+        if not keep_shared_files:
+            remove_folder(join_path(self.root, "scratch"))
         tasks = []
         for node in ray.nodes():
             if node["Alive"]:
@@ -438,7 +448,9 @@ class _SweepDriver:
         has_train_workers = cluster.num_workers > 1 or self.streams
         bundle = {"memory": float(2**20)} if has_train_workers else compute_worker_resources(cluster, use_gpu)
         labels = [dict(cluster.labels)] if cluster.labels else None
-        job = SweepStageInputs(self.config, stage, splits, self.root, use_gpu, shared.images, shared.features, pruner)
+        job = SweepStageInputs(
+            self.config, stage, splits, self.root, self.generation, use_gpu, shared.images, shared.features, pruner
+        )
         try:
             grid = run_tune_trials(
                 tune.with_parameters(run_trial, job=job),

@@ -1,6 +1,6 @@
 """Reads and writes the folder of a sweep: its configuration, one record (result) per trial, and the best configuration. No Ray.
 
-    sweep.yaml  data.json  state.json  trials/<number>.json  best.yaml  report.html  ...
+    sweep.yaml  data.json  state.json  owners/<number>.json  trials/<number>.json  best.yaml  report.html  ...
 
 A trial writes its own record when it ends, completely or not at all. So no finished trial is lost when the driver (the process
 of the sweep) dies, and two processes never write the same object.
@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from focus_ray.cluster.ownership import FINGERPRINTS_FILE, read_run_state, write_image_fingerprints
 from focus_ray.errors import SweepError
+from focus_ray.names import Log
 from focus_ray.settings.sections import config_to_yaml
 from focus_ray.settings.yaml_text import load_yaml
 from focus_ray.storage.files import (
@@ -220,15 +221,18 @@ def read_sweep_config(root: str) -> SweepConfig:
     return parse_sweep_config(load_yaml(text), source=join_path(root, SWEEP_FILE))
 
 
-def summarize_progress(root: str, sweep: SweepConfig, records: Sequence[TrialRecord]) -> dict[str, Any]:
+def summarize_progress(
+    root: str, sweep: SweepConfig, records: Sequence[TrialRecord], log: Log = lambda message: None
+) -> dict[str, Any]:
     """Returns the progress of a sweep as JSON values: state, process, number of trials by status, and the best trials.
 
-    It may wait some seconds for a heartbeat of the sweep.
+    It may wait for a heartbeat of the sweep, up to `LEASE_S`.
 
     Args:
         root: Folder of the sweep.
         sweep: Configuration of the sweep.
         records: Results of its trials.
+        log: Called with a message if the function waits.
 
     Raises:
         DataError: The storage fails.
@@ -237,7 +241,7 @@ def summarize_progress(root: str, sweep: SweepConfig, records: Sequence[TrialRec
     if sweep.scope == "per_category":
         num_stages = len(json.loads(read_bytes(join_path(root, FINGERPRINTS_FILE))))
     return {
-        **{key: value for key, value in read_run_state(root).items() if key in ("state", "host", "pid")},
+        **{key: value for key, value in read_run_state(root, log).items() if key in ("state", "host", "pid")},
         "storage": sweep.make_trial_config().storage,
         "objective": describe_objective(sweep),
         "planned": sweep.num_planned_trials * num_stages,

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 from focus_ray.cluster.failures import describe_root_cause
+from focus_ray.cluster.ownership import check_folder_owned
 from focus_ray.distributed import get_rank, get_world_size
+from focus_ray.errors import SweepError
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import Shard, StreamShard, build_shard, fits_in_memory
 from focus_ray.fitting.split import NO_ROWS, SplitPlan, SplitRule
@@ -52,6 +54,7 @@ class SweepStageInputs:
         stage: Category that the trials search for; None for all categories.
         splits: Category -> split of its images, in the order in which trials go through the categories.
         root: Folder of the sweep.
+        generation: Generation of the folder that the driver owns, see `FolderOwner`.
         use_gpu: True if trials use a GPU.
         images: (category, image size) -> reference to `CategoryImages`.
         features: `make_features_key` -> reference to `FrozenFeatures`.
@@ -62,6 +65,7 @@ class SweepStageInputs:
     stage: str | None
     splits: Mapping[str, SplitRule]
     root: str
+    generation: int
     use_gpu: bool
     images: Mapping[tuple[str, int], Any]
     features: Mapping[str, Any]
@@ -109,7 +113,9 @@ def run_trial(config: Mapping[str, Any], job: SweepStageInputs) -> None:
         config: "number" and "point" (settings) of the trial, from the searcher.
         job: The inputs of the stage.
 
-    Raises: DataError: the result cannot be written.
+    Raises:
+        SweepError: Another process has taken the sweep over. No result is written.
+        DataError: The result cannot be written.
     """
     import ray
     from ray import tune
@@ -148,6 +154,7 @@ def run_trial(config: Mapping[str, Any], job: SweepStageInputs) -> None:
         time.perf_counter() - start_s,
         time.time(),
     )
+    check_folder_owned(job.root, job.generation, SweepError)
     records.write_trial_record(job.root, record)
     score = math.nan if record.score is None else record.score
     tune.report(

@@ -54,6 +54,7 @@ def fit_category(
     device: torch.device | None = None,
     num_threads: int | None = None,
     stream: BatchStream | None = None,
+    check_owned: Callable[[], None] = lambda: None,
 ) -> None:
     """Fits the model of a category, writes a checkpoint after each epoch, and writes the bundle.
 
@@ -71,8 +72,10 @@ def fit_category(
         num_threads: threads that decode images; None: one for each CPU of this machine, up to 8.
         stream: source of training batches, used if the worker's share of the images does not fit into RAM; None: the worker
             reads its images from the data set again in each epoch.
+        check_owned: called before a checkpoint or the bundle is written; raises an error if another process owns the folder.
 
     Raises:
+        The error of `check_owned`.
         DataError: images cannot be read or decoded, there are too few images, or a file cannot be written.
         WeightsError, ConfigError: pretrained weights or density.metric cannot be used.
         ValueError: too few images remain for the density, the calibration or the image alignment.
@@ -94,6 +97,7 @@ def fit_category(
         if rank > 0:
             return
         on_epoch_metrics(figures)
+        check_owned()
         _write_checkpoint(folder, epoch, snapshot())
 
     start = time.perf_counter()
@@ -114,6 +118,7 @@ def fit_category(
     )
     if rank > 0:
         return
+    check_owned()
     write_bundle(
         get_bundle_uri(root, category),
         config=config,

@@ -15,7 +15,13 @@ from focus_ray.bundle.metric import average_projections
 from focus_ray.cluster.connect import connect_to_ray, do_workers_use_gpu, runs_without_ray
 from focus_ray.cluster.failures import describe_root_cause
 from focus_ray.cluster.messages import Message, MessageQueue, make_actor_options_for_this_node
-from focus_ray.cluster.ownership import HeartbeatWriter, check_run_resumable, write_image_fingerprints
+from focus_ray.cluster.ownership import (
+    FolderOwner,
+    check_folder_owned,
+    check_images_unchanged,
+    find_next_generation,
+    write_image_fingerprints,
+)
 from focus_ray.cluster.pool import FailedPiece, WorkerPool, make_worker_options
 from focus_ray.cluster.preflight import check_storage_on_nodes, count_concurrent_trainings
 from focus_ray.cluster.settings import MAX_FAILURES
@@ -60,12 +66,14 @@ class CategoryJob(TrainerJob):
 
     Attributes:
         root: folder of the run, for checkpoints and the bundle.
+        generation: generation of the folder that the driver owns, see `FolderOwner`.
         send: function that sends a message to the driver: a line of text, or (category, metrics of an epoch).
         needs_trainer: True: Ray Train starts workers that do the work. False: the process that receives the job does all work.
         num_threads: threads that decode images in a worker; None: see `fit_category`.
     """
 
     root: str
+    generation: int
     send: Callable[[Message], None]
     needs_trainer: bool = False
     num_threads: int | None = None
@@ -78,13 +86,14 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
     metrics, for the setting density.metric of a new category.
 
     Args:
-        resume: continue a run of the same name: finished categories are kept, others start at their last checkpoint.
+        resume: continue a run of the same name, if there is one: finished categories are kept, others start at their last
+            checkpoint. May wait up to `LEASE_S` for a sign of life of the earlier driver.
 
     Returns: category -> path or URI of its bundle.
 
     Raises:
         TrainingError: the folder of the run has a run already and `resume` is False, `resume` is True without a name or with
-            changed settings, another driver uses the folder, or Ray cannot be used.
+            changed settings, another driver uses the folder or takes it over, or Ray cannot be used.
         TrainingError: categories failed. The message names each failed category with its reason. The bundles of the other
             categories are complete.
         DataError: the data set cannot be used or has changed since the run began, or the storage cannot be used.
@@ -108,7 +117,7 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
     splits = {category: compute_split_rule(config, category) for category in categories}
     check_enough_images(config, splits)
     fingerprints = {category: split.fingerprint for category, split in splits.items()}
-    _check_run_folder_usable(config, root, resume, fingerprints)
+    generation = _check_run_folder_usable(config, root, resume, fingerprints, log)
     bundles = {category: get_bundle_uri(root, category) for category in categories}
     remaining = [
         category
@@ -118,7 +127,7 @@ def train(config: Config, *, resume: bool = False, log: Log = lambda message: No
     for category in sorted(set(categories) - set(remaining)):
         log(f"{category}: already trained, {bundles[category]}")
     if remaining:
-        failed = _train_categories(config, splits, remaining, root, resume, log)
+        failed = _train_categories(config, splits, remaining, root, generation, resume, log)
         if failed:
             raise TrainingError(
                 f"{len(failed)} of {len(categories)} categories failed; "
@@ -177,22 +186,29 @@ def _connect_and_check_cluster(config: Config, root: str, splits: Mapping[str, S
 
 
 def _train_categories(
-    config: Config, all_splits: Mapping[str, SplitRule], categories: Sequence[str], root: str, resume: bool, log: Log
+    config: Config,
+    all_splits: Mapping[str, SplitRule],
+    categories: Sequence[str],
+    root: str,
+    generation: int,
+    resume: bool,
+    log: Log,
 ) -> dict[str, str]:
     """Trains categories in this process or on the cluster, and writes their metrics to the experiment trackers.
 
-    Creates the files of the run's folder: claim, fingerprints, configuration and heartbeat.
+    Creates the files of the run's folder: owner, claim, fingerprints, configuration and heartbeat.
 
     Args:
         all_splits: category -> rule that selects its images, for every category of the run.
         categories: categories to train.
         root: folder of the run.
+        generation: generation of the folder that this process takes.
         resume: see `train`.
 
     Returns: category -> reason, for each category that failed.
 
     Raises:
-        TrainingError: another run has claimed the folder, or the cluster cannot be used.
+        TrainingError: another driver owns the folder or takes it over, or the cluster cannot be used.
         DataError: the folder of the run or the data set cannot be used.
         ConfigError, MissingPackageError: a tracker cannot be used.
     """
@@ -204,9 +220,14 @@ def _train_categories(
     else:
         limit = _connect_and_check_cluster(config, root, splits, log)
     fingerprints = {category: split.fingerprint for category, split in all_splits.items()}
-    _claim_run_folder(root, resume, fingerprints)
-    write_bytes(join_path(root, RUN_CONFIG), config_to_yaml(config).encode())
-    training_recorder = TrainingRecorder(recorder, config.model_dump(mode="json"), root, fingerprints)
+    owner = FolderOwner(root, generation, TrainingError)
+    try:
+        _claim_run_folder(root, resume, fingerprints)
+        write_bytes(join_path(root, RUN_CONFIG), config_to_yaml(config).encode())
+        training_recorder = TrainingRecorder(recorder, config.model_dump(mode="json"), root, fingerprints)
+    except BaseException:
+        owner.close("failed")
+        raise
 
     def handle_message(message: Message) -> None:
         if isinstance(message, str):
@@ -214,18 +235,18 @@ def _train_categories(
         else:
             training_recorder.log_epoch(*message)
 
-    heartbeat = HeartbeatWriter(root)
     failed: dict[str, str] = {}
     state = "failed"
     try:
         if is_local:
             use_gpu = bool(config.cluster.use_gpu) and torch.cuda.is_available()
             outcomes = _train_in_this_process(
-                [CategoryJob(config, split, use_gpu, root, handle_message) for split in splits.values()]
+                [CategoryJob(config, split, use_gpu, root, generation, handle_message) for split in splits.values()]
             )
         else:
-            outcomes = _train_on_cluster(config, splits, root, limit, handle_message)
+            outcomes = _train_on_cluster(config, splits, owner, limit, handle_message)
         for category, outcome in outcomes:
+            owner.check_owned()
             place = get_bundle_uri(root, category)
             if isinstance(outcome, FailedPiece):
                 failed[category] = outcome.reason
@@ -236,8 +257,9 @@ def _train_categories(
                 training_recorder.record_finished_category(category, place)
         state = "failed" if failed else "finished"
     finally:
-        training_recorder.close(failed=state == "failed")
-        heartbeat.close(state)
+        if not owner.is_taken_over:  # otherwise the new owner continues the runs of the trackers
+            training_recorder.close(failed=state == "failed")
+        owner.close(state)
     return failed
 
 
@@ -254,16 +276,17 @@ def _train_in_this_process(jobs: Sequence[CategoryJob]) -> Iterator[tuple[str, f
 
 
 def _train_on_cluster(
-    config: Config, splits: Mapping[str, SplitRule], root: str, limit: int, show: Callable[[Message], None]
+    config: Config, splits: Mapping[str, SplitRule], owner: FolderOwner, limit: int, show: Callable[[Message], None]
 ) -> Iterator[tuple[str, float | FailedPiece]]:
     """Generator: trains categories on the cluster, and yields (category, seconds or `FailedPiece`) whenever a category ends.
 
     Args:
         splits: category -> rule that selects its images, for each category to train.
+        owner: ownership of the run's folder by this process.
         limit: largest number of categories that are trained at the same time.
         show: receives the messages of the workers, and lines of this process.
 
-    Raises: TrainingError: too many starts of workers failed.
+    Raises: TrainingError: too many starts of workers failed, or another driver has taken over the folder.
     """
     messages = MessageQueue()
     use_gpu = do_workers_use_gpu(config.cluster)
@@ -271,7 +294,7 @@ def _train_on_cluster(
     num_threads = max(1, int(config.cluster.cpus_per_worker))
     jobs = iter(
         [
-            CategoryJob(config, split, use_gpu, root, messages.put, needs_trainer, num_threads)
+            CategoryJob(config, split, use_gpu, owner.root, owner.generation, messages.put, needs_trainer, num_threads)
             for split in splits.values()
         ]
     )
@@ -279,6 +302,7 @@ def _train_on_cluster(
     show(f"{len(splits)} categories, {num_at_once} at a time, {config.cluster.num_workers} worker(s) each")
 
     def show_new_messages() -> None:
+        owner.check_owned()
         for message in messages.take_all():
             show(message)
 
@@ -322,6 +346,7 @@ def _fit_in_this_process(job: CategoryJob, device: torch.device) -> None:
         device=device,
         num_threads=job.num_threads,
         stream=iterate_worker_batches if job.needs_trainer else None,
+        check_owned=lambda: check_folder_owned(job.root, job.generation, TrainingError),
     )
 
 
@@ -363,8 +388,10 @@ def _claim_run_folder(root: str, resume: bool, fingerprints: Mapping[str, str]) 
         )
 
 
-def _check_run_folder_usable(config: Config, root: str, resume: bool, fingerprints: Mapping[str, str]) -> None:
-    """Checks that this run may use its folder: the folder is new, or `resume` is True and the earlier run fits.
+def _check_run_folder_usable(config: Config, root: str, resume: bool, fingerprints: Mapping[str, str], log: Log) -> int:
+    """Checks that this run may use its folder, and returns the generation of the folder that this run can take.
+
+    The run may use the folder if it is new, or if `resume` is True and the earlier run has ended and fits.
 
     An earlier run fits if its settings and its images are the same, or if no category has results yet. The function also writes
     the fingerprints of categories that have no results yet.
@@ -372,6 +399,7 @@ def _check_run_folder_usable(config: Config, root: str, resume: bool, fingerprin
     Args:
         root: folder of the run.
         fingerprints: category -> hash that identifies its images.
+        log: receives a line if the function waits for the driver of the earlier run.
 
     Raises:
         TrainingError: the folder has a run and `resume` is False, another driver uses the folder, or the earlier run has results
@@ -380,14 +408,17 @@ def _check_run_folder_usable(config: Config, root: str, resume: bool, fingerprin
         ConfigError: the stored configuration cannot be used by this version of focus_ray.
     """
     path = join_path(root, RUN_CONFIG)
-    if not file_exists(path):
-        return
     if not resume:
+        if not file_exists(path):
+            return 1
         raise TrainingError(
             f"{root} already holds a run: give another name (name=...), or continue this run with --resume"
         )
+    generation = find_next_generation(root, TrainingError, log)
+    if not file_exists(path):
+        return generation
     started = _list_started_categories(root)  # other categories have no results yet
-    check_run_resumable(root, fingerprints, TrainingError, fixed_categories=started)
+    check_images_unchanged(root, fingerprints, fixed_categories=started)
     stored_yaml = read_bytes(path).decode()
     earlier = parse_config(parse_yaml_mapping(stored_yaml, path), source=path)
     changed = [
@@ -401,6 +432,7 @@ def _check_run_folder_usable(config: Config, root: str, resume: bool, fingerprin
             + "; ".join(changed)
             + ". Continue with the same settings, or start a new run under another name"
         )
+    return generation
 
 
 def _list_started_categories(root: str) -> set[str]:

@@ -155,7 +155,7 @@ def test_a_stopped_ray_cluster_is_reported_immediately(
         monkeypatch.setenv("RAY_ADDRESS", place)
         assert main([command, *words]) == 1
         message = capsys.readouterr().err.strip().splitlines()[-1]
-        assert f"RAY_ADDRESS={place} does not answer (Connection refused): check that the cluster runs" in message
+        assert f"cannot join the Ray cluster at RAY_ADDRESS={place}: Connection refused" in message
 
 
 def test_a_server_that_never_answers_is_no_ray_cluster(monkeypatch: pytest.MonkeyPatch) -> None:

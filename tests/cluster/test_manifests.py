@@ -163,12 +163,14 @@ def test_the_job_waits_in_its_teams_queue_and_fits_its_quota() -> None:
             assert 0 < requested <= parse_quantity(resource["nominalQuota"]), resource["name"]
 
 
-def test_the_command_of_the_job_is_valid() -> None:
+def test_the_command_of_the_job_is_valid_and_continues_its_run_if_it_runs_again() -> None:
     words = JOB["spec"]["entrypoint"].split()
     assert words[:3] == ["python", "-m", "focus_ray.cli"]
     arguments = build_parser().parse_args(words[3:])
     config = load_config(find_config_file(arguments.config, "run"), arguments.override)
-    assert (config.name, config.cluster.team) == ("auto", "press")
+    assert (config.name, config.cluster.team) == (JOB["metadata"]["name"], "press")
+    assert arguments.resume
+    assert JOB["spec"]["backoffLimit"] > 0
 
 
 def test_queues_have_flavors_and_admit_the_namespaces_of_their_teams() -> None:

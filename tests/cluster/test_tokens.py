@@ -21,10 +21,11 @@ START = """
 import json, os, sys
 import ray
 from focus_ray.cluster.connect import connect_to_ray
-assert connect_to_ray(num_cpus=1)
+is_private = connect_to_ray(num_cpus=1)
 node = ray._private.worker._global_node
 token = os.environ.get("RAY_AUTH_TOKEN", "")
-told = {"gcs": node.gcs_address, "dashboard": node.webui_url, "mode": os.environ["RAY_AUTH_MODE"], "token": token}
+told = {"is_private": is_private, "gcs": node.gcs_address}
+told |= {"dashboard": node.webui_url, "mode": os.environ["RAY_AUTH_MODE"], "token": token}
 assert ray.get(ray.remote(num_cpus=1)(lambda: 5).remote()) == 5
 print(json.dumps(told), flush=True)
 sys.stdin.readline()
@@ -50,10 +51,14 @@ def run_python(command: str, environment: dict[str, str]) -> subprocess.Complete
 
 @pytest.fixture(scope="module")
 def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """Starts a private cluster in another process. Returns gcs, dashboard, mode, token and the folder of its user."""
+    """Starts a private cluster in another process, with RAY_ADDRESS=local.
+
+    Returns gcs, dashboard, mode, token, the result of `connect_to_ray` (is_private) and the folder of its user.
+    """
     folder = tmp_path_factory.mktemp("t")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", START], env=environment(folder), text=True, **pipes) as process:
+    variables = environment(folder, RAY_ADDRESS="local")
+    with subprocess.Popen([sys.executable, "-c", START], env=variables, text=True, **pipes) as process:
         assert process.stdout is not None
         yield {**json.loads(process.stdout.readline()), "folder": folder}
         process.communicate("end\n", timeout=120)
@@ -68,6 +73,10 @@ def request_status(url: str, token: str | None = None, body: bytes | None = None
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
+
+
+def test_the_address_local_starts_a_private_cluster(private: dict[str, Any]) -> None:
+    assert private["is_private"]
 
 
 def test_the_random_token_of_a_private_cluster_is_not_on_the_disk(private: dict[str, Any]) -> None:
@@ -85,24 +94,29 @@ def test_a_request_without_the_token_to_the_jobs_of_a_private_cluster_is_refused
 
 
 @pytest.mark.parametrize(
-    ("variables", "is_refused"),
+    ("variables", "message"),
     [
-        ({}, True),
-        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, True),
-        ({"RAY_AUTH_MODE": "token"}, True),
-        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "the cluster's"}, False),
+        ({}, "the cluster requires a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN"),
+        ({"RAY_AUTH_TOKEN": "the cluster's"}, "only with RAY_AUTH_MODE=token: set it"),
+        (
+            {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64},
+            "the token of this process is wrong: set RAY_AUTH_TOKEN",
+        ),
+        ({"RAY_AUTH_MODE": "token"}, "this process has no token: set RAY_AUTH_TOKEN"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "the cluster's"}, ""),
     ],
 )
 def test_joining_without_the_token_names_the_variables_to_set(
-    private: dict[str, Any], variables: dict[str, str], is_refused: bool
+    private: dict[str, Any], variables: dict[str, str], message: str
 ) -> None:
-    if not is_refused:
+    if variables.get("RAY_AUTH_TOKEN") == "the cluster's":
         variables = {**variables, "RAY_AUTH_TOKEN": private["token"]}
     command = (
         f"from focus_ray.cluster.address import find_cluster_problem; print(find_cluster_problem({private['gcs']!r}))"
     )
     ended = run_python(command, environment(private["folder"], **variables))
-    assert ("set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN" in ended.stdout) == is_refused, ended.stdout + ended.stderr
+    assert message in ended.stdout, ended.stdout + ended.stderr
+    assert bool(ended.stdout.strip()) == bool(message)
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,18 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from dashboard_proxy import COOKIE, HEADER, run_dashboard_proxy
 from job_nodes import REPOSITORY, TOKEN, Nodes, run_nodes
+from nginx_proxy import write_certificate
 from s3_server import IDENTITIES, S3Server
 from small_set import draw_parts
 
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.registry import Registry
-from focus_ray.cli.main import build_parser, main
+from focus_ray.cli.main import build_parser, main, parse_command_line
 from focus_ray.cli.reference import list_subcommands
 from focus_ray.cluster.preflight import RESERVED_RESOURCES_VARIABLE
 from focus_ray.errors import ConfigError, SubmissionError
@@ -155,7 +158,9 @@ def test_a_job_that_cannot_work_on_another_machine_is_refused_before_it_is_sent(
 def test_a_sweep_belongs_to_the_team(folder: Path) -> None:
     (folder / "configs/sweep.yaml").write_text(SWEEP)
     request = make_job_request(folder, "sweep", "configs/sweep.yaml", team="press")
-    assert request.entrypoint == "python -m focus_ray.cli sweep configs/sweep.yaml base.cluster.team=press"
+    assert request.entrypoint == (
+        f"python -m focus_ray.cli sweep configs/sweep.yaml base.cluster.team=press name={request.submission_id} --resume"
+    )
     assert (request.metadata["team"], request.metadata["category"]) == ("press", "all")
     changed = make_job_request(
         folder, "sweep", "configs/sweep.yaml", "space={density.shrinkage: [1.0, 3.0]}", team="press"
@@ -164,6 +169,73 @@ def test_a_sweep_belongs_to_the_team(folder: Path) -> None:
     resumed = make_job_request(folder, "sweep", "resume", "s3://bucket/sweeps/found", team="press")
     assert resumed.entrypoint == "python -m focus_ray.cli sweep resume s3://bucket/sweeps/found"
     assert resumed.metadata["team"] == "press"
+
+
+@pytest.mark.parametrize("command", ["train configs/run.yaml name=auto", "sweep configs/sweep.yaml"])
+def test_a_job_that_starts_again_continues_the_run_of_its_first_start(folder: Path, command: str) -> None:
+    (folder / "configs/sweep.yaml").write_text(SWEEP)
+    request = make_job_request(folder, *command.split())
+    words = request.entrypoint.split()[3:]
+    arguments = parse_command_line(build_parser(), words)
+    assert arguments.resume
+    assert [word for word in arguments.override if word.startswith("name=")] == [f"name={request.submission_id}"]
+
+
+def test_a_run_with_a_name_of_the_user_is_sent_unchanged(folder: Path) -> None:
+    request = make_job_request(folder, "train", "configs/run.yaml", "name=line3")
+    assert request.entrypoint == "python -m focus_ray.cli train configs/run.yaml name=line3"
+
+
+# Runtime environments
+
+
+def test_a_runtime_environment_is_checked_and_merged_with_the_jobs_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "requirements.txt").write_text("tifffile==2025.1\n")
+    file = folder / "env.yaml"
+    file.write_text("{pip: requirements.txt, py_executable: nice python, env_vars: {SITE: a, LINE: '3'}}")
+    request = make_job_request(folder, "train", "configs/run.yaml", env=["SITE=b"], runtime_env=file)
+    assert request.environment == {"SITE": "b", "LINE": "3"}
+    assert set(request.runtime_env) == {"pip", "py_executable"}
+    assert request.runtime_env["pip"]["packages"] == ["tifffile==2025.1"]
+    assert "configs/run.yaml" in request.package.names
+
+
+def test_a_job_in_a_container_image_sends_no_files(folder: Path) -> None:
+    (folder / "env.json").write_text('{"image_uri": "registry.example/focus-ray:1"}')
+    words = ("train", "default", "data.uri=s3://b/data", "storage=s3://b/runs")
+    request = make_job_request(folder, *words, runtime_env=folder / "env.json")
+    assert (dict(request.runtime_env), request.package.names) == ({"image_uri": "registry.example/focus-ray:1"}, ())
+    with pytest.raises(SubmissionError, match=r"configs/run\.yaml: with image_uri no files are sent"):
+        make_job_request(folder, "train", "configs/run.yaml", runtime_env=folder / "env.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{working_dir: .}", "working_dir: .*--working-dir"),
+        ("{excludes: [a]}", "excludes: .*--exclude"),
+        ("{pips: [a]}", "pips: unknown key; did you mean 'pip'"),
+        ("{xyz: [a]}", "xyz: unknown key; expected pip, uv, "),
+        ("{pip: [a], uv: [b]}", "'pip' field, 'uv' field"),
+        ("{pip: none.txt}", r"none\.txt"),
+        ("{uv: 5}", "uv"),
+        ("{image_uri: x, pip: [a]}", "image_uri"),
+        ("{py_executable: [python]}", r"py_executable: expected a text, got \['python'\]"),
+        ("{env_vars: {A_TOKEN: x}}", "A_TOKEN: a secret"),
+        ("{env_vars: {A: 5}}", "env_vars"),
+        ("{pip: ['--index-url https://me:pw1@host/simple']}", "pip: .*password"),
+        ("{uv: ['x @ git+https://pw1@host/x']}", "uv: .*password"),
+        ("[a]", "mapping"),
+    ],
+)
+def test_a_runtime_environment_that_submit_cannot_send_is_refused(folder: Path, text: str, message: str) -> None:
+    (folder / "env.yaml").write_text(text)
+    with pytest.raises((SubmissionError, ConfigError), match=message) as caught:
+        make_job_request(folder, "train", "configs/run.yaml", runtime_env=folder / "env.yaml")
+    assert "pw1" not in str(caught.value)
 
 
 def test_two_names_that_are_made_at_the_same_moment_differ() -> None:
@@ -200,6 +272,56 @@ def test_an_old_cluster_is_refused_and_a_newer_version_gives_a_warning(monkeypat
         client.check_cluster_versions(head, warnings.append)
     (warning,) = warnings
     assert "the cluster runs Ray 9.0" in warning
+
+
+@pytest.mark.parametrize("key", ["image_uri", "py_executable", "conda"])
+def test_a_replaced_interpreter_is_reported_with_the_versions_that_it_needs(
+    monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    head = SimpleNamespace(get_address=lambda: "http://head:8265")
+    monkeypatch.setattr(client, "fetch_cluster_metadata", lambda _: {"rayVersion": "2.60.0", "pythonVersion": "3.12.1"})
+    lines: list[str] = []
+    client.check_cluster_versions(head, lines.append, {key: "x", "pip": ["y"]})
+    assert lines[-1].startswith(f"note: {key} ")
+    assert "Ray 2.60.0 and Python 3.12.1" in lines[-1]
+    assert [line for line in lines if "pip" in line] == []
+
+
+# A proxy in front of the cluster
+
+
+@pytest.mark.parametrize(
+    ("options", "variable", "message"),
+    [
+        ({"headers": ["X-Key"]}, "", "--header: expected NAME=VALUE"),
+        ({"cookies": ["a=@/nowhere/file"]}, "", "--cookie a: cannot read /nowhere/file"),
+        ({}, "[secret1]", "RAY_JOB_HEADERS: expected a JSON object"),
+        ({}, '{"X-Key": 5}', "RAY_JOB_HEADERS"),
+        ({"verify": "/nowhere/ca.pem"}, "", "/nowhere/ca.pem"),
+    ],
+)
+def test_headers_cookies_and_certificates_that_cannot_be_used_are_refused(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], variable: str, message: str
+) -> None:
+    monkeypatch.setenv("RAY_JOB_HEADERS", variable)
+    with pytest.raises(SubmissionError, match=message) as caught:
+        client.connect_to_cluster("http://127.0.0.1:1", **options)
+    assert "secret1" not in str(caught.value)
+
+
+def test_a_login_page_of_a_proxy_is_reported() -> None:
+    with run_dashboard_proxy() as address, pytest.raises(SubmissionError, match="--header or --cookie"):
+        client.connect_to_cluster(address)
+
+
+def test_a_certificate_that_is_not_trusted_is_reported_and_verify_trusts_it(tmp_path: Path) -> None:
+    write_certificate(tmp_path / "tls")
+    with run_dashboard_proxy(certificate=tmp_path / "tls") as address:
+        with pytest.raises(SubmissionError, match=f"{address}: the certificate .*--verify"):
+            client.connect_to_cluster(address)
+        for verify in (str(tmp_path / "tls/tls.crt"), "false"):
+            with pytest.raises(SubmissionError, match="login"):
+                client.connect_to_cluster(address, verify=verify)
 
 
 def test_a_dry_run_names_the_files_and_sends_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -315,6 +437,52 @@ def test_submit_returns_the_exit_status_of_the_job(nodes: Nodes) -> None:
     process = nodes.run("submit", "python", "-c", "print('x' * 9); raise SystemExit(7)")
     assert process.returncode == 7
     assert process.stdout.count("x" * 9) >= 1
+
+
+@mark_as_cluster_test
+def test_jobs_are_submitted_listed_and_stopped_through_a_proxy(nodes: Nodes, tmp_path: Path) -> None:
+    (tmp_path / "session").write_text(f"{COOKIE[1]}\n")
+    options = ["--cookie", f"{COOKIE[0]}=@{tmp_path / 'session'}"]
+    headers = {"RAY_JOB_HEADERS": json.dumps(dict([HEADER]))}
+    with run_dashboard_proxy(nodes.address.removeprefix("http://")) as address:
+        place = {"RAY_ADDRESS": address, **headers}
+        submitted = nodes.run(
+            "submit", "--no-follow", *options, "python", "-c", "import time; time.sleep(600)", **place
+        )
+        name = submitted.stdout.strip()
+        assert name, submitted.stderr
+        named = [*options, "--header", "=".join(HEADER)]  # instead of the variable
+        assert name in nodes.run("jobs", "list", *named, RAY_ADDRESS=address).stdout
+        assert nodes.run("jobs", "stop", *options, name, **place).stdout == f"{name}\tSTOPPED\n"
+        assert nodes.run("jobs", "follow", *options, name, **place).returncode == 130
+        refused = nodes.run("jobs", "list", **place)
+        assert (refused.returncode, "--header or --cookie" in refused.stderr) == (1, True), refused.stderr
+    assert HEADER[1] not in submitted.stdout + submitted.stderr
+
+
+@mark_as_cluster_test
+def test_a_job_runs_in_its_runtime_environment(nodes: Nodes, tmp_path: Path) -> None:
+    script = tmp_path / "interpreter.sh"
+    script.write_text(f'#!/bin/sh\nINTERPRETER=own exec {sys.executable} "$@"\n')
+    script.chmod(0o755)
+    (tmp_path / "env.yaml").write_text(f"{{py_executable: {script}, env_vars: {{LINE: '3'}}}}")
+    program = (
+        "import os, ray; ray.init(); read = lambda: os.environ.get('INTERPRETER', '-') + os.environ['LINE']; "
+        "print('worker:', ray.get(ray.remote(read).remote()))"
+    )
+    words = [
+        "submit",
+        "--runtime-env",
+        str(tmp_path / "env.yaml"),
+        "--working-dir",
+        str(tmp_path),
+        "python",
+        "-c",
+        program,
+    ]
+    ended = nodes.run(*words)
+    assert "worker: own3" in ended.stdout, ended.stdout[-2000:] + ended.stderr[-2000:]
+    assert "note: py_executable replaces the interpreter" in ended.stderr
 
 
 @mark_as_cluster_test

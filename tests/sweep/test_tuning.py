@@ -25,7 +25,7 @@ from s3_server import S3Server
 from small_set import CATEGORIES, draw_parts, small_config
 from waiting import wait_for, wait_for_records
 
-from focus_ray.cluster.ownership import FINGERPRINTS_FILE, check_images_unchanged
+from focus_ray.cluster.ownership import FINGERPRINTS_FILE, FolderOwner, check_images_unchanged
 from focus_ray.errors import ConfigError, DataError, FocusRayError, SweepError, TrainingError
 from focus_ray.fitting.settings import load_config
 from focus_ray.ingestion.ingest import ingest
@@ -132,7 +132,7 @@ def test_the_folder_of_a_sweep_has_a_configuration_ready_to_train_and_a_report(f
     assert {"score:gear", "param:density.shrinkage"} <= set(table.column_names)
     page = Path(finished.root, "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2  # nothing was trained: no learning curves
-    names = "sweep.yaml data.json state.json trials best.yaml trials.parquet report.html report.md report.json"
+    names = "sweep.yaml data.json state.json owners trials best.yaml trials.parquet report.html report.md report.json"
     assert set(os.listdir(finished.root)) == {*names.split(), "parallel.png", "importance.png"}
 
 
@@ -278,6 +278,28 @@ def test_a_folder_holds_one_sweep_which_is_resumed_only_with_the_same_images(par
     (tmp_path / FINGERPRINTS_FILE).unlink()  # the driver died at its start
     check_images_unchanged(str(tmp_path), {"gear": "x"})
     assert json.loads((tmp_path / FINGERPRINTS_FILE).read_text()) == {"gear": "x"}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_sweep_that_is_taken_over_stops_and_writes_nothing_more(
+    ray_cluster: None, parts: str, tmp_path: Path
+) -> None:
+    config = make_sweep(parts, tmp_path, {"train": {"learning_rate": 0.001}}, space=SLOW, max_concurrent_trials=1)
+    owners: list[FolderOwner] = []
+    records_before: list[list[TrialRecord]] = []
+
+    def take_over_after_the_first_trial(message: str) -> None:
+        if message.startswith("trial ") and not owners:
+            owners.append(FolderOwner(f"{tmp_path}/search", 2, SweepError))
+            records_before.append(read_trial_records(f"{tmp_path}/search"))
+
+    with pytest.raises(SweepError, match=rf"search: process {os.getpid()} on .* has taken over this run"):
+        run_sweep(config, log=take_over_after_the_first_trial)
+    assert json.loads(Path(tmp_path, "search/state.json").read_text())["generation"] == 2
+    assert read_trial_records(f"{tmp_path}/search") == records_before[0]
+    assert not Path(tmp_path, "search/report.html").exists()
+    owners[0].close("stopped")
 
 
 # Killed and stopped drivers in separate processes

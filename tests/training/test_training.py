@@ -24,7 +24,7 @@ from torch import Tensor
 from worker_processes import run_workers
 
 from focus_ray.bundle.bundle import find_bundles_in_folder, read_bundle, read_manifest, read_statistics
-from focus_ray.cluster.ownership import FINGERPRINTS_FILE, HeartbeatWriter
+from focus_ray.cluster.ownership import FINGERPRINTS_FILE, FolderOwner, find_next_generation
 from focus_ray.data.read import decode_rows, read_index
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.passes import compute_image_statistics
@@ -290,7 +290,8 @@ def test_a_run_is_refused_under_a_used_name_with_other_settings_or_images_or_whi
     with pytest.raises(DataError, match="gear"):
         train(trained, resume=True)
     place.write_text(stored)
-    alive = HeartbeatWriter(f"{trained.storage}/small")
+    root = f"{trained.storage}/small"
+    alive = FolderOwner(root, find_next_generation(root, TrainingError), TrainingError)
     with pytest.raises(TrainingError, match=rf"process {os.getpid()} on "):
         train(trained, resume=True)
     alive.close("finished")
@@ -508,6 +509,29 @@ def test_the_same_command_with_resume_starts_a_run_and_finds_it_finished(parts: 
         "gear: already trained"
     )
     assert sum("done in" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_a_driver_whose_run_is_taken_over_stops_and_writes_nothing_more(
+    parts: str, tmp_path: Path, epochs: int
+) -> None:
+    root = f"{tmp_path}/small"
+    config = small_config(parts, tmp_path, data={"categories": None}, train={"epochs": epochs}, cluster={"local": True})
+    owners: list[FolderOwner] = []
+
+    def take_over_during_the_second_category(message: str) -> None:
+        if message.startswith("gear: reading"):
+            owners.append(FolderOwner(root, 2, TrainingError))
+
+    with pytest.raises(TrainingError, match=rf"{root}: process {os.getpid()} on .* has taken over this run"):
+        train(config, log=take_over_during_the_second_category)
+    assert list(find_bundles_in_folder(root)) == ["board"]
+    assert not Path(root, "train/gear").exists()
+    assert not Path(root, "report.html").exists()
+    state = json.loads(Path(root, "state.json").read_text())
+    assert (state["state"], state["generation"]) == ("running", 2)
+    owners[0].close("failed")
+    assert sorted(train(config, resume=True)) == ["board", "gear"]
 
 
 def test_streamed_training_in_the_process_sees_every_image(parts: str, tmp_path: Path) -> None:
