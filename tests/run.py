@@ -17,7 +17,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 # folders of the first half; both halves take about the same time
 FIRST = (
-    "bundle", "cli", "cluster", "data", "density", "docs", "evaluation", "features", "samples", "serving", "submission",
+    "bundle", "cli", "cluster", "data", "density", "docs", "evaluation", "samples", "serving", "submission",
     "sweep", "tracking", "watching",
 )  # fmt: skip
 WITHOUT, WITH = "not slow and not cluster and not ray", "ray and not slow and not cluster"
