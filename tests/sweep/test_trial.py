@@ -88,7 +88,7 @@ def test_trials_share_features_only_if_their_settings_give_the_same_features(par
     different = [{"model": ALIGNED}, {"train": {"seed": 3}}, {"model": {"image_size_px": 48}}]
     unshareable = [
         {"train": {"epochs": 1}},
-        {"selection": {"fraction": 0.1}},
+        {"selection": {"fraction": 0.1}, "model": ALIGNED},  # it also judges whether to align
         {"density": {"reduction": "discriminant"}},
     ]
     (key,) = {key_of(**sections) for sections in same}
