@@ -19,9 +19,8 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from places import free_port
-from small_set import NUM_TEST, NUM_TRAIN, corrupt_image, draw_parts, fit_alone, small_config
+from small_set import NUM_TEST, NUM_TRAIN, corrupt_image, draw_parts, fit_alone, ingest_parts, small_config
 from torch import Tensor
-from worker_processes import run_workers
 
 from focus_ray.bundle.bundle import find_bundles_in_folder, read_bundle, read_manifest, read_statistics
 from focus_ray.cluster.ownership import FINGERPRINTS_FILE, FolderOwner, find_next_generation
@@ -39,7 +38,12 @@ from focus_ray.training.training import train
 CASES = [("gaussian", "none"), ("nearest", "none"), ("learnt", "rotation_translation")]
 
 
-def make_case_config(parts: str, storage: Path, case: tuple[str, str]) -> Config:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return ingest_parts(tmp_path_factory.mktemp("parts"))
+
+
+def make_case_config(data: str, storage: Path, case: tuple[str, str]) -> Config:
     kind, group = case
     alignment = {"group": group, "min_drop": 0.0}
     density: dict[str, Any] = {"kind": kind, "max_images": 12}
@@ -47,13 +51,13 @@ def make_case_config(parts: str, storage: Path, case: tuple[str, str]) -> Config
         density.update(kind="nearest", reduction="discriminant")
     scoring = {"image_score": "profile" if kind == "learnt" else "maximum"}
     return small_config(
-        parts, storage / "-".join(case), density=density, model={"image_alignment": alignment}, scoring=scoring
+        data, storage / "-".join(case), density=density, model={"image_alignment": alignment}, scoring=scoring
     )
 
 
-def read_test_images(parts: str) -> Tensor:
-    rows = read_index(parts, "gear", split="test")["row"].to_pylist()
-    return torch.cat([torch.from_numpy(batch) for batch in decode_rows(parts, "gear", rows, 64)])
+def read_test_images(data: str) -> Tensor:
+    rows = read_index(data, "gear", split="test")["row"].to_pylist()
+    return torch.cat([torch.from_numpy(batch) for batch in decode_rows(data, "gear", rows, 64)])
 
 
 def compute_relative_difference(first: Tensor, second: Tensor) -> float:
@@ -69,11 +73,11 @@ def compute_relative_difference(first: Tensor, second: Tensor) -> float:
     [("split", 100, round(0.2 * NUM_TRAIN)), ("split", 2, 2), ("cross", 100, 0)],
 )
 def test_a_plan_assigns_every_normal_training_image_and_fills_its_folds_evenly(
-    parts: str, monkeypatch: pytest.MonkeyPatch, method: str, max_images: int, num_holdout: int
+    data: str, monkeypatch: pytest.MonkeyPatch, method: str, max_images: int, num_holdout: int
 ) -> None:
     monkeypatch.setattr("focus_ray.fitting.split.MAX_CALIBRATION_IMAGES", max_images)
-    plan = compute_split_plan(small_config(parts, "unused", calibration={"method": method}), "gear")
-    rows = read_index(parts, "gear", split="train")["row"].to_pylist()
+    plan = compute_split_plan(small_config(data, "unused", calibration={"method": method}), "gear")
+    rows = read_index(data, "gear", split="train")["row"].to_pylist()
     assert sorted([*plan.fit.rows, *plan.holdout.rows]) == rows
     assert len(plan.holdout.rows) == num_holdout
     assert all(np.diff(plan.fit.rows) > 0)
@@ -81,33 +85,29 @@ def test_a_plan_assigns_every_normal_training_image_and_fills_its_folds_evenly(
     assert np.ptp(np.bincount(plan.folds)) <= 1
 
 
-def test_another_seed_gives_another_plan(parts: str) -> None:
-    plans = [compute_split_plan(small_config(parts, "unused", train={"seed": seed}), "gear") for seed in (0, 1)]
+def test_another_seed_gives_another_plan(data: str) -> None:
+    plans = [compute_split_plan(small_config(data, "unused", train={"seed": seed}), "gear") for seed in (0, 1)]
     assert plans[0].holdout.rows.tolist() != plans[1].holdout.rows.tolist()
 
 
 @pytest.mark.parametrize("settings", [{}, {"selection": {"fraction": 0.2}}])
 def test_a_small_pickled_rule_gives_the_rows_of_the_plan_and_the_part_of_every_image(
-    parts: str, settings: dict[str, Any]
+    data: str, settings: dict[str, Any]
 ) -> None:
-    config = small_config(parts, "unused", **settings)
+    config = small_config(data, "unused", **settings)
     pickled, plan = pickle.dumps(compute_split_rule(config, "gear")), compute_split_plan(config, "gear")
     assert len(pickled) < 1000
     split = pickle.loads(pickled)
     again = split.build_plan(config)
-    index = read_index(parts, "gear", split="train")
+    index = read_index(data, "gear", split="train")
     hashes = dict(zip(index["row"].to_pylist(), index["content_hash"].to_pylist(), strict=True))
-    images_by_part = {part: getattr(plan, part) for part in ("fit", "validation", "holdout")}
-    assert {hashes[row]: part for part, images in images_by_part.items() for row in images.rows} == {
+    parts = {part: getattr(plan, part) for part in ("fit", "validation", "holdout")}
+    assert {hashes[row]: part for part, images in parts.items() for row in images.rows} == {
         content_hash: split.find_subset(content_hash) for content_hash in hashes.values()
     }
-    assert [len(images) for images in images_by_part.values()] == [
-        split.num_fit,
-        split.num_validation,
-        split.num_holdout,
-    ]
+    assert [len(images) for images in parts.values()] == [split.num_fit, split.num_validation, split.num_holdout]
     assert split.num_images == plan.num_images
-    for part, images in images_by_part.items():
+    for part, images in parts.items():
         for column, values in vars(images).items():
             assert np.array_equal(values, getattr(getattr(again, part), column)), (part, column)
     assert np.array_equal(again.folds, plan.folds)
@@ -120,25 +120,25 @@ def test_the_split_of_a_fixed_set_does_not_change() -> None:
     assert keys == {"a": "9df3c5", "b": "e02192", "c": "be086d", "d": "7d98c2"}
 
 
-def test_cross_calibration_scores_no_more_images_than_asked(parts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cross_calibration_scores_no_more_images_than_asked(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("focus_ray.fitting.fit.MAX_CALIBRATION_IMAGES", 10)
-    config = small_config(parts, "unused", calibration={"method": "cross"})
+    config = small_config(data, "unused", calibration={"method": "cross"})
     assert fit_alone(config).calibration.num_images == 10
 
 
-def test_a_plan_does_not_depend_on_the_order_of_the_rows(parts: str, tmp_path: Path) -> None:
+def test_a_plan_does_not_depend_on_the_order_of_the_rows(data: str, tmp_path: Path) -> None:
     images = draw_parts(tmp_path / "images")
     for path in sorted((images / "gear/train/good").iterdir()):
         path.rename(path.with_name(f"{99 - int(path.stem):03}.png"))
     ingest(images, tmp_path / "data", categories=["gear"], progress=False)
-    plans = []
-    for uri in (parts, str(tmp_path / "data")):
+    parts = []
+    for uri in (data, str(tmp_path / "data")):
         plan = compute_split_plan(small_config(uri, "unused"), "gear")
         index = read_index(uri, "gear")
         hashes = dict(zip(index["row"].to_pylist(), index["content_hash"].to_pylist(), strict=True))
         folds = {hashes[row]: fold for row, fold in zip(plan.fit.rows, plan.folds, strict=True)}
-        plans.append((folds, {hashes[row] for row in plan.holdout.rows}, plan.fingerprint))
-    assert plans[0] == plans[1]
+        parts.append((folds, {hashes[row] for row in plan.holdout.rows}, plan.fingerprint))
+    assert parts[0] == parts[1]
 
 
 @given(st.integers(2, 500), st.integers(1, 8), st.integers(2, 64))
@@ -171,7 +171,7 @@ def fit_as_worker(rank: int, port: int, configs: list[Config], num_workers: int)
     dist.destroy_process_group()
 
 
-def assert_same_bundles(parts: str, config: Config, other: Config, bound: float, score_bound: float) -> None:
+def assert_same_bundles(data: str, config: Config, other: Config, bound: float, score_bound: float) -> None:
     """Compares moments, projections, scores of the test images and thresholds of two runs.
 
     Args:
@@ -185,7 +185,7 @@ def assert_same_bundles(parts: str, config: Config, other: Config, bound: float,
     assert compute_relative_difference(first.scatter, second.scatter) <= bound
     bundles = [read_bundle(place) for place in places]
     assert compute_relative_difference(*(bundle.detector.reduction.projection for bundle in bundles)) <= bound
-    scores = [bundle.detector(read_test_images(parts)).score for bundle in bundles]
+    scores = [bundle.detector(read_test_images(data)).score for bundle in bundles]
     spread = float(scores[0].std())
     assert spread > 0
     assert float((scores[0] - scores[1]).abs().max()) <= score_bound * spread
@@ -194,21 +194,21 @@ def assert_same_bundles(parts: str, config: Config, other: Config, bound: float,
 
 
 @pytest.fixture(scope="module")
-def fitted_by_three(parts: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fitted_by_three(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the folder in which three workers fitted all cases."""
     folder = tmp_path_factory.mktemp("three")
-    configs = [make_case_config(parts, folder, case) for case in CASES]
-    run_workers(fit_as_worker, (free_port(), configs, 3), 3)
+    configs = [make_case_config(data, folder, case) for case in CASES]
+    torch.multiprocessing.spawn(fit_as_worker, (free_port(), configs, 3), nprocs=3)
     return folder
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_three_workers_give_the_moments_and_scores_of_one(
-    parts: str, fitted_by_three: Path, tmp_path: Path, case: tuple[str, str]
+    data: str, fitted_by_three: Path, tmp_path: Path, case: tuple[str, str]
 ) -> None:
-    config, other = (make_case_config(parts, folder, case) for folder in (tmp_path, fitted_by_three))
+    config, other = (make_case_config(data, folder, case) for folder in (tmp_path, fitted_by_three))
     fit_in_this_process(config)
-    assert_same_bundles(parts, config, other, 1e-5, 1e-3)
+    assert_same_bundles(data, config, other, 1e-5, 1e-3)
     alignments = [
         read_manifest(f"{item.storage}/small/bundles/gear")["metrics"]["alignment"] for item in (config, other)
     ]
@@ -216,9 +216,9 @@ def test_three_workers_give_the_moments_and_scores_of_one(
 
 
 @pytest.mark.parametrize("method", ["split", "cross"])
-def test_a_streamed_share_gives_the_images_of_one_in_memory(parts: str, method: str) -> None:
-    config = small_config(parts, "unused", calibration={"method": method})
-    streamed = small_config(parts, "unused", calibration={"method": method}, data={"uri": parts, "memory_budget_mb": 0})
+def test_a_streamed_share_gives_the_images_of_one_in_memory(data: str, method: str) -> None:
+    config = small_config(data, "unused", calibration={"method": method})
+    streamed = small_config(data, "unused", calibration={"method": method}, data={"uri": data, "memory_budget_mb": 0})
     plan = compute_split_plan(config, "gear")
     assert fits_in_memory(config, plan)
     assert not fits_in_memory(streamed, plan)
@@ -234,20 +234,20 @@ def test_a_streamed_share_gives_the_images_of_one_in_memory(parts: str, method: 
 
 
 @pytest.fixture(scope="module")
-def trained(ray_cluster: None, parts: str, tmp_path_factory: pytest.TempPathFactory) -> Config:
+def trained(ray_cluster: None, data: str, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Trains a run with two workers and returns its configuration."""
-    config = small_config(parts, tmp_path_factory.mktemp("runs"), train={"epochs": 2}, cluster={"num_workers": 2})
+    config = small_config(data, tmp_path_factory.mktemp("runs"), train={"epochs": 2}, cluster={"num_workers": 2})
     assert train(config) == {"gear": f"{config.storage}/small/bundles/gear"}
     return config
 
 
 @pytest.mark.ray
-def test_two_workers_train_a_bundle_that_loads_and_scores(trained: Config, parts: str) -> None:
+def test_two_workers_train_a_bundle_that_loads_and_scores(trained: Config, data: str) -> None:
     bundle = read_bundle(find_bundles_in_folder(f"{trained.storage}/small")["gear"])
     assert [entry["epoch"] for entry in bundle.manifest["metrics"]["history"]] == [0, 1]
     assert bundle.manifest["metrics"]["num_workers"] == 2
     assert bundle.manifest["moments"]["count"] == bundle.manifest["data"]["num_fit"] == 19
-    scored = bundle.detector(read_test_images(parts))
+    scored = bundle.detector(read_test_images(data))
     assert scored.anomaly_map.shape == (NUM_TEST, 64, 64)
     assert bool((scored.score > 0).all())
     assert list(Path(trained.storage).glob("small/scratch/*")) == []
@@ -255,10 +255,10 @@ def test_two_workers_train_a_bundle_that_loads_and_scores(trained: Config, parts
 
 @pytest.mark.cluster
 @pytest.mark.ray
-def test_ray_train_agrees_with_two_plain_processes(trained: Config, parts: str, tmp_path: Path) -> None:
+def test_ray_train_agrees_with_two_plain_processes(trained: Config, data: str, tmp_path: Path) -> None:
     plain = trained.model_copy(update={"storage": str(tmp_path)})
-    run_workers(fit_as_worker, (free_port(), [plain], 2), 2)
-    assert_same_bundles(parts, plain, trained, 1e-6, 1e-4)
+    torch.multiprocessing.spawn(fit_as_worker, (free_port(), [plain], 2), nprocs=2)
+    assert_same_bundles(data, plain, trained, 1e-6, 1e-4)
 
 
 @pytest.mark.ray
@@ -300,12 +300,12 @@ def test_a_run_is_refused_under_a_used_name_with_other_settings_or_images_or_whi
 @pytest.mark.cluster
 @pytest.mark.ray
 def test_a_streamed_run_takes_the_agreed_steps_and_counts_every_image_once(
-    ray_cluster: None, parts: str, tmp_path: Path
+    ray_cluster: None, data: str, tmp_path: Path
 ) -> None:
     config = small_config(
-        parts,
+        data,
         tmp_path,
-        data={"uri": parts, "categories": ["gear"], "memory_budget_mb": 0},
+        data={"uri": data, "categories": ["gear"], "memory_budget_mb": 0},
         train={"epochs": 2, "batch_size_per_worker": 4, "learning_rate": 1e-3},
         cluster={"num_workers": 2, "use_gpu": False},
     )
@@ -314,7 +314,7 @@ def test_a_streamed_run_takes_the_agreed_steps_and_counts_every_image_once(
     agreed = BatchSchedule.from_smallest_share(len(plan.fit.rows), 2, 4)
     assert [entry["steps"] for entry in read_manifest(place)["metrics"]["history"]] == [agreed.steps] * 2
     detector = read_bundle(place).detector
-    images = torch.cat([torch.from_numpy(b) for b in decode_rows(parts, "gear", plan.fit.rows, 64)])
+    images = torch.cat([torch.from_numpy(b) for b in decode_rows(data, "gear", plan.fit.rows, 64)])
     again = compute_image_statistics(detector.net, detector.reduction, [images], torch.device("cpu")).moments
     moments = read_statistics(place).moments
     assert again.count == moments.count
@@ -339,10 +339,10 @@ def find_train_worker_pids() -> list[int]:
 @pytest.mark.ray
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_a_killed_worker_is_replaced_and_the_run_continues_from_its_checkpoint(
-    ray_cluster: None, parts: str, tmp_path: Path
+    ray_cluster: None, data: str, tmp_path: Path
 ) -> None:
     config = small_config(
-        parts,
+        data,
         tmp_path,
         train={"epochs": 16, "batch_size_per_worker": 2},
         cluster={"num_workers": 2},
@@ -388,9 +388,9 @@ print(json.dumps({"workers": metrics["num_workers"], "epochs": len(metrics["hist
 
 @pytest.mark.cluster
 @pytest.mark.ray
-def test_an_elastic_training_over_two_nodes_continues_with_the_remaining_node(parts: str, tmp_path: Path) -> None:
+def test_an_elastic_training_over_two_nodes_continues_with_the_remaining_node(data: str, tmp_path: Path) -> None:
     config = small_config(
-        parts,
+        data,
         tmp_path,
         train={"epochs": 30, "batch_size_per_worker": 2},
         cluster={"num_workers": 2, "min_workers": 1},
@@ -406,9 +406,9 @@ def test_an_elastic_training_over_two_nodes_continues_with_the_remaining_node(pa
 # Several categories, and failures
 
 
-def test_a_failing_category_is_named_the_other_is_trained_and_a_resume_finishes(parts: str, tmp_path: Path) -> None:
+def test_a_failing_category_is_named_the_other_is_trained_and_a_resume_finishes(data: str, tmp_path: Path) -> None:
     copy = tmp_path / "data"
-    shutil.copytree(parts, copy)
+    shutil.copytree(data, copy)
     config = small_config(str(copy), tmp_path, data={"uri": str(copy), "categories": None}, cluster={"local": True})
     corrupt_image(str(copy), "gear", compute_split_plan(config, "gear").fit.rows[3])
     lines: list[str] = []
@@ -419,14 +419,14 @@ def test_a_failing_category_is_named_the_other_is_trained_and_a_resume_finishes(
     assert any(line.startswith("gear: FAILED: ") for line in lines)
     version = read_manifest(tmp_path / "small/bundles/board")["sha256"]
     shutil.rmtree(copy)
-    shutil.copytree(parts, copy)
+    shutil.copytree(data, copy)
     assert (
         sorted(train(config, resume=True)) == sorted(find_bundles_in_folder(f"{tmp_path}/small")) == ["board", "gear"]
     )
     assert read_manifest(tmp_path / "small/bundles/board")["sha256"] == version
 
 
-def test_a_category_with_too_few_images_is_refused_before_anything_starts(parts: str, tmp_path: Path) -> None:
+def test_a_category_with_too_few_images_is_refused_before_anything_starts(data: str, tmp_path: Path) -> None:
     images = draw_parts(tmp_path / "images")
     for path in sorted((images / "board/train/good").iterdir())[3:]:
         path.unlink()
@@ -444,21 +444,21 @@ def test_a_category_with_too_few_images_is_refused_before_anything_starts(parts:
     ],
 )
 def test_a_run_that_cannot_work_is_refused_before_anything_is_written(
-    parts: str, tmp_path: Path, sections: dict[str, Any], message: str
+    data: str, tmp_path: Path, sections: dict[str, Any], message: str
 ) -> None:
     with pytest.raises((DataError, TrainingError), match=message):
-        train(small_config(parts, tmp_path, **sections))
+        train(small_config(data, tmp_path, **sections))
     assert not (tmp_path / "small").exists()  # the name is still free for the corrected run
 
 
 @pytest.mark.ray
 def test_training_in_the_process_equals_one_worker_on_ray_to_the_last_digit(
-    ray_cluster: None, parts: str, tmp_path: Path
+    ray_cluster: None, data: str, tmp_path: Path
 ) -> None:
     manifests = []
     for is_local in (True, False):
         config = small_config(
-            parts,
+            data,
             tmp_path / str(is_local),
             data={"categories": None},
             density={"reduction": "discriminant"},
@@ -478,10 +478,10 @@ def test_training_in_the_process_equals_one_worker_on_ray_to_the_last_digit(
 
 
 def test_training_in_the_process_continues_from_its_last_checkpoint_to_the_same_bundle(
-    parts: str, tmp_path: Path
+    data: str, tmp_path: Path
 ) -> None:
     whole, broken = (
-        small_config(parts, tmp_path / name, train={"epochs": 2}, cluster={"local": True}) for name in ("a", "b")
+        small_config(data, tmp_path / name, train={"epochs": 2}, cluster={"local": True}) for name in ("a", "b")
     )
     uninterrupted = read_manifest(train(whole)["gear"])
 
@@ -500,8 +500,8 @@ def test_training_in_the_process_continues_from_its_last_checkpoint_to_the_same_
     assert hashes[0] == hashes[1]
 
 
-def test_the_same_command_with_resume_starts_a_run_and_finds_it_finished(parts: str, tmp_path: Path) -> None:
-    config = small_config(parts, tmp_path, cluster={"local": True})
+def test_the_same_command_with_resume_starts_a_run_and_finds_it_finished(data: str, tmp_path: Path) -> None:
+    config = small_config(data, tmp_path, cluster={"local": True})
     lines: list[str] = []
     bundles = [train(config, resume=True, log=lines.append) for _ in range(2)]
     assert bundles[0] == bundles[1]
@@ -512,11 +512,9 @@ def test_the_same_command_with_resume_starts_a_run_and_finds_it_finished(parts: 
 
 
 @pytest.mark.parametrize("epochs", [0, 2])
-def test_a_driver_whose_run_is_taken_over_stops_and_writes_nothing_more(
-    parts: str, tmp_path: Path, epochs: int
-) -> None:
+def test_a_driver_whose_run_is_taken_over_stops_and_writes_nothing_more(data: str, tmp_path: Path, epochs: int) -> None:
     root = f"{tmp_path}/small"
-    config = small_config(parts, tmp_path, data={"categories": None}, train={"epochs": epochs}, cluster={"local": True})
+    config = small_config(data, tmp_path, data={"categories": None}, train={"epochs": epochs}, cluster={"local": True})
     owners: list[FolderOwner] = []
 
     def take_over_during_the_second_category(message: str) -> None:
@@ -534,6 +532,6 @@ def test_a_driver_whose_run_is_taken_over_stops_and_writes_nothing_more(
     assert sorted(train(config, resume=True)) == ["board", "gear"]
 
 
-def test_streamed_training_in_the_process_sees_every_image(parts: str, tmp_path: Path) -> None:
-    config = small_config(parts, tmp_path, data={"memory_budget_mb": 0.0}, train={"epochs": 1}, cluster={"local": True})
+def test_streamed_training_in_the_process_sees_every_image(data: str, tmp_path: Path) -> None:
+    config = small_config(data, tmp_path, data={"memory_budget_mb": 0.0}, train={"epochs": 1}, cluster={"local": True})
     assert read_manifest(train(config)["gear"])["moments"]["count"] == NUM_TRAIN - round(0.2 * NUM_TRAIN)
