@@ -247,7 +247,7 @@ def _train_categories(
         else:
             outcomes = _train_on_cluster(config, splits, owner, limit, handle_message)
         for category, outcome in outcomes:
-            owner.check_owned()
+            owner.check_owned(ask_storage=isinstance(outcome, FailedPiece))  # a worker may have noticed the loss first
             place = get_bundle_uri(root, category)
             if isinstance(outcome, FailedPiece):
                 failed[category] = outcome.reason
