@@ -14,13 +14,15 @@ from importlib.machinery import ModuleSpec
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import ValidationError
 from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import RayActorOptionsSchema
 
 from focus_ray.bundle.registry import Version
-from focus_ray.errors import FocusRayError
+from focus_ray.errors import ConfigError, FocusRayError
 from focus_ray.retries import compute_retry_pause_s
 from focus_ray.serving.api import create_api
 from focus_ray.serving.logs import configure_logging, log_event
@@ -322,13 +324,15 @@ def _create_actor_options(
     """Returns the `ray_actor_options` of a deployment.
 
     Args: labels: labels of its nodes, in addition to those of the settings.
+
+    Raises: ConfigError: a label is not valid.
     """
-    return {
-        "num_cpus": num_cpus,
-        "num_gpus": num_gpus,
-        "label_selector": {**settings.labels, **labels},
-        "runtime_env": _ENVIRONMENT,
-    }
+    selector = {**settings.labels, **labels}
+    try:
+        RayActorOptionsSchema(label_selector=selector)
+    except ValidationError as error:
+        raise ConfigError(f"labels={selector}: {error.errors()[0]['msg']}") from None
+    return {"num_cpus": num_cpus, "num_gpus": num_gpus, "label_selector": selector, "runtime_env": _ENVIRONMENT}
 
 
 def _create_autoscaling_config(scaling: ReplicaScaling) -> dict[str, Any]:

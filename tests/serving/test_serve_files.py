@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +44,13 @@ def test_build_refuses_an_unknown_key() -> None:
 
     with pytest.raises(ConfigError, match=r"args of the application: pool\.num_gpu: .*'num_gpus'"):
         build({"registry": "x", "tokens": "y", "pool": {"num_gpu": 1}})
+
+
+def test_build_refuses_a_label_that_ray_does_not_understand(tmp_path: Path) -> None:
+    from focus_ray.serving.app import build
+
+    with pytest.raises(ConfigError, match=r"labels=.*in\(a"):
+        build({"registry": str(tmp_path), "tokens": "y", "labels": {"site": "in(a"}})
 
 
 def test_the_manifest_gives_replicas_time_to_finish_and_enough_gpus() -> None:

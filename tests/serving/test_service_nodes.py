@@ -21,13 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
 import ray
 from ray.cluster_utils import Cluster
-from ray.util.state import list_actors
+from ray._private.state import actors
 from focus_ray.errors import TrainingError
 from focus_ray.serving import launch
 from focus_ray.serving.settings import parse_service_settings
 
 if __name__ == "__main__":
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes.add_node(num_cpus=4, labels={"site": "a"})
     folder, port = sys.argv[1], int(sys.argv[2])
     os.chdir(folder)
@@ -41,12 +41,9 @@ if __name__ == "__main__":
         settings = parse_service_settings({**tree, "tokens": "tokens.yaml"})
         with launch.run_service(settings, port=port, log=lines.put):
             sites = {node["NodeID"]: node["Labels"].get("site") for node in ray.nodes()}
-            actors = list_actors(filters=[("state", "=", "ALIVE")])
-            return [
-                (actor.class_name, sites[actor.node_id], actor.node_id)
-                for actor in actors
-                if "ServeReplica" in actor.class_name
-            ]
+            replicas = [actor for actor in actors().values() if "ServeReplica" in actor["ActorClassName"]]
+            places = [(actor["ActorClassName"], actor["Address"]["NodeID"]) for actor in replicas]
+            return [(name, sites[node], node) for name, node in places]
 
     with ThreadPoolExecutor(1) as thread:
         service = thread.submit(run_service_once)
