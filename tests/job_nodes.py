@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class Nodes:
         access: environment variables with the S3 keys, for the test itself.
         root: S3 URI for data and results.
         process: process of `ray_nodes.py`.
+        folder: folder of Ray, which all processes of the cluster and of its jobs have in the variable RAY_TMPDIR.
     """
 
     address: str
@@ -39,6 +41,7 @@ class Nodes:
     access: Mapping[str, str]
     root: str
     process: subprocess.Popen[str]
+    folder: str
 
     def run(self, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
         """Runs a focus-ray command as the submitter, and waits for its end. changes: more environment variables."""
@@ -69,6 +72,16 @@ class Nodes:
         self.process.stdin.flush()
         assert json.loads(self.process.stdout.readline()) == {"killed": True}
 
+    def kill_all_processes(self) -> None:
+        """Kills all processes of the cluster and of its jobs with SIGKILL, as the loss of all machines does."""
+        variable = f"RAY_TMPDIR={self.folder}\0".encode()
+        for _ in range(3):  # a process may start another one while the processes are listed
+            for process in Path("/proc").glob("[0-9]*"):
+                with suppress(OSError):  # the process has ended meanwhile, or belongs to another user
+                    if variable in (process / "environ").read_bytes():
+                        os.kill(int(process.name), signal.SIGKILL)
+        self.process.wait()
+
 
 @contextmanager
 def run_nodes(s3_server: S3Server, num_nodes: int = 2) -> Iterator[Nodes]:
@@ -88,7 +101,7 @@ def run_nodes(s3_server: S3Server, num_nodes: int = 2) -> Iterator[Nodes]:
         address = json.loads(process.stdout.readline())["address"]
         # the submitter knows the address of the S3 server, but has no keys
         submitter = {**clean, "AWS_ENDPOINT_URL": access["AWS_ENDPOINT_URL"], "AWS_REGION": access["AWS_REGION"]}
-        yield Nodes(address, submitter, access, s3_server.new_uri(), process)
+        yield Nodes(address, submitter, access, s3_server.new_uri(), process, temporary)
     finally:
         assert process.stdin is not None
         process.stdin.close()

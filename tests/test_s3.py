@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,7 @@ def test_the_error_for_wrong_credentials_names_the_bucket_and_the_variables(
         with pytest.raises(DataError, match=r"S3 bucket 'focus-ray-tests', key .*AWS_SECRET_ACCESS_KEY") as raised:
             action(uri)
         assert "not-the-secret" not in str(raised.value)
+        assert f"(on machine {socket.gethostname()})" in str(raised.value)
 
 
 def test_the_error_for_an_unreachable_server_names_its_address(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:

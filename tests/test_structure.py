@@ -16,7 +16,7 @@ from places import PACKAGE
 
 # a room (top-level package or module) imports only rooms of lower levels
 LEVELS = (
-    {"errors", "names", "progress", "seeds", "csv_tables", "distributed", "precision", "retries", "version"},
+    {"errors", "names", "progress", "seeds", "csv_tables", "device", "distributed", "precision", "retries", "version"},
     {"settings", "storage", "client", "samples", "drawing"},
     {"data", "features", "density", "metrics", "cluster", "defects"},
     {"detect", "fyd", "ingestion", "tracking"},
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     | {"serving.app", "serving.launch", "serving.metrics", "serving.serve_private"}
     | {"training.trainer", "training.streams", "evaluation", "ingestion.cluster"},
     "torch": {
+        "device",
         "distributed",
         "precision",
         "features",

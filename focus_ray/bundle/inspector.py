@@ -34,6 +34,7 @@ from focus_ray.data.schema import Row
 from focus_ray.density.base import choose_evenly_spaced
 from focus_ray.detect.inspection import Inspection, find_regions, resize_anomaly_map
 from focus_ray.detect.shift import compare_with_calibration_scores, describe_test_shift
+from focus_ray.device import choose_device
 from focus_ray.errors import ConfigError, DataError, ScoreError
 from focus_ray.features.batch_norm import fuse_batch_norms, prepare_backbone_for_inference
 from focus_ray.features.network import convert_to_float_images
@@ -94,7 +95,7 @@ class Inspector:
         """Reads and verifies a bundle, and returns an inspector for it.
 
         Args:
-            device: such as cpu or cuda:0; 'auto' takes a GPU if the machine has one.
+            device: such as cpu or cuda:0; 'auto' takes a GPU if this process may use one (`choose_device`).
             options: further arguments of the constructor.
 
         Raises:
@@ -102,7 +103,7 @@ class Inspector:
             ConfigError, MissingPackageError, DataError: as the constructor.
         """
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = choose_device()
         return cls(read_bundle(uri, device), device, **options)
 
     def _score_images(

@@ -134,11 +134,20 @@ class FolderOwner:
 
     @property
     def is_taken_over(self) -> bool:
-        """Whether the thread or `close` has noticed that another driver took the folder over."""
+        """Whether this process has noticed that another driver took the folder over."""
         return self._newer_owner is not None
 
-    def check_owned(self) -> None:
-        """Raises the error of `__init__` if another driver has taken the folder over. Does not access the storage."""
+    def check_owned(self, ask_storage: bool = False) -> None:
+        """Raises the error of `__init__` if another driver has taken the folder over.
+
+        Args: ask_storage: look into the storage now; False: the thread has looked a few seconds ago.
+
+        Raises:
+            error (see `__init__`): another driver has taken the folder over.
+            DataError: the storage fails.
+        """
+        if ask_storage and self._newer_owner is None:
+            self._newer_owner = _find_newer_owner(self.root, self.generation)
         if self._newer_owner is not None:
             raise _make_loss_error(self.root, self._newer_owner, self._error)
 
@@ -153,8 +162,7 @@ class FolderOwner:
         """
         self._end.set()
         self._thread.join()
-        self._newer_owner = self._newer_owner or _find_newer_owner(self.root, self.generation)
-        self.check_owned()
+        self.check_owned(ask_storage=True)
         self._write_state(state)
 
     def _write_heartbeats(self) -> None:

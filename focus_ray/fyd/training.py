@@ -21,6 +21,7 @@ from focus_ray.fyd.head import ProjectorPredictorHead
 from focus_ray.fyd.losses import compute_effective_rank, draw_image_pairs
 from focus_ray.fyd.objective import LAST_LEVEL, TrainingObjective, iterate_all_parameters
 from focus_ray.fyd.settings import TrainConfig
+from focus_ray.precision import has_native_bfloat16
 from focus_ray.seeds import derive_seed
 
 MOMENTUM = 0.9  # of SGD [kin]
@@ -62,7 +63,7 @@ class FydTraining:
         if get_world_size() > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             self.objective = nn.parallel.DistributedDataParallel(objective, device_ids=devices)
-        self.autocast = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self.autocast = self.device.type == "cuda" and has_native_bfloat16(self.device)
 
     def get_state_dicts(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
         """Returns three state dicts: of network and head together, of the optimiser, and of the schedule."""

@@ -74,12 +74,16 @@ class ScorerReplica:
         self._versions_to_preload = list(preload)
 
     async def check_health(self) -> None:
-        """Loads the versions of `preload` (see the constructor) that are not loaded yet, one after the other.
+        """Checks the device, and loads the versions of `preload` (see the constructor) that are not loaded yet.
 
-        Serve calls this method before it sends the first request to the replica, and regularly afterwards.
+        Serve calls this method before it sends the first request to the replica, and every 5 s afterwards. After three failures
+        in a row, Serve replaces the replica.
 
-        Raises: BundleError: a version cannot be loaded. Serve then treats the replica as unhealthy.
+        Raises:
+            RuntimeError, TimeoutError: the GPU cannot be used.
+            BundleError: a version cannot be loaded.
         """
+        await self._scorer.check_device()
         while self._versions_to_preload:
             await self._scorer.warm_up_model(self._versions_to_preload[-1])
             self._versions_to_preload.pop()
@@ -220,14 +224,23 @@ class IngressReplica:
         _prepare_replica_process()
         metrics = RayMetricsRecorder()
         backend: ScoringBackend
+        self._scorer: ImageScorer | None = None
         if common_pool is None:
-            backend = ImageScorer(settings.pool, settings.device, metrics)
+            backend = self._scorer = ImageScorer(settings.pool, settings.device, metrics)
         else:
             by_category = {
                 (pin.team, category): pinned_pools[pin.name] for pin in settings.pins for category in pin.categories
             }
             backend = RemoteScoringBackend(common_pool, by_category, metrics)
         self._service = InspectionService(settings, backend, metrics)
+
+    async def check_health(self) -> None:
+        """Checks the device if this replica scores images itself. Serve calls this method every 5 s.
+
+        Raises: RuntimeError, TimeoutError: the GPU cannot be used.
+        """
+        if self._scorer is not None:
+            await self._scorer.check_device()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Creates the HTTP application; Serve calls it once."""
@@ -259,12 +272,15 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         pinned_pools[pin.name] = _create_scoring_pool(f"pinned-{pin.name}", pin.pool, settings, preload)
     limits, pool = settings.limits, settings.pool
     together = settings.has_single_replica
-    actor: dict[str, Any] = {"num_cpus": settings.ingress_num_cpus, "runtime_env": _ENVIRONMENT}
     if together:
-        actor.update(num_cpus=settings.ingress_num_cpus + pool.num_cpus, num_gpus=pool.num_gpus)
+        actor = _create_actor_options(settings.ingress_num_cpus + pool.num_cpus, pool.num_gpus, settings, pool.labels)
+    else:
+        actor = _create_actor_options(settings.ingress_num_cpus, 0.0, settings, {})
+    scaling = pool.scaling if together else settings.ingress
     ingress = IngressReplica.options(  # type: ignore[attr-defined]
         name="ingress",
-        autoscaling_config=_create_autoscaling_config(pool.scaling if together else settings.ingress),
+        autoscaling_config=_create_autoscaling_config(scaling),
+        max_replicas_per_node=scaling.max_replicas_per_node,
         # above the limit of `RequestLimiter`, so that `RequestLimiter` refuses first, with a problem document
         max_ongoing_requests=limits.max_in_flight + 64,
         max_queued_requests=4 * limits.max_in_flight,
@@ -290,19 +306,35 @@ def _create_scoring_pool(
     return ScorerReplica.options(  # type: ignore[attr-defined]
         name=name,
         autoscaling_config=_create_autoscaling_config(pool.scaling),
+        max_replicas_per_node=pool.scaling.max_replicas_per_node,
         max_ongoing_requests=pool.max_ongoing_requests + num_admitted,
         max_queued_requests=MAX_QUEUED_REQUESTS,
-        ray_actor_options={"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus, "runtime_env": _ENVIRONMENT},
+        ray_actor_options=_create_actor_options(pool.num_cpus, pool.num_gpus, settings, pool.labels),
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=5,
     ).bind(pool, settings.device, list(preload))
 
 
+def _create_actor_options(
+    num_cpus: float, num_gpus: float, settings: ServiceSettings, labels: dict[str, str]
+) -> dict[str, Any]:
+    """Returns the `ray_actor_options` of a deployment.
+
+    Args: labels: labels of its nodes, in addition to those of the settings.
+    """
+    return {
+        "num_cpus": num_cpus,
+        "num_gpus": num_gpus,
+        "label_selector": {**settings.labels, **labels},
+        "runtime_env": _ENVIRONMENT,
+    }
+
+
 def _create_autoscaling_config(scaling: ReplicaScaling) -> dict[str, Any]:
     """Returns the settings of a `ReplicaScaling` as an `autoscaling_config` of Serve."""
     return {
-        **scaling.model_dump(),
+        **scaling.model_dump(exclude={"max_replicas_per_node"}),  # an option of the deployment itself
         "metrics_interval_s": _METRICS_INTERVAL_S,
         "look_back_period_s": max(5 * _METRICS_INTERVAL_S, scaling.upscale_delay_s),
     }

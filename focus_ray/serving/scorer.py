@@ -30,6 +30,7 @@ from focus_ray.detect.pictures import (
     draw_inspection_png,
     encode_anomaly_map,
 )
+from focus_ray.device import choose_device
 from focus_ray.serving.batching import DynamicBatcher
 from focus_ray.serving.decoders import Decoded, DecoderPool, FairTeamSemaphore
 from focus_ray.serving.metrics import MetricsRecorder
@@ -37,6 +38,7 @@ from focus_ray.serving.models import ModelCache
 from focus_ray.serving.settings import MIB, ScoringPool
 
 ImageResult = Inspection | ImageError
+DEVICE_CHECK_TIMEOUT_S = 25.0  # Serve itself ends a health check after 30 s, without a reason
 
 
 @dataclass(frozen=True)
@@ -104,18 +106,19 @@ class ImageScorer:
 
         Args:
             pool: settings of the threads, the decoder processes and the limits.
-            device: cpu or cuda; auto: cuda if there is a GPU.
+            device: cpu or cuda; auto: `choose_device`.
             metrics: receives the metrics; None: metrics are dropped.
         """
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = choose_device()
         self.pool, self.device, self.metrics = pool, device, metrics or MetricsRecorder()
         self._decoders = DecoderPool(pool.num_decoders)
         self._judging_threads = ThreadPoolExecutor(pool.num_decoders, thread_name_prefix="judge")
         self._judging_slots = FairTeamSemaphore(pool.num_decoders, max(1, pool.num_decoders - 1))
         # limits the requests whose decoded images are in memory; further images of a team wait as encoded files
         self._decoding_slots = FairTeamSemaphore(pool.max_ongoing_requests, max(1, pool.max_ongoing_requests // 2))
-        pass_thread = ThreadPoolExecutor(1, thread_name_prefix="pass")
+        self._pass_thread = pass_thread = ThreadPoolExecutor(1, thread_name_prefix="pass")
+        self._device_check: asyncio.Future[None] | None = None
         if device == "cpu":
             # Every thread that computes in parallel has its own OpenMP threads. More OpenMP threads than cores sleep between
             # operations, and a forward pass takes a third longer. Therefore only the thread of the pass computes in parallel.
@@ -132,6 +135,26 @@ class ImageScorer:
         blank = np.zeros((1, *inspector.frame.shape), dtype=np.uint8)
         await self._decoders.wait_until_ready()
         await self._batcher.submit(DecodedRequest(inspector, blank), 1)
+
+    async def check_device(self) -> None:
+        """Checks that the GPU computes: waits for a tiny computation in the thread of the forward pass. A CPU needs no check.
+
+        After some errors of CUDA, such as an illegal memory access, all later computations of a process fail. Only a new process
+        can use the GPU again.
+
+        Raises:
+            RuntimeError: the GPU cannot be used.
+            TimeoutError: the thread has not computed within DEVICE_CHECK_TIMEOUT_S.
+        """
+        if self.device == "cpu":
+            return
+        if self._device_check is None or self._device_check.done():  # a check that timed out still waits in the thread
+            loop = asyncio.get_running_loop()
+            self._device_check = loop.run_in_executor(self._pass_thread, _compute_on_device, self.device)
+        try:
+            await asyncio.wait_for(asyncio.shield(self._device_check), DEVICE_CHECK_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            raise TimeoutError(f"{self.device} has not computed within {DEVICE_CHECK_TIMEOUT_S:.0f} s") from None
 
     async def inspect_images(self, request: ScoringRequest) -> ScoringAnswer:
         """Scores the images of a request, and returns verdicts and the requested pictures; loads the version first if needed.
@@ -222,6 +245,11 @@ class ImageScorer:
         self.metrics.record("batch_categories", len(categories))
         self.metrics.record("passes", len(groups))
         return [RequestScores(*scores_by_part[index], started_at, ended_at) for index in range(len(parts))]
+
+
+def _compute_on_device(device: str) -> None:
+    """Adds two numbers on a device and waits for the sum. Raises: RuntimeError: the device cannot be used."""
+    torch.ones(1, device=device).add_(1).item()
 
 
 def _set_num_torch_threads(count: int) -> None:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from focus_ray.names import NAME_PATTERN
 from focus_ray.settings.sections import ConfigSection, validate_section
+from focus_ray.storage.files import make_absolute_path
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 MIB = 2**20
@@ -27,6 +28,13 @@ class ReplicaScaling(ConfigSection):
     )
     max_replicas: int = Field(
         default=1, ge=1, le=1000, description="Most replicas; at least min_replicas. The load decides between the two."
+    )
+    max_replicas_per_node: int | None = Field(
+        default=None,
+        ge=1,
+        le=100,
+        description="Most replicas on one node. With 1 and min_replicas=2, the loss of a node never takes the last replica. "
+        "null: any number.",
     )
     target_ongoing_requests: float = Field(
         default=16.0,
@@ -64,6 +72,10 @@ class ScoringPool(ConfigSection):
         default=0.0,
         ge=0.0,
         description="GPUs that Ray reserves for a replica. A share such as 0.25 lets several replicas use one GPU.",
+    )
+    labels: dict[str, str] = Field(
+        default={},
+        description="Labels of the nodes on which these replicas may run, in addition to those of the service.",
     )
     num_threads: int = Field(
         default=1, ge=1, le=256, description="Threads of torch on a CPU; usually equal to num_cpus."
@@ -211,7 +223,14 @@ class ServiceSettings(ConfigSection):
         "paths or s3:// URIs, which include everything below. true allows every data set that a model names; only with bundles.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="Device of the replicas that score. auto: a GPU if they have one."
+        default="auto",
+        description="Device of the replicas that score. auto: a GPU if pool.num_gpus is above 0, or if `focus-ray serve` "
+        "runs without a cluster on a machine with a GPU.",
+    )
+    labels: dict[str, str] = Field(
+        default={},
+        description="Labels of the nodes on which replicas may run, each a value, !value, in(a,b) or !in(a,b): for instance "
+        "{site: north}.",
     )
     ingress: ReplicaScaling = Field(
         default=_INGRESS,
@@ -274,3 +293,17 @@ def parse_service_settings(tree: dict[str, Any], source: str = "settings") -> Se
     Raises: ConfigError: a key is unknown, a value is wrong, or settings contradict each other.
     """
     return validate_section(ServiceSettings, tree, source)
+
+
+def make_service_paths_absolute(settings: ServiceSettings) -> ServiceSettings:
+    """Returns a copy of the settings with absolute local paths, because replicas run in other folders."""
+    tree = settings.model_dump(mode="json")
+    for section, key in ((tree, "registry"), (tree, "bundles"), (tree, "tokens"), (tree["sink"] or {}, "uri")):
+        if section.get(key) is not None:
+            section[key] = make_absolute_path(section[key])
+    if isinstance(settings.examples, dict):
+        tree["examples"] = {
+            team: [make_absolute_path(location) for location in locations]
+            for team, locations in settings.examples.items()
+        }
+    return parse_service_settings(tree)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import socket
 import threading
 import time
 import urllib.parse
@@ -385,7 +386,7 @@ def _explain_error(error: Exception, action: str, uri: str, path: str | None) ->
     if hint in (_DENIED, _FAILED) and (reason := _ask_refusal_reason(bucket)):
         text = f"{text}; the server says: {reason}"
         hint = _find_remedy(reason) if _find_remedy(reason) != _FAILED else hint
-    return f"S3 bucket {bucket!r}, key {key!r} at {server}: cannot {action}: {hint} [{text}]"
+    return f"S3 bucket {bucket!r}, key {key!r} at {server}: cannot {action}: {hint} (on machine {socket.gethostname()}) [{text}]"
 
 
 _SET_IDENTITY = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"

@@ -29,7 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from focus_ray.cluster.connect import compute_worker_resources, connect_to_ray, do_workers_use_gpu
 from focus_ray.cluster.failures import describe_root_cause
-from focus_ray.cluster.ownership import FolderOwner, check_images_unchanged, find_next_generation
+from focus_ray.cluster.ownership import FolderOwner, check_folder_owned, check_images_unchanged, find_next_generation
 from focus_ray.cluster.preflight import check_storage_on_nodes, count_concurrent_trainings
 from focus_ray.cluster.ray_private import remove_tune_folders
 from focus_ray.cluster.settings import MAX_FAILURES
@@ -477,6 +477,7 @@ class _SweepDriver:
                 reason = describe_root_cause(result.error)
                 record = TrialRecord(number, stage, point, "failed", None, reason=reason, ended_at=time.time())
                 if record.name not in recorded_names:
+                    check_folder_owned(self.root, self.generation, SweepError)
                     records.write_trial_record(self.root, record)
                     self.log(f"trial {record.name}: {record.status}: {record.reason}")
 

@@ -19,6 +19,7 @@ import torch
 
 from focus_ray.cluster.failures import describe_root_cause
 from focus_ray.cluster.ownership import check_folder_owned
+from focus_ray.device import choose_device
 from focus_ray.distributed import get_rank, get_world_size
 from focus_ray.errors import SweepError
 from focus_ray.fitting.settings import Config
@@ -100,8 +101,7 @@ def compute_features_task(config: Config, images: CategoryImages) -> tuple[Froze
 
     Raises: DataError: see `compute_frozen_features`.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return compute_frozen_features(config, images, device), None
+    return compute_frozen_features(config, images, torch.device(choose_device())), None
 
 
 def run_trial(config: Mapping[str, Any], job: SweepStageInputs) -> None:

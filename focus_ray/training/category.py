@@ -15,6 +15,7 @@ from dataclasses import asdict
 import torch
 
 from focus_ray.bundle.bundle import write_bundle
+from focus_ray.device import choose_device
 from focus_ray.distributed import compute_on_rank0_and_broadcast, get_rank, get_world_size
 from focus_ray.fitting.fit import fit
 from focus_ray.fitting.settings import Config
@@ -83,7 +84,7 @@ def fit_category(
     """
     make_cudnn_deterministic()
     category, rank, num_workers = split.category, get_rank(), get_world_size()
-    device = device or torch.device("cuda" if config.cluster.use_gpu and torch.cuda.is_available() else "cpu")
+    device = device or torch.device(choose_device() if config.cluster.use_gpu else "cpu")
     num_threads = num_threads or min(_MAX_DECODE_THREADS, os.cpu_count() or 1)
     folder = get_checkpoint_folder(root, category)
     # the workers must agree: an earlier group may still write

@@ -27,6 +27,7 @@ from focus_ray.cluster.preflight import check_storage_on_nodes, count_concurrent
 from focus_ray.cluster.settings import MAX_FAILURES
 from focus_ray.data.read import list_categories
 from focus_ray.data.schema import COMMIT_NAME
+from focus_ray.device import choose_device
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.fit import check_fit_prerequisites
 from focus_ray.fitting.regions import check_regions
@@ -239,14 +240,14 @@ def _train_categories(
     state = "failed"
     try:
         if is_local:
-            use_gpu = bool(config.cluster.use_gpu) and torch.cuda.is_available()
+            use_gpu = bool(config.cluster.use_gpu) and choose_device() == "cuda"
             outcomes = _train_in_this_process(
                 [CategoryJob(config, split, use_gpu, root, generation, handle_message) for split in splits.values()]
             )
         else:
             outcomes = _train_on_cluster(config, splits, owner, limit, handle_message)
         for category, outcome in outcomes:
-            owner.check_owned()
+            owner.check_owned(ask_storage=isinstance(outcome, FailedPiece))  # a worker may have noticed the loss first
             place = get_bundle_uri(root, category)
             if isinstance(outcome, FailedPiece):
                 failed[category] = outcome.reason

@@ -267,6 +267,21 @@ def test_only_heads_with_an_autoscaler_reach_the_kubernetes_api() -> None:
     assert reach == [("vision", {"ray.io/node-type": "head"})]
 
 
+def test_the_service_keeps_its_cluster_state_in_redis_with_a_password_from_a_secret() -> None:
+    options = CLUSTERS["RayService"]["gcsFaultToleranceOptions"]
+    assert set(options) <= {"redisUsername", "redisPassword", "externalStorageNamespace", "redisAddress"}
+    assert options["redisPassword"]["valueFrom"]["secretKeyRef"] == {"name": "focus-ray-redis", "key": "password"}
+    policy = find_manifest("NetworkPolicy", "ray-redis", "vision")["spec"]
+    assert does_rule_cover_port(policy["egress"][0], int(options["redisAddress"].rpartition(":")[2]))
+
+
+def test_ingress_replicas_on_separate_nodes_fit_the_node_groups() -> None:
+    ingress = yaml.safe_load(SERVICE["spec"]["serveConfigV2"])["applications"][0]["args"]["ingress"]
+    num_nodes = sum(group["maxReplicas"] for group in CLUSTERS["RayService"]["workerGroupSpecs"])
+    assert ingress["min_replicas"] > ingress["max_replicas_per_node"]
+    assert ingress["max_replicas"] <= ingress["max_replicas_per_node"] * num_nodes
+
+
 def test_the_services_serve_config_fits_rays_schema() -> None:
     config = yaml.safe_load(SERVICE["spec"]["serveConfigV2"])
     parsed = ServeDeploySchema.model_validate(config)

@@ -10,9 +10,11 @@ import torch.distributed as dist
 from places import free_port
 from torch import Tensor, nn
 
+from focus_ray.features.network import build_network
+from focus_ray.features.settings import ModelConfig
 from focus_ray.fyd.objective import LAST_LEVEL
 from focus_ray.fyd.settings import TrainConfig
-from focus_ray.fyd.training import build_learning_rate_schedule, format_collapse_warning, train_epoch
+from focus_ray.fyd.training import FydTraining, build_learning_rate_schedule, format_collapse_warning, train_epoch
 
 CPU = torch.device("cpu")
 
@@ -46,6 +48,20 @@ def test_weights_that_are_not_finite_after_the_last_step_raise() -> None:
     slope = Slope(3e38)
     with pytest.raises(FloatingPointError, match=r"weights .* after 1 steps"):
         run(slope, steps=1, learning_rate=10.0)
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_training_uses_bfloat16_only_on_gpus_that_do_not_emulate_it(
+    has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a T4 or V100 supports bfloat16 only by emulation
+    monkeypatch.setattr(
+        "torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation or has_bfloat16
+    )
+    training = FydTraining(build_network(ModelConfig(weights="random")), CPU, TrainConfig(epochs=1))
+    training.device = torch.device("cuda")
+    training.build_optimizer_and_schedule(steps_per_epoch=1)
+    assert training.autocast == has_bfloat16
 
 
 def test_the_effective_rank_is_computed_once_per_epoch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from places import free_port
 from service_load import RequestProbe, run_serve_command
 from serving_set import MILL, PRESS, TwoTeams, check_score, create_settings
@@ -101,6 +102,41 @@ def test_a_pinned_category_is_loaded_before_its_first_request(ray_cluster: None,
     assert replica._scorer.models.loaded_keys == []
     asyncio.run(replica.check_health())  # what Serve awaits before it sends a request
     assert replica._scorer.models.loaded_keys == [get_version_key(version)]
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU of this machine works")
+def test_serve_replaces_a_replica_whose_gpu_fails(service: LiveService, tmp_path: Path) -> None:
+    from ray import serve
+
+    from focus_ray.serving.app import ScorerReplica
+
+    failing_pid = tmp_path / "failing_pid"
+
+    class BreakableReplica(ScorerReplica.func_or_class):  # type: ignore[misc, name-defined, attr-defined]
+        async def check_health(self) -> None:
+            if failing_pid.exists() and int(failing_pid.read_text()) == os.getpid():
+                self._scorer.device = "cuda"  # this machine has no GPU, so the next computation fails
+            await super().check_health()
+
+        def get_pid(self) -> int:
+            return os.getpid()
+
+    deployment = serve.deployment(BreakableReplica, health_check_period_s=0.1).bind(ScoringPool(), "cpu")
+    handle = serve.run(deployment, name="breakable", route_prefix=None)
+
+    def get_pid() -> int:
+        try:
+            return int(handle.get_pid.remote().result(timeout_s=10))
+        except Exception:  # the replica is being replaced
+            return first_pid
+
+    try:
+        first_pid = int(handle.get_pid.remote().result())
+        failing_pid.write_text(str(first_pid))
+        wait_for(lambda: get_pid() != first_pid, 120, "another replica answers", 0.5)
+    finally:
+        serve.delete("breakable")
 
 
 @dataclass

@@ -44,13 +44,13 @@ from focus_ray.detect.detector import can_share_backbone_pass
 from focus_ray.detect.inspection import Inspection, Region, resize_anomaly_map
 from focus_ray.errors import BundleError, ConfigError, RegistryError
 from focus_ray.serving.batching import DynamicBatcher
-from focus_ray.serving.launch import check_host_security
+from focus_ray.serving.launch import check_host_security, share_gpu
 from focus_ray.serving.limits import read_body, read_content_length
 from focus_ray.serving.models import ModelCache
 from focus_ray.serving.problems import HttpProblem
 from focus_ray.serving.scorer import ImageScorer, ScoringRequest
 from focus_ray.serving.service import InspectionService
-from focus_ray.serving.settings import MIB, ServiceSettings, parse_service_settings
+from focus_ray.serving.settings import MIB, ServiceSettings, make_service_paths_absolute, parse_service_settings
 from focus_ray.serving.source import FolderModelSource
 from focus_ray.serving.tokens import create_token
 from focus_ray.storage.files import open_filesystem
@@ -599,3 +599,54 @@ def test_only_a_single_replica_both_receives_requests_and_scores(plant: TwoTeams
 def test_regions_have_the_same_fields_in_package_and_client() -> None:
     fields = [{field.name: field.type for field in dataclasses.fields(kind)} for kind in (Region, DefectRegion)]
     assert fields[0] == fields[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU of this machine works")
+def test_a_scorer_whose_gpu_cannot_compute_is_unhealthy(plant: TwoTeams) -> None:
+    scorer = ImageScorer(create_settings(plant).pool, "cuda")
+    with pytest.raises((RuntimeError, AssertionError)):  # AssertionError: a torch without CUDA
+        asyncio.run(scorer.check_device())
+
+
+def test_a_scorer_whose_device_hangs_is_unhealthy(plant: TwoTeams, monkeypatch: pytest.MonkeyPatch) -> None:
+    hang, computed = threading.Event(), []
+    monkeypatch.setattr("focus_ray.serving.scorer.DEVICE_CHECK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("focus_ray.serving.scorer._compute_on_device", lambda device: computed.append(hang.wait(60)))
+    scorer = ImageScorer(create_settings(plant).pool, "cuda")
+
+    async def check_until_it_computes() -> None:
+        for _ in range(3):
+            with pytest.raises(TimeoutError, match="cuda"):
+                await scorer.check_device()
+        hang.set()
+        monkeypatch.setattr("focus_ray.serving.scorer.DEVICE_CHECK_TIMEOUT_S", 60.0)
+        await scorer.check_device()
+
+    asyncio.run(check_until_it_computes())
+    assert computed == [True]  # further checks waited for the first one
+
+
+def test_local_paths_of_the_settings_become_absolute_where_they_are_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tree = {
+        "registry": "r",
+        "tokens": "t.yaml",
+        "sink": {"uri": "sink"},
+        "examples": {"press": ["data", "s3://plant/data"]},
+    }
+    settings = make_service_paths_absolute(parse_service_settings(tree))
+    assert [settings.registry, settings.tokens] == [str(tmp_path / "r"), str(tmp_path / "t.yaml")]
+    assert settings.sink is not None
+    assert settings.sink.uri == str(tmp_path / "sink")
+    assert settings.examples == {"press": (str(tmp_path / "data"), "s3://plant/data")}
+
+
+@pytest.mark.parametrize(("device", "shares"), [("auto", [0.5, True]), ("cpu", [0.5, False])])
+def test_every_pool_without_a_gpu_gets_a_share_of_the_gpu_of_this_machine(
+    plant: TwoTeams, device: str, shares: list[object]
+) -> None:
+    pins = [{"name": "boards", "team": PRESS, "categories": ["board"]}]
+    settings = share_gpu(create_settings(plant, device=device, pool={"num_gpus": 0.5}, pins=pins))
+    assert [settings.pool.num_gpus, settings.pins[0].pool.num_gpus > 0] == shares
