@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from places import SHARED
 from s3_server import s3, s3_server  # noqa: F401
-from shared_bundles import part_bundles, parts  # noqa: F401
+from shared_bundles import aligned_bundle, data, part_bundles, parts  # noqa: F401
 
 # a test may be slow on a busy machine
 settings.register_profile("focus_ray", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -17,7 +17,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 # folders of the first half; both halves take about the same time
 FIRST = (
-    "bundle", "cli", "cluster", "data", "density", "docs", "evaluation", "features", "samples", "serving", "submission",
+    "bundle", "cli", "cluster", "data", "density", "docs", "evaluation", "samples", "serving", "submission",
     "sweep", "tracking", "watching",
 )  # fmt: skip
 WITHOUT, WITH = "not slow and not cluster and not ray", "ray and not slow and not cluster"
@@ -26,11 +26,13 @@ SECOND = sorted(
     for path in TESTS.iterdir()
     if path.name not in FIRST and (path.name.startswith("test_") or any(path.glob("test_*.py")))
 )
+# only these files are imported for the tests with Ray
+ON_RAY = sorted(path for path in TESTS.rglob("test_*.py") if "mark.ray" in path.read_text(encoding="utf-8"))
 # name -> marks, niceness, paths. Ray's workers have a niceness of 15, so the other parts get the same niceness
 PARTS = {
     "without Ray, first half": (WITHOUT, 15, [TESTS / name for name in FIRST]),
     "without Ray, second half": (WITHOUT, 15, SECOND),
-    "with Ray": (WITH, 0, [TESTS]),
+    "with Ray": (WITH, 0, ON_RAY),
 }
 
 

@@ -23,7 +23,7 @@ IDENTITIES = {
     "admin": ("focus-admin", "focus-admin-secret", ["Admin", "Read", "Write", "List", "Tagging"]),
     "reader": ("focus-reader", "focus-reader-secret", ["Read", "List"]),
 }
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 90.0
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def test_bundles_are_read_used_and_published_without_any_extra(
 
 
 def test_a_model_is_fitted_and_measured_without_ray(images: Path, tmp_path: Path) -> None:
-    words = f"fit {images}/gear {tmp_path}/model model.weights=random model.image_size_px=64 calibration.method=split"
+    words = f"fit {images}/gear {tmp_path}/model model.weights=random model.image_size_px=64 model.image_alignment.group=none"
     ended = run_without(set(EXTRA_MODULES) - {"s3", "train"}, COMMANDS, words)
     assert ended.stdout.splitlines()[-1] == "fit 0", ended.stderr
     assert (tmp_path / "model/report/report.html").is_file()

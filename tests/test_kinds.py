@@ -62,7 +62,7 @@ def test_a_new_kind_of_each_table_works_from_ingestion_to_report(
         (drawn / old).rename(tmp_path / "plant/gear" / new)
     assert main(["ingest", str(tmp_path / "plant"), str(tmp_path / "data")]) == 0
     assert "format: plant" in capsys.readouterr().out
-    model = {"backbone": "patches", "weights": "default", "image_alignment": {"group": "none"}}
+    model = {"backbone": "patches", "weights": "default"}
     density = {"kind": "distance_to_mean", "num_channels": 16}
     bundle = make_bundle(small_config(str(tmp_path / "data"), tmp_path / "runs", model=model, density=density))
     assert main(["evaluate", bundle, "--output", str(tmp_path / "report")]) == 0

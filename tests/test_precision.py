@@ -67,7 +67,7 @@ def test_a_bundle_in_bfloat16_scores_as_its_fit_and_nearly_as_in_float32(tmp_pat
         config = small_config(
             uri,
             tmp_path / precision,
-            model=settings,
+            model={**settings, "image_alignment": {}},
             density={**settings, "reduction": "discriminant"},
             scoring={"image_score": "profile"},
         )

@@ -1,12 +1,10 @@
-"""Joins or starts a Ray cluster, and computes the resources of a worker."""
+"""Joins or starts a Ray cluster."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 from focus_ray.cluster.address import find_cluster_problem
@@ -14,7 +12,6 @@ from focus_ray.cluster.messages import is_verbose
 from focus_ray.cluster.ray_private import (
     check_private_attributes,
     describe_token_problem,
-    read_autoscaler_limits,
     require_private_cluster_token,
 )
 from focus_ray.cluster.settings import ClusterConfig
@@ -138,50 +135,3 @@ def _collect_train_variables() -> dict[str, str]:
     return {
         name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_") and name not in job_variables
     }
-
-
-def do_workers_use_gpu(config: ClusterConfig) -> bool:
-    """Returns whether workers use GPUs: the value of cluster.use_gpu. For auto: whether the cluster has or can get a GPU.
-
-    For auto, this process must be connected to the cluster.
-    """
-    if config.use_gpu != "auto":
-        return config.use_gpu
-    import ray
-
-    return max(ray.cluster_resources().get("GPU", 0.0), find_cluster_growth_limits(config, {}).get("GPU", 0.0)) > 0
-
-
-def compute_worker_resources(config: ClusterConfig, use_gpu: bool) -> dict[str, float]:
-    """Returns the resources that Ray reserves for one worker: kind ("CPU", "GPU", "memory") -> amount; memory in bytes.
-
-    Args: use_gpu: whether the worker uses a GPU, the result of `do_workers_use_gpu`.
-    """
-    resources = {"CPU": config.cpus_per_worker}
-    if use_gpu:
-        resources["GPU"] = config.gpus_per_worker
-    if config.memory_gib_per_worker is not None:
-        resources["memory"] = config.memory_gib_per_worker * 2**30
-    return resources
-
-
-def find_cluster_growth_limits(config: ClusterConfig, total: Mapping[str, float]) -> dict[str, float]:
-    """Returns the resources that the cluster can grow to: kind of resource -> amount.
-
-    The result is empty if neither the settings max_cpus and max_gpus nor an autoscaler say how far the cluster can grow.
-
-    Args:
-        config: its max_cpus and max_gpus override the limits of the autoscaler.
-        total: kind -> amount that the cluster has now. A limit is never below this amount.
-    """
-    limits: dict[str, float] = {}
-    autoscaler = read_autoscaler_limits()
-    for kind, configured in (("CPU", config.max_cpus), ("GPU", config.max_gpus)):
-        amount = configured if configured is not None else autoscaler.get(kind)
-        if amount is not None:
-            limits[kind] = max(amount, total.get(kind, 0.0))
-    if not limits:
-        return {}
-    if config.memory_gib_per_worker is not None:
-        limits["memory"] = autoscaler.get("memory", math.inf)  # no limit is known
-    return {**total, **limits}

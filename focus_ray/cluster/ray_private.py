@@ -8,23 +8,32 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import operator
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from focus_ray.cluster.failures import is_retryable
 from focus_ray.errors import TrainingError
 
+T = TypeVar("T")
+
 RAY_VERSION = "2.60.0"
 RESOURCE_KINDS = ("CPU", "GPU", "memory")
+_NUM_REPORT_ATTEMPTS, _REPORT_PAUSE_S = 10, 1.0  # to read the first report of the autoscaler
 # purpose -> module and dotted attribute that must exist
 PRIVATE_ATTRIBUTES = {
     "the labels of nodes": ("ray._raylet", "node_labels_match_selector"),
     "the limits of the autoscaler": ("ray._private.state", "state.get_max_resources_from_cluster_config"),
+    "the free resources of nodes": ("ray._private.state", "available_resources_per_node"),
+    "the actors that wait for resources": ("ray._private.state", "actors"),
+    "the state of the autoscaler": ("ray.autoscaler.v2.sdk", "get_cluster_status"),
+    "the report of the autoscaler": ("ray._private.ray_constants", "DEBUG_AUTOSCALING_STATUS"),
     "the current node": ("ray._private.worker", "_global_node"),
     "the cluster of this machine": ("ray._private.services", "canonicalize_bootstrap_address"),
     "the session folder": ("ray._private.node", "Node.get_session_dir_path"),
@@ -56,12 +65,82 @@ def check_private_attributes(attributes: dict[str, tuple[str, str]] = PRIVATE_AT
             ) from None
 
 
+def _call_on_cluster(function: Callable[[], T]) -> T:
+    """Calls a function that reads the state of the cluster: in this process, or with Ray Client (ray://) in a task."""
+    import ray
+
+    if not ray.util.client.ray.is_connected():
+        return function()
+    result: T = ray.get(ray.remote(num_cpus=0)(function).remote())
+    return result
+
+
 def read_autoscaler_limits() -> dict[str, float]:
     """Returns the limits of the autoscaler: kind of resource -> largest total of the cluster; empty without an autoscaler."""
-    from ray._private.state import state
 
-    limits = state.get_max_resources_from_cluster_config()
+    def read_limits() -> dict[str, float] | None:
+        from ray._private.state import state
+
+        return state.get_max_resources_from_cluster_config()  # type: ignore[no-any-return]
+
+    limits = _call_on_cluster(read_limits)
     return {kind: float(amount) for kind, amount in (limits or {}).items() if kind in RESOURCE_KINDS}
+
+
+def has_autoscaler() -> bool:
+    """Returns whether an autoscaler can add nodes to the cluster that this process has joined.
+
+    Ray runs an autoscaler on every head node. Without a configuration it only observes, and names the type of each node after
+    the id of the node ("node_..."). On a cluster that has just started, the function waits some seconds for the first report.
+    """
+
+    def read_node_types() -> set[str]:
+        import ray
+        from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+        from ray.autoscaler.v2.sdk import get_cluster_status
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        if status.stats.autoscaler_version not in (None, "0"):  # version 2 of the autoscaler
+            return {node.ray_node_type_name for node in [*status.active_nodes, *status.idle_nodes]}
+        report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}").get("autoscaler_report")  # version 1
+        return set((report or {}).get("node_type_mapping", {}).values())
+
+    for _ in range(_NUM_REPORT_ATTEMPTS):
+        if node_types := _call_on_cluster(read_node_types):
+            return any(not name.startswith("node_") for name in node_types)
+        time.sleep(_REPORT_PAUSE_S)
+    return False
+
+
+def read_available_resources() -> dict[str, dict[str, float]]:
+    """Returns id of a node -> its free resources: kind -> amount. A kind that is used up is missing."""
+
+    def read_resources() -> dict[str, dict[str, float]]:
+        from ray._private.state import available_resources_per_node
+
+        return available_resources_per_node()  # type: ignore[no-any-return]
+
+    return _call_on_cluster(read_resources)
+
+
+def do_other_jobs_wait() -> bool:
+    """Returns whether actors or placement groups of other jobs than this one wait for resources of the cluster."""
+
+    def find_waiting_jobs() -> bool:
+        import ray
+        from ray._private.state import actors
+
+        job = ray.get_runtime_context().get_job_id()
+        waiting_actors = actors(actor_state_name="PENDING_CREATION").values()
+        waiting_groups = [
+            name for name, group in ray.util.placement_group_table().items() if group["state"] == "PENDING"
+        ]
+        return any(actor["JobID"] != job for actor in waiting_actors) or any(
+            not name.endswith(job) for name in waiting_groups
+        )
+
+    return _call_on_cluster(find_waiting_jobs)
 
 
 def labels_match_selector(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
@@ -89,7 +168,9 @@ def find_local_cluster_address() -> str | None:
 def patch_ray_train_retries() -> None:
     """Changes Ray Train in this process, for all trainers that are created later: permanent errors end a training at once.
 
-    Ray Train has no public option for this. `is_retryable` says which errors are permanent. Requires a connection to a cluster.
+    Ray Train has no public option for this. `is_retryable` says which errors are permanent. Ray Train also counts every minute
+    in which the workers wait for resources as a failure; a training may wait longer, until `ResourceWait` ends the run. Requires
+    a connection to a cluster.
 
     The function also sets RAY_ADDRESS to the address of the cluster, in this process and in the actors of a trainer. The
     placement group cleaner of Ray Train asks the state API whether its controller is alive, without naming a cluster. With two
@@ -97,16 +178,20 @@ def patch_ray_train_retries() -> None:
     """
     import ray
     from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
     from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
     from ray.train.v2.api import data_parallel_trainer
 
     class PermanentFailurePolicy(DefaultFailurePolicy):
-        """Ray's retry policy, except that permanent errors are never retried."""
+        """Ray's retry policy, except that permanent errors are never retried, and waiting for resources is no failure."""
 
         def make_decision(self, training_failed_error: Any) -> Any:
-            """See `DefaultFailurePolicy.make_decision`: Ray's decision, but `FailureDecision.RAISE` for permanent errors."""
+            """See `DefaultFailurePolicy.make_decision`: Ray's decision, but permanent errors and waiting are decided here."""
             if not is_retryable(training_failed_error):
                 return FailureDecision.RAISE
+            failure = getattr(training_failed_error, "controller_failure", None)
+            if isinstance(failure, WorkerGroupStartupTimeoutError):
+                return FailureDecision.RETRY
             return super().make_decision(training_failed_error)
 
     data_parallel_trainer.create_failure_policy = PermanentFailurePolicy

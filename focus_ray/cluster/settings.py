@@ -23,7 +23,8 @@ class ClusterConfig(ConfigSection):
     team: str | None = Field(
         default=None,
         pattern=NAME_PATTERN,
-        description="Owner of the run. It becomes part of the run's namespace, and of the name with name=auto.",
+        description="Owner of the run. It becomes part of the run's namespace, and of the name with name=auto. On a cluster with "
+        "quotas for teams, workers use the quota of this team.",
     )
     labels: dict[str, str] = Field(
         default={},
@@ -69,7 +70,8 @@ class ClusterConfig(ConfigSection):
     max_cpus: float | None = Field(
         default=None,
         ge=0.0,
-        description="CPUs to which the cluster can grow. null: the limit of its autoscaler, or its present CPUs.",
+        description="CPUs to which the cluster can grow. null: the limit of its autoscaler, no limit if this limit is unknown, "
+        "or the present CPUs without an autoscaler.",
     )
     max_gpus: float | None = Field(
         default=None, ge=0.0, description="GPUs to which the cluster can grow. null as in max_cpus."

@@ -20,9 +20,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.cluster.connect import connect_to_ray, do_workers_use_gpu, runs_without_ray
-from focus_ray.cluster.pool import FailedPiece, WorkerPool, make_worker_options
-from focus_ray.cluster.preflight import check_storage_on_nodes, count_concurrent_trainings
+from focus_ray.cluster.capacity import ClusterCapacity, make_worker_options
+from focus_ray.cluster.connect import connect_to_ray, runs_without_ray
+from focus_ray.cluster.pool import FailedPiece, WorkerPool
+from focus_ray.cluster.preflight import check_storage_on_nodes
 from focus_ray.cluster.settings import MAX_FAILURES, ClusterConfig
 from focus_ray.data.store import open_data_set
 from focus_ray.errors import DataError, FocusRayError
@@ -281,5 +282,5 @@ def open_worker_pool(
         return None
     is_private = connect_to_ray(namespace=cluster.ray_namespace)
     check_storage_on_nodes(inputs, [output], cluster.labels, log)
-    count = count_concurrent_trainings(cluster, is_private, log=log, limit=num_workers, count_growth=True)
-    return WorkerPool(count, make_worker_options(cluster, do_workers_use_gpu(cluster)), MAX_FAILURES, log)
+    capacity = ClusterCapacity(cluster, is_private, log, limit=num_workers)
+    return WorkerPool(capacity, make_worker_options(cluster, capacity.use_gpu), MAX_FAILURES, log)

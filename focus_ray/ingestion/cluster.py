@@ -8,10 +8,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from focus_ray.cluster.capacity import ClusterCapacity, make_worker_options
 from focus_ray.cluster.connect import connect_to_ray
 from focus_ray.cluster.failures import describe_root_cause
-from focus_ray.cluster.pool import make_worker_options
-from focus_ray.cluster.preflight import check_storage_on_nodes, count_concurrent_trainings
+from focus_ray.cluster.preflight import check_storage_on_nodes
+from focus_ray.cluster.resource_wait import ResourceWait
 from focus_ray.cluster.settings import DEFAULT_CLUSTER, ClusterConfig, check_settings_have_effect
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.ingestion.ingest import ingest
@@ -21,11 +22,15 @@ from focus_ray.storage.files import is_s3_uri
 
 # settings of ClusterConfig that `ingest` uses
 INGEST_SETTINGS = ("team", "labels", "cpus_per_worker", "memory_gib_per_worker", "max_cpus")
+_RECOUNT_INTERVAL_S = 2.0  # between two looks at the number of tasks
 MAX_RETRIES = 5  # of a piece after the loss of its worker or node
 
 
 def map_in_ray_tasks(
-    function: Callable[[Any], Any], items: Sequence[Any], num_workers: int, task_options: Mapping[str, Any]
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    count_tasks: Callable[[int], int],
+    task_options: Mapping[str, Any],
 ) -> Iterator[tuple[int, Any]]:
     """Generator: calls a function for each item in a separate Ray task, and yields (position, result) as the tasks finish.
 
@@ -37,7 +42,7 @@ def map_in_ray_tasks(
     Args:
         function: the function; it may run again after the loss of its worker.
         items: arguments of the calls.
-        num_workers: largest number of tasks at the same time.
+        count_tasks: receives the number of tasks that run or wait, and returns the largest number of tasks at the same time.
         task_options: options of `ray.remote` for each task, from `make_worker_options`.
 
     Raises: DataError: the function raised it. TrainingError: the workers of an item died on every attempt. Another error of the
@@ -51,12 +56,14 @@ def map_in_ray_tasks(
     remaining = iter(enumerate(items))
     try:
         while True:
-            for number, item in islice(remaining, num_workers - len(item_numbers)):
+            num_new = max(0, count_tasks(len(item_numbers)) - len(item_numbers))
+            for number, item in islice(remaining, num_new):
                 item_numbers[task.remote(item)] = number
             if not item_numbers:
                 return
-            (answer,), _ = ray.wait(list(item_numbers), num_returns=1)
-            yield item_numbers.pop(answer), ray.get(answer)
+            answers, _ = ray.wait(list(item_numbers), num_returns=1, timeout=_RECOUNT_INTERVAL_S)
+            for answer in answers:
+                yield item_numbers.pop(answer), ray.get(answer)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, DataError):
             raise error.cause from None
@@ -103,20 +110,18 @@ def ingest_on_cluster(
     is_private = connect_to_ray(namespace=cluster.ray_namespace)
     files = () if is_s3_uri(source) else (path for path in Path(source).absolute().rglob("*") if path.is_file())
     check_storage_on_nodes([str(path) for path in islice(files, 1)], [str(destination)], cluster.labels, log)
-    task_options = make_worker_options(cluster, use_gpu=False)
-    count = _choose_num_tasks(num_workers, cluster, is_private, log)
-    return ingest(
-        source, destination, run=partial(map_in_ray_tasks, num_workers=count, task_options=task_options), **options
+    capacity = ClusterCapacity(cluster.model_copy(update={"use_gpu": False}), is_private, log)
+    wait = ResourceWait(capacity, log)
+
+    def count_tasks(num_tasks: int) -> int:
+        """Returns the largest number of tasks now: the number that the user gave, or as many as the cluster has room for.
+
+        A number above the present room is not lowered: waiting tasks make an autoscaler add nodes.
+        """
+        wait.check(num_tasks, is_working=capacity.has_room_on_nodes())
+        return capacity.count_trainings(num_tasks) if num_workers == "auto" else int(num_workers)
+
+    map_in_tasks = partial(
+        map_in_ray_tasks, count_tasks=count_tasks, task_options=make_worker_options(capacity.config, use_gpu=False)
     )
-
-
-def _choose_num_tasks(num_workers: int | str, cluster: ClusterConfig, is_private: bool, log: Log) -> int:
-    """Returns the largest number of tasks at the same time: a given number, or for auto the number that fits on the cluster.
-
-    A number above the present room is not lowered: waiting tasks make an autoscaler add nodes.
-
-    Raises: TrainingError: the cluster has no room for a single task, not even after growth.
-    """
-    without_gpu = cluster.model_copy(update={"use_gpu": False})
-    num_fitting = count_concurrent_trainings(without_gpu, is_private, log=log, count_growth=True)
-    return num_fitting if num_workers == "auto" else int(num_workers)
+    return ingest(source, destination, run=map_in_tasks, **options)

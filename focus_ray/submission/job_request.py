@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from focus_ray.cluster.preflight import RESERVED_RESOURCES_VARIABLE
+from focus_ray.cluster.capacity import RESERVED_RESOURCES_VARIABLE
 from focus_ray.errors import SubmissionError
 from focus_ray.fitting.settings import load_config
 from focus_ray.names import make_unique_name, suggest_similar_name

@@ -27,11 +27,13 @@ from ray import tune
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from focus_ray.cluster.connect import compute_worker_resources, connect_to_ray, do_workers_use_gpu
+from focus_ray.cluster.capacity import ClusterCapacity
+from focus_ray.cluster.connect import connect_to_ray
 from focus_ray.cluster.failures import describe_root_cause
 from focus_ray.cluster.ownership import FolderOwner, check_folder_owned, check_images_unchanged, find_next_generation
-from focus_ray.cluster.preflight import check_storage_on_nodes, count_concurrent_trainings
+from focus_ray.cluster.preflight import check_storage_on_nodes
 from focus_ray.cluster.ray_private import remove_tune_folders
+from focus_ray.cluster.resource_wait import ResourceWait
 from focus_ray.cluster.settings import MAX_FAILURES
 from focus_ray.data.read import list_categories
 from focus_ray.data.schema import COMMIT_NAME
@@ -235,11 +237,11 @@ def _run_and_report_sweep(
 
     try:
         streams = config.max_epochs > 0 and any(not fits_in_memory(base, split) for split in splits.values())
-        limit = count_concurrent_trainings(
+        capacity = ClusterCapacity(
             base.cluster,
             is_private,
-            streams,
             log,
+            streams=streams,
             share=config.cluster_share,
             limit=config.max_concurrent_trials,
             prefix="base.",
@@ -253,7 +255,7 @@ def _run_and_report_sweep(
             read_bytes(join_path(root, records.SWEEP_FILE)),
             config.model_dump(mode="json", exclude_none=True),
         )
-        state = _SweepDriver(config, root, generation, splits, streams, limit, log, sweep_recorder).run_trials()
+        state = _SweepDriver(config, root, generation, splits, streams, capacity, log, sweep_recorder).run_trials()
     finally:
         if is_private:
             ray.shutdown()
@@ -278,7 +280,7 @@ class _SweepDriver:
         generation: Generation of the folder that this process takes, see `FolderOwner`.
         splits: Category -> split of its images.
         streams: True if images are streamed, which needs Ray Train workers.
-        limit: Largest number of trials that run at once.
+        capacity: Gives the number of trials that run at once.
         log: Called with messages.
         recorder: Sends results to the experiment trackers.
         stopping: Set by a signal, or when another process takes the folder over: the sweep ends in an orderly way.
@@ -291,7 +293,7 @@ class _SweepDriver:
     generation: int
     splits: dict[str, SplitRule]
     streams: bool
-    limit: int
+    capacity: ClusterCapacity
     log: Log
     recorder: SweepRecorder
     stopping: threading.Event = field(default_factory=threading.Event)
@@ -313,7 +315,7 @@ class _SweepDriver:
         state = "failed"
         try:
             with self.stop_on_signals():
-                use_gpu = do_workers_use_gpu(self.config.make_trial_config().cluster)
+                use_gpu = self.capacity.use_gpu
                 shared = compute_shared_inputs(self.config, self.splits, use_gpu, self.stopping, self.log)
                 for stage in [None] if self.config.scope == "all_categories" else list(self.splits):
                     if not self.stopping.is_set():
@@ -423,8 +425,14 @@ class _SweepDriver:
             if record.status == "cut":
                 pruner.exclude_trial.remote(record.number)
 
+        wait = ResourceWait(self.capacity, self.log)
+
         def should_stop() -> bool:
-            """Returns whether a signal asked to stop. If so, also tells the `TrialPruner` actor to end all trials."""
+            """Returns whether a signal asked to stop. If so, also tells the `TrialPruner` actor to end all trials.
+
+            Raises: TrainingError: the trials have waited too long for resources.
+            """
+            wait.check()
             if self.stopping.is_set():
                 pruner.end_all_trials.remote(STOPPED)  # trials end at their next score; Tune ends the others soon
             return self.stopping.is_set()
@@ -444,9 +452,9 @@ class _SweepDriver:
                 self.log(f"trial {record.name}: {settings}: {result} ({record.seconds:.1f} s; {num_left} left)")
 
         cluster = self.config.make_trial_config().cluster
-        # Ray Train workers reserve their own resources, for which `limit` leaves room; Tune refuses an empty bundle (2.60).
+        # Ray Train workers reserve their own resources, for which `capacity` leaves room; Tune refuses an empty bundle (2.60).
         has_train_workers = cluster.num_workers > 1 or self.streams
-        bundle = {"memory": float(2**20)} if has_train_workers else compute_worker_resources(cluster, use_gpu)
+        bundle = {"memory": float(2**20)} if has_train_workers else self.capacity.worker
         labels = [dict(cluster.labels)] if cluster.labels else None
         job = SweepStageInputs(
             self.config, stage, splits, self.root, self.generation, use_gpu, shared.images, shared.features, pruner
@@ -456,9 +464,8 @@ class _SweepDriver:
                 tune.with_parameters(run_trial, job=job),
                 tune.PlacementGroupFactory([bundle], bundle_label_selector=labels),
                 tune.TuneConfig(
-                    search_alg=TuneSearcher(proposer, handle_ended_trial),
+                    search_alg=TuneSearcher(proposer, handle_ended_trial, self.capacity),
                     num_samples=num_left,
-                    max_concurrent_trials=self.limit,
                 ),
                 tune.RunConfig(
                     name=f"{self.experiment}-{stage or 'all'}",

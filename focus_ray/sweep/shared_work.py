@@ -6,12 +6,13 @@ Only inputs that are the same for all trials are shared. Features are outputs of
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from focus_ray.cluster.capacity import make_worker_options
 from focus_ray.cluster.failures import describe_root_cause
-from focus_ray.cluster.pool import make_worker_options
 from focus_ray.errors import DataError
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import fits_in_memory
@@ -20,6 +21,8 @@ from focus_ray.names import Log
 from focus_ray.sweep.settings import SweepConfig, list_grid_points
 from focus_ray.sweep.trial_inputs import compute_feature_bytes, compute_image_bytes, make_features_key
 from focus_ray.sweep.worker import compute_features_task, load_images_task
+
+_NOTICE_INTERVAL_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -158,8 +161,12 @@ def _wait_for_tasks(
     import ray
 
     pending = {marker: key for key, marker in end_markers.items()}
+    noticed_at = time.monotonic()
     while pending and not stopping.is_set():
         ended, _ = ray.wait(list(pending), num_returns=1, timeout=0.5)
+        if time.monotonic() - noticed_at >= _NOTICE_INTERVAL_S:
+            log(f"shared work: waiting for {len(pending)} of {len(end_markers)} tasks, which run or wait for resources")
+            noticed_at = time.monotonic()
         for marker in ended:
             key = pending.pop(marker)
             try:

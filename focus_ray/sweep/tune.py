@@ -12,6 +12,7 @@ from typing import Any
 from ray import tune
 from ray.tune.search import Searcher
 
+from focus_ray.cluster.capacity import MAX_REQUESTED, ClusterCapacity
 from focus_ray.sweep.proposer import SettingsProposer
 from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import Point
@@ -42,13 +43,17 @@ class TuneSearcher(Searcher):
     Args:
         proposer: Proposes the settings.
         handle_ended_trial: Called with number, settings and result of each ended trial; a missing result is None.
+        capacity: Gives the number of trials that run at once.
     """
 
     def __init__(
-        self, proposer: SettingsProposer, handle_ended_trial: Callable[[int, Point, TrialRecord | None], None]
+        self,
+        proposer: SettingsProposer,
+        handle_ended_trial: Callable[[int, Point, TrialRecord | None], None],
+        capacity: ClusterCapacity,
     ) -> None:
         super().__init__(metric="score", mode="max")
-        self.proposer, self.handle_ended_trial = proposer, handle_ended_trial
+        self.proposer, self.handle_ended_trial, self.capacity = proposer, handle_ended_trial, capacity
         self.running: dict[str, tuple[int, Point]] = {}
 
     def __getstate__(self) -> dict[str, Any]:  # as in SweepStopper
@@ -59,7 +64,12 @@ class TuneSearcher(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        """Returns the number and the settings of the next trial as a dict; FINISHED if all trials were proposed."""
+        """Returns the number and the settings of the next trial as a dict; FINISHED if all trials were proposed.
+
+        The result None means that the cluster has no room for a further trial now; Tune then asks again.
+        """
+        if len(self.running) >= self.capacity.count_trainings(len(self.running)):
+            return None
         proposal = self.proposer.propose_trial()
         if proposal is None:
             return Searcher.FINISHED
@@ -111,6 +121,8 @@ def run_tune_trials(
             "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
             "TUNE_DISABLE_SIGINT_HANDLER": "1",
             "TUNE_FORCE_TRIAL_CLEANUP_S": str(_CLEANUP_S),
+            # Tune's default is 1 with a searcher, so that an autoscaler would see the request of one trial at a time
+            "TUNE_MAX_PENDING_TRIALS_PG": str(MAX_REQUESTED),
             "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
             "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
             "RAY_CHDIR_TO_TRIAL_DIR": "0",

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from focus_ray.cluster.connect import compute_worker_resources
+from focus_ray.cluster.capacity import compute_worker_resources
 from focus_ray.cluster.settings import MAX_FAILURES
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import fits_in_memory
@@ -44,8 +44,9 @@ J = TypeVar("J", bound=TrainerJob)
 def run_on_train_workers(worker: Callable[[J, torch.device], Any], job: J, scratch: str, name: str) -> Any:
     """Runs a function on every worker of a new Ray Train trainer and returns the function's result of rank 0.
 
-    After an error or the loss of a worker, Ray Train starts all workers again, up to MAX_FAILURES times; it starts fewer
-    workers if cluster.min_workers allows this. At the end, also after an error, the folder <scratch>/<name> is deleted.
+    The workers wait until the cluster has room for them. After an error or the loss of a worker, Ray Train starts all workers
+    again, up to MAX_FAILURES times without preemptions; it starts fewer workers if cluster.min_workers allows this. At the end,
+    also after an error, the folder <scratch>/<name> is deleted.
 
     Args:
         worker: function that every worker calls with the job and its device. It must be able to run again after a restart.

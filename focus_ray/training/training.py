@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from focus_ray.bundle.metric import average_projections
-from focus_ray.cluster.connect import connect_to_ray, do_workers_use_gpu, runs_without_ray
+from focus_ray.cluster.capacity import ClusterCapacity, make_worker_options
+from focus_ray.cluster.connect import connect_to_ray, runs_without_ray
 from focus_ray.cluster.failures import describe_root_cause
 from focus_ray.cluster.messages import Message, MessageQueue, make_actor_options_for_this_node
 from focus_ray.cluster.ownership import (
@@ -22,8 +23,8 @@ from focus_ray.cluster.ownership import (
     find_next_generation,
     write_image_fingerprints,
 )
-from focus_ray.cluster.pool import FailedPiece, WorkerPool, make_worker_options
-from focus_ray.cluster.preflight import check_storage_on_nodes, count_concurrent_trainings
+from focus_ray.cluster.pool import FailedPiece, WorkerPool
+from focus_ray.cluster.preflight import check_storage_on_nodes
 from focus_ray.cluster.settings import MAX_FAILURES
 from focus_ray.data.read import list_categories
 from focus_ray.data.schema import COMMIT_NAME
@@ -156,7 +157,7 @@ def check_enough_images(config: Config, splits: Mapping[str, SplitRule]) -> None
             raise DataError(f"category {category!r}: {error}") from None
 
 
-def _connect_and_check_cluster(config: Config, root: str, splits: Mapping[str, SplitRule], log: Log) -> int:
+def _connect_and_check_cluster(config: Config, root: str, splits: Mapping[str, SplitRule], log: Log) -> ClusterCapacity:
     """Connects to the Ray cluster or starts Ray, checks resources and storage, and returns how many categories can run at once.
 
     Args:
@@ -169,21 +170,15 @@ def _connect_and_check_cluster(config: Config, root: str, splits: Mapping[str, S
     """
     is_private = connect_to_ray(namespace=config.cluster.ray_namespace)
     streams = config.train.epochs > 0 and any(not fits_in_memory(config, split) for split in splits.values())
-    limit = count_concurrent_trainings(
-        config.cluster,
-        is_private,
-        streams,
-        log,
-        limit=config.cluster.max_concurrent_categories,
-        count_growth=fits_without_ray_train(config),
-    )
+    limit = min(len(splits), config.cluster.max_concurrent_categories or len(splits))
+    capacity = ClusterCapacity(config.cluster, is_private, log, streams=streams, limit=limit)
     check_storage_on_nodes(
         [join_path(config.data.uri, f"category={category}", COMMIT_NAME) for category in splits],
         [root],
         config.cluster.labels,
         log,
     )
-    return limit
+    return capacity
 
 
 def _train_categories(
@@ -215,11 +210,11 @@ def _train_categories(
     """
     recorder = BackgroundRecorder(config.trackers, config.storage, log)
     splits = {category: all_splits[category] for category in categories}
-    is_local, limit = runs_without_ray(config.cluster), 1
-    if is_local:
+    capacity = None
+    if runs_without_ray(config.cluster):
         check_folder_access(root)
     else:
-        limit = _connect_and_check_cluster(config, root, splits, log)
+        capacity = _connect_and_check_cluster(config, root, splits, log)
     fingerprints = {category: split.fingerprint for category, split in all_splits.items()}
     owner = FolderOwner(root, generation, TrainingError)
     try:
@@ -239,13 +234,13 @@ def _train_categories(
     failed: dict[str, str] = {}
     state = "failed"
     try:
-        if is_local:
+        if capacity is None:
             use_gpu = bool(config.cluster.use_gpu) and choose_device() == "cuda"
             outcomes = _train_in_this_process(
                 [CategoryJob(config, split, use_gpu, root, generation, handle_message) for split in splits.values()]
             )
         else:
-            outcomes = _train_on_cluster(config, splits, owner, limit, handle_message)
+            outcomes = _train_on_cluster(config, splits, owner, capacity, handle_message)
         for category, outcome in outcomes:
             owner.check_owned(ask_storage=isinstance(outcome, FailedPiece))  # a worker may have noticed the loss first
             place = get_bundle_uri(root, category)
@@ -277,20 +272,25 @@ def _train_in_this_process(jobs: Sequence[CategoryJob]) -> Iterator[tuple[str, f
 
 
 def _train_on_cluster(
-    config: Config, splits: Mapping[str, SplitRule], owner: FolderOwner, limit: int, show: Callable[[Message], None]
+    config: Config,
+    splits: Mapping[str, SplitRule],
+    owner: FolderOwner,
+    capacity: ClusterCapacity,
+    show: Callable[[Message], None],
 ) -> Iterator[tuple[str, float | FailedPiece]]:
     """Generator: trains categories on the cluster, and yields (category, seconds or `FailedPiece`) whenever a category ends.
 
     Args:
         splits: category -> rule that selects its images, for each category to train.
         owner: ownership of the run's folder by this process.
-        limit: largest number of categories that are trained at the same time.
+        capacity: gives the number of categories that are trained at the same time.
         show: receives the messages of the workers, and lines of this process.
 
-    Raises: TrainingError: too many starts of workers failed, or another driver has taken over the folder.
+    Raises: TrainingError: too many starts of workers failed, the run waited too long for resources, or another driver has taken
+        over the folder.
     """
     messages = MessageQueue()
-    use_gpu = do_workers_use_gpu(config.cluster)
+    use_gpu = capacity.use_gpu
     needs_trainer = not fits_without_ray_train(config)
     num_threads = max(1, int(config.cluster.cpus_per_worker))
     jobs = iter(
@@ -299,8 +299,7 @@ def _train_on_cluster(
             for split in splits.values()
         ]
     )
-    num_at_once = min(limit, len(splits))
-    show(f"{len(splits)} categories, {num_at_once} at a time, {config.cluster.num_workers} worker(s) each")
+    show(f"{len(splits)} categories, {config.cluster.num_workers} worker(s) each")
 
     def show_new_messages() -> None:
         owner.check_owned()
@@ -308,13 +307,13 @@ def _train_on_cluster(
             show(message)
 
     pool = WorkerPool[CategoryJob](
-        num_at_once,
+        capacity,
         # a process that waits for a trainer runs on the node of the driver, so that the loss of another node ends no training
         make_actor_options_for_this_node() if needs_trainer else make_worker_options(config.cluster, use_gpu),
         MAX_TRAINER_RESTARTS if needs_trainer else MAX_FAILURES,
         show,
         show_new_messages,
-        retry_errors=not needs_trainer,
+        runs_trainers=needs_trainer,
     )
     for job, outcome in pool.run_pieces(_train_category, lambda: next(jobs, None)):
         show_new_messages()  # shows the lines of a category before its end

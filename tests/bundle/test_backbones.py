@@ -23,7 +23,7 @@ SIZES = {"convnext_tiny": 64, "efficientnet_lite1": 64, "dinov2_vits14": 70, "di
 
 
 def config_of(name: str, uri: str, folder: Path, **sections: dict[str, Any]) -> Config:
-    model = {"backbone": name, "image_size_px": SIZES[name], "image_alignment": {"min_drop": 0.0}}
+    model = {"backbone": name, "image_size_px": SIZES[name]}
     return small_config(uri, folder, **{**sections, "model": {**model, **sections.get("model", {})}})
 
 
@@ -51,8 +51,12 @@ def test_a_bundle_scores_as_the_fitted_model_and_nearly_so_in_bfloat16(name: str
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 def test_a_bundle_with_a_metric_and_a_profile_scores_as_the_fitted_model(name: str, parts: str, tmp_path: Path) -> None:
-    density, scoring = {"reduction": "discriminant"}, {"image_score": "profile"}
-    check_the_whole_way(config_of(name, parts, tmp_path, density=density, scoring=scoring), photographs(parts, name))
+    sections = {
+        "model": {"image_alignment": {"min_drop": 0.0}},
+        "density": {"reduction": "discriminant"},
+        "scoring": {"image_score": "profile"},
+    }
+    check_the_whole_way(config_of(name, parts, tmp_path, **sections), photographs(parts, name))
 
 
 @pytest.mark.slow
@@ -87,7 +91,7 @@ def test_tiles_and_regions_work_with_patches_of_14_pixels(parts: str, tmp_path: 
     tiling = {"grid": [2, 2], "overlap": 0.125, "density": "shared"}
     config = config_of(
         "dinov2_vits14", parts, tmp_path,
-        model={"image_size_px": 42, "tiling": tiling, "image_alignment": {"group": "none"}},
+        model={"image_size_px": 42, "tiling": tiling},
         data={"regions": {"gear": [[[0.0, 0.0], [0.5, 0.0], [0.5, 1.0], [0.0, 1.0]]]}},
     )  # fmt: skip
     inspector = Inspector.load(make_bundle(config), "cpu")

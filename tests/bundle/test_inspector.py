@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
-from small_set import make_bundle, small_config
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import decode_batch, decode_mask
@@ -29,10 +28,8 @@ Records = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def inspector(parts: str, tmp_path_factory: pytest.TempPathFactory) -> Inspector:
-    model = {"image_alignment": {"min_drop": 0.0}}
-    bundle = make_bundle(small_config(parts, tmp_path_factory.mktemp("runs"), model=model))
-    return Inspector.load(bundle, "cpu", batch_size=3)
+def inspector(aligned_bundle: str) -> Inspector:
+    return Inspector.load(aligned_bundle, "cpu", batch_size=3)
 
 
 @pytest.fixture(scope="module")

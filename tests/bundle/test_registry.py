@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from s3_server import S3Server
+from worker_processes import get_fork_context
 
+from focus_ray.bundle import registry as registry_module
 from focus_ray.bundle.bundle import MANIFEST, read_bundle, read_manifest
 from focus_ray.bundle.published import find_bundles_in_folder_or_registry
 from focus_ray.bundle.registry import CLAIM_LASTS, Registry, check_name
@@ -143,48 +147,46 @@ def test_a_version_is_visible_only_when_it_is_complete(registry: Registry, bundl
     assert registry.publish(bundle, "press").name == "v0003"
 
 
-PUBLISH = """
-import sys
-from focus_ray.bundle.registry import Registry
-registry, bundle, count, alias = Registry(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
-print("ready", flush=True)
-sys.stdin.readline()
-for _ in range(count):
-    print(registry.publish(bundle, "press", aliases=[alias]).name, flush=True)
-"""
+def publish_twice(root: str, bundle: str, environment: dict[str, str], start: Barrier, names: SimpleQueue[str]) -> None:
+    """Publishes two versions in a process of its own, after all publishers have reached the barrier."""
+    os.environ.update(environment)
+    start.wait(60)
+    for _ in range(2):
+        names.put(Registry(root).publish(bundle, "press", aliases=["production"]).name)
 
 
 def test_concurrent_publishers_lose_no_version(registry: Registry, bundle: str) -> None:
-    arguments = [sys.executable, "-c", PUBLISH, registry.root, bundle, "2"]
-    processes = [
-        subprocess.Popen([*arguments, alias], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for alias in ("production", "production")
-    ]
+    context = get_fork_context()
+    start, published = context.Barrier(2), context.SimpleQueue()
+    arguments = (registry.root, bundle, dict(os.environ), start, published)
+    processes = [context.Process(target=publish_twice, args=arguments) for _ in range(2)]
     for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:  # started first and read now, so that they run at the same time
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    published = [process.communicate(timeout=120)[0].split() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
     every = [f"v{number:04}" for number in range(1, 5)]
-    assert sorted(name for batch in published for name in batch) == every == names(registry)
+    assert sorted(published.get() for _ in every) == every == names(registry)
     assert registry.resolve(*GEAR).name == every[-1]
     for version in registry.list_versions(*GEAR):
         assert read_bundle(version.uri).version == version.sha256
     # each of the four promotions is in the history of the alias: none was overwritten
     history = [registry.resolve(*GEAR, "production").name, *(roll_back(registry) for _ in range(3))]
-    assert sorted(history) == sorted(published[0] + published[1])
+    assert sorted(history) == every
+
+
+def publish_and_die(root: str, bundle: str) -> None:
+    registry_module.write_bytes = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+    Registry(root).publish(bundle, "press")
 
 
 def test_a_killed_publisher_changes_no_other_version(tmp_path: Path, bundle: str) -> None:
     registry = Registry(tmp_path / "registry")
     registry.publish(bundle, "press")
-    die = "import os, focus_ray.bundle.registry as r; r.write_bytes = lambda *a: os.kill(os.getpid(), 9)\n"
-    arguments = [sys.executable, "-c", die + PUBLISH, registry.root, bundle, "1", "production"]
-    assert subprocess.run(arguments, input="go\n", capture_output=True, text=True, timeout=120).returncode == -9
+    process = get_fork_context().Process(target=publish_and_die, args=(registry.root, bundle))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     assert names(registry) == ["v0001"]
     assert registry.publish(bundle, "press").name == "v0003"
 

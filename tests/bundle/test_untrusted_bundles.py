@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from shared_bundles import PLAIN
 from small_set import make_bundle, small_config
 from torch import Tensor
 
@@ -28,7 +27,7 @@ LIMIT = 256 * MIB
 @pytest.fixture(scope="module")
 def original(parts: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("runs")
-    return make_bundle(small_config(parts, folder, model=PLAIN, scoring={"image_score": "profile"}))
+    return make_bundle(small_config(parts, folder, scoring={"image_score": "profile"}))
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from shared_bundles import PLAIN
 from small_set import NUM_TRAIN, make_bundle, small_config
 from torch import Tensor
 
@@ -47,7 +46,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def make(data: str, place: Path, kind: str, seed: int = 0, method: str = "split", **density: Any) -> str:
-    sections = {"model": PLAIN, "train": {"seed": seed}, "calibration": {"method": method}}
+    sections = {"train": {"seed": seed}, "calibration": {"method": method}}
     config = small_config(data, "unused", density={**KINDS[kind], **density}, **sections)
     plan = compute_split_plan(config, "gear")
     return make_bundle(config, place=place, fingerprint=plan.fingerprint, fit_hashes=plan.fit_hashes.tolist())

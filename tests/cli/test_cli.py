@@ -174,7 +174,7 @@ def test_evaluate_skips_a_defect_type_or_category_that_cannot_be_measured(
         size = Image.open(mask).size
         Image.new("L", size, 255).save(mask)
     ingest(tmp_path / "images", tmp_path / "data", progress=False)
-    config = small_config(str(tmp_path / "data"), tmp_path, model={"image_alignment": {"group": "none"}})
+    config = small_config(str(tmp_path / "data"), tmp_path)
     for category in ("gear", "board"):
         make_bundle(config, category)
     shutil.rmtree(tmp_path / "images/board/test")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from locked import copy_build_files
 from places import CONFIGS, REPOSITORY
 
 from focus_ray.cli.main import build_parser, main
@@ -123,9 +123,10 @@ def test_a_package_without_the_standard_configurations_says_so(tmp_path: Path, m
 # A wheel
 
 
-def test_a_wheel_contains_the_standard_configurations(tmp_path: Path) -> None:
+def test_a_wheel_contains_the_standard_configurations_and_no_tools(tmp_path: Path) -> None:
     with zipfile.ZipFile(build_wheel(tmp_path)) as archive:
         archive.extractall(tmp_path / "installed")
+        assert not [name for name in archive.namelist() if name.startswith(("release", "container"))]
     folder = tmp_path / "installed/focus_ray/configs"
     assert sorted(path.stem for path in folder.glob("*.yaml")) == list_standard_configs()
     code = "from focus_ray.cli.main import main; raise SystemExit(main(['config', 'show', 'sweep-training']))"
@@ -136,13 +137,9 @@ def test_a_wheel_contains_the_standard_configurations(tmp_path: Path) -> None:
 
 
 def build_wheel(folder: Path) -> Path:
-    """Builds the wheel from a copy of its sources. Skips the test if hatchling is not installed."""
+    """Builds the wheel from the files that the container image gets. Skips the test if hatchling is not installed."""
     pytest.importorskip("hatchling")
-    source = folder / "source"
-    for name in ("focus_ray", "configs", "release"):
-        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPOSITORY / name, source / name)
+    source = copy_build_files(folder / "source")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder / "dist")]
     built = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=200)
     assert built.returncode == 0, built.stderr

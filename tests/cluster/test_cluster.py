@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from s3_server import S3Server
 
-from focus_ray.cluster.connect import compute_worker_resources, do_workers_use_gpu
-from focus_ray.cluster.preflight import (
+from focus_ray.cluster.capacity import (
     RESERVED_RESOURCES_VARIABLE,
-    check_storage_on_nodes,
-    count_concurrent_trainings,
+    ClusterCapacity,
+    compute_worker_resources,
+    do_workers_use_gpu,
 )
+from focus_ray.cluster.preflight import check_storage_on_nodes
 from focus_ray.cluster.ray_private import labels_match_selector
 from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.errors import DataError, TrainingError
@@ -35,8 +36,8 @@ pytestmark = pytest.mark.ray
         ({}, {"limit": 3}, 3),
         ({}, {"share": 0.5}, 2),
         ({}, {"share": 0.5, "limit": 1}, 1),
-        ({"max_cpus": 8}, {"is_private": False}, 4),
-        ({"max_cpus": 8}, {"is_private": False, "count_growth": True}, 8),
+        ({"max_cpus": 8}, {"is_private": False}, 8),
+        ({"max_cpus": 8}, {"is_private": False, "limit": 6}, 6),
         ({"num_workers": 8, "max_cpus": 8}, {"is_private": False}, 1),  # after growth
         ({"num_workers": 3, "max_cpus": 8}, {"is_private": False, "share": 0.5}, 1),  # after growth
         ({"num_workers": 8, "min_workers": 2}, {}, 1),
@@ -45,7 +46,8 @@ pytestmark = pytest.mark.ray
 def test_concurrent_trainings_are_counted(
     ray_cluster: None, settings: dict[str, Any], options: dict[str, Any], expected: int
 ) -> None:
-    assert count_concurrent_trainings(ClusterConfig(**settings), **{"is_private": True, **options}) == expected
+    capacity = ClusterCapacity(ClusterConfig(**settings), **{"is_private": True, **options})
+    assert capacity.count_trainings(0) == expected
 
 
 REFUSED = [
@@ -53,7 +55,7 @@ REFUSED = [
     ({"num_workers": 4}, {"streams": True}, r"1 CPU for the stream .* need 5 CPU; .* raise data\.memory_budget_mb"),
     ({"use_gpu": True}, {}, r"1 CPU \+ 1 GPU need 1 CPU \+ 1 GPU; .* has 4 CPU \+ 0 GPU, and room for 0"),
     ({"memory_gib_per_worker": 1e6}, {}, r"need 1 CPU \+ 1e\+06 GiB memory; this machine has 4 CPU \+ "),
-    ({"labels": {"gpu": "h100"}}, {}, r"room for 0 such worker\(s\) on its 1 node\(s\) labelled {'gpu': 'h100'}"),
+    ({"labels": {"gpu": "h100"}}, {}, r"room for 0 such worker\(s\) on its 0 node\(s\) labelled {'gpu': 'h100'}"),
     ({"num_workers": 3}, {"share": 0.5}, r"3 worker\(s\) .* a share of 0\.5 .* raise cluster_share"),
     ({"num_workers": 5}, {"is_private": False}, r"the cluster has 4 CPU.* or set cluster\.max_cpus"),
     ({"num_workers": 9, "max_cpus": 8}, {"is_private": False}, r"9 CPU; .* can grow to 8 CPU: lower cluster"),
@@ -70,7 +72,7 @@ def test_a_training_that_never_fits_is_refused_with_the_arithmetic(
     ray_cluster: None, settings: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(TrainingError, match=message):
-        count_concurrent_trainings(ClusterConfig(**settings), **{"is_private": True, **options})
+        ClusterCapacity(ClusterConfig(**settings), **{"is_private": True, **options})
 
 
 def test_gpus_that_the_cluster_can_grow_to_are_used(ray_cluster: None) -> None:
@@ -82,9 +84,9 @@ def test_gpus_that_the_cluster_can_grow_to_are_used(ray_cluster: None) -> None:
 
 def test_resources_of_the_jobs_own_process_are_not_counted(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RESERVED_RESOURCES_VARIABLE, json.dumps({"CPU": 1}))
-    assert count_concurrent_trainings(ClusterConfig(num_workers=3), is_private=False) == 1
+    assert ClusterCapacity(ClusterConfig(num_workers=3), is_private=False).count_trainings(0) == 1
     with pytest.raises(TrainingError, match=r"the cluster has 4 CPU, .* process uses 1 CPU, and room"):
-        count_concurrent_trainings(ClusterConfig(num_workers=4), is_private=False)
+        ClusterCapacity(ClusterConfig(num_workers=4), is_private=False)
 
 
 @given(

@@ -55,7 +55,6 @@ def test_a_server_that_is_killed_and_throttles_loses_and_repeats_no_row(
         config = small_config(
             f"{root}/data",
             f"{root}/runs",
-            model={"image_alignment": {"group": "none"}},
             data={"uri": f"{root}/data", "categories": ["gear"], "memory_budget_mb": 0},  # streamed, every epoch anew
             train={"epochs": EPOCHS},
             cluster={"num_workers": 2, "use_gpu": False},

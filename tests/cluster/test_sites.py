@@ -17,6 +17,7 @@ from small_set import draw_parts, small_config
 @pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.s3
+@pytest.mark.timeout(600)
 def test_labels_keep_every_command_on_the_site_that_may_use_the_bucket(s3: S3Server, tmp_path: Path) -> None:
     root = s3.new_uri()
     config = small_config(f"{root}/data", f"{root}/runs", model=PLAIN, cluster={"labels": {"site": "a"}})

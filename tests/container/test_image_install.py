@@ -171,18 +171,6 @@ def test_an_index_without_cpu_builds_and_a_misspelt_variant_are_refused(
     assert message in finished.stderr
 
 
-def test_what_the_build_copies_is_enough_for_the_wheel(tmp_path: Path) -> None:
-    pytest.importorskip("hatchling")
-    source = copy_build_files(tmp_path / "source")
-    subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel"], cwd=source, check=True, capture_output=True
-    )
-    (wheel,) = source.glob("dist/focus_ray-*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {"focus_ray/cli/main.py", "focus_ray/configs/default.yaml"} <= set(names)
-    assert not [name for name in names if name.startswith(("release", "container"))]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_what_the_image_installs_runs_for_a_user_without_a_home() -> None:

@@ -8,6 +8,7 @@ import pickle
 import struct
 import time
 import zlib
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -278,29 +279,37 @@ def test_arguments_out_of_range_are_refused() -> None:
 
 PNG = encode(Image.fromarray(pattern()))
 JPEG = encode(Image.fromarray(pattern()), "JPEG")
-INFLATING = zlib.compress(bytes(2**28), 1)
+
+
+@cache
+def deflate_zeros() -> bytes:
+    """256 MiB of zeros, compressed to 1 MiB."""
+    return zlib.compress(bytes(2**28), 1)
+
+
 COSTLY = {
-    "scans": jpeg_of_scans(40, 16_000),
-    "segments": JPEG[:2] + b"\xff\xfe\0\2" * 2_000_000 + JPEG[2:],
-    "fill bytes": JPEG[:2] + b"\xff" * 8_000_000 + JPEG[2:],
-    "bytes between segments": JPEG[:2] + bytes(8_000_000) + JPEG[2:],
-    "markers without length": JPEG[:2] + b"\xff\x01" * 4_000_000 + JPEG[2:],
-    "no pixels": b"\xff\xd8\xff\xe0\0\2" + bytes(8_000_000),
-    "chunks": PNG[:33] + chunk(b"quQk", b"") * 700_000 + PNG[33:],
-    "chunks behind the pixels": PNG[:-12] + chunk(b"quQk", b"") * 700_000 + PNG[-12:],
-    "a text that inflates": PNG[:33] + chunk(b"zTXt", b"a\0\0" + INFLATING) + PNG[33:],
-    "a profile that inflates": PNG[:33] + chunk(b"iCCP", b"a\0\0" + INFLATING) + PNG[33:],
-    "pixels that inflate": PNG[:33] + chunk(b"IDAT", INFLATING) + PNG[-12:],
+    "scans": lambda: jpeg_of_scans(40, 16_000),
+    "segments": lambda: JPEG[:2] + b"\xff\xfe\0\2" * 2_000_000 + JPEG[2:],
+    "fill bytes": lambda: JPEG[:2] + b"\xff" * 8_000_000 + JPEG[2:],
+    "bytes between segments": lambda: JPEG[:2] + bytes(8_000_000) + JPEG[2:],
+    "markers without length": lambda: JPEG[:2] + b"\xff\x01" * 4_000_000 + JPEG[2:],
+    "no pixels": lambda: b"\xff\xd8\xff\xe0\0\2" + bytes(8_000_000),
+    "chunks": lambda: PNG[:33] + chunk(b"quQk", b"") * 700_000 + PNG[33:],
+    "chunks behind the pixels": lambda: PNG[:-12] + chunk(b"quQk", b"") * 700_000 + PNG[-12:],
+    "a text that inflates": lambda: PNG[:33] + chunk(b"zTXt", b"a\0\0" + deflate_zeros()) + PNG[33:],
+    "a profile that inflates": lambda: PNG[:33] + chunk(b"iCCP", b"a\0\0" + deflate_zeros()) + PNG[33:],
+    "pixels that inflate": lambda: PNG[:33] + chunk(b"IDAT", deflate_zeros()) + PNG[-12:],
 }
 
 
 @pytest.mark.parametrize("name", COSTLY)
 def test_a_small_file_takes_little_time(name: str) -> None:
+    data = COSTLY[name]()
     started = time.process_time()
     for read in (read_image_header, decode_image_with_info, decode_mask_and_count_values):
         with contextlib.suppress(ImageError):
-            read(COSTLY[name])
-    assert time.process_time() - started < 1.0  # CPU time; without the checks many seconds
+            read(data)
+    assert time.process_time() - started < 4.0  # CPU time, on a slow machine; without the checks many seconds
 
 
 def test_a_jpeg_of_more_than_100_scans_is_refused() -> None:

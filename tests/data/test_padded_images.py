@@ -81,7 +81,7 @@ def inspector(bundle: str) -> Inspector:
 def padded_config(data: str, folder: Path, region: Any = None, **sections: Any) -> Config:
     """Returns a configuration with padding and without alignment. region: region of interest; sections: further settings."""
     images = {"categories": ["belt"], "regions": {} if region is None else {"belt": region}}
-    model = {"resize": "pad", "image_alignment": {"group": "none"}, **sections.pop("model", {})}
+    model = {"resize": "pad", **sections.pop("model", {})}
     return small_config(data, folder, data=images, model=model, **sections)
 
 
@@ -268,12 +268,7 @@ def test_training_is_refused_with_the_names_of_thin_images(tmp_path: Path) -> No
     config = padded_config(str(tmp_path / "data"), tmp_path)
     with pytest.raises(DataError, match=r"2 of 8 normal training images .*: belt/\S*02, belt/\S*05\."):
         compute_split_rule(config, "belt")
-    assert (
-        compute_split_rule(
-            small_config(str(tmp_path / "data"), tmp_path, model={"image_alignment": {"group": "none"}}), "belt"
-        ).num_images
-        == 8
-    )
+    assert compute_split_rule(small_config(str(tmp_path / "data"), tmp_path), "belt").num_images == 8
 
 
 def test_an_image_without_a_cell_after_alignment_has_no_score(inspector: Inspector) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from places import REPOSITORY
-from small_set import ingest_parts, make_bundle, small_config
+from small_set import make_bundle, small_config
 from torch import Tensor, nn
 
 from focus_ray.bundle.bundle import read_bundle
@@ -73,24 +73,18 @@ def inspect_and_export(config: Config, folder: Path) -> None:
     assert (export_bundle(place, "onnx", folder / "export").folder / "model.onnx").is_file()
 
 
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return ingest_parts(tmp_path_factory.mktemp("parts"))
-
-
-def test_a_new_density_is_fitted_stored_scored_and_exported(uri: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_new_density_is_fitted_stored_scored_and_exported(parts: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(DENSITIES.import_paths, "toy", f"{__name__}:TOY")
-    still = {"image_alignment": {"group": "none"}}
-    inspect_and_export(small_config(uri, tmp_path, model=still, density={"kind": "toy", "num_channels": 16}), tmp_path)
+    inspect_and_export(small_config(parts, tmp_path, density={"kind": "toy", "num_channels": 16}), tmp_path)
 
 
-def test_a_new_backbone_is_fitted_stored_scored_and_exported(uri: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_new_backbone_is_fitted_stored_scored_and_exported(parts: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(BACKBONES.import_paths, "toy", f"{__name__}:TOY_NET")
-    model = {"backbone": "toy", "image_size_px": 60, "image_alignment": {"group": "none"}}
-    inspect_and_export(small_config(uri, tmp_path, model=model, density={"num_channels": 16}), tmp_path)
+    model = {"backbone": "toy", "image_size_px": 60}
+    inspect_and_export(small_config(parts, tmp_path, model=model, density={"num_channels": 16}), tmp_path)
     for size, message in ((64, "multiple of 20"), (20, "32")):
         with pytest.raises(Exception, match=message):
-            parse_config({"data": {"uri": uri}, "model": {"backbone": "toy", "image_size_px": size}})
+            parse_config({"data": {"uri": parts}, "model": {"backbone": "toy", "image_size_px": size}})
 
 
 OWN_SETTINGS = """

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from s3_server import S3Server
-from shared_bundles import PLAIN
 from small_set import NUM_TEST, NUM_TRAIN, corrupt_image, draw_parts, ingest_parts, small_config
 
 from focus_ray.bundle.bundle import read_bundle
@@ -188,7 +187,7 @@ if __name__ == "__main__":
 def test_data_checkpoints_bundle_and_results_can_all_lie_on_s3(s3: S3Server, tmp_path: Path) -> None:
     root = s3.new_uri()
     ingest(draw_parts(tmp_path / "images"), f"{root}/data", categories=["gear"], progress=False)
-    sections: dict[str, Any] = {"model": PLAIN, "train": {"epochs": 1}, "cluster": {"num_workers": 2}}
+    sections: dict[str, Any] = {"train": {"epochs": 1}, "cluster": {"num_workers": 2}}
     config = small_config(f"{root}/data", f"{root}/runs", **sections)
     # a process of its own: what runs in the cluster takes the server's address from the environment it was started in
     arguments = [sys.executable, "-c", ON_S3, json.dumps(config.model_dump(mode="json")), f"{root}/results"]

@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from shared_bundles import PLAIN
 from small_set import NUM_TEST, NUM_TRAIN, make_bundle, small_config
 
 from focus_ray.bundle.inspector import Inspector
@@ -190,13 +189,13 @@ def test_workers_give_the_metrics_of_one_process(
     ray_cluster: None, part_bundles: dict[str, str], usual_and_dark: dict[str, str], tmp_path: Path
 ) -> None:
     """The category board has exact metrics; gear has more images, whose pixels are counted in bins by several workers."""
-    gear = make_bundle(small_config(usual_and_dark["usual"], tmp_path / "runs", model=PLAIN))
+    gear = make_bundle(small_config(usual_and_dark["usual"], tmp_path / "runs"))
     bundles, exact_pixels = {"board": part_bundles["board"], "gear": gear}, NUM_TEST * SIDE * SIDE
     messages: list[str] = []
     report = evaluate(bundles, tmp_path / "ray", exact_pixels, num_workers=2, log=messages.append)
     assert_same(report.results, evaluate(bundles, tmp_path / "here", exact_pixels).results)
     assert [(name, result["binned"]) for name, result in report.results.items()] == [("board", False), ("gear", True)]
-    assert any("side by side: 2 as set" in line for line in messages)
+    assert any("side by side: up to 2" in line for line in messages)
     for category in bundles:
         tables = [pq.read_table(tmp_path / place / f"images/category={category}") for place in ("ray", "here")]
         assert tables[0]["id"].equals(tables[1]["id"])
@@ -238,7 +237,7 @@ def texts_of(report: EvaluationReport, output: Path) -> list[str]:
 def test_only_changed_light_is_reported_in_metrics_tables_and_page(
     usual_and_dark: dict[str, str], tmp_path: Path, exact_pixels: int
 ) -> None:
-    config = small_config(usual_and_dark["usual"], tmp_path, model=PLAIN, calibration={"method": "leave_one_out"})
+    config = small_config(usual_and_dark["usual"], tmp_path, calibration={"method": "leave_one_out"})
     bundle = make_bundle(config)
     for name, direction in (("usual", None), ("dark", "higher")):
         report = evaluate({"gear": bundle}, tmp_path / name, exact_pixels, data=usual_and_dark[name])
@@ -257,7 +256,7 @@ def test_training_images_among_test_images_are_left_out_and_reported_first(
     good, bad = ([row for row in tests if row["label"] == label] for label in (0, 1))
     trained_on = [*good[:10], bad[0]]
     hashes = [shorten_hash(row["content_hash"]) for row in trained_on]
-    bundle = make_bundle(small_config(data, tmp_path / "runs", model=PLAIN), fit_hashes=hashes)
+    bundle = make_bundle(small_config(data, tmp_path / "runs"), fit_hashes=hashes)
     output = tmp_path / "report"
     report = evaluate({"gear": bundle}, output, exact_pixels)
     result = report.results["gear"]
@@ -279,6 +278,6 @@ def test_training_images_among_test_images_are_left_out_and_reported_first(
 @both_ways
 def test_an_evaluation_of_only_training_images_is_an_error(parts: str, tmp_path: Path, exact_pixels: int) -> None:
     hashes = [shorten_hash(text) for text in read_index(parts, "gear", split="test")["content_hash"].to_pylist()]
-    bundle = make_bundle(small_config(parts, tmp_path / "runs", model=PLAIN), fit_hashes=hashes)
+    bundle = make_bundle(small_config(parts, tmp_path / "runs"), fit_hashes=hashes)
     report = evaluate({"gear": bundle}, tmp_path / "report", exact_pixels)
     assert f"all {NUM_TEST} test images" in report.results["gear"]["error"]

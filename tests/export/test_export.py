@@ -39,20 +39,18 @@ JOINT: dict[str, Any] = {
     "scoring": {"image_score": "profile"},
     "calibration": {"method": "leave_one_out"},
 }
-STILL = {"image_alignment": {"group": "none"}}
 TURNING = {"image_alignment": {"group": "rotation_translation", "min_drop": 0.0}}
-JOINT["model"] = STILL
 GAUSSIAN = {"kind": "gaussian", "num_channels": 16}
 CASES: dict[str, dict[str, Any]] = {
-    "gaussian": {"density": GAUSSIAN, "model": STILL},
-    "memory of places": {"density": {"kind": "nearest", "coreset": 0, "window": 1}, "model": STILL},
+    "gaussian": {"density": GAUSSIAN},
+    "memory of places": {"density": {"kind": "nearest", "coreset": 0, "window": 1}},
     "memory and coreset": JOINT,
     "aligned": {**JOINT, "model": TURNING},
     "localised": {"density": GAUSSIAN, "model": {"image_alignment": {"group": "affine", "method": "localisation"}}},
-    "features aligned": {"density": GAUSSIAN, "model": {**STILL, "feature_alignment": {"layer2": "rotation_scale"}}},
-    "tiles": {**JOINT, "model": {**STILL, "tiling": {"grid": [2, 2], "overlap": 0.25, "density": "shared"}}},
+    "features aligned": {"density": GAUSSIAN, "model": {"feature_alignment": {"layer2": "rotation_scale"}}},
+    "tiles": {**JOINT, "model": {"tiling": {"grid": [2, 2], "overlap": 0.25, "density": "shared"}}},
     "region": {**JOINT, "data": {"regions": {"gear": [[0.1, 0.1], [0.9, 0.1], [0.9, 0.6]]}}},
-    "padded": {**JOINT, "model": {**STILL, "resize": "pad"}},
+    "padded": {**JOINT, "model": {"resize": "pad"}},
     "region, padded and aligned": {
         **JOINT,
         "data": {"regions": {"gear": [[0.1, 0.1], [0.9, 0.1], [0.9, 0.6]]}},
@@ -190,7 +188,9 @@ def test_a_nan_score_is_anomalous() -> None:
     assert anomalous.tolist() == [True, True, False]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] if case == "aligned" else []) for case in CASES]
+)
 def test_the_exportable_scorer_agrees_with_the_inspector(
     case: str, parts: str, photographs: list[Path], tmp_path: Path
 ) -> None:
@@ -382,7 +382,7 @@ def test_a_full_disk_is_reported_and_leaves_no_files(bundle: str, tmp_path: Path
 def test_an_example_that_cannot_be_used_is_named(
     spoil: str, parts: str, photographs: list[Path], tmp_path: Path
 ) -> None:
-    uri = make_bundle(small_config(parts, tmp_path, density=GAUSSIAN, model={**STILL, "resize": "pad"}))
+    uri = make_bundle(small_config(parts, tmp_path, density=GAUSSIAN, model={"resize": "pad"}))
     for path in photographs:
         shutil.copy(path, tmp_path)
     if spoil == "corrupt":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from worker_processes import run_workers
 
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.settings import DensityConfig
@@ -118,11 +117,7 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
             # at the identity, no gradient reaches the first layers of an aligner
             nn.init.normal_(aligner.parameters_out.weight, std=0.02)
         torch.save(objective.state_dict(), folder / f"{mode}.pth")
-    # one process imports for both workers: DDP alone takes seconds, because it imports the compiler of torch
-    multiprocessing.set_forkserver_preload(
-        ["torch._dynamo", "torch.nn.parallel", "torchvision", "focus_ray.fitting.fit"]
-    )
-    mp.start_processes(worker, (str(folder),), nprocs=WORKERS, start_method="forkserver")
+    run_workers(worker, (str(folder),), WORKERS)
     return folder, [torch.load(folder / f"rank{rank}.pth", weights_only=True) for rank in range(WORKERS)]
 
 

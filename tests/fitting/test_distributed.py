@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from places import free_port
+from worker_processes import run_workers
 
 from focus_ray.distributed import compute_on_rank0_and_broadcast
 from focus_ray.features.alignment.congealing import AlignmentReport, CongealingAligner
@@ -47,5 +48,5 @@ def _as_worker(rank: int, port: int, folder: str) -> None:
 
 
 def test_rank_0_decides_and_fits_the_aligner_for_all_workers(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_as_worker, (free_port(), str(tmp_path)), nprocs=2)
+    run_workers(_as_worker, (free_port(), str(tmp_path)), 2)
     assert [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)] == [[0, True, True, 1.0]] * 2

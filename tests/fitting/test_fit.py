@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -53,8 +54,10 @@ def compute_alarm_rate(result: FitResult, new: Tensor) -> float:
     return float(result.calibration.is_anomalous(result.detector(new).score.numpy()).mean())
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 130])
-@pytest.mark.parametrize("method", ["split", "cross", "leave_one_out"])
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [*itertools.product(["split", "cross", "leave_one_out"], [1, 2, 5]), ("leave_one_out", 130)],
+)
 @pytest.mark.parametrize("kind", ["nearest", "gaussian"])
 def test_a_fit_calibrates_or_refuses_too_few_images(kind: str, method: str, count: int) -> None:
     config = make_config(density={"kind": kind}, calibration={"method": method})
@@ -107,7 +110,7 @@ def test_validation_images_calibrate_with_the_projection_of_their_fold() -> None
     assert result.calibration.image_scores == fit_images(make_config(**settings), images).calibration.image_scores
 
 
-TARGET, NUM_DRAWS, NUM_FIT, NUM_HOLDOUT, NUM_NEW = 0.1, 12, 64, 19, 40
+TARGET, NUM_DRAWS, NUM_FIT, NUM_HOLDOUT, NUM_NEW = 0.1, 8, 64, 19, 40
 
 
 @pytest.mark.parametrize(("kind", "coreset"), [("nearest", 64), ("gaussian", 0)])

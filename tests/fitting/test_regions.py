@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
-from small_set import fit_alone, ingest_parts, make_bundle, small_config
+from small_set import fit_alone, make_bundle, small_config
 
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
@@ -32,20 +32,13 @@ from focus_ray.sweep.trial_inputs import check_trial_settings
 LEFT = [[0, 0], [0.5, 0], [0.5, 1], [0, 1]]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return ingest_parts(tmp_path_factory.mktemp("parts"))
-
-
-def make_region_config(data: str, folder: Path, region: Any, **sections: Any) -> Config:
-    model = {"image_alignment": {"group": "none"}}
-    sections = {"model": model, **sections}
-    return small_config(data, folder, data={"regions": {"gear": region}}, **sections)
+def make_region_config(parts: str, folder: Path, region: Any, **sections: Any) -> Config:
+    return small_config(parts, folder, data={"regions": {"gear": region}}, **sections)
 
 
 @pytest.fixture(scope="module")
-def inspector(data: str, tmp_path_factory: pytest.TempPathFactory) -> Inspector:
-    return Inspector.load(make_bundle(make_region_config(data, tmp_path_factory.mktemp("runs"), LEFT)), "cpu")
+def inspector(parts: str, tmp_path_factory: pytest.TempPathFactory) -> Inspector:
+    return Inspector.load(make_bundle(make_region_config(parts, tmp_path_factory.mktemp("runs"), LEFT)), "cpu")
 
 
 def save_mask(path: Path, mask: NDArray[Any]) -> str:
@@ -73,17 +66,17 @@ def test_several_polygons_form_one_region() -> None:
     assert region.all(axis=0).tolist() == [True] * 4 + [False] * 2 + [True] * 2
 
 
-def test_a_single_polygon_needs_no_list_around_it(data: str, tmp_path: Path) -> None:
-    single, in_list = (make_region_config(data, tmp_path, region) for region in (LEFT, [LEFT]))
+def test_a_single_polygon_needs_no_list_around_it(parts: str, tmp_path: Path) -> None:
+    single, in_list = (make_region_config(parts, tmp_path, region) for region in (LEFT, [LEFT]))
     assert single.data.regions == in_list.data.regions
     assert parse_config(single.model_dump(mode="json")) == single
 
 
-def test_the_white_area_of_a_mask_is_inspected(data: str, tmp_path: Path) -> None:
+def test_the_white_area_of_a_mask_is_inspected(parts: str, tmp_path: Path) -> None:
     mask = np.zeros((100, 300), np.uint8)
     mask[:, :150] = 255
     mask[:, 150:] = 20  # like the noise of a JPEG
-    config = make_region_config(data, tmp_path, save_mask(tmp_path / "mask.png", mask))
+    config = make_region_config(parts, tmp_path, save_mask(tmp_path / "mask.png", mask))
     expected = np.zeros((64, 64), bool)
     expected[:, :32] = True
     np.testing.assert_array_equal(read_region(config, "gear"), expected)
@@ -123,12 +116,12 @@ TINY = [[0.5, 0.5], [0.51, 0.5], [0.5, 0.51]]
         ("gear", "words.png", r"words\.png: .*data\.regions"),
     ],
 )
-def test_an_unusable_region_is_refused(data: str, tmp_path: Path, category: str, region: Any, message: str) -> None:
+def test_an_unusable_region_is_refused(parts: str, tmp_path: Path, category: str, region: Any, message: str) -> None:
     save_mask(tmp_path / "black.png", np.zeros((64, 64), np.uint8))
     (tmp_path / "words.png").write_text("not an image")
     region = str(tmp_path / region) if isinstance(region, str) else region
     with pytest.raises(DataError, match=message):
-        check_regions(small_config(data, tmp_path, data={"regions": {category: region}}), ["board", "gear"])
+        check_regions(small_config(parts, tmp_path, data={"regions": {category: region}}), ["board", "gear"])
 
 
 @pytest.mark.parametrize(
@@ -148,8 +141,8 @@ def test_a_sweep_refuses_settings_that_it_does_not_support(model: Any, regions: 
 # Scoring
 
 
-def test_pixels_outside_the_region_are_not_scored(inspector: Inspector, data: str) -> None:
-    image = next(iter(read_test_rows(data, "gear")))["image"]
+def test_pixels_outside_the_region_are_not_scored(inspector: Inspector, parts: str) -> None:
+    image = next(iter(read_test_rows(parts, "gear")))["image"]
     pixels = decode_image(image, 64)
     changed = pixels.copy()
     changed[20:44, 50:60] = (255, 0, 255)
@@ -158,7 +151,7 @@ def test_pixels_outside_the_region_are_not_scored(inspector: Inspector, data: st
         assert (inspection.anomaly_map[:, 32:] == 0).all()
         assert inspection.anomaly_map[:, :32].min() > 0
     whole_image_detector = fit_alone(
-        make_region_config(data, Path("unused"), [[[0, 0], [1, 0], [1, 1], [0, 1]]])
+        make_region_config(parts, Path("unused"), [[[0, 0], [1, 0], [1, 1], [0, 1]]])
     ).detector
     batch = torch.from_numpy(decode_batch([encode_png(pixels), encode_png(changed)], 64))
     scores = whole_image_detector(batch).score
@@ -166,22 +159,19 @@ def test_pixels_outside_the_region_are_not_scored(inspector: Inspector, data: st
     assert abs(changed_outside.score - plain.score) < 0.5 * float(scores[1] - scores[0])
 
 
-def test_a_region_of_the_whole_image_scores_like_no_region(data: str, tmp_path: Path) -> None:
+def test_a_region_of_the_whole_image_scores_like_no_region(parts: str, tmp_path: Path) -> None:
     scoring, density = {"image_score": "profile"}, {"reduction": "discriminant"}
     whole_image = [[0, 0], [1, 0], [1, 1], [0, 1]]
 
     def fit(regions: dict[str, Any]) -> FitResult:
-        model = {"image_alignment": {"group": "none"}}
-        return fit_alone(
-            small_config(data, tmp_path, data={"regions": regions}, model=model, scoring=scoring, density=density)
-        )
+        return fit_alone(small_config(parts, tmp_path, data={"regions": regions}, scoring=scoring, density=density))
 
     assert fit({"gear": whole_image}).calibration == fit({}).calibration
 
 
-def test_the_region_moves_with_the_image_when_images_are_aligned(data: str, tmp_path: Path) -> None:
+def test_the_region_moves_with_the_image_when_images_are_aligned(parts: str, tmp_path: Path) -> None:
     model = {"image_alignment": {"min_drop": 0.0}}
-    config = make_region_config(data, tmp_path, LEFT, model=model, scoring={"image_score": "profile"})
+    config = make_region_config(parts, tmp_path, LEFT, model=model, scoring={"image_score": "profile"})
     result = fit_alone(config)
     assert result.notes.alignment is not None
     assert result.notes.alignment.enabled
@@ -189,14 +179,14 @@ def test_the_region_moves_with_the_image_when_images_are_aligned(data: str, tmp_
     assert not (
         result.statistics.shown == result.statistics.shown[0]
     ).all()  # each part is rotated by a different angle
-    records = read_test_rows(data, "gear")
+    records = read_test_rows(parts, "gear")
     batch = decode_batch([record["image"] for record in records], load_frame(config, "gear"))
     maps = result.detector(torch.from_numpy(batch)).anomaly_map
     assert (maps[:, :, 32:] == 0).all()
     assert float((maps[:, 8:56, 8:24] > 0).float().mean()) > 0.9
 
 
-def test_thresholds_are_computed_from_pixels_of_the_region_only(inspector: Inspector, data: str) -> None:
+def test_thresholds_are_computed_from_pixels_of_the_region_only(inspector: Inspector, parts: str) -> None:
     config = inspector.bundle.config
     shard = build_shard(config, "gear", compute_split_plan(config, "gear"), 0, 1)
     _, maps = inspector.score(torch.cat(list(shard.read_batches("holdout"))).numpy())
@@ -207,13 +197,13 @@ def test_thresholds_are_computed_from_pixels_of_the_region_only(inspector: Inspe
 
 
 @pytest.mark.parametrize("reduction", ["discriminant", "semi_orthogonal"])
-def test_leave_one_out_scores_count_only_pixels_of_the_region(data: str, tmp_path: Path, reduction: str) -> None:
+def test_leave_one_out_scores_count_only_pixels_of_the_region(parts: str, tmp_path: Path, reduction: str) -> None:
     sections: dict[str, Any] = {
         "calibration": {"method": "leave_one_out"},
         "density": {"reduction": reduction},
         "scoring": {"image_score": "profile"},
     }
-    config = make_region_config(data, tmp_path, LEFT, **sections)
+    config = make_region_config(parts, tmp_path, LEFT, **sections)
     plan = compute_split_plan(config, "gear")
     run = DetectorFitter(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit.rows), torch.device("cpu"))
     result = run.build_and_calibrate()
@@ -221,8 +211,8 @@ def test_leave_one_out_scores_count_only_pixels_of_the_region(data: str, tmp_pat
     assert [image.num_pixels for image in builder._images] == [64 * 32] * len(plan.fit.rows)
 
 
-def test_only_pixels_of_the_region_are_measured(inspector: Inspector, data: str) -> None:
-    records = list(read_test_rows(data, "gear"))
+def test_only_pixels_of_the_region_are_measured(inspector: Inspector, parts: str) -> None:
+    records = list(read_test_rows(parts, "gear"))
     results = inspector.evaluate(records)
     maps = np.stack(
         [inspection.anomaly_map for inspection in inspector.inspect([record["image"] for record in records])]
@@ -239,19 +229,19 @@ def test_only_pixels_of_the_region_are_measured(inspector: Inspector, data: str)
 # The bundle
 
 
-def test_a_bundle_contains_its_region(data: str, tmp_path: Path) -> None:
+def test_a_bundle_contains_its_region(parts: str, tmp_path: Path) -> None:
     mask = np.zeros((64, 64), np.uint8)
     mask[16:48, 8:40] = 255
     mask_path = save_mask(tmp_path / "mask.png", mask)
-    bundle = make_bundle(make_region_config(data, tmp_path, mask_path))
+    bundle = make_bundle(make_region_config(parts, tmp_path, mask_path))
     Path(mask_path).unlink()
     np.testing.assert_array_equal(read_bundle(bundle).frame.region, mask > 0)
-    update_bundle(bundle, tmp_path / "more", add=data, calibrate=data)
+    update_bundle(bundle, tmp_path / "more", add=parts, calibrate=parts)
     np.testing.assert_array_equal(read_bundle(tmp_path / "more").frame.region, mask > 0)
 
 
-def test_a_streamed_shard_equals_a_shard_in_memory(data: str, tmp_path: Path) -> None:
-    in_memory = make_region_config(data, tmp_path, LEFT)
+def test_a_streamed_shard_equals_a_shard_in_memory(parts: str, tmp_path: Path) -> None:
+    in_memory = make_region_config(parts, tmp_path, LEFT)
     streamed = in_memory.model_copy(update={"data": in_memory.data.model_copy(update={"memory_budget_mb": 0.0})})
     plan = compute_split_plan(in_memory, "gear")
     images, streamed_images = (

@@ -27,44 +27,44 @@ EPOCHS = 3
 NORMALS = np.stack([draw_sample("board", 0, "train", index, 64)[0] for index in range(4)])
 
 
-def make_selection_config(data: str, **sections: dict[str, Any]) -> Config:
-    defaults = {"selection": {"fraction": 0.2}, "model": {"image_alignment": {"group": "none"}}}
-    return small_config(data, "unused", **{**defaults, **sections})
+def make_selection_config(parts: str, **sections: dict[str, Any]) -> Config:
+    defaults = {"selection": {"fraction": 0.2}}
+    return small_config(parts, "unused", **{**defaults, **sections})
 
 
 @pytest.fixture(scope="module")
-def trained(data: str) -> tuple[Config, FitResult]:
+def trained(parts: str) -> tuple[Config, FitResult]:
     """Trains three epochs with a learning rate that changes the score; any gain is enough."""
-    config = make_selection_config(data, train={"epochs": EPOCHS, "learning_rate": 0.02})
+    config = make_selection_config(parts, train={"epochs": EPOCHS, "learning_rate": 0.02})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("focus_ray.fitting.fit.MIN_GAIN", 0.0)
         return config, fit_alone(config)
 
 
 @pytest.mark.parametrize("method", ["split", "cross"])
-def test_validation_images_are_in_no_other_part(data: str, method: str) -> None:
-    plan = compute_split_plan(make_selection_config(data, calibration={"method": method}), "gear")
+def test_validation_images_are_in_no_other_part(parts: str, method: str) -> None:
+    plan = compute_split_plan(make_selection_config(parts, calibration={"method": method}), "gear")
     together = [row for part in (plan.fit.rows, plan.validation.rows, plan.holdout.rows) for row in part]
     assert len(together) == len(set(together)) == NUM_TRAIN
     assert len(plan.validation.rows) == round(0.2 * NUM_TRAIN)
     assert len(plan.folds) == len(plan.fit.rows)
 
 
-def test_without_selection_nothing_is_held_out_or_judged_and_the_calibration_images_are_the_same(data: str) -> None:
-    config = small_config(data, "unused")
-    plain, selecting = compute_split_plan(config, "gear"), compute_split_plan(make_selection_config(data), "gear")
+def test_without_selection_nothing_is_held_out_or_judged_and_the_calibration_images_are_the_same(parts: str) -> None:
+    config = small_config(parts, "unused")
+    plain, selecting = compute_split_plan(config, "gear"), compute_split_plan(make_selection_config(parts), "gear")
     assert len(plain.validation.rows) == 0
     assert selecting.holdout.rows.tolist() == plain.holdout.rows.tolist()
     assert fit_alone(config).notes.selection == []
 
 
-def test_validation_takes_no_more_images_than_it_may(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_takes_no_more_images_than_it_may(parts: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("focus_ray.fitting.split.MAX_VALIDATION_IMAGES", 3)
-    assert len(compute_split_plan(make_selection_config(data), "gear").validation.rows) == 3
+    assert len(compute_split_plan(make_selection_config(parts), "gear").validation.rows) == 3
 
 
-def test_a_set_too_small_to_validate_on_is_refused(data: str) -> None:
-    config = make_selection_config(data, selection={"fraction": 0.85})
+def test_a_set_too_small_to_validate_on_is_refused(parts: str) -> None:
+    config = make_selection_config(parts, selection={"fraction": 0.85})
     with pytest.raises(DataError, match=r"selection\.fraction=0"):
         compute_split_plan(config, "gear")
 
@@ -87,26 +87,26 @@ def test_every_epoch_and_the_untrained_network_are_judged_and_the_best_is_kept(
     assert validate_detector(detector, *images)["score"] == pytest.approx(max(scores), abs=1e-6)
 
 
-def test_the_untrained_network_is_kept_if_no_epoch_gains_enough(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_untrained_network_is_kept_if_no_epoch_gains_enough(parts: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert MIN_GAIN > 0
     monkeypatch.setattr("focus_ray.fitting.fit.MIN_GAIN", 1.0)
-    config = make_selection_config(data, train={"epochs": 1, "learning_rate": 0.05})
+    config = make_selection_config(parts, train={"epochs": 1, "learning_rate": 0.05})
     torch.manual_seed(config.train.seed)
     untrained, selected = build_network(config.model).state_dict(), fit_alone(config).detector.net.state_dict()
     assert all(torch.equal(selected[name], value) for name, value in untrained.items() if name in selected)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "nearest"])
-def test_validation_images_join_the_density(data: str, kind: str) -> None:
-    config = make_selection_config(data, density={"kind": kind})
+def test_validation_images_join_the_density(parts: str, kind: str) -> None:
+    config = make_selection_config(parts, density={"kind": kind})
     plan, statistics = compute_split_plan(config, "gear"), fit_alone(config).statistics
     expected = len(plan.fit.rows) + len(plan.validation.rows)
     assert statistics.moments.count == expected
     assert statistics.bank is None or len(statistics.bank) == expected
 
 
-def test_aligning_is_judged_against_not_aligning(data: str) -> None:
-    result = fit_alone(make_selection_config(data, model={"image_alignment": {"group": "rotation", "min_drop": 0.0}}))
+def test_aligning_is_judged_against_not_aligning(parts: str) -> None:
+    result = fit_alone(make_selection_config(parts, model={"image_alignment": {"group": "rotation", "min_drop": 0.0}}))
     scores = {
         entry["image_alignment"]: entry["score"] for entry in result.notes.selection if "image_alignment" in entry
     }

@@ -43,7 +43,7 @@ def make_tiled_config(
 ) -> Config:
     """Returns a configuration with a profile of good images, and with tiles whose model.tiling.density is `kind`, if any."""
     tiling = kind and {"grid": grid, "overlap": overlap, "density": kind}
-    model = {"image_size_px": side, "image_alignment": {"group": "none"}, "tiling": tiling}
+    model = {"image_size_px": side, "tiling": tiling}
     return small_config(uri, "unused", model=model, **{"scoring": {"image_score": "profile"}, **rest})
 
 
@@ -61,10 +61,10 @@ def fit_textures(config: Config, num_holdout: int = 4, num_new: int = 18) -> tup
 
 @pytest.fixture(scope="module", params=DENSITIES)
 def fitted(
-    request: pytest.FixtureRequest, data: str, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, parts: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[FitResult, str]:
     """Fits the gears with a value of model.tiling.density. Returns the result and the address of its bundle."""
-    config = make_tiled_config(data, request.param)
+    config = make_tiled_config(parts, request.param)
     result = fit_alone(config)
     return result, make_bundle(config, place=tmp_path_factory.mktemp("bundle") / request.param, result=result)
 
@@ -110,14 +110,14 @@ def test_values_of_two_tiles_blend_linearly_in_their_overlap() -> None:
 
 @pytest.mark.parametrize("density", DENSITIES)
 def test_the_map_of_a_homogeneous_texture_has_no_jumps_at_seams(
-    data: str, density: str, monkeypatch: pytest.MonkeyPatch
+    parts: str, density: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Maps change hardly more between pixels where tiles overlap than within tiles; without blending they jump."""
 
     def seam_ratio(overlap: float, sigma_px: float) -> float:
         """Returns the largest change between neighbouring pixels at a seam, divided by the largest change elsewhere."""
         monkeypatch.setattr("focus_ray.detect.detector.SMOOTHING_SIGMA_PX", sigma_px)
-        config = make_tiled_config(data, density, (2, 2), overlap, side=64, scoring={"image_score": "maximum"})
+        config = make_tiled_config(parts, density, (2, 2), overlap, side=64, scoring={"image_score": "maximum"})
         maps = fit_textures(config)[1].anomaly_map
         is_seam = torch.zeros(maps.shape[1] - 1, dtype=torch.bool)
         is_seam[64 - config.model.overlap_px - 1 : 64] = True  # a seam lies after these pixels
@@ -130,19 +130,19 @@ def test_the_map_of_a_homogeneous_texture_has_no_jumps_at_seams(
 
 
 @pytest.mark.parametrize("density", DENSITIES)
-def test_one_tile_that_covers_the_image_equals_no_tiling(data: str, density: str) -> None:
+def test_one_tile_that_covers_the_image_equals_no_tiling(parts: str, density: str) -> None:
     learnt = {"reduction": "discriminant"}
     (untiled, expected), (tiled, scored) = (
-        fit_textures(make_tiled_config(data, kind, (1, 1), 0.0, density=learnt), num_new=3) for kind in (None, density)
+        fit_textures(make_tiled_config(parts, kind, (1, 1), 0.0, density=learnt), num_new=3) for kind in (None, density)
     )
     assert torch.equal(scored.score, expected.score)
     assert torch.equal(scored.anomaly_map, expected.anomaly_map)
     assert untiled.calibration == tiled.calibration
 
 
-def test_a_map_shows_a_defect_at_its_position_in_the_photograph(fitted: tuple[FitResult, str], data: str) -> None:
+def test_a_map_shows_a_defect_at_its_position_in_the_photograph(fitted: tuple[FitResult, str], parts: str) -> None:
     inspector = Inspector.load(fitted[1], "cpu")
-    record = next(record for record in read_test_rows(data, "gear") if not record["label"])
+    record = next(record for record in read_test_rows(parts, "gear") if not record["label"])
     wide = Image.open(io.BytesIO(record["image"])).convert("RGB").resize((160, 112))
     pixels = np.asarray(wide).copy()
     pixels[70:82, 100:112] = (255, 0, 255)
@@ -216,8 +216,8 @@ def test_a_bundle_scores_like_the_fit_that_made_it_and_together_with_another_mod
         torch.testing.assert_close(scored.anomaly_map, expected.anomaly_map[:count], rtol=1e-3, atol=1e-3)
 
 
-def test_evaluation_of_a_tiled_category_equals_scikit_learn(fitted: tuple[FitResult, str], data: str) -> None:
-    inspector, records = Inspector.load(fitted[1], "cpu", batch_size=3), list(read_test_rows(data, "gear"))
+def test_evaluation_of_a_tiled_category_equals_scikit_learn(fitted: tuple[FitResult, str], parts: str) -> None:
+    inspector, records = Inspector.load(fitted[1], "cpu", batch_size=3), list(read_test_rows(parts, "gear"))
     figures = inspector.evaluate(records)
     assert (figures["num_normal"], figures["num_anomalous"], figures["num_masks"]) == (4, 4, 4)
     inspections = inspector.inspect([record["image"] for record in records])
@@ -229,22 +229,22 @@ def test_evaluation_of_a_tiled_category_equals_scikit_learn(fitted: tuple[FitRes
 
 
 def test_added_images_can_be_removed_from_a_tiled_bundle(
-    fitted: tuple[FitResult, str], data: str, tmp_path: Path
+    fitted: tuple[FitResult, str], parts: str, tmp_path: Path
 ) -> None:
     place, before = str(tmp_path / "more"), read_statistics(fitted[1]).num_images
-    manifest = update_bundle(fitted[1], place, add=data, calibrate=data)
-    added = sum(label == 0 for label in read_index(data, "gear", "train")["label"].to_pylist())
+    manifest = update_bundle(fitted[1], place, add=parts, calibrate=parts)
+    added = sum(label == 0 for label in read_index(parts, "gear", "train")["label"].to_pylist())
     assert manifest["data"]["num_fit"] == read_statistics(place).num_images == before + added
-    update_bundle(place, tmp_path / "less", remove=data, calibrate=data)
+    update_bundle(place, tmp_path / "less", remove=parts, calibrate=parts)
     assert read_statistics(tmp_path / "less").num_images == before
 
 
 @pytest.mark.parametrize("density", DENSITIES)
-def test_cross_calibration_selection_and_training_work_with_tiles(data: str, density: str) -> None:
+def test_cross_calibration_selection_and_training_work_with_tiles(parts: str, density: str) -> None:
     selection = {"fraction": 0.1}
     learnt, method = {"reduction": "discriminant"}, {"method": "cross"}
     config = make_tiled_config(
-        data, density, (1, 2), train={"epochs": 1}, selection=selection, calibration=method, density=learnt
+        parts, density, (1, 2), train={"epochs": 1}, selection=selection, calibration=method, density=learnt
     )
     result, plan = fit_alone(config), compute_split_plan(config, "gear")
     # validation images calibrate too, after the last selection
@@ -254,25 +254,25 @@ def test_cross_calibration_selection_and_training_work_with_tiles(data: str, den
 
 @pytest.mark.parametrize("reduction", ["discriminant", "semi_orthogonal"])
 @pytest.mark.parametrize("density", DENSITIES)
-def test_leave_one_out_excludes_all_tiles_of_an_image(data: str, density: str, reduction: str) -> None:
+def test_leave_one_out_excludes_all_tiles_of_an_image(parts: str, density: str, reduction: str) -> None:
     """Left-out images score like new images, with and without folds of the projection."""
     settings = {"calibration": {"method": "leave_one_out"}, "density": {"reduction": reduction, "coreset": 256}}
-    result, new = fit_textures(make_tiled_config(data, density, (2, 2), **settings), num_holdout=0)
+    result, new = fit_textures(make_tiled_config(parts, density, (2, 2), **settings), num_holdout=0)
     assert (result.calibration.method, result.calibration.num_images) == ("leave_one_out", 16)
     assert float(np.median(result.calibration.image_scores)) == pytest.approx(float(new.score.median()), rel=0.05)
 
 
-def test_leave_one_out_is_refused_for_moments_that_tiles_share(data: str) -> None:
-    config = make_tiled_config(data, "shared", density={"kind": "gaussian"}, calibration={"method": "leave_one_out"})
+def test_leave_one_out_is_refused_for_moments_that_tiles_share(parts: str) -> None:
+    config = make_tiled_config(parts, "shared", density={"kind": "gaussian"}, calibration={"method": "leave_one_out"})
     with pytest.raises(ConfigError, match=r"calibration\.method=leave_one_out: density\.kind=gaussian"):
         check_fit_prerequisites(config)
-    automatic = make_tiled_config(data, "shared", density={"kind": "gaussian"}, calibration={"method": "auto"})
+    automatic = make_tiled_config(parts, "shared", density={"kind": "gaussian"}, calibration={"method": "auto"})
     assert fit_alone(automatic).calibration.method == "cross"
 
 
-def test_the_memory_budget_counts_images_at_the_size_of_all_tiles(data: str) -> None:
+def test_the_memory_budget_counts_images_at_the_size_of_all_tiles(parts: str) -> None:
     plain, limited = (
-        make_tiled_config(data, "shared", **settings) for settings in ({}, {"data": {"memory_budget_mb": 0.25}})
+        make_tiled_config(parts, "shared", **settings) for settings in ({}, {"data": {"memory_budget_mb": 0.25}})
     )
     plan = compute_split_plan(limited, "gear")
     assert plan.num_images * SIDE**2 * 3 < 0.25 * 2**20 < plan.num_images * 56 * 80 * 3

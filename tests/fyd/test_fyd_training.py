@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from places import free_port
 from torch import Tensor, nn
+from worker_processes import run_workers
 
 from focus_ray.features.network import build_network
 from focus_ray.features.settings import ModelConfig
@@ -97,5 +98,5 @@ def _as_worker(rank: int, port: int, folder: str) -> None:
 
 
 def test_a_loss_that_is_not_finite_on_one_worker_raises_on_every_worker(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_as_worker, (free_port(), str(tmp_path)), nprocs=2)
+    run_workers(_as_worker, (free_port(), str(tmp_path)), 2)
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["FloatingPointError"] * 2

@@ -18,7 +18,7 @@ from s3_faults import faulty
 from s3_server import S3Server
 
 from focus_ray.cli.main import main
-from focus_ray.cluster.pool import make_worker_options
+from focus_ray.cluster.capacity import make_worker_options
 from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.data.commits import list_referenced_files
 from focus_ray.data.read import read_index
@@ -51,7 +51,10 @@ def test_a_cluster_gives_the_data_of_one_process_even_if_each_worker_dies_once_a
     deaths.mkdir()
 
     def map_deadly(
-        function: Callable[[Any], Any], items: Sequence[Any], num_workers: int, task_options: Mapping[str, Any]
+        function: Callable[[Any], Any],
+        items: Sequence[Any],
+        count_tasks: Callable[[int], int],
+        task_options: Mapping[str, Any],
     ) -> Iterator[tuple[int, Any]]:
         def die_once(item: Any) -> Any:
             result = function(item)
@@ -63,7 +66,7 @@ def test_a_cluster_gives_the_data_of_one_process_even_if_each_worker_dies_once_a
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
-        return map_in_ray_tasks(die_once, items, num_workers, task_options)
+        return map_in_ray_tasks(die_once, items, count_tasks, task_options)
 
     expected = ingest_quietly(source, alone, group_by=GROUPS)
     monkeypatch.setattr(cluster, "map_in_ray_tasks", map_deadly)
@@ -89,9 +92,9 @@ def test_an_error_of_a_worker_is_raised_unchanged(ray_cluster: None) -> None:
             raise DataError(f"{item}: no such thing")
         return item
 
-    assert sorted(map_in_ray_tasks(fail, [0, 0, 0], 2, ONE_CPU)) == [(0, 0), (1, 0), (2, 0)]
+    assert sorted(map_in_ray_tasks(fail, [0, 0, 0], lambda num_tasks: 2, ONE_CPU)) == [(0, 0), (1, 0), (2, 0)]
     with pytest.raises(DataError, match=r"^7: no such thing$"):
-        list(map_in_ray_tasks(fail, [0, 7], 2, ONE_CPU))
+        list(map_in_ray_tasks(fail, [0, 7], lambda num_tasks: 2, ONE_CPU))
 
 
 def test_tasks_reserve_the_resources_of_the_cluster_settings(ray_cluster: None) -> None:
@@ -101,7 +104,9 @@ def test_tasks_reserve_the_resources_of_the_cluster_settings(ray_cluster: None) 
         return ray.get_runtime_context().get_assigned_resources()
 
     options = make_worker_options(ClusterConfig(cpus_per_worker=2, memory_gib_per_worker=0.25), use_gpu=False)
-    assert dict(map_in_ray_tasks(get_resources, [0], 1, options)) == {0: {"CPU": 2.0, "memory": 2.0**28}}
+    assert dict(map_in_ray_tasks(get_resources, [0], lambda num_tasks: 1, options)) == {
+        0: {"CPU": 2.0, "memory": 2.0**28}
+    }
 
 
 def test_labels_that_no_node_has_are_refused(ray_cluster: None, source: Path, tmp_path: Path) -> None:
@@ -118,7 +123,7 @@ def test_a_piece_whose_workers_always_die_is_reported(ray_cluster: None, monkeyp
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(TrainingError, match=r"2 attempts.*--workers"):
-        list(map_in_ray_tasks(die, [0], 1, ONE_CPU))
+        list(map_in_ray_tasks(die, [0], lambda num_tasks: 1, ONE_CPU))
 
 
 def test_the_command_appends_with_workers(

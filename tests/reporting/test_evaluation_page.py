@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.metrics import auc
-from small_set import make_bundle, small_config
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import read_test_rows
@@ -30,9 +29,8 @@ from focus_ray.reporting.gallery import PICTURE_PX, CardKind, GalleryCard, choos
 
 
 @pytest.fixture(scope="module")
-def inspector(parts: str, tmp_path_factory: pytest.TempPathFactory) -> Inspector:
-    model = {"image_alignment": {"min_drop": 0.0}}
-    return Inspector.load(make_bundle(small_config(parts, tmp_path_factory.mktemp("runs"), model=model)), "cpu")
+def inspector(aligned_bundle: str) -> Inspector:
+    return Inspector.load(aligned_bundle, "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.registry import Registry
 from focus_ray.cli.main import build_parser, main, parse_command_line
 from focus_ray.cli.reference import list_subcommands
-from focus_ray.cluster.preflight import RESERVED_RESOURCES_VARIABLE
+from focus_ray.cluster.capacity import RESERVED_RESOURCES_VARIABLE
 from focus_ray.errors import ConfigError, SubmissionError
 from focus_ray.names import make_unique_name
 from focus_ray.submission import client

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_set import NUM_TEST, ingest_parts, small_config
+from small_set import NUM_TEST, small_config
 
 from focus_ray.data.read import decode_rows
 from focus_ray.errors import DataError
@@ -29,19 +29,12 @@ from focus_ray.sweep.worker import split_images_for_worker
 
 CPU = torch.device("cpu")
 ALIGNED = {"image_alignment": {"group": "rotation", "min_drop": 0.0}}
-UNALIGNED = {"image_alignment": {"group": "none"}}
 SHAREABLE = {"reduction": "semi_orthogonal", "coreset": 0}  # with reduction `discriminant`, trials share no features
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Returns the URI of a small data set."""
-    return ingest_parts(tmp_path_factory.mktemp("parts"))
-
-
-def make_config(data: str, **sections: Any) -> Config:
+def make_config(parts: str, **sections: Any) -> Config:
     """Returns the configuration of a trial without alignment; `sections` changes its sections."""
-    return small_config(data, "unused", **{"model": UNALIGNED, **sections})
+    return small_config(parts, "unused", **sections)
 
 
 def load_gear(config: Config, objective: Objective = "validation", size_px: int = 64) -> CategoryImages:
@@ -58,19 +51,19 @@ def score_gear(config: Config, objective: Objective = "validation", **options: A
 @pytest.mark.parametrize(
     ("model", "density", "objective"),
     [
-        (UNALIGNED, SHAREABLE, "validation"),
-        (UNALIGNED, {"reduction": "semi_orthogonal"}, "aupro"),
+        ({}, SHAREABLE, "validation"),
+        ({}, {"reduction": "semi_orthogonal"}, "aupro"),
         (ALIGNED, {**SHAREABLE, "kind": "gaussian", "pooling": 0.5}, "aupro"),
-        (UNALIGNED, {"reduction": "random", "map_stride_px": 4, "layers": ["layer1", "layer2"], "coreset": 0}, "aupro"),
+        ({}, {"reduction": "random", "map_stride_px": 4, "layers": ["layer1", "layer2"], "coreset": 0}, "aupro"),
     ],
     ids=["nearest", "coreset", "aligned-gaussian", "random"],
 )
 def test_shared_features_give_the_same_scores_as_a_trial_without_sharing(
-    data: str, model: dict[str, Any], density: dict[str, Any], objective: Objective
+    parts: str, model: dict[str, Any], density: dict[str, Any], objective: Objective
 ) -> None:
     clear_trial_caches()
-    base = make_config(data, model=model, density=SHAREABLE)
-    config = make_config(data, model=model, density=density)
+    base = make_config(parts, model=model, density=SHAREABLE)
+    config = make_config(parts, model=model, density=density)
     images = load_gear(base, objective)
     features = compute_frozen_features(base, images, CPU)
     assert (features.theta is not None) == (model is ALIGNED)
@@ -82,9 +75,9 @@ def test_shared_features_give_the_same_scores_as_a_trial_without_sharing(
         assert shared.figures == pytest.approx(unshared.figures, abs=tolerance)
 
 
-def test_trials_share_features_only_if_their_settings_give_the_same_features(data: str) -> None:
+def test_trials_share_features_only_if_their_settings_give_the_same_features(parts: str) -> None:
     def key_of(category: str = "gear", **sections: dict[str, Any]) -> str | None:
-        return make_features_key(small_config(data, "unused", **{"density": SHAREABLE, **sections}), category)
+        return make_features_key(small_config(parts, "unused", **{"density": SHAREABLE, **sections}), category)
 
     same: list[dict[str, Any]] = [
         {},
@@ -92,10 +85,10 @@ def test_trials_share_features_only_if_their_settings_give_the_same_features(dat
         {"scoring": {"image_score": "maximum"}},
         {"train": {"learning_rate": 1.0}},
     ]
-    different = [{"model": UNALIGNED}, {"train": {"seed": 3}}, {"model": {"image_size_px": 48}}]
+    different = [{"model": ALIGNED}, {"train": {"seed": 3}}, {"model": {"image_size_px": 48}}]
     unshareable = [
         {"train": {"epochs": 1}},
-        {"selection": {"fraction": 0.1}},
+        {"selection": {"fraction": 0.1}, "model": ALIGNED},  # it also judges whether to align
         {"density": {"reduction": "discriminant"}},
     ]
     (key,) = {key_of(**sections) for sections in same}
@@ -104,8 +97,8 @@ def test_trials_share_features_only_if_their_settings_give_the_same_features(dat
 
 
 @pytest.mark.parametrize("objective", ["validation", "image_auroc"])
-def test_the_size_of_shared_inputs_is_computed_correctly_in_advance(data: str, objective: Objective) -> None:
-    config = make_config(data)
+def test_the_size_of_shared_inputs_is_computed_correctly_in_advance(parts: str, objective: Objective) -> None:
+    config = make_config(parts)
     split = split_for_scoring(config, "gear", objective)
     images = load_gear(config, objective)
     arrays = (images.fit, images.validation, images.scored.images, images.scored.masks)
@@ -115,8 +108,8 @@ def test_the_size_of_shared_inputs_is_computed_correctly_in_advance(data: str, o
     assert num_bytes == compute_feature_bytes(config, split, objective)
 
 
-def test_trials_of_all_image_sizes_are_judged_on_the_same_images(data: str) -> None:
-    config = make_config(data)
+def test_trials_of_all_image_sizes_are_judged_on_the_same_images(parts: str) -> None:
+    config = make_config(parts)
     large, repeated, small = (load_gear(config, size_px=size).scored for size in (64, 64, 32))
     assert np.array_equal(large.images, repeated.images)
     assert small.images.shape == (len(large.images), 32, 32, 3)
@@ -125,8 +118,8 @@ def test_trials_of_all_image_sizes_are_judged_on_the_same_images(data: str) -> N
     assert large.labels.tolist() == [0] * num_normal + [1] * num_normal * DEFECTS_PER_IMAGE
 
 
-def test_a_labelled_objective_is_measured_on_the_test_images(data: str) -> None:
-    config = make_config(data)
+def test_a_labelled_objective_is_measured_on_the_test_images(parts: str) -> None:
+    config = make_config(parts)
     result = score_gear(config, "image_auroc")
     assert result.score == result.figures["image_auroc"]
     assert (result.num_good, result.num_bad) == (4, NUM_TEST - 4)
@@ -138,31 +131,31 @@ def test_a_labelled_objective_is_measured_on_the_test_images(data: str) -> None:
         score_category(config, "gear", CategoryImages(images.fit, images.validation, judged), "aupro", CPU)
 
 
-def test_every_epoch_is_reported_and_the_last_one_is_the_score(data: str) -> None:
+def test_every_epoch_is_reported_and_the_last_one_is_the_score(parts: str) -> None:
     reports: list[tuple[int, float, bool]] = []
-    config = make_config(data, train={"epochs": 3, "learning_rate": 0.01})
+    config = make_config(parts, train={"epochs": 3, "learning_rate": 0.01})
     result = score_gear(config, on_score=lambda *report: reports.append(report))
     assert [(epoch, final) for epoch, _, final in reports] == [(1, False), (2, False), (3, True)]
     assert result.curve == [(epoch, score) for epoch, score, _ in reports]
     assert (result.score, result.epochs, result.cut) == (result.curve[-1][1], 3, None)
 
 
-def test_a_pruned_trial_trains_no_further(data: str) -> None:
-    result = score_gear(make_config(data, train={"epochs": 3}), on_score=lambda epoch, score, final: "lost")
+def test_a_pruned_trial_trains_no_further(parts: str) -> None:
+    result = score_gear(make_config(parts, train={"epochs": 3}), on_score=lambda epoch, score, final: "lost")
     assert (result.score, result.epochs, len(result.curve), result.cut) == (None, 1, 1, "lost")
 
 
-def test_a_trial_whose_training_diverges_is_pruned(data: str) -> None:
+def test_a_trial_whose_training_diverges_is_pruned(parts: str) -> None:
     rates = {"learning_rate": 10.0, "lambda_fine": 1e30}
-    result = score_gear(make_config(data, train={"epochs": 2, **rates}))
+    result = score_gear(make_config(parts, train={"epochs": 2, **rates}))
     assert (result.score, result.epochs < 2, str(result.cut)[:9]) == (None, True, "diverged:")
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_a_worker_decodes_only_its_own_share_if_images_are_not_shared(
-    data: str, num_workers: int, monkeypatch: pytest.MonkeyPatch
+    parts: str, num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(data)
+    config = make_config(parts)
     plan = split_for_scoring(config, "gear", "validation").build_plan(config)
     all_images = load_category_images(config, "gear", plan, "validation", 64)
     decoded: list[int] = []

@@ -22,7 +22,7 @@ import pytest
 import torch
 import yaml
 from s3_server import S3Server
-from small_set import CATEGORIES, draw_parts, ingest_parts, small_config
+from small_set import CATEGORIES, draw_parts, small_config
 from waiting import wait_for, wait_for_records
 
 from focus_ray.cluster.ownership import FINGERPRINTS_FILE, FolderOwner, check_images_unchanged
@@ -38,22 +38,15 @@ from focus_ray.sweep.settings import SweepConfig, parse_sweep_config
 from focus_ray.sweep.trial import score_category
 from focus_ray.sweep.trial_inputs import load_category_images, split_for_scoring
 
-UNALIGNED = {"image_alignment": {"group": "none"}}
 SPACE = {"density.num_channels": [4, 32], "density.shrinkage": [0.5, 4.0]}
 SLOW = {"train.seed": list(range(40)), "train.epochs": [40]}  # a sweep that runs long enough to be interrupted
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Returns the URI of a small data set."""
-    return ingest_parts(tmp_path_factory.mktemp("parts"))
-
-
-def make_sweep(data: str, storage: Path | str, base: dict[str, Any] | None = None, **keys: Any) -> SweepConfig:
+def make_sweep(parts: str, storage: Path | str, base: dict[str, Any] | None = None, **keys: Any) -> SweepConfig:
     """Returns a grid sweep named `search`; `base` changes sections of its base configuration."""
     # Without a coreset: its choice depends on the last digits, which sharing changes. test_trial tests it.
-    defaults = {"data": {"categories": list(CATEGORIES)}, "model": UNALIGNED, "density": {"coreset": 0}}
-    tree = small_config(data, storage, **{**defaults, **(base or {})}).model_dump(mode="json")
+    defaults = {"data": {"categories": list(CATEGORIES)}, "density": {"coreset": 0}}
+    tree = small_config(parts, storage, **{**defaults, **(base or {})}).model_dump(mode="json")
     return parse_sweep_config({"base": tree, "space": SPACE, "searcher": "grid", "name": "search", **keys})
 
 
@@ -96,14 +89,14 @@ def wait_for_cleanup() -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(ray_cluster: None, data: str, tmp_path_factory: pytest.TempPathFactory) -> SweepOutcome:
+def finished(ray_cluster: None, parts: str, tmp_path_factory: pytest.TempPathFactory) -> SweepOutcome:
     """Runs one sweep for all tests of this file."""
     root = tmp_path_factory.mktemp("sweeps")
     (root / "tmp").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(root / "tmp"))
         # each process imports torch; resume: the folder has no sweep yet
-        return run_sweep(make_sweep(data, root, max_concurrent_trials=2), resume=True)
+        return run_sweep(make_sweep(parts, root, max_concurrent_trials=2), resume=True)
 
 
 # Results
@@ -144,16 +137,16 @@ def test_the_folder_of_a_sweep_has_a_configuration_ready_to_train_and_a_report(f
 
 
 @pytest.mark.ray
-def test_features_are_shared_and_do_not_change_the_scores(finished: SweepOutcome, data: str) -> None:
+def test_features_are_shared_and_do_not_change_the_scores(finished: SweepOutcome, parts: str) -> None:
     shared = {result["shared"] for record in finished.records for result in record.categories.values()}
     assert shared == {"features"}
-    unshared = score_in_process(make_sweep(data, "unused"))
+    unshared = score_in_process(make_sweep(parts, "unused"))
     assert [record.score for record in unshared] == pytest.approx([r.score for r in finished.records], abs=1e-6)
 
 
 @pytest.mark.ray
 def test_the_same_configuration_with_resume_continues_a_sweep_and_another_is_refused(
-    finished: SweepOutcome, data: str
+    finished: SweepOutcome, parts: str
 ) -> None:
     config = read_sweep_config(finished.root)
     messages: list[str] = []
@@ -170,10 +163,10 @@ def test_the_same_configuration_with_resume_continues_a_sweep_and_another_is_ref
 @pytest.mark.slow
 @pytest.mark.ray
 def test_inputs_over_the_budget_are_reported_and_computed_by_every_trial(
-    ray_cluster: None, finished: SweepOutcome, data: str, tmp_path: Path
+    ray_cluster: None, finished: SweepOutcome, parts: str, tmp_path: Path
 ) -> None:
     messages: list[str] = []
-    small = run_sweep(make_sweep(data, tmp_path, shared_budget_mb=1.0), log=messages.append)
+    small = run_sweep(make_sweep(parts, tmp_path, shared_budget_mb=1.0), log=messages.append)
     assert any("features of board take" in line and "shared_budget_mb" in line for line in messages)
     assert [record.score for record in small.records] == pytest.approx([r.score for r in finished.records], abs=1e-6)
 
@@ -181,9 +174,9 @@ def test_inputs_over_the_budget_are_reported_and_computed_by_every_trial(
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_sweep_per_category_finds_the_best_trial_of_each_category(
-    ray_cluster: None, finished: SweepOutcome, data: str, tmp_path: Path
+    ray_cluster: None, finished: SweepOutcome, parts: str, tmp_path: Path
 ) -> None:
-    per_category = run_sweep(make_sweep(data, tmp_path, scope="per_category"))
+    per_category = run_sweep(make_sweep(parts, tmp_path, scope="per_category"))
     for category in CATEGORIES:
         best = max(record.category_scores[category] for record in finished.records)
         assert per_category.best_records[category].score == pytest.approx(best, abs=1e-4)  # the first of equal trials
@@ -192,15 +185,15 @@ def test_a_sweep_per_category_finds_the_best_trial_of_each_category(
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_failed_trial_is_reported_and_the_other_trials_go_on(ray_cluster: None, data: str, tmp_path: Path) -> None:
+def test_a_failed_trial_is_reported_and_the_other_trials_go_on(ray_cluster: None, parts: str, tmp_path: Path) -> None:
     space = {"model.weights": ["random", str(tmp_path / "absent.pth")], "density.shrinkage": [1.0, 2.0]}
-    outcome = run_sweep(make_sweep(data, tmp_path, space=space, share_work=False, objective="pixel_auroc"))
+    outcome = run_sweep(make_sweep(parts, tmp_path, space=space, share_work=False, objective="pixel_auroc"))
     assert [record.status for record in outcome.records] == ["finished", "finished", "failed", "failed"]
     assert all("absent.pth" in str(record.reason) for record in outcome.failed_records)
     assert {result["shared"] for record in outcome.records for result in record.categories.values()} == {"nothing"}
     wait_for_cleanup()
     with pytest.raises(SweepError, match=r"trial 00000: .*absent\.pth"):
-        run_sweep(make_sweep(data, tmp_path, space={"model.weights": [str(tmp_path / "absent.pth")]}, name="other"))
+        run_sweep(make_sweep(parts, tmp_path, space={"model.weights": [str(tmp_path / "absent.pth")]}, name="other"))
 
 
 # A race
@@ -213,8 +206,8 @@ HALVING: dict[str, Any] = {"race": {"enabled": True}, "scheduler": {"kind": "ash
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_race_finds_the_same_best_trial_with_fewer_epochs(ray_cluster: None, data: str, tmp_path: Path) -> None:
-    config = make_sweep(data, tmp_path, TRAINED, space=RATES, max_concurrent_trials=1, **HALVING)
+def test_a_race_finds_the_same_best_trial_with_fewer_epochs(ray_cluster: None, parts: str, tmp_path: Path) -> None:
+    config = make_sweep(parts, tmp_path, TRAINED, space=RATES, max_concurrent_trials=1, **HALVING)
     expected = records.find_best_records(score_in_process(config))[None]
     raced = run_sweep(config)
     best = raced.best_records[None]
@@ -246,7 +239,7 @@ def test_a_race_finds_the_same_best_trial_with_fewer_epochs(ray_cluster: None, d
 )
 def test_a_sweep_that_cannot_run_is_refused_and_creates_no_folder(
     ray_cluster: None,
-    data: str,
+    parts: str,
     tmp_path: Path,
     base: dict[str, Any],
     space: dict[str, Any],
@@ -254,7 +247,7 @@ def test_a_sweep_that_cannot_run_is_refused_and_creates_no_folder(
     message: str,
 ) -> None:
     with pytest.raises(error, match=message):
-        run_sweep(make_sweep(data, tmp_path, base, space=space))
+        run_sweep(make_sweep(parts, tmp_path, base, space=space))
     assert list_folder_entries(f"{tmp_path}/search") == []
 
 
@@ -272,10 +265,10 @@ def test_a_record_is_read_as_it_was_written_and_an_invalid_one_is_named(tmp_path
         read_trial_records(str(tmp_path))
 
 
-def test_a_folder_holds_one_sweep_which_is_resumed_only_with_the_same_images(data: str, tmp_path: Path) -> None:
+def test_a_folder_holds_one_sweep_which_is_resumed_only_with_the_same_images(parts: str, tmp_path: Path) -> None:
     with pytest.raises(SweepError, match="contains no sweep"):
         read_sweep_config(str(tmp_path))
-    config = make_sweep(data, tmp_path, race={"enabled": True, "order": ["gear"]})
+    config = make_sweep(parts, tmp_path, race={"enabled": True, "order": ["gear"]})
     records.claim_sweep_folder(str(tmp_path), config, {"gear": "a", "board": "b"})
     assert read_sweep_config(str(tmp_path)) == config
     with pytest.raises(SweepError, match="already contains a sweep"):
@@ -289,8 +282,10 @@ def test_a_folder_holds_one_sweep_which_is_resumed_only_with_the_same_images(dat
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_sweep_that_is_taken_over_stops_and_writes_nothing_more(ray_cluster: None, data: str, tmp_path: Path) -> None:
-    config = make_sweep(data, tmp_path, {"train": {"learning_rate": 0.001}}, space=SLOW, max_concurrent_trials=1)
+def test_a_sweep_that_is_taken_over_stops_and_writes_nothing_more(
+    ray_cluster: None, parts: str, tmp_path: Path
+) -> None:
+    config = make_sweep(parts, tmp_path, {"train": {"learning_rate": 0.001}}, space=SLOW, max_concurrent_trials=1)
     owners: list[FolderOwner] = []
     records_before: list[list[TrialRecord]] = []
 
@@ -327,7 +322,7 @@ def start_command(*arguments: str) -> subprocess.Popen[str]:
 @pytest.mark.ray
 @pytest.mark.s3
 def test_a_killed_driver_loses_no_finished_trial_and_the_resumed_sweep_has_the_same_best_trial(
-    s3: S3Server, data: str, tmp_path: Path
+    s3: S3Server, parts: str, tmp_path: Path
 ) -> None:
     root = s3.new_uri()
     uri = f"{root}/data"
@@ -358,8 +353,8 @@ def test_a_killed_driver_loses_no_finished_trial_and_the_resumed_sweep_has_the_s
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_stopped_sweep_prints_how_to_resume_it(data: str, tmp_path: Path) -> None:
-    driver = start_sweep(make_sweep(data, tmp_path, {"train": {"learning_rate": 0.001}}, space=SLOW), tmp_path)
+def test_a_stopped_sweep_prints_how_to_resume_it(parts: str, tmp_path: Path) -> None:
+    driver = start_sweep(make_sweep(parts, tmp_path, {"train": {"learning_rate": 0.001}}, space=SLOW), tmp_path)
     wait_for_records(f"{tmp_path}/search", 1, driver, 200.0)
     driver.send_signal(signal.SIGTERM)
     _, errors = driver.communicate(timeout=120)
@@ -375,10 +370,10 @@ def test_a_stopped_sweep_prints_how_to_resume_it(data: str, tmp_path: Path) -> N
 @pytest.mark.ray
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_stopped_sweep_leaves_no_actor_no_placement_group_and_no_file(
-    ray_cluster: None, data: str, tmp_path: Path, num_workers: int
+    ray_cluster: None, parts: str, tmp_path: Path, num_workers: int
 ) -> None:
     base = {"cluster": {"num_workers": num_workers, "use_gpu": False}}
-    config = make_sweep(data, tmp_path, base, space={**SLOW, "train.epochs": [400]})
+    config = make_sweep(parts, tmp_path, base, space={**SLOW, "train.epochs": [400]})
 
     def stop() -> None:
         """Stops the sweep while its first trials run: with two workers, the trainer has begun to write files."""
@@ -395,9 +390,9 @@ def test_a_stopped_sweep_leaves_no_actor_no_placement_group_and_no_file(
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_trials_with_two_workers_train_with_ddp(ray_cluster: None, data: str, tmp_path: Path) -> None:
+def test_trials_with_two_workers_train_with_ddp(ray_cluster: None, parts: str, tmp_path: Path) -> None:
     base = {"cluster": {"num_workers": 2, "use_gpu": False}, "train": {"epochs": 2}}
-    trials = run_sweep(make_sweep(data, tmp_path, base, space={"train.learning_rate": [1e-4, 1e-2]})).records
+    trials = run_sweep(make_sweep(parts, tmp_path, base, space={"train.learning_rate": [1e-4, 1e-2]})).records
     assert [(record.status, record.epochs) for record in trials] == [("finished", 4)] * 2
     assert {result["shared"] for record in trials for result in record.categories.values()} == {"images"}
     wait_for_cleanup()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from small_set import CATEGORIES, ingest_parts, make_bundle, small_config
+from small_set import CATEGORIES, make_bundle, small_config
 
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.cli.main import main
@@ -31,15 +31,8 @@ from focus_ray.tracking.runs import MAX_PICTURES, TrainingRecorder
 from focus_ray.tracking.settings import TrackerConfig
 from focus_ray.training.training import train
 
-UNALIGNED_MODEL = {"image_alignment": {"group": "none"}}
 EPOCHS = 2
 LOCAL = {"local": True}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Returns the URI of a small data set."""
-    return ingest_parts(tmp_path_factory.mktemp("parts"))
 
 
 def make_config(
@@ -50,7 +43,7 @@ def make_config(
     **sections: Any,
 ) -> Config:
     """Returns the configuration of a short training in this process, unless `sections` says otherwise."""
-    settings = {"data": {"categories": list(categories)}, "model": UNALIGNED_MODEL, "cluster": LOCAL, **sections}
+    settings = {"data": {"categories": list(categories)}, "cluster": LOCAL, **sections}
     tree = small_config(uri, storage, **settings).model_dump(mode="json")
     return parse_config({**tree, "trackers": dict(trackers)})
 
@@ -58,10 +51,10 @@ def make_config(
 class RecordedRun:
     """A training of two categories with all three trackers, resumed after one bundle was lost, and then evaluated."""
 
-    def __init__(self, data: str, storage: Path) -> None:
+    def __init__(self, parts: str, storage: Path) -> None:
         self.storage, self.lines = storage, []
         trackers = {"mlflow": {}, "tensorboard": {}, "wandb": {}}
-        self.config = make_config(data, storage, trackers, train={"epochs": EPOCHS})
+        self.config = make_config(parts, storage, trackers, train={"epochs": EPOCHS})
         self.bundles = train(self.config, log=self.lines.append)
         self.manifests = {category: read_manifest(bundle) for category, bundle in self.bundles.items()}
         remove_file(f"{self.bundles['gear']}/manifest.json")
@@ -82,9 +75,9 @@ def _no_settings_of_the_user() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def run(data: str, tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
+def run(parts: str, tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
     """Trains, resumes and evaluates once for all tests of this file."""
-    return RecordedRun(data, tmp_path_factory.mktemp("runs"))
+    return RecordedRun(parts, tmp_path_factory.mktemp("runs"))
 
 
 def read_manifest_losses(run: RecordedRun, category: str) -> dict[int, float]:
@@ -276,11 +269,11 @@ def fake_tracker(monkeypatch: pytest.MonkeyPatch) -> type[FakeTracker]:
 
 
 def test_a_tracker_that_fails_is_reported_once_and_the_training_goes_on(
-    fake_tracker: type[FakeTracker], data: str, tmp_path: Path
+    fake_tracker: type[FakeTracker], parts: str, tmp_path: Path
 ) -> None:
     fake_tracker.fails_at = "log_metrics"
     lines: list[str] = []
-    assert set(train(make_config(data, tmp_path, {"fake": {}}), log=lines.append)) == set(CATEGORIES)
+    assert set(train(make_config(parts, tmp_path, {"fake": {}}), log=lines.append)) == set(CATEGORIES)
     (warning,) = [line for line in lines if "WARNING" in line]
     assert warning.startswith("WARNING: fake failed")
     assert warning.endswith("ConnectionError: the server is gone")
@@ -296,10 +289,10 @@ def test_a_tracker_that_fails_is_reported_once_and_the_training_goes_on(
     ids=["trained", "diverging"],
 )
 def test_a_fourth_tracker_needs_only_a_file_and_a_line_and_gets_the_end_of_each_category(
-    fake_tracker: type[FakeTracker], data: str, tmp_path: Path, training: dict[str, float], calls: list[str]
+    fake_tracker: type[FakeTracker], parts: str, tmp_path: Path, training: dict[str, float], calls: list[str]
 ) -> None:
     with contextlib.suppress(TrainingError):
-        train(make_config(data, tmp_path, {"fake": {}}, ["gear"], train={"epochs": 1, **training}))
+        train(make_config(parts, tmp_path, {"fake": {}}, ["gear"], train={"epochs": 1, **training}))
     assert fake_tracker.calls == [("small/gear", call) for call in calls]
 
 
@@ -335,12 +328,12 @@ def test_a_broken_store_gives_one_warning(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["mlflow", "tensorboardX", "wandb"])
 def test_a_missing_package_is_reported_before_anything_is_written(
-    kind: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, parts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, kind, None)
     extra = kind.removesuffix("X")
     with pytest.raises(MissingPackageError, match=rf"trackers.{extra} needs {kind}.*focus-ray\[{extra}\]"):
-        train(make_config(data, tmp_path / "runs", {extra: {}}))
+        train(make_config(parts, tmp_path / "runs", {extra: {}}))
     assert not (tmp_path / "runs").exists()
 
 
@@ -353,12 +346,12 @@ def test_a_missing_package_is_reported_before_anything_is_written(
     ],
 )
 def test_a_place_that_cannot_be_used_is_reported_before_anything_is_written(
-    data: str, tmp_path: Path, kind: str, settings: dict[str, str], message: str
+    parts: str, tmp_path: Path, kind: str, settings: dict[str, str], message: str
 ) -> None:
     (tmp_path / "file").write_text("")
     settings = {key: value.replace("FOLDER", str(tmp_path)) for key, value in settings.items()}
     with pytest.raises(ConfigError, match=message):
-        train(make_config(data, tmp_path / "runs", {kind: settings}))
+        train(make_config(parts, tmp_path / "runs", {kind: settings}))
     assert not (tmp_path / "runs").exists()
 
 
@@ -374,8 +367,8 @@ def test_a_storage_on_s3_needs_a_folder_for_trackers(kind: str) -> None:
         BackgroundRecorder({kind: TrackerConfig()}, "s3://plant/runs", print)
 
 
-def test_doctor_checks_trackers(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    context = CheckContext(make_config(data, tmp_path, {"tensorboard": {}}))
+def test_doctor_checks_trackers(parts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = CheckContext(make_config(parts, tmp_path, {"tensorboard": {}}))
     (diagnosis,) = run_checks({"trackers": check_trackers}, context)
     assert (diagnosis.status, diagnosis.message) == ("ok", f"tensorboard: {tmp_path}/trackers/tensorboard")
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
@@ -424,9 +417,9 @@ def test_the_password_in_mlflows_variable_is_not_shown(monkeypatch: pytest.Monke
 
 
 def test_an_evaluation_records_to_the_tracker_on_its_command_line_and_takes_no_other_settings(
-    fake_tracker: type[FakeTracker], data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fake_tracker: type[FakeTracker], parts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = make_bundle(small_config(data, tmp_path / "runs", model=UNALIGNED_MODEL))
+    bundle = make_bundle(small_config(parts, tmp_path / "runs"))
     assert main(["evaluate", bundle, "trackers.fake={}", "--output", str(tmp_path / "report")]) == 0
     assert fake_tracker.calls == [
         ("small/gear", call) for call in ("set_tags", "log_metrics", "log_pictures", "end False")
@@ -452,12 +445,12 @@ def test_an_evaluation_goes_on_without_a_tracker_of_its_training(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_epochs_of_ray_train_are_recorded_during_the_training(
-    ray_cluster: None, fake_tracker: type[FakeTracker], data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: None, fake_tracker: type[FakeTracker], parts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # record_finished_category would add epochs that were not recorded before.
     monkeypatch.setattr(TrainingRecorder, "record_finished_category", lambda *arguments: None)
     cluster = {"local": False, "num_workers": 2}
-    train(make_config(data, tmp_path, {"fake": {}}, ["gear"], train={"epochs": EPOCHS}, cluster=cluster))
+    train(make_config(parts, tmp_path, {"fake": {}}, ["gear"], train={"epochs": EPOCHS}, cluster=cluster))
     assert [call for _, call in fake_tracker.calls if call.startswith("log_step_metrics")] == [
         "log_step_metrics 1",
         "log_step_metrics 2",
@@ -466,10 +459,10 @@ def test_epochs_of_ray_train_are_recorded_during_the_training(
 
 @pytest.mark.ray
 def test_a_pool_records_the_same_as_one_process(
-    ray_cluster: None, fake_tracker: type[FakeTracker], data: str, tmp_path: Path
+    ray_cluster: None, fake_tracker: type[FakeTracker], parts: str, tmp_path: Path
 ) -> None:
     cluster = {"local": False, "max_concurrent_categories": 1}  # one process imports torch
-    train(make_config(data, tmp_path, {"fake": {}}, cluster=cluster))
+    train(make_config(parts, tmp_path, {"fake": {}}, cluster=cluster))
     calls = [
         (f"small/{category}", call) for category in CATEGORIES for call in ("log_metrics", "set_tags", "end False")
     ]
@@ -479,10 +472,10 @@ def test_a_pool_records_the_same_as_one_process(
 @pytest.mark.cluster
 @pytest.mark.ray
 def test_a_sweep_has_one_run_per_trial_below_its_run(
-    ray_cluster: None, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: None, parts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "sweeps")
-    config = make_config(data, tmp_path, {"mlflow": {}}, ["gear"], density={"coreset": 0})
+    config = make_config(parts, tmp_path, {"mlflow": {}}, ["gear"], density={"coreset": 0})
     tree = config.model_dump(mode="json")
     space = {"density.num_channels": [4, 8]}
     outcome = run_sweep(parse_sweep_config({"base": tree, "space": space, "searcher": "grid", "name": "search"}))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -27,6 +26,7 @@ import pytest
 from PIL import Image
 from test_journal import read_journal_lines, read_table_rows
 from waiting import wait_for
+from worker_processes import get_fork_context
 
 from focus_ray.bundle.bundle import compute_manifest_hash, copy_bundle, read_manifest
 from focus_ray.bundle.inspector import Inspector
@@ -430,9 +430,7 @@ def count_journal_lines(folder: Path) -> int:
 
 def kill_watch_after_a_line(words: list[str], out: Path) -> int:
     """Runs a watch in a process, kills it at a random time after its next line, and returns the number of lines."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["focus_ray.bundle.inspector", "focus_ray.watching.watch"])  # imported once
-    num_lines, watch = count_journal_lines(out), processes.Process(target=run_focus_ray, args=[words])
+    num_lines, watch = count_journal_lines(out), get_fork_context().Process(target=run_focus_ray, args=[words])
     watch.start()
     wait_for(lambda: count_journal_lines(out) > num_lines or not watch.is_alive(), 60, "a line", 0.005)
     time.sleep(random.uniform(0, 0.2))
