@@ -30,6 +30,7 @@ from focus_ray.fitting.settings import load_config, parse_config
 from focus_ray.serving.settings import parse_service_settings
 from focus_ray.settings.sections import read_config_tree
 from focus_ray.settings.standard import find_config_file, find_standard_config_folder
+from focus_ray.submission.job_request import read_runtime_env
 from focus_ray.sweep.settings import load_sweep_config
 
 # start of a focus-ray command -> why this module does not run it, and which test does
@@ -336,6 +337,9 @@ def test_a_yaml_block_is_a_configuration(block: Block, tmp_path: Path) -> None:
         load_sweep_config(tmp_path / "sweep.yaml")
     elif {"registry", "bundles"} & set(tree):
         parse_service_settings(tree, block.page)
+    elif "env_vars" in tree:
+        (tmp_path / "env.yaml").write_text(block.text)
+        assert read_runtime_env(tmp_path / "env.yaml")
     else:  # a block may show a part of a configuration, without the address of the images
         parse_config({"data": {"uri": "data"}, **tree}, block.page)
 
