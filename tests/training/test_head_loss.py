@@ -50,10 +50,11 @@ def test_the_same_command_completes_a_run_after_the_loss_of_the_head_node(s3: S3
     finished = read_bytes(manifest)
     assert not file_exists(f"{root}/runs/parts/bundles/gear/manifest.json")
     with run_nodes(s3, 1) as nodes:
-        job = nodes.run(*command)
-    assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-2000:]
-    assert "board: already trained" in job.stdout
-    assert "gear: epoch 1/12" not in job.stdout
+        submitter = nodes.start(*command)
+        output, errors = submitter.communicate(timeout=500)
+    assert submitter.returncode == 0, output[-3000:] + errors[-2000:]
+    assert "board: already trained" in output
+    assert "gear: epoch 1/12" not in output
     assert read_bytes(manifest) == finished
     assert json.loads(read_bytes(f"{root}/runs/parts/state.json"))["state"] == "finished"
     storage = f"storage={tmp_path}"
