@@ -141,7 +141,8 @@ def test_features_are_shared_and_do_not_change_the_scores(finished: SweepOutcome
     shared = {result["shared"] for record in finished.records for result in record.categories.values()}
     assert shared == {"features"}
     unshared = score_in_process(make_sweep(parts, "unused"))
-    assert [record.score for record in unshared] == pytest.approx([r.score for r in finished.records], abs=1e-6)
+    # batches of other sizes round differently
+    assert [record.score for record in unshared] == pytest.approx([r.score for r in finished.records], abs=1e-5)
 
 
 @pytest.mark.ray
