@@ -264,7 +264,10 @@ def describe_token_problem() -> str:
     if raylet.get_authentication_mode() == raylet.AuthenticationMode.TOKEN:
         if has_token:
             return f"the cluster requires a token, and the token of this process is wrong: set {variables}"
-        return f"with RAY_AUTH_MODE=token, this process has no token: set {variables}, or unset RAY_AUTH_MODE for a cluster without tokens"
+        return (
+            f"with RAY_AUTH_MODE=token, this process has no token: set {variables}, "
+            "or unset RAY_AUTH_MODE for a cluster without tokens"
+        )
     # `ray start` requires a token as soon as ~/.ray/auth_token exists, but an explicit RAY_ADDRESS does not read this file
     if has_token:
         return (
