@@ -262,8 +262,12 @@ def describe_token_problem() -> str:
     has_token = raylet.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
     variables = "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token that the cluster was started with"
     if raylet.get_authentication_mode() == raylet.AuthenticationMode.TOKEN:
-        problem = "the token of this process is wrong" if has_token else "this process has no token"
-        return f"the cluster requires a token, and {problem}: set {variables}"
+        if has_token:
+            return f"the cluster requires a token, and the token of this process is wrong: set {variables}"
+        return (
+            f"with RAY_AUTH_MODE=token, this process has no token: set {variables}, "
+            "or unset RAY_AUTH_MODE for a cluster without tokens"
+        )
     # `ray start` requires a token as soon as ~/.ray/auth_token exists, but an explicit RAY_ADDRESS does not read this file
     if has_token:
         return (

@@ -51,8 +51,9 @@ _init_ray("cannot join", address=sys.argv[1])
 
 
 def make_environment(**variables: str) -> dict[str, str]:
-    """Returns the environment of this process without the variables of Ray."""
-    return {**{key: value for key, value in os.environ.items() if not key.startswith("RAY_")}, **variables}
+    """Returns the environment of this process without the variables of Ray, and with time for a busy machine."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return {**clean, "RAY_raylet_start_wait_time_s": "120", **variables}
 
 
 def run_python(program: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -111,7 +112,8 @@ def test_an_error_of_ray_init_about_a_token_is_reported_with_its_reason(
     with_token: dict[str, str], variables: dict[str, str], message: str
 ) -> None:
     ended = run_python(INIT, with_token["gcs"], HOME="/nowhere", **variables)
-    assert f"TrainingError: cannot join: {message.partition(':')[0]}" in ended.stderr
+    assert "TrainingError: cannot join: " in ended.stderr
+    assert message in ended.stderr
     assert "busy machine" not in ended.stderr
 
 
