@@ -64,7 +64,7 @@ class ExportError(FocusRayError, RuntimeError):
 EXTRA_MODULES: dict[str, tuple[str, ...]] = {
     "s3": ("boto3", "botocore"),
     "train": ("jinja2", "matplotlib", "sklearn"),
-    "ray": ("aiohttp", "fastapi", "grpc", "optuna", "pebble", "python_multipart", "ray", "starlette"),
+    "ray": ("aiohttp", "fastapi", "grpc", "optuna", "pebble", "python_multipart", "ray", "requests", "starlette"),
     "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxscript"),
     "openvino": ("openvino",),
     "mlflow": ("alembic", "mlflow", "sqlalchemy"),

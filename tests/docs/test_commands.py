@@ -22,6 +22,7 @@ import workspace
 import yaml
 from documents import KINDS, Block, find_code_blocks, read_shell_commands, split_command_words
 from places import REPOSITORY
+from ray.scripts.scripts import start as ray_start
 from serving_set import create_service, run_server
 
 from focus_ray.cli.main import build_parser, parse_command_line
@@ -139,7 +140,11 @@ def check_command(words: list[str]) -> None:
         named = [extra for word in arguments for extra in "".join(re.findall(r"\[(.*)\]", word)).split(",") if extra]
         assert [extra for extra in named if extra not in extras] == []
     elif program == "ray":
-        check_command(arguments[arguments.index("--") + 1 :])
+        if arguments[0] == "start":
+            names = {option for parameter in ray_start.params for option in parameter.opts}
+            assert {word.partition("=")[0] for word in arguments[1:] if word.startswith("--")} <= names
+        else:
+            check_command(arguments[arguments.index("--") + 1 :])
     else:
         files = [word for word in arguments if re.fullmatch(r"[\w/.-]+/[\w.-]+\.ya?ml", word)]
         assert [name for name in files if not (REPOSITORY / name).is_file()] == []

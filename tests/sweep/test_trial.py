@@ -70,8 +70,8 @@ def test_shared_features_give_the_same_scores_as_a_trial_without_sharing(
     unshared = score_category(config, "gear", images, objective, CPU)
     for _ in range(2):  # first computed, then read from the cache
         shared = score_category(config, "gear", images, objective, CPU, features=features)
-        # The choice of a coreset depends on the last digits.
-        tolerance = 1e-6 if density.get("coreset") == 0 else 1e-3
+        # Batches of other sizes round differently, and the choice of a coreset depends on the last digits.
+        tolerance = 1e-4 if density.get("coreset") == 0 else 1e-3
         assert shared.figures == pytest.approx(unshared.figures, abs=tolerance)
 
 
