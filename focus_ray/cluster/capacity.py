@@ -160,7 +160,9 @@ class ClusterCapacity:
         if max(num_fitting, num_grown) < 1:
             raise TrainingError(f"{self._describe_calculation()}: {self._give_advice()}")
         if num_fitting < 1:
-            log(f"{self._describe_calculation()}: waiting for it to grow; to run without growth, {self._give_advice()}")
+            log(
+                f"{self._describe_calculation()}: the run waits until it grows; to run without growth, {self._give_advice()}"
+            )
         log(f"side by side: {self._describe_count(self.count_trainings(0), num_fitting)}")
 
     @property
@@ -281,7 +283,9 @@ class ClusterCapacity:
         slots = sum(int(self._count_fitting(node, self.worker)) for node in nodes)
         text += f", and room for {slots} such worker(s) on its {len(nodes)} node(s)"
         text += f" labelled {self.config.labels}" if self.config.labels else ""
-        if limits:
+        if limits and math.inf in [limits.get(kind) for kind in ("CPU", "GPU")]:
+            text += ", and can grow, as far as its autoscaler allows"
+        elif limits:
             text += f", and can grow to {format_resources({kind: limits.get(kind, 0.0) for kind in self.needs})}"
         return text + (f", of which a share of {self.share:g} may be used" if self.share < 1 else "")
 

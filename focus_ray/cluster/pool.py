@@ -237,9 +237,12 @@ class _PoolRun(Generic[Piece]):
 
         assert call.worker is not None
         is_lost = not isinstance(error, ray.exceptions.RayTaskError)  # the worker or its node
-        is_node_lost = is_lost and call.worker.node_id not in {
-            None, *(node["NodeID"] for node in ray.nodes() if node["Alive"]),
-        }  # fmt: skip
+        alive_nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        # Ray reports a dead process within a second, but needs longer to see that a node is dead; until then it reports an
+        # actor that is unavailable
+        is_node_lost = isinstance(error, ray.exceptions.ActorUnavailableError) or (
+            is_lost and call.worker.node_id is not None and call.worker.node_id not in alive_nodes
+        )
         if is_lost:
             self._stop_worker(call.worker)
         else:

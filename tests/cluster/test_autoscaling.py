@@ -121,7 +121,7 @@ def test_a_run_that_the_cluster_cannot_hold_says_what_it_waits_for(
     )  # fmt: skip
     assert process.stdout is not None
     try:
-        line = next((line for line in process.stdout if "waiting for" in line), "")
+        line = next((line for line in process.stdout if "waiting for " in line), "")
         assert re.search(r"waiting for .*GPU.* for \d+ min; the cluster has .* GPU", line), line
     finally:
         process.kill()

@@ -31,6 +31,9 @@ def make_pool(config, max_retries=0):
     capacity = ClusterCapacity(config, False, messages.append)
     return WorkerPool(capacity, make_worker_options(config, capacity.use_gpu), max_retries, messages.append)
 
+def give(value):
+    print("result:", json.dumps(value), flush=True)  # Ray prints lines of its own
+
 def run(pool, function, pieces):
     pieces = iter(pieces)
     return [outcome for _, outcome in pool.run_pieces(function, lambda: next(pieces, None))]
@@ -38,10 +41,11 @@ def run(pool, function, pieces):
 
 
 def run_script(script: str, *words: str) -> Any:
-    """Runs a script on a cluster of its own, and returns the JSON value that it prints last."""
+    """Runs a script on a cluster of its own, and returns the value that it gives."""
     ended = subprocess.run([sys.executable, "-c", START + script, *words], capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    return json.loads(ended.stdout.strip().splitlines()[-1])
+    (result,) = (line for line in ended.stdout.splitlines() if line.startswith("result:"))
+    return json.loads(result.removeprefix("result:"))
 
 
 def test_the_loss_of_a_node_is_no_failure_of_its_piece(tmp_path: Any) -> None:
@@ -66,7 +70,7 @@ def replace_node():
 import dataclasses
 pool = dataclasses.replace(make_pool(ClusterConfig()), listen=replace_node)
 outcomes = run(pool, work, ["piece"])
-print(json.dumps([[str(outcome) for outcome in outcomes], messages]))
+give([[str(outcome) for outcome in outcomes], messages])
 """,
         str(tmp_path),
     )
@@ -91,7 +95,7 @@ for number, node in pool.run_pieces(get_node, lambda: next(pieces, None)):
         nodes.add_node(num_cpus=2)
     if len(node_ids) == 2:
         break
-print(len(node_ids))
+give(len(node_ids))
 """)
     assert num_nodes == 2
 
@@ -119,7 +123,7 @@ actors = [ray.remote(**options)(type("Worker", (), {"work": lambda self: work(0)
 answers = [actor.work.remote() for actor in actors]
 time.sleep(15)
 done, _ = ray.wait(answers, num_returns=4, timeout=0)
-print(json.dumps([errors, counts, len(done)]))
+give([errors, counts, len(done)])
 """)
     assert ["press, weld" in error for error in errors] == [True, True]
     assert counts == [2, 2]
