@@ -69,7 +69,7 @@ def run_service(
     Yields: the URL of the service.
 
     Raises:
-        ConfigError: as `check_host_security` and `app.build`.
+        ConfigError: as `check_host_security` and `app.build`, or Ray Serve already serves applications on the cluster.
         TrainingError: Ray or a replica does not start, or Ray lacks a private function that the service uses.
         DataError, BundleError, RegistryError: as `app.build`.
     """
@@ -83,6 +83,7 @@ def run_service(
     from focus_ray.serving.app import build
 
     started_ray = connect_to_ray()
+    _check_serve_unused()
     try:
         serve.start(http_options={"host": host, "port": port, "request_timeout_s": settings.limits.timeout_s + 30})
         if started_ray and ray.cluster_resources().get("GPU"):
@@ -121,6 +122,21 @@ def share_gpu(settings: ServiceSettings) -> ServiceSettings:
 
     pins = tuple(pin.model_copy(update={"pool": add_share(pin.pool)}) for pin in settings.pins)
     return settings.model_copy(update={"pool": add_share(settings.pool), "pins": pins})
+
+
+def _check_serve_unused() -> None:
+    """Checks that Ray Serve has no application on the cluster, because all applications share one host, port and end.
+
+    Raises: ConfigError: it has; the service would replace or end the applications of others.
+    """
+    from ray import serve
+
+    applications = sorted(serve.status().applications)
+    if applications:
+        raise ConfigError(
+            f"Ray Serve already runs on this cluster, with the application {', '.join(applications)}: end it first (if it is "
+            "yours: `serve shutdown`), or start this service on another cluster"
+        )
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from queue import Queue
 import ray
 from ray.cluster_utils import Cluster
 from ray._private.state import actors
-from focus_ray.errors import TrainingError
+from focus_ray.errors import ConfigError, TrainingError
 from focus_ray.serving import launch
 from focus_ray.serving.settings import parse_service_settings
 
@@ -43,20 +43,26 @@ if __name__ == "__main__":
             sites = {node["NodeID"]: node["Labels"].get("site") for node in ray.nodes()}
             replicas = [actor for actor in actors().values() if "ServeReplica" in actor["ActorClassName"]]
             places = [(actor["ActorClassName"], actor["Address"]["NodeID"]) for actor in replicas]
-            return [(name, sites[node], node) for name, node in places]
+            try:
+                with launch.run_service(settings, port=port):
+                    second_service = ""
+            except ConfigError as error:
+                second_service = str(error)
+            return [(name, sites[node], node) for name, node in places], second_service
 
     with ThreadPoolExecutor(1) as thread:
         service = thread.submit(run_service_once)
         first_line = lines.get(timeout=300)
         for _ in range(2):
             nodes.add_node(num_cpus=1, labels={"site": "b"})  # works only in the main thread
-        replicas = service.result()
+        replicas, second_service = service.result()
     try:
         with launch.run_service(parse_service_settings({**tree, "tokens": "missing.yaml"}), port=port):
             failure = ""
     except TrainingError as error:
         failure = str(error)
-    print(json.dumps({"first_line": first_line, "replicas": replicas, "failure": failure}))
+    print(json.dumps({"first_line": first_line, "replicas": replicas, "failure": failure,
+                      "second_service": second_service}))
     ray.shutdown()
     nodes.shutdown()
 """
@@ -84,6 +90,10 @@ def test_replicas_wait_for_nodes_with_the_labels_and_the_wait_is_reported(report
 def test_ingress_replicas_are_on_separate_nodes(report: dict[str, Any]) -> None:
     nodes = [node for name, _, node in report["replicas"] if ":ingress" in name]
     assert len(nodes) == len(set(nodes)) == 2
+
+
+def test_a_second_service_does_not_replace_the_first(report: dict[str, Any]) -> None:
+    assert "application focus-ray" in report["second_service"]
 
 
 def test_a_replica_that_cannot_start_is_reported_in_one_line(report: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from focus_ray.training.training import train
 SETTINGS = (
     "name=parts", "model.weights=random", "model.image_size_px=64", "model.precision=fp32",
     "density.reduction=semi_orthogonal", "density.num_channels=32", "scoring.image_score=maximum",
-    "calibration.method=split", "train.epochs=20", "train.batch_size_per_worker=4", "train.learning_rate=0.001",
+    "calibration.method=split", "train.epochs=20", "train.batch_size=4", "train.learning_rate=0.001",
     "cluster.use_gpu=false", "cluster.num_workers=1",
 )  # fmt: skip
 
