@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -88,7 +88,8 @@ def test_the_service_survives_the_loss_of_the_head(plant: TwoTeams) -> None:
         folder = Path(tempfile.mkdtemp(prefix="frh-", dir="/tmp"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         redis = stack.enter_context(valkey.ValkeyServer())
-        redis.client().config_set("requirepass", PASSWORD)  # not at its start: its own check of readiness has no password
+        # not at its start: its own check of readiness has no password
+        redis.client().config_set("requirepass", PASSWORD)
         marker = f"RAY_TMPDIR={folder}"
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_AUTH", "RAY_API", "RAY_ADDRESS"))}
         base = {
