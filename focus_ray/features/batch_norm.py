@@ -26,7 +26,6 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         values = x.float()
         assert self.running_mean is not None
         assert self.running_var is not None
-        assert self.momentum is not None
         assert self.num_batches_tracked is not None
         # subtract a point near the mean, equal on all workers, before squaring: otherwise float32 loses small variances
         shift_point = self.running_mean.float()
@@ -39,8 +38,10 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         variance = (sums[self.num_features : -1] / total - mean.square()).clamp_min(0)
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean + shift_point, self.momentum)
-            self.running_var.lerp_(variance * (total / (total - 1).clamp_min(1)), self.momentum)
+            # without a momentum, the running statistics are the mean over all batches
+            weight = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean + shift_point, weight)
+            self.running_var.lerp_(variance * (total / (total - 1).clamp_min(1)), weight)
         scale = (variance + self.eps).rsqrt() * self.weight
         shift = -mean * scale + self.bias
         return (values * scale[:, None, None] + shift[:, None, None]).to(x.dtype)

@@ -1,6 +1,6 @@
-"""Module for the two losses of FYD, the pairs of images that the losses compare, and metrics that show collapsed features.
+"""Module for the two losses of FYD, the pairs of images that the image alignment compares, and metrics that show a collapse.
 
-Features have collapsed if they are nearly equal for different images. [paper] is arXiv 2110.04538; [ours] marks our choices.
+Features have collapsed if they are nearly equal at all locations. [paper] is arXiv 2110.04538; [ours] marks our choices.
 """
 
 from __future__ import annotations
@@ -47,33 +47,45 @@ def compute_image_alignment_loss(aligned: Tensor, partners: Tensor, valid: Tenso
     return ((distance * is_valid).sum(dim=(1, 2)) / is_valid.sum(dim=(1, 2)).clamp_min(1.0)).mean()
 
 
-def compute_fine_feature_loss(predicted: Tensor, partners: Tensor) -> Tensor:
-    """Computes L_fine: negative cosine similarity to the features of the partner image, averaged over all locations [paper].
+def sum_directions(projected: Tensor) -> Tensor:
+    """Sums the L2-normalised projected features (B, C, H, W) of images, without gradient. Returns (C, H, W), float32."""
+    return F.normalize(projected.detach().float(), dim=1).sum(dim=0)
 
-    No gradient flows through the features of the other image (stop-gradient, SimSiam, arXiv 2011.10566).
+
+def compute_fine_feature_loss(predicted: Tensor, projected: Tensor, directions: Tensor, batch_size: int) -> Tensor:
+    """Computes L_fine: negative cosine similarity to the features of all other images, averaged over all locations [paper].
+
+    Every ordered pair of different images of the global batch counts once, so the loss is symmetric. No gradient flows through
+    the features of the other images (stop-gradient, SimSiam, arXiv 2011.10566).
 
     Args:
-        predicted: (B, C, H, W), g(f(x)): output of the predictor g for images x.
-        partners: (B, C, H, W), output of the projector f for the partner of each image.
+        predicted: (b, C, H, W), g(f(x)): output of the predictor g for this worker's images x.
+        projected: (b, C, H, W), f(x): output of the projector f for the same images.
+        directions: (C, H, W), `sum_directions` of the projected features of all images of the global batch.
+        batch_size: images of the global batch, at least 2.
 
-    Returns: scalar in -1..1; -1 means that the predictions have the same directions as the projected features of the partners.
+    Returns: scalar in -1..1; -1 means that the predictions have the same directions as the features of all other images.
     """
-    return -F.cosine_similarity(predicted, partners.detach(), dim=1).mean()
+    own = F.normalize(projected.detach().float(), dim=1)
+    # the mean of cosines is a product with the mean of unit vectors, so all pairs cost as much as one
+    others = (directions - own) / (batch_size - 1)
+    return -(F.normalize(predicted.float(), dim=1) * others).sum(dim=1).mean()
 
 
 @torch.no_grad()
-def compute_feature_std(features: Tensor) -> Tensor:
-    """Computes how much features differ between images: about 1 for evenly distributed features, 0 after a full collapse.
+def compute_location_std(features: Tensor) -> Tensor:
+    """Computes how much features differ between locations: about 1 if evenly distributed, 0 after a collapse.
 
-    This is the standard deviation over the batch of L2-normalised features, averaged over channels and locations, times sqrt(C)
-    (SimSiam, section 4.1, uses it without the factor).
+    This is the standard deviation over the locations of L2-normalised features, averaged over images and channels, times
+    sqrt(C) (SimSiam, section 4.1, uses the batch in place of the locations). The batch would be the wrong measure [ours]: the
+    fine loss is meant to make images equal at each location, but a network whose locations are equal cannot find a defect.
 
     Args: features: (B, C, H, W).
 
     Returns: scalar.
     """
-    normalised = F.normalize(features.float(), dim=1)
-    return normalised.std(dim=0, correction=0).mean() * features.shape[1] ** 0.5
+    normalised = F.normalize(features.float(), dim=1).flatten(2)
+    return normalised.std(dim=2, correction=0).mean() * features.shape[1] ** 0.5
 
 
 @torch.no_grad()

@@ -6,11 +6,16 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from focus_ray.distributed import get_world_size, join_batch
+from focus_ray.distributed import AllReduceSum, get_world_size, join_batch
 from focus_ray.features.alignment.theta import compute_valid_mask
 from focus_ray.features.network import FocusNet
 from focus_ray.fyd.head import ProjectorPredictorHead
-from focus_ray.fyd.losses import compute_feature_std, compute_fine_feature_loss, compute_image_alignment_loss
+from focus_ray.fyd.losses import (
+    compute_fine_feature_loss,
+    compute_image_alignment_loss,
+    compute_location_std,
+    sum_directions,
+)
 from focus_ray.fyd.settings import TrainConfig
 
 LAST_LEVEL = "last level"  # key of the features (B, C, H, W) whose effective rank is computed once an epoch
@@ -42,12 +47,13 @@ class TrainingObjective(nn.Module):
 
         Args:
             images: (b, 3, H, W) in 0..1, this worker's images.
-            pairs: (B,), position of the partner of each image in the global batch.
+            pairs: (B,), position of the partner of each image in the global batch, for the image alignment loss.
             first: position of this worker's first image in the global batch.
 
         Returns: name -> tensor. 'loss' is the weighted sum, a scalar. 'loss_ica' and 'loss_fine' are the losses without weights,
-            if they are used. With the fine loss, also 'feature_std' of the global batch, a scalar, and `LAST_LEVEL`, the
-            features of layer 3 of this worker's images.
+            if they are used. With the fine loss, also 'feature_std' (`compute_location_std` of the projected features), and
+            `LAST_LEVEL`, the features of layer 3 of this worker's images. The mean of each scalar over all workers is its value
+            for the global batch.
         """
         aligned = self.net(images)
         partners = pairs[first : first + len(images)]
@@ -63,10 +69,12 @@ class TrainingObjective(nn.Module):
             total = total + self.config.lambda_ica * parts["loss_ica"]
         if self.uses_fine_loss:
             projected, predicted = self.head(aligned.levels[2])
-            joined = join_batch(projected.detach().float(), first, len(pairs))
-            parts["loss_fine"] = share * compute_fine_feature_loss(predicted.float(), joined[partners])
+            directions = sum_directions(projected)
+            if get_world_size() > 1:
+                directions = AllReduceSum.apply(directions)
+            parts["loss_fine"] = share * compute_fine_feature_loss(predicted, projected, directions, len(pairs))
             total = total + self.config.lambda_fine * parts["loss_fine"]
-            parts["feature_std"] = compute_feature_std(joined)
+            parts["feature_std"] = share * compute_location_std(projected)
             parts[LAST_LEVEL] = aligned.levels[2].detach()
         return {"loss": total, **parts}
 

@@ -1,10 +1,11 @@
 """Module for the FYD training of a network: optimiser, schedule, and the loop over an epoch.
 
-"Collapse" means that features of different images become nearly equal. A worker is a process of a torch.distributed group.
+"Collapse" means that features of different locations become nearly equal. A worker is a process of a torch.distributed group.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from focus_ray.density.tiles import TileGrid
 from focus_ray.distributed import get_rank, get_world_size, join_batch
 from focus_ray.errors import DataError
+from focus_ray.features.alignment.transformer import SpatialTransformer
 from focus_ray.features.network import FocusNet, convert_to_float_images
 from focus_ray.fyd.batch_schedule import BatchSchedule
 from focus_ray.fyd.head import ProjectorPredictorHead
@@ -26,12 +28,12 @@ from focus_ray.precision import has_native_bfloat16
 from focus_ray.seeds import derive_seed
 
 MOMENTUM = 0.9  # of SGD [kin]
-# Projector and predictor start at random and are dropped after training, so they learn at SimSiam's rate [kin], while the
-# backbone is only fine-tuned [ours]. The feature aligners start at zero and would not move at the backbone's rate [ours].
-LEARNING_RATE_HEAD = 0.05
-LEARNING_RATE_FEATURE_ALIGNERS = 0.05
+# All other parts share one rate [ours]: a head that learns much faster than the backbone absorbs the loss.
 LEARNING_RATE_IMAGE_ALIGNER = 0.01  # [kin]
-COLLAPSE_STD = 0.05  # smallest `feature_std` of a healthy run: below it, features of different images are nearly equal
+COLLAPSE_STD = (
+    0.05  # smallest `feature_std` of a healthy run: below it, features of different locations are nearly equal
+)
+MAX_STATISTICS_BATCHES = 50  # batches from which the running statistics are computed after the training
 
 
 class FydTraining:
@@ -139,23 +141,46 @@ def format_collapse_warning(figures: dict[str, float]) -> str | None:
 
 
 def build_optimizer(net: FocusNet, head: ProjectorPredictorHead, config: TrainConfig) -> torch.optim.SGD:
-    """Builds SGD for all trainable parameters; image aligner, feature aligners, head and backbone have own learning rates."""
-    rates = {
-        "image_aligner": LEARNING_RATE_IMAGE_ALIGNER,
-        "feature_aligners": LEARNING_RATE_FEATURE_ALIGNERS,
-        "projector": LEARNING_RATE_HEAD,
-        "predictor": LEARNING_RATE_HEAD,
-    }
+    """Builds SGD for all trainable parameters. The image aligner has its own learning rate."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in iterate_all_parameters(net, head):
         if parameter.requires_grad:
-            groups.setdefault(rates.get(name.partition(".")[0], config.learning_rate), []).append(parameter)
+            rate = LEARNING_RATE_IMAGE_ALIGNER if name.startswith("image_aligner.") else config.learning_rate
+            groups.setdefault(rate, []).append(parameter)
     # the group of the backbone first, because logs show the rate of the first group
     order = sorted(groups, key=lambda rate: rate != config.learning_rate)
     return torch.optim.SGD(
         [{"params": groups[rate], "lr": rate} for rate in order],
         momentum=MOMENTUM,
     )
+
+
+@torch.no_grad()
+def recompute_running_statistics(net: FocusNet, batches: Iterable[Tensor], device: torch.device) -> None:
+    """Computes the running statistics of batch norms and spatial transformers again, as means over batches, in place.
+
+    During the training, running statistics mix the statistics of older weights, and after a short training also the initial
+    values. Frozen batch norms do not change. A network without running statistics does not read a batch.
+
+    Args: batches: this worker's shares of global batches, as for `train_epoch`. At most `MAX_STATISTICS_BATCHES` are read.
+    """
+    net.train()
+    layers = [
+        module
+        for module in net.modules()
+        if isinstance(module, (nn.BatchNorm2d, SpatialTransformer)) and module.training
+    ]
+    if not layers:
+        return
+    momentums = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None
+    for batch in itertools.islice(batches, MAX_STATISTICS_BATCHES):
+        net(convert_to_float_images(batch, device))
+    for layer, momentum in zip(layers, momentums, strict=True):
+        layer.momentum = momentum
+    net.eval()
 
 
 def build_learning_rate_schedule(

@@ -181,8 +181,52 @@ def test_an_untrained_spatial_transformer_predicts_the_identity_and_has_a_gradie
     net = SpatialTransformer(5, size, group, TransformBounds())
     theta = net(torch.randn(3, 5, size, size, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(theta, IDENTITY.expand(3, 2, 3))
-    (theta * torch.arange(1.0, 7).view(2, 3)).sum().backward()
+    (theta * torch.arange(1.0, 19).square().view(3, 2, 3)).sum().backward()
     assert float(net.parameters_out.weight.grad.abs().max()) > 0
+
+
+def make_transformer_that_moves() -> SpatialTransformer:
+    torch.manual_seed(0)
+    net = SpatialTransformer(5, 7, "rotation_translation", TransformBounds())
+    torch.nn.init.normal_(net.parameters_out.weight, std=0.05)
+    torch.nn.init.constant_(net.parameters_out.bias, 0.8)  # a movement of all images together
+    return net
+
+
+def test_a_movement_of_all_images_together_is_removed_in_training_and_afterwards() -> None:
+    net, features = make_transformer_that_moves(), torch.randn(16, 5, 7, 7, generator=torch.Generator().manual_seed(0))
+    net.reset_running_stats()
+    for layer in (module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        layer.momentum = 1.0
+    net.momentum = None
+    theta = net(features)
+    assert float(theta.std(dim=0).max()) > 0.001  # images move differently
+    assert float(compute_rotation_angle(theta).mean().abs()) < 0.01
+    net.eval()
+    # running variances of batch norm are unbiased, so the predictions differ a little
+    torch.testing.assert_close(net(features), theta, rtol=0, atol=0.02)
+
+
+def test_no_image_moves_further_than_the_training_images() -> None:
+    net, features = make_transformer_that_moves(), torch.randn(16, 5, 7, 7, generator=torch.Generator().manual_seed(0))
+    net.reset_running_stats()
+    furthest = net(features)[:, :, 2].abs().amax(dim=0)
+    net.eval()
+    assert bool((net(30 * features)[:, :, 2].abs().amax(dim=0) <= furthest + 1e-6).all())
+
+
+def test_a_state_of_an_earlier_version_keeps_its_predictions() -> None:
+    net, features = make_transformer_that_moves().eval(), torch.randn(4, 5, 7, 7)
+    state = {name: value for name, value in net.state_dict().items() if not name.startswith(("parameter_", "num_"))}
+    state = {name: value for name, value in state.items() if name != "num_batches"} | {
+        "parameters_out.weight": net.parameters_out.weight.detach(), "parameters_out.bias": net.parameters_out.bias.detach()
+    }  # fmt: skip
+    other = SpatialTransformer(5, 7, "rotation_translation", TransformBounds()).eval()
+    other.load_state_dict(state)
+    expected = compute_theta_from_parameters(
+        net.parameters_out(net.head(net.features(features).flatten(1))), "rotation_translation", TransformBounds()
+    )
+    assert torch.equal(other(features), expected)
 
 
 # Half precision

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from focus_ray.fyd.losses import (
     compute_effective_rank,
-    compute_feature_std,
     compute_fine_feature_loss,
     compute_image_alignment_loss,
+    compute_location_std,
     draw_image_pairs,
+    sum_directions,
 )
+from focus_ray.fyd.training import COLLAPSE_STD
 
 
 def features(seed: int, channels: int = 5, size: int = 3) -> Tensor:
@@ -100,27 +103,41 @@ def test_equal_images_have_no_coarse_loss_and_a_finite_gradient() -> None:
 # Fine loss
 
 
-def slow_fine_loss(predicted: Tensor, projected: Tensor, pairs: Tensor) -> float:
-    """Computes the fine loss from its definition, one location at a time."""
+def slow_fine_loss(predicted: Tensor, projected: Tensor) -> float:
+    """Computes the fine loss from its definition, one pair of images and one location at a time."""
     cosines = []
-    for b in range(predicted.shape[0]):
+    for b, other in itertools.permutations(range(len(predicted)), 2):
         for i in range(predicted.shape[2]):
             for j in range(predicted.shape[3]):
-                p, z = predicted[b, :, i, j].double().numpy(), projected[int(pairs[b]), :, i, j].double().numpy()
+                p, z = predicted[b, :, i, j].double().numpy(), projected[other, :, i, j].double().numpy()
                 cosines.append(p @ z / math.sqrt((p @ p) * (z @ z)))
     return -sum(cosines) / len(cosines)
 
 
-def test_the_fine_loss_is_the_negative_mean_cosine_of_paired_locations() -> None:
-    expected = slow_fine_loss(features(1), features(2), PAIRS)
-    assert float(compute_fine_feature_loss(features(1), features(2)[PAIRS])) == pytest.approx(expected, abs=1e-6)
+def compute_fine_loss_of_batch(predicted: Tensor, projected: Tensor) -> Tensor:
+    return compute_fine_feature_loss(predicted, projected, sum_directions(projected), len(projected))
+
+
+def test_the_fine_loss_is_the_negative_mean_cosine_of_all_pairs_of_images_at_each_location() -> None:
+    expected = slow_fine_loss(features(1), features(2))
+    assert float(compute_fine_loss_of_batch(features(1), features(2))) == pytest.approx(expected, abs=1e-6)
     same = features(1)[:1].expand(4, -1, -1, -1)
-    assert float(compute_fine_feature_loss(same, 3 * same[PAIRS])) == pytest.approx(-1, abs=1e-6)
+    assert float(compute_fine_loss_of_batch(same, 3 * same)) == pytest.approx(-1, abs=1e-6)
 
 
-def test_no_gradient_flows_through_the_features_of_the_other_image() -> None:
+def test_the_fine_loss_of_a_batch_equals_the_mean_over_workers() -> None:
+    predicted, projected = features(1), features(2)
+    directions = sum_directions(projected[:1]) + sum_directions(projected[1:])
+    shares = [
+        len(predicted[part]) / 4 * compute_fine_feature_loss(predicted[part], projected[part], directions, 4)
+        for part in (slice(0, 1), slice(1, 4))
+    ]
+    assert float(sum(shares)) == pytest.approx(float(compute_fine_loss_of_batch(predicted, projected)), abs=1e-6)
+
+
+def test_no_gradient_flows_through_the_features_of_the_other_images() -> None:
     predicted, projected = features(1).requires_grad_(), features(2).requires_grad_()
-    compute_fine_feature_loss(predicted, projected[PAIRS]).backward()
+    compute_fine_loss_of_batch(predicted, projected).backward()
     assert projected.grad is None
     assert float(predicted.grad.abs().min()) > 0
 
@@ -128,13 +145,21 @@ def test_no_gradient_flows_through_the_features_of_the_other_image() -> None:
 # Collapse
 
 
-def test_feature_std_is_the_standard_deviation_of_normalised_features() -> None:
-    unit = features(1).numpy() / np.linalg.norm(features(1).numpy(), axis=1, keepdims=True)
-    assert float(compute_feature_std(features(1))) == pytest.approx(unit.std(axis=0).mean() * math.sqrt(5), rel=1e-5)
-    scaled = features(1)[:1] * torch.tensor([1.0, 2.0, 5.0, 0.1])[:, None, None, None]
-    assert float(compute_feature_std(scaled)) == pytest.approx(0, abs=1e-6)  # the length of features is ignored
-    even = torch.randn(512, 64, 2, 2, generator=torch.Generator().manual_seed(0))
-    assert float(compute_feature_std(even)) == pytest.approx(1, abs=0.02)
+def test_the_location_std_is_the_standard_deviation_of_normalised_features_over_locations() -> None:
+    unit = features(1).flatten(2).numpy()
+    unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
+    assert float(compute_location_std(features(1))) == pytest.approx(unit.std(axis=2).mean() * math.sqrt(5), rel=1e-5)
+    even = torch.randn(2, 64, 30, 30, generator=torch.Generator().manual_seed(0))
+    assert float(compute_location_std(even)) == pytest.approx(1, abs=0.02)
+
+
+def test_a_spatial_collapse_and_a_complete_collapse_give_0_and_equal_images_do_not() -> None:
+    equal_locations = features(1)[:, :, :1, :1].expand(-1, -1, 3, 3)
+    all_equal = equal_locations[:1].expand(4, -1, -1, -1)
+    equal_images = features(1)[:1].expand(4, -1, -1, -1)
+    values = [float(compute_location_std(case)) for case in (equal_locations, all_equal, equal_images)]
+    assert values[:2] == pytest.approx([0, 0], abs=1e-5)
+    assert values[2] > 10 * COLLAPSE_STD
 
 
 @pytest.mark.parametrize(

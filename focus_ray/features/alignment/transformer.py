@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from focus_ray.distributed import AllReduceSum, get_world_size
 from focus_ray.features.alignment.theta import (
     TransformBounds,
     compute_theta_from_parameters,
@@ -17,7 +22,9 @@ class SpatialTransformer(nn.Module):
     """A localisation network that predicts a geometric transform for each image from its features.
 
     The group (a key of `theta.GROUP_COMPONENTS`) names the allowed movements. Before training, the network predicts the
-    identity.
+    identity. Only differences between images move them [ours]: the mean of the predicted parameters is subtracted, over the
+    global batch in training, and over training images afterwards. Otherwise all images could move together, for instance zoom
+    into a flat area. After training, no image moves further than the training images did.
 
     The layers are the same as in RegAD [kin]: two blocks of 3x3 convolution, batch norm, ReLU and 3x3 max-pooling with stride 2,
     to 64 and 16 channels; then a linear layer to 1024, ReLU, and a zero-initialised linear layer to the parameters of the
@@ -48,12 +55,55 @@ class SpatialTransformer(nn.Module):
         self.parameters_out = nn.Linear(1024, count_transform_parameters(group))
         nn.init.zeros_(self.parameters_out.weight)
         nn.init.zeros_(self.parameters_out.bias)
+        self.momentum: float | None = 0.1  # of the running mean, as in a batch norm; None: the mean over all batches
+        num_parameters = self.parameters_out.out_features
+        self.parameter_mean: Tensor
+        self.parameter_limit: Tensor
+        self.num_batches: Tensor
+        self.register_buffer("parameter_mean", torch.zeros(num_parameters))
+        self.register_buffer("parameter_limit", torch.full((num_parameters,), torch.inf))
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.long))
 
     def forward(self, x: Tensor) -> Tensor:
         """Predicts theta (B, 2, 3) from features (B, C, H, W)."""
         hidden = self.head(self.features(x).flatten(1))
         with disable_autocast(x):
-            return compute_theta_from_parameters(self.parameters_out(hidden.float()), self.group, self.bounds)
+            parameters = self.parameters_out(hidden.float())
+            if self.training:
+                parameters = self._subtract_batch_mean(parameters)
+            else:
+                centred = parameters - self.parameter_mean
+                parameters = torch.maximum(torch.minimum(centred, self.parameter_limit), -self.parameter_limit)
+            return compute_theta_from_parameters(parameters, self.group, self.bounds)
+
+    def reset_running_stats(self) -> None:
+        """Forgets the mean and the largest movement of the images; the next batches in training mode determine them again."""
+        self.parameter_mean.zero_()
+        self.parameter_limit.zero_()
+        self.num_batches.zero_()
+
+    def _subtract_batch_mean(self, parameters: Tensor) -> Tensor:
+        """Subtracts the mean over the global batch from parameters (b, n), and updates the running statistics."""
+        sums = torch.cat([parameters.sum(dim=0), parameters.new_full((1,), len(parameters))])
+        if get_world_size() > 1:
+            sums = AllReduceSum.apply(sums)
+        mean = sums[:-1] / sums[-1]
+        centred = parameters - mean
+        with torch.no_grad():
+            largest = centred.abs().amax(dim=0)
+            if get_world_size() > 1:
+                dist.all_reduce(largest, dist.ReduceOp.MAX)
+            self.num_batches += 1
+            weight = 1 / float(self.num_batches) if self.momentum is None else self.momentum
+            self.parameter_mean.lerp_(mean, weight)
+            self.parameter_limit.copy_(torch.maximum(self.parameter_limit, largest))
+        return centred
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Loads the state; a state of an earlier version has no statistics, so its predictions stay as they were."""
+        for name in ("parameter_mean", "parameter_limit", "num_batches"):
+            state_dict.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 class LocalisationNetworkAligner(nn.Module):
