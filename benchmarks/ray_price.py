@@ -3,10 +3,10 @@
     python -m benchmarks.ray_price --data MVTEC_ROOT --categories bottle --weights resnet18.pth [--streamed] [--s3 URI]
 
 Training is `focus-ray train` of configs/fyd.yaml, each time in a new process: in that process alone, and by one Ray Train worker,
-with the same number of OpenMP threads. Images a second are those of the epochs' own seconds, without the first epoch; what passes
-between epochs (reports, checkpoints) and around the fit (imports, Ray's start and end) stands beside them. The first step's
-time is that of the first epoch's message less its seconds; Ray's messages are looked for once a second, so its is up to a second
-late.
+with the same number of OpenMP threads. Images a second are those of the intervals' own seconds, without the first; what passes
+between intervals (reports, checkpoints) and around the fit (imports, Ray's start and end) stands beside them. The first step's
+time is that of the first interval's message less its seconds; Ray's messages are looked for once a second, so it is up
+to a second late.
 --streamed adds runs that keep no decoded image in memory: by Ray Data, and by this project's own reader. --s3: the same data set,
 ingested there; AWS variables in the environment say how.
 """
@@ -40,16 +40,16 @@ from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.shards import build_local_stream, build_shard
 from focus_ray.fitting.split import compute_split_plan
-from focus_ray.fyd.batch_schedule import BatchSchedule
+from focus_ray.fyd.batch_schedule import BatchSchedule, split_into_intervals
 from focus_ray.settings.sections import config_to_yaml
 
 FYD = Path(__file__).resolve().parents[1] / "configs" / "fyd.yaml"
 BARE, RAY = "in one process", "Ray Train, 1 worker"
 COLUMNS = {
     "images_per_s": "images/s",
-    "first_epoch_s": "first epoch, s",
+    "first_interval_s": "first interval, s",
     "first_step_s": "until the first step, s",
-    "between_s": "between two epochs, s",
+    "between_s": "between two intervals, s",
     "around_s": "around the fit, s",
     "wall_s": "all, s",
 }
@@ -79,20 +79,23 @@ def run_training(config: Config, category: str, threads: int) -> dict[str, float
     told_s: float | None = None
     for line in process.stderr:
         said.append(line)
-        if told_s is None and f"{category}: epoch 1/" in line:
+        if told_s is None and f"{category}: step " in line:
             told_s = time.perf_counter() - start
     if process.wait() or told_s is None:
         raise RuntimeError(f"{config.name} failed ({process.returncode}): {''.join(said)[-1500:]}")
     wall_s = time.perf_counter() - start
     manifest = read_manifest(Path(config.storage) / config.name / "bundles" / category)
     history, stages = manifest["metrics"]["history"], manifest["metrics"]["seconds"]
-    batch_size = BatchSchedule.plan_epoch(manifest["data"]["num_fit"], 1, config.train.batch_size).batch_size
-    epochs_s = [epoch["seconds"] for epoch in history]
+    batch_size = min(config.train.batch_size, manifest["data"]["num_fit"])
+    intervals_s = [entry["seconds"] for entry in history]
+    lengths = [len(interval) for interval in split_into_intervals(config.train.steps)]
     return {
-        "images_per_s": statistics.median(e["steps"] * batch_size / e["seconds"] for e in history[1:]),
-        "first_epoch_s": epochs_s[0],
-        "first_step_s": told_s - epochs_s[0],
-        "between_s": (stages["train"] - sum(epochs_s)) / len(epochs_s),
+        "images_per_s": statistics.median(
+            length * batch_size / seconds for length, seconds in zip(lengths[1:], intervals_s[1:], strict=True)
+        ),
+        "first_interval_s": intervals_s[0],
+        "first_step_s": told_s - intervals_s[0],
+        "between_s": (stages["train"] - sum(intervals_s)) / len(intervals_s),
         "around_s": wall_s - sum(stages.values()),
         "wall_s": wall_s,
     }
@@ -101,7 +104,7 @@ def run_training(config: Config, category: str, threads: int) -> dict[str, float
 def measure_training(arguments: argparse.Namespace, uri: str, category: str) -> dict[str, list[dict[str, float]]]:
     """Variant -> its runs, which take turns with those of the others."""
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in build_variants(arguments)}
-    train = {"epochs": arguments.epochs, "batch_size": arguments.batch_size}
+    train = {"steps": arguments.steps, "batch_size": arguments.batch_size}
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         shared = {
             "storage": str(Path(folder).absolute()),
@@ -165,10 +168,11 @@ def build_data_loaders(config: Config, category: str, rows: Sequence[int], where
     kept = build_shard(config, category, plan, 0, 1)
     unkept = config.model_copy(update={"data": config.data.model_copy(update={"memory_budget_mb": 0.0})})
     streamed = build_shard(unkept, category, plan, 0, 1, build_local_stream(unkept, category, plan))
-    schedule = BatchSchedule.plan_epoch(len(plan.fit.rows), 1, config.train.batch_size)
+    schedule = BatchSchedule.plan(len(plan.fit.rows), 1, config.train.batch_size, config.train.seed)
+    steps = range(schedule.num_images // schedule.batch_size)
 
-    def epoch(shard: Any) -> int:
-        return consume_batches(shard.read_train_batches(schedule, torch.Generator().manual_seed(0)))
+    def read_pass(shard: Any) -> int:
+        return consume_batches(shard.read_train_batches(schedule, steps))
 
     def build() -> int:
         build_shard(config, category, plan, 0, 1)
@@ -177,8 +181,8 @@ def build_data_loaders(config: Config, category: str, rows: Sequence[int], where
     return {
         f"bytes read, {where}": lambda: sum(1 for _ in read_rows(uri, category, rows, ("image",))),
         f"shard read into memory, {where}": build,
-        f"epoch of a shard that is streamed, {where}": lambda: epoch(streamed),
-        f"epoch of a shard in memory, {where}": lambda: epoch(kept),
+        f"pass over a shard that is streamed, {where}": lambda: read_pass(streamed),
+        f"pass over a shard in memory, {where}": lambda: read_pass(kept),
     }
 
 
@@ -218,14 +222,14 @@ def main() -> None:
     parser.add_argument("--s3", help="the same data set, ingested on S3")
     parser.add_argument("--parts", nargs="+", choices=("train", "data"), default=["train", "data"])
     parser.add_argument("--streamed", action="store_true", help="also train without decoded images in memory")
-    parser.add_argument("--epochs", type=int, default=4, help="2 at least: the first is left out")
+    parser.add_argument("--steps", type=int, default=20, help="2 at least: the first interval is left out")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="OpenMP's, of a training")
     parser.add_argument("--repeats", type=int, default=3, help="of the trainings")
     parser.add_argument("--times", type=int, default=5, help="of the ways of the data")
     arguments = parser.parse_args()
-    if arguments.epochs < 2:
-        parser.error("--epochs: 2 at least, for the first is left out")
+    if arguments.steps < 2:
+        parser.error("--steps: 2 at least, because the first interval is left out")
     Path(arguments.work).mkdir(parents=True, exist_ok=True)
     uri, categories = open_data(arguments)
     samples: dict[str, dict[str, Any]] = {}

@@ -5,7 +5,7 @@
 sharing: a grid over density settings only, with every trial making its own images and features, and with both made once.
 work: the first one without Ray, in CPU seconds: what the machine is otherwise busy with does not enter.
 race: a grid over learning rates, good and ruinous, in full and with the race over categories and successive halving over
-epochs. Costs are wall-clock of the sweep without Ray's start, and the epochs trained; both ways run one after the other.
+steps. Costs are wall-clock of the sweep without Ray's start, and the steps trained; both ways run one after the other.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def run_measured_sweep(base: dict[str, Any], space: dict[str, Any], name: str, *
     return {
         "sweep": name,
         "seconds": seconds,
-        "epochs": sum(record.epochs for record in outcome.records),
+        "steps": sum(record.steps for record in outcome.records),
         "trials": len(outcome.records),
         "cut": sum(record.status == "cut" for record in outcome.records),
         "best": best.point,
@@ -90,7 +90,7 @@ def run_grid_without_ray(
             {
                 "sweep": "work shared" if share else "work unshared",
                 "seconds": seconds,
-                "epochs": 0,
+                "steps": 0,
                 "trials": len(points),
                 "cut": 0,
                 "best": points[best],
@@ -104,7 +104,7 @@ def run_grid_without_ray(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--epochs", type=int, default=3, help="of the race")
+    parser.add_argument("--steps", type=int, default=3, help="of the race")
     parser.add_argument("--race-size-px", type=int, default=96)
     parser.add_argument("--parts", nargs="+", choices=("work", "sharing", "race"), default=["work", "sharing", "race"])
     parser.add_argument("--every", type=int, default=1, help="of the density settings' values, for the part 'work'")
@@ -134,7 +134,7 @@ def main() -> None:
             base,
             {
                 "model": {"image_size_px": arguments.race_size_px, "image_alignment": {"group": "none"}},
-                "train": {"epochs": arguments.epochs, "batch_size": 16},
+                "train": {"steps": arguments.steps, "batch_size": 16},
             },
         )
         samples += [
@@ -142,10 +142,10 @@ def main() -> None:
             run_measured_sweep(trained, RATES_SPACE, "raced", race={"enabled": True}, scheduler={"kind": "asha"}),
         ]
     print()
-    header = ("sweep", "trials", "cut", "epochs", "seconds", "best", "score", "cost against the one above")
+    header = ("sweep", "trials", "cut", "steps", "seconds", "best", "score", "cost against the one above")
     rows = []
     for number, sample in enumerate(samples):
-        key = "epochs" if sample["epochs"] else "seconds"
+        key = "steps" if sample["steps"] else "seconds"
         ratio = f"{sample[key] / samples[number - 1][key]:.0%} of its {key}" if number % 2 else ""
         sample["ratio"] = sample[key] / samples[number - 1][key] if number % 2 else None
         rows.append(
@@ -153,7 +153,7 @@ def main() -> None:
                 sample["sweep"],
                 sample["trials"],
                 sample["cut"],
-                sample["epochs"],
+                sample["steps"],
                 f"{sample['seconds']:.1f}",
                 json.dumps(sample["best"]),
                 sample["score"],

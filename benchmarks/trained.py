@@ -127,11 +127,11 @@ def train_network(config: Config, plant: Plant, categories: Sequence[str], steps
     torch.manual_seed(seed)
     net = build_network(config.model).to(memory_format=torch.channels_last)
     training = FydTraining(net, device, config.train)
-    training.build_optimizer_and_schedule(BatchSchedule(BATCH_SIZE * steps, BATCH_SIZE, steps))
+    training.build_optimizer_and_schedule(BatchSchedule(BATCH_SIZE * steps, BATCH_SIZE, seed))
     batches, generator = draw_batches(plant.train, categories, seed), torch.Generator().manual_seed(seed)
     history = []
-    for _ in range(steps // STEPS_PER_INTERVAL):
-        figures = training.run_epoch(itertools.islice(batches, STEPS_PER_INTERVAL), generator)
+    for first in range(0, steps, STEPS_PER_INTERVAL):
+        figures = training.run_interval(itertools.islice(batches, STEPS_PER_INTERVAL), first, generator)
         history.append({name: round(value, 5) for name, value in figures.items()})
         print(history[-1], flush=True)
     recompute_running_statistics(net, batches, device)
@@ -166,7 +166,7 @@ def run_arm(arm: str, fold: int | None, seed: int, plant: Plant, arguments: argp
     }
     if fold is None:
         model.pop("feature_alignment", None)
-    train = {"seed": seed, "epochs": int(fold is not None), "batch_size": BATCH_SIZE, "lambda_ica": 0.0}
+    train = {"seed": seed, "steps": 0 if fold is None else arguments.steps, "batch_size": BATCH_SIZE, "lambda_ica": 0.0}
     config = parse_config(
         {"data": {"uri": "unused"}, "model": model, "train": {**train, "learning_rate": arguments.learning_rate}}
     )

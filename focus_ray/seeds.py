@@ -12,8 +12,8 @@ def derive_seed(seed: int, draw: str, *numbers: int) -> int:
 
     Args:
         seed: the seed of the run.
-        draw: name of the kind of draw, as in "epoch".
-        numbers: distinguish draws of the same kind, for instance epoch and rank.
+        draw: name of the kind of draw, as in "order".
+        numbers: distinguish draws of the same kind, for instance pass and rank.
     """
     entropy = [seed, zlib.crc32(draw.encode()), *numbers]
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])

@@ -53,7 +53,7 @@ def small_config(uri: str, storage: Path | str, **sections: dict[str, Any]) -> C
             "image_alignment": {"group": "none"},  # aligning takes most of the time of a small training
             "precision": "fp32",  # so that results do not depend on the machine
         },
-        "train": {"epochs": 0, "batch_size": 4, "learning_rate": 1e-3},
+        "train": {"steps": 0, "batch_size": 4, "learning_rate": 1e-3},
         "density": {"num_channels": 32, "reduction": "semi_orthogonal", "precision": "fp32"},
         "scoring": {"image_score": "maximum"},
         "calibration": {"method": "split"},

@@ -45,8 +45,8 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_all_errors_of_a_file_are_in_a_single_message(file: Path) -> None:
-    file.write_text("data: {uri: images}\ntrain: {epochs: -1, learning_rate: 20}\n")
-    with pytest.raises(ConfigError, match=r"run\.yaml: train\.epochs: .*got -1.*; train\.learning_rate: .*got 20"):
+    file.write_text("data: {uri: images}\ntrain: {steps: -1, learning_rate: 20}\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml: train\.steps: .*got -1.*; train\.learning_rate: .*got 20"):
         load_config(file)
 
 
@@ -57,7 +57,7 @@ def test_all_errors_of_a_file_are_in_a_single_message(file: Path) -> None:
     ("changes", "message"),
     [
         ({"trian": 1}, r"^configuration: trian: unknown key; did you mean 'train'\?$"),
-        ({"train.epoch": 1}, r"train\.epoch: unknown key; did you mean 'epochs'\?"),
+        ({"train.step": 1}, r"train\.step: unknown key; did you mean 'steps'\?"),
         ({"model.image_alignment.grupp": 1}, r"model\.image_alignment\.grupp: unknown key; did you mean 'group'\?"),
         ({"scoring.zzz": 1}, r"scoring\.zzz: unknown key; known keys: .*image_score"),
         ({"data": {}}, r"^configuration: data\.uri: missing; set it$"),
@@ -142,7 +142,7 @@ def test_overrides_have_the_types_of_yaml(file: Path) -> None:
     config = load_config(
         file,
         [
-            "train.epochs=7",
+            "train.steps=7",
             "train.learning_rate=5e-4",
             "density.coreset=0",
             "data.categories=[bolt, nut]",
@@ -152,7 +152,7 @@ def test_overrides_have_the_types_of_yaml(file: Path) -> None:
             "cluster.use_gpu=auto",
         ],
     )
-    assert (config.train.epochs, config.train.learning_rate, config.density.coreset) == (7, 5e-4, 0)
+    assert (config.train.steps, config.train.learning_rate, config.density.coreset) == (7, 5e-4, 0)
     assert (config.data.categories, config.data.uri) == (("bolt", "nut"), "s3://bucket/images?x=1")
     assert config.model.image_alignment.group == "rotation"
     assert (config.density.per_place, config.cluster.use_gpu) == (None, "auto")
@@ -166,19 +166,19 @@ def test_numbers_that_yaml_1_1_reads_as_text_are_numbers(file: Path) -> None:
 
 def test_an_override_of_an_empty_section_fills_it(file: Path) -> None:
     file.write_text("data: {uri: images}\ntrain:\n")
-    assert load_config(file, ["train.epochs=3"]).train.epochs == 3
+    assert load_config(file, ["train.steps=3"]).train.steps == 3
 
 
 @pytest.mark.parametrize(
     ("override", "text"),
     [
-        ("train.epochs", "override 'train.epochs': expected key=value, for instance train.epochs=10"),
+        ("train.steps", "override 'train.steps': expected key=value, for instance train.steps=10"),
         ("=3", "override '=3': expected key=value"),
-        ("train..epochs=3", "override 'train..epochs=3': expected key=value"),
+        ("train..steps=3", "override 'train..steps=3': expected key=value"),
         ("data.categories=[bolt", "override 'data.categories=[bolt': the value is not valid YAML"),
         ("data.uri.host=x", "override 'data.uri.host=x': 'uri' holds a value, not a section"),
-        ("train.epochz=3", "train.epochz: unknown key; did you mean 'epochs'?"),
-        ("train.epochs=many", "(got 'many')"),
+        ("train.stepz=3", "train.stepz: unknown key; did you mean 'steps'?"),
+        ("train.steps=many", "(got 'many')"),
         ("train={seed: 1, seed: 2}", "'seed' appears twice"),
         # numbers that versions of YAML read differently
         ("train.seed=010", '"010"'),
@@ -212,8 +212,8 @@ def test_an_invalid_or_ambiguous_override_is_refused_with_the_reason(file: Path,
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("data: {uri: a}\ntrain:\n  seed: 1\nmodel: {}\ntrain: {epochs: 2}\n", "'train' .* line 2 and in line 5"),
-        ("data: {uri: a}\ntrain:\n  seed: 1\n  epochs: 3\n  seed: 2\n", "'seed' .* line 3 and in line 5"),
+        ("data: {uri: a}\ntrain:\n  seed: 1\nmodel: {}\ntrain: {steps: 2}\n", "'train' .* line 2 and in line 5"),
+        ("data: {uri: a}\ntrain:\n  seed: 1\n  steps: 3\n  seed: 2\n", "'seed' .* line 3 and in line 5"),
         ("data: {uri: a,\n uri: b}\n", "'uri' .* line 1 and in line 2"),
         ("data: {uri: a}\ntrain:\n'train': {seed: 1}\n", "'train' .* line 2 and in line 3"),
         ("data:\n  uri: a\n  regions:\n    - {x: 1,\n       x: 2}\n", "'x' .* line 4 and in line 5"),
@@ -244,7 +244,7 @@ def test_quoted_numbers_are_text_and_plain_numbers_are_numbers(file: Path) -> No
 
 
 @given(
-    epochs=st.integers(0, 10_000),
+    steps=st.integers(0, 10_000),
     rate=st.floats(1e-12, 10.0),
     share=st.floats(0.0, 1.0, exclude_max=True),
     uri=st.text(max_size=30),
@@ -253,12 +253,12 @@ def test_quoted_numbers_are_text_and_plain_numbers_are_numbers(file: Path) -> No
     use_gpu=st.sampled_from([True, False, "auto"]),
 )
 def test_a_resolved_configuration_read_again_is_the_same(
-    tmp_path_factory: pytest.TempPathFactory, epochs, rate, share, uri, categories, group, use_gpu
+    tmp_path_factory: pytest.TempPathFactory, steps, rate, share, uri, categories, group, use_gpu
 ) -> None:
     config = parse_config(
         {
             "data": {"uri": uri, "categories": categories},
-            "train": {"epochs": epochs, "learning_rate": rate},
+            "train": {"steps": steps, "learning_rate": rate},
             "model": {"feature_alignment": {"layer2": group}},
             "selection": {"fraction": share},
             "cluster": {"use_gpu": use_gpu},
@@ -328,19 +328,25 @@ def test_the_batch_size_per_worker_of_earlier_versions_becomes_that_of_all_worke
 ) -> None:
     earlier = {"data": {"uri": "images"}, "train": {"batch_size_per_worker": 12, "epochs": 2}, "cluster": cluster}
     config = parse_config(earlier, is_fitted=True)
-    assert (config.train.batch_size, config.train.epochs) == (size, 2)
+    assert (config.train.batch_size, config.train.steps) == (size, 2)
     assert parse_config(convert_earlier_settings(earlier)) == config
     message = rf"train\.batch_size_per_worker=12 is now train\.batch_size.*set train\.batch_size={size} instead"
     with pytest.raises(ConfigError, match=message):
-        parse_config(earlier)
+        parse_config({**earlier, "train": {"batch_size_per_worker": 12}})
+
+
+def test_epochs_of_earlier_versions_are_refused_with_the_way_to_count_steps_but_0_means_no_training() -> None:
+    with pytest.raises(ConfigError, match=r"train\.epochs=10 .*train\.steps.*epochs x images / train\.batch_size"):
+        parse_config({"data": {"uri": "images"}, "train": {"epochs": 10}})
+    assert parse_config({"data": {"uri": "images"}, "train": {"epochs": 0}}).train.steps == 0
 
 
 def test_a_training_with_more_workers_than_images_in_a_batch_is_refused() -> None:
     workers = {"train.batch_size": 4, "cluster.num_workers": 5}
     with pytest.raises(ConfigError, match=r"train\.batch_size=4 .* cluster\.num_workers=5"):
-        parse_config(tree_with(**workers, **{"train.epochs": 1}))
+        parse_config(tree_with(**workers, **{"train.steps": 1}))
     assert (
-        parse_config(tree_with(**workers)).train.epochs == 0
+        parse_config(tree_with(**workers)).train.steps == 0
     )  # without training by gradient, there are no batches to share
 
 

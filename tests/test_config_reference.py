@@ -60,7 +60,7 @@ def test_defaults_are_those_that_a_run_gets() -> None:
 @pytest.mark.parametrize(
     ("key", "values"),
     {
-        "train.epochs": "integer from 0 to 10000",
+        "train.steps": "integer from 0 to 10000000",
         "train.learning_rate": "number above 0, up to 10",
         "data.holdout_fraction": "number from 0, below 1",
         "cluster.memory_gib_per_worker": "number above 0 or null; GiB",
@@ -83,10 +83,10 @@ def test_the_allowed_values_of_a_setting_are_described_in_words(key: str, values
 
 
 def test_a_key_is_explained_with_its_values_default_and_meaning() -> None:
-    explanation = explain_key("train.epochs")
-    for text in ("train.epochs (of a run)", "integer from 0 to 10000", "default: 0", "Passes over the training images"):
+    explanation = explain_key("train.steps")
+    for text in ("train.steps (of a run)", "integer from 0 to 10000000", "default: 0", "Optimiser steps"):
         assert text in explanation
-    assert explain_key("base.train.epochs") == explanation  # the key as in a sweep
+    assert explain_key("base.train.steps") == explanation  # the key as in a sweep
     assert "default: none: it must be set" in explain_key("data.uri")
     assert re.findall(r"^name \((.*)\)", explain_key("name"), re.MULTILINE) == ["of a run", "of a sweep"]
 
@@ -101,8 +101,8 @@ def test_a_section_is_explained_by_the_keys_in_it_and_in_its_sections() -> None:
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("train.epoch", r"^train\.epoch: no such key; did you mean train\.epochs"),
-        ("epochs", r"did you mean train\.epochs"),
+        ("train.step", r"^train\.step: no such key; did you mean train\.steps"),
+        ("steps", r"did you mean train\.steps"),
         ("trian", "did you mean train"),
         ("zzzzzz", r"zzzzzz: no such key; docs/reference/configuration\.md has all there are"),
     ],

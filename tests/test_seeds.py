@@ -16,5 +16,5 @@ def test_a_seed_is_deterministic_and_in_the_range_of_every_generator(seed: int, 
 
 
 def test_another_seed_name_or_number_gives_another_derived_seed() -> None:
-    arguments = list(itertools.product(range(4), ("epoch", "points"), range(8), range(4)))
+    arguments = list(itertools.product(range(4), ("step", "points"), range(8), range(4)))
     assert len({derive_seed(*values) for values in arguments}) == len(arguments)

@@ -12,12 +12,12 @@ def add_parsers(commands: Any) -> None:
     actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
     show = actions.add_parser("show", help="print a configuration as YAML, with every default")
     show.add_argument("config", help="a YAML file, or a name of `focus-ray config list`")
-    show.add_argument("override", nargs="*", help="key=value, for instance train.epochs=10")
+    show.add_argument("override", nargs="*", help="key=value, for instance train.steps=10")
     show.set_defaults(run=_run_config_show_command)
     explain = actions.add_parser(
         "explain", help="print the meaning, values and default of a key; or the keys of a section"
     )
-    explain.add_argument("key", help="dotted key, for instance train.epochs")
+    explain.add_argument("key", help="dotted key, for instance train.steps")
     explain.set_defaults(run=_run_config_explain_command)
     actions.add_parser("list", help="list the standard configurations, one in each line").set_defaults(
         run=_run_config_list_command

@@ -45,7 +45,7 @@ CONFIG_KINDS = (
         "a sweep",
         SweepConfig,
         "`focus-ray sweep CONFIG key=value ...` takes these settings ([sweeps](../use/sweeps.md)). Settings of the base "
-        "configuration come after `base.`, as in `base.train.epochs=5`.",
+        "configuration come after `base.`, as in `base.train.steps=5`.",
     ),
     ConfigKind(
         "the service",
@@ -213,7 +213,7 @@ def render_markdown() -> str:
         "This page lists every setting of trainings, sweeps and the service, with its values, default and meaning. `focus-ray "
         "config explain KEY` prints one setting. `focus-ray config show CONFIG` prints a configuration with every default.",
         "",
-        "In a YAML file each dot of a key opens a section: `train.epochs` is `epochs` below `train`. Put text that looks like a "
+        "In a YAML file each dot of a key opens a section: `train.steps` is `steps` below `train`. Put text that looks like a "
         'number, or like yes, no, true, false or null, into quotes: `name: "007"` in a file, `\'name="007"\'` in a shell. A key '
         "that appears twice in a section is an error.",
         "",

@@ -21,7 +21,7 @@ def add_parsers(commands: Any) -> None:
     train = commands.add_parser("train", help="train one model for each category and write its bundle")
     add = train.add_argument
     add("config", nargs="?", help="a YAML file, or a name of `focus-ray config list`")
-    add("override", nargs="*", help="key=value, for instance train.epochs=10")
+    add("override", nargs="*", help="key=value, for instance train.steps=10")
     add("--config", dest="named", metavar="CONFIG", help="the configuration as an option; then all words are key=value")
     add("--verbose", action="store_true", default=argparse.SUPPRESS, help="also show Ray's own messages")
     add("--resume", action="store_true", help="continue the run of this name, or start it if there is none yet")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-Message = str | tuple[str, dict[str, float]]  # a line of text, or a category and the metrics of an epoch
+Message = str | tuple[str, dict[str, float]]  # a line of text, or a category and the metrics of an interval
 
 # environment variable that `--verbose` sets: show the lines of Ray and the output of the workers
 VERBOSE_VARIABLE = "FOCUS_RAY_VERBOSE"

@@ -38,7 +38,7 @@ class CalibrationConfig(ConfigSection):
         description="Which good images set the thresholds. split: a held-out share (data.holdout_fraction). "
         "leave_one_out: every training image, scored with its own embeddings left out of the density. "
         "cross: every training image, scored without its fold. auto: split if it holds out enough images "
-        "for a steady threshold (5 / target_fpr), or if train.epochs is above 0; otherwise leave_one_out.",
+        "for a steady threshold (5 / target_fpr), or if train.steps is above 0; otherwise leave_one_out.",
     )
     target_fpr: float = Field(
         default=0.05,

@@ -91,22 +91,20 @@ def plot_score_histograms(groups: Mapping[str, Sequence[float]], threshold: floa
     return Plot(title, caption, _render_svg(figure))
 
 
-def plot_values_by_epoch(
-    title: str, caption: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
-) -> Plot:
-    """Draws values by epoch. Lines differ in dashes and colour, so that colour is not needed.
+def plot_values_by_step(title: str, caption: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Plot:
+    """Draws values by step. Lines differ in dashes and colour, so that colour is not needed.
 
     Args:
-        lines: name -> (epochs, values).
+        lines: name -> (steps, values).
     """
     figure, (axes,) = create_figure(_WIDTH_IN, 2.5, ink=_INK, grid=_LINE)
     styles = [(_GOOD, "-"), (_BAD, "--"), (_CALIBRATION, ":"), (_INK, "-.")]
-    for number, (name, (epochs, values)) in enumerate(lines.items()):
+    for number, (name, (steps, values)) in enumerate(lines.items()):
         colour, dashes = styles[number % len(styles)]
         style = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 3, "linewidth": 1.6}
-        axes.plot(epochs, values, label=escape_matplotlib_text(name), **style)
+        axes.plot(steps, values, label=escape_matplotlib_text(name), **style)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("epochs trained")
+    axes.set_xlabel("optimiser steps")
     axes.set_title(escape_matplotlib_text(title), fontsize=10, color=_INK)
     if len(lines) > 1:
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, labelcolor=_INK)

@@ -30,9 +30,9 @@ class VerticalAxis(NamedTuple):
 
 
 class LearningCurve(NamedTuple):
-    """Scores of a trial by epoch. kind: best, finished or cut."""
+    """Scores of a trial by step. kind: best, finished or cut."""
 
-    epochs: Sequence[float]
+    steps: Sequence[float]
     scores: Sequence[float]
     kind: str
 
@@ -102,7 +102,7 @@ def plot_parallel_coordinates(
 
 
 def plot_learning_curves(panels: Mapping[str, Sequence[LearningCurve]], objective: str) -> bytes:
-    """Returns a PNG of the score by epoch with one panel per category. The curve of a pruned trial is grey and short.
+    """Returns a PNG of the score by step with one panel per category. The curve of a pruned trial is grey and short.
 
     Args:
         panels: category -> its curves.
@@ -112,14 +112,14 @@ def plot_learning_curves(panels: Mapping[str, Sequence[LearningCurve]], objectiv
 
     figure, all_axes = create_figure(4.6 * len(panels), 3.6, columns=len(panels))
     for axes, (category, curves) in zip(all_axes, panels.items(), strict=True):
-        for epochs, scores, kind in curves:
+        for steps, scores, kind in curves:
             last = [len(scores) - 1] if len(scores) > 1 else None
-            axes.plot(epochs, scores, markersize=4, markevery=last, **_CURVE_STYLES[kind])
+            axes.plot(steps, scores, markersize=4, markevery=last, **_CURVE_STYLES[kind])
         panel_scores = [score for curve in curves for score in curve.scores]
         low, high = compute_score_axis_limits(panel_scores)
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
         axes.set_title(f"{escape_matplotlib_text(category)}\n{describe_score_range(panel_scores)}", fontsize=10)
-        axes.set_xlabel("epochs")
+        axes.set_xlabel("optimiser steps")
         axes.xaxis.get_major_locator().set_params(integer=True)
     all_axes[0].set_ylabel(objective, fontsize=9)
     handles = [Line2D([], [], markersize=4, label=kind, **style) for kind, style in _CURVE_STYLES.items()]

@@ -3,7 +3,7 @@
 The fit runs in one process, or on every worker of an initialised torch.distributed group. Each worker has its own shard (share
 of the images). An image number counts the training images of all workers, from 0. Rank is the number of a worker. The bank
 contains the stored embeddings of normal images. "Selection" means: a validation score on synthetic defects chooses alignment and
-epoch.
+training length.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import Shard
 from focus_ray.fitting.shared_metric import read_shared_metric
 from focus_ray.fitting.split import MAX_CALIBRATION_IMAGES, NUM_CALIBRATION_FOLDS
-from focus_ray.fitting.state import BestNetwork, EpochCallback, FitNotes, TrainState
-from focus_ray.fyd.batch_schedule import BatchSchedule
+from focus_ray.fitting.state import BestNetwork, FitNotes, IntervalCallback, TrainState
+from focus_ray.fyd.batch_schedule import BatchSchedule, split_into_intervals
 from focus_ray.precision import choose_compute_dtype
 from focus_ray.progress import track_progress
 from focus_ray.seeds import derive_seed
@@ -105,7 +105,7 @@ def fit(
     net: FocusNet | None = None,
     rank: int = 0,
     state: TrainState | None = None,
-    on_epoch: EpochCallback | None = None,
+    on_interval: IntervalCallback | None = None,
     log: Callable[[str], None] = lambda message: None,
 ) -> FitResult:
     """Fits the detector of one category: aligns, trains, computes statistics, and calibrates.
@@ -119,7 +119,7 @@ def fit(
         device: device of the network and the density.
         rank: number of this worker, from 0.
         state: saved state from which training resumes; None starts a new fit.
-        on_epoch: called by every worker after every epoch, with a function that returns the state to save; see `EpochCallback`.
+        on_interval: called by every worker after every interval of the training; see `IntervalCallback`.
         log: called with each message.
 
     Returns: the detector, its statistics and its calibration.
@@ -127,11 +127,11 @@ def fit(
     Raises:
         DataError: there are too few images, no loss trains a parameter, or the mask of a region cannot be used.
         ValueError: too few images remain for the density, its calibration or the image aligner.
-        FloatingPointError: the loss, or a weight after an epoch, is not finite.
+        FloatingPointError: the loss, or a weight after an interval, is not finite.
         WeightsError, ConfigError: see `check_fit_prerequisites`.
     """
     fitter = DetectorFitter(config, shard, num_images, device, net=net, rank=rank, log=log)
-    fitter.align_and_train(state, on_epoch)
+    fitter.align_and_train(state, on_interval)
     return fitter.build_and_calibrate()
 
 
@@ -184,8 +184,8 @@ class DetectorFitter:
         num_own: number of training images of this worker.
         offset: image number of this worker's first training image.
         validation: this worker's validation images (N, H, W, C) and masks (N, H, W) of their synthetic defects; None if no
-            validation score chooses alignment and epoch (selection.fraction=0).
-        training: the training of the network; None with train.epochs=0.
+            validation score chooses alignment and training length (selection.fraction=0).
+        training: the training of the network; None with train.steps=0.
         method: calibration method.
         best: the network with the best validation score so far; None before the first validation, and with selection.fraction=0.
         projection: the learnt projection; None before it is learnt, and for other reductions.
@@ -208,7 +208,7 @@ class DetectorFitter:
         net = build_network(config.model) if net is None else net
         net = net.to(device).to(memory_format=torch.channels_last)
         self.training: FydTraining | None = None
-        if config.train.epochs:
+        if config.train.steps:
             from focus_ray.fyd.training import FydTraining
 
             self.training = FydTraining(net, device, config.train)
@@ -261,7 +261,7 @@ class DetectorFitter:
     def _validate_network(self, choice: dict[str, float | str]) -> float:
         """Computes the validation score of the current network, adds the validation metrics to the notes, and logs them.
 
-        Args: choice: describes the network in notes and logs, for instance {"epoch": 3}.
+        Args: choice: describes the network in notes and logs, for instance {"step": 3}.
         """
         assert self.validation is not None
         detector = build_detector(self.config, self.net, self.reduction, self.compute_training_statistics())
@@ -304,7 +304,7 @@ class DetectorFitter:
         self.log(f"image alignment {on_or_off} (pairwise L2 of held-out images falls by {report.drop:.0%})")
 
     # ---- training
-    def align_and_train(self, state: TrainState | None = None, on_epoch: EpochCallback | None = None) -> None:
+    def align_and_train(self, state: TrainState | None = None, on_interval: IntervalCallback | None = None) -> None:
         """Fits the image aligner and trains the network, or resumes training from a saved state.
 
         The arguments are described in `fit`.
@@ -318,73 +318,87 @@ class DetectorFitter:
                 self.fit_image_aligner()
         with self._measure_stage_time("train"):
             if self.training is not None:
-                self.train_network(self.training, state, on_epoch)
+                self.train_network(self.training, state, on_interval)
 
-    def train_network(self, training: FydTraining, state: TrainState | None, on_epoch: EpochCallback | None) -> None:
-        """Trains for train.epochs epochs. With selection, the network then gets the weights of `best`.
+    def train_network(
+        self, training: FydTraining, state: TrainState | None, on_interval: IntervalCallback | None
+    ) -> None:
+        """Trains for train.steps steps. With selection, the network then gets the weights of `best`.
 
         The arguments are described in `fit`.
 
         Raises:
             DataError: no loss trains a parameter, or a worker has fewer than two images.
             TrainingError: the stream of images ended too early.
-            FloatingPointError: the loss, or a weight after an epoch, is not finite.
+            FloatingPointError: the loss, or a weight after an interval, is not finite.
         """
-        from focus_ray.fyd.training import cut_one_tile_per_image
+        from focus_ray.fyd.training import MAX_STATISTICS_BATCHES, recompute_running_statistics
 
-        train, tiles = self.config.train, TileGrid(*self.config.model.tile_layout)
-        schedule = BatchSchedule.plan_epoch(self.num_images, get_world_size(), train.batch_size)
+        train = self.config.train
+        schedule = BatchSchedule.plan(self.num_images, get_world_size(), train.batch_size, train.seed)
         training.build_optimizer_and_schedule(schedule)
         if state is None:
-            self._keep_best_network(-1)
+            self._keep_best_network(0)
         else:
-            training.restore_optimizer(state.optimizer, state.schedule, state.epoch)
-        for epoch in range(0 if state is None else state.epoch + 1, train.epochs):
-            # the same on every worker (the 0 keeps the order of images of earlier versions)
-            generator = torch.Generator().manual_seed(derive_seed(train.seed, "epoch", epoch, 0))
+            training.restore_optimizer(state.optimizer, state.schedule)
+        for steps in split_into_intervals(train.steps, 0 if state is None else state.step):
+            # the same on every worker
+            generator = torch.Generator().manual_seed(derive_seed(train.seed, "interval", steps.start))
             start = time.perf_counter()
-            batches = self.shard.read_train_batches(schedule, generator)
-            figures = training.run_epoch(cut_one_tile_per_image(batches, tiles, train.seed, epoch), generator)
-            figures = {"epoch": float(epoch), **figures, "seconds": time.perf_counter() - start}
-            self._record_epoch_metrics(figures)
-            self._keep_best_network(epoch)
-            if on_epoch is not None:
+            figures = training.run_interval(self._read_tiles(schedule, steps), steps.start, generator)
+            step = steps.stop
+            figures = {"step": float(step), **figures, "seconds": time.perf_counter() - start}
+            self._record_interval_metrics(figures)
+            self._keep_best_network(step)
+            if on_interval is not None:
 
-                def build_train_state(epoch: int = epoch) -> TrainState:
-                    return TrainState(epoch, *training.get_state_dicts(), copy.deepcopy(self.notes), self.best)
+                def build_train_state(step: int = step) -> TrainState:
+                    return TrainState(step, *training.get_state_dicts(), copy.deepcopy(self.notes), self.best)
 
-                on_epoch(epoch, figures, build_train_state)
+                on_interval(step, figures, build_train_state)
         if self.best is not None:
             self.net.load_state_dict(self.best.net)
-            self.log(f"kept the network after epoch {self.best.epoch + 1} of {train.epochs} (0: untrained)")
+            self.log(f"kept the network after step {self.best.step} of {train.steps} (0: untrained)")
+        if self.best is None or self.best.step:
+            num_batches = min(MAX_STATISTICS_BATCHES, -(-self.num_images // schedule.batch_size))
+            batches = self._read_tiles(schedule, range(train.steps, train.steps + num_batches))
+            recompute_running_statistics(self.net, batches, self.device)
 
-    def _record_epoch_metrics(self, figures: dict[str, float]) -> None:
-        """Adds the metrics of an epoch to the notes, logs them, and warns if they show that the features have collapsed."""
+    def _read_tiles(self, schedule: BatchSchedule, steps: range) -> Iterator[Tensor]:
+        """Returns this worker's share of the batches of some steps, with one tile of each image."""
+        from focus_ray.fyd.training import cut_one_tile_per_image
+
+        tiles = TileGrid(*self.config.model.tile_layout)
+        batches = self.shard.read_train_batches(schedule, steps)
+        return cut_one_tile_per_image(batches, tiles, self.config.train.seed, steps.start)
+
+    def _record_interval_metrics(self, figures: dict[str, float]) -> None:
+        """Adds the metrics of an interval to the notes, logs them, and warns if they show that the features have collapsed."""
         from focus_ray.fyd.training import format_collapse_warning
 
         self.notes.history.append(figures)
-        epoch, epochs = int(figures["epoch"]) + 1, self.config.train.epochs
-        shown = ", ".join(f"{key} {value:.4g}" for key, value in figures.items() if key != "epoch")
-        self.log(f"epoch {epoch}/{epochs}: {shown}")
+        step, steps = int(figures["step"]), self.config.train.steps
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in figures.items() if key != "step")
+        self.log(f"step {step}/{steps}: {shown}")
         warning = format_collapse_warning(figures)
         if warning is not None:
-            self._add_warning(f"epoch {epoch}: {warning}")
+            self._add_warning(f"step {step}: {warning}")
 
-    def _keep_best_network(self, epoch: int) -> None:
+    def _keep_best_network(self, step: int) -> None:
         """Validates the network, and stores a copy as `best` if `best` is empty or its score is exceeded by more than MIN_GAIN.
 
-        Without selection, nothing happens.
+        Without selection, nothing happens. The score uses synthetic defects in good images, never test images.
 
-        Args: epoch: number of the last finished epoch; -1 for the untrained network.
+        Args: step: number of finished steps; 0 for the untrained network.
         """
         if self.validation is None:
             return
         self.net.eval()
-        score = self._validate_network({"epoch": epoch + 1})
+        score = self._validate_network({"step": step})
         best = self.best
         if best is None or compute_on_rank0_and_broadcast(lambda: score > best.score + MIN_GAIN):
             network = {name: value.detach().cpu().clone() for name, value in self.net.state_dict().items()}
-            self.best = BestNetwork(epoch, score, network)
+            self.best = BestNetwork(step, score, network)
 
     # ---- density and calibration
     def learn_projection(self) -> None:

@@ -1,6 +1,6 @@
 """Module that computes a validation score from normal images alone: normal images against copies with synthetic defects.
 
-The score ranks configurations of one category (alignment groups, epochs, densities). It is not a detection rate, and it needs no
+The score ranks configurations of one category (alignment, training length, density). It is not a detection rate, and it needs no
 test image and no label. docs/learn/selection.md says how well it ranks configurations on real defects.
 """
 
@@ -15,7 +15,7 @@ from focus_ray.metrics.metrics import ScoredTestImages
 from focus_ray.metrics.registry import METRICS
 
 DEFECTS_PER_IMAGE = 3
-MIN_GAIN = 0.01  # in score, for which a later epoch replaces the best epoch so far
+MIN_GAIN = 0.01  # in score, for which a later network replaces the best network so far
 # name of a validation metric -> key of the metric in METRICS
 JUDGED_BY = {
     "image_auroc": "image_auroc",

@@ -31,7 +31,7 @@ _OLD_BATCH_SIZE = "batch_size_per_worker"
 
 
 class SelectionConfig(ConfigSection):
-    """Choice of alignment and epoch from normal images alone [ours].
+    """Choice of alignment and training length from normal images alone [ours].
 
     Held-out normal images and copies with synthetic defects judge the candidates.
     """
@@ -48,7 +48,7 @@ class SelectionConfig(ConfigSection):
 
     @property
     def enabled(self) -> bool:
-        """Whether synthetic defects choose alignment and epoch."""
+        """Whether synthetic defects choose alignment and training length."""
         return self.fraction > 0
 
     @model_validator(mode="before")
@@ -118,13 +118,20 @@ class Config(ConfigSection):
     @model_validator(mode="before")
     @classmethod
     def _convert_batch_size(cls, value: Any, info: ValidationInfo) -> Any:
-        """Converts the batch size of a bundle of an earlier version, see `convert_earlier_settings`.
+        """Converts the training settings of a bundle of an earlier version, see `convert_earlier_settings`.
 
-        Raises: ValueError: a user sets the batch size of an earlier version.
+        Raises: ValueError: a user sets the batch size or a number of epochs of an earlier version.
         """
         if not isinstance(value, dict) or (converted := convert_earlier_settings(value)) == value:
             return value
-        if not (info.context and info.context.get("is_fitted")):
+        if info.context and info.context.get("is_fitted"):
+            return converted
+        if epochs := value["train"].get("epochs"):
+            raise ValueError(
+                f"train.epochs={epochs} is now train.steps, the number of optimiser steps: set train.steps to epochs x images / "
+                "train.batch_size, for instance train.steps=500"
+            )
+        if _OLD_BATCH_SIZE in value["train"]:
             old_size, size = value["train"][_OLD_BATCH_SIZE], converted["train"]["batch_size"]
             raise ValueError(
                 f"train.{_OLD_BATCH_SIZE}={old_size} is now train.batch_size, the images of all workers in one step: set "
@@ -139,7 +146,7 @@ class Config(ConfigSection):
         Raises: ValueError: calibration.method is split, and no images are held out; or more workers train than a batch has
             images.
         """
-        if self.train.epochs and self.train.batch_size < self.cluster.num_workers:
+        if self.train.steps and self.train.batch_size < self.cluster.num_workers:
             raise ValueError(
                 f"train.batch_size={self.train.batch_size} has no image for some of the workers, "
                 f"cluster.num_workers={self.cluster.num_workers}: raise train.batch_size or lower cluster.num_workers"
@@ -155,9 +162,13 @@ class Config(ConfigSection):
 def convert_earlier_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the stored settings of a run with the names of this version.
 
-    Earlier versions had train.batch_size_per_worker. Its product with cluster.num_workers is train.batch_size.
+    Earlier versions had train.batch_size_per_worker. Its product with cluster.num_workers is train.batch_size. They also had
+    train.epochs; an epoch had at least one step, so the number of epochs becomes train.steps.
     """
     train, cluster = tree.get("train"), tree.get("cluster")
+    if isinstance(train, Mapping) and isinstance(train.get("epochs"), int):
+        train = {"steps": train["epochs"], **{key: value for key, value in train.items() if key != "epochs"}}
+        tree = {**tree, "train": train}
     if not isinstance(train, Mapping) or not isinstance(train.get(_OLD_BATCH_SIZE), int):
         return dict(tree)
     num_workers = cluster.get("num_workers", 1) if isinstance(cluster, Mapping) else 1
@@ -169,7 +180,7 @@ def convert_earlier_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Reads a configuration from a YAML file and applies overrides.
 
-    Args: overrides: texts like "train.epochs=3"; the value is YAML.
+    Args: overrides: texts like "train.steps=3"; the value is YAML.
 
     Raises: ConfigError: the file or an override cannot be read, or a value does not fit its field.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.split import NO_ROWS, SplitPlan, SplitRows, SplitRule
 from focus_ray.fyd.batch_schedule import BatchSchedule
+from focus_ray.seeds import derive_seed
 
 _SHUFFLE_ROWS = 512  # rows of a local stream that are decoded and shuffled together
 
@@ -46,10 +48,8 @@ class Shard(ABC):
     batch_size: int
 
     @abstractmethod
-    def read_train_batches(self, schedule: BatchSchedule, generator: torch.Generator) -> Iterator[Tensor]:
-        """Generator: yields this worker's share of the shuffled fit images of each global batch of an epoch.
-
-        Args: generator: must be in the same state on every worker.
+    def read_train_batches(self, schedule: BatchSchedule, steps: range) -> Iterator[Tensor]:
+        """Generator: yields this worker's share of the fit images of the global batch of each step.
 
         Raises: TrainingError: a stream of images ended too early.
         """
@@ -119,15 +119,14 @@ class MemoryShard(Shard):
             fingerprint="",
         )
 
-    def read_train_batches(self, schedule: BatchSchedule, generator: torch.Generator) -> Iterator[Tensor]:
+    def read_train_batches(self, schedule: BatchSchedule, steps: range) -> Iterator[Tensor]:
         """Generator: see `Shard.read_train_batches`.
 
         The images of a global batch do not depend on the number of workers. The workers exchange them, because each worker keeps
         other images in RAM.
         """
-        order = torch.randperm(schedule.num_images, generator=generator)
         own_numbers = compute_worker_range(schedule.num_images)
-        for step, numbers in enumerate(order.split(schedule.batch_size)[: schedule.steps]):
+        for step, numbers in zip(steps, schedule.iterate_batches(steps), strict=True):
             ascending = numbers.sort().values
             own = ascending[(ascending >= own_numbers.start) & (ascending < own_numbers.stop)]
             images = all_gather_rows(self.images[own - own_numbers.start])  # in the order of `ascending`
@@ -194,39 +193,58 @@ class StreamShard(Shard):
         self.config, self.category, self.share, self.stream = config, category, share, stream
         self.batch_size = NUM_ROWS_PER_READ
         self.frame = load_frame(config, category)
+        self._open_batches: Iterator[Tensor] | None = (
+            None  # the stream of an earlier call, which continues at `_next_step`
+        )
+        self._next_step = 0
 
-    def read_train_batches(self, schedule: BatchSchedule, generator: torch.Generator) -> Iterator[Tensor]:
+    def read_train_batches(self, schedule: BatchSchedule, steps: range) -> Iterator[Tensor]:
         """Generator: see `Shard.read_train_batches`. It needs a stream.
 
-        A global batch contains images of the streams of all workers, so its images depend on the number of workers.
+        A global batch contains images of the streams of all workers, so its images depend on the number of workers. A pass over
+        the stream has whole batches only; the images that do not fill another batch are left out of this pass.
 
         Raises: TrainingError: the stream ended too early, for instance because the data was changed.
         """
+        if self._open_batches is None or self._next_step != steps.start:
+            self._open_batches = self._stream_batches(schedule, steps.start)
+        for step in steps:
+            self._next_step = step + 1
+            yield next(self._open_batches)
+
+    def _stream_batches(self, schedule: BatchSchedule, first_step: int) -> Iterator[Tensor]:
+        """Generator: yields this worker's share of the global batches of all steps from `first_step` on, without end.
+
+        Raises: as `read_train_batches`.
+        """
         assert self.stream is not None, "training needs a stream"
-        seed = int(torch.randint(2**31 - 1, (1,), generator=generator))
         rank, num_workers = get_rank(), get_world_size()
-        sizes = [len(schedule.get_share(step, rank, num_workers)) for step in range(schedule.steps)]
-        num_yielded = 0
-        pending = spare = torch.empty(0, *self.frame.shape, dtype=torch.uint8)
-        # a shuffled stream of Ray 2.60 also yields short batches before its end: build full batches here
-        for batch in self.stream(max(sizes), seed):
-            images = torch.from_numpy(np.array(batch["image"]))
-            spare = spare if len(spare) else images[:1]
-            pending = torch.cat([pending, images])
-            while num_yielded < schedule.steps and len(pending) >= sizes[num_yielded]:
-                size = sizes[num_yielded]
-                num_yielded += 1
-                yield pending[:size]
-                pending = pending[size:]
-        # Ray Data gives all workers equally many images and drops the remainder, so one image can be missing in the last batch
-        if num_yielded == schedule.steps - 1 and len(pending) == sizes[-1] - 1:
-            num_yielded += 1
-            yield torch.cat([pending, spare])
-        if num_yielded < schedule.steps:
-            raise TrainingError(
-                f"the stream of category {self.category!r} ended after {num_yielded} of {schedule.steps} batches: check whether "
-                "the data was changed during the training"
-            )
+        # all workers begin a pass at the same step, because Ray Data waits until each of them asks for the next pass
+        steps_in_pass = schedule.num_images // schedule.batch_size
+        for number in itertools.count(first_step // steps_in_pass):
+            steps = range(number * steps_in_pass, (number + 1) * steps_in_pass)
+            sizes = [len(schedule.get_share(step, rank, num_workers)) for step in steps]
+            num_read = 0
+            pending = spare = torch.empty(0, *self.frame.shape, dtype=torch.uint8)
+            # a shuffled stream of Ray 2.60 also yields short batches before its end: build full batches here
+            for batch in self.stream(max(sizes), derive_seed(schedule.seed, "stream", number)):
+                images = torch.from_numpy(np.array(batch["image"]))
+                spare = spare if len(spare) else images[:1]
+                pending = torch.cat([pending, images])
+                while num_read < len(sizes) and len(pending) >= sizes[num_read]:
+                    share, pending = pending[: sizes[num_read]], pending[sizes[num_read] :]
+                    num_read += 1
+                    if steps[num_read - 1] >= first_step:
+                        yield share
+            # Ray Data gives all workers equally many images and drops the remainder: one image can be missing in the last batch
+            if num_read == len(sizes) - 1 and len(pending) == sizes[-1] - 1:
+                num_read += 1
+                yield torch.cat([pending, spare])
+            if num_read < len(sizes):
+                raise TrainingError(
+                    f"the stream of category {self.category!r} ended after {num_read} of {len(sizes)} batches: check whether "
+                    "the data was changed during the training"
+                )
 
     def read_batches(self, part: _Part, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Generator: see `Shard.read_batches`; reads and decodes the images, and yields batches (B, H, W, C)."""

@@ -33,7 +33,7 @@ NUM_CALIBRATION_FOLDS = 5  # of calibration.method=cross
 # With 4096 calibration images, the rate of a threshold for 0.05 lies between 0.044 and 0.056 in 9 of 10 cases. A worker keeps up
 # to 10 % of the map of each image.
 MAX_CALIBRATION_IMAGES = 4096
-MAX_VALIDATION_IMAGES = 64  # images that choose alignment and epoch
+MAX_VALIDATION_IMAGES = 64  # images that choose alignment and training length
 NO_ROWS = np.empty(0, dtype=np.int64)
 
 
@@ -389,5 +389,5 @@ def choose_num_holdout(config: Config, num_images: int) -> int:
         return num_holdout
     # Method auto holds images out if they are enough for a reliable threshold, or if the network is trained.
     is_reliable = fraction > 0 and num_holdout * calibration.target_fpr >= _MIN_EXPECTED_ALARMS
-    is_trained = fraction > 0 and config.train.epochs > 0
+    is_trained = fraction > 0 and config.train.steps > 0
     return num_holdout if calibration.method == "auto" and (is_reliable or is_trained) else 0

@@ -1,4 +1,4 @@
-"""Module for the state of a fit that is carried from epoch to epoch and saved for a restart."""
+"""Module for the state of a fit that is saved after each interval of the training, for a restart."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from typing import Any
 
 from torch import Tensor
 
+from focus_ray.errors import DataError
 from focus_ray.features.alignment.congealing import AlignmentReport
 
 Metrics = dict[str, float]
-"""Metrics of an epoch or of a validation, by name."""
+"""Metrics of an interval or of a validation, by name."""
 
 
 @dataclass(frozen=True)
 class BestNetwork:
     """The network with the best validation score so far.
 
-    epoch: number, from 0, of the epoch after which the network was copied; -1 for the untrained network.
+    step: number of optimiser steps after which the network was copied; 0 for the untrained network.
     score: validation score of the network.
     net: state dict of the network, on the CPU.
     """
 
-    epoch: int
+    step: int
     score: float
     net: dict[str, Tensor]
 
@@ -33,8 +34,8 @@ class FitNotes:
     """Intermediate results of a fit, for the bundle's manifest and for reports.
 
     alignment: report of the congealing aligner; None if the network has no such aligner or it was not fitted.
-    history: training metrics of each epoch, as dictionaries: name -> value.
-    selection: for each validation, a dictionary with the validated choice (epoch or alignment) and the validation metrics.
+    history: training metrics of each interval, as dictionaries: name -> value.
+    selection: for each validation, a dictionary with the validated choice (steps or alignment) and the validation metrics.
     warnings: logged warnings.
     parts: 'num_images' and 'num_parts' if several photographs show the same physical part; None if every image shows a
         different part.
@@ -49,15 +50,15 @@ class FitNotes:
 
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that is needed to resume training after an epoch.
+    """Everything that is needed to resume training after an interval.
 
-    epoch: number of the last finished epoch.
+    step: number of finished optimiser steps.
     net, optimizer, schedule: state dicts.
-    notes: intermediate results up to this epoch.
+    notes: intermediate results up to this step.
     best: the network with the best validation score so far; None with selection.fraction=0.
     """
 
-    epoch: int
+    step: int
     net: dict[str, Tensor]
     optimizer: dict[str, Any]
     schedule: dict[str, Any]
@@ -70,12 +71,19 @@ class TrainState:
 
     @staticmethod
     def from_dict(tree: dict[str, Any]) -> TrainState:
-        """Rebuilds a training state from the dictionary that `to_dict` returned."""
+        """Rebuilds a training state from the dictionary that `to_dict` returned.
+
+        Raises: DataError: an earlier version, which counted epochs, wrote the state.
+        """
+        if "epoch" in tree:
+            raise DataError(
+                "the checkpoint counts epochs, because an earlier version wrote it: start a new run under another name"
+            )
         notes = FitNotes(**tree["notes"])
         notes.alignment = tree["notes"]["alignment"] and AlignmentReport(**tree["notes"]["alignment"])
         best = tree["best"] and BestNetwork(**tree["best"])
         return TrainState(**{**tree, "notes": notes, "best": best})
 
 
-EpochCallback = Callable[[int, Metrics, Callable[[], TrainState]], None]
-"""Called after an epoch with its number, its figures, and a function that returns the state to save."""
+IntervalCallback = Callable[[int, Metrics, Callable[[], TrainState]], None]
+"""Called after an interval with the number of finished steps, the metrics, and a function that returns the state to save."""

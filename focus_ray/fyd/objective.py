@@ -18,7 +18,7 @@ from focus_ray.fyd.losses import (
 )
 from focus_ray.fyd.settings import TrainConfig
 
-LAST_LEVEL = "last level"  # key of the features (B, C, H, W) whose effective rank is computed once an epoch
+LAST_LEVEL = "last level"  # key of the features (B, C, H, W) whose effective rank is computed once an interval
 
 
 class TrainingObjective(nn.Module):

@@ -18,39 +18,35 @@ class TrainConfig(ConfigSection):
     """Optimisation by SGD with momentum and a cosine schedule [kin]. The paper does not give its values."""
 
     FIXED: ClassVar[Mapping[str, Any]] = {
-        "learning_rate_head": 0.05,
         "learning_rate_image_alignment": 1e-2,
-        "learning_rate_feature_alignment": 0.05,
         "momentum": 0.9,
         "weight_decay": 0.0,
-        "warmup_epochs": 0.0,
         "stop_gradient": True,
-        "symmetric": False,
+        "symmetric": True,
         "precision": "auto",
         "gradient_clip_norm": None,
-        "checkpoint_every_epochs": 1,
     }
 
-    epochs: int = Field(
+    steps: int = Field(
         default=0,
         ge=0,
-        le=10_000,
-        description="Passes over the training images in which the network learns by gradient. 0 trains nothing: the "
-        "backbone does not change.",
+        le=10_000_000,
+        description="Optimiser steps in which the network learns by gradient. 0 trains nothing: the backbone does not "
+        "change.",
     )
     batch_size: int = Field(
         default=32,
         ge=2,
         le=1_000_000,
-        description="Images in an optimiser step, of all workers together [kin: 32]. An epoch has as many steps as it has full "
-        "batches, with any number of workers.",
+        description="Images in an optimiser step, of all workers together [kin: 32]. A category with fewer images "
+        "uses all its images in each step.",
     )
     learning_rate: float = Field(
-        default=1e-4,
+        default=3e-3,
         gt=0.0,
         le=10.0,
-        description="Learning rate of the backbone [kin: 1e-4]. It belongs to the batch size: scale it yourself if you change "
-        "batch_size.",
+        description="Learning rate of all parts but the image aligner [ours]. It belongs to the batch size: scale it "
+        "yourself if you change batch_size.",
     )
     lambda_ica: float = Field(default=1.0, ge=0.0, description="Weight of the image alignment loss.")
     lambda_fine: float = Field(default=1.0, ge=0.0, description="Weight of the fine loss.")

@@ -1,4 +1,4 @@
-"""Module for the FYD training of a network: optimiser, schedule, and the loop over an epoch.
+"""Module for the FYD training of a network: optimiser, schedule, and the loop over the steps of an interval.
 
 "Collapse" means that features of different locations become nearly equal. A worker is a process of a torch.distributed group.
 """
@@ -48,7 +48,7 @@ class FydTraining:
         self.head = ProjectorPredictorHead(net).to(device).to(memory_format=torch.channels_last)
 
     def build_optimizer_and_schedule(self, batch_schedule: BatchSchedule) -> None:
-        """Builds objective, optimiser and schedule; call it before `get_state_dicts`, `restore_optimizer` and `run_epoch`.
+        """Builds objective, optimiser and schedule; call it before `get_state_dicts`, `restore_optimizer` and `run_interval`.
 
         Parameters of the network that no loss trains are frozen.
 
@@ -57,10 +57,10 @@ class FydTraining:
         objective = TrainingObjective(self.net, self.head, self.config)
         if not any(parameter.requires_grad for parameter in objective.parameters()):
             raise DataError(
-                "train.epochs is above 0, but no loss trains anything: set train.lambda_fine or lambda_ica above 0"
+                "train.steps is above 0, but no loss trains anything: set train.lambda_fine or lambda_ica above 0"
             )
         self.optimizer = build_optimizer(self.net, self.head, self.config)
-        self.schedule = build_learning_rate_schedule(self.optimizer, self.config, batch_schedule.steps)
+        self.schedule = build_learning_rate_schedule(self.optimizer, self.config)
         self.batch_schedule = batch_schedule
         self.objective: nn.Module = objective
         if get_world_size() > 1:
@@ -79,58 +79,53 @@ class FydTraining:
         self.head.load_state_dict({name: state[name] for name in names})
         self.net.load_state_dict({name: value for name, value in state.items() if name not in names})
 
-    def restore_optimizer(self, optimizer: dict[str, Any], schedule: dict[str, Any], epoch: int) -> None:
-        """Restores optimiser and schedule to their states after an epoch.
-
-        Args:
-            optimizer, schedule: state dicts from `get_state_dicts`.
-            epoch: number of this epoch, from 0.
-        """
+    def restore_optimizer(self, optimizer: dict[str, Any], schedule: dict[str, Any]) -> None:
+        """Restores optimiser and schedule from the state dicts that `get_state_dicts` returned."""
         self.optimizer.load_state_dict(optimizer)
         self.schedule.load_state_dict(schedule)
-        # computed again: in earlier versions, the number of steps depended on the number of workers
-        self.schedule.last_epoch = (epoch + 1) * self.batch_schedule.steps
 
-    def run_epoch(self, batches: Iterable[Tensor], generator: torch.Generator) -> dict[str, float]:
-        """Switches network and head to training mode, and trains for one epoch.
+    def run_interval(self, batches: Iterable[Tensor], first_step: int, generator: torch.Generator) -> dict[str, float]:
+        """Switches network and head to training mode, and trains for the steps of one interval.
 
-        Arguments, result and errors: see `train_epoch`.
+        Arguments, result and errors: see `train_interval`.
         """
         self.net.train()
         self.head.train()
-        return train_epoch(
+        return train_interval(
             self.objective,
             batches,
+            first_step,
             self.batch_schedule,
             self.optimizer,
             self.schedule,
-            self.config,
             self.device,
             generator,
             self.autocast,
         )
 
 
-def cut_one_tile_per_image(batches: Iterable[Tensor], tiles: TileGrid, seed: int, epoch: int) -> Iterator[Tensor]:
+def cut_one_tile_per_image(batches: Iterable[Tensor], tiles: TileGrid, seed: int, first_step: int) -> Iterator[Tensor]:
     """Generator: cuts one tile out of each image of each batch, and yields the batches of tiles.
 
     The tile is the same for all images of a batch and on all workers. The next batch uses the next tile, in random order.
     Without tiling, the batches are yielded unchanged.
 
     Args:
-        batches: images (B, H, W, C).
-        seed, epoch: determine the order of the tiles.
+        batches: images (B, H, W, C) of consecutive steps.
+        seed: determines the order of the tiles.
+        first_step: step of the first batch.
     """
-    generator = torch.Generator().manual_seed(derive_seed(seed, "tiles", epoch))
-    order = torch.randperm(tiles.num_tiles, generator=generator).tolist()
-    for number, batch in enumerate(batches):
-        yield batch if tiles.num_tiles == 1 else tiles.cut_one_tile(batch, order[number % len(order)])
+    for step, batch in enumerate(batches, start=first_step):
+        num_rounds, position = divmod(step, tiles.num_tiles)
+        generator = torch.Generator().manual_seed(derive_seed(seed, "tiles", num_rounds))
+        order = torch.randperm(tiles.num_tiles, generator=generator).tolist()
+        yield batch if tiles.num_tiles == 1 else tiles.cut_one_tile(batch, order[position])
 
 
 def format_collapse_warning(figures: dict[str, float]) -> str | None:
-    """Returns a warning if the metrics of an epoch show a collapse, or None.
+    """Returns a warning if the metrics of an interval show a collapse, or None.
 
-    Args: figures: the result of `train_epoch`; without 'feature_std' there is no warning.
+    Args: figures: the result of `train_interval`; without 'feature_std' there is no warning.
     """
     if figures.get("feature_std", math.inf) >= COLLAPSE_STD:
         return None
@@ -162,7 +157,7 @@ def recompute_running_statistics(net: FocusNet, batches: Iterable[Tensor], devic
     During the training, running statistics mix the statistics of older weights, and after a short training also the initial
     values. Frozen batch norms do not change. A network without running statistics does not read a batch.
 
-    Args: batches: this worker's shares of global batches, as for `train_epoch`. At most `MAX_STATISTICS_BATCHES` are read.
+    Args: batches: this worker's shares of global batches, as for `train_interval`. At most `MAX_STATISTICS_BATCHES` are read.
     """
     net.train()
     layers = [
@@ -184,10 +179,10 @@ def recompute_running_statistics(net: FocusNet, batches: Iterable[Tensor], devic
 
 
 def build_learning_rate_schedule(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int
+    optimizer: torch.optim.Optimizer, config: TrainConfig
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Builds a learning rate schedule that falls to zero over all epochs like a cosine. Step it after every optimiser step."""
-    total = max(1, config.epochs * steps_per_epoch)
+    """Builds a learning rate schedule that falls to zero over all steps like a cosine. Step it after every optimiser step."""
+    total = max(1, config.steps)
 
     def compute_rate_factor(step: int) -> float:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
@@ -195,29 +190,30 @@ def build_learning_rate_schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, compute_rate_factor)
 
 
-def train_epoch(
+def train_interval(
     objective: Callable[[Tensor, Tensor, int], dict[str, Tensor]],
     batches: Iterable[Tensor],
+    first_step: int,
     batch_schedule: BatchSchedule,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LambdaLR,
-    config: TrainConfig,
     device: torch.device,
     generator: torch.Generator,
     autocast: bool = False,
 ) -> dict[str, float]:
-    """Trains the parameters of the optimiser, in place, for one epoch, and returns the metrics of the epoch.
+    """Trains the parameters of the optimiser, in place, for the steps of an interval, and returns the metrics of the interval.
 
     Args:
         objective: computes the losses from images and pairs, see `TrainingObjective.forward`.
         batches: this worker's share of each global batch, uint8 (B, H, W, 3 or 4), or float (B, 3, H, W) in 0..1.
-        batch_schedule: the global batches of the epoch.
+        first_step: number of the first step, from 0.
+        batch_schedule: the global batches of the training.
         generator: draws the pairs of images. It must be in the same state on every worker.
         autocast: compute the losses in bfloat16 where torch allows it.
 
     Returns: name of a metric -> value. Losses and 'feature_std' are means over all steps. 'effective_rank' is
-        computed from the last step only, because it needs an eigen-decomposition; it is missing without the fine loss. 'steps'
-        is the number of steps, 'learning_rate' the learning rate of the last step.
+        computed from the last step only, because it needs an eigen-decomposition; it is missing without the fine loss.
+        'learning_rate' is the learning rate of the last step.
 
     Raises:
         ValueError: there is no batch, or a global batch has fewer than two images.
@@ -228,7 +224,7 @@ def train_epoch(
     level: Tensor | None = None
     first, rank, num_workers = 0, get_rank(), get_world_size()
     for batch in batches:
-        first = batch_schedule.get_share(steps, rank, num_workers).start
+        first = batch_schedule.get_share(first_step + steps, rank, num_workers).start
         images = convert_to_float_images(batch, device)
         pairs = draw_image_pairs(batch_schedule.batch_size, generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
@@ -244,7 +240,7 @@ def train_epoch(
             sums[key] = sums.get(key, value.new_zeros((), dtype=torch.float32)) + value.detach().float()
         steps += 1
     if not steps:
-        raise ValueError("an epoch needs at least 1 batch, got 0: add training images or lower train.batch_size")
+        raise ValueError("an interval needs at least 1 batch, got 0")
     keys = sorted(sums)
     means = _average_over_workers(torch.stack([sums[key] for key in keys]) / steps)
     result = dict(zip(keys, means.tolist(), strict=True))
@@ -252,10 +248,10 @@ def train_epoch(
     broken = _average_over_workers(torch.stack([~p.detach().isfinite().all() for p in weights]).any().float())
     if not math.isfinite(result["loss"]) or float(broken) > 0:
         problem = f"the loss is {result['loss']}" if not math.isfinite(result["loss"]) else "weights are not finite"
-        raise FloatingPointError(f"{problem} after {steps} steps: lower train.learning_rate")
+        raise FloatingPointError(f"{problem} after step {first_step + steps}: lower train.learning_rate")
     if level is not None:
         result["effective_rank"] = float(compute_effective_rank(join_batch(level, first, batch_schedule.batch_size)))
-    return {**result, "steps": float(steps), "learning_rate": rate}
+    return {**result, "learning_rate": rate}
 
 
 def _average_over_workers(figures: Tensor) -> Tensor:

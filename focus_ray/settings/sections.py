@@ -153,7 +153,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, raw = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
-        raise ConfigError(f"override {override!r}: expected key=value, for instance train.epochs=10")
+        raise ConfigError(f"override {override!r}: expected key=value, for instance train.steps=10")
     try:
         value = load_yaml(raw) if raw else ""
     except yaml.YAMLError as error:

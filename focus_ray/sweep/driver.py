@@ -236,7 +236,7 @@ def _run_and_report_sweep(
     is_private = connect_to_ray(namespace=base.cluster.ray_namespace)
 
     try:
-        streams = config.max_epochs > 0 and any(not fits_in_memory(base, split) for split in splits.values())
+        streams = config.max_steps > 0 and any(not fits_in_memory(base, split) for split in splits.values())
         capacity = ClusterCapacity(
             base.cluster,
             is_private,
@@ -418,7 +418,7 @@ class _SweepDriver:
         # The pruner runs on the node of the driver, so that both live and die together.
         on_this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         pruner = ray.remote(num_cpus=0, scheduling_strategy=on_this_node)(TrialPruner).remote(
-            self.config, list(splits), self.config.max_epochs
+            self.config, list(splits), self.config.max_steps
         )
         for record in sorted(done_records, key=lambda record: record.ended_at):
             pruner.replay_scores.remote(record.number, record.parse_curves())
@@ -491,19 +491,19 @@ class _SweepDriver:
     def list_mean_scores(self, record: TrialRecord, categories: Iterable[str]) -> list[tuple[int, float]]:
         """Returns (step, mean score so far) for each report of a trial, to tell the searcher about trials that ended early.
 
-        A step counts training epochs over all categories.
+        A step counts training steps over all categories.
 
         Args:
             record: Result of the trial.
             categories: Categories in the order in which trials go through them.
         """
-        max_epochs = max(1, self.config.max_epochs)
+        max_steps = max(1, self.config.max_steps)
         final_scores: list[float] = []
         steps = {}
         for index, category in enumerate(categories):
             curve = record.parse_curves().get(category, [])
-            for epoch, score in curve:
-                steps[index * max_epochs + max(1, epoch)] = float(np.mean([*final_scores, score]))
+            for step, score in curve:
+                steps[index * max_steps + max(1, step)] = float(np.mean([*final_scores, score]))
             final_scores += [score for _, score in curve[-1:]]
         return list(steps.items())
 

@@ -36,7 +36,7 @@ def draw_parallel_coordinates(sweep: SweepConfig, trials: Sequence[TrialRecord])
 
 
 def draw_learning_curves(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes | None:
-    """Draws a PNG of the score by training epoch, with one panel per category.
+    """Draws a PNG of the score by training step, with one panel per category.
 
     Args:
         sweep: Configuration of the sweep.
@@ -52,8 +52,8 @@ def draw_learning_curves(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> b
         kind = "best" if record.name in best_names else "finished" if record.status == "finished" else "cut"
         for category, curve in record.parse_curves().items():
             if curve:
-                epochs, scores = zip(*curve, strict=True)
-                panels[category].append(LearningCurve(epochs, scores, kind))
+                steps, scores = zip(*curve, strict=True)
+                panels[category].append(LearningCurve(steps, scores, kind))
     return sweep_plots.plot_learning_curves(panels, records.describe_objective(sweep))
 
 

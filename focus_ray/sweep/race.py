@@ -1,6 +1,6 @@
 """Decides when a trial is pruned (stopped early) because of a low score compared with other trials.
 
-There are two tests: a race over categories with a paired t-test, and successive halving over epochs. Every trial goes through
+There are two tests: a race over categories with a paired t-test, and successive halving over steps. Every trial goes through
 the categories in the same order. docs/use/sweeps.md explains the assumptions. This module does not import Ray.
 """
 
@@ -41,18 +41,18 @@ class TrialPruner:
     Args:
         sweep: Configuration of the sweep.
         categories: Order in which every trial goes through the categories.
-        max_epochs: Largest number of training epochs of any trial; 0 if nothing is trained.
+        max_steps: Largest number of training steps of any trial; 0 if nothing is trained.
 
     Attributes:
         scores: Number of a trial -> category -> its final score.
         pruned: Numbers of trials that ended early or were withdrawn. Other trials are not compared with them.
         stop_reason: Reason to end all trials; None while the sweep runs.
-        rungs: For each rung (number of epochs at which trials are compared), number of a trial -> its score at the rung.
+        rungs: For each rung (number of steps at which trials are compared), number of a trial -> its score at the rung.
     """
 
-    def __init__(self, sweep: SweepConfig, categories: Sequence[str], max_epochs: int) -> None:
+    def __init__(self, sweep: SweepConfig, categories: Sequence[str], max_steps: int) -> None:
         self.race, self.scheduler = sweep.race, sweep.scheduler
-        self.categories, self.max_epochs = list(categories), max_epochs
+        self.categories, self.max_steps = list(categories), max_steps
         self.scores: dict[int, dict[str, float]] = {}
         self.pruned: set[int] = set()
         self.stop_reason: str | None = None
@@ -65,7 +65,7 @@ class TrialPruner:
         for rung in self.rungs:
             rung.pop(trial, None)
 
-    def report_score(self, trial: int, category: str, epoch: int, score: float, final: bool) -> str | None:
+    def report_score(self, trial: int, category: str, step: int, score: float, final: bool) -> str | None:
         """Adds a score of a trial. Returns the reason to end the trial now, or None if it goes on.
 
         After `end_all_trials`, adds nothing and returns the reason of the stop.
@@ -73,7 +73,7 @@ class TrialPruner:
         Args:
             trial: Number of the trial.
             category: Category that the score belongs to.
-            epoch: Number of epochs that the network was trained.
+            step: Number of steps that the network was trained.
             score: The score; higher is better.
             final: True if this is the last score of the category.
         """
@@ -86,7 +86,7 @@ class TrialPruner:
         is_last = final and len(own_scores) == len(self.categories)
         reason = None
         if not is_last and self.scheduler.kind == "asha":
-            reason = self._find_halving_pruning_reason(trial, category, epoch, float(np.mean([*final_scores, score])))
+            reason = self._find_halving_pruning_reason(trial, category, step, float(np.mean([*final_scores, score])))
         if not is_last and reason is None and final and self.race.enabled:
             reason = self._find_race_pruning_reason(trial)
         if reason is not None:
@@ -106,37 +106,37 @@ class TrialPruner:
 
         Args:
             trial: Number of the trial.
-            curves: Category -> list of (trained epochs, score); the last score of a category counts as final.
+            curves: Category -> list of (trained steps, score); the last score of a category counts as final.
         """
         self.begin_trial(trial)
         for category in self.categories:
             curve = curves.get(category, [])
-            for number, (epoch, score) in enumerate(curve):
-                self.report_score(trial, category, epoch, score, final=number + 1 == len(curve))
+            for number, (step, score) in enumerate(curve):
+                self.report_score(trial, category, step, score, final=number + 1 == len(curve))
         self.pruned.discard(trial)
 
-    def _find_halving_pruning_reason(self, trial: int, category: str, epoch: int, score: float) -> str | None:
+    def _find_halving_pruning_reason(self, trial: int, category: str, step: int, score: float) -> str | None:
         """Tests whether asynchronous successive halving prunes a trial. Returns the reason to prune it; None if it goes on.
 
-        The method is ASHA (arXiv 1810.05934, implemented as Optuna's pruner). A rung is a number of epochs at which trials are
+        The method is ASHA (arXiv 1810.05934, implemented as Optuna's pruner). A rung is a number of steps at which trials are
         compared. A trial that reaches a rung goes on if its score is among the best 1 / reduction_factor of all scores at the
         rung, or is the best.
 
         Args:
-            trial, category, epoch: As for `report_score`.
+            trial, category, step: As for `report_score`.
             score: Mean score over the categories so far.
         """
-        # Steps count epochs over all categories, so that a rung can lie in any category.
-        step = self.categories.index(category) * max(1, self.max_epochs) + max(1, epoch)
+        # steps over all categories, so that a rung can lie in any category
+        total = self.categories.index(category) * max(1, self.max_steps) + max(1, step)
         factor = self.scheduler.reduction_factor
         rung = sum(trial in scores for scores in self.rungs)
-        while step >= self.scheduler.grace_epochs * factor**rung:
+        while total >= self.scheduler.grace_steps * factor**rung:
             if rung == len(self.rungs):
                 self.rungs.append({})
             self.rungs[rung][trial] = score
             best_first = sorted(self.rungs[rung].values(), reverse=True)
             if score < best_first[max(1, len(best_first) // factor) - 1]:
-                return f"successive halving: {score:.4f} after epoch {epoch} of {category} is not among the best at this rung"
+                return f"successive halving: {score:.4f} after step {step} of {category} is not among the best at this rung"
             rung += 1
         return None
 

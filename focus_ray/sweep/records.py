@@ -51,7 +51,7 @@ class TrialRecord:
         score: Mean score over the categories; None unless finished.
         categories: Category -> `trial.CategoryResult` as a dict.
         reason: Why the trial was pruned or failed.
-        epochs: Number of trained epochs over all categories.
+        steps: Number of trained steps over all categories.
         seconds: Duration of the trial.
         ended_at: Unix time of the trial's end.
     """
@@ -63,7 +63,7 @@ class TrialRecord:
     score: float | None
     categories: dict[str, dict[str, Any]] = field(default_factory=dict)
     reason: str | None = None
-    epochs: int = 0
+    steps: int = 0
     seconds: float = 0.0
     ended_at: float = 0.0
 
@@ -79,7 +79,7 @@ class TrialRecord:
         return {name: score for name, score in scores.items() if score is not None}
 
     def parse_curves(self) -> dict[str, list[tuple[int, float]]]:
-        """Returns all scores of the trial: category -> list of (trained epochs, score)."""
+        """Returns all scores of the trial: category -> list of (trained steps, score)."""
         return {name: [(int(e), float(s)) for e, s in result["curve"]] for name, result in self.categories.items()}
 
 
@@ -249,7 +249,7 @@ def summarize_progress(
         "objective": describe_objective(sweep),
         "planned": sweep.num_planned_trials * num_stages,
         **count_statuses(records),
-        "epochs": sum(record.epochs for record in records),
+        "steps": sum(record.steps for record in records),
         "best": {
             stage or "all categories": {"trial": record.number, "score": record.score, **record.point}
             for stage, record in find_best_records(records).items()

@@ -91,7 +91,7 @@ def write_sweep_report(root: str, sweep: SweepConfig, trials: Sequence[TrialReco
         "caveats": {stage.stage or "all": stage.caveats for stage in summaries},
         "importance": importances,
         "num_trials": len(trials),
-        "epochs": sum(record.epochs for record in trials),
+        "steps": sum(record.steps for record in trials),
     }
     files["report.json"] = (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode()
     files["report.html"] = render_page(
@@ -99,7 +99,7 @@ def write_sweep_report(root: str, sweep: SweepConfig, trials: Sequence[TrialReco
         title=f"Sweep {sweep.name}",
         place=root,
         counts=records.count_statuses(trials),
-        epochs=facts["epochs"],
+        steps=facts["steps"],
         seconds=sum(record.seconds for record in trials),
         searcher=sweep.searcher,
         seed=sweep.seed,
@@ -145,7 +145,7 @@ def _encode_trials_as_parquet(sweep: SweepConfig, trials: Sequence[TrialRecord])
     The metadata of the file contains the objective of the sweep.
     """
     kinds = {"number": pa.int64(), "stage": pa.string(), "status": pa.string(), "score": pa.float64()}
-    kinds |= {"epochs": pa.int64(), "seconds": pa.float64(), "reason": pa.string()}
+    kinds |= {"steps": pa.int64(), "seconds": pa.float64(), "reason": pa.string()}
     columns: dict[str, Any] = {
         name: pa.array([getattr(record, name) for record in trials], kind) for name, kind in kinds.items()
     }

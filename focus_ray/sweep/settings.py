@@ -12,7 +12,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import AfterValidator, Field, TypeAdapter, model_validator
@@ -81,7 +81,7 @@ def find_settings_without_effect(config: Config) -> dict[str, str]:
     ]
     rules = [  # (whether the rule holds, keys without effect, reason); of several rules for a key, the last gives the reason
         (not train.lambda_fine, ["model.predictor_width"], "train.lambda_fine is 0"),
-        (not train.epochs, [*training_keys, "model.predictor_width"], "nothing is trained (train.epochs is 0)"),
+        (not train.steps, [*training_keys, "model.predictor_width"], "nothing is trained (train.steps is 0)"),
         (
             alignment.method == "congealing" or alignment.group == "none",
             ["train.lambda_ica"],
@@ -98,7 +98,7 @@ def find_settings_without_effect(config: Config) -> dict[str, str]:
     return {key: why for holds, keys, why in rules if holds for key in keys}
 
 
-_USED_WITHOUT_TRAINING = ("train.epochs", "train.seed")
+_USED_WITHOUT_TRAINING = ("train.steps", "train.seed")
 
 
 class SearchDomain(ConfigSection):
@@ -192,21 +192,23 @@ class SearchDomain(ConfigSection):
 class SchedulerConfig(ConfigSection):
     """Prunes trials that have a low score compared with other trials at the same point of their training."""
 
+    FIXED: ClassVar[Mapping[str, Any]] = {"grace_epochs": 1}
+
     kind: Literal["none", "asha"] = Field(
         default="none",
-        description="asha: asynchronous successive halving (arXiv 1810.05934) over categories and epochs. At each rung, only the "
+        description="asha: asynchronous successive halving (arXiv 1810.05934) over categories and steps. At each rung, only the "
         "best of every reduction_factor trials go on.",
     )
-    grace_epochs: int = Field(
-        default=1,
+    grace_steps: int = Field(
+        default=50,
         ge=1,
-        description="Number of epochs over all categories that every trial may train before the first rung.",
+        description="Number of steps over all categories that every trial may train before the first rung.",
     )
     reduction_factor: int = Field(
         default=3,
         ge=2,
         le=100,
-        description="At a rung, one of this many trials goes on. Each rung has this many times the epochs of the rung before.",
+        description="At a rung, one of this many trials goes on. Each rung has this many times the steps of the rung before.",
     )
 
 
@@ -345,9 +347,9 @@ class SweepConfig(ConfigSection):
         return [operator.attrgetter(key)(self.make_trial_config())] if domain is None else domain.list_checked_values()
 
     @property
-    def max_epochs(self) -> int:
-        """The largest number of training epochs of any trial."""
-        return int(max(self.list_setting_values("train.epochs")))
+    def max_steps(self) -> int:
+        """The largest number of training steps of any trial."""
+        return int(max(self.list_setting_values("train.steps")))
 
     @property
     def largest_image_config(self) -> Config:
@@ -383,7 +385,7 @@ class SweepConfig(ConfigSection):
 
 
 def describe_point(point: Mapping[str, Any]) -> str:
-    """Returns the settings of a point of the search space as text, such as "density.window=3, train.epochs=5"."""
+    """Returns the settings of a point of the search space as text, such as "density.window=3, train.steps=5"."""
     return ", ".join(f"{key}={value!r}" for key, value in point.items())
 
 

@@ -134,12 +134,12 @@ def _find_shareable_features(
 def _affects_shared_features(key: str) -> bool:
     """Returns whether trials with different values of a setting need different features.
 
-    This holds for all settings of `model`, and for train.seed and train.epochs. Other settings of `train` do not
+    This holds for all settings of `model`, and for train.seed and train.steps. Other settings of `train` do not
     count, because a trial that trains shares no features.
 
     Args: key: Dotted key of the setting.
     """
-    return key.startswith("model.") or key in ("train.seed", "train.epochs")
+    return key.startswith("model.") or key in ("train.seed", "train.steps")
 
 
 def _wait_for_tasks(

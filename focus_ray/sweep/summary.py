@@ -127,8 +127,8 @@ def _make_trial_table(
         shown_scores = [record.score, *(scores.get(name) for name in categories), spread]
         values = [records.format_setting_value(record.point.get(key)) for key in sweep.space]
         cells = [str(record.number), *values, *map(_format_score, shown_scores)]
-        rows.append([*cells, str(record.epochs), f"{record.seconds:.1f}", record.status])
-    return ["trial", *sweep.space, "score", *categories, "spread", "epochs", "seconds", "status"], rows
+        rows.append([*cells, str(record.steps), f"{record.seconds:.1f}", record.status])
+    return ["trial", *sweep.space, "score", *categories, "spread", "steps", "seconds", "status"], rows
 
 
 def _find_ties(

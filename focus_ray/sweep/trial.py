@@ -62,8 +62,8 @@ class CategoryResult:
         score: Final score; None if the trial was pruned (stopped early) before the final score.
         num_good, num_bad: Number of normal and anomalous images that were scored.
         figures: Metric -> value; the score is one of these values.
-        curve: (trained epochs, score) of each report. If the category is finished, the last score is the final score.
-        epochs: Number of trained epochs. A trial that is pruned after an epoch has trained this epoch.
+        curve: (trained steps, score) of each report. If the category is finished, the last score is the final score.
+        steps: Number of trained steps. A trial that is pruned after an interval has trained its steps.
         seconds: Duration.
         cut: Reason why the trial was pruned; None if it was not.
         alignment: Report of the image alignment.
@@ -77,7 +77,7 @@ class CategoryResult:
     num_bad: int = 0
     figures: dict[str, float | None] = field(default_factory=dict)
     curve: list[tuple[int, float]] = field(default_factory=list)
-    epochs: int = 0
+    steps: int = 0
     seconds: float = 0.0
     cut: str | None = None
     alignment: AlignmentReport | None = None
@@ -94,10 +94,10 @@ def score_category(
     *,
     num_images: int | None = None,
     features: FrozenFeatures | None = None,
-    on_score: Callable[[int, float, bool], str | None] = lambda epoch, score, final: None,
+    on_score: Callable[[int, float, bool], str | None] = lambda step, score, final: None,
     shard: Shard | None = None,
 ) -> CategoryResult:
-    """Fits a model of one category with the settings of a trial, and scores it on the scoring images after every epoch.
+    """Fits a model of one category with the settings of a trial, and scores it on the scoring images after every interval.
 
     The scoring images are the same for all trials. A loss or a score that is not finite prunes the trial (ends it early),
     because its settings cause this.
@@ -110,7 +110,7 @@ def score_category(
         device: Device to compute on.
         num_images: Number of training images of all workers together; None if `images` contains all.
         features: Result of `compute_frozen_features`, if `make_features_key` of this trial has shared features.
-        on_score: Called on rank 0 with (trained epochs, score, is_final). It returns a reason to prune the trial, or None.
+        on_score: Called on rank 0 with (trained steps, score, is_final). It returns a reason to prune the trial, or None.
         shard: This worker's share of the images for streamed training; None takes the share from `images`.
 
     Returns: the result. If the trial was pruned, `cut` has the reason.
@@ -122,15 +122,15 @@ def score_category(
     result = CategoryResult(category, num_good=len(images.scored.labels) - num_bad, num_bad=num_bad)
     start_s = time.perf_counter()
 
-    def report_score(epoch: int, figures: dict[str, float | None], final: bool) -> None:
+    def report_score(step: int, figures: dict[str, float | None], final: bool) -> None:
         """Adds a score to the result, and asks `on_score` on rank 0 whether the trial goes on.
 
         Raises: TrialPruned: `on_score` returned a reason. It is raised on all workers.
         """
         score = figures["score"]
         assert score is not None
-        result.curve.append((epoch, score))
-        reason = all_gather_objects(on_score(epoch, score, final) if get_rank() == 0 else None)[0]
+        result.curve.append((step, score))
+        reason = all_gather_objects(on_score(step, score, final) if get_rank() == 0 else None)[0]
         if final:
             result.figures, result.score = figures, score
         if reason is not None:
@@ -159,7 +159,7 @@ def _train_and_score(
     result: CategoryResult,
     report_score: Callable[[int, dict[str, float | None], bool], None],
 ) -> None:
-    """Trains a model and scores it on the scoring images, which are the same for all trials, after every epoch.
+    """Trains a model and scores it on the scoring images, which are the same for all trials, after every interval.
 
     It trains as `fitting.fit.fit` does, but sets no thresholds. Without training, it scores the model once.
 
@@ -167,8 +167,8 @@ def _train_and_score(
         run: The fit of this worker.
         scored: Images to score on; each worker scores its own part.
         objective: The score that the sweep maximizes.
-        result: Receives the number of epochs, the alignment report and the warnings.
-        report_score: Called with (trained epochs, metric -> value, is_final).
+        result: Receives the number of steps, the alignment report and the warnings.
+        report_score: Called with (trained steps, metric -> value, is_final).
 
     Raises:
         TrialPruned: `report_score` raised it to end the trial early.
@@ -190,15 +190,15 @@ def _train_and_score(
         scores, maps = (np.concatenate(parts) for parts in zip(*all_gather_objects(own_scores), strict=True))
         return _compute_trial_metrics(scored, scores, maps, objective)
 
-    def on_epoch(epoch: int, figures: dict[str, float], snapshot: Callable[[], TrainState]) -> None:
-        """Scores the model after an epoch and reports the score. After the last epoch it does nothing but count."""
-        result.epochs = epoch + 1
-        if epoch + 1 < config.train.epochs:
-            report_score(epoch + 1, score_model(), False)
+    def on_interval(step: int, figures: dict[str, float], snapshot: Callable[[], TrainState]) -> None:
+        """Scores the model after an interval and reports the score. After the last interval it only counts the steps."""
+        result.steps = step
+        if step < config.train.steps:
+            report_score(step, score_model(), False)
 
     try:
-        run.align_and_train(None, on_epoch)
-        report_score(config.train.epochs, score_model(), True)  # judges the selected epoch, if the settings select one
+        run.align_and_train(None, on_interval)
+        report_score(config.train.steps, score_model(), True)  # judges the selected network, if the settings select one
     finally:
         result.alignment, result.warnings = run.notes.alignment, run.notes.warnings
 

@@ -54,11 +54,11 @@ class ScoringImages:
 
 @dataclass(frozen=True)
 class CategoryImages:
-    """The decoded images of a category, for training, for the choice of an epoch, and for scoring trials.
+    """The decoded images of a category, for training, for the choice of the training length, and for scoring trials.
 
     Attributes:
         fit: (N, S, S, 3) uint8, the N training images of S x S pixels.
-        validation: (V, S, S, 3) uint8, the V good images that are held out for the choice of an epoch.
+        validation: (V, S, S, 3) uint8, the V good images that are held out for the choice of the training length.
         scored: Images on which trials are scored.
         fit_groups: (N,) group number of each training image, as in `fitting.split.SplitRows`; None: each image is its own group.
         fit_order: (N,) natural order of the training images, as in `SplitRows`.
@@ -175,7 +175,7 @@ def make_features_key(config: Config, category: str) -> str | None:
     """
     if config.density.reduction == "discriminant":
         return None  # it also needs the features of synthetic defects
-    if config.train.epochs or (config.selection.enabled and config.model.image_alignment.group != "none"):
+    if config.train.steps or (config.selection.enabled and config.model.image_alignment.group != "none"):
         return None  # the network is trained, or the density of the trial decides on the alignment
     parts = [category, config.model.model_dump_json(), config.train.seed]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]

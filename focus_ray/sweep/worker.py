@@ -150,7 +150,7 @@ def run_trial(config: Mapping[str, Any], job: SweepStageInputs) -> None:
         float(np.mean(scores)) if status == "finished" else None,
         {category: dataclasses.asdict(result) for category, result in results.items()},
         reason,
-        sum(result.epochs for result in results.values()),
+        sum(result.steps for result in results.values()),
         time.perf_counter() - start_s,
         time.time(),
     )
@@ -167,7 +167,7 @@ def _run_trial_job(job: TrialJob) -> CategoryResult:
 
     It runs in this process, or on Ray Train workers if several workers are configured or images are streamed.
     """
-    streams = job.config.train.epochs > 0 and not fits_in_memory(job.config, job.split)
+    streams = job.config.train.steps > 0 and not fits_in_memory(job.config, job.split)
     if job.config.cluster.num_workers == 1 and not streams:
         return _score_on_worker(job, torch.device("cuda" if job.use_gpu else "cpu"))
     name = f"{job.number:05d}-{job.category}-{uuid.uuid4().hex[:6]}"
@@ -201,9 +201,9 @@ def _score_on_worker(job: TrialJob, device: torch.device) -> CategoryResult:
         )
         images = load_category_images(stage.sweep.largest_image_config, job.category, plan, objective, size_px)
 
-    def on_score(epoch: int, score: float, final: bool) -> str | None:
+    def on_score(step: int, score: float, final: bool) -> str | None:
         """Sends a score to the `TrialPruner` actor. Returns the reason to end the trial; None if it goes on."""
-        decision = stage.pruner.report_score.remote(job.number, job.category, epoch, score, final)
+        decision = stage.pruner.report_score.remote(job.number, job.category, step, score, final)
         return ray.get(decision)  # type: ignore[no-any-return]
 
     result = score_category(
@@ -236,7 +236,7 @@ def split_images_for_worker(
         rank: Rank of the worker.
         num_workers: Number of workers.
     """
-    if settings.train.epochs and not fits_in_memory(settings, plan):
+    if settings.train.steps and not fits_in_memory(settings, plan):
         shard: Shard = StreamShard(settings, category, plan.get_worker_share(rank, num_workers), iterate_worker_batches)
     else:
         shard = build_shard(settings, category, plan.drop_holdout(), rank, num_workers)

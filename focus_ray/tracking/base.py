@@ -64,7 +64,7 @@ class TrackerRun(Protocol):
         """Adds tags. Replaces existing tags of the same name."""
 
     def log_step_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds the value of each metric to its curve at a step, usually an epoch.
+        """Adds the value of each metric to its curve at a step, the number of finished optimiser steps.
 
         An earlier process may have logged the same step already.
         """

@@ -104,7 +104,7 @@ class TrainingRecorder:
         self.recorder = recorder
         self.parent_run: RunDescription | None = None
         self._runs: dict[str, RunDescription] = {}
-        self._recorded_epochs: set[tuple[str, int]] = set()
+        self._recorded_steps: set[tuple[str, int]] = set()
         if not recorder:
             return
         training = TrainingDescription(read_bytes(join_path(root, CLAIM_FILE)), settings, len(fingerprints) > 1)
@@ -114,22 +114,22 @@ class TrainingRecorder:
         for category, fingerprint in fingerprints.items():
             self._runs[category] = training.describe_category_run(category, fingerprint)
 
-    def log_epoch(self, category: str, metrics: Mapping[str, float]) -> None:
-        """Writes the metrics of an epoch to the trackers. Does nothing if this object has already logged the epoch.
+    def log_interval(self, category: str, metrics: Mapping[str, float]) -> None:
+        """Writes the metrics of an interval to the trackers. Does nothing if this object has already logged the interval.
 
         Args:
             category: Category that is trained.
-            metrics: Metric -> value in this epoch; "epoch" -> number of the epoch, from 0.
+            metrics: Metric -> value in this interval; "step" -> number of finished steps.
         """
-        step = int(metrics["epoch"]) + 1
-        if not self.recorder or (category, step) in self._recorded_epochs:
-            return  # after the loss of a worker, epochs are trained again
-        self._recorded_epochs.add((category, step))
-        values = {f"train/{key}": float(value) for key, value in metrics.items() if key != "epoch"}
+        step = int(metrics["step"])
+        if not self.recorder or (category, step) in self._recorded_steps:
+            return  # after the loss of a worker, steps are trained again
+        self._recorded_steps.add((category, step))
+        values = {f"train/{key}": float(value) for key, value in metrics.items() if key != "step"}
         self.recorder.write_to_run(self._runs[category], lambda run: run.log_step_metrics(step, values))
 
     def record_finished_category(self, category: str, bundle: str) -> None:
-        """Writes the metrics in a category's bundle to the trackers, with all epochs that are not logged yet, and ends its run.
+        """Writes the metrics in a category's bundle to the trackers, with intervals that are not logged yet, and ends its run.
 
         If the manifest cannot be read, logs a warning and ends the run without these metrics.
 
@@ -147,7 +147,7 @@ class TrainingRecorder:
             )
         else:
             for metrics in manifest["metrics"].get("history", []):
-                self.log_epoch(category, metrics)
+                self.log_interval(category, metrics)
             self.recorder.write_to_run(self._runs[category], lambda run: _log_bundle_metrics(run, bundle, manifest))
         self.recorder.end_run(self._runs[category])
 
@@ -182,7 +182,7 @@ def make_run_tags(kind: str, name: str, storage: str, team: str | None) -> dict[
 
 
 def _log_bundle_metrics(run: TrackerRun, bundle: str, manifest: Mapping[str, Any]) -> None:
-    """Writes validation scores by epoch, the metrics of a training, and the address and version of its bundle to a tracker run.
+    """Writes validation scores by step, the metrics of a training, and the address and version of its bundle to a tracker run.
 
     Args:
         run: Open run of the category.
@@ -191,9 +191,9 @@ def _log_bundle_metrics(run: TrackerRun, bundle: str, manifest: Mapping[str, Any
     """
     metrics, calibration, data = manifest["metrics"], manifest["calibration"], manifest["data"]
     for entry in metrics.get("selection", []):
-        if "epoch" in entry:  # otherwise it compares alignments; epoch 0 is untrained
+        if "step" in entry:  # otherwise it compares alignments; step 0 is untrained
             keys = [key for key in ("score", "image_auroc", "aupro") if key in entry]
-            run.log_step_metrics(int(entry["epoch"]), {f"validation/{key}": float(entry[key]) for key in keys})
+            run.log_step_metrics(int(entry["step"]), {f"validation/{key}": float(entry[key]) for key in keys})
     seconds = {stage: float(value) for stage, value in metrics.get("seconds", {}).items()}
     values = {f"seconds/{stage}": value for stage, value in seconds.items()}
     values["seconds/total"] = sum(seconds.values())

@@ -70,14 +70,14 @@ class SweepRecorder:
 
 
 def _log_trial_results(run: TrackerRun, record: Mapping[str, Any]) -> None:
-    """Writes curves, scores, metrics of each category, epochs and seconds of a trial to its tracker run, and ends the run."""
-    metrics = {"epochs": float(record["epochs"]), "seconds": float(record["seconds"])}
+    """Writes curves, scores, metrics of each category, steps and seconds of a trial to its tracker run, and ends the run."""
+    metrics = {"steps": float(record["steps"]), "seconds": float(record["seconds"])}
     if record["score"] is not None:
         metrics["score"] = float(record["score"])
     for category, part in record["categories"].items():
         if len(part["curve"]) > 1:
-            for epoch, score in part["curve"]:
-                run.log_step_metrics(int(epoch), {f"score_by_epoch/{category}": float(score)})
+            for step, score in part["curve"]:
+                run.log_step_metrics(int(step), {f"score_by_step/{category}": float(score)})
         if part["score"] is not None:
             metrics[f"score/{category}"] = float(part["score"])
         figures = {key: value for key, value in part["figures"].items() if value is not None}

@@ -1,6 +1,6 @@
 """Fits a category and writes its bundle, in a single process or as a worker of a torch.distributed group, without Ray.
 
-To fit a category means to train its network (if train.epochs is above 0), to fit the density of normal embeddings, and to
+To fit a category means to train its network (if train.steps is above 0), to fit the density of normal embeddings, and to
 calibrate the thresholds.
 """
 
@@ -51,13 +51,13 @@ def fit_category(
     root: str,
     log: Log,
     *,
-    on_epoch_metrics: Callable[[Metrics], None] = lambda figures: None,
+    on_interval_metrics: Callable[[Metrics], None] = lambda figures: None,
     device: torch.device | None = None,
     num_threads: int | None = None,
     stream: BatchStream | None = None,
     check_owned: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fits the model of a category, writes a checkpoint after each epoch, and writes the bundle.
+    """Fits the model of a category, writes a checkpoint after each interval, and writes the bundle.
 
     Continues from the latest checkpoint, if there is one. Every worker of a torch.distributed group calls this function; only
     the worker of rank 0 writes and logs. A fit in one process and a fit with one worker give identical bundles. The function
@@ -67,12 +67,13 @@ def fit_category(
         split: the rule that selects the category's images for fitting and for calibration.
         root: folder of the run, a local path or an s3:// URI.
         log: receives progress messages, which begin with the category.
-        on_epoch_metrics: receives name -> value of each epoch, such as losses and the number of the epoch; only on rank 0.
+        on_interval_metrics: receives name -> value of each interval, such as losses, and "step" -> number of finished steps;
+            only on rank 0.
         device: device of this worker. None: a GPU of this machine if the configuration allows a GPU and there is one, otherwise
             the CPU.
         num_threads: threads that decode images; None: one for each CPU of this machine, up to 8.
         stream: source of training batches, used if the worker's share of the images does not fit into RAM; None: the worker
-            reads its images from the data set again in each epoch.
+            reads its images from the data set again in each pass.
         check_owned: called before a checkpoint or the bundle is written; raises an error if another process owns the folder.
 
     Raises:
@@ -94,12 +95,12 @@ def fit_category(
         if rank == 0:
             log(f"{category}: {message}")
 
-    def on_epoch(epoch: int, figures: Metrics, snapshot: Callable[[], TrainState]) -> None:
+    def on_interval(step: int, figures: Metrics, snapshot: Callable[[], TrainState]) -> None:
         if rank > 0:
             return
-        on_epoch_metrics(figures)
+        on_interval_metrics(figures)
         check_owned()
-        _write_checkpoint(folder, epoch, snapshot())
+        _write_checkpoint(folder, step, snapshot())
 
     start = time.perf_counter()
     log_on_rank0(f"reading {split.num_images} images")
@@ -114,7 +115,7 @@ def fit_category(
         device,
         rank=rank,
         state=state,
-        on_epoch=on_epoch,
+        on_interval=on_interval,
         log=log_on_rank0,
     )
     if rank > 0:
@@ -143,8 +144,8 @@ def fit_category(
     )
 
 
-def _write_checkpoint(folder: str, epoch: int, state: TrainState) -> None:
-    """Writes the training state after an epoch as a checkpoint, then deletes all other checkpoints in the folder.
+def _write_checkpoint(folder: str, step: int, state: TrainState) -> None:
+    """Writes the training state after an interval as a checkpoint, then deletes all other checkpoints in the folder.
 
     Args: folder: folder of the category's checkpoints.
 
@@ -152,7 +153,7 @@ def _write_checkpoint(folder: str, epoch: int, state: TrainState) -> None:
     """
     content = io.BytesIO()
     torch.save(state.to_dict(), content)
-    name = f"checkpoint_{epoch:06}"
+    name = f"checkpoint_{step:06}"
     write_bytes(join_path(folder, name, STATE_FILE), content.getvalue())
     for old_name in list_folder_entries(folder):
         if old_name.startswith("checkpoint_") and old_name != name:

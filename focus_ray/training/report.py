@@ -15,7 +15,7 @@ from focus_ray.reporting.page import render_page
 from focus_ray.storage.files import join_path, write_bytes
 
 REPORT = "report.html"
-_NO_CURVE = ("epoch", "seconds", "steps")  # figures of an epoch that get no plot
+_NO_CURVE = ("step", "seconds", "steps")  # figures of an interval that get no plot
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TrainingReportSection:
         seconds: duration of the training.
         plots: diagrams of scores, losses and validation results.
         facts: heading of a table -> its rows. The rows are a mapping label -> value.
-        selection: validation results, usually one entry for each epoch, from which the training chose the network.
+        selection: validation results, usually one entry for each interval, from which the training chose the network.
         config: the configuration as YAML text.
     """
 
@@ -91,7 +91,8 @@ def build_report_section(uri: str, manifest: Mapping[str, Any]) -> TrainingRepor
     calibration = Calibration.from_dict(manifest["calibration"])
     metrics, data = manifest["metrics"], manifest["data"]
     seconds = {stage: float(value) for stage, value in metrics.get("seconds", {}).items()}
-    history, selection = metrics.get("history", []), metrics.get("selection", [])
+    history = [_count_epochs_as_steps(entry, 1) for entry in metrics.get("history", [])]
+    selection = [_count_epochs_as_steps(entry, 0) for entry in metrics.get("selection", [])]
     return TrainingReportSection(
         bundle=uri,
         num_fit=int(data.get("num_fit", manifest["moments"]["count"])),
@@ -110,14 +111,24 @@ def build_report_section(uri: str, manifest: Mapping[str, Any]) -> TrainingRepor
     )
 
 
+def _count_epochs_as_steps(entry: Mapping[str, Any], first: int) -> dict[str, Any]:
+    """Returns an entry of an earlier version, which counted epochs, with "step" in place of "epoch"; any other entry unchanged.
+
+    Args: first: added to the number of the epoch.
+    """
+    if "epoch" not in entry:
+        return dict(entry)
+    return {"step": entry["epoch"] + first, **{key: value for key, value in entry.items() if key != "epoch"}}
+
+
 def _draw_plots(
     calibration: Calibration, history: Sequence[Mapping[str, float]], selection: Sequence[Mapping[str, Any]]
 ) -> list[plots.Plot]:
-    """Draws the plots of a section: the calibration scores; for a trained network, losses and validation results by epoch.
+    """Draws the plots of a section: the calibration scores; for a trained network, losses and validation results by step.
 
     Args:
-        history: metrics of each training epoch, such as losses; empty if the network was not trained.
-        selection: validation results; entries without "epoch" are not drawn.
+        history: metrics of each training interval, such as losses; empty if the network was not trained.
+        selection: validation results; entries without "step" are not drawn.
     """
     drawn = [
         plots.plot_score_histograms(
@@ -129,27 +140,27 @@ def _draw_plots(
     ]
     if not history:
         return drawn
-    epochs = [figures["epoch"] + 1 for figures in history]
+    steps = [figures["step"] for figures in history]
     curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for key in dict.fromkeys(key for figures in history for key in figures):
         if key not in _NO_CURVE:
-            points = [(e, float(figures[key])) for e, figures in zip(epochs, history, strict=True) if key in figures]
+            points = [(e, float(figures[key])) for e, figures in zip(steps, history, strict=True) if key in figures]
             panel = "loss" if key.startswith("loss") else key
             curves.setdefault(panel, {})[key] = ([e for e, _ in points], [value for _, value in points])
     for panel, lines in curves.items():
         if len(lines) == 2 and len({tuple(values) for _, values in lines.values()}) == 1:
             lines = {panel: next(iter(lines.values()))}  # the loss has a single term, which equals the total
-        drawn.append(plots.plot_values_by_epoch(panel.replace("_", " "), "", lines))
-    validated = [entry for entry in selection if "epoch" in entry]
+        drawn.append(plots.plot_values_by_step(panel.replace("_", " "), "", lines))
+    validated = [entry for entry in selection if "step" in entry]
     if validated:
-        numbers = [float(entry["epoch"]) for entry in validated]
+        numbers = [float(entry["step"]) for entry in validated]
         lines = {
             name: (numbers, [float(entry[key]) for entry in validated])
             for key, name in (("score", "score"), ("image_auroc", "image AUROC"), ("aupro", "AUPRO"))
             if all(key in entry for entry in validated)
         }
-        caption = "Against synthetic defects in held-out good images; epoch 0 is untrained. No label is looked at."
-        drawn.append(plots.plot_values_by_epoch("validation score", caption, lines))
+        caption = "Against synthetic defects in held-out good images; step 0 is untrained. No label is looked at."
+        drawn.append(plots.plot_values_by_step("validation score", caption, lines))
     return drawn
 
 

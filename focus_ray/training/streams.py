@@ -32,7 +32,7 @@ def read_ray_dataset(
     """Returns a Ray Data dataset with the rows of a category, which Ray reads from Parquet files when it is used.
 
     Changes two settings of Ray Data in this process, also for later datasets. Tasks run only on nodes with the labels.
-    DataSourceV2 is off: with Ray 2.60 it starts 32 actors that read file footers in each epoch, and reads small image sets about
+    DataSourceV2 is off: with Ray 2.60 it starts 32 actors that read file footers in each pass, and reads small image sets about
     three times slower. On S3 each node uses its own credentials.
 
     Args:

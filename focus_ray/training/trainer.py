@@ -65,7 +65,7 @@ def run_on_train_workers(worker: Callable[[J, torch.device], Any], job: J, scrat
     config = job.config
     cluster = config.cluster
     datasets, execution_options = {}, None
-    if config.train.epochs and not fits_in_memory(config, job.split):
+    if config.train.steps and not fits_in_memory(config, job.split):
         datasets["train"] = stream_training_images(config, job.split)
         # by default, Ray Train drops the label selector of the dataset (Ray 2.60)
         execution_options = ray.data.DataContext.get_current().execution_options

@@ -70,7 +70,7 @@ class CategoryJob(TrainerJob):
     Attributes:
         root: folder of the run, for checkpoints and the bundle.
         generation: generation of the folder that the driver owns, see `FolderOwner`.
-        send: function that sends a message to the driver: a line of text, or (category, metrics of an epoch).
+        send: function that sends a message to the driver: a line of text, or (category, metrics of an interval).
         needs_trainer: True: Ray Train starts workers that do the work. False: the process that receives the job does all work.
         num_threads: threads that decode images in a worker; None: see `fit_category`.
     """
@@ -151,7 +151,7 @@ def check_enough_images(config: Config, splits: Mapping[str, SplitRule]) -> None
     """Checks that each category has enough training images for all workers. Raises: DataError: it names the category."""
     for category, split in splits.items():
         try:
-            BatchSchedule.plan_epoch(split.num_fit, config.cluster.num_workers, config.train.batch_size)
+            BatchSchedule.plan(split.num_fit, config.cluster.num_workers, config.train.batch_size, config.train.seed)
         except DataError as error:
             raise DataError(f"category {category!r}: {error}") from None
 
@@ -168,7 +168,7 @@ def _connect_and_check_cluster(config: Config, root: str, splits: Mapping[str, S
         DataError: a node cannot read the data set or cannot use the folder of the run.
     """
     is_private = connect_to_ray(namespace=config.cluster.ray_namespace)
-    streams = config.train.epochs > 0 and any(not fits_in_memory(config, split) for split in splits.values())
+    streams = config.train.steps > 0 and any(not fits_in_memory(config, split) for split in splits.values())
     limit = min(len(splits), config.cluster.max_concurrent_categories or len(splits))
     capacity = ClusterCapacity(config.cluster, is_private, log, streams=streams, limit=limit)
     check_storage_on_nodes(
@@ -228,7 +228,7 @@ def _train_categories(
         if isinstance(message, str):
             log(message)
         else:
-            training_recorder.log_epoch(*message)
+            training_recorder.log_interval(*message)
 
     failed: dict[str, str] = {}
     state = "failed"
@@ -320,8 +320,8 @@ def _train_on_cluster(
 
 
 def fits_without_ray_train(config: Config) -> bool:
-    """Returns whether a category needs no trainer of Ray Train: it has one worker, and its network is not trained (0 epochs)."""
-    return config.train.epochs == 0 and config.cluster.num_workers == 1
+    """Returns whether a category needs no trainer of Ray Train: it has one worker, and its network is not trained (0 steps)."""
+    return config.train.steps == 0 and config.cluster.num_workers == 1
 
 
 def _train_category(job: CategoryJob) -> float:
@@ -341,7 +341,7 @@ def _fit_in_this_process(job: CategoryJob, device: torch.device) -> None:
         job.split,
         job.root,
         job.send,
-        on_epoch_metrics=lambda figures: job.send((job.category, figures)),
+        on_interval_metrics=lambda figures: job.send((job.category, figures)),
         device=device,
         num_threads=job.num_threads,
         stream=iterate_worker_batches if job.needs_trainer else None,
@@ -444,7 +444,7 @@ def _list_started_categories(root: str) -> set[str]:
 
 
 def describe_changed_settings(earlier: ConfigSection, current: ConfigSection) -> dict[str, str]:
-    """Returns key -> text such as 'train.epochs was 5, is 10' for each setting that differs, sorted by key."""
+    """Returns key -> text such as 'train.steps was 5, is 10' for each setting that differs, sorted by key."""
     earlier_values, values = (dict(flatten_dict(dump_settings(settings))) for settings in (earlier, current))
     return {
         key: f"{key} was {earlier_values.get(key)}, is {values.get(key)}"

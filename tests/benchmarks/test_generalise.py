@@ -83,8 +83,8 @@ def test_samples_of_different_training_or_test_images_are_not_compared() -> None
 def test_samples_of_other_settings_are_not_continued() -> None:
     samples = [make_sample("a", "default", 0.75, settings={"set": []})]
     check_equal_settings(samples, {"default": {"set": []}, "PaDiM": {}})
-    with pytest.raises(ValueError, match=r"train\.epochs=1"):
-        check_equal_settings(samples, {"default": {"set": ["train.epochs=1"]}})
+    with pytest.raises(ValueError, match=r"train\.steps=1"):
+        check_equal_settings(samples, {"default": {"set": ["train.steps=1"]}})
 
 
 def test_the_table_has_a_row_for_each_category_and_their_mean() -> None:

@@ -80,8 +80,8 @@ def test_ingest_reports_and_exits_with_0(images: Path, tmp_path: Path, capsys: p
     ("words", "named"),
     [
         ("ingest {here}/nowhere {here}/data", "{here}/nowhere: expected a local folder"),
-        ("train {here}/run.yaml", "train.epoch: unknown key; did you mean 'epochs'"),
-        ("train default train.epochs=many", "train.epochs: "),
+        ("train {here}/run.yaml", "train.step: unknown key; did you mean 'steps'"),
+        ("train default train.steps=many", "train.steps: "),
         ("evaluate {here}", "{here}: no bundle here"),
         ("inspect {here}/nothing {here}/a.png", "{here}/nothing: no such file or folder"),
         ("inspect {bundle} {here}/missing.png", "missing.png: no such file or folder"),
@@ -96,7 +96,7 @@ def test_a_mistake_exits_with_1_and_names_the_cause_on_standard_error(
     bundle: str, images: Path, tmp_path: Path, words: str, named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "run.yaml").write_text("data: {uri: images}\ntrain: {epoch: 3}\n")
+    (tmp_path / "run.yaml").write_text("data: {uri: images}\ntrain: {step: 3}\n")
     content = (images / "gear/test/good/000.png").read_bytes()
     (tmp_path / "a.png").write_bytes(content)
     assert main(words.format(here=tmp_path, bundle=bundle).split()) == 1

@@ -42,10 +42,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
 
 
 def test_show_prints_every_default_and_applies_overrides(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["config", "show", "default", "train.epochs=7"]) == 0
+    assert main(["config", "show", "default", "train.steps=7"]) == 0
     tree = yaml.safe_load(capsys.readouterr().out)
     assert set(tree) == set(Config.model_fields)
-    assert (tree["train"]["epochs"], tree["train"]["lambda_fine"]) == (7, 1.0)
+    assert (tree["train"]["steps"], tree["train"]["lambda_fine"]) == (7, 1.0)
 
 
 def test_show_of_a_sweep_resolves_its_base_file(capsys: pytest.CaptureFixture[str]) -> None:

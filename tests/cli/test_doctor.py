@@ -83,9 +83,9 @@ def test_an_invalid_configuration_is_the_first_diagnosis_and_the_machine_is_stil
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(checks, "CHECKS", {"it": lambda context: report_ok("fine")})
-    invalid, other = doctor.diagnose_machine("default", ["train.epoch=3"])
+    invalid, other = doctor.diagnose_machine("default", ["train.step=3"])
     assert (invalid.check, invalid.status, other.check) == ("configuration", "FAILED", "it")
-    assert "'epochs'" in invalid.message
+    assert "'steps'" in invalid.message
 
 
 @pytest.mark.parametrize(

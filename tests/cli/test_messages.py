@@ -189,8 +189,8 @@ def test_ctrl_c_in_a_training_explains_how_to_resume(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("focus_ray.training.training.train", interrupted)
-    assert main(["train", "default", "train.epochs=3", "data.uri=data", "name=parts"]) == 130
-    resumed = "`focus-ray train default train.epochs=3 data.uri=data name=parts --resume` goes on"
+    assert main(["train", "default", "train.steps=3", "data.uri=data", "name=parts"]) == 130
+    resumed = "`focus-ray train default train.steps=3 data.uri=data name=parts --resume` goes on"
     assert resumed in capsys.readouterr().err
 
 

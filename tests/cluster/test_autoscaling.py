@@ -87,7 +87,7 @@ def test_the_trials_of_a_sweep_run_in_parallel(cluster: AutoscaledCluster, confi
 
 def test_training_with_ddp_waits_for_its_nodes(cluster: AutoscaledCluster, config_file: Path, tmp_path: Path) -> None:
     cluster.run(
-        "train", str(config_file), f"storage={tmp_path}", "name=ddp", "data.categories=[gear]", "train.epochs=1",
+        "train", str(config_file), f"storage={tmp_path}", "name=ddp", "data.categories=[gear]", "train.steps=1",
         "cluster.num_workers=3",
     )  # fmt: skip
     assert (tmp_path / "ddp" / "bundles" / "gear" / "manifest.json").is_file()
@@ -117,7 +117,7 @@ def test_a_run_that_the_cluster_cannot_hold_says_what_it_waits_for(
 ) -> None:
     process = cluster.start(
         "train", str(config_file), f"storage={tmp_path}", "data.categories=[gear]", "cluster.use_gpu=true",
-        "cluster.num_workers=2", "train.epochs=1",
+        "cluster.num_workers=2", "train.steps=1",
     )  # fmt: skip
     assert process.stdout is not None
     try:

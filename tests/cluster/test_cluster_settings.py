@@ -22,7 +22,7 @@ def test_words_of_the_command_line_become_cluster_settings() -> None:
     assert config == ClusterConfig(labels={"site": "a"}, gpus_per_worker=0.5, team="press")
     assert config.ray_namespace == "focus-ray-press"
     with pytest.raises(ConfigError, match=r"^train: .*cluster\.labels\.site=a"):
-        parse_cluster_settings(["train.epochs=1"])
+        parse_cluster_settings(["train.steps=1"])
 
 
 def evaluate_nothing(cluster: ClusterConfig) -> Any:

@@ -21,7 +21,7 @@ from focus_ray.data.read import read_index
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.storage.files import list_folder_entries, open_filesystem
 
-EPOCHS = 5
+STEPS = 5
 RUN = """
 import json, sys
 import ray
@@ -55,8 +55,8 @@ def test_a_server_that_is_killed_and_throttles_loses_and_repeats_no_row(
         config = small_config(
             f"{root}/data",
             f"{root}/runs",
-            data={"uri": f"{root}/data", "categories": ["gear"], "memory_budget_mb": 0},  # streamed, every epoch anew
-            train={"epochs": EPOCHS},
+            data={"uri": f"{root}/data", "categories": ["gear"], "memory_budget_mb": 0},  # streamed, every step anew
+            train={"steps": STEPS},
             cluster={"num_workers": 2, "use_gpu": False},
         )
         with faulty(server.endpoint, share=0.05) as proxy, (tmp_path / "log").open("w") as log:
@@ -86,7 +86,7 @@ def test_a_server_that_is_killed_and_throttles_loses_and_repeats_no_row(
             assert proxy.refused > 5
         assert json.loads(out.strip().splitlines()[-1])["gear"]["num_images"] == NUM_TRAIN + NUM_TEST
         bundle = read_bundle(f"{root}/runs/small/bundles/gear")
-        assert [figures["epoch"] for figures in bundle.manifest["metrics"]["history"]] == list(range(EPOCHS))
+        assert [figures["step"] for figures in bundle.manifest["metrics"]["history"]] == list(range(1, STEPS + 1))
         held_out = bundle.manifest["data"]["num_holdout"]
         assert bundle.manifest["moments"]["count"] + held_out == NUM_TRAIN
         filesystem, path = open_filesystem(f"{root}/results/category=gear")

@@ -187,7 +187,7 @@ if __name__ == "__main__":
 def test_data_checkpoints_bundle_and_results_can_all_lie_on_s3(s3: S3Server, tmp_path: Path) -> None:
     root = s3.new_uri()
     ingest(draw_parts(tmp_path / "images"), f"{root}/data", categories=["gear"], progress=False)
-    sections: dict[str, Any] = {"train": {"epochs": 1}, "cluster": {"num_workers": 2}}
+    sections: dict[str, Any] = {"train": {"steps": 1}, "cluster": {"num_workers": 2}}
     config = small_config(f"{root}/data", f"{root}/runs", **sections)
     # a process of its own: what runs in the cluster takes the server's address from the environment it was started in
     arguments = [sys.executable, "-c", ON_S3, json.dumps(config.model_dump(mode="json")), f"{root}/results"]

@@ -104,7 +104,7 @@ def test_held_out_photographs_of_training_parts_do_not_set_the_threshold() -> No
 
 def test_validation_images_calibrate_with_the_projection_of_their_fold() -> None:
     images, settings = make_good_parts(24), {"calibration": {"method": "leave_one_out"}}
-    selecting = make_config(selection={"fraction": 0.1}, train={"epochs": 0}, **settings)
+    selecting = make_config(selection={"fraction": 0.1}, train={"steps": 0}, **settings)
     result = fit_images(selecting, images[:16], validation=images[16:])
     assert result.calibration.num_images == 24
     assert result.calibration.image_scores == fit_images(make_config(**settings), images).calibration.image_scores

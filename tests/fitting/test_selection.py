@@ -1,4 +1,4 @@
-"""Selection without labels: it scores every epoch on its own validation images and keeps the best network."""
+"""Selection without labels: every interval is scored on validation images, and the best network is kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from focus_ray.samples.write import draw_sample
 from focus_ray.seeds import derive_seed
 
 CPU = torch.device("cpu")
-EPOCHS = 3
+STEPS = 3
 NORMALS = np.stack([draw_sample("board", 0, "train", index, 64)[0] for index in range(4)])
 
 
@@ -34,8 +34,8 @@ def make_selection_config(parts: str, **sections: dict[str, Any]) -> Config:
 
 @pytest.fixture(scope="module")
 def trained(parts: str) -> tuple[Config, FitResult]:
-    """Trains three epochs with a learning rate that changes the score; any gain is enough."""
-    config = make_selection_config(parts, train={"epochs": EPOCHS, "learning_rate": 0.02})
+    """Trains three intervals of one step with a learning rate that changes the score; any gain is enough."""
+    config = make_selection_config(parts, train={"steps": STEPS, "learning_rate": 0.02})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("focus_ray.fitting.fit.MIN_GAIN", 0.0)
         return config, fit_alone(config)
@@ -69,12 +69,12 @@ def test_a_set_too_small_to_validate_on_is_refused(parts: str) -> None:
         compute_split_plan(config, "gear")
 
 
-def test_every_epoch_and_the_untrained_network_are_judged_and_the_best_is_kept(
+def test_every_interval_and_the_untrained_network_are_judged_and_the_best_is_kept(
     trained: tuple[Config, FitResult],
 ) -> None:
     config, result = trained
     scores = [entry["score"] for entry in result.notes.selection]
-    assert [entry["epoch"] for entry in result.notes.selection] == list(range(EPOCHS + 1))
+    assert [entry["step"] for entry in result.notes.selection] == list(range(STEPS + 1))
     assert len(set(scores)) > 1
     shard = build_shard(config, "gear", compute_split_plan(config, "gear"), 0, 1)
     bank_images = range(config.density.max_images)
@@ -87,10 +87,10 @@ def test_every_epoch_and_the_untrained_network_are_judged_and_the_best_is_kept(
     assert validate_detector(detector, *images)["score"] == pytest.approx(max(scores), abs=1e-6)
 
 
-def test_the_untrained_network_is_kept_if_no_epoch_gains_enough(parts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_untrained_network_is_kept_if_no_interval_gains_enough(parts: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert MIN_GAIN > 0
     monkeypatch.setattr("focus_ray.fitting.fit.MIN_GAIN", 1.0)
-    config = make_selection_config(parts, train={"epochs": 1, "learning_rate": 0.05})
+    config = make_selection_config(parts, train={"steps": 1, "learning_rate": 0.05})
     torch.manual_seed(config.train.seed)
     untrained, selected = build_network(config.model).state_dict(), fit_alone(config).detector.net.state_dict()
     assert all(torch.equal(selected[name], value) for name, value in untrained.items() if name in selected)

@@ -244,7 +244,7 @@ def test_cross_calibration_selection_and_training_work_with_tiles(parts: str, de
     selection = {"fraction": 0.1}
     learnt, method = {"reduction": "discriminant"}, {"method": "cross"}
     config = make_tiled_config(
-        parts, density, (1, 2), train={"epochs": 1}, selection=selection, calibration=method, density=learnt
+        parts, density, (1, 2), train={"steps": 1}, selection=selection, calibration=method, density=learnt
     )
     result, plan = fit_alone(config), compute_split_plan(config, "gear")
     # validation images calibrate too, after the last selection

@@ -19,7 +19,7 @@ from focus_ray.training.training import train
 
 @pytest.fixture(scope="module")
 def bundle(parts: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_bundle(small_config(parts, tmp_path_factory.mktemp("runs"), train={"epochs": 2}), fingerprint="f1" * 32)
+    return make_bundle(small_config(parts, tmp_path_factory.mktemp("runs"), train={"steps": 2}), fingerprint="f1" * 32)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_the_report_needs_no_tensors(bundle: str, tmp_path: Path) -> None:
         write_training_report({"gear": str(tmp_path / "absent")}, str(tmp_path))
 
 
-def test_learning_curves_are_drawn_if_there_were_epochs(manifest: dict[str, Any]) -> None:
+def test_learning_curves_are_drawn_if_there_were_steps(manifest: dict[str, Any]) -> None:
     titles = [plot.title for plot in build_report_section("somewhere", manifest).plots]
     assert (titles[0], "loss" in titles) == ("Calibration scores", True)
     manifest["metrics"]["history"] = []
@@ -71,11 +71,11 @@ def test_the_page_shows_alignment_selection_seconds_and_warnings(manifest: dict[
         },
         selection=[
             {"image_alignment": "rotation", "score": 0.9, "image_auroc": 0.8, "aupro": 1.0},
-            {"epoch": 0.0, "score": 0.91, "image_auroc": 0.8, "aupro": 1.0},
-            {"epoch": 1.0, "score": 0.92, "image_auroc": 0.8, "aupro": 1.0},
+            {"step": 0.0, "score": 0.91, "image_auroc": 0.8, "aupro": 1.0},
+            {"step": 1.0, "score": 0.92, "image_auroc": 0.8, "aupro": 1.0},
         ],
         seconds={"load": 1.0, "train": 2.5},
-        warnings=["epoch 1: the features have collapsed"],
+        warnings=["step 1: the features have collapsed"],
     )  # fmt: skip
     trained = build_report_section("somewhere", manifest)
     assert (trained.seconds, trained.plots[-1].title) == (3.5, "validation score")

@@ -138,7 +138,7 @@ def test_a_trial_puts_no_markup_into_the_page_of_a_sweep(tmp_path: Path) -> None
 
 
 def test_a_plot_is_a_self_contained_picture_with_the_colours_of_the_page() -> None:
-    plot = plots.plot_values_by_epoch(ATTACK, "", {name: ([1.0, 2.0], [0.5, 0.4]) for name in ATTACKS})
+    plot = plots.plot_values_by_step(ATTACK, "", {name: ([1.0, 2.0], [0.5, 0.4]) for name in ATTACKS})
     tree = ElementTree.fromstring(base64.b64decode(encode_svg_uri(plot.svg).partition(",")[2]))
     assert tree.tag == "{http://www.w3.org/2000/svg}svg"
     style = next(element.text or "" for element in tree if element.tag.endswith("style"))

@@ -38,7 +38,7 @@ CONFIG = """
 data: {uri: s3://bucket/data, categories: [gear]}
 storage: s3://bucket/runs
 model: {weights: random, image_size_px: 64, predictor_width: 8, image_alignment: {group: none}}
-train: {epochs: 1, batch_size: 4}
+train: {steps: 1, batch_size: 4}
 density: {num_channels: 32}
 """
 
@@ -101,8 +101,8 @@ def test_a_request_holds_team_category_command_and_environment_but_no_secret(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
     monkeypatch.setenv("SITE", "b")
     options = {"team": "press", "env": ["SITE", "LINE=3"], "num_cpus": 1.0}
-    request = make_job_request(folder, "train", "configs/run.yaml", "train.epochs=2", **options)
-    assert request.entrypoint == "python -m focus_ray.cli train configs/run.yaml train.epochs=2 cluster.team=press"
+    request = make_job_request(folder, "train", "configs/run.yaml", "train.steps=2", **options)
+    assert request.entrypoint == "python -m focus_ray.cli train configs/run.yaml train.steps=2 cluster.team=press"
     assert request.submission_id.startswith("press-train-")
     assert (request.metadata["team"], request.metadata["category"]) == ("press", "gear")
     environment = {
@@ -113,7 +113,7 @@ def test_a_request_holds_team_category_command_and_environment_but_no_secret(
     }
     assert request.environment == environment
     assert "the-secret" not in repr((request.environment, request.metadata, request.entrypoint))
-    other = make_job_request(folder, "train", "configs/run.yaml", "train.epochs=3", team="press")
+    other = make_job_request(folder, "train", "configs/run.yaml", "train.steps=3", team="press")
     assert other.metadata["config_sha256"] != request.metadata["config_sha256"]
     assert make_job_request(folder, "python", "x.py", "a b").entrypoint == "python x.py 'a b'"
 
@@ -133,7 +133,7 @@ searcher: grid
         ("train ../run.yaml", "", r"\.\./run\.yaml"),
         ("train configs/run.yaml storage=runs", "", "storage=runs"),
         ("train configs/run.yaml model.weights=w.pth", "", r"model\.weights=w\.pth"),
-        ("train configs/run.yaml train.epoch=2", "", r"train\.epoch: .*'epochs'"),
+        ("train configs/run.yaml train.step=2", "", r"train\.step: .*'steps'"),
         ("train configs/run.yaml", "AWS_SECRET_ACCESS_KEY", "AWS_SECRET_ACCESS_KEY: a secret"),
         ("train configs/run.yaml", "GIT_TOKEN=x", "GIT_TOKEN: a secret"),
         ("train configs/run.yaml", "NOT_SET_HERE", "NOT_SET_HERE"),
@@ -352,7 +352,7 @@ def make_train_command(nodes: Nodes, *overrides: str) -> list[str]:
     """Returns the words of a short training command."""
     return [
         "train", "configs/quickstart.yaml", f"data.uri={nodes.root}/data", f"storage={nodes.root}/runs", "model.weights=random",
-        "data.categories=[gear]", "model.backbone=resnet18", "model.image_size_px=64", "train.epochs=1",
+        "data.categories=[gear]", "model.backbone=resnet18", "model.image_size_px=64", "train.steps=1",
         "cluster.use_gpu=false", *overrides,
     ]  # fmt: skip
 

@@ -82,7 +82,7 @@ def test_an_invalid_sweep_is_refused_before_anything_starts(keys: dict[str, Any]
 
 def test_values_of_the_space_are_parsed_as_the_configuration_parses_them() -> None:
     space = {"train.learning_rate": ["1e-3", "1e-4"]}
-    sweep = make_sweep(base={**BASE, "train": {"epochs": 1}}, space=space)
+    sweep = make_sweep(base={**BASE, "train": {"steps": 1}}, space=space)
     assert sweep.space["train.learning_rate"].choice == (0.001, 0.0001)  # text in YAML 1.1
 
 
@@ -94,12 +94,12 @@ def test_every_shipped_sweep_is_valid(path: Path) -> None:
 
 
 def test_the_inline_base_and_overrides_replace_values_of_the_base_file(tmp_path: Path) -> None:
-    (tmp_path / "base.yaml").write_text("data: {uri: a}\ntrain: {epochs: 3, seed: 5}\n")
+    (tmp_path / "base.yaml").write_text("data: {uri: a}\ntrain: {steps: 3, seed: 5}\n")
     (tmp_path / "sweep.yaml").write_text(
-        "base_file: base.yaml\nbase: {train: {epochs: 4}}\nspace: {density.window: [1, 3]}\nsearcher: grid\n"
+        "base_file: base.yaml\nbase: {train: {steps: 4}}\nspace: {density.window: [1, 3]}\nsearcher: grid\n"
     )
     base = load_sweep_config(tmp_path / "sweep.yaml", ["base.data.uri=b"]).make_trial_config()
-    assert (base.data.uri, base.train.epochs, base.train.seed) == ("b", 4, 5)
+    assert (base.data.uri, base.train.steps, base.train.seed) == ("b", 4, 5)
 
 
 # Proposals

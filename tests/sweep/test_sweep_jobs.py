@@ -46,7 +46,7 @@ DENSITIES = (  # six settings that share features
     "base.density={reduction: semi_orthogonal, coreset: 0}",
 )
 TRAINED = (  # six settings whose training takes some time
-    "base.train.epochs=4",
+    "base.train.steps=4",
     "space={train.learning_rate: [1.0e-4, 1.0e-3, 1.0e-1], model.predictor_width: [32, 256]}",
     "max_concurrent_trials=2",
 )

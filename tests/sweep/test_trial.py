@@ -87,7 +87,7 @@ def test_trials_share_features_only_if_their_settings_give_the_same_features(par
     ]
     different = [{"model": ALIGNED}, {"train": {"seed": 3}}, {"model": {"image_size_px": 48}}]
     unshareable = [
-        {"train": {"epochs": 1}},
+        {"train": {"steps": 1}},
         {"selection": {"fraction": 0.1}, "model": ALIGNED},  # it also judges whether to align
         {"density": {"reduction": "discriminant"}},
     ]
@@ -131,24 +131,24 @@ def test_a_labelled_objective_is_measured_on_the_test_images(parts: str) -> None
         score_category(config, "gear", CategoryImages(images.fit, images.validation, judged), "aupro", CPU)
 
 
-def test_every_epoch_is_reported_and_the_last_one_is_the_score(parts: str) -> None:
+def test_every_step_is_reported_and_the_last_one_is_the_score(parts: str) -> None:
     reports: list[tuple[int, float, bool]] = []
-    config = make_config(parts, train={"epochs": 3, "learning_rate": 0.01})
+    config = make_config(parts, train={"steps": 3, "learning_rate": 0.01})
     result = score_gear(config, on_score=lambda *report: reports.append(report))
-    assert [(epoch, final) for epoch, _, final in reports] == [(1, False), (2, False), (3, True)]
-    assert result.curve == [(epoch, score) for epoch, score, _ in reports]
-    assert (result.score, result.epochs, result.cut) == (result.curve[-1][1], 3, None)
+    assert [(step, final) for step, _, final in reports] == [(1, False), (2, False), (3, True)]
+    assert result.curve == [(step, score) for step, score, _ in reports]
+    assert (result.score, result.steps, result.cut) == (result.curve[-1][1], 3, None)
 
 
 def test_a_pruned_trial_trains_no_further(parts: str) -> None:
-    result = score_gear(make_config(parts, train={"epochs": 3}), on_score=lambda epoch, score, final: "lost")
-    assert (result.score, result.epochs, len(result.curve), result.cut) == (None, 1, 1, "lost")
+    result = score_gear(make_config(parts, train={"steps": 3}), on_score=lambda step, score, final: "lost")
+    assert (result.score, result.steps, len(result.curve), result.cut) == (None, 1, 1, "lost")
 
 
 def test_a_trial_whose_training_diverges_is_pruned(parts: str) -> None:
     rates = {"learning_rate": 10.0, "lambda_fine": 1e30}
-    result = score_gear(make_config(parts, train={"epochs": 2, **rates}))
-    assert (result.score, result.epochs < 2, str(result.cut)[:9]) == (None, True, "diverged:")
+    result = score_gear(make_config(parts, train={"steps": 30, **rates}))
+    assert (result.score, result.steps < 30, str(result.cut)[:9]) == (None, True, "diverged:")
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])

@@ -39,7 +39,7 @@ from focus_ray.sweep.trial import score_category
 from focus_ray.sweep.trial_inputs import load_category_images, split_for_scoring
 
 SPACE = {"density.num_channels": [4, 32], "density.shrinkage": [0.5, 4.0]}
-SLOW = {"train.seed": list(range(40)), "train.epochs": [40]}  # a sweep that runs long enough to be interrupted
+SLOW = {"train.seed": list(range(40)), "train.steps": [200]}  # a sweep that runs long enough to be interrupted
 
 
 def make_sweep(parts: str, storage: Path | str, base: dict[str, Any] | None = None, **keys: Any) -> SweepConfig:
@@ -201,19 +201,19 @@ def test_a_failed_trial_is_reported_and_the_other_trials_go_on(ray_cluster: None
 
 
 RATES = {"train.learning_rate": [1e-2, 1e-4, 1e-3, 0.03]}  # no rate diverges; all others lose to the first
-TRAINED: dict[str, Any] = {"train": {"epochs": 3}, "density": {"coreset": 0}}
+TRAINED: dict[str, Any] = {"train": {"steps": 3}, "density": {"coreset": 0}}
 HALVING: dict[str, Any] = {"race": {"enabled": True}, "scheduler": {"kind": "asha"}}
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_race_finds_the_same_best_trial_with_fewer_epochs(ray_cluster: None, parts: str, tmp_path: Path) -> None:
+def test_a_race_finds_the_same_best_trial_with_fewer_steps(ray_cluster: None, parts: str, tmp_path: Path) -> None:
     config = make_sweep(parts, tmp_path, TRAINED, space=RATES, max_concurrent_trials=1, **HALVING)
     expected = records.find_best_records(score_in_process(config))[None]
     raced = run_sweep(config)
     best = raced.best_records[None]
     assert (best.point, best.score) == (expected.point, pytest.approx(expected.score))
-    assert sum(record.epochs for record in raced.records) <= 0.6 * 4 * 2 * 3
+    assert sum(record.steps for record in raced.records) <= 0.6 * 4 * 2 * 3
     reasons = [str(record.reason) for record in raced.records if record.status == "cut"]
     assert len(reasons) == 3
     assert all(reason.startswith(("race: ", "successive halving: ")) for reason in reasons)
@@ -332,7 +332,7 @@ def test_a_killed_driver_loses_no_finished_trial_and_the_resumed_sweep_has_the_s
     root = s3.new_uri()
     uri = f"{root}/data"
     ingest(draw_parts(tmp_path / "images"), uri, progress=False)
-    base = {"train": {"epochs": 4, "learning_rate": 0.01}}
+    base = {"train": {"steps": 4, "learning_rate": 0.01}}
     config = make_sweep(uri, f"{root}/sweeps", base, max_concurrent_trials=1, race={"enabled": True})
     folder = f"{root}/sweeps/search"
     undisturbed = start_sweep(config.model_copy(update={"name": "undisturbed"}), tmp_path)
@@ -378,7 +378,7 @@ def test_a_stopped_sweep_leaves_no_actor_no_placement_group_and_no_file(
     ray_cluster: None, parts: str, tmp_path: Path, num_workers: int
 ) -> None:
     base = {"cluster": {"num_workers": num_workers, "use_gpu": False}}
-    config = make_sweep(parts, tmp_path, base, space={**SLOW, "train.epochs": [400]})
+    config = make_sweep(parts, tmp_path, base, space={**SLOW, "train.steps": [2000]})
 
     def stop() -> None:
         """Stops the sweep while its first trials run: with two workers, the trainer has begun to write files."""
@@ -396,8 +396,8 @@ def test_a_stopped_sweep_leaves_no_actor_no_placement_group_and_no_file(
 @pytest.mark.slow
 @pytest.mark.ray
 def test_trials_with_two_workers_train_with_ddp(ray_cluster: None, parts: str, tmp_path: Path) -> None:
-    base = {"cluster": {"num_workers": 2, "use_gpu": False}, "train": {"epochs": 2}}
+    base = {"cluster": {"num_workers": 2, "use_gpu": False}, "train": {"steps": 2}}
     trials = run_sweep(make_sweep(parts, tmp_path, base, space={"train.learning_rate": [1e-4, 1e-2]})).records
-    assert [(record.status, record.epochs) for record in trials] == [("finished", 4)] * 2
+    assert [(record.status, record.steps) for record in trials] == [("finished", 4)] * 2
     assert {result["shared"] for record in trials for result in record.categories.values()} == {"images"}
     wait_for_cleanup()

@@ -31,7 +31,7 @@ from focus_ray.tracking.runs import MAX_PICTURES, TrainingRecorder
 from focus_ray.tracking.settings import TrackerConfig
 from focus_ray.training.training import train
 
-EPOCHS = 2
+STEPS = 2
 LOCAL = {"local": True}
 
 
@@ -54,7 +54,7 @@ class RecordedRun:
     def __init__(self, parts: str, storage: Path) -> None:
         self.storage, self.lines = storage, []
         trackers = {"mlflow": {}, "tensorboard": {}, "wandb": {}}
-        self.config = make_config(parts, storage, trackers, train={"epochs": EPOCHS})
+        self.config = make_config(parts, storage, trackers, train={"steps": STEPS})
         self.bundles = train(self.config, log=self.lines.append)
         self.manifests = {category: read_manifest(bundle) for category, bundle in self.bundles.items()}
         remove_file(f"{self.bundles['gear']}/manifest.json")
@@ -81,8 +81,8 @@ def run(parts: str, tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
 
 
 def read_manifest_losses(run: RecordedRun, category: str) -> dict[int, float]:
-    """Returns the losses in the bundle's manifest: epoch from 1 -> loss."""
-    return {int(entry["epoch"]) + 1: entry["loss"] for entry in run.manifests[category]["metrics"]["history"]}
+    """Returns the losses in the bundle's manifest: step from 1 -> loss."""
+    return {int(entry["step"]): entry["loss"] for entry in run.manifests[category]["metrics"]["history"]}
 
 
 def test_a_run_logs_where_it_is_recorded_and_no_tracker_fails(run: RecordedRun) -> None:
@@ -284,15 +284,15 @@ def test_a_tracker_that_fails_is_reported_once_and_the_training_goes_on(
     ("training", "calls"),
     [
         ({}, ["log_step_metrics 1", "log_metrics", "set_tags", "end False"]),
-        ({"learning_rate": 10.0, "lambda_fine": 1e38}, ["set_tags", "end True"]),
+        ({"steps": 30, "learning_rate": 10.0, "lambda_fine": 1e38}, ["set_tags", "end True"]),
     ],
     ids=["trained", "diverging"],
 )
 def test_a_fourth_tracker_needs_only_a_file_and_a_line_and_gets_the_end_of_each_category(
-    fake_tracker: type[FakeTracker], parts: str, tmp_path: Path, training: dict[str, float], calls: list[str]
+    fake_tracker: type[FakeTracker], parts: str, tmp_path: Path, training: dict[str, Any], calls: list[str]
 ) -> None:
     with contextlib.suppress(TrainingError):
-        train(make_config(parts, tmp_path, {"fake": {}}, ["gear"], train={"epochs": 1, **training}))
+        train(make_config(parts, tmp_path, {"fake": {}}, ["gear"], train={"steps": 1, **training}))
     assert fake_tracker.calls == [("small/gear", call) for call in calls]
 
 
@@ -303,7 +303,7 @@ def test_an_unreadable_bundle_loses_only_its_metrics(fake_tracker: type[FakeTrac
     config = make_config("parts", tmp_path, {"fake": {}})
     training_recorder = TrainingRecorder(recorder, config.model_dump(), str(tmp_path), {"gear": "f"})
     for _ in range(2):  # as after the loss of a worker
-        training_recorder.log_epoch("gear", {"epoch": 0, "loss": 1.0})
+        training_recorder.log_interval("gear", {"step": 1, "loss": 1.0})
     training_recorder.record_finished_category("gear", str(tmp_path / "missing"))
     training_recorder.close(failed=False)
     assert fake_tracker.calls == [("small/gear", call) for call in ("log_step_metrics 1", "end False")]
@@ -424,8 +424,8 @@ def test_an_evaluation_records_to_the_tracker_on_its_command_line_and_takes_no_o
     assert fake_tracker.calls == [
         ("small/gear", call) for call in ("set_tags", "log_metrics", "log_pictures", "end False")
     ]
-    assert main(["evaluate", bundle, "train.epochs=3", "--output", str(tmp_path / "other")]) == 1
-    assert "train.epochs=3" in capsys.readouterr().err
+    assert main(["evaluate", bundle, "train.steps=3", "--output", str(tmp_path / "other")]) == 1
+    assert "train.steps=3" in capsys.readouterr().err
 
 
 def test_an_evaluation_goes_on_without_a_tracker_of_its_training(
@@ -444,13 +444,13 @@ def test_an_evaluation_goes_on_without_a_tracker_of_its_training(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_epochs_of_ray_train_are_recorded_during_the_training(
+def test_intervals_of_ray_train_are_recorded_during_the_training(
     ray_cluster: None, fake_tracker: type[FakeTracker], parts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # record_finished_category would add epochs that were not recorded before.
+    # record_finished_category would add intervals that were not recorded before.
     monkeypatch.setattr(TrainingRecorder, "record_finished_category", lambda *arguments: None)
     cluster = {"local": False, "num_workers": 2}
-    train(make_config(parts, tmp_path, {"fake": {}}, ["gear"], train={"epochs": EPOCHS}, cluster=cluster))
+    train(make_config(parts, tmp_path, {"fake": {}}, ["gear"], train={"steps": STEPS}, cluster=cluster))
     assert [call for _, call in fake_tracker.calls if call.startswith("log_step_metrics")] == [
         "log_step_metrics 1",
         "log_step_metrics 2",

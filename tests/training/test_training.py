@@ -32,7 +32,6 @@ from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import build_shard, fits_in_memory
 from focus_ray.fitting.split import compute_split_key, compute_split_plan, compute_split_rule
 from focus_ray.fyd.batch_schedule import BatchSchedule
-from focus_ray.fyd.settings import TrainConfig
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.training.category import fit_category
 from focus_ray.training.training import train
@@ -145,19 +144,16 @@ def test_a_plan_does_not_depend_on_the_order_of_the_rows(data: str, tmp_path: Pa
 
 
 @given(st.integers(2, 500), st.integers(1, 8), st.integers(2, 64))
-def test_any_number_of_workers_takes_the_same_steps_and_shares_each_global_batch(
-    num_images: int, num_workers: int, batch_size: int
-) -> None:
+def test_any_number_of_workers_shares_each_global_batch(num_images: int, num_workers: int, batch_size: int) -> None:
     if num_images < 2 * num_workers:
         with pytest.raises(DataError, match=r"cluster\.num_workers"):
-            BatchSchedule.plan_epoch(num_images, num_workers, batch_size)
+            BatchSchedule.plan(num_images, num_workers, batch_size, 0)
         return
-    schedule = BatchSchedule.plan_epoch(num_images, num_workers, batch_size)
-    assert schedule == BatchSchedule.plan_epoch(num_images, 1, batch_size)
+    schedule = BatchSchedule.plan(num_images, num_workers, batch_size, 0)
+    assert schedule == BatchSchedule.plan(num_images, 1, batch_size, 0)
     assert 2 <= schedule.batch_size <= batch_size
-    assert num_images - schedule.batch_size < schedule.steps * schedule.batch_size <= num_images
     totals = np.zeros(num_workers, int)
-    for step in range(schedule.steps):
+    for step in range(20):
         shares = [schedule.get_share(step, rank, num_workers) for rank in range(num_workers)]
         assert sorted(position for share in shares for position in share) == list(range(schedule.batch_size))
         assert np.ptp([len(share) for share in shares]) <= 1
@@ -165,9 +161,25 @@ def test_any_number_of_workers_takes_the_same_steps_and_shares_each_global_batch
     assert np.ptp(totals) <= 1  # so a stream of num_images // num_workers images lacks at most one image
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 4, 8])
-def test_167_images_give_50_steps_in_10_epochs_with_any_number_of_workers(num_workers: int) -> None:
-    assert 10 * BatchSchedule.plan_epoch(167, num_workers, TrainConfig().batch_size).steps == 50
+@given(st.integers(2, 200), st.integers(2, 64), st.integers(0, 100))
+def test_every_pass_uses_every_image_once_and_no_batch_has_an_image_twice(
+    num_images: int, batch_size: int, seed: int
+) -> None:
+    schedule = BatchSchedule.plan(num_images, 1, batch_size, seed)
+    steps = 3 * num_images // schedule.batch_size
+    batches = [batch.tolist() for batch in schedule.iterate_batches(range(steps))]
+    assert all(len(set(batch)) == len(batch) == schedule.batch_size for batch in batches)
+    used = [image for batch in batches for image in batch]
+    for start in range(0, len(used) - num_images + 1, num_images):
+        assert sorted(used[start : start + num_images]) == list(range(num_images))
+    later = [batch.tolist() for batch in schedule.iterate_batches(range(steps // 2, steps))]
+    assert later == batches[steps // 2 :]  # a resumed training continues with the same images
+
+
+@pytest.mark.parametrize("num_images", [5, 63, 64])
+def test_small_sets_take_as_many_steps_as_large_ones(num_images: int) -> None:
+    schedule = BatchSchedule.plan(num_images, 1, 32, 0)
+    assert len(list(schedule.iterate_batches(range(100)))) == 100
 
 
 # One and several workers, without Ray
@@ -241,7 +253,7 @@ def make_trained_config(data: str, storage: Path, **cluster: Any) -> Config:
             "image_alignment": {"group": "rotation_translation", "method": "localisation"},
             "feature_alignment": {"layer3": "rotation_scale"},
         },
-        train={"epochs": 2, "batch_size": 7, "learning_rate": 1e-3},
+        train={"steps": 2, "batch_size": 7, "learning_rate": 1e-3},
         cluster=cluster,
     )
 
@@ -253,11 +265,10 @@ def assert_same_training(data: str, config: Config, other: Config, bound: float)
     """
     places = [f"{item.storage}/small/bundles/gear" for item in (config, other)]
     histories = [read_manifest(place)["metrics"]["history"] for place in places]
-    for epoch, other_epoch in zip(*histories, strict=True):
-        assert epoch["steps"] == other_epoch["steps"] == 2
-        assert epoch["learning_rate"] == other_epoch["learning_rate"]
+    for step, other_step in zip(*histories, strict=True):
+        assert step["learning_rate"] == other_step["learning_rate"]
         for name in ("loss", "loss_ica", "loss_fine", "feature_std", "effective_rank"):
-            assert epoch[name] == pytest.approx(other_epoch[name], rel=bound, abs=bound / 10), name
+            assert step[name] == pytest.approx(other_step[name], rel=bound, abs=bound / 10), name
     weights, other_weights = (read_bundle(place).detector.net.state_dict() for place in places)
     torch.manual_seed(config.train.seed)
     start = build_network(config.model).state_dict()  # as before the training
@@ -308,7 +319,7 @@ def trained(ray_cluster: None, data: str, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.ray
 def test_two_workers_train_a_bundle_that_loads_and_scores(trained: Config, data: str) -> None:
     bundle = read_bundle(find_bundles_in_folder(f"{trained.storage}/small")["gear"])
-    assert [entry["epoch"] for entry in bundle.manifest["metrics"]["history"]] == [0, 1]
+    assert [entry["step"] for entry in bundle.manifest["metrics"]["history"]] == [1, 2]
     assert bundle.manifest["metrics"]["num_workers"] == 2
     assert bundle.manifest["moments"]["count"] == bundle.manifest["data"]["num_fit"] == 19
     scored = bundle.detector(read_test_images(data))
@@ -352,8 +363,8 @@ def test_a_run_is_refused_under_a_used_name_with_other_settings_or_images_or_whi
 ) -> None:
     with pytest.raises(TrainingError, match=r"small already holds a run.*--resume"):
         train(trained)
-    longer = trained.model_copy(update={"train": trained.train.model_copy(update={"epochs": 3})})
-    with pytest.raises(TrainingError, match=r"train\.epochs was 2, is 3"):
+    longer = trained.model_copy(update={"train": trained.train.model_copy(update={"steps": 3})})
+    with pytest.raises(TrainingError, match=r"train\.steps was 2, is 3"):
         train(longer, resume=True)
     place = Path(trained.storage, "small", FINGERPRINTS_FILE)
     stored = place.read_text()
@@ -377,13 +388,12 @@ def test_a_streamed_run_takes_the_agreed_steps_and_counts_every_image_once(
         data,
         tmp_path,
         data={"uri": data, "categories": ["gear"], "memory_budget_mb": 0},
-        train={"epochs": 2, "batch_size": 4, "learning_rate": 1e-3},
+        train={"steps": 12, "batch_size": 4, "learning_rate": 1e-3},  # more than two passes
         cluster={"num_workers": 2, "use_gpu": False},
     )
     place = train(config)["gear"]
     plan = compute_split_plan(config, "gear")
-    steps = BatchSchedule.plan_epoch(len(plan.fit.rows), 2, 4).steps
-    assert [entry["steps"] for entry in read_manifest(place)["metrics"]["history"]] == [steps] * 2
+    assert [entry["step"] for entry in read_manifest(place)["metrics"]["history"]] == [2, 4, 6, 8, 10, 12]
     detector = read_bundle(place).detector
     images = torch.cat([torch.from_numpy(b) for b in decode_rows(data, "gear", plan.fit.rows, 64)])
     again = compute_image_statistics(detector.net, detector.reduction, [images], torch.device("cpu")).moments
@@ -419,7 +429,7 @@ def test_every_task_of_the_stream_of_images_runs_on_nodes_with_the_labels(data: 
         data,
         tmp_path,
         data={"uri": data, "categories": ["gear"], "memory_budget_mb": 0},
-        train={"epochs": 2},
+        train={"steps": 2},
         cluster={"num_workers": 2, "labels": {"site": "b"}},
     )
     command = [sys.executable, "-c", SITES, json.dumps(config.model_dump(mode="json")), str(free_port())]
@@ -454,21 +464,21 @@ def test_a_killed_worker_is_replaced_and_the_run_continues_from_its_checkpoint(
     config = small_config(
         data,
         tmp_path,
-        train={"epochs": 16, "batch_size": 2},
+        train={"steps": 16, "batch_size": 2},
         cluster={"num_workers": 2},
     )
     lines: list[str] = []
 
-    def kill_a_worker_after_three_epochs(line: str) -> None:
-        if "epoch 3/" in line and not any("epoch 3/" in earlier for earlier in lines):
+    def kill_a_worker_after_four_steps(line: str) -> None:
+        if "step 4/" in line and not any("step 4/" in earlier for earlier in lines):
             os.kill(find_train_worker_pids()[0], signal.SIGKILL)
         lines.append(line)
 
-    metrics = read_manifest(train(config, log=kill_a_worker_after_three_epochs)["gear"])["metrics"]
+    metrics = read_manifest(train(config, log=kill_a_worker_after_four_steps)["gear"])["metrics"]
     assert metrics["num_workers"] == 2
-    assert [entry["epoch"] for entry in metrics["history"]] == list(range(16))
+    assert [entry["step"] for entry in metrics["history"]] == list(range(2, 17, 2))
     assert sum("reading" in line for line in lines) == 2  # once by each group of workers
-    assert sum("epoch 1/" in line for line in lines) == 1
+    assert sum("step 2/" in line for line in lines) == 1
 
 
 SPOT = """
@@ -485,14 +495,13 @@ ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
 lost = []
 
 def log(line):
-    if "epoch 3/" in line and not lost:
+    if "step 72/" in line and not lost:
         lost.append(line)
         threading.Thread(target=nodes.remove_node, args=(second,), kwargs={"allow_graceful": False}).start()
 
 bundles = train(parse_config(json.loads(sys.argv[1]), is_fitted=True), log=log)
 metrics = read_manifest(bundles["gear"])["metrics"]
-print(json.dumps({"workers": metrics["num_workers"], "epochs": len(metrics["history"]),
-                  "steps": sorted({entry["steps"] for entry in metrics["history"]})}))
+print(json.dumps({"workers": metrics["num_workers"], "steps": [entry["step"] for entry in metrics["history"]]}))
 """
 
 
@@ -502,14 +511,13 @@ def test_an_elastic_training_over_two_nodes_continues_with_the_remaining_node(da
     config = small_config(
         data,
         tmp_path,
-        train={"epochs": 30, "batch_size": 2},
+        train={"steps": 240, "batch_size": 2},
         cluster={"num_workers": 2, "min_workers": 1},
     )
     command = [sys.executable, "-c", SPOT, json.dumps(config.model_dump(mode="json"))]
     process = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert process.returncode == 0, process.stderr[-3000:]
-    steps = len(compute_split_plan(config, "gear").fit.rows) // 2
-    assert json.loads(process.stdout.splitlines()[-1]) == {"workers": 1, "epochs": 30, "steps": [steps]}
+    assert json.loads(process.stdout.splitlines()[-1]) == {"workers": 1, "steps": list(range(24, 241, 24))}
 
 
 # Several categories, and failures
@@ -590,12 +598,12 @@ def test_training_in_the_process_continues_from_its_last_checkpoint_to_the_same_
     data: str, tmp_path: Path
 ) -> None:
     whole, broken = (
-        small_config(data, tmp_path / name, train={"epochs": 2}, cluster={"local": True}) for name in ("a", "b")
+        small_config(data, tmp_path / name, train={"steps": 2}, cluster={"local": True}) for name in ("a", "b")
     )
     uninterrupted = read_manifest(train(whole)["gear"])
 
     def stop_after_one(message: str) -> None:
-        if "epoch 2/2" in message:
+        if "step 2/2" in message:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -605,7 +613,7 @@ def test_training_in_the_process_continues_from_its_last_checkpoint_to_the_same_
     assert "batch_size_per_worker: 4" in stored.read_text()
     lines: list[str] = []
     resumed = read_manifest(train(broken, resume=True, log=lines.append)["gear"])
-    assert not any("epoch 1/2" in line for line in lines)
+    assert not any("step 1/2" in line for line in lines)
     hashes = [
         {name: entry["sha256"] for name, entry in manifest["files"].items()} for manifest in (resumed, uninterrupted)
     ]
@@ -623,10 +631,10 @@ def test_the_same_command_with_resume_starts_a_run_and_finds_it_finished(data: s
     assert sum("done in" in line for line in lines) == 1
 
 
-@pytest.mark.parametrize("epochs", [0, 2])
-def test_a_driver_whose_run_is_taken_over_stops_and_writes_nothing_more(data: str, tmp_path: Path, epochs: int) -> None:
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_driver_whose_run_is_taken_over_stops_and_writes_nothing_more(data: str, tmp_path: Path, steps: int) -> None:
     root = f"{tmp_path}/small"
-    config = small_config(data, tmp_path, data={"categories": None}, train={"epochs": epochs}, cluster={"local": True})
+    config = small_config(data, tmp_path, data={"categories": None}, train={"steps": steps}, cluster={"local": True})
     owners: list[FolderOwner] = []
 
     def take_over_during_the_second_category(message: str) -> None:
@@ -645,5 +653,5 @@ def test_a_driver_whose_run_is_taken_over_stops_and_writes_nothing_more(data: st
 
 
 def test_streamed_training_in_the_process_sees_every_image(data: str, tmp_path: Path) -> None:
-    config = small_config(data, tmp_path, data={"memory_budget_mb": 0.0}, train={"epochs": 1}, cluster={"local": True})
+    config = small_config(data, tmp_path, data={"memory_budget_mb": 0.0}, train={"steps": 1}, cluster={"local": True})
     assert read_manifest(train(config)["gear"])["moments"]["count"] == NUM_TRAIN - round(0.2 * NUM_TRAIN)
