@@ -268,7 +268,8 @@ def assert_same_training(data: str, config: Config, other: Config, bound: float)
     for step, other_step in zip(*histories, strict=True):
         assert step["learning_rate"] == other_step["learning_rate"]
         for name in ("loss", "loss_ica", "loss_fine", "feature_std", "effective_rank"):
-            assert step[name] == pytest.approx(other_step[name], rel=bound, abs=bound / 10), name
+            # the gradients agree to 2e-5, and the large first step of the image aligner amplifies this
+            assert step[name] == pytest.approx(other_step[name], rel=bound, abs=bound), name
     weights, other_weights = (read_bundle(place).detector.net.state_dict() for place in places)
     torch.manual_seed(config.train.seed)
     start = build_network(config.model).state_dict()  # as before the training
@@ -464,21 +465,21 @@ def test_a_killed_worker_is_replaced_and_the_run_continues_from_its_checkpoint(
     config = small_config(
         data,
         tmp_path,
-        train={"steps": 16, "batch_size": 2},
+        train={"steps": 160, "batch_size": 2},
         cluster={"num_workers": 2},
     )
     lines: list[str] = []
 
-    def kill_a_worker_after_four_steps(line: str) -> None:
-        if "step 4/" in line and not any("step 4/" in earlier for earlier in lines):
+    def kill_a_worker_after_32_steps(line: str) -> None:
+        if "step 32/" in line and not any("step 32/" in earlier for earlier in lines):
             os.kill(find_train_worker_pids()[0], signal.SIGKILL)
         lines.append(line)
 
-    metrics = read_manifest(train(config, log=kill_a_worker_after_four_steps)["gear"])["metrics"]
+    metrics = read_manifest(train(config, log=kill_a_worker_after_32_steps)["gear"])["metrics"]
     assert metrics["num_workers"] == 2
-    assert [entry["step"] for entry in metrics["history"]] == list(range(2, 17, 2))
+    assert [entry["step"] for entry in metrics["history"]] == list(range(16, 161, 16))
     assert sum("reading" in line for line in lines) == 2  # once by each group of workers
-    assert sum("step 2/" in line for line in lines) == 1
+    assert sum("step 16/" in line for line in lines) == 1
 
 
 SPOT = """
