@@ -250,7 +250,6 @@ def make_trained_config(data: str, storage: Path, **cluster: Any) -> Config:
         storage / "trained",
         model={
             "batch_norm": "train",
-            "image_alignment": {"group": "rotation_translation", "method": "localisation"},
             "feature_alignment": {"layer3": "rotation_scale"},
         },
         train={"steps": 2, "batch_size": 7, "learning_rate": 1e-3},
@@ -267,14 +266,14 @@ def assert_same_training(data: str, config: Config, other: Config, bound: float)
     histories = [read_manifest(place)["metrics"]["history"] for place in places]
     for step, other_step in zip(*histories, strict=True):
         assert step["learning_rate"] == other_step["learning_rate"]
-        for name in ("loss", "loss_ica", "loss_fine", "feature_std", "effective_rank"):
-            # the gradients agree to 2e-5, and the large first step of the image aligner amplifies this
-            assert step[name] == pytest.approx(other_step[name], rel=bound, abs=bound), name
+        for name in ("loss", "loss_fine", "feature_std", "effective_rank"):
+            assert step[name] == pytest.approx(other_step[name], rel=bound, abs=bound / 10), name
     weights, other_weights = (read_bundle(place).detector.net.state_dict() for place in places)
     torch.manual_seed(config.train.seed)
     start = build_network(config.model).state_dict()  # as before the training
     moved = [name for name in weights if not torch.equal(weights[name], start[name])]
-    assert any("image_aligner" in name for name in moved)
+    # the mean is subtracted from the parameters of a transform, so their bias moves by rounding only
+    moved = [name for name in moved if not name.endswith("parameters_out.bias")]
     assert any("feature_aligners" in name for name in moved)
     assert any("running_var" in name for name in moved)
     for name in moved:
