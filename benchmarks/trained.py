@@ -34,7 +34,7 @@ from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.shards import build_shard
 from focus_ray.fitting.split import compute_split_plan
 from focus_ray.fyd.batch_schedule import BatchSchedule
-from focus_ray.fyd.training import FydTraining, recompute_running_statistics
+from focus_ray.fyd.training import MAX_STATISTICS_BATCHES, FydTraining, recompute_running_statistics
 from focus_ray.ingestion.ingest import ingest
 
 BATCH_SIZE = 16
@@ -134,7 +134,7 @@ def train_network(config: Config, plant: Plant, categories: Sequence[str], steps
         figures = training.run_interval(itertools.islice(batches, STEPS_PER_INTERVAL), first, generator)
         history.append({name: round(value, 5) for name, value in figures.items()})
         print(history[-1], flush=True)
-    recompute_running_statistics(net, batches, device)
+    recompute_running_statistics(net, itertools.islice(batches, MAX_STATISTICS_BATCHES), device)
     return net.eval(), history
 
 

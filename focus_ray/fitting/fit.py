@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -332,20 +333,27 @@ class DetectorFitter:
             TrainingError: the stream of images ended too early.
             FloatingPointError: the loss, or a weight after an interval, is not finite.
         """
-        from focus_ray.fyd.training import MAX_STATISTICS_BATCHES, recompute_running_statistics
+        from focus_ray.fyd.training import MAX_STATISTICS_BATCHES, cut_one_tile_per_image, recompute_running_statistics
 
-        train = self.config.train
+        train, tiles = self.config.train, TileGrid(*self.config.model.tile_layout)
         schedule = BatchSchedule.plan(self.num_images, get_world_size(), train.batch_size, train.seed)
         training.build_optimizer_and_schedule(schedule)
         if state is None:
             self._keep_best_network(0)
         else:
             training.restore_optimizer(state.optimizer, state.schedule)
-        for steps in split_into_intervals(train.steps, 0 if state is None else state.step):
+        first_step = 0 if state is None else state.step
+        # after the training, one more pass gives the running statistics
+        num_statistics_batches = min(MAX_STATISTICS_BATCHES, -(-self.num_images // schedule.batch_size))
+        steps_to_read = range(first_step, train.steps + num_statistics_batches)
+        batches = cut_one_tile_per_image(
+            self.shard.read_train_batches(schedule, steps_to_read), tiles, train.seed, first_step
+        )
+        for steps in split_into_intervals(train.steps, first_step):
             # the same on every worker
             generator = torch.Generator().manual_seed(derive_seed(train.seed, "interval", steps.start))
             start = time.perf_counter()
-            figures = training.run_interval(self._read_tiles(schedule, steps), steps.start, generator)
+            figures = training.run_interval(itertools.islice(batches, len(steps)), steps.start, generator)
             step = steps.stop
             figures = {"step": float(step), **figures, "seconds": time.perf_counter() - start}
             self._record_interval_metrics(figures)
@@ -360,17 +368,7 @@ class DetectorFitter:
             self.net.load_state_dict(self.best.net)
             self.log(f"kept the network after step {self.best.step} of {train.steps} (0: untrained)")
         if self.best is None or self.best.step:
-            num_batches = min(MAX_STATISTICS_BATCHES, -(-self.num_images // schedule.batch_size))
-            batches = self._read_tiles(schedule, range(train.steps, train.steps + num_batches))
             recompute_running_statistics(self.net, batches, self.device)
-
-    def _read_tiles(self, schedule: BatchSchedule, steps: range) -> Iterator[Tensor]:
-        """Returns this worker's share of the batches of some steps, with one tile of each image."""
-        from focus_ray.fyd.training import cut_one_tile_per_image
-
-        tiles = TileGrid(*self.config.model.tile_layout)
-        batches = self.shard.read_train_batches(schedule, steps)
-        return cut_one_tile_per_image(batches, tiles, self.config.train.seed, steps.start)
 
     def _record_interval_metrics(self, figures: dict[str, float]) -> None:
         """Adds the metrics of an interval to the notes, logs them, and warns if they show that the features have collapsed."""

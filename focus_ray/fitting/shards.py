@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -193,10 +192,6 @@ class StreamShard(Shard):
         self.config, self.category, self.share, self.stream = config, category, share, stream
         self.batch_size = NUM_ROWS_PER_READ
         self.frame = load_frame(config, category)
-        self._open_batches: Iterator[Tensor] | None = (
-            None  # the stream of an earlier call, which continues at `_next_step`
-        )
-        self._next_step = 0
 
     def read_train_batches(self, schedule: BatchSchedule, steps: range) -> Iterator[Tensor]:
         """Generator: see `Shard.read_train_batches`. It needs a stream.
@@ -206,24 +201,13 @@ class StreamShard(Shard):
 
         Raises: TrainingError: the stream ended too early, for instance because the data was changed.
         """
-        if self._open_batches is None or self._next_step != steps.start:
-            self._open_batches = self._stream_batches(schedule, steps.start)
-        for step in steps:
-            self._next_step = step + 1
-            yield next(self._open_batches)
-
-    def _stream_batches(self, schedule: BatchSchedule, first_step: int) -> Iterator[Tensor]:
-        """Generator: yields this worker's share of the global batches of all steps from `first_step` on, without end.
-
-        Raises: as `read_train_batches`.
-        """
         assert self.stream is not None, "training needs a stream"
         rank, num_workers = get_rank(), get_world_size()
-        # all workers begin a pass at the same step, because Ray Data waits until each of them asks for the next pass
+        # every worker begins a pass at the same step, because Ray Data begins it only after the request of every worker
         steps_in_pass = schedule.num_images // schedule.batch_size
-        for number in itertools.count(first_step // steps_in_pass):
-            steps = range(number * steps_in_pass, (number + 1) * steps_in_pass)
-            sizes = [len(schedule.get_share(step, rank, num_workers)) for step in steps]
+        for number in range(steps.start // steps_in_pass, -(-steps.stop // steps_in_pass)):
+            pass_steps = range(number * steps_in_pass, (number + 1) * steps_in_pass)
+            sizes = [len(schedule.get_share(step, rank, num_workers)) for step in pass_steps]
             num_read = 0
             pending = spare = torch.empty(0, *self.frame.shape, dtype=torch.uint8)
             # a shuffled stream of Ray 2.60 also yields short batches before its end: build full batches here
@@ -232,14 +216,15 @@ class StreamShard(Shard):
                 spare = spare if len(spare) else images[:1]
                 pending = torch.cat([pending, images])
                 while num_read < len(sizes) and len(pending) >= sizes[num_read]:
-                    share, pending = pending[: sizes[num_read]], pending[sizes[num_read] :]
+                    if pass_steps[num_read] in steps:
+                        yield pending[: sizes[num_read]]
+                    pending = pending[sizes[num_read] :]
                     num_read += 1
-                    if steps[num_read - 1] >= first_step:
-                        yield share
             # Ray Data gives all workers equally many images and drops the remainder: one image can be missing in the last batch
             if num_read == len(sizes) - 1 and len(pending) == sizes[-1] - 1:
+                if pass_steps[num_read] in steps:
+                    yield torch.cat([pending, spare])
                 num_read += 1
-                yield torch.cat([pending, spare])
             if num_read < len(sizes):
                 raise TrainingError(
                     f"the stream of category {self.category!r} ended after {num_read} of {len(sizes)} batches: check whether "

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -33,7 +32,7 @@ LEARNING_RATE_IMAGE_ALIGNER = 0.01  # [kin]
 COLLAPSE_STD = (
     0.05  # smallest `feature_std` of a healthy run: below it, features of different locations are nearly equal
 )
-MAX_STATISTICS_BATCHES = 50  # batches from which the running statistics are computed after the training
+MAX_STATISTICS_BATCHES = 50  # enough for the running statistics after the training, also of a large data set
 
 
 class FydTraining:
@@ -115,11 +114,14 @@ def cut_one_tile_per_image(batches: Iterable[Tensor], tiles: TileGrid, seed: int
         seed: determines the order of the tiles.
         first_step: step of the first batch.
     """
+    if tiles.num_tiles == 1:
+        yield from batches
+        return
     for step, batch in enumerate(batches, start=first_step):
         num_rounds, position = divmod(step, tiles.num_tiles)
         generator = torch.Generator().manual_seed(derive_seed(seed, "tiles", num_rounds))
         order = torch.randperm(tiles.num_tiles, generator=generator).tolist()
-        yield batch if tiles.num_tiles == 1 else tiles.cut_one_tile(batch, order[position])
+        yield tiles.cut_one_tile(batch, order[position])
 
 
 def format_collapse_warning(figures: dict[str, float]) -> str | None:
@@ -157,7 +159,7 @@ def recompute_running_statistics(net: FocusNet, batches: Iterable[Tensor], devic
     During the training, running statistics mix the statistics of older weights, and after a short training also the initial
     values. Frozen batch norms do not change. A network without running statistics does not read a batch.
 
-    Args: batches: this worker's shares of global batches, as for `train_interval`. At most `MAX_STATISTICS_BATCHES` are read.
+    Args: batches: this worker's shares of global batches, as for `train_interval`.
     """
     net.train()
     layers = [
@@ -171,7 +173,7 @@ def recompute_running_statistics(net: FocusNet, batches: Iterable[Tensor], devic
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None
-    for batch in itertools.islice(batches, MAX_STATISTICS_BATCHES):
+    for batch in batches:
         net(convert_to_float_images(batch, device))
     for layer, momentum in zip(layers, momentums, strict=True):
         layer.momentum = momentum
