@@ -353,3 +353,14 @@ def test_a_training_with_more_workers_than_images_in_a_batch_is_refused() -> Non
 def test_grid_and_memory_follow_the_settings_that_decide_them() -> None:
     config = parse_config({"data": {"uri": "x"}, "model": {"precision": "fp32"}, "density": {"map_stride_px": 4}})
     assert (config.density.precision, config.density.smooth_layers) == ("fp32", ())
+
+
+def test_a_bundle_with_training_settings_of_an_earlier_version_is_read() -> None:
+    earlier = {
+        "epochs": 10, "learning_rate": 1e-4, "learning_rate_head": 0.05, "learning_rate_feature_alignment": 0.05,
+        "warmup_epochs": 0.0, "symmetric": False, "checkpoint_every_epochs": 1,
+    }  # fmt: skip
+    config = parse_config({"data": {"uri": "parts"}, "train": earlier}, is_fitted=True)
+    assert config.train.steps == 10
+    with pytest.raises(ConfigError, match="learning_rate_head"):
+        parse_config({"data": {"uri": "parts"}, "train": {"steps": 10, "learning_rate_head": 0.05}})

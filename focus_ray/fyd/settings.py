@@ -18,13 +18,17 @@ class TrainConfig(ConfigSection):
     """Optimisation by SGD with momentum and a cosine schedule [kin]. The paper does not give its values."""
 
     FIXED: ClassVar[Mapping[str, Any]] = {
+        "learning_rate_head": None,  # None: `learning_rate`
         "learning_rate_image_alignment": 1e-2,
+        "learning_rate_feature_alignment": None,
         "momentum": 0.9,
         "weight_decay": 0.0,
         "stop_gradient": True,
         "symmetric": True,
         "precision": "auto",
         "gradient_clip_norm": None,
+        "warmup_epochs": 0.0,
+        "checkpoint_every_epochs": 1,
     }
 
     steps: int = Field(
