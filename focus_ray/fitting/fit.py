@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -61,11 +60,11 @@ from focus_ray.fitting.passes import (
 from focus_ray.fitting.projection import DiscriminantProjection, choose_projection_images, learn_projection
 from focus_ray.fitting.selection import MIN_GAIN, make_validation_images
 from focus_ray.fitting.settings import Config
-from focus_ray.fitting.shards import Shard
+from focus_ray.fitting.shards import BlockReader, Shard, read_blocks, read_train_batches
 from focus_ray.fitting.shared_metric import read_shared_metric
 from focus_ray.fitting.split import MAX_CALIBRATION_IMAGES, NUM_CALIBRATION_FOLDS
 from focus_ray.fitting.state import BestNetwork, FitNotes, IntervalCallback, TrainState
-from focus_ray.fyd.batch_schedule import BatchSchedule, split_into_intervals
+from focus_ray.fyd.batch_schedule import BatchSchedule
 from focus_ray.precision import choose_compute_dtype
 from focus_ray.progress import track_progress
 from focus_ray.seeds import derive_seed
@@ -104,9 +103,11 @@ def fit(
     device: torch.device,
     *,
     net: FocusNet | None = None,
+    notes: FitNotes | None = None,
     rank: int = 0,
     state: TrainState | None = None,
     on_interval: IntervalCallback | None = None,
+    block_reader: BlockReader | None = None,
     log: Callable[[str], None] = lambda message: None,
 ) -> FitResult:
     """Fits the detector of one category: aligns, trains, computes statistics, and calibrates.
@@ -117,10 +118,12 @@ def fit(
         shard: this worker's images.
         num_images: number of training images of all workers.
         net: network to fit, which is changed in place; None: a new network with the configured weights.
+        notes: notes of the training of `net`; None: `net` was not trained.
         device: device of the network and the density.
         rank: number of this worker, from 0.
         state: saved state from which training resumes; None starts a new fit.
         on_interval: called by every worker after every interval of the training; see `IntervalCallback`.
+        block_reader: reads images for the training that are not in RAM; None: `read_blocks` in this process.
         log: called with each message.
 
     Returns: the detector, its statistics and its calibration.
@@ -131,7 +134,9 @@ def fit(
         FloatingPointError: the loss, or a weight after an interval, is not finite.
         WeightsError, ConfigError: see `check_fit_prerequisites`.
     """
-    fitter = DetectorFitter(config, shard, num_images, device, net=net, rank=rank, log=log)
+    fitter = DetectorFitter(
+        config, shard, num_images, device, net=net, notes=notes, rank=rank, block_reader=block_reader, log=log
+    )
     fitter.align_and_train(state, on_interval)
     return fitter.build_and_calibrate()
 
@@ -186,7 +191,7 @@ class DetectorFitter:
         offset: image number of this worker's first training image.
         validation: this worker's validation images (N, H, W, C) and masks (N, H, W) of their synthetic defects; None if no
             validation score chooses alignment and training length (selection.fraction=0).
-        training: the training of the network; None with train.steps=0.
+        training: the training of the network for this category; None without such a training.
         method: calibration method.
         best: the network with the best validation score so far; None before the first validation, and with selection.fraction=0.
         projection: the learnt projection; None before it is learnt, and for other reductions.
@@ -202,24 +207,27 @@ class DetectorFitter:
         device: torch.device,
         *,
         net: FocusNet | None = None,
+        notes: FitNotes | None = None,
         rank: int = 0,
+        block_reader: BlockReader | None = None,
         log: Callable[[str], None] = lambda message: None,
     ) -> None:
         torch.manual_seed(config.train.seed)
         net = build_network(config.model) if net is None else net
         net = net.to(device).to(memory_format=torch.channels_last)
         self.training: FydTraining | None = None
-        if config.train.steps:
+        if config.train.trains_each_category:
             from focus_ray.fyd.training import FydTraining
 
             self.training = FydTraining(net, device, config.train)
         self.config, self.net, self.shard = config, net, shard
         self.device, self.rank, self.log = device, rank, log
+        self.block_reader = block_reader or functools.partial(read_blocks, config)
         self.num_images = num_images
         self.offset = num_images * rank // get_world_size()
         self.num_own = num_images * (rank + 1) // get_world_size() - self.offset
         self.reduction = ChannelReduction(net.backbone.spec.channels, config.density, config.train.seed).to(device)
-        self.notes = FitNotes()
+        self.notes = copy.deepcopy(notes) if notes is not None else FitNotes()
         self.seconds: dict[str, float] = {}
         self.best: BestNetwork | None = None
         self.projection: DiscriminantProjection | None = None
@@ -333,30 +341,22 @@ class DetectorFitter:
             TrainingError: the stream of images ended too early.
             FloatingPointError: the loss, or a weight after an interval, is not finite.
         """
-        from focus_ray.fyd.training import MAX_STATISTICS_BATCHES, cut_one_tile_per_image, recompute_running_statistics
+        from focus_ray.fyd.training import count_batches_to_read, cut_one_tile_per_image, recompute_running_statistics
 
         train, tiles = self.config.train, TileGrid(*self.config.model.tile_layout)
-        schedule = BatchSchedule.plan(self.num_images, get_world_size(), train.batch_size, train.seed)
+        schedule = BatchSchedule.plan([self.num_images], get_world_size(), train.batch_size, train.seed)
         training.build_optimizer_and_schedule(schedule)
         if state is None:
             self._keep_best_network(0)
         else:
             training.restore_optimizer(state.optimizer, state.schedule)
         first_step = 0 if state is None else state.step
-        # after the training, one more pass gives the running statistics
-        num_statistics_batches = min(MAX_STATISTICS_BATCHES, -(-self.num_images // schedule.batch_size))
-        steps_to_read = range(first_step, train.steps + num_statistics_batches)
-        batches = cut_one_tile_per_image(
-            self.shard.read_train_batches(schedule, steps_to_read), tiles, train.seed, first_step
-        )
-        for steps in split_into_intervals(train.steps, first_step):
-            # the same on every worker
-            generator = torch.Generator().manual_seed(derive_seed(train.seed, "interval", steps.start))
-            start = time.perf_counter()
-            figures = training.run_interval(itertools.islice(batches, len(steps)), steps.start, generator)
-            step = steps.stop
-            figures = {"step": float(step), **figures, "seconds": time.perf_counter() - start}
-            self._record_interval_metrics(figures)
+        steps_to_read = range(first_step, count_batches_to_read(train, schedule))
+        batches = read_train_batches([self.shard], schedule, steps_to_read, self.block_reader)
+        batches = cut_one_tile_per_image(batches, tiles, train.seed, first_step)
+        for figures in training.run_intervals(batches, first_step):
+            step = int(figures["step"])
+            self.notes.record_interval(figures, train.steps, self.log)
             self._keep_best_network(step)
             if on_interval is not None:
 
@@ -369,18 +369,6 @@ class DetectorFitter:
             self.log(f"kept the network after step {self.best.step} of {train.steps} (0: untrained)")
         if self.best is None or self.best.step:
             recompute_running_statistics(self.net, batches, self.device)
-
-    def _record_interval_metrics(self, figures: dict[str, float]) -> None:
-        """Adds the metrics of an interval to the notes, logs them, and warns if they show that the features have collapsed."""
-        from focus_ray.fyd.training import format_collapse_warning
-
-        self.notes.history.append(figures)
-        step, steps = int(figures["step"]), self.config.train.steps
-        shown = ", ".join(f"{key} {value:.4g}" for key, value in figures.items() if key != "step")
-        self.log(f"step {step}/{steps}: {shown}")
-        warning = format_collapse_warning(figures)
-        if warning is not None:
-            self._add_warning(f"step {step}: {warning}")
 
     def _keep_best_network(self, step: int) -> None:
         """Validates the network, and stores a copy as `best` if `best` is empty or its score is exceeded by more than MIN_GAIN.
@@ -523,9 +511,10 @@ class DetectorFitter:
         if relations is not None:
             is_related = relations.related[len(bank_images) :, : len(bank_images)].any(dim=1)
         if num_related := int(is_related.sum()):
-            self._add_warning(
+            self.notes.add_warning(
                 f"{num_related} of {len(is_related)} held-out photographs show parts that training photographs also show: these "
-                "photographs are not used for the threshold"
+                "photographs are not used for the threshold",
+                self.log,
             )
         if 1 - float(is_related.float().mean()) < _MIN_UNRELATED_SHARE:
             return None
@@ -537,11 +526,6 @@ class DetectorFitter:
         count, num_parts = len(relations.groups), relations.num_groups
         self.notes.parts = {"num_images": count, "num_parts": num_parts}
         self.log(f"{count} photographs show about {num_parts} parts: photographs of one part are left out together")
-
-    def _add_warning(self, message: str) -> None:
-        """Adds a warning to the notes, and logs it."""
-        self.notes.warnings.append(message)
-        self.log(f"WARNING: {message}")
 
     def _add_validation_to_training(self) -> None:
         """Adds the validation images to the training images. Call it after the last validation."""
@@ -589,8 +573,9 @@ class DetectorFitter:
                 holdout_rows = self._find_unrelated_holdout(statistics)
                 if holdout_rows is None:
                     self.method = self._choose_method_without_holdout()
-                    self._add_warning(
-                        "the threshold is set from training photographs instead, each scored without the photographs of its part"
+                    self.notes.add_warning(
+                        "the threshold is set from training photographs instead, each scored without the photographs of its part",
+                        self.log,
                     )
             if self.method == "cross":
                 self.learn_projection()

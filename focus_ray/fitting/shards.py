@@ -1,11 +1,13 @@
-"""Module for shards: one worker's share of the normal images, kept in RAM or read again on every pass."""
+"""Module for shards (one worker's share of the normal images, in RAM or read on every pass), and for batches for the training."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,21 +16,31 @@ from torch import Tensor
 
 from focus_ray.data.read import NUM_ROWS_PER_READ, decode_rows
 from focus_ray.distributed import all_gather_rows, compute_worker_range, get_rank, get_world_size
-from focus_ray.errors import TrainingError
 from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.split import NO_ROWS, SplitPlan, SplitRows, SplitRule
 from focus_ray.fyd.batch_schedule import BatchSchedule
-from focus_ray.seeds import derive_seed
 
-_SHUFFLE_ROWS = 512  # rows of a local stream that are decoded and shuffled together
+_MAX_BLOCK_IMAGES = 256  # images of a worker that a stream reads together, if they belong to the same category
 
 _Part = Literal["fit", "validation", "holdout"]
-BatchStream = Callable[[int, int], Iterable[Mapping[str, Any]]]
-"""Function (batch size, seed) -> shuffled batches of this worker's images: {'image': uint8 (B, H, W, C)}.
 
-B is at most the batch size.
-"""
+
+class ImageBlock(NamedTuple):
+    """Images that are read together.
+
+    category: category of the images.
+    version: name of the stored version of the category's data; None: the current version.
+    rows: (n,) int64, row numbers of the images in this version, strictly ascending.
+    """
+
+    category: str
+    version: str | None
+    rows: NDArray[np.int64]
+
+
+BlockReader = Callable[[Iterable[ImageBlock]], Iterator[NDArray[np.uint8]]]
+"""Function that reads and decodes blocks: it yields the images (n, H, W, 3 or 4) of each block, in the order of the blocks."""
 
 
 class Shard(ABC):
@@ -40,18 +52,11 @@ class Shard(ABC):
 
     Attributes:
         share: which images of this worker are fit, validation and held-out images, with their groups and order.
-        batch_size: images per batch, except in `read_train_batches`.
+        batch_size: images per batch.
     """
 
     share: SplitPlan
     batch_size: int
-
-    @abstractmethod
-    def read_train_batches(self, schedule: BatchSchedule, steps: range) -> Iterator[Tensor]:
-        """Generator: yields this worker's share of the fit images of the global batch of each step.
-
-        Raises: TrainingError: a stream of images ended too early.
-        """
 
     @abstractmethod
     def read_batches(self, part: _Part, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
@@ -94,7 +99,7 @@ class MemoryShard(Shard):
             images: (N, H, W, C) uint8, the fit images, for training and density.
             holdout: (M, H, W, C) uint8, held-out images, for calibration; None: no images.
             folds: (N,) fold number of each fit image, for cross calibration; None: cross calibration is not possible.
-            batch_size: images per batch, except in `read_train_batches`.
+            batch_size: images per batch.
             validation: (V, H, W, C) uint8, for the selection of a network without labels; None: no images.
             groups: (N,) group number of each fit image. None: each image is its own group.
             order: (N,) rank of each fit image in natural order of file names. None: the order of `images`.
@@ -118,19 +123,18 @@ class MemoryShard(Shard):
             fingerprint="",
         )
 
-    def read_train_batches(self, schedule: BatchSchedule, steps: range) -> Iterator[Tensor]:
-        """Generator: see `Shard.read_train_batches`.
+    def gather_images(self, numbers: Tensor, num_images: int) -> Tensor:
+        """Returns fit images (n, H, W, C) of the whole category on every worker. The workers exchange their images.
 
-        The images of a global batch do not depend on the number of workers. The workers exchange them, because each worker keeps
-        other images in RAM.
+        Args:
+            numbers: (n,) int64, image numbers; no number appears twice.
+            num_images: number of fit images of all workers.
         """
-        own_numbers = compute_worker_range(schedule.num_images)
-        for step, numbers in zip(steps, schedule.iterate_batches(steps), strict=True):
-            ascending = numbers.sort().values
-            own = ascending[(ascending >= own_numbers.start) & (ascending < own_numbers.stop)]
-            images = all_gather_rows(self.images[own - own_numbers.start])  # in the order of `ascending`
-            share = schedule.get_share(step, get_rank(), get_world_size())
-            yield images[torch.searchsorted(ascending, numbers[share.start : share.stop])]
+        own_numbers = compute_worker_range(num_images)
+        ascending = numbers.sort().values
+        own = ascending[(ascending >= own_numbers.start) & (ascending < own_numbers.stop)]
+        images = all_gather_rows(self.images[own - own_numbers.start])  # in the order of `ascending`
+        return images[torch.searchsorted(ascending, numbers)]
 
     def read_batches(self, part: _Part, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Generator: see `Shard.read_batches`; yields batches (B, H, W, C) from the images in RAM."""
@@ -145,91 +149,25 @@ class MemoryShard(Shard):
         return MemoryShard(images, self.holdout, batch_size=self.batch_size, share=share)
 
 
-def build_local_stream(config: Config, category: str, plan: SplitPlan, num_threads: int = 1) -> BatchStream:
-    """Returns a function that yields shuffled batches of a category's fit images; every call decodes the images again.
-
-    The images are shuffled and divided into blocks of `_SHUFFLE_ROWS`. A block is read in ascending order of rows, decoded, and
-    shuffled again. So only one block is in RAM.
-
-    Args:
-        plan: the split of the category, or the share of one worker.
-        num_threads: number of threads that decode.
-
-    Raises: DataError: the region of interest of the category cannot be used.
-    """
-    frame = load_frame(config, category)
-
-    def read_shuffled_batches(batch_size: int, seed: int) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
-        """Generator: see `BatchStream`; the last batch of a block of images may be smaller."""
-        rng = np.random.default_rng(seed)
-        order = rng.permutation(plan.fit.rows)
-        for start in range(0, len(order), _SHUFFLE_ROWS):
-            group = np.sort(order[start : start + _SHUFFLE_ROWS])
-            rows = decode_rows(config.data.uri, category, group, frame, num_threads=num_threads, version=plan.version)
-            images = np.concatenate(list(rows))
-            positions = rng.permutation(len(images))
-            for first in range(0, len(images), batch_size):
-                yield {"image": images[positions[first : first + batch_size]]}
-
-    return read_shuffled_batches
-
-
 class StreamShard(Shard):
     """A shard that reads and decodes its images again on every pass, a few at a time."""
 
     def __init__(
-        self, config: Config, category: str, share: SplitPlan, stream: BatchStream | None = None, num_threads: int = 1
+        self, config: Config, category: str, plan: SplitPlan, rank: int, num_workers: int, num_threads: int = 1
     ) -> None:
         """
         Args:
-            share: the split of this worker's images.
-            stream: yields the decoded fit images for training; None if nothing is trained.
+            plan: the split of the images of all workers.
+            rank: number of this worker, from 0.
             num_threads: number of threads that decode.
 
         Raises: DataError: the region of interest of the category cannot be used.
         """
         self.num_threads = num_threads
-        self.config, self.category, self.share, self.stream = config, category, share, stream
+        self.config, self.category, self.plan = config, category, plan
+        self.share = plan.get_worker_share(rank, num_workers)
         self.batch_size = NUM_ROWS_PER_READ
         self.frame = load_frame(config, category)
-
-    def read_train_batches(self, schedule: BatchSchedule, steps: range) -> Iterator[Tensor]:
-        """Generator: see `Shard.read_train_batches`. It needs a stream.
-
-        A global batch contains images of the streams of all workers, so its images depend on the number of workers. A pass over
-        the stream has whole batches only; the images that do not fill another batch are left out of this pass.
-
-        Raises: TrainingError: the stream ended too early, for instance because the data was changed.
-        """
-        assert self.stream is not None, "training needs a stream"
-        rank, num_workers = get_rank(), get_world_size()
-        # every worker begins a pass at the same step, because Ray Data begins it only after the request of every worker
-        steps_in_pass = schedule.num_images // schedule.batch_size
-        for number in range(steps.start // steps_in_pass, -(-steps.stop // steps_in_pass)):
-            pass_steps = range(number * steps_in_pass, (number + 1) * steps_in_pass)
-            sizes = [len(schedule.get_share(step, rank, num_workers)) for step in pass_steps]
-            num_read = 0
-            pending = spare = torch.empty(0, *self.frame.shape, dtype=torch.uint8)
-            # a shuffled stream of Ray 2.60 also yields short batches before its end: build full batches here
-            for batch in self.stream(max(sizes), derive_seed(schedule.seed, "stream", number)):
-                images = torch.from_numpy(np.array(batch["image"]))
-                spare = spare if len(spare) else images[:1]
-                pending = torch.cat([pending, images])
-                while num_read < len(sizes) and len(pending) >= sizes[num_read]:
-                    if pass_steps[num_read] in steps:
-                        yield pending[: sizes[num_read]]
-                    pending = pending[sizes[num_read] :]
-                    num_read += 1
-            # Ray Data gives all workers equally many images and drops the remainder: one image can be missing in the last batch
-            if num_read == len(sizes) - 1 and len(pending) == sizes[-1] - 1:
-                if pass_steps[num_read] in steps:
-                    yield torch.cat([pending, spare])
-                num_read += 1
-            if num_read < len(sizes):
-                raise TrainingError(
-                    f"the stream of category {self.category!r} ended after {num_read} of {len(sizes)} batches: check whether "
-                    "the data was changed during the training"
-                )
 
     def read_batches(self, part: _Part, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Generator: see `Shard.read_batches`; reads and decodes the images, and yields batches (B, H, W, C)."""
@@ -242,18 +180,19 @@ class StreamShard(Shard):
     def merge_validation_into_fit(self) -> StreamShard:
         """Returns a new shard in which the validation images are fit images too, all in the order of their rows."""
         joined = self.share.merge_validation_into_fit()
-        share = joined.select_fit_images(np.argsort(joined.fit.rows))
-        return StreamShard(self.config, self.category, share, self.stream, self.num_threads)
+        merged = copy.copy(self)
+        merged.share = joined.select_fit_images(np.argsort(joined.fit.rows))
+        return merged
 
 
-def fits_in_memory(config: Config, plan: SplitPlan | SplitRule) -> bool:
+def fits_in_memory(config: Config, *plans: SplitPlan | SplitRule) -> bool:
     """Returns whether the decoded images of each worker fit into the RAM that data.memory_budget_mb allows.
 
     It assumes the smallest number of workers that the settings allow, because each worker then has the most images.
 
-    Args: plan: the split of the images of all workers.
+    Args: plans: the splits of the categories whose images are needed at the same time, each for the images of all workers.
     """
-    share = -(-plan.num_images // config.cluster.min_workers_to_start)
+    share = sum(-(-plan.num_images // config.cluster.min_workers_to_start) for plan in plans)
     channels = 4 if config.model.resize == "pad" or config.data.regions else 3
     return share * math.prod(config.model.resized_image_px) * channels <= config.data.memory_budget_mb * 2**20
 
@@ -264,7 +203,6 @@ def build_shard(
     plan: SplitPlan,
     rank: int,
     num_workers: int,
-    stream: BatchStream | None = None,
     num_threads: int = 1,
 ) -> Shard:
     """Builds the shard of a worker: it keeps the images in RAM if `fits_in_memory`, otherwise it reads them again on every pass.
@@ -272,14 +210,13 @@ def build_shard(
     Args:
         plan: the split of the images of all workers.
         rank: number of this worker, from 0.
-        stream: yields the decoded fit images for training; used only if the images do not fit into RAM.
         num_threads: number of threads that decode.
 
     Raises: DataError: the region of interest of the category cannot be used.
     """
-    share = plan.get_worker_share(rank, num_workers)
     if not fits_in_memory(config, plan):
-        return StreamShard(config, category, share, stream, num_threads)
+        return StreamShard(config, category, plan, rank, num_workers, num_threads)
+    share = plan.get_worker_share(rank, num_workers)
     frame = load_frame(config, category)
 
     def load_images(row_numbers: NDArray[np.int64]) -> Tensor:
@@ -298,3 +235,70 @@ def build_shard(
         validation=load_images(share.validation.rows),
         share=share,
     )
+
+
+def read_blocks(config: Config, blocks: Iterable[ImageBlock], num_threads: int = 1) -> Iterator[NDArray[np.uint8]]:
+    """Generator: reads and decodes blocks in this process, see `BlockReader`.
+
+    Args: num_threads: number of threads that decode.
+
+    Raises: DataError: a region of interest or the data set cannot be read. ImageError: an image cannot be decoded.
+    """
+    for category, version, rows in blocks:
+        frame = load_frame(config, category)
+        images = decode_rows(config.data.uri, category, rows, frame, num_threads=num_threads, version=version)
+        yield np.concatenate(list(images))
+
+
+def read_train_batches(
+    shards: Sequence[Shard], schedule: BatchSchedule, steps: range, block_reader: BlockReader
+) -> Iterator[Tensor]:
+    """Generator: yields this worker's share (b, H, W, C) of the global batch of each step.
+
+    The images do not depend on the number of workers, nor on whether shards are in RAM.
+
+    Args:
+        shards: the shard of each category, all in RAM or all streamed.
+        schedule: the global batches, with the categories in the order of `shards`.
+        block_reader: reads the images of streamed shards.
+
+    Raises: the errors of `block_reader`.
+    """
+    rank, num_workers = get_rank(), get_world_size()
+    batches = zip(steps, schedule.iterate_batches(steps), strict=True)
+    if isinstance(shards[0], MemoryShard):
+        for step, (category, numbers) in batches:
+            share, shard = schedule.get_share(step, rank, num_workers), shards[category]
+            assert isinstance(shard, MemoryShard)
+            yield shard.gather_images(numbers, schedule.num_images[category])[share.start : share.stop]
+        return
+
+    def group_steps() -> Iterator[tuple[ImageBlock, list[NDArray[np.int64]]]]:
+        """Generator: yields blocks, and the row numbers of this worker's images of each step of the block."""
+        category, rows_of_steps = 0, list[NDArray[np.int64]]()
+        for step, (next_category, numbers) in batches:
+            share = schedule.get_share(step, rank, num_workers)
+            num_images = sum(map(len, rows_of_steps)) + len(share)
+            if rows_of_steps and (next_category != category or num_images > _MAX_BLOCK_IMAGES):
+                yield build_block(category, rows_of_steps)
+                rows_of_steps = []
+            category = next_category
+            shard = shards[category]
+            assert isinstance(shard, StreamShard)
+            rows_of_steps.append(shard.plan.fit.rows[numbers[share.start : share.stop].numpy()])
+        yield build_block(category, rows_of_steps)
+
+    def build_block(
+        category: int, rows_of_steps: list[NDArray[np.int64]]
+    ) -> tuple[ImageBlock, list[NDArray[np.int64]]]:
+        """Returns the block with the images of some steps, each image once, and the row numbers of each step."""
+        shard = shards[category]
+        assert isinstance(shard, StreamShard)
+        block = ImageBlock(shard.category, shard.share.version, np.unique(np.concatenate(rows_of_steps)))
+        return block, rows_of_steps
+
+    groups, groups_to_read = itertools.tee(group_steps())  # the reader is ahead
+    images_of_blocks = block_reader(block for block, _ in groups_to_read)
+    for (block, rows_of_steps), images in zip(groups, images_of_blocks, strict=True):
+        for rows in rows_of_steps:
+            yield torch.from_numpy(images[np.searchsorted(block.rows, rows)])

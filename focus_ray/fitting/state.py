@@ -47,6 +47,28 @@ class FitNotes:
     warnings: list[str] = field(default_factory=list)
     parts: dict[str, int] | None = None
 
+    def record_interval(self, figures: Metrics, num_steps: int, log: Callable[[str], None]) -> None:
+        """Adds the metrics of an interval, logs them, and warns if they show that the features have collapsed.
+
+        Args:
+            figures: metrics of `FydTraining.run_intervals`.
+            num_steps: steps of the whole training.
+            log: receives the messages.
+        """
+        from focus_ray.fyd.training import format_collapse_warning
+
+        self.history.append(figures)
+        step = int(figures["step"])
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in figures.items() if key != "step")
+        log(f"step {step}/{num_steps}: {shown}")
+        if (warning := format_collapse_warning(figures)) is not None:
+            self.add_warning(f"step {step}: {warning}", log)
+
+    def add_warning(self, message: str, log: Callable[[str], None]) -> None:
+        """Adds a warning, and logs it."""
+        self.warnings.append(message)
+        log(f"WARNING: {message}")
+
 
 @dataclass(frozen=True)
 class TrainState:

@@ -7,7 +7,7 @@ choice of this project.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -38,6 +38,11 @@ class TrainConfig(ConfigSection):
         description="Optimiser steps in which the network learns by gradient. 0 trains nothing: the backbone does not "
         "change.",
     )
+    scope: Literal["category", "plant"] = Field(
+        default="category",
+        description="category: each category trains its own network. plant: all categories train one network together; "
+        "each batch has images of one category.",
+    )
     batch_size: int = Field(
         default=32,
         ge=2,
@@ -61,3 +66,13 @@ class TrainConfig(ConfigSection):
         description="Seed of everything random: held-out images, weights, order, channels, synthetic defects. The "
         "same seed gives the same model.",
     )
+
+    @property
+    def trains_each_category(self) -> bool:
+        """Whether each category trains a network of its own."""
+        return self.steps > 0 and self.scope == "category"
+
+    @property
+    def trains_plant(self) -> bool:
+        """Whether all categories train one network together."""
+        return self.steps > 0 and self.scope == "plant"

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,7 +20,7 @@ from focus_ray.distributed import get_rank, get_world_size, join_batch
 from focus_ray.errors import DataError
 from focus_ray.features.alignment.transformer import SpatialTransformer
 from focus_ray.features.network import FocusNet, convert_to_float_images
-from focus_ray.fyd.batch_schedule import BatchSchedule
+from focus_ray.fyd.batch_schedule import BatchSchedule, split_into_intervals
 from focus_ray.fyd.head import ProjectorPredictorHead
 from focus_ray.fyd.losses import compute_effective_rank, draw_image_pairs
 from focus_ray.fyd.objective import LAST_LEVEL, TrainingObjective, iterate_all_parameters
@@ -32,7 +34,7 @@ LEARNING_RATE_IMAGE_ALIGNER = 0.01  # [kin]
 COLLAPSE_STD = (
     0.05  # smallest `feature_std` of a healthy run: below it, features of different locations are nearly equal
 )
-MAX_STATISTICS_BATCHES = 50  # enough for the running statistics after the training, also of a large data set
+_MAX_STATISTICS_BATCHES = 50  # enough for the running statistics after the training, also of a large data set
 
 
 class FydTraining:
@@ -47,7 +49,7 @@ class FydTraining:
         self.head = ProjectorPredictorHead(net).to(device).to(memory_format=torch.channels_last)
 
     def build_optimizer_and_schedule(self, batch_schedule: BatchSchedule) -> None:
-        """Builds objective, optimiser and schedule; call it before `get_state_dicts`, `restore_optimizer` and `run_interval`.
+        """Builds objective, optimiser and schedule; call it before `get_state_dicts`, `restore_optimizer` and `run_intervals`.
 
         Parameters of the network that no loss trains are frozen.
 
@@ -83,24 +85,40 @@ class FydTraining:
         self.optimizer.load_state_dict(optimizer)
         self.schedule.load_state_dict(schedule)
 
-    def run_interval(self, batches: Iterable[Tensor], first_step: int, generator: torch.Generator) -> dict[str, float]:
-        """Switches network and head to training mode, and trains for the steps of one interval.
+    def run_intervals(self, batches: Iterator[Tensor], first_step: int = 0) -> Iterator[dict[str, float]]:
+        """Generator: trains the network for the remaining steps, and yields the metrics of each interval.
 
-        Arguments, result and errors: see `train_interval`.
+        After an interval, the caller may use the network and read the state. At the end, `batches` is at the first batch that
+        no step has used.
+
+        Args:
+            batches: this worker's share of the global batch of each step, from `first_step` on.
+            first_step: number of steps that the training has finished already, the end of an interval or 0.
+
+        Yields: the metrics of `train_interval`, "step" -> number of finished steps, and "seconds" -> duration of the interval.
+
+        Raises: see `train_interval`.
         """
-        self.net.train()
-        self.head.train()
-        return train_interval(
-            self.objective,
-            batches,
-            first_step,
-            self.batch_schedule,
-            self.optimizer,
-            self.schedule,
-            self.device,
-            generator,
-            self.autocast,
-        )
+        seed = self.config.seed
+        for steps in split_into_intervals(self.config.steps, first_step):
+            generator = torch.Generator().manual_seed(
+                derive_seed(seed, "interval", steps.start)
+            )  # equal on every worker
+            start = time.perf_counter()
+            self.net.train()
+            self.head.train()
+            figures = train_interval(
+                self.objective,
+                itertools.islice(batches, len(steps)),
+                steps.start,
+                self.batch_schedule,
+                self.optimizer,
+                self.schedule,
+                self.device,
+                generator,
+                self.autocast,
+            )
+            yield {"step": float(steps.stop), **figures, "seconds": time.perf_counter() - start}
 
 
 def cut_one_tile_per_image(batches: Iterable[Tensor], tiles: TileGrid, seed: int, first_step: int) -> Iterator[Tensor]:
@@ -152,6 +170,11 @@ def build_optimizer(net: FocusNet, head: ProjectorPredictorHead, config: TrainCo
     )
 
 
+def count_batches_to_read(config: TrainConfig, schedule: BatchSchedule) -> int:
+    """Returns the number of global batches of a training: one for each step, and some for `recompute_running_statistics`."""
+    return config.steps + min(_MAX_STATISTICS_BATCHES, schedule.count_batches_in_pass())
+
+
 @torch.no_grad()
 def recompute_running_statistics(net: FocusNet, batches: Iterable[Tensor], device: torch.device) -> None:
     """Computes the running statistics of batch norms and spatial transformers again, as means over batches, in place.
@@ -168,6 +191,7 @@ def recompute_running_statistics(net: FocusNet, batches: Iterable[Tensor], devic
         if isinstance(module, (nn.BatchNorm2d, SpatialTransformer)) and module.training
     ]
     if not layers:
+        net.eval()
         return
     momentums = [layer.momentum for layer in layers]
     for layer in layers:
@@ -224,11 +248,12 @@ def train_interval(
     sums: dict[str, Tensor] = {}
     steps, rate = 0, 0.0
     level: Tensor | None = None
-    first, rank, num_workers = 0, get_rank(), get_world_size()
+    first, batch_size, rank, num_workers = 0, 0, get_rank(), get_world_size()
     for batch in batches:
         first = batch_schedule.get_share(first_step + steps, rank, num_workers).start
+        batch_size = batch_schedule.get_batch_size(first_step + steps)
         images = convert_to_float_images(batch, device)
-        pairs = draw_image_pairs(batch_schedule.batch_size, generator).to(device)
+        pairs = draw_image_pairs(batch_size, generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             parts = objective(images, pairs, first)
         level = parts.pop(LAST_LEVEL, None)
@@ -252,7 +277,7 @@ def train_interval(
         problem = f"the loss is {result['loss']}" if not math.isfinite(result["loss"]) else "weights are not finite"
         raise FloatingPointError(f"{problem} after step {first_step + steps}: lower train.learning_rate")
     if level is not None:
-        result["effective_rank"] = float(compute_effective_rank(join_batch(level, first, batch_schedule.batch_size)))
+        result["effective_rank"] = float(compute_effective_rank(join_batch(level, first, batch_size)))
     return {**result, "learning_rate": rate}
 
 

@@ -236,7 +236,8 @@ def _run_and_report_sweep(
     is_private = connect_to_ray(namespace=base.cluster.ray_namespace)
 
     try:
-        streams = config.max_steps > 0 and any(not fits_in_memory(base, split) for split in splits.values())
+        groups = [splits.values()] if base.train.scope == "plant" else [[split] for split in splits.values()]
+        streams = config.max_steps > 0 and any(not fits_in_memory(base, *group) for group in groups)
         capacity = ClusterCapacity(
             base.cluster,
             is_private,
@@ -457,7 +458,16 @@ class _SweepDriver:
         bundle = {"memory": float(2**20)} if has_train_workers else self.capacity.worker
         labels = [dict(cluster.labels)] if cluster.labels else None
         job = SweepStageInputs(
-            self.config, stage, splits, self.root, self.generation, use_gpu, shared.images, shared.features, pruner
+            self.config,
+            stage,
+            splits,
+            self.root,
+            self.generation,
+            use_gpu,
+            has_train_workers,
+            shared.images,
+            shared.features,
+            pruner,
         )
         try:
             grid = run_tune_trials(

@@ -31,9 +31,10 @@ from focus_ray.features.network import FocusNet
 from focus_ray.features.settings import ModelConfig
 from focus_ray.fitting.fit import DetectorFitter, build_detector
 from focus_ray.fitting.passes import EmbeddedBatch, compute_embedding_statistics, concatenate_scores
+from focus_ray.fitting.plant import PlantNetwork
 from focus_ray.fitting.selection import compute_validation_metrics
 from focus_ray.fitting.settings import Config
-from focus_ray.fitting.shards import Shard
+from focus_ray.fitting.shards import BlockReader, Shard
 from focus_ray.fitting.state import TrainState
 from focus_ray.metrics.evaluate import compute_metrics
 from focus_ray.metrics.metrics import ScoredTestImages
@@ -96,6 +97,8 @@ def score_category(
     features: FrozenFeatures | None = None,
     on_score: Callable[[int, float, bool], str | None] = lambda step, score, final: None,
     shard: Shard | None = None,
+    network: PlantNetwork | None = None,
+    block_reader: BlockReader | None = None,
 ) -> CategoryResult:
     """Fits a model of one category with the settings of a trial, and scores it on the scoring images after every interval.
 
@@ -112,6 +115,8 @@ def score_category(
         features: Result of `compute_frozen_features`, if `make_features_key` of this trial has shared features.
         on_score: Called on rank 0 with (trained steps, score, is_final). It returns a reason to prune the trial, or None.
         shard: This worker's share of the images for streamed training; None takes the share from `images`.
+        network: The network that was trained for all categories; None trains a network, if the settings say so.
+        block_reader: Reads streamed images for the training; None: this process reads them.
 
     Returns: the result. If the trial was pruned, `cut` has the reason.
 
@@ -142,7 +147,16 @@ def score_category(
             report_score(0, _score_features(config, images, features, objective, device), True)
         else:
             own_images = shard or make_worker_shard(images)
-            run = DetectorFitter(config, own_images, num_images or len(images.fit), device, rank=get_rank())
+            run = DetectorFitter(
+                config,
+                own_images,
+                num_images or len(images.fit),
+                device,
+                net=None if network is None else network.build(config.model),
+                notes=None if network is None else network.notes,
+                rank=get_rank(),
+                block_reader=block_reader,
+            )
             _train_and_score(run, images.scored, objective, result, report_score)
     except TrialPruned as pruned:
         result.cut = str(pruned)

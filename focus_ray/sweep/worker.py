@@ -6,22 +6,25 @@ A category is fitted and scored in the process of the trial, or on Ray Train wor
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from focus_ray.cluster.capacity import count_decode_threads
 from focus_ray.cluster.failures import describe_root_cause
 from focus_ray.cluster.ownership import check_folder_owned
 from focus_ray.device import choose_device
 from focus_ray.distributed import get_rank, get_world_size
 from focus_ray.errors import SweepError
+from focus_ray.fitting.plant import PlantNetwork, train_plant_network
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import Shard, StreamShard, build_shard, fits_in_memory
 from focus_ray.fitting.split import NO_ROWS, SplitPlan, SplitRule
@@ -37,7 +40,7 @@ from focus_ray.sweep.trial_inputs import (
     load_category_images,
     make_features_key,
 )
-from focus_ray.training.streams import iterate_worker_batches
+from focus_ray.training.streams import read_blocks_with_ray_data
 from focus_ray.training.trainer import TrainerJob, run_on_train_workers
 
 STOPPED = "the sweep was stopped"
@@ -57,6 +60,7 @@ class SweepStageInputs:
         root: Folder of the sweep.
         generation: Generation of the folder that the driver owns, see `FolderOwner`.
         use_gpu: True if trials use a GPU.
+        has_train_workers: True: a trial computes on workers of Ray Train. False: in its own process.
         images: (category, image size) -> reference to `CategoryImages`.
         features: `make_features_key` -> reference to `FrozenFeatures`.
         pruner: Handle of the `TrialPruner` actor, which decides when a trial ends early.
@@ -68,9 +72,21 @@ class SweepStageInputs:
     root: str
     generation: int
     use_gpu: bool
+    has_train_workers: bool
     images: Mapping[tuple[str, int], Any]
     features: Mapping[str, Any]
     pruner: Any
+
+
+@dataclass(frozen=True)
+class PlantTrialJob(TrainerJob):
+    """The inputs to train one network for all categories in one trial.
+
+    Attributes:
+        splits: The rules that split the images of the categories.
+    """
+
+    splits: Sequence[SplitRule]
 
 
 @dataclass(frozen=True)
@@ -78,12 +94,16 @@ class TrialJob(TrainerJob):
     """The inputs to fit and score one category in one trial. `config` contains the settings of the trial.
 
     Attributes:
+        split: The rule that splits the images of the category.
         number: Number of the trial.
         stage: The inputs that all trials of the stage get.
+        network: The network of all categories; None if the categories train their own networks, or nothing is trained.
     """
 
+    split: SplitRule
     number: int
     stage: SweepStageInputs
+    network: PlantNetwork | None
 
 
 def load_images_task(
@@ -124,13 +144,16 @@ def run_trial(config: Mapping[str, Any], job: SweepStageInputs) -> None:
     start_s = time.perf_counter()
     ray.get(job.pruner.begin_trial.remote(number))
     results: dict[str, CategoryResult] = {}
-    status, reason = "finished", None
+    status, reason, num_steps = "finished", None, 0
     try:
         settings = job.sweep.make_trial_config(point)
         if not job.sweep.share_work:
             clear_trial_caches()
+        network = _train_plant_network(settings, job, number) if settings.train.trains_plant else None
+        if network is not None:
+            num_steps += settings.train.steps
         for category, split in job.splits.items():
-            results[category] = _run_trial_job(TrialJob(settings, split, job.use_gpu, number, job))
+            results[category] = _run_trial_job(TrialJob(settings, job.use_gpu, split, number, job, network))
             reason = results[category].cut
             if reason is not None:
                 status = "cut"
@@ -150,7 +173,7 @@ def run_trial(config: Mapping[str, Any], job: SweepStageInputs) -> None:
         float(np.mean(scores)) if status == "finished" else None,
         {category: dataclasses.asdict(result) for category, result in results.items()},
         reason,
-        sum(result.steps for result in results.values()),
+        num_steps + sum(result.steps for result in results.values()),
         time.perf_counter() - start_s,
         time.time(),
     )
@@ -162,15 +185,43 @@ def run_trial(config: Mapping[str, Any], job: SweepStageInputs) -> None:
     )  # text: Tune flattens nested results
 
 
+def _train_plant_network(config: Config, stage: SweepStageInputs, number: int) -> PlantNetwork:
+    """Trains one network for all categories with the settings of a trial.
+
+    It runs in this process or on Ray Train workers.
+
+    Args:
+        config: Settings of the trial.
+        stage: The inputs that all trials of the stage get.
+        number: Number of the trial.
+    """
+    job = PlantTrialJob(config, stage.use_gpu, list(stage.splits.values()))
+    if not stage.has_train_workers:
+        return _train_plant_network_on_worker(job, torch.device("cuda" if job.use_gpu else "cpu"))
+    name = f"{number:05d}-network-{uuid.uuid4().hex[:6]}"
+    network: PlantNetwork = run_on_train_workers(
+        _train_plant_network_on_worker, job, join_path(stage.root, "scratch"), name
+    )
+    return network
+
+
+def _train_plant_network_on_worker(job: PlantTrialJob, device: torch.device) -> PlantNetwork:
+    """Trains one network for all categories in this process, alone or as a worker of a torch.distributed group."""
+    block_reader = functools.partial(read_blocks_with_ray_data, job.config)
+    num_threads = count_decode_threads(job.config.cluster, job.use_gpu)
+    return train_plant_network(
+        job.config, job.splits, get_rank(), device, num_threads=num_threads, block_reader=block_reader
+    )
+
+
 def _run_trial_job(job: TrialJob) -> CategoryResult:
     """Fits (with training, if configured) and scores a trial on one category.
 
-    It runs in this process, or on Ray Train workers if several workers are configured or images are streamed.
+    It runs in this process or on Ray Train workers.
     """
-    streams = job.config.train.steps > 0 and not fits_in_memory(job.config, job.split)
-    if job.config.cluster.num_workers == 1 and not streams:
+    if not job.stage.has_train_workers:
         return _score_on_worker(job, torch.device("cuda" if job.use_gpu else "cpu"))
-    name = f"{job.number:05d}-{job.category}-{uuid.uuid4().hex[:6]}"
+    name = f"{job.number:05d}-{job.split.category}-{uuid.uuid4().hex[:6]}"
     result: CategoryResult = run_on_train_workers(_score_on_worker, job, join_path(job.stage.root, "scratch"), name)
     return result
 
@@ -191,24 +242,24 @@ def _score_on_worker(job: TrialJob, device: torch.device) -> CategoryResult:
     size_px, num_workers = settings.model.image_size_px, get_world_size()
     features: FrozenFeatures | None = None
     shard: Shard | None = None
-    images: CategoryImages | None = _fetch_shared_input(stage.images.get((job.category, size_px)))
+    images: CategoryImages | None = _fetch_shared_input(stage.images.get((job.split.category, size_px)))
     if images is not None and num_workers == 1:
-        features = _fetch_shared_input(stage.features.get(make_features_key(settings, job.category) or ""))
+        features = _fetch_shared_input(stage.features.get(make_features_key(settings, job.split.category) or ""))
     shared = "features" if features is not None else "images" if images is not None else "nothing"
     if images is None:
         shard, plan = split_images_for_worker(
-            settings, job.category, job.split.build_plan(settings), get_rank(), num_workers
+            settings, job.split.category, job.split.build_plan(settings), get_rank(), num_workers
         )
-        images = load_category_images(stage.sweep.largest_image_config, job.category, plan, objective, size_px)
+        images = load_category_images(stage.sweep.largest_image_config, job.split.category, plan, objective, size_px)
 
     def on_score(step: int, score: float, final: bool) -> str | None:
         """Sends a score to the `TrialPruner` actor. Returns the reason to end the trial; None if it goes on."""
-        decision = stage.pruner.report_score.remote(job.number, job.category, step, score, final)
+        decision = stage.pruner.report_score.remote(job.number, job.split.category, step, score, final)
         return ray.get(decision)  # type: ignore[no-any-return]
 
     result = score_category(
         settings,
-        job.category,
+        job.split.category,
         images,
         objective,
         device,
@@ -216,6 +267,8 @@ def _score_on_worker(job: TrialJob, device: torch.device) -> CategoryResult:
         features=features,
         on_score=on_score,
         shard=shard,
+        network=job.network,
+        block_reader=functools.partial(read_blocks_with_ray_data, settings),
     )
     result.shared = shared
     return result
@@ -237,7 +290,7 @@ def split_images_for_worker(
         num_workers: Number of workers.
     """
     if settings.train.steps and not fits_in_memory(settings, plan):
-        shard: Shard = StreamShard(settings, category, plan.get_worker_share(rank, num_workers), iterate_worker_batches)
+        shard: Shard = StreamShard(settings, category, plan, rank, num_workers)
     else:
         shard = build_shard(settings, category, plan.drop_holdout(), rank, num_workers)
     return shard, plan.select_fit_images(NO_ROWS)

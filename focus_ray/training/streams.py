@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from focus_ray.data.images import decode_batch
-from focus_ray.data.read import NUM_ROWS_PER_READ
 from focus_ray.data.schema import SCHEMA, SPLITS
 from focus_ray.data.store import open_data_set
-from focus_ray.errors import DataError
-from focus_ray.fitting.regions import load_frame
+from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.settings import Config
-from focus_ray.fitting.split import SplitRule
+from focus_ray.fitting.shards import ImageBlock, read_blocks
 
 if TYPE_CHECKING:
     import ray.data
+
+_MAX_BLOCKS_IN_DATASET = 1024  # blocks that one dataset of Ray Data reads; a new dataset starts with an empty pipeline
 
 
 def read_ray_dataset(
@@ -63,51 +65,39 @@ def read_ray_dataset(
     return dataset.select_columns(list(columns)) if columns is not None else dataset
 
 
-def stream_training_images(config: Config, split: SplitRule) -> Any:
-    """Returns a Ray Data dataset with the decoded good images of a category that are used to fit the model.
+def read_blocks_with_ray_data(config: Config, blocks: Iterable[ImageBlock]) -> Iterator[NDArray[np.uint8]]:
+    """Generator: reads and decodes blocks with Ray Data, on all nodes with the labels of the run; see `BlockReader`.
 
-    The images are uint8 in the column "image". `split` selects them while Ray reads the rows; images for validation and
-    calibration are left out.
+    A block is one task. Ray Data limits how many decoded images wait in its object store.
 
-    Raises: DataError: the region of interest cannot be read, or the data set, category or version does not exist.
+    Yields: the images (n, H, W, 3) of each block, in the order of the blocks.
+
+    Raises: TrainingError: the stream ended too early. The error of Ray Data: a block cannot be read or decoded.
     """
-    frame = load_frame(config, split.category)
+    import ray.data
 
-    def decode_fit_images(batch: dict[str, Any]) -> dict[str, Any]:
-        rows = zip(*(batch[column] for column in columns), strict=True)
-        images = {
-            name: bytes(image)
-            for name, label, content_hash, group, image in rows
-            if not label and split.find_subset(content_hash, group or "") == "fit"
-        }
-        if not images:
-            return {"image": np.empty((0, *frame.shape), dtype=np.uint8)}
-        return {"image": decode_batch(list(images.values()), frame, names=list(images))}
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.execution_options.label_selector = dict(config.cluster.labels) or None
 
-    columns = ("id", "label", "content_hash", "group", "image")
-    dataset = read_ray_dataset(
-        config.data.uri,
-        split.category,
-        split="train",
-        columns=columns,
-        version=split.version,
-        labels=config.cluster.labels,
-    )
-    return dataset.map_batches(decode_fit_images, batch_size=NUM_ROWS_PER_READ)
+    def read_block(batch: dict[str, Any]) -> dict[str, Any]:
+        """Returns the images of the only block in a batch."""
+        block = ImageBlock(str(batch["category"][0]), str(batch["version"][0]) or None, np.asarray(batch["rows"][0]))
+        return {"image": next(read_blocks(config, [block]))[..., :3]}
 
-
-def iterate_worker_batches(batch_size: int, seed: int) -> Iterable[Mapping[str, Any]]:
-    """Returns batches of this worker's share of the dataset "train" of the trainer. Works only in a worker of Ray Train.
-
-    The function is a `BatchStream`. A buffer of 4 batches is shuffled.
-
-    Args:
-        batch_size: largest number of images in a batch.
-        seed: seed of the shuffling.
-    """
-    import ray.train
-
-    stream = ray.train.get_dataset_shard("train")
-    return stream.iter_batches(  # type: ignore[no-any-return]
-        batch_size=batch_size, local_shuffle_buffer_size=4 * batch_size, local_shuffle_seed=seed, prefetch_batches=2
-    )
+    blocks = iter(blocks)
+    while pending := deque(itertools.islice(blocks, _MAX_BLOCKS_IN_DATASET)):
+        items = [{"category": b.category, "version": b.version or "", "rows": b.rows.tolist()} for b in pending]
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(read_block, batch_size=1)
+        images: list[NDArray[np.uint8]] = []
+        for batch in dataset.iter_batches(batch_size=None):
+            images.append(batch["image"])
+            while pending and sum(map(len, images)) >= len(pending[0].rows):
+                joined, size = np.concatenate(images), len(pending.popleft().rows)
+                yield joined[:size]
+                images = [joined[size:]]
+        if pending:
+            raise TrainingError(
+                f"the stream of images ended {len(pending)} blocks too early: check whether the data was changed meanwhile"
+            )

@@ -12,30 +12,20 @@ import torch
 from focus_ray.cluster.capacity import compute_worker_resources
 from focus_ray.cluster.settings import MAX_FAILURES
 from focus_ray.fitting.settings import Config
-from focus_ray.fitting.shards import fits_in_memory
-from focus_ray.fitting.split import SplitRule
 from focus_ray.storage.files import is_s3_uri, join_path, open_filesystem, remove_folder
 from focus_ray.training.category import make_cudnn_deterministic
-from focus_ray.training.streams import stream_training_images
 
 
 @dataclass(frozen=True)
 class TrainerJob:
-    """The task to train one category, which is sent to every worker of a trainer.
+    """The task of a trainer, which is sent to every worker of the trainer.
 
     Attributes:
-        split: the rule that selects the category's images for fitting and for calibration.
         use_gpu: whether each worker gets a GPU.
     """
 
     config: Config
-    split: SplitRule
     use_gpu: bool
-
-    @property
-    def category(self) -> str:
-        """Name of the category to train."""
-        return self.split.category
 
 
 J = TypeVar("J", bound=TrainerJob)
@@ -55,20 +45,13 @@ def run_on_train_workers(worker: Callable[[J, torch.device], Any], job: J, scrat
 
     Raises: the error of Ray Train after more than MAX_FAILURES failures.
     """
-    import ray.data
     import ray.train
     from ray.train.torch import TorchTrainer
 
     from focus_ray.cluster.ray_private import patch_ray_train_retries
 
     patch_ray_train_retries()
-    config = job.config
-    cluster = config.cluster
-    datasets, execution_options = {}, None
-    if config.train.steps and not fits_in_memory(config, job.split):
-        datasets["train"] = stream_training_images(config, job.split)
-        # by default, Ray Train drops the label selector of the dataset (Ray 2.60)
-        execution_options = ray.data.DataContext.get_current().execution_options
+    cluster = job.config.cluster
     filesystem, path = open_filesystem(scratch)
     trainer = TorchTrainer(
         _call_worker_function,
@@ -86,11 +69,6 @@ def run_on_train_workers(worker: Callable[[J, torch.device], Any], job: J, scrat
             storage_path=path,
             storage_filesystem=filesystem if is_s3_uri(scratch) else None,
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=MAX_FAILURES),
-        ),
-        datasets=datasets,
-        dataset_config=ray.train.DataConfig(
-            datasets_to_split=["train"],
-            execution_options=execution_options,
         ),
     )
     try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -51,9 +53,15 @@ from focus_ray.storage.files import (
 from focus_ray.tracking.base import flatten_dict
 from focus_ray.tracking.recorder import BackgroundRecorder
 from focus_ray.tracking.runs import CLAIM_FILE, TrainingRecorder
-from focus_ray.training.category import fit_category, get_bundle_uri, get_checkpoint_folder
+from focus_ray.training.category import (
+    fit_category,
+    get_bundle_uri,
+    get_checkpoint_folder,
+    get_plant_network_uri,
+    train_network_of_plant,
+)
 from focus_ray.training.report import write_training_report
-from focus_ray.training.streams import iterate_worker_batches
+from focus_ray.training.streams import read_blocks_with_ray_data
 from focus_ray.training.trainer import TrainerJob, run_on_train_workers
 
 RUN_CONFIG = "config.yaml"
@@ -64,11 +72,11 @@ SHARED_METRIC = "metric.safetensors"
 
 
 @dataclass(frozen=True)
-class CategoryJob(TrainerJob):
-    """The training of one category, in one process or with a trainer of Ray Train.
+class RunJob(TrainerJob):
+    """A task of a run, in one process or with a trainer of Ray Train.
 
     Attributes:
-        root: folder of the run, for checkpoints and the bundle.
+        root: folder of the run, for checkpoints and results.
         generation: generation of the folder that the driver owns, see `FolderOwner`.
         send: function that sends a message to the driver: a line of text, or (category, metrics of an interval).
         needs_trainer: True: Ray Train starts workers that do the work. False: the process that receives the job does all work.
@@ -78,12 +86,34 @@ class CategoryJob(TrainerJob):
     root: str
     generation: int
     send: Callable[[Message], None]
-    needs_trainer: bool = False
-    num_threads: int | None = None
+    needs_trainer: bool
+    num_threads: int | None
+
+
+@dataclass(frozen=True)
+class CategoryJob(RunJob):
+    """The training of one category. split: the rule that selects the category's images for fitting and for calibration."""
+
+    split: SplitRule
+
+    @property
+    def category(self) -> str:
+        """Name of the category to train."""
+        return self.split.category
+
+
+@dataclass(frozen=True)
+class PlantJob(RunJob):
+    """The training of one network for all categories. splits: the rule of each category that selects its images."""
+
+    splits: Sequence[SplitRule]
 
 
 def train(config: Config, *, resume: bool = False, log: Log = lambda message: None) -> dict[str, str]:
     """Trains every category of the configuration, and writes the bundles <storage>/<name>/bundles/<category> and a report page.
+
+    With train.scope=plant, first trains one network for all categories, and writes <storage>/<name>/network/network.safetensors.
+    A category that is added later and trained with `resume` uses this network.
 
     If each of several categories learns its own distance metric (a projection of embeddings), also writes the average of these
     metrics, for the setting density.metric of a new category.
@@ -151,7 +181,7 @@ def check_enough_images(config: Config, splits: Mapping[str, SplitRule]) -> None
     """Checks that each category has enough training images for all workers. Raises: DataError: it names the category."""
     for category, split in splits.items():
         try:
-            BatchSchedule.plan(split.num_fit, config.cluster.num_workers, config.train.batch_size, config.train.seed)
+            BatchSchedule.plan([split.num_fit], config.cluster.num_workers, config.train.batch_size, config.train.seed)
         except DataError as error:
             raise DataError(f"category {category!r}: {error}") from None
 
@@ -168,7 +198,8 @@ def _connect_and_check_cluster(config: Config, root: str, splits: Mapping[str, S
         DataError: a node cannot read the data set or cannot use the folder of the run.
     """
     is_private = connect_to_ray(namespace=config.cluster.ray_namespace)
-    streams = config.train.steps > 0 and any(not fits_in_memory(config, split) for split in splits.values())
+    groups = [splits.values()] if config.train.trains_plant else [[split] for split in splits.values()]
+    streams = config.train.steps > 0 and any(not fits_in_memory(config, *group) for group in groups)
     limit = min(len(splits), config.cluster.max_concurrent_categories or len(splits))
     capacity = ClusterCapacity(config.cluster, is_private, log, streams=streams, limit=limit)
     check_storage_on_nodes(
@@ -233,10 +264,15 @@ def _train_categories(
     failed: dict[str, str] = {}
     state = "failed"
     try:
+        if config.train.trains_plant and not file_exists(get_plant_network_uri(root)):
+            _train_plant(config, list(all_splits.values()), owner, capacity, handle_message)
         if capacity is None:
             use_gpu = bool(config.cluster.use_gpu) and choose_device() == "cuda"
             outcomes = _train_in_this_process(
-                [CategoryJob(config, split, use_gpu, root, generation, handle_message) for split in splits.values()]
+                [
+                    CategoryJob(config, use_gpu, root, generation, handle_message, False, None, split)
+                    for split in splits.values()
+                ]
             )
         else:
             outcomes = _train_on_cluster(config, splits, owner, capacity, handle_message)
@@ -256,6 +292,57 @@ def _train_categories(
             training_recorder.close(failed=state == "failed")
         owner.close(state)
     return failed
+
+
+def _train_plant(
+    config: Config,
+    splits: Sequence[SplitRule],
+    owner: FolderOwner,
+    capacity: ClusterCapacity | None,
+    show: Callable[[Message], None],
+) -> None:
+    """Trains one network for all categories, in this process or with a trainer of Ray Train on the cluster.
+
+    Args:
+        splits: the rules of all categories of the run.
+        owner: ownership of the run's folder by this process.
+        capacity: resources of the cluster; None: train in this process.
+        show: receives messages.
+
+    Raises: TrainingError: the training failed, or see `_train_on_cluster`.
+    """
+    if capacity is None:
+        use_gpu = bool(config.cluster.use_gpu) and choose_device() == "cuda"
+        job = PlantJob(config, use_gpu, owner.root, owner.generation, show, False, None, splits)
+        _train_plant_in_this_process(job, torch.device("cuda" if use_gpu else "cpu"))
+        return
+    messages, use_gpu = MessageQueue(), capacity.use_gpu
+    num_threads = count_decode_threads(config.cluster, use_gpu)
+    jobs = iter([PlantJob(config, use_gpu, owner.root, owner.generation, messages.put, True, num_threads, splits)])
+    for _, outcome in _run_jobs(_train_plant_with_trainer, jobs, config, owner, capacity, messages, show, True):
+        if isinstance(outcome, FailedPiece):
+            raise TrainingError(
+                f"the network of all categories could not be trained: {outcome.reason}. Fix the cause and run again with --resume"
+            )
+
+
+def _train_plant_with_trainer(job: PlantJob) -> None:
+    """Trains one network for all categories with a trainer of Ray Train."""
+    run_on_train_workers(_train_plant_in_this_process, job, join_path(job.root, "scratch"), "network")
+
+
+def _train_plant_in_this_process(job: PlantJob, device: torch.device) -> None:
+    """Calls `train_network_of_plant` with the settings of a job, in this process, which may be one of several workers."""
+    train_network_of_plant(
+        job.config,
+        job.splits,
+        job.root,
+        job.send,
+        device=device,
+        num_threads=job.num_threads,
+        block_reader=functools.partial(read_blocks_with_ray_data, job.config) if job.needs_trainer else None,
+        check_owned=lambda: check_folder_owned(job.root, job.generation, TrainingError),
+    )
 
 
 def _train_in_this_process(jobs: Sequence[CategoryJob]) -> Iterator[tuple[str, float | FailedPiece]]:
@@ -294,34 +381,60 @@ def _train_on_cluster(
     num_threads = count_decode_threads(config.cluster, use_gpu)
     jobs = iter(
         [
-            CategoryJob(config, split, use_gpu, owner.root, owner.generation, messages.put, needs_trainer, num_threads)
+            CategoryJob(config, use_gpu, owner.root, owner.generation, messages.put, needs_trainer, num_threads, split)
             for split in splits.values()
         ]
     )
     show(f"{len(splits)} categories, {config.cluster.num_workers} worker(s) each")
+    for job, outcome in _run_jobs(_train_category, jobs, config, owner, capacity, messages, show, needs_trainer):
+        yield job.category, outcome
+
+
+J = TypeVar("J", bound=TrainerJob)
+
+
+def _run_jobs(
+    function: Callable[[J], Any],
+    jobs: Iterator[J],
+    config: Config,
+    owner: FolderOwner,
+    capacity: ClusterCapacity,
+    messages: MessageQueue,
+    show: Callable[[Message], None],
+    needs_trainer: bool,
+) -> Iterator[tuple[J, Any]]:
+    """Generator: runs a function on jobs on the cluster, and yields each job with its result or `FailedPiece`.
+
+    Args:
+        messages: queue to which the jobs send their messages.
+        needs_trainer: True: the function starts a trainer of Ray Train, and waits for it.
+        owner, capacity, show: see `_train_on_cluster`.
+
+    Raises: see `_train_on_cluster`.
+    """
 
     def show_new_messages() -> None:
         owner.check_owned()
         for message in messages.take_all():
             show(message)
 
-    pool = WorkerPool[CategoryJob](
+    pool = WorkerPool[J](
         capacity,
         # a process that waits for a trainer runs on the node of the driver, so that the loss of another node ends no training
-        make_actor_options_for_this_node() if needs_trainer else make_worker_options(config.cluster, use_gpu),
+        make_actor_options_for_this_node() if needs_trainer else make_worker_options(config.cluster, capacity.use_gpu),
         MAX_TRAINER_RESTARTS if needs_trainer else MAX_FAILURES,
         show,
         show_new_messages,
         runs_trainers=needs_trainer,
     )
-    for job, outcome in pool.run_pieces(_train_category, lambda: next(jobs, None)):
-        show_new_messages()  # shows the lines of a category before its end
-        yield job.category, outcome
+    for job, outcome in pool.run_pieces(function, lambda: next(jobs, None)):
+        show_new_messages()  # shows the lines of a job before its end
+        yield job, outcome
 
 
 def fits_without_ray_train(config: Config) -> bool:
-    """Returns whether a category needs no trainer of Ray Train: it has one worker, and its network is not trained (0 steps)."""
-    return config.train.steps == 0 and config.cluster.num_workers == 1
+    """Returns whether a category needs no trainer of Ray Train: it has one worker, and it does not train its own network."""
+    return not config.train.trains_each_category and config.cluster.num_workers == 1
 
 
 def _train_category(job: CategoryJob) -> float:
@@ -344,7 +457,7 @@ def _fit_in_this_process(job: CategoryJob, device: torch.device) -> None:
         on_interval_metrics=lambda figures: job.send((job.category, figures)),
         device=device,
         num_threads=job.num_threads,
-        stream=iterate_worker_batches if job.needs_trainer else None,
+        block_reader=functools.partial(read_blocks_with_ray_data, job.config) if job.needs_trainer else None,
         check_owned=lambda: check_folder_owned(job.root, job.generation, TrainingError),
     )
 
@@ -417,6 +530,9 @@ def _check_run_folder_usable(config: Config, root: str, resume: bool, fingerprin
     if not file_exists(path):
         return generation
     started = _list_started_categories(root)  # other categories have no results yet
+    if _is_plant_training_interrupted(root):
+        check_images_unchanged(root, fingerprints)  # the order of the batches depends on all categories
+        started |= set(fingerprints)
     check_images_unchanged(root, fingerprints, fixed_categories=started)
     stored_settings = convert_earlier_settings(parse_yaml_mapping(read_bytes(path).decode(), path))
     earlier = parse_config(stored_settings, source=path)
@@ -425,7 +541,7 @@ def _check_run_folder_usable(config: Config, root: str, resume: bool, fingerprin
         for key, text in describe_changed_settings(earlier, config).items()
         if not key.startswith(_SETTINGS_WITHOUT_EFFECT)
     ]
-    if changed and started:
+    if changed and (started or file_exists(get_plant_network_uri(root))):
         raise TrainingError(
             f"{root}: categories that are finished, or have checkpoints, were made with other settings: "
             + "; ".join(changed)
@@ -441,6 +557,13 @@ def _list_started_categories(root: str) -> set[str]:
         if any(name.startswith("checkpoint_") for name in list_folder_entries(get_checkpoint_folder(root, category))):
             started.add(category)
     return started
+
+
+def _is_plant_training_interrupted(root: str) -> bool:
+    """Returns whether the training of one network for all categories has checkpoints, but no result."""
+    network = get_plant_network_uri(root)
+    folder = network.rpartition("/")[0]
+    return any(name.startswith("checkpoint_") for name in list_folder_entries(folder)) and not file_exists(network)
 
 
 def describe_changed_settings(earlier: ConfigSection, current: ConfigSection) -> dict[str, str]:

@@ -43,7 +43,7 @@ def run(slope: Slope, steps: int = 2, **settings: float) -> dict[str, float]:
     optimizer = torch.optim.SGD(slope.parameters(), lr=config.learning_rate)
     schedule = build_learning_rate_schedule(optimizer, config)
     batches = [torch.zeros(4, 8, 8, 3, dtype=torch.uint8)] * steps
-    plan = BatchSchedule(4 * steps, 4, seed=0)
+    plan = BatchSchedule((4 * steps,), 4, seed=0)
     return train_interval(slope, batches, 0, plan, optimizer, schedule, CPU, torch.Generator())
 
 
@@ -69,7 +69,7 @@ def test_training_uses_bfloat16_only_on_gpus_that_do_not_emulate_it(
     )
     training = FydTraining(build_network(ModelConfig(weights="random")), CPU, TrainConfig(steps=1))
     training.device = torch.device("cuda")
-    training.build_optimizer_and_schedule(BatchSchedule(num_images=2, batch_size=2, seed=0))
+    training.build_optimizer_and_schedule(BatchSchedule(num_images=(2,), batch_size=2, seed=0))
     assert training.autocast == has_bfloat16
 
 

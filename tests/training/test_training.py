@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,12 @@ from focus_ray.errors import DataError, TrainingError
 from focus_ray.features.network import build_network
 from focus_ray.fitting.passes import compute_image_statistics
 from focus_ray.fitting.settings import Config
-from focus_ray.fitting.shards import build_shard, fits_in_memory
+from focus_ray.fitting.shards import StreamShard, build_shard, fits_in_memory, read_train_batches
 from focus_ray.fitting.split import compute_split_key, compute_split_plan, compute_split_rule
 from focus_ray.fyd.batch_schedule import BatchSchedule
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.training.category import fit_category
+from focus_ray.training.category import fit_category, load_plant_network
+from focus_ray.training.streams import read_blocks_with_ray_data
 from focus_ray.training.training import train
 
 # density.kind, or `learnt` for the default's metric and profile, and the transform group
@@ -143,43 +146,55 @@ def test_a_plan_does_not_depend_on_the_order_of_the_rows(data: str, tmp_path: Pa
     assert parts[0] == parts[1]
 
 
-@given(st.integers(2, 500), st.integers(1, 8), st.integers(2, 64))
-def test_any_number_of_workers_shares_each_global_batch(num_images: int, num_workers: int, batch_size: int) -> None:
-    if num_images < 2 * num_workers:
+@given(st.lists(st.integers(2, 500), min_size=1, max_size=3), st.integers(1, 8), st.integers(2, 64))
+def test_any_number_of_workers_shares_each_global_batch(
+    num_images: list[int], num_workers: int, batch_size: int
+) -> None:
+    if min(num_images) < 2 * num_workers:
         with pytest.raises(DataError, match=r"cluster\.num_workers"):
             BatchSchedule.plan(num_images, num_workers, batch_size, 0)
         return
     schedule = BatchSchedule.plan(num_images, num_workers, batch_size, 0)
     assert schedule == BatchSchedule.plan(num_images, 1, batch_size, 0)
-    assert 2 <= schedule.batch_size <= batch_size
     totals = np.zeros(num_workers, int)
     for step in range(20):
+        size = schedule.get_batch_size(step)
+        assert 2 <= size <= batch_size
         shares = [schedule.get_share(step, rank, num_workers) for rank in range(num_workers)]
-        assert sorted(position for share in shares for position in share) == list(range(schedule.batch_size))
+        assert sorted(position for share in shares for position in share) == list(range(size))
         assert np.ptp([len(share) for share in shares]) <= 1
         totals += [len(share) for share in shares]
-    assert np.ptp(totals) <= 1  # so a stream of num_images // num_workers images lacks at most one image
+    assert len(num_images) > 1 or np.ptp(totals) <= 1
 
 
-@given(st.integers(2, 200), st.integers(2, 64), st.integers(0, 100))
-def test_every_pass_uses_every_image_once_and_no_batch_has_an_image_twice(
-    num_images: int, batch_size: int, seed: int
+@given(st.lists(st.integers(2, 600), min_size=1, max_size=3), st.integers(2, 64), st.integers(0, 100))
+def test_every_pass_uses_every_image_of_a_category_once_and_no_batch_has_an_image_twice(
+    num_images: list[int], batch_size: int, seed: int
 ) -> None:
     schedule = BatchSchedule.plan(num_images, 1, batch_size, seed)
-    steps = 3 * num_images // schedule.batch_size
-    batches = [batch.tolist() for batch in schedule.iterate_batches(range(steps))]
-    assert all(len(set(batch)) == len(batch) == schedule.batch_size for batch in batches)
-    used = [image for batch in batches for image in batch]
-    for start in range(0, len(used) - num_images + 1, num_images):
-        assert sorted(used[start : start + num_images]) == list(range(num_images))
-    later = [batch.tolist() for batch in schedule.iterate_batches(range(steps // 2, steps))]
+    steps = 2 * schedule.count_batches_in_pass()
+    batches = [(category, batch.tolist()) for category, batch in schedule.iterate_batches(range(steps))]
+    assert all(len(set(batch)) == len(batch) == schedule.get_batch_size(i) for i, (_, batch) in enumerate(batches))
+    for start in range(0, steps, len(num_images)):  # the categories take turns
+        assert sorted(category for category, _ in batches[start : start + len(num_images)]) == [*range(len(num_images))]
+    for category, count in enumerate(num_images):
+        used = [image for number, batch in batches if number == category for image in batch]
+        for start in range(0, len(used) - count + 1, count):
+            assert sorted(used[start : start + count]) == list(range(count))
+    later = [(category, batch.tolist()) for category, batch in schedule.iterate_batches(range(steps // 2, steps))]
     assert later == batches[steps // 2 :]  # a resumed training continues with the same images
 
 
 @pytest.mark.parametrize("num_images", [5, 63, 64])
 def test_small_sets_take_as_many_steps_as_large_ones(num_images: int) -> None:
-    schedule = BatchSchedule.plan(num_images, 1, 32, 0)
+    schedule = BatchSchedule.plan([num_images], 1, 32, 0)
     assert len(list(schedule.iterate_batches(range(100)))) == 100
+
+
+def test_a_batch_of_a_large_set_has_images_of_few_sections_which_a_stream_reads_together() -> None:
+    (_, batch), *_ = BatchSchedule.plan([10_000], 1, 64, 0).iterate_batches(range(1))
+    assert len({number // 32 for number in batch.tolist()}) <= 8
+    assert max(batch.tolist()) - min(batch.tolist()) > 1000
 
 
 # One and several workers, without Ray
@@ -226,6 +241,7 @@ def fitted_by_three(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path
     """Returns the folder in which three workers fitted all cases."""
     folder = tmp_path_factory.mktemp("three")
     configs = [*(make_case_config(data, folder, case) for case in CASES), make_trained_config(data, folder)]
+    configs.append(make_streamed_config(data, folder))
     torch.multiprocessing.spawn(fit_as_worker, (free_port(), configs, 3), nprocs=3)
     return folder
 
@@ -284,10 +300,29 @@ def assert_same_training(data: str, config: Config, other: Config, bound: float)
     assert_same_bundles(data, config, other, bound, 10 * bound)
 
 
-def test_three_workers_train_the_network_of_one(data: str, fitted_by_three: Path, tmp_path: Path) -> None:
-    config, other = (make_trained_config(data, folder) for folder in (tmp_path, fitted_by_three))
+def make_streamed_config(data: str, storage: Path, **cluster: Any) -> Config:
+    """Returns the configuration of `make_trained_config` with images that are read again on every pass."""
+    config = make_trained_config(data, storage, **cluster)
+    updates = {"storage": f"{storage}/streamed", "data": config.data.model_copy(update={"memory_budget_mb": 0.0})}
+    return config.model_copy(update=updates)
+
+
+@pytest.mark.parametrize("make_other_config", [make_trained_config, make_streamed_config])
+def test_three_workers_train_the_network_of_one_with_images_in_memory_and_streamed(
+    data: str, fitted_by_three: Path, tmp_path: Path, make_other_config: Callable[[str, Path], Config]
+) -> None:
+    config, other = make_trained_config(data, tmp_path), make_other_config(data, fitted_by_three)
     fit_in_this_process(config)
     assert_same_training(data, config, other, 1e-3)
+
+
+def test_streamed_images_train_the_same_network_as_images_in_memory(data: str, tmp_path: Path) -> None:
+    bundles = []
+    for make_config in (make_trained_config, make_streamed_config):
+        config = make_config(data, tmp_path)
+        fit_in_this_process(config)
+        bundles.append(read_bundle(f"{config.storage}/small/bundles/gear").detector.net.state_dict())
+    assert all(torch.equal(weight, bundles[1][name]) for name, weight in bundles[0].items())
 
 
 @pytest.mark.parametrize("method", ["split", "cross"])
@@ -333,6 +368,19 @@ def test_two_workers_of_ray_train_train_the_network_of_one(trained: Config, data
     alone = make_trained_config(data, tmp_path)
     fit_in_this_process(alone)
     assert_same_training(data, alone, trained, 1e-3)
+
+
+@pytest.mark.ray
+def test_ray_data_gives_the_batches_of_images_in_memory(ray_cluster: None, data: str) -> None:
+    config = make_trained_config(data, Path("unused"))
+    plan = compute_split_plan(config, "gear")
+    schedule = BatchSchedule.plan([len(plan.fit.rows)] * 2, 1, 7, 0)
+    in_memory, streamed = build_shard(config, "gear", plan, 0, 1), StreamShard(config, "gear", plan, 0, 1)
+    reader = partial(read_blocks_with_ray_data, config)
+    expected = list(read_train_batches([in_memory] * 2, schedule, range(3, 12), reader))
+    batches = list(read_train_batches([streamed] * 2, schedule, range(3, 12), reader))
+    assert len(batches) == 9
+    assert all(torch.equal(batch, other) for batch, other in zip(batches, expected, strict=True))
 
 
 @pytest.mark.cluster
@@ -438,7 +486,7 @@ def test_every_task_of_the_stream_of_images_runs_on_nodes_with_the_labels(data: 
     sites: dict[str, set[str]] = {}
     for name, site in json.loads(process.stdout.splitlines()[-1]):
         sites.setdefault(name, set()).add(site)
-    assert any("decode_fit_images" in name for name in sites), sites
+    assert any("read_block" in name for name in sites), sites
     assert set().union(*sites.values()) == {"b"}, sites
 
 
@@ -655,3 +703,90 @@ def test_a_driver_whose_run_is_taken_over_stops_and_writes_nothing_more(data: st
 def test_streamed_training_in_the_process_sees_every_image(data: str, tmp_path: Path) -> None:
     config = small_config(data, tmp_path, data={"memory_budget_mb": 0.0}, train={"steps": 1}, cluster={"local": True})
     assert read_manifest(train(config)["gear"])["moments"]["count"] == NUM_TRAIN - round(0.2 * NUM_TRAIN)
+
+
+# One network for all categories
+
+
+def make_plant_config(data: str, storage: Path, categories: list[str] | None = None, **sections: Any) -> Config:
+    """Returns a configuration that trains one network for all categories, in this process."""
+    train = {"steps": 4, "batch_size": 7, "scope": "plant"}
+    sections = {"train": train, "cluster": {"local": True}, **sections}
+    aligned = {"batch_norm": "train", "feature_alignment": {"layer3": "rotation_scale"}}
+    return small_config(data, storage, data={"uri": data, "categories": categories}, model=aligned, **sections)
+
+
+def read_plant_hashes(config: Config) -> dict[str, str]:
+    """Returns category -> hash of the network in its bundle."""
+    bundles = find_bundles_in_folder(f"{config.storage}/small")
+    return {category: read_manifest(place)["files"]["network"]["sha256"] for category, place in bundles.items()}
+
+
+def test_all_categories_get_one_trained_network_and_a_new_category_gets_it_without_training(
+    data: str, tmp_path: Path
+) -> None:
+    parts = shutil.copytree(data, tmp_path / "data")
+    shutil.move(parts / "category=board", tmp_path / "later")
+    shutil.copytree(parts / "category=gear", parts / "category=wheel")
+    config = make_plant_config(str(parts), tmp_path)
+    lines: list[str] = []
+    train(config, log=lines.append)
+    assert sum("step 4/4" in line for line in lines) == 1  # once for both categories
+    hashes = read_plant_hashes(config)
+    assert list(hashes) == ["gear", "wheel"]
+    assert len(set(hashes.values())) == 1
+    start = build_network(config.model).state_dict()
+    bundle = read_bundle(find_bundles_in_folder(f"{tmp_path}/small")["gear"])
+    weights = bundle.detector.net.state_dict()
+    assert any(not torch.equal(weights[name], start[name]) for name in weights if "backbone" in name)
+    assert [entry["step"] for entry in bundle.manifest["metrics"]["history"]] == [1, 2, 3, 4]
+    shutil.move(tmp_path / "later", parts / "category=board")
+    train(config, resume=True, log=lines.append)
+    assert sum("step 4/4" in line for line in lines) == 1
+    assert read_plant_hashes(config) == {"board": hashes["gear"], **hashes}
+
+
+def test_an_interrupted_training_of_the_common_network_continues_to_the_same_network(data: str, tmp_path: Path) -> None:
+    whole, broken = (make_plant_config(data, tmp_path / name) for name in ("a", "b"))
+    train(whole)
+
+    def stop_after_two(message: str) -> None:
+        if "step 3/4" in message:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, log=stop_after_two)
+    with pytest.raises(DataError, match="board"):  # the order of the batches depends on all categories
+        train(make_plant_config(data, tmp_path / "b", ["gear"]), resume=True)
+    lines: list[str] = []
+    train(broken, resume=True, log=lines.append)
+    assert not any("step 2/4" in line for line in lines)
+    assert read_plant_hashes(broken) == read_plant_hashes(whole)
+
+
+def test_streamed_images_train_the_same_common_network(data: str, tmp_path: Path) -> None:
+    configs = [make_plant_config(data, tmp_path / "a")]
+    configs.append(make_plant_config(data, tmp_path / "b"))
+    configs[1] = configs[1].model_copy(update={"data": configs[1].data.model_copy(update={"memory_budget_mb": 0.0})})
+    for config in configs:
+        train(config)
+    assert read_plant_hashes(configs[0]) == read_plant_hashes(configs[1])
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("memory_budget_mb", [1000.0, 0.0])
+def test_two_workers_train_the_common_network_of_one(
+    ray_cluster: None, data: str, tmp_path: Path, memory_budget_mb: float
+) -> None:
+    alone = make_plant_config(data, tmp_path / "a")
+    train(alone)
+    pair = make_plant_config(data, tmp_path / "b", cluster={"num_workers": 2, "use_gpu": False})
+    data_settings = pair.data.model_copy(update={"memory_budget_mb": memory_budget_mb})
+    pair = pair.model_copy(update={"data": data_settings})
+    train(pair)
+    networks = [load_plant_network(f"{config.storage}/small") for config in (alone, pair)]
+    for name, weight in networks[0].net.items():
+        if weight.is_floating_point() and not name.endswith("parameters_out.bias"):  # moves by rounding only
+            assert compute_relative_difference(weight, networks[1].net[name]) <= 1e-3, name
+    losses = [[entry["loss"] for entry in network.notes.history] for network in networks]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
