@@ -156,6 +156,42 @@ def test_gradients_of_two_workers_equal_those_of_one_worker_on_the_joined_batch(
             assert largest > 1e-6, name
 
 
+def compute_gradients_in_double_precision(images: Tensor, first: int, num_workers: int) -> dict[str, Tensor]:
+    """Returns the gradients of the losses of 7 images for a network in which all aligners move images."""
+    single, default = Tensor.float, torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    Tensor.float = Tensor.double  # the package asks for single precision in some places
+    try:
+        torch.manual_seed(0)
+        objective = build_objective("train").double()
+        for aligner in (objective.net.image_aligner.transformer, *objective.net.feature_aligners.values()):
+            nn.init.normal_(aligner.parameters_out.weight, std=0.02)
+        model = nn.parallel.DistributedDataParallel(objective) if num_workers > 1 else objective
+        model(images.double(), torch.tensor([3, 0, 4, 6, 1, 2, 5]), first=first)["loss"].backward()
+        return {name: parameter.grad for name, parameter in objective.named_parameters()}
+    finally:
+        Tensor.float = single
+        torch.set_default_dtype(default)
+
+
+def double_precision_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=3)
+    share = (range(2), range(2, 4), range(4, 7))[rank]
+    gradients = compute_gradients_in_double_precision(random_images(7)[share.start : share.stop], share.start, 3)
+    torch.save(gradients, f"{folder}/rank{rank}.pth")
+    dist.destroy_process_group()
+
+
+def test_workers_with_unequal_shares_have_the_gradients_of_one_worker_except_for_rounding(tmp_path: Path) -> None:
+    run_workers(double_precision_worker, (str(tmp_path),), 3)
+    gradients = torch.load(tmp_path / "rank0.pth", weights_only=True)
+    expected = compute_gradients_in_double_precision(random_images(7), 0, 1)
+    assert float(expected["net.image_aligner.transformer.features.0.weight"].abs().max()) > 0
+    for name, gradient in expected.items():
+        assert float((gradients[name] - gradient).norm()) <= 1e-8 * max(1.0, float(gradient.norm())), name
+
+
 # Frozen statistics
 
 
