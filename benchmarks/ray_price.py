@@ -2,7 +2,7 @@
 
     python -m benchmarks.ray_price --data MVTEC_ROOT --categories bottle --weights resnet18.pth [--streamed] [--s3 URI]
 
-Training is `focus-ray train` of configs/fyd.yaml, each time in a new process: in that process alone, and by one Ray Train worker,
+Training is `focus-ray train` of fyd-single.yaml, each time in a new process: in that process alone, and by one Ray Train worker,
 with the same number of OpenMP threads. Images a second are those of the intervals' own seconds, without the first; what passes
 between intervals (reports, checkpoints) and around the fit (imports, Ray's start and end) stands beside them. The first step's
 time is that of the first interval's message less its seconds; Ray's messages are looked for once a second, so it is up
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,12 @@ from focus_ray.data.images import decode_batch
 from focus_ray.data.read import read_index, read_rows
 from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config, parse_config
-from focus_ray.fitting.shards import build_local_stream, build_shard
+from focus_ray.fitting.shards import build_shard, read_blocks, read_train_batches
 from focus_ray.fitting.split import compute_split_plan
 from focus_ray.fyd.batch_schedule import BatchSchedule, split_into_intervals
 from focus_ray.settings.sections import config_to_yaml
 
-FYD = Path(__file__).resolve().parents[1] / "configs" / "fyd.yaml"
+FYD = Path(__file__).resolve().parents[1] / "configs" / "fyd-single.yaml"
 BARE, RAY = "in one process", "Ray Train, 1 worker"
 COLUMNS = {
     "images_per_s": "images/s",
@@ -167,12 +168,12 @@ def build_data_loaders(config: Config, category: str, rows: Sequence[int], where
     uri = config.data.uri
     kept = build_shard(config, category, plan, 0, 1)
     unkept = config.model_copy(update={"data": config.data.model_copy(update={"memory_budget_mb": 0.0})})
-    streamed = build_shard(unkept, category, plan, 0, 1, build_local_stream(unkept, category, plan))
-    schedule = BatchSchedule.plan(len(plan.fit.rows), 1, config.train.batch_size, config.train.seed)
-    steps = range(schedule.num_images // schedule.batch_size)
+    streamed = build_shard(unkept, category, plan, 0, 1)
+    schedule = BatchSchedule.plan([len(plan.fit.rows)], 1, config.train.batch_size, config.train.seed)
+    steps = range(schedule.count_batches_in_pass())
 
     def read_pass(shard: Any) -> int:
-        return consume_batches(shard.read_train_batches(schedule, steps))
+        return consume_batches(read_train_batches([shard], schedule, steps, partial(read_blocks, unkept)))
 
     def build() -> int:
         build_shard(config, category, plan, 0, 1)

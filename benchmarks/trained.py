@@ -14,18 +14,17 @@ import argparse
 import copy
 import itertools
 import json
-import random
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.harness import RESULTS, describe_environment, make_inspector, merge_settings, print_table, read_samples
+from benchmarks.intervals import compute_percentile_interval
 from focus_ray.data.read import list_categories, read_test_rows
 from focus_ray.density.base import choose_evenly_spaced
 from focus_ray.features.network import FocusNet, build_network
@@ -34,11 +33,10 @@ from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.shards import build_shard
 from focus_ray.fitting.split import compute_split_plan
 from focus_ray.fyd.batch_schedule import BatchSchedule
-from focus_ray.fyd.training import MAX_STATISTICS_BATCHES, FydTraining, recompute_running_statistics
+from focus_ray.fyd.training import FydTraining, count_batches_to_read, recompute_running_statistics
 from focus_ray.ingestion.ingest import ingest
 
 BATCH_SIZE = 16
-STEPS_PER_INTERVAL = 250
 FILE = RESULTS / "trained.jsonl"
 FIGURES = ("image_auroc", "aupro_0.3")
 FCA = {"feature_alignment": dict.fromkeys(("layer1", "layer2", "layer3"), "rotation_scale")}
@@ -103,39 +101,28 @@ class Plant:
             self.tests[category] = choose_rows(uri, category, max_test)
 
 
-def draw_batches(train: Mapping[str, Tensor], categories: Sequence[str], seed: int) -> Iterator[Tensor]:
-    """Yields batches (B, H, W, 3) without end, each of one category.
-
-    Every cycle visits every category once, in random order. Every pass over the images of a category uses each image once.
-    """
-    draw = random.Random(seed)
-    queues: dict[str, list[int]] = {category: [] for category in categories}
-    while True:
-        for category in draw.sample(list(categories), len(categories)):
-            size = min(BATCH_SIZE, len(train[category]))
-            queue = queues[category]
-            if len(queue) < size:
-                new = draw.sample(range(len(train[category])), len(train[category]))
-                late = [number for number in new if number in queue]  # a batch has no image twice
-                queue += [number for number in new if number not in late] + late
-            yield train[category][torch.tensor([queue.pop(0) for _ in range(size)])]
-
-
-def train_network(config: Config, plant: Plant, categories: Sequence[str], steps: int) -> tuple[FocusNet, list[Any]]:
+def train_network(config: Config, plant: Plant, categories: Sequence[str]) -> tuple[FocusNet, list[Any]]:
     """Trains a network on some categories. Returns: the network, and the metrics of each interval."""
-    seed, device = config.train.seed, torch.device("cpu")
-    torch.manual_seed(seed)
+    train, device = config.train, torch.device("cpu")
+    torch.manual_seed(train.seed)
     net = build_network(config.model).to(memory_format=torch.channels_last)
-    training = FydTraining(net, device, config.train)
-    training.build_optimizer_and_schedule(BatchSchedule(BATCH_SIZE * steps, BATCH_SIZE, seed))
-    batches, generator = draw_batches(plant.train, categories, seed), torch.Generator().manual_seed(seed)
+    training = FydTraining(net, device, train)
+    images = [plant.train[category] for category in categories]
+    schedule = BatchSchedule.plan([len(shares) for shares in images], 1, train.batch_size, train.seed)
+    training.build_optimizer_and_schedule(schedule)
+    numbers = schedule.iterate_batches(range(count_batches_to_read(train, schedule)))
+    batches = (images[category][chosen] for category, chosen in numbers)
     history = []
-    for first in range(0, steps, STEPS_PER_INTERVAL):
-        figures = training.run_interval(itertools.islice(batches, STEPS_PER_INTERVAL), first, generator)
+    for figures in training.run_intervals(batches):
         history.append({name: round(value, 5) for name, value in figures.items()})
         print(history[-1], flush=True)
-    recompute_running_statistics(net, itertools.islice(batches, MAX_STATISTICS_BATCHES), device)
+    recompute_running_statistics(net, batches, device)
     return net.eval(), history
+
+
+def get_backbone(arm: str) -> str:
+    """Returns the backbone of an arm: the first word of its name."""
+    return arm.partition(" ")[0].rstrip(",")
 
 
 def measure_network(
@@ -143,9 +130,7 @@ def measure_network(
 ) -> dict[str, Any]:
     """Fits one density to the features of a network, and returns its metrics on the test images of a category."""
     settings = {"data": {"uri": plant.places[category]}, "model": dict(model), "train": {"seed": seed}}
-    config = parse_config(
-        merge_settings(settings, {"model": {"image_alignment": {"group": "none"}}}, DENSITIES[density])
-    )
+    config = parse_config(merge_settings(settings, DENSITIES[density]))
     plan = plant.plans[category]
     shard = build_shard(config, category, plan, 0, 1)
     result = fit(config, shard, len(plan.fit.rows), torch.device("cpu"), net=copy.deepcopy(net))
@@ -156,7 +141,7 @@ def measure_network(
 def run_arm(arm: str, fold: int | None, seed: int, plant: Plant, arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains the network of an arm on one half of the categories (None: trains nothing), and measures it on all of them."""
     start = time.perf_counter()
-    backbone = arm.partition(" ")[0].rstrip(",")
+    backbone = get_backbone(arm)
     model = {
         "backbone": backbone,
         "weights": arguments.weights if backbone == "resnet18" else "default",
@@ -175,7 +160,7 @@ def run_arm(arm: str, fold: int | None, seed: int, plant: Plant, arguments: argp
     if fold is None:
         net, history = build_network(config.model).eval(), []
     else:
-        net, history = train_network(config, plant, half, arguments.steps)
+        net, history = train_network(config, plant, half)
     trained_s = time.perf_counter() - start
     figures = {
         category: {density: measure_network(net, model, plant, category, density, seed) for density in DENSITIES}
@@ -194,13 +179,11 @@ def compute_differences(
 ) -> dict[str, float]:
     """Returns category -> mean over seeds of trained minus untrained, for categories in training (`seen`) or the others."""
     baseline = {
-        (sample["seed"], sample["arm"].partition(" ")[0].rstrip(",")): sample["figures"]
-        for sample in samples
-        if sample["fold"] is None
+        (sample["seed"], get_backbone(sample["arm"])): sample["figures"] for sample in samples if sample["fold"] is None
     }
     differences: dict[str, list[float]] = {}
     for sample in samples:
-        before = baseline.get((sample["seed"], arm.partition(" ")[0].rstrip(",")))
+        before = baseline.get((sample["seed"], get_backbone(arm)))
         if sample["arm"] != arm or sample["fold"] is None or before is None:
             continue
         for category, figures in sample["figures"].items():
@@ -215,8 +198,7 @@ def format_difference(differences: Mapping[str, float]) -> str:
     if not differences:
         return "-"
     values = np.array(list(differences.values()))
-    draws = np.random.default_rng(0).choice(values, (10_000, len(values))).mean(axis=1)
-    low, high = np.percentile(draws, [2.5, 97.5])
+    low, high = compute_percentile_interval(np.random.default_rng(0).choice(values, (10_000, len(values))).mean(axis=1))
     return f"{values.mean():+.4f} ({low:+.4f} to {high:+.4f})"
 
 
@@ -270,9 +252,9 @@ def main() -> None:
         print({category: (len(plant.train[category]), len(plant.tests[category])) for category in places}, flush=True)
         finished = {(sample["arm"], sample["fold"], sample["seed"]) for sample in samples}
         for seed in arguments.seeds:
-            arms = {arm.partition(" ")[0].rstrip(","): arm for arm in reversed(arguments.arms)}
+            arms = {get_backbone(arm): arm for arm in reversed(arguments.arms)}
             for arm, fold in [*((arm, None) for arm in arms), *itertools.product(arguments.arms, (0, 1))]:
-                if (arm, fold, seed) in finished or (fold is None and arm not in ARMS):
+                if (arm, fold, seed) in finished:
                     continue
                 print(f"== {arm}, half {fold}, seed {seed}", flush=True)
                 sample = run_arm(arm, fold, seed, plant, arguments)

@@ -66,10 +66,10 @@ def compute_fine_feature_loss(predicted: Tensor, projected: Tensor, directions: 
 
     Returns: scalar in -1..1; -1 means that the predictions have the same directions as the features of all other images.
     """
-    own = F.normalize(projected.detach().float(), dim=1)
+    own_directions = F.normalize(projected.detach().float(), dim=1)
     # the mean of cosines is a product with the mean of unit vectors, so all pairs cost as much as one
-    others = (directions - own) / (batch_size - 1)
-    return -(F.normalize(predicted.float(), dim=1) * others).sum(dim=1).mean()
+    other_directions = (directions - own_directions) / (batch_size - 1)
+    return -(F.normalize(predicted.float(), dim=1) * other_directions).sum(dim=1).mean()
 
 
 @torch.no_grad()
@@ -77,8 +77,8 @@ def compute_location_std(features: Tensor) -> Tensor:
     """Computes how much features differ between locations: about 1 if evenly distributed, 0 after a collapse.
 
     This is the standard deviation over the locations of L2-normalised features, averaged over images and channels, times
-    sqrt(C) (SimSiam, section 4.1, uses the batch in place of the locations). The batch would be the wrong measure [ours]: the
-    fine loss is meant to make images equal at each location, but a network whose locations are equal cannot find a defect.
+    sqrt(C). SimSiam (section 4.1) uses the batch in place of the locations. That would be the wrong measure here [ours]: the
+    fine loss makes images equal at each location on purpose. A network whose locations are equal cannot find a defect.
 
     Args: features: (B, C, H, W).
 

@@ -112,7 +112,7 @@ def build_report_section(uri: str, manifest: Mapping[str, Any]) -> TrainingRepor
 
 
 def _count_epochs_as_steps(entry: Mapping[str, Any], first: int) -> dict[str, Any]:
-    """Returns an entry of an earlier version, which counted epochs, with "step" in place of "epoch"; any other entry unchanged.
+    """Renames "epoch" to "step" in an entry that an earlier version wrote. Returns any other entry unchanged.
 
     Args: first: added to the number of the epoch.
     """

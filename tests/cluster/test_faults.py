@@ -55,7 +55,7 @@ def test_a_server_that_is_killed_and_throttles_loses_and_repeats_no_row(
         config = small_config(
             f"{root}/data",
             f"{root}/runs",
-            data={"uri": f"{root}/data", "categories": ["gear"], "memory_budget_mb": 0},  # streamed, every step anew
+            data={"uri": f"{root}/data", "categories": ["gear"], "memory_budget_mb": 0},  # streamed, every pass anew
             train={"steps": STEPS},
             cluster={"num_workers": 2, "use_gpu": False},
         )
