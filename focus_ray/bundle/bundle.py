@@ -69,7 +69,7 @@ from focus_ray.version import __version__
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 # Format version -> settings that this format did not have yet, with the values that its bundles were trained with.
 # A setting that is missing here too had its current default value.
 _FP32 = {"precision": "fp32"}
@@ -84,6 +84,7 @@ _MISSING_SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
     3: {"model": _FP32, "density": {**_NO_PER_PLACE, **_FP32}},  # without tiling, padding and regions
     4: {"model": _FP32, "density": {**_NO_PER_PLACE, **_FP32}},
     5: {"density": _NO_PER_PLACE},
+    6: {},
     FORMAT_VERSION: {},
 }
 MANIFEST = "manifest.json"
@@ -401,8 +402,14 @@ def _read_bundle_of_manifest(
 
 
 def add_missing_settings(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings in a manifest. Adds the settings that did not exist in the bundle's format version."""
+    """Returns the settings in a manifest. Adds the settings that did not exist in the bundle's format version.
+
+    Before format 7, the features of DINOv2 had no norm: these backbones are now called `..._raw`.
+    """
     config = dict(manifest["config"])
+    backbone = str(config["model"].get("backbone", ""))
+    if manifest["format_version"] < 7 and backbone.startswith("dinov2_"):
+        config["model"] = {**config["model"], "backbone": f"{backbone}_raw"}
     for section, values in _MISSING_SETTINGS[manifest["format_version"]].items():
         config[section] = {**values, **config[section]}
     return config

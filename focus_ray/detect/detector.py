@@ -17,7 +17,7 @@ from focus_ray.density.base import Density
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.tiles import TileGrid
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator
-from focus_ray.detect.profile import ImageScoreProfile, zero_unscored_locations
+from focus_ray.detect.profile import ImageScoreProfile, compute_image_scores, zero_unscored_locations
 from focus_ray.detect.settings import ScoringConfig
 from focus_ray.features.alignment.theta import invert_theta, warp_images
 from focus_ray.features.network import (
@@ -39,7 +39,7 @@ _GPU_IMAGES = 256  # largest batch on a GPU: bounds the memory of a batch of man
 class ScoredImages(NamedTuple):
     """Scores and anomaly maps of B images. If no location of an image can be inspected, the score is nan and the map is 0.
 
-    score: (B,), maximum of the map [kin], or score relative to the profile of good images.
+    score: (B,), maximum or highest percent of the map [kin], or score relative to the profile of good images.
     anomaly_map: (B, H, W), anomaly of each pixel of the input images.
     descriptors: (B, P, K), coarse features of the images, see `compute_descriptors`; None unless they were requested.
     """
@@ -131,10 +131,7 @@ class Detector:
         # pixels outside the image are invented by padding, and the density has not learnt locations that training rarely showed
         distance = zero_unscored_locations(distance, theta, self.coverage_mask)
         aligned_map = self.map_generator(distance)
-        if profile is None:
-            score = aligned_map.flatten(1).amax(dim=1)
-        else:
-            score = profile.compute_image_scores(distance, self.map_generator)
+        score = compute_image_scores(profile, self.scoring, distance, aligned_map, self.map_generator)
         if theta is not None:
             aligned_map = warp_images(aligned_map[:, None], invert_theta(theta), "zeros")[:, 0]
         return ScoredImages(score, aligned_map if shown is None else aligned_map * shown)

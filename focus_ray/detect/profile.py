@@ -24,6 +24,7 @@ from torch import Tensor
 
 from focus_ray.density.base import LeaveOneOutScorer, NormalStatistics, choose_evenly_spaced
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator
+from focus_ray.detect.settings import ScoringConfig
 from focus_ray.features.alignment.theta import compute_valid_mask
 
 MAX_IMAGES = 64  # images of the bank from which the profile is computed
@@ -47,6 +48,27 @@ class ImageScoreProfile(NamedTuple):
     def compute_image_scores(self, distance: Tensor, map_generator: AnomalyMapGenerator) -> Tensor:
         """Computes image scores (B,) from distances (B, H, W); a typical good image has a score of 1."""
         return (average_highest_map_values(distance * self.weight, map_generator) / self.typical).mean(dim=1)
+
+
+def compute_image_scores(
+    profile: ImageScoreProfile | None,
+    scoring: ScoringConfig,
+    distance: Tensor,
+    anomaly_map: Tensor,
+    map_generator: AnomalyMapGenerator,
+) -> Tensor:
+    """Computes image scores (B,), with the profile or, without a profile, from the highest values of the anomaly map.
+
+    Args:
+        scoring: without a profile, scoring.image_score chooses the mean of the highest percent or the maximum of the map.
+        distance: (B, H, W), distances of the density.
+        anomaly_map: result of `map_generator` for `distance`.
+    """
+    if profile is not None:
+        return profile.compute_image_scores(distance, map_generator)
+    if scoring.image_score == "highest_percent":
+        return average_highest_map_values(distance, map_generator)[:, SHARES.index(0.01)]
+    return anomaly_map.flatten(1).amax(dim=1)
 
 
 def average_highest_map_values(distance: Tensor, map_generator: AnomalyMapGenerator) -> Tensor:

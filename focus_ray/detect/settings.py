@@ -20,9 +20,10 @@ class ScoringConfig(ConfigSection):
     FIXED: ClassVar[Mapping[str, Any]] = {"smoothing_sigma_px": 4.0}
     FIXED_FOR_SCORES = frozenset(FIXED)
 
-    image_score: Literal["maximum", "profile"] = Field(
+    image_score: Literal["maximum", "highest_percent", "profile"] = Field(
         default="profile",
-        description="How the score of an image is made from its map. maximum: the highest value [kin]. profile: how "
+        description="How the score of an image is made from its map. maximum: the highest value [kin]. highest_percent: the "
+        "mean of the highest 1 % of the map [kin, RAD]. profile: how "
         "far the highest values lie above those of good images, with a weight for each place, so that 1 "
         "is a typical good image [ours]; a density without embeddings uses the maximum.",
     )

@@ -13,7 +13,7 @@ from focus_ray.density.base import build_exportable_density
 from focus_ray.density.tiles import TileGrid
 from focus_ray.detect.calibration import Calibration
 from focus_ray.detect.detector import compute_scored_locations, set_nan_if_uninspected
-from focus_ray.detect.profile import zero_unscored_locations
+from focus_ray.detect.profile import compute_image_scores, zero_unscored_locations
 from focus_ray.export.resize import ResizeToFrame
 from focus_ray.features.alignment.congealing import CongealingAligner
 from focus_ray.features.alignment.theta import invert_theta, warp_images
@@ -56,11 +56,8 @@ class ExportableScorer(nn.Module):
             detector.net.backbone.half()
         self.tiles = TileGrid(*detector.net.config.tile_layout)
         self.density = build_exportable_density(bundle.config.density, detector.density, half)
-        self.map_generator, self.profile, self.coverage_mask = (
-            detector.map_generator,
-            detector.profile,
-            detector.coverage_mask,
-        )
+        self.map_generator, self.profile, self.scoring = detector.map_generator, detector.profile, detector.scoring
+        self.coverage_mask = detector.coverage_mask
         self.verdict = VerdictModule(bundle.calibration)
         self.eval().requires_grad_(False)
 
@@ -84,12 +81,7 @@ class ExportableScorer(nn.Module):
             distance = distance * inspected
         distance = zero_unscored_locations(distance, total_theta, self.coverage_mask)
         anomaly_map = self.map_generator(distance)
-        map_maximum = anomaly_map.flatten(1).amax
-        score = (
-            map_maximum(dim=1)
-            if self.profile is None
-            else self.profile.compute_image_scores(distance, self.map_generator)
-        )
+        score = compute_image_scores(self.profile, self.scoring, distance, anomaly_map, self.map_generator)
         if total_theta is not None:
             anomaly_map = warp_images(anomaly_map[:, None], invert_theta(total_theta), "zeros")[:, 0]
         if shown is not None:

@@ -129,7 +129,7 @@ class FocusNet(nn.Module):
         dtype = next(self.backbone.parameters()).dtype  # not float32 inside `use_inference_backbone`
         for layer in LAYERS:
             x = getattr(self.backbone, layer)(x if dtype == torch.float32 else x.to(dtype))
-            level = self.backbone.spec.convert_to_feature_map(x)
+            level = self.backbone.convert_to_feature_map(x)
             level = level if dtype == torch.float32 else level.float()
             theta = self.feature_aligners[layer](level) if layer in self.feature_aligners else None
             if theta is not None:

@@ -91,8 +91,8 @@ class ModelConfig(ConfigSection):
 
     backbone: BackboneName = Field(
         default="resnet18",
-        description="The pretrained network that turns images into features (ImageNet or DINOv2). Its layers 1 to 3 "
-        "are used [paper].",
+        description="The pretrained network that turns images into features (ImageNet, DINOv2 or DINOv3). Its layers 1 to 3 "
+        "are used [paper]; of a transformer, four blocks.",
     )
     weights: str = Field(
         default="default",

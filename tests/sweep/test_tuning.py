@@ -401,3 +401,18 @@ def test_trials_with_two_workers_train_with_ddp(ray_cluster: None, parts: str, t
     assert [(record.status, record.steps) for record in trials] == [("finished", 4)] * 2
     assert {result["shared"] for record in trials for result in record.categories.values()} == {"images"}
     wait_for_cleanup()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_trial_trains_one_network_for_all_categories(
+    ray_cluster: None, parts: str, tmp_path: Path, num_workers: int
+) -> None:
+    cluster = {"num_workers": num_workers, "use_gpu": False}
+    base = {"cluster": cluster, "train": {"steps": 2, "scope": "plant"}}
+    trials = run_sweep(make_sweep(parts, tmp_path, base, space={"train.learning_rate": [1e-4, 1e-1]})).records
+    assert [(record.status, record.steps) for record in trials] == [("finished", 2)] * 2  # not for each category
+    assert all(list(record.category_scores) == list(CATEGORIES) for record in trials)
+    assert trials[0].category_scores != trials[1].category_scores
+    wait_for_cleanup()

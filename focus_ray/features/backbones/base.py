@@ -26,14 +26,19 @@ class Backbone(nn.Module):
         self.name = name
         self.spec = BACKBONES[name]
         self.layer1, self.layer2, self.layer3 = self.spec.build_layers()
+        self.norm = self.spec.build_norm() if self.spec.build_norm else None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Computes the features (B, C, H/stride, W/stride) of each layer from normalised images (B, 3, H, W)."""
         first = self.layer1(images)
         second = self.layer2(first)
         third = self.layer3(second)
-        convert = self.spec.convert_to_feature_map
+        convert = self.convert_to_feature_map
         return convert(first), convert(second), convert(third)
+
+    def convert_to_feature_map(self, output: Tensor) -> Tensor:
+        """Converts the output of a layer to features (B, C, H, W)."""
+        return self.spec.convert_to_feature_map(output if self.norm is None else self.norm(output))
 
 
 def build_backbone(name: str, weights: str = "default", sha256: str | None = None) -> Backbone:

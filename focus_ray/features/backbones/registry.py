@@ -24,5 +24,11 @@ BACKBONES: LazyRegistry[BackboneSpec] = LazyRegistry(
         "dinov2_vitb14": "focus_ray.features.backbones.dinov2:VITB14",
         "dinov2_vits14_reg": "focus_ray.features.backbones.dinov2:VITS14_REG",
         "dinov2_vitb14_reg": "focus_ray.features.backbones.dinov2:VITB14_REG",
+        "dinov2_vits14_raw": "focus_ray.features.backbones.dinov2:VITS14_RAW",
+        "dinov2_vitb14_raw": "focus_ray.features.backbones.dinov2:VITB14_RAW",
+        "dinov2_vits14_reg_raw": "focus_ray.features.backbones.dinov2:VITS14_REG_RAW",
+        "dinov2_vitb14_reg_raw": "focus_ray.features.backbones.dinov2:VITB14_REG_RAW",
+        "dinov3_vits16": "focus_ray.features.backbones.dinov3:VITS16",
+        "dinov3_vitb16": "focus_ray.features.backbones.dinov3:VITB16",
     },
 )

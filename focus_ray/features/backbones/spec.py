@@ -33,6 +33,8 @@ class BackboneSpec:
         cannot be loaded.
     convert_to_feature_map: function that converts the output of a layer to features (B, C, H, W).
     rename_weights: function that renames weights of another publisher to the names that `convert_weight_name` expects.
+    build_norm: function that builds a module which normalises the output of every layer before `convert_to_feature_map`; the next
+        layer takes the output without it. Names of its weights start with "norm.". None: there is no such module.
     strides: input pixels per cell of the feature maps of layers 1, 2 and 3; the side of the input is a multiple of the stride of
         layer 3.
     min_reflected_px: smallest side of the input with padding=reflect. With a smaller input, a kernel would have to mirror more
@@ -50,6 +52,7 @@ class BackboneSpec:
     load_default_weights: Callable[[], Mapping[str, Tensor]]
     convert_to_feature_map: Callable[[Tensor], Tensor] = _return_unchanged
     rename_weights: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = _return_unchanged
+    build_norm: Callable[[], nn.Module] | None = None
     strides: tuple[int, int, int] = (4, 8, 16)
     min_reflected_px: int = 32
     passes_feature_maps: bool = True
