@@ -104,7 +104,8 @@ def test_the_default_size_is_valid_for_every_backbone_and_gives_the_expected_map
     for name in BACKBONES:
         model = parse_config({"data": {"uri": "x"}, "model": {"backbone": name}}).model
         places = {stride: model.location_side_px(DensityConfig(map_stride_px=stride).map_layer) for stride in (4, 8)}
-        assert places == ({4: 14, 8: 14} if name.startswith("dinov2") else {4: 4, 8: 8})
+        patch_px = {"dinov2": 14, "dinov3": 16}.get(name.partition("_")[0])
+        assert places == ({4: patch_px, 8: patch_px} if patch_px else {4: 4, 8: 8})
     small = {"backbone": "convnext_tiny", "image_size_px": 48, "padding": "zeros"}
     assert parse_config({"data": {"uri": "x"}, "model": small}).model.image_size_px == 48
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from small_set import fit_alone, make_bundle, small_config
 
+from focus_ray.bundle.bundle import compute_manifest_hash
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import decode_batch
 from focus_ray.data.read import read_test_rows
@@ -19,7 +21,14 @@ from focus_ray.features.batch_norm import prepare_backbone_for_inference
 from focus_ray.fitting.settings import Config
 from focus_ray.serving.models import SharedBackbones
 
-SIZES = {"convnext_tiny": 64, "efficientnet_lite1": 64, "dinov2_vits14": 70, "dinov2_vits14_reg": 70}
+SIZES = {
+    "convnext_tiny": 64,
+    "efficientnet_lite1": 64,
+    "dinov2_vits14": 70,
+    "dinov2_vits14_reg": 70,
+    "dinov2_vits14_raw": 70,
+    "dinov3_vits16": 64,
+}
 
 
 def config_of(name: str, uri: str, folder: Path, **sections: dict[str, Any]) -> Config:
@@ -43,7 +52,7 @@ def check_the_whole_way(config: Config, images: NDArray[np.uint8]) -> None:
     np.testing.assert_allclose(inspector.score(images)[0], scores, rtol=0.1)
 
 
-@pytest.mark.parametrize("name", ["convnext_tiny", "dinov2_vits14"])
+@pytest.mark.parametrize("name", ["convnext_tiny", "dinov3_vits16"])
 def test_a_bundle_scores_as_the_fitted_model_and_nearly_so_in_bfloat16(name: str, parts: str, tmp_path: Path) -> None:
     check_the_whole_way(config_of(name, parts, tmp_path), photographs(parts, name))
 
@@ -57,6 +66,18 @@ def test_a_bundle_with_a_metric_and_a_profile_scores_as_the_fitted_model(name: s
         "scoring": {"image_score": "profile"},
     }
     check_the_whole_way(config_of(name, parts, tmp_path, **sections), photographs(parts, name))
+
+
+def test_a_dinov2_bundle_of_an_earlier_format_keeps_its_features(parts: str, tmp_path: Path) -> None:
+    place = make_bundle(config_of("dinov2_vits14_raw", parts, tmp_path))
+    images = photographs(parts, "dinov2_vits14")
+    expected, _ = Inspector.load(place, "cpu").score(images)
+    path = Path(place, "manifest.json")
+    manifest = json.loads(path.read_text())
+    manifest["format_version"] = 6
+    manifest["config"]["model"]["backbone"] = "dinov2_vits14"
+    path.write_text(json.dumps({**manifest, "sha256": compute_manifest_hash(manifest)}))
+    np.testing.assert_array_equal(Inspector.load(place, "cpu").score(images)[0], expected)
 
 
 @pytest.mark.slow
@@ -106,7 +127,7 @@ def test_tiles_and_regions_work_with_patches_of_14_pixels(parts: str, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["onnxruntime", "onnxruntime-int8"])
-@pytest.mark.parametrize("name", ["convnext_tiny", "dinov2_vits14", "dinov2_vits14_reg"])
+@pytest.mark.parametrize("name", ["convnext_tiny", "dinov2_vits14", "dinov2_vits14_reg", "dinov3_vits16"])
 def test_an_engine_computes_the_backbone(name: str, engine: str, parts: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     place = make_bundle(config_of(name, parts, tmp_path))

@@ -226,7 +226,7 @@ def test_no_changed_byte_of_a_manifest_goes_unnoticed(bundle: Path) -> None:
 
 def test_another_format_version_is_refused(bundle: Path) -> None:
     rewrite_manifest(bundle, 99)
-    with pytest.raises(BundleError, match=r"format 99, .* 1, 2, 3, 4, 5 and 6"):
+    with pytest.raises(BundleError, match=r"format 99, .* 1, 2, 3, 4, 5, 6 and 7"):
         read_bundle(bundle)
 
 

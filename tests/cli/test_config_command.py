@@ -64,9 +64,9 @@ def test_show_reads_its_own_output(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_list_names_the_standard_configurations_with_their_first_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "list"]) == 0
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    commands = dict.fromkeys(["default", "fyd", "fyd-single", "padim", "quickstart"], "train") | dict.fromkeys(
-        ["sweep", "sweep-training"], "sweep"
-    )
+    commands = dict.fromkeys(
+        ["default", "foundation", "fyd", "fyd-single", "padim", "quickstart"], "train"
+    ) | dict.fromkeys(["sweep", "sweep-training"], "sweep")
     assert {row[0]: row[1] for row in rows} == commands
     assert all(row[2].endswith(".") for row in rows)
 
@@ -94,7 +94,7 @@ def test_a_file_wins_over_a_name_and_a_folder_does_not(
     ("text", "kind", "message"),
     [
         ("defalt", "run", r"^defalt: .*\(did you mean 'default'\?\)"),
-        ("nowhere/x.yaml", "run", "one of default, fyd, fyd-single, padim, quickstart$"),
+        ("nowhere/x.yaml", "run", "one of default, foundation, fyd, fyd-single, padim, quickstart$"),
         ("nowhere", "sweep", "one of sweep, sweep-training$"),
         (".", None, r"^\.: .*a folder"),
         ("sweep", "run", "^sweep .*`focus-ray sweep sweep`"),

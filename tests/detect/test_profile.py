@@ -13,7 +13,15 @@ from focus_ray.density.nearest import LocationMemory
 from focus_ray.density.settings import DensityConfig
 from focus_ray.density.tiles import TileGrid
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator
-from focus_ray.detect.profile import FLOOR, SHARES, ImageScoreProfile, average_highest_map_values, fit_profile
+from focus_ray.detect.profile import (
+    FLOOR,
+    SHARES,
+    ImageScoreProfile,
+    average_highest_map_values,
+    compute_image_scores,
+    fit_profile,
+)
+from focus_ray.detect.settings import ScoringConfig
 
 SIDE, CHANNELS = 8, 5
 MAP_GENERATOR = AnomalyMapGenerator.build_for_tiles(TileGrid(1, 1, 64, 0), SIDE, 4.0)
@@ -74,6 +82,19 @@ def test_the_highest_values_fall_from_the_maximum_to_the_largest_share() -> None
     )
     assert values.shape == (3, len(SHARES))
     assert bool((values[:, :-1] >= values[:, 1:]).all())
+
+
+@pytest.mark.parametrize("image_score", ["maximum", "highest_percent"])
+def test_without_a_profile_the_score_is_the_maximum_or_the_mean_of_the_highest_percent(image_score: str) -> None:
+    distance = torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
+    anomaly_map = MAP_GENERATOR(distance)
+    scoring = ScoringConfig(image_score=image_score)
+    scores = compute_image_scores(None, scoring, distance, anomaly_map, MAP_GENERATOR)
+    values = anomaly_map.flatten(1).sort(dim=1, descending=True).values
+    expected = values[:, 0] if image_score == "maximum" else values[:, : values.shape[1] // 100].mean(dim=1)
+    torch.testing.assert_close(
+        scores, expected, rtol=0.02, atol=0.0
+    )  # the highest percent is searched in a sampled map
 
 
 def test_locations_that_are_not_scored_do_not_influence_the_profile() -> None:

@@ -1,23 +1,26 @@
-"""DINOv2 equals a slow reference from the published names, and reads files of its authors and of Hugging Face."""
+"""DINOv2 and DINOv3 equal slow references and the library transformers, and read files of their authors and of Hugging Face."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from focus_ray.errors import WeightsError
 from focus_ray.features.backbones.base import build_backbone, build_meta_backbone, load_published_weights
 
-LEVELS = (2, 5, 8)  # the last block of each layer
+RAW_LEVELS = (2, 5, 8)  # blocks whose tokens are the features of earlier versions
+LEVELS = (3, 6, 9, 11)  # blocks whose normed tokens are features
 
 
 def published_shapes(width: int, registers: int, depth: int = 12) -> dict[str, tuple[int, ...]]:
@@ -92,8 +95,8 @@ def interpolated_antialiased(grid: NDArray[np.float64], side: int) -> NDArray[np
     return np.stack(resized, axis=2)
 
 
-def reference(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
-    """Computes the three levels from the published names, one head at a time, in float64."""
+def reference(state: dict[str, Tensor], x: Tensor, blocks: Sequence[int], normed: bool) -> list[Tensor]:
+    """Computes the patch tokens after some blocks from the published names, one head at a time, in float64."""
     state = {name: value.double() for name, value in state.items()}
     x = x.double()
     side, width = x.shape[2] // 14, state["norm.weight"].shape[0]
@@ -115,7 +118,7 @@ def reference(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
         return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
 
     levels = []
-    for number in range(LEVELS[-1] + 1):
+    for number in range(blocks[-1] + 1):
         block = f"blocks.{number}"
         query, key, value = linear(norm(tokens, f"{block}.norm1"), f"{block}.attn.qkv").chunk(3, dim=2)
         heads = []
@@ -127,18 +130,99 @@ def reference(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
         hidden = linear(norm(tokens, f"{block}.norm2"), f"{block}.mlp.fc1")
         hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
         tokens = tokens + linear(hidden, f"{block}.mlp.fc2") * state[f"{block}.ls2.gamma"]
-        if number in LEVELS:
-            levels.append(tokens[:, 1 + registers.shape[1] :].transpose(1, 2).reshape(len(x), width, side, side))
+        if number in blocks:
+            patches = tokens[:, 1 + registers.shape[1] :]
+            if normed:
+                patches = norm(patches, "norm")
+                patches = patches / patches.square().sum(2, keepdim=True).sqrt()
+            levels.append(patches.transpose(1, 2).reshape(len(x), width, side, side))
     return levels
 
 
 def test_features_equal_a_reference_from_the_published_names(named_weights: tuple[str, Path]) -> None:
     name, path = named_weights
-    backbone = build_backbone(name, str(path)).eval()
     state = torch.load(path, weights_only=True)
+    levels = reference(state, images(70), LEVELS, normed=True)
+    normed = [levels[0], levels[1], torch.cat(levels[2:], dim=1)]
+    raw = reference(state, images(70), RAW_LEVELS, normed=False)
     with torch.inference_mode():
-        for level, expected in zip(backbone(images(70)), reference(state, images(70)), strict=True):
-            assert float((level - expected).norm() / expected.norm()) < 1e-5
+        for kind, expected_levels in ((name, normed), (f"{name}_raw", raw)):
+            features = build_backbone(kind, str(path)).eval()(images(70))
+            for level, expected in zip(features, expected_levels, strict=True):
+                assert float((level - expected).norm() / expected.norm()) < 1e-5, kind
+
+
+TRANSFORMERS = {  # backbone -> class in transformers, the sizes that its settings need, and the side of the images
+    # at another side, transformers interpolates the position embeddings otherwise than the authors
+    "dinov2_vits14": ("Dinov2", {"image_size": 518, "patch_size": 14}, 518),
+    "dinov2_vits14_reg": ("Dinov2WithRegisters", {"image_size": 518, "patch_size": 14}, 70),
+    "dinov3_vits16": ("DINOv3ViT", {"num_register_tokens": 4}, 80),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_features_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    kind, sizes, side_px = TRANSFORMERS[name]
+    config = getattr(transformers, f"{kind}Config")(hidden_size=384, num_attention_heads=6, **sizes)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        scale = 1 / math.sqrt(parameter.shape[1]) if parameter.ndim == 2 else 0.3
+        parameter.data = scale * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(tmp_path)
+    backbone = build_backbone(name, str(tmp_path / "model.safetensors")).eval()
+    num_prefix_tokens = 1 + (0 if name == "dinov2_vits14" else 4)
+    with torch.inference_mode():
+        hidden = model(images(side_px, 1), output_hidden_states=True).hidden_states
+        norm = model.norm if kind == "DINOv3ViT" else model.layernorm
+        tokens = [F.normalize(norm(hidden[block + 1])[:, num_prefix_tokens:], dim=2) for block in LEVELS]
+        features = backbone(images(side_px, 1))
+    maps = [part.transpose(1, 2).unflatten(2, features[0].shape[2:]) for part in tokens]
+    for level, expected in zip(features, [maps[0], maps[1], torch.cat(maps[2:], dim=1)], strict=True):
+        assert float((level - expected).norm() / expected.norm()) < 1e-5
+
+
+def dinov3_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Renames weights of Hugging Face to the names of DINOv3's authors, whose keys have a masked bias."""
+    replacements = {
+        r"^embeddings\.patch_embeddings\.": "patch_embed.proj.",
+        r"^embeddings\.register_tokens$": "storage_tokens",
+        r"^embeddings\.": "",
+        r"^(model\.)?layer\.": "blocks.",
+        r"attention\.o_proj": "attn.proj",
+        r"mlp\.up_proj": "mlp.fc1",
+        r"mlp\.down_proj": "mlp.fc2",
+        r"layer_scale([12])\.lambda1": r"ls\1.gamma",
+    }
+    result = {"rope_embed.periods": torch.ones(16)}
+    for key, value in state.items():
+        for pattern, replacement in replacements.items():
+            key = re.sub(pattern, replacement, key)
+        result[key] = value
+    for number in range(12):
+        block = f"blocks.{number}.attention."
+        weights = [result.pop(f"{block}{part}_proj.weight") for part in "qkv"]
+        query, value = result.pop(f"{block}q_proj.bias"), result.pop(f"{block}v_proj.bias")
+        name = f"blocks.{number}.attn.qkv"
+        result[f"{name}.weight"] = torch.cat(weights)
+        result[f"{name}.bias"] = torch.cat([query, torch.full_like(query, 7.0), value])  # masked
+        result[f"{name}.bias_mask"] = torch.cat([torch.ones(384), torch.zeros(384), torch.ones(384)])
+    return result
+
+
+def test_dinov3_reads_files_of_its_authors(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(num_register_tokens=4))
+    model.save_pretrained(tmp_path)
+    torch.save(dinov3_names(load_file(tmp_path / "model.safetensors")), tmp_path / "authors.pth")
+    states = [
+        build_backbone("dinov3_vits16", str(tmp_path / file)).state_dict()
+        for file in ("authors.pth", "model.safetensors")
+    ]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    with pytest.raises(WeightsError, match=r"dinov3_vits16 .*facebook/dinov3-vits16-pretrain-lvd1689m"):
+        build_backbone("dinov3_vits16")
 
 
 HUGGING_FACE = {  # names of the authors -> names with which transformers 5 saves a model
@@ -201,5 +285,14 @@ def test_missing_weights_and_weights_of_another_model_are_refused(named_weights:
 def test_all_weights_have_a_gradient(named_weights: tuple[str, Path]) -> None:
     name, path = named_weights
     backbone = build_backbone(name, str(path)).train()
-    sum(level.square().mean() for level in backbone(images(42))).backward()  # type: ignore[union-attr]
+    # a sum of squares would have no gradient, because each token has length 1
+    sum((level * torch.randn(level.shape)).sum() for level in backbone(images(42))).backward()  # type: ignore[union-attr]
     assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in backbone.parameters())
+
+
+def test_every_token_of_every_block_has_length_1(named_weights: tuple[str, Path]) -> None:
+    name, path = named_weights
+    with torch.inference_mode():
+        levels = build_backbone(name, str(path)).eval()(images(42))
+    for level in (levels[0], levels[1], *levels[2].chunk(2, dim=1)):
+        torch.testing.assert_close(level.norm(dim=1), torch.ones(2, 3, 3))
