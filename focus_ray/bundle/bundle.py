@@ -51,6 +51,7 @@ from focus_ray.detect.profile import ImageScoreProfile
 from focus_ray.errors import BundleError, ConfigError, DataError
 from focus_ray.features.backbones.base import build_meta_backbone
 from focus_ray.features.network import FocusNet
+from focus_ray.features.settings import ModelConfig
 from focus_ray.fitting.regions import load_frame, make_frame
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.precision import choose_compute_dtype
@@ -404,12 +405,16 @@ def _read_bundle_of_manifest(
 def add_missing_settings(manifest: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings in a manifest. Adds the settings that did not exist in the bundle's format version.
 
-    Before format 7, the features of DINOv2 had no norm: these backbones are now called `..._raw`.
+    Before format 7, the features of DINOv2 had no norm: these backbones are now called `..._raw`. Feature alignment repeated the
+    border of the features.
     """
     config = dict(manifest["config"])
-    backbone = str(config["model"].get("backbone", ""))
-    if manifest["format_version"] < 7 and backbone.startswith("dinov2_"):
-        config["model"] = {**config["model"], "backbone": f"{backbone}_raw"}
+    if manifest["format_version"] < 7:
+        model = config["model"]
+        feature_alignment = {"padding": "border", **model.get("feature_alignment", {})}
+        backbone = model.get("backbone", ModelConfig.model_fields["backbone"].default)
+        name = f"{backbone}_raw" if backbone.startswith("dinov2_") else backbone
+        config["model"] = {**model, "backbone": name, "feature_alignment": feature_alignment}
     for section, values in _MISSING_SETTINGS[manifest["format_version"]].items():
         config[section] = {**values, **config[section]}
     return config

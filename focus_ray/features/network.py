@@ -133,7 +133,7 @@ class FocusNet(nn.Module):
             level = level if dtype == torch.float32 else level.float()
             theta = self.feature_aligners[layer](level) if layer in self.feature_aligners else None
             if theta is not None:
-                level = x = warp_images(level, theta)
+                level = x = warp_images(level, theta, self.config.feature_alignment.padding)
             levels.append(level)
             thetas.append(theta)
         return (levels[0], levels[1], levels[2]), (thetas[0], thetas[1], thetas[2])

@@ -25,6 +25,7 @@ Group = Literal[
     "similarity",
     "affine",
 ]
+FeatureGroup = Literal[Group, "rotation_two_scales"]
 BackboneName = Annotated[str, AfterValidator(BACKBONES.check_name)]
 
 
@@ -60,10 +61,17 @@ class FeatureAlignmentConfig(ConfigSection):
 
     FIXED: ClassVar[Mapping[str, Any]] = {"max_translation": 0.15, "max_scale": 1.15, "max_rotation_deg": 15.0}
     FIXED_FOR_SCORES = frozenset(FIXED)
+    STORED = frozenset({"padding"})
 
-    layer1: Group = Field(default="none", description="Movements that the aligner after layer 1 may undo.")
-    layer2: Group = Field(default="none", description="Movements that the aligner after layer 2 may undo.")
-    layer3: Group = Field(default="none", description="Movements that the aligner after layer 3 may undo.")
+    layer1: FeatureGroup = Field(
+        default="none",
+        description="Movements that the aligner after layer 1 may undo. rotation_two_scales: a scale for each direction, and a "
+        "rotation [kin, RegAD].",
+    )
+    layer2: FeatureGroup = Field(default="none", description="Movements that the aligner after layer 2 may undo.")
+    layer3: FeatureGroup = Field(default="none", description="Movements that the aligner after layer 3 may undo.")
+    # features of the area that an aligned feature map leaves empty [kin, RegAD]; it was border in earlier versions
+    padding: Literal["border", "reflection"] = "reflection"
 
 
 class TilingConfig(ConfigSection):

@@ -232,10 +232,11 @@ def test_another_format_version_is_refused(bundle: Path) -> None:
 
 def test_a_bundle_of_format_1_scores_as_before(bundle: Path) -> None:
     """Format 1 has no settings for padding and image score: they were zeros, and the maximum of the map."""
-    rewrite_manifest(bundle, 1, "model.padding", "scoring.image_score", "density.coreset")
+    rewrite_manifest(bundle, 1, "model.padding", "model.feature_alignment", "scoring.image_score", "density.coreset")
     read = read_bundle(bundle)
     assert (read.config.model.padding, read.config.scoring.image_score) == ("zeros", "maximum")
     assert read.detector.profile is None
+    assert read.config.model.feature_alignment.padding == "border"
 
 
 def test_locations_of_a_bundle_of_format_5_store_all_images(tmp_path: Path) -> None:

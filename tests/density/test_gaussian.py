@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,11 @@ import torch
 from made_embeddings import make_embeddings, moments_of
 from scipy.spatial import distance
 
+from focus_ray.density.base import NormalStatistics, build_density
 from focus_ray.density.gaussian import Gaussian, LeaveOneOutGaussian, fit_gaussian
+from focus_ray.fitting.settings import load_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @pytest.mark.parametrize("pooling", [0.0, 0.3])
@@ -49,6 +54,17 @@ def test_excluded_images_do_not_count(group: list[int], pooling: float) -> None:
     # excluding several images pools over their number too
     torch.testing.assert_close(distances[:1], expected, rtol=0.05 if pooling and len(group) > 1 else 2e-3, atol=1e-4)
     torch.testing.assert_close(distances[1:], density.score(images[:1], torch.tensor([0])))
+
+
+@pytest.mark.parametrize("name", ["fyd", "default"])
+def test_only_an_absolute_ridge_sees_how_compact_features_are(name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml").density.model_copy(update={"kind": "gaussian"})
+    distances = []
+    for scale in (0.05, 0.05 / 4):  # the fine loss makes features compact
+        moments = moments_of(make_embeddings(30) * scale)
+        distances.append(build_density(config, NormalStatistics(moments)).score(make_embeddings(3, seed=7) * scale))
+    ratio = float(distances[1].mean() / distances[0].mean())
+    assert ratio < 0.6 if name == "fyd" else ratio == pytest.approx(1.0, abs=1e-3)
 
 
 def test_too_few_remaining_images_are_refused() -> None:

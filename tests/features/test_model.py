@@ -38,6 +38,20 @@ MODES = ("frozen", "train")
 PAIRS = torch.tensor([5, 2, 7, 0, 6, 3, 1, 4])  # in the global batch: some pairs have images of both workers
 
 
+@pytest.mark.parametrize("padding", ["border", "reflection"])
+def test_a_feature_aligner_fills_the_border_as_configured(padding: str) -> None:
+    config = {"feature_alignment": {"layer1": "rotation_two_scales", "padding": padding}}
+    tree = {"weights": "random", "image_size_px": 64, "image_alignment": {"group": "none"}, **config}
+    net = build_network(ModelConfig.model_validate(tree, context={"is_fitted": True})).eval()
+    nn.init.normal_(net.feature_aligners["layer1"].parameters_out.bias, mean=-1.0)
+    images = random_images(2)
+    aligned = net(images)
+    first = net.backbone.layer1((images - net.pixel_mean) / net.pixel_std)
+    assert torch.equal(aligned.levels[0], warp_images(first, aligned.thetas[0], padding))
+    lengths = aligned.thetas[0][:, :, :2].norm(dim=1)
+    assert bool((lengths[:, 0] != lengths[:, 1]).all())  # the scales along x and y differ
+
+
 def model_config(batch_norm: str = "frozen", **sections: Any) -> ModelConfig:
     tree = {"weights": "random", "image_size_px": 64, "predictor_width": 8, **sections}
     tree.setdefault("image_alignment", {"group": "none"})
@@ -269,7 +283,7 @@ def test_levels_and_thetas_of_the_network_are_in_the_documented_frames() -> None
         assert torch.equal(aligned.image, warp_images(images, aligned.theta_image, ALIGNED_IMAGE_PADDING))
         x = (aligned.image - net.pixel_mean) / net.pixel_std
         for number, layer in enumerate(("layer1", "layer2", "layer3")):
-            x = warp_images(getattr(net.backbone, layer)(x), aligned.thetas[number])
+            x = warp_images(getattr(net.backbone, layer)(x), aligned.thetas[number], "reflection")
             torch.testing.assert_close(aligned.levels[number], x)
     angle = 0.3 * math.pi  # for a bias of 0.3, before the tanh
     assert float(aligned.theta_image[0, 1, 0]) == pytest.approx(math.sin(math.tanh(0.3) / 0.3 * angle), abs=1e-5)

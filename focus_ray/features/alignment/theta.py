@@ -16,18 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# components of each group: r rotation, s scale, a anisotropy and shear, t translation
+# components of each group: r rotation, s scale, z scales along x and along y, a anisotropy and shear, t translation
 GROUP_COMPONENTS = {
     "none": "",
     "rotation": "r",
     "translation": "t",
     "scale": "s",
     "rotation_scale": "rs",
+    "rotation_two_scales": "rz",
     "rotation_translation": "rt",
     "similarity": "rst",
     "affine": "rsat",
 }
-_PARAMETERS_PER_COMPONENT = {"r": 1, "s": 1, "a": 2, "t": 2}
+_PARAMETERS_PER_COMPONENT = {"r": 1, "s": 1, "z": 2, "a": 2, "t": 2}
 
 
 class TransformBounds(NamedTuple):
@@ -64,6 +65,9 @@ def compute_theta_from_parameters(parameters: Tensor, group: str, bounds: Transf
     log_scale = math.log(bounds.max_scale)
     scale = (parts["s"][:, 0] * log_scale).exp() if "s" in parts else zero + 1
     anisotropy = (parts["a"][:, 0] * log_scale / 2).exp() if "a" in parts else zero + 1
+    if "z" in parts:
+        log_scales = parts["z"] * log_scale  # along x and along y
+        scale, anisotropy = log_scales.mean(dim=1).exp(), ((log_scales[:, 0] - log_scales[:, 1]) / 2).exp()
     shear = parts["a"][:, 1] * log_scale if "a" in parts else zero
     shift = parts["t"] * bounds.max_translation if "t" in parts else zero[:, None].expand(-1, 2)
     return build_theta_from_components(angle, scale, shift, anisotropy, shear)
