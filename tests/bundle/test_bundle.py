@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+import operator
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -92,8 +94,9 @@ def rewrite_manifest(bundle: Path, format_version: int, *missing_settings: str) 
     manifest = json.loads((bundle / MANIFEST).read_text())
     manifest["format_version"] = format_version
     for setting in missing_settings:
-        section, _, key = setting.partition(".")
-        del manifest["config"][section][key]
+        *sections, key = setting.split(".")
+        section = functools.reduce(operator.getitem, sections, manifest["config"])
+        del section[key]
     (bundle / MANIFEST).write_text(json.dumps({**manifest, "sha256": compute_manifest_hash(manifest)}))
 
 
@@ -232,7 +235,9 @@ def test_another_format_version_is_refused(bundle: Path) -> None:
 
 def test_a_bundle_of_format_1_scores_as_before(bundle: Path) -> None:
     """Format 1 has no settings for padding and image score: they were zeros, and the maximum of the map."""
-    rewrite_manifest(bundle, 1, "model.padding", "model.feature_alignment", "scoring.image_score", "density.coreset")
+    rewrite_manifest(
+        bundle, 1, "model.padding", "model.feature_alignment.padding", "scoring.image_score", "density.coreset"
+    )
     read = read_bundle(bundle)
     assert (read.config.model.padding, read.config.scoring.image_score) == ("zeros", "maximum")
     assert read.detector.profile is None
