@@ -27,6 +27,7 @@ from focus_ray.defects import make_defective_copies
 from focus_ray.density.base import choose_evenly_spaced
 from focus_ray.detect.detector import Detector, embed_images
 from focus_ray.detect.profile import compute_profile_from_distances
+from focus_ray.features.alignment.theta import warp_images
 from focus_ray.features.network import convert_to_float_images
 from focus_ray.fitting.fit import fit
 from focus_ray.fitting.projection import build_reduction_with_all_channels
@@ -112,12 +113,16 @@ def load_category(uri: str, category: str, weights: str) -> CategoryFeatures:
     reduction = build_reduction_with_all_channels(detector.reduction, detector.net.backbone.spec.channels)
     copies, defect_masks, _ = make_defective_copies(images, 7, DEFECTS_PER_IMAGE)
     channels = slice(0, sum(detector.net.backbone.spec.channels))
-    clean, defective, test_features = (
-        embed(detector, reduction, part)[0][:, channels].half() for part in (images, copies, tests)
-    )
-    covered = F.adaptive_avg_pool2d(torch.from_numpy(defect_masks).float()[:, None], clean.shape[2:])[:, 0]
+    clean, test_features = (embed(detector, reduction, part)[0][:, channels].half() for part in (images, tests))
+    defective, defect_thetas = embed(detector, reduction, copies)
+    defects = torch.from_numpy(defect_masks).float()[:, None]
+    if defect_thetas is not None:
+        defects = warp_images(defects, defect_thetas, "zeros")
+    covered = F.adaptive_avg_pool2d(defects, tuple(clean.shape[2:]))[:, 0]
     labels = np.array([int(row["label"]) for row in rows])
-    return CategoryFeatures(clean, defective, covered, test_features, thetas, labels, masks, detector, defaults)
+    return CategoryFeatures(
+        clean, defective[:, channels].half(), covered, test_features, thetas, labels, masks, detector, defaults
+    )
 
 
 def divide_by_mean(distances: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
