@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -76,6 +77,7 @@ def read_blocks_with_ray_data(config: Config, blocks: Iterable[ImageBlock]) -> I
     """
     import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # otherwise it logs every start and end of a dataset
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from places import free_port
+from s3_server import S3Server
 from small_set import NUM_TEST, NUM_TRAIN, corrupt_image, draw_parts, fit_alone, ingest_parts, small_config
 from torch import Tensor
 
@@ -790,3 +791,43 @@ def test_two_workers_train_the_common_network_of_one(
             torch.testing.assert_close(weight, networks[1].net[name], rtol=1e-3, atol=1e-6, msg=name)
     losses = [[entry["loss"] for entry in network.notes.history] for network in networks]
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+NODES = """
+import json, sys
+import ray
+from ray.cluster_utils import Cluster
+from focus_ray.fitting.settings import parse_config
+from focus_ray.training.training import train
+
+nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+for num_cpus in (2, 1):  # each worker needs a node of its own; the third node reads the stream
+    nodes.add_node(num_cpus=num_cpus)
+ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
+train(parse_config(json.loads(sys.argv[1]), is_fitted=True), log=lambda line: print(line, file=sys.stderr))
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.ray
+@pytest.mark.s3
+def test_two_nodes_that_stream_from_s3_train_the_network_of_one_process(
+    data: str, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = make_plant_config(data, tmp_path)
+    train(alone)
+    for name, value in s3.environment().items():
+        monkeypatch.setenv(name, value)
+    root = s3.new_uri()
+    ingest(draw_parts(tmp_path / "images"), f"{root}/data", progress=False)
+    cluster = {"num_workers": 2, "cpus_per_worker": 2, "use_gpu": False}
+    pair = make_plant_config(f"{root}/data", Path("runs"), cluster=cluster)
+    data_settings = pair.data.model_copy(update={"memory_budget_mb": 0.0})
+    pair = pair.model_copy(update={"data": data_settings, "storage": f"{root}/runs"})
+    command = [sys.executable, "-c", NODES, json.dumps(pair.model_dump(mode="json"))]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert process.returncode == 0, process.stderr[-3000:]
+    network = load_plant_network(f"{root}/runs/small")
+    assert network.categories == ("board", "gear")
+    for name, weight in load_plant_network(f"{tmp_path}/small").net.items():
+        torch.testing.assert_close(weight, network.net[name], rtol=1e-3, atol=1e-6, msg=name)
