@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Pillow
 
-from focus_ray.bundle.bundle import MANIFEST, copy_bundle, find_bundles_in_folder, read_manifest
+from focus_ray.bundle.bundle import MANIFEST, copy_bundle, read_manifest
 from focus_ray.bundle.inspector import Inspector
+from focus_ray.bundle.published import find_single_bundle
 from focus_ray.data.images import ImageError, decode_image_with_info, encode_pillow_image, hash_pixels
 from focus_ray.data.importers.base import list_image_files, list_subfolders
 from focus_ray.data.importers.groups import GroupByTable, GroupRule
@@ -34,7 +35,7 @@ from focus_ray.fitting.fit import check_fit_prerequisites
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.split import compute_split_rule
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.names import is_valid_name, suggest_similar_name
+from focus_ray.names import make_valid_name, suggest_similar_name
 from focus_ray.settings.sections import iterate_setting_keys, read_yaml_mapping
 from focus_ray.settings.standard import find_config_file
 from focus_ray.storage.files import join_path, read_bytes
@@ -197,18 +198,13 @@ def fit(
 
 
 def load(place: str | Path) -> Model:
-    """Loads a saved model or a bundle of `focus-ray train`.
+    """Loads a saved model, a bundle, the folder of a run with a single bundle, or the only bundle of a registry.
 
     Raises:
-        DataError: the place has bundles of several categories.
+        DataError: the place has no bundle, or bundles of several categories.
         BundleError: the bundle is missing or damaged.
     """
-    bundles = find_bundles_in_folder(str(place))
-    if len(bundles) > 1:
-        raise DataError(
-            f"{place}: has bundles of {', '.join(bundles)}: give a single bundle, for instance {next(iter(bundles.values()))}"
-        )
-    (uri,) = bundles.values()
+    uri = find_single_bundle(str(place))
     return Model(Inspector.load(uri), uri)
 
 
@@ -296,7 +292,7 @@ def link_images_into_good_folder(source: Path, root: Path) -> Path:
     if not list_image_files(source) or list_subfolders(source):
         return source
     name = source.resolve().name
-    folder = root / (name if is_valid_name(name) else _DEFAULT_CATEGORY) / "good"
+    folder = root / make_valid_name(name) / "good"
     folder.mkdir(parents=True)
     for path in (Path(str(item)) for item in list_image_files(source)):
         try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
+import unicodedata
 import uuid
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
@@ -21,6 +23,21 @@ NAME_WORDS = "a letter or digit, then letters, digits, '.', '_' or '-', 100 in a
 def is_valid_name(text: object) -> bool:
     """Returns whether a value is a text that matches `NAME_PATTERN`."""
     return isinstance(text, str) and re.fullmatch(NAME_PATTERN, text) is not None and not text.endswith("\n")
+
+
+_GERMAN_LETTERS = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "Ä": "Ae", "Ö": "Oe", "Ü": "Ue", "ß": "ss"})
+
+
+def make_valid_name(title: str) -> str:
+    """Returns a valid name that resembles a title: Deckel-Fotos for "Deckel Fotos", Mueller for "Müller".
+
+    A valid name is returned unchanged. If the title has no Latin letters and no digits, the name is made of its hash.
+    """
+    if is_valid_name(title):
+        return title
+    latin = unicodedata.normalize("NFKD", title.translate(_GERMAN_LETTERS)).encode("ascii", "ignore").decode()
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", latin).strip("-._")[:100]
+    return name or f"name-{hashlib.sha256(title.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
 
 
 def make_unique_name(*parts: str | None) -> str:

@@ -37,6 +37,22 @@ def find_bundles_in_folder_or_registry(
         return bundles
 
 
+def find_single_bundle(place: str) -> str:
+    """Returns the URI of the only bundle at an address, for instance the folder that `focus-ray fit` wrote.
+
+    Args: place: see `find_bundles_in_folder_or_registry`; of a registry, the newest version is taken.
+
+    Raises: DataError: there are several bundles; the message names their categories. Otherwise see
+        `find_bundles_in_folder_or_registry`.
+    """
+    bundles = find_bundles_in_folder_or_registry(place)
+    if len(bundles) > 1:
+        raise DataError(
+            f"{place}: has bundles of {', '.join(bundles)}: give a single bundle, for instance {next(iter(bundles.values()))}"
+        )
+    return next(iter(bundles.values()))
+
+
 def _find_published_bundles(place: str, version: str, log: Callable[[str], None]) -> dict[str, str]:
     """Returns category -> URI of its bundle, for a registry or the folder of a team in a registry; empty for any other folder.
 

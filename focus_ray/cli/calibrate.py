@@ -62,18 +62,20 @@ def _run_calibrate_command(arguments: argparse.Namespace) -> int:
     good, bad = list_image_paths(arguments.good or []), list_image_paths(arguments.bad)
     how = f"with {len(good)} good and {len(bad)} bad images" if good else f"for the site of {arguments.site}"
     print_message(f"calibrate: {arguments.bundle} {'by hand' if by_hand else how}")
+    from focus_ray.bundle.published import find_single_bundle
     from focus_ray.bundle.recalibrate import calibrate_bundle, calibrate_for_site, set_thresholds
     from focus_ray.detect.calibration import Calibration
     from focus_ray.detect.shift import describe_new_calibration_shift
     from focus_ray.storage.files import write_bytes
 
+    bundle = find_single_bundle(arguments.bundle)
     targets = {name: getattr(arguments, name) for name in ("target_fpr", "target_pixel_fpr", "device")}
     if by_hand:
         thresholds = {name: getattr(arguments, name) for name in ("image_threshold", "pixel_threshold")}
-        manifest = set_thresholds(arguments.bundle, arguments.output, **thresholds)
+        manifest = set_thresholds(bundle, arguments.output, **thresholds)
         calibration = Calibration.from_dict(manifest["calibration"])
     elif arguments.site is not None:
-        outcome = calibrate_for_site(arguments.bundle, arguments.output, arguments.site, **targets)
+        outcome = calibrate_for_site(bundle, arguments.output, arguments.site, **targets)
         manifest, calibration = outcome.manifest, outcome.calibration
         if outcome.is_metric_biased:
             print_message(
@@ -81,7 +83,7 @@ def _run_calibrate_command(arguments: argparse.Namespace) -> int:
                 "alarm rate may be above the target: calibrate with new good images (--good)"
             )
     else:
-        outcome = calibrate_bundle(arguments.bundle, arguments.output, good, bad, **targets)
+        outcome = calibrate_bundle(bundle, arguments.output, good, bad, **targets)
         manifest, calibration = outcome.manifest, outcome.calibration
         for line in _describe_copied_images(outcome.copies):
             print_message(f"note: {line}")

@@ -40,10 +40,11 @@ def add_parsers(commands: Any) -> None:
 def _run_export_command(arguments: argparse.Namespace) -> int:
     """Runs `export`: writes a bundle in another format and prints the folder. Returns the exit status."""
     check_paths_exist(arguments.bundle, *arguments.examples)
+    from focus_ray.bundle.published import find_single_bundle
     from focus_ray.export.export import export_bundle
 
     exported = export_bundle(
-        arguments.bundle,
+        find_single_bundle(arguments.bundle),
         arguments.to,
         arguments.output,
         arguments.precision,

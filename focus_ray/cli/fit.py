@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from focus_ray.cli.data import add_group_by_option
 from focus_ray.cli.output import check_paths_exist, print_message
+
+if TYPE_CHECKING:
+    from focus_ray.fitting.settings import Config
 
 
 def add_parsers(commands: Any) -> None:
@@ -36,12 +40,14 @@ def _run_fit_command(arguments: argparse.Namespace) -> int:
     check_paths_exist(arguments.source)
     from focus_ray.errors import DataError
     from focus_ray.fitting.settings import load_config
-    from focus_ray.names import NAME_WORDS, is_valid_name
+    from focus_ray.names import NAME_WORDS, is_valid_name, make_valid_name
     from focus_ray.settings.standard import find_config_file
 
     output = Path(arguments.output).absolute()
     if not is_valid_name(output.name):
-        raise DataError(f"{output}: {output.name!r} cannot name a run: expected {NAME_WORDS}")
+        raise DataError(
+            f"{output}: {output.name!r} cannot name a run: expected {NAME_WORDS}, for instance {make_valid_name(output.name)}"
+        )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output}: not empty: give a new folder")
     data = str(output / "data")
@@ -50,12 +56,30 @@ def _run_fit_command(arguments: argparse.Namespace) -> int:
     words = [*arguments.override, *(f"{key}={json.dumps(text, ensure_ascii=False)}" for key, text in places.items())]
     config = load_config(find_config_file("default", "run"), words)
     print_message(f"fit: {arguments.source} -> {output}")
+    from focus_ray.fitting.fit import check_fit_prerequisites
+
+    check_fit_prerequisites(config)  # before the ingestion, which may take long
+    try:
+        return _ingest_and_train(arguments, config, output)
+    except BaseException:
+        # without a bundle, the folder has only data that blocks a second attempt
+        if not any(output.glob("bundles/*/manifest.json")):
+            shutil.rmtree(output, ignore_errors=True)
+        raise
+
+
+def _ingest_and_train(arguments: argparse.Namespace, config: Config, output: Path) -> int:
+    """Ingests the images, trains and evaluates for `fit`. Returns the exit status.
+
+    Args: output: folder of the run.
+    """
     from focus_ray.api import link_images_into_good_folder
     from focus_ray.cli.main import build_parser
     from focus_ray.cli.train import print_threshold_caveats
     from focus_ray.ingestion.ingest import ingest
     from focus_ray.training.training import train
 
+    data = config.data.uri
     with tempfile.TemporaryDirectory() as scratch:
         ingested = ingest(
             link_images_into_good_folder(Path(arguments.source), Path(scratch)), data, group_by=arguments.group_by

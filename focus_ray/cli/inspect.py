@@ -23,7 +23,7 @@ def add_parsers(commands: Any) -> None:
     """Adds the parsers of `inspect` and `inspect-batch`."""
     inspect = commands.add_parser("inspect", help="score images; prints JSON lines, and can draw heat maps")
     add = inspect.add_argument
-    add("bundle", help="a bundle")
+    add("bundle", help="a bundle, or the folder of a run or a registry with a single bundle")
     add("images", nargs="+", help="image files, or folders of them")
     add("--overlays", metavar="FOLDER", help="folder for the heat map over each image")
     add("--csv", metavar="FILE", help="also write a table: one row for each image, after the last image")
@@ -60,6 +60,7 @@ def _run_inspect_command(arguments: argparse.Namespace) -> int:
         _check_replaced_files(Path(arguments.overlays), names)
     print_message(f"inspect: {len(paths)} images with {arguments.bundle}")
     from focus_ray.bundle.inspector import Inspector  # takes seconds to import, so check the paths first
+    from focus_ray.bundle.published import find_single_bundle
     from focus_ray.csv_tables import build_verdict_row, format_csv
     from focus_ray.detect.pictures import draw_overlay_with_strip
     from focus_ray.storage.files import write_bytes
@@ -67,7 +68,8 @@ def _run_inspect_command(arguments: argparse.Namespace) -> int:
     examples = list_image_paths(arguments.examples) if arguments.examples else []
     if arguments.engine != "torch":
         print_message(f"inspect: compiling for {arguments.engine}, checked by {len(examples)} examples")
-    inspector = Inspector.load(arguments.bundle, arguments.device, engine=arguments.engine, examples=examples)
+    bundle = find_single_bundle(arguments.bundle)
+    inspector = Inspector.load(bundle, arguments.device, engine=arguments.engine, examples=examples)
     category = inspector.bundle.category
     status = 0
     for caveat in inspector.bundle.calibration.describe_limits():

@@ -63,10 +63,10 @@ def _run_update_command(arguments: argparse.Namespace) -> int:
     if not any(changes.values()):
         raise DataError("nothing to change: give --add, --remove, --join or --only")
     print_message(f"update: {arguments.bundle} -> {arguments.output}")
+    from focus_ray.bundle.published import find_single_bundle
     from focus_ray.bundle.update import update_bundle
 
-    manifest = update_bundle(
-        arguments.bundle, arguments.output, **changes, calibrate=arguments.calibrate, log=print_message
-    )
+    bundle = find_single_bundle(arguments.bundle)
+    manifest = update_bundle(bundle, arguments.output, **changes, calibrate=arguments.calibrate, log=print_message)
     print(f"{arguments.output}\t{manifest['data']['num_fit']} images\t{manifest['sha256']}")
     return 0

@@ -75,8 +75,11 @@ class IngestReport:
 
     @property
     def exit_status(self) -> int:
-        """The exit status of the command: 0 if no file was rejected, otherwise 3. Rejects of unchanged categories also count."""
-        return 3 if self.rejects else 0
+        """The exit status of the command: 3 if a file was rejected, also in an unchanged category, otherwise 0.
+
+        A duplicate does not count: its pixels are in the data set.
+        """
+        return 3 if any(not item.reason.startswith("duplicate_") for item in self.rejects) else 0
 
     def __str__(self) -> str:
         lines = [f"format: {self.format}"]

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from small_set import make_bundle, small_config
 
+from focus_ray.bundle.bundle import compute_manifest_hash
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.cli.main import build_parser, main, parse_command_line
 from focus_ray.ingestion.ingest import ingest
@@ -352,3 +353,37 @@ def test_samples_draws_both_parts_with_the_seed(tmp_path: Path, monkeypatch: pyt
     assert sorted(os.listdir(tmp_path / "images")) == ["board", "gear"]
     drawn = np.asarray(Image.open(tmp_path / "images/gear/train/good/001.png"))
     np.testing.assert_array_equal(drawn, draw_sample("gear", 3, "train", 1, 64)[0])
+
+
+def test_commands_for_one_bundle_take_the_folder_of_a_run(
+    bundle: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(bundle, run / "bundles/gear")
+    assert main(["inspect", str(run), str(images / "gear/test/good")]) == 0
+    assert "anomalous" in capsys.readouterr().err
+    thresholds = ["--image-threshold", "2", "--pixel-threshold", "3"]
+    assert main(["calibrate", str(run), str(tmp_path / "calibrated"), *thresholds]) == 0
+    shutil.copytree(bundle, run / "bundles/gear2")
+    manifest = json.loads((run / "bundles/gear2/manifest.json").read_text())
+    manifest["category"] = "wheel"
+    (run / "bundles/gear2/manifest.json").write_text(
+        json.dumps({**manifest, "sha256": compute_manifest_hash(manifest)})
+    )
+    assert main(["inspect", str(run), str(images / "gear/test/good")]) == 1
+    assert "has bundles of gear, wheel: give a single bundle" in capsys.readouterr().err
+
+
+def test_a_fit_that_fails_leaves_no_folder_and_checks_the_weights_first(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, output = images / "gear/train/good", tmp_path / "model"
+    assert main(["fit", str(good), str(output), f"model.weights={tmp_path}/absent.pth"]) == 1
+    assert "absent.pth" in capsys.readouterr().err
+    assert not output.exists()
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted(good.iterdir())[:2]:
+        shutil.copy(path, few)
+    assert main(["fit", str(few), str(output), "model.weights=random"]) == 1
+    assert not output.exists()  # the same command works when there are more images

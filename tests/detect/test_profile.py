@@ -93,7 +93,7 @@ def test_without_a_profile_the_score_is_the_maximum_or_the_mean_of_the_highest_p
     values = anomaly_map.flatten(1).sort(dim=1, descending=True).values
     expected = values[:, 0] if image_score == "maximum" else values[:, : values.shape[1] // 100].mean(dim=1)
     torch.testing.assert_close(
-        scores, expected, rtol=0.02, atol=0.0
+        scores, expected, rtol=0.05, atol=0.0
     )  # the highest percent is searched in a sampled map
 
 

@@ -274,6 +274,22 @@ def make_trained_config(data: str, storage: Path, **cluster: Any) -> Config:
     )
 
 
+def assert_same_weights(config: Config, weights: dict[str, Tensor], others: dict[str, Tensor], bound: float) -> None:
+    """Compares the changes that two trainings made to the weights; see `assert_same_training` for the bound."""
+    torch.manual_seed(config.train.seed)
+    start = build_network(config.model).state_dict()  # as before the training
+    moved = [name for name in weights if not torch.equal(weights[name], start[name])]
+    # the mean is subtracted from the parameters of a transform, so their bias moves by rounding only
+    moved = [name for name in moved if not name.endswith("parameters_out.bias")]
+    assert any("feature_aligners" in name for name in moved)
+    assert any("running_var" in name for name in moved)
+    for name in moved:
+        change = (weights[name] - start[name]).double().norm()
+        rounding = 1e-6 * weights[name].double().norm()
+        difference = (weights[name] - others[name]).double().norm()
+        assert difference <= 50 * bound * change + rounding, name
+
+
 def assert_same_training(data: str, config: Config, other: Config, bound: float) -> None:
     """Compares the training metrics, the changes of the weights and the scores of two runs.
 
@@ -286,18 +302,7 @@ def assert_same_training(data: str, config: Config, other: Config, bound: float)
         for name in ("loss", "loss_fine", "feature_std", "effective_rank"):
             assert step[name] == pytest.approx(other_step[name], rel=bound, abs=bound / 10), name
     weights, other_weights = (read_bundle(place).detector.net.state_dict() for place in places)
-    torch.manual_seed(config.train.seed)
-    start = build_network(config.model).state_dict()  # as before the training
-    moved = [name for name in weights if not torch.equal(weights[name], start[name])]
-    # the mean is subtracted from the parameters of a transform, so their bias moves by rounding only
-    moved = [name for name in moved if not name.endswith("parameters_out.bias")]
-    assert any("feature_aligners" in name for name in moved)
-    assert any("running_var" in name for name in moved)
-    for name in moved:
-        change = (weights[name] - start[name]).double().norm()
-        rounding = 1e-6 * weights[name].double().norm()
-        difference = (weights[name] - other_weights[name]).double().norm()
-        assert difference <= 50 * bound * change + rounding, name
+    assert_same_weights(config, weights, other_weights, bound)
     assert_same_bundles(data, config, other, bound, 10 * bound)
 
 
@@ -786,9 +791,7 @@ def test_two_workers_train_the_common_network_of_one(
     pair = pair.model_copy(update={"data": data_settings})
     train(pair)
     networks = [load_plant_network(f"{config.storage}/small") for config in (alone, pair)]
-    for name, weight in networks[0].net.items():
-        if weight.is_floating_point() and not name.endswith("parameters_out.bias"):  # moves by rounding only
-            torch.testing.assert_close(weight, networks[1].net[name], rtol=1e-3, atol=1e-6, msg=name)
+    assert_same_weights(alone, networks[0].net, networks[1].net, 1e-3)
     losses = [[entry["loss"] for entry in network.notes.history] for network in networks]
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
@@ -829,5 +832,4 @@ def test_two_nodes_that_stream_from_s3_train_the_network_of_one_process(
     assert process.returncode == 0, process.stderr[-3000:]
     network = load_plant_network(f"{root}/runs/small")
     assert network.categories == ("board", "gear")
-    for name, weight in load_plant_network(f"{tmp_path}/small").net.items():
-        torch.testing.assert_close(weight, network.net[name], rtol=1e-3, atol=1e-6, msg=name)
+    assert_same_weights(alone, load_plant_network(f"{tmp_path}/small").net, network.net, 1e-3)

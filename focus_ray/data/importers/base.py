@@ -17,7 +17,7 @@ from focus_ray.data.listing import is_hidden
 from focus_ray.data.schema import RejectedFile, RejectReason
 from focus_ray.data.source import SourcePath, get_relative_path
 from focus_ray.errors import DataError
-from focus_ray.names import NAME_WORDS, escape_invalid_utf8, is_valid_name, is_valid_utf8
+from focus_ray.names import escape_invalid_utf8, is_valid_utf8, make_valid_name
 
 # Files beside the images that are ignored. A file with any other suffix is rejected and reported.
 IGNORED_SUFFIXES = {".txt", ".md", ".rst", ".pdf", ".html", ".log"}  # documents
@@ -140,14 +140,18 @@ class FolderImporter:
     def plan_import(
         self, folder: SourcePath, categories: Sequence[str] | None, settings: ImportSettings
     ) -> list[ImportPlan]:
-        """Returns a list with the plan of the category, see `Importer.plan_import`. The category has the name of the folder.
+        """Returns a list with the plan of the category, see `Importer.plan_import`. The category has the name of the folder, see
+        `make_valid_name`.
 
-        Raises: DataError: the folder has unexpected content, or its name is not a valid name of a category.
+        Raises: DataError: the folder has unexpected content.
         """
-        name = get_folder_name(folder)
+        title = get_folder_name(folder)
+        name = make_valid_name(title)
         if categories is not None and name not in categories:
             return [ImportPlan(name)]
-        return [self.plan_category(folder, check_category_name(name, folder), settings)]
+        plan = self.plan_category(folder, name, settings)
+        plan.notes += [f"the category is called {name}, because {title!r} is no name"] if name != title else []
+        return [plan]
 
 
 def select_test_images(names: Sequence[str], settings: ImportSettings, groups: Sequence[str]) -> list[bool]:
@@ -403,17 +407,3 @@ def list_image_files(folder: SourcePath) -> list[SourcePath]:
 def get_folder_name(path: SourcePath) -> str:
     """Returns the name of a folder, also for ".". A link is not followed."""
     return Path(os.path.abspath(path)).name if isinstance(path, Path) else path.name
-
-
-def check_category_name(name: str, source: SourcePath) -> str:
-    """Checks that a name is valid for a category, and returns it unchanged.
-
-    Args:
-        name: name of the category.
-        source: file or folder that contains the name, for the error message.
-
-    Raises: DataError: the name is not valid.
-    """
-    if not is_valid_name(name):
-        raise DataError(f"{source}: {name!r} is not a valid name of a category: expected {NAME_WORDS}; rename it")
-    return name

@@ -10,6 +10,7 @@ from focus_ray.data.importers.registry import IMPORTERS
 from focus_ray.data.schema import SPLITS
 from focus_ray.data.source import SourcePath
 from focus_ray.errors import DataError
+from focus_ray.names import make_valid_name
 
 
 def _advise_moving_images_to_good_folder(source: SourcePath) -> str:
@@ -39,9 +40,10 @@ def make_import_plans(
         The name of the chosen importer, one plan per category, and notes for the user.
 
     Raises:
-        DataError: no category is found, the layout is ambiguous, a category does not exist or has an invalid name, two
-            categories have the same name, a folder or table has unexpected content, or the group rule does not fit the images.
+        DataError: no category is found, the layout is ambiguous, a category does not exist, two categories have the
+            same name, a folder or table has unexpected content, or the group rule does not fit the images.
     """
+    categories = None if categories is None else [make_valid_name(title) for title in categories]
     names = list(IMPORTERS) if format == "auto" else [format]
     table_names = [name for name in names if IMPORTERS[name].has_table]
     # importer -> folders that fit it; importers with a table come first

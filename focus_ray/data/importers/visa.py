@@ -14,7 +14,6 @@ from focus_ray.data.importers.base import (
     ImportPlan,
     ImportSettings,
     SourceImage,
-    check_category_name,
     get_folder_name,
     select_test_images,
 )
@@ -22,6 +21,7 @@ from focus_ray.data.importers.vocabulary import means_good_parts
 from focus_ray.data.schema import SPLITS, RejectedFile
 from focus_ray.data.source import SourcePath
 from focus_ray.errors import DataError
+from focus_ray.names import make_valid_name
 
 # labels of tables that state whether the part is anomalous
 _NO = ("0", "0.0", "false", "no", "f", "n")
@@ -59,7 +59,7 @@ def plan_visa_import(
     unsplit: dict[str, list[str]] = defaultdict(list)
     parsed = []
     for number, row in enumerate(rows, start=2):
-        category = check_category_name(row.get("object") or get_folder_name(table.parent), table)
+        category = make_valid_name(row.get("object") or get_folder_name(table.parent))
         label_text, image_text = (row["label"] or "").strip(), (row["image"] or "").strip()
         split = (row.get("split") or "").strip().lower()
         if split not in ("", *SPLITS) or not label_text or not image_text:
