@@ -79,7 +79,7 @@ def test_images_are_inspected_by_path_bytes_and_pixels_alike(parts: Path, model:
     assert inspections[0].verdict in ("normal", "anomalous")
     assert model.inspect_all(np.stack([pixels, pixels]))[1].score == pytest.approx(score, rel=1e-5)
     assert len(model.inspect_all(parts / "test/good")) == 4
-    assert any("training images set the threshold" in line for line in model.caveats)
+    assert any("The threshold comes from" in line for line in model.caveats)
 
 
 @pytest.fixture(scope="module")

@@ -250,9 +250,8 @@ class Calibration:
         n, sentences = self.num_independent_samples, []
         grouped = n < self.num_images
         images = f"{self.num_images} photographs of about {n} part{'s' if n > 1 else ''}"
-        good_images = images if grouped else f"{n} good image{'s' if n > 1 else ''}"
-        training_images = images if grouped else f"{n} training images"
-        unit = "parts" if grouped else "good images"
+        good_images = images if grouped else f"{n} good photograph{'s' if n > 1 else ''}"
+        unit = "parts" if grouped else "good photographs"
         if self.converted_from is not None:
             sentences.append(
                 f"The thresholds come from {self.converted_from} scores, but this machine computes in {self.precision}. Scores "
@@ -263,45 +262,30 @@ class Calibration:
             sentences.append(
                 f"A threshold was set by hand; by the {good_images}, about {self.target_fpr:.2g} of good parts lie above it."
             )
-        if self.method == "leave_one_out":
-            sentences.append(
-                f"All {training_images} set the threshold, each scored with {'its part' if grouped else 'itself'} left out"
-                + (", by a model of the highest scores" if self.tail is not None else "")
-                + "; the rate is then close to the target in trials, which is no guarantee."
-            )
-        elif self.method == "cross":
-            sentences.append(
-                f"All {training_images} set the threshold, each scored without its fold (cross); this approximates the "
-                "false alarm rate and carries no guarantee."
-            )
-        num_needed = _count_images_needed(self.target_fpr)
-        if n < num_needed and not self.by_hand:
-            method_note = (
-                "the threshold is extrapolated from their scores by a model of the tail, and is an estimate"
-                if self.tail is not None
-                else f"the threshold is their highest score, good for a rate of {self.min_measurable_fpr:.2g}"
-            )
-            sentences.append(
-                f"{good_images} {'are' if self.num_images > 1 else 'is'} too few to show a false alarm rate of "
-                f"{self.target_fpr:g}: {method_note}; {num_needed} {unit} would do."
-            )
-        low, high = self.compute_fpr_interval()
         num_steady = math.ceil(_MIN_SCORES_ABOVE / self.target_fpr)
-        if high > 2 * self.target_fpr and n < num_steady and not self.by_hand:
-            risk = self.probability_fpr_exceeds_twice_target
+        left_out = {"leave_one_out": "its part" if grouped else "itself", "cross": "its fold"}.get(self.method)
+        if not self.by_hand and (left_out is not None or n < num_steady):
+            how = f", each scored with {left_out} left out" if left_out is not None else ""
+            if self.tail is None and n < _count_images_needed(self.target_fpr):
+                how += "; it is their highest score"
+            sentences.append(f"The threshold comes from {good_images}{how}.")
+        if not self.by_hand and n < num_steady:
+            low, high = self.compute_fpr_interval()
             lower, higher = _compute_central_interval(
                 lambda rate: _compute_order_statistic_exceedance(rate, num_steady, self.target_fpr)
             )
+            interval, narrower = (
+                f"{_format_percent(a)} and {_format_percent(b)}" for a, b in ((low, high), (lower, higher))
+            )
             sentences.append(
-                f"With {good_images} the false alarm rate of this one threshold lies between {low:.1%} and {high:.1%} in 9 "
-                f"of 10 cases. With probability {risk:.2f} the false alarm rate is above {100 * 2 * self.target_fpr:g} %. "
-                f"{num_steady} {unit} would bring it between {lower:.1%} and {higher:.1%}."
+                f"With so few, the real false alarm rate may lie between {interval} (target {_format_percent(self.target_fpr)}). "
+                f"{num_steady} {unit} would narrow this to between {narrower}."
             )
         num_needed_for_pixels = _count_images_needed(self.target_pixel_fpr)
         if not self.pixel_guaranteed and n < num_needed_for_pixels:
             sentences.append(
-                f"Outlined areas are a guide: {good_images} cannot show a pixel rate of {self.target_pixel_fpr:g} "
-                f"({num_needed_for_pixels} {unit} would do)."
+                f"Outlined areas are only a guide: for a pixel rate of {_format_percent(self.target_pixel_fpr)} they need "
+                f"{num_needed_for_pixels} {unit}."
             )
         return sentences
 
@@ -546,3 +530,8 @@ def _check_method_and_shares(method: str, **shares: float) -> None:
     for name, value in shares.items():
         if not 0.0 < value < 1.0:
             raise DataError(f"{name}={value}; expected a share between 0 and 1, both excluded")
+
+
+def _format_percent(share: float) -> str:
+    """Formats a share as a percentage with up to two digits, such as "4.5 %"."""
+    return f"{100 * share:.2g} %"

@@ -185,7 +185,7 @@ def test_inspect_reports_training_images_and_the_quality_of_the_threshold(
     assert rows == {line["image"]: "true" if line.get("trained_on") else "false" for line in lines}
     assert (rows[str(good[0])], set(rows.values())) == ("false", {"true", "false"})
     assert "images are among those that the model was trained on" in captured.err
-    assert "good images are too few" in captured.err
+    assert "The threshold comes from 5 good photographs" in captured.err
 
 
 def test_copies_of_an_image_count_once_and_are_named(

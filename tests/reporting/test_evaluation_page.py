@@ -75,7 +75,7 @@ def test_caveats_come_before_plots_and_pictures(page: str) -> None:
     caveats = page.index("What to know before relying on this")
     assert page.index("good parts would be called bad") < caveats < page.index("<img")
     assert "Only 4 good test images" in page
-    assert "good images are too few" in page
+    assert "good photographs" in page
 
 
 def test_plots_use_the_colours_of_the_page(page: str) -> None:
