@@ -264,7 +264,7 @@ class Inspector:
 
         Returns: the metrics of `compute_metrics`, and:
             "trained_on": number of training images among the records, and a notice (a sentence, or None).
-            "reduced": whether maps were compared at a reduced size.
+            "reduced": whether masks were compared at a reduced size.
             "shift": compares scores of good images with the calibration scores: counts, p-value, direction and notice (a
                 sentence, or None). None without the comparison: for fewer than 5 good images that the model was not trained
                 on, or if a score is not finite.
@@ -351,7 +351,7 @@ class Inspector:
             )
             region = self.frame.resize_region(height, width)
             trained_on = bool(content_hash) and shorten_hash(content_hash) in self.bundle.fit_hashes
-            into.reduced |= max(image_height, image_width) > max_side_px
+            into.reduced |= encoded_mask is not None and max(image_height, image_width) > max_side_px
             into.num_repeats += repeat and not trained_on
             into.add(label, str(record["defect_type"]), score, resized_map, mask, region, trained_on)
             yield {**record, "score": score, "trained_on": trained_on}

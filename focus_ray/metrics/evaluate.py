@@ -30,7 +30,7 @@ class UnseenTestImages(NamedTuple):
         measured: labels, scores, masks and anomaly maps of the N images.
         types: defect type of each image.
         numbers: (N,) int64, position of each image among all test images.
-        reduced: whether anomaly maps are smaller than their images.
+        reduced: whether masks were compared at a reduced size.
         num_trained_on: number of omitted images. The model was trained on them, so their scores say nothing about new parts.
         num_repeats: number of images that are almost equal to a training image: photographs of the same part.
     """

@@ -87,8 +87,8 @@ def list_evaluation_caveats(
         )
     if result.get("reduced"):
         caveats.append(
-            "Masks were compared at a reduced size, where a reduced pixel is defective if any that it stands for is: "
-            "defects are up to a pixel wider there."
+            "Masks were compared at a reduced size: a reduced pixel is defective if any of its original pixels is defective, so "
+            "defects are up to one pixel wider."
         )
     if result.get("bounds"):
         caveats.append(

@@ -178,6 +178,12 @@ def test_an_evaluation_gives_the_metrics_of_its_arrays(inspector: Inspector, rec
     assert (result["num_normal"], result["num_anomalous"], result["num_masks"]) == (4, 4, 4)
 
 
+def test_only_masks_are_said_to_be_compared_at_a_reduced_size(inspector: Inspector, records: Records) -> None:
+    without_masks = [{**record, "mask": None} for record in records]
+    assert inspector.evaluate(records, max_side_px=48)["reduced"]
+    assert not inspector.evaluate(without_masks, max_side_px=48)["reduced"]
+
+
 def test_each_defect_type_is_measured_against_all_good_images(inspector: Inspector, records: Records) -> None:
     types = inspector.evaluate(records, 64)["defect_types"]
     labels, scores, _, _ = arrays_of(inspector, records, 64)
