@@ -32,11 +32,11 @@ from focus_ray.detect.inspection import Inspection
 from focus_ray.drawing.png import encode_png
 from focus_ray.errors import ConfigError, DataError, check_extra_is_installed
 from focus_ray.fitting.fit import check_fit_prerequisites
-from focus_ray.fitting.settings import Config, parse_config
+from focus_ray.fitting.settings import Config, find_setting_key, parse_config
 from focus_ray.fitting.split import compute_split_rule
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.names import make_valid_name, suggest_similar_name
-from focus_ray.settings.sections import iterate_setting_keys, read_yaml_mapping
+from focus_ray.names import make_valid_name
+from focus_ray.settings.sections import read_yaml_mapping
 from focus_ray.settings.standard import find_config_file
 from focus_ray.storage.files import join_path, read_bytes
 from focus_ray.training.category import fit_category, get_bundle_uri
@@ -219,22 +219,9 @@ def _override_standard_settings(changes: Mapping[str, Any]) -> dict[str, Any]:
     for section in ("data", "cluster"):
         tree.pop(section, None)
     tree.pop("name", None)
-    keys = list(iterate_setting_keys(Config, with_sections=True))
     for name, value in changes.items():
-        dotted = name.replace("__", ".")
-        matching = [key for key in keys if key == dotted or key.endswith(f".{dotted}")]
-        if dotted in keys:
-            matching = [dotted]
-        if not matching:
-            last_parts = {key.rpartition(".")[2] for key in keys}
-            hint = (
-                suggest_similar_name(dotted.rpartition(".")[2], last_parts) or "`focus-ray config explain` lists them"
-            )
-            raise ConfigError(f"{name}: no such setting; {hint}")
-        if len(matching) > 1:
-            raise ConfigError(f"{name}: matches {' and '.join(matching)}: write {matching[0].replace('.', '__')}")
         section_tree = tree
-        *sections, last_part = matching[0].split(".")
+        *sections, last_part = find_setting_key(name.replace("__", ".")).split(".")
         for section in sections:
             section_tree = section_tree.setdefault(section, {})
         section_tree[last_part] = str(value) if isinstance(value, Path) else value

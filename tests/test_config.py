@@ -365,3 +365,18 @@ def test_a_bundle_with_training_settings_of_an_earlier_version_is_read() -> None
     assert config.train.steps == 10
     with pytest.raises(ConfigError, match="learning_rate_head"):
         parse_config({"data": {"uri": "parts"}, "train": {"steps": 10, "learning_rate_head": 0.05}})
+
+
+def test_a_setting_may_be_named_by_the_last_part_of_its_key(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("data: {uri: parts}\n")
+    config = load_config(tmp_path / "run.yaml", ["target_fpr=0.01", "name=a", "steps=7"])
+    assert (config.calibration.target_fpr, config.name, config.train.steps) == (0.01, "a", 7)
+    with pytest.raises(ConfigError, match=r"target_fpt: no such setting; did you mean 'target_fpr'"):
+        load_config(tmp_path / "run.yaml", ["target_fpt=0.01"])
+    with pytest.raises(ConfigError, match=r"method: matches model\.image_alignment\.method and"):
+        load_config(tmp_path / "run.yaml", ["method=split"])
+
+
+def test_a_percentage_is_refused_with_the_share() -> None:
+    with pytest.raises(ConfigError, match=r"5 % is 0\.05"):
+        parse_config({"data": {"uri": "parts"}, "calibration": {"target_fpr": 5}})

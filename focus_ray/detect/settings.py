@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from focus_ray.settings.sections import ConfigSection
 
@@ -50,3 +50,11 @@ class CalibrationConfig(ConfigSection):
     target_pixel_fpr: float = Field(
         default=0.001, gt=0.0, lt=1.0, description="Share of the pixels of good images that may be marked."
     )
+
+    @field_validator("target_fpr", "target_pixel_fpr", mode="before")
+    @classmethod
+    def _refuse_percentage(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses a percentage in place of a share. Raises: ValueError: the value is a number from 1 to 100."""
+        if isinstance(value, (int, float)) and 1 <= value <= 100:
+            raise ValueError(f"{info.field_name} is a share below 1: {value:g} % is {value / 100:g}")
+        return value

@@ -16,10 +16,11 @@ from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.data.settings import DataConfig
 from focus_ray.density.settings import DensityConfig
 from focus_ray.detect.settings import CalibrationConfig, ScoringConfig
+from focus_ray.errors import ConfigError
 from focus_ray.features.settings import ModelConfig
 from focus_ray.fyd.settings import TrainConfig
-from focus_ray.names import NAME_PATTERN
-from focus_ray.settings.sections import ConfigSection, read_config_tree, validate_section
+from focus_ray.names import NAME_PATTERN, suggest_similar_name
+from focus_ray.settings.sections import ConfigSection, iterate_setting_keys, read_config_tree, validate_section
 from focus_ray.tracking.settings import TrackerConfig, TrackerName
 
 DEFAULT_SELECTION_SHARE = (
@@ -180,11 +181,38 @@ def convert_earlier_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Reads a configuration from a YAML file and applies overrides.
 
-    Args: overrides: texts like "train.steps=3"; the value is YAML.
+    Args: overrides: texts like "train.steps=3", or "steps=3" if only one key ends with "steps"; the value is YAML.
 
     Raises: ConfigError: the file or an override cannot be read, or a value does not fit its field.
     """
-    return parse_config(read_config_tree(path, overrides), source=str(path))
+    return parse_config(read_config_tree(path, list(map(_expand_short_key, overrides))), source=str(path))
+
+
+def _expand_short_key(override: str) -> str:
+    """Replaces a key without a dot by the full key. Raises: ConfigError: no key, or several keys, have this last part."""
+    key, separator, value = override.partition("=")
+    if not separator or not key.strip() or "." in key:
+        return override
+    return f"{find_setting_key(key.strip())}={value}"
+
+
+def find_setting_key(name: str) -> str:
+    """Returns the full key of a setting, for its full key or for its last part if only one key ends with it.
+
+    Raises: ConfigError: no key, or several keys, have this last part.
+    """
+    keys = list(dict.fromkeys(iterate_setting_keys(Config, with_sections=True)))
+    if name in keys:
+        return name
+    matching = [key for key in keys if key.endswith(f".{name}")]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        python_name = matching[0].replace(".", "__")
+        raise ConfigError(f"{name}: matches {' and '.join(matching)}: write {matching[0]} (in Python {python_name})")
+    last_parts = {key.rpartition(".")[2] for key in keys}
+    hint = suggest_similar_name(name.rpartition(".")[2], last_parts) or "`focus-ray config explain` lists them"
+    raise ConfigError(f"{name}: no such setting; {hint}")
 
 
 def parse_config(tree: dict[str, Any], source: str = "configuration", is_fitted: bool = False) -> Config:

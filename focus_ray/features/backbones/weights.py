@@ -140,8 +140,13 @@ def _parse_state_dict(data: bytes, source: str) -> dict[str, Tensor]:
             state = load(data)
         else:
             state = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises any of six error types for a bad file
-        raise WeightsError(f"{source}: cannot read a state dict ({error.__class__.__name__}): {error}") from error
+    except (
+        Exception
+    ) as error:  # torch.load raises any of six error types for a bad file, with advice that is unsafe here
+        raise WeightsError(
+            f"{source}: no file of weights: it begins with {data[:16]!r}; expected a .pth file of torch.save(model.state_dict()) "
+            "without other Python objects, or a .safetensors file"
+        ) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
