@@ -239,6 +239,24 @@ def set_thresholds(
     return copy_with_calibration(uri, output, calibration, {"how": "set by hand", "by": by})
 
 
+def set_target_fpr(uri: str | Path, output: str | Path, target_fpr: float) -> dict[str, Any]:
+    """Writes a copy of a bundle whose image threshold has another target rate, and returns its manifest.
+
+    The threshold comes from the scores of good images in the bundle, so it needs no photographs.
+
+    Args:
+        uri: address of the bundle.
+        output: see `calibrate_bundle`.
+        target_fpr: share of good images that may be called bad, between 0 and 1.
+
+    Raises:
+        DataError: the target is not between 0 and 1, or the copy cannot be written.
+        BundleError: the bundle is missing or damaged.
+    """
+    calibration = Calibration.from_dict(read_manifest(uri)["calibration"]).replace_target_fpr(target_fpr)
+    return copy_with_calibration(uri, output, calibration, {"how": "another target rate from the same scores"})
+
+
 def copy_with_calibration(
     uri: str | Path, output: str | Path, calibration: Calibration, note: dict[str, Any]
 ) -> dict[str, Any]:

@@ -17,7 +17,8 @@ def add_parsers(commands: Any) -> None:
         help="new thresholds for a bundle from new good images, without training",
         description="Writes a copy of a bundle with thresholds from good images that the bundle has not seen. Images of "
         "defects are optional. They set no threshold; they show the cost of each threshold. If `update` joined bundles "
-        "of several sites, the embeddings of one site can set the thresholds, without image files.",
+        "of several sites, the embeddings of one site can set the thresholds, without image files. --target-fpr alone needs no "
+        "images: the image threshold for another rate comes from the scores in the bundle.",
     )
     add = calibrate.add_argument
     add("bundle", help="the bundle that needs new thresholds")
@@ -48,10 +49,12 @@ def _run_calibrate_command(arguments: argparse.Namespace) -> int:
 
     check_paths_exist(arguments.bundle, *(arguments.good or []), *arguments.bad, arguments.site)
     by_hand = arguments.image_threshold is not None or arguments.pixel_threshold is not None
-    if by_hand + bool(arguments.good) + (arguments.site is not None) != 1:
+    num_sources = by_hand + bool(arguments.good) + (arguments.site is not None)
+    only_target = num_sources == 0 and arguments.target_fpr is not None and arguments.target_pixel_fpr is None
+    if num_sources != 1 and not only_target:
         raise DataError(
-            "give one of --good with images of good parts, --site with a site's own bundle, or --image-threshold and "
-            "--pixel-threshold"
+            "give one of --good with images of good parts, --site with a site's own bundle, --image-threshold and "
+            "--pixel-threshold, or --target-fpr alone"
         )
     if arguments.site is not None and arguments.bad:
         raise DataError(
@@ -61,9 +64,11 @@ def _run_calibrate_command(arguments: argparse.Namespace) -> int:
         raise DataError("--trade-off needs --bad: a curve of false alarms against misses needs images of defects")
     good, bad = list_image_paths(arguments.good or []), list_image_paths(arguments.bad)
     how = f"with {len(good)} good and {len(bad)} bad images" if good else f"for the site of {arguments.site}"
-    print_message(f"calibrate: {arguments.bundle} {'by hand' if by_hand else how}")
+    how = "by hand" if by_hand else "from the scores in the bundle" if only_target else how
+    print_message(f"calibrate: {arguments.bundle} {how}")
+    from focus_ray.bundle.bundle import read_manifest
     from focus_ray.bundle.published import find_single_bundle
-    from focus_ray.bundle.recalibrate import calibrate_bundle, calibrate_for_site, set_thresholds
+    from focus_ray.bundle.recalibrate import calibrate_bundle, calibrate_for_site, set_target_fpr, set_thresholds
     from focus_ray.detect.calibration import Calibration
     from focus_ray.detect.shift import describe_new_calibration_shift
     from focus_ray.storage.files import write_bytes
@@ -74,6 +79,14 @@ def _run_calibrate_command(arguments: argparse.Namespace) -> int:
         thresholds = {name: getattr(arguments, name) for name in ("image_threshold", "pixel_threshold")}
         manifest = set_thresholds(bundle, arguments.output, **thresholds)
         calibration = Calibration.from_dict(manifest["calibration"])
+    elif only_target:
+        before = Calibration.from_dict(read_manifest(bundle)["calibration"])
+        manifest = set_target_fpr(bundle, arguments.output, arguments.target_fpr)
+        calibration = Calibration.from_dict(manifest["calibration"])
+        print_message(
+            f"threshold: {before.image_threshold:.4g} for a rate of {before.target_fpr:g} before, "
+            f"{calibration.image_threshold:.4g} for {calibration.target_fpr:g} now"
+        )
     elif arguments.site is not None:
         outcome = calibrate_for_site(bundle, arguments.output, arguments.site, **targets)
         manifest, calibration = outcome.manifest, outcome.calibration

@@ -224,6 +224,27 @@ class Calibration:
         share_above = min(max(share_above, 1e-9), 1 - 1e-9)
         return replace(calibration, image_threshold=float(image), target_fpr=share_above, image_guaranteed=False)
 
+    def replace_target_fpr(self, target_fpr: float) -> Calibration:
+        """Returns a copy with the image threshold for another target rate, from the same scores of good images.
+
+        The sizes of groups are not stored. So with groups, a calibration without a guarantee stays without a guarantee.
+
+        Raises: DataError: the target is not between 0 and 1.
+        """
+        _check_method_and_shares(self.method, target_fpr=target_fpr, target_pixel_fpr=self.target_pixel_fpr)
+        threshold, is_attained, tail = _compute_image_threshold(
+            self._score_array, self.num_independent_samples, self.method, target_fpr
+        )
+        is_guaranteed = is_attained and self.method == "split" and (self.image_guaranteed or self.num_groups is None)
+        return replace(
+            self,
+            target_fpr=target_fpr,
+            image_threshold=threshold,
+            image_guaranteed=is_guaranteed,
+            tail=tail,
+            by_hand=False,
+        )
+
     def convert_to_precision(self, precision: str) -> Calibration:
         """Returns a calibration with thresholds that are safe for scores of another precision (number format).
 
@@ -399,19 +420,9 @@ class CalibrationBuilder:
         sizes = Counter(image.group for image in self._images)
         num_independent = sizes.pop(None, 0)  # images without a group
         num_groups = len(sizes) + num_independent
-        # The threshold is the ceil((1 - a)(n + 1))-th smallest score for the target a, or the highest score if n is too small.
-        # Then score > threshold holds if and only if p <= a. The rank is found by comparing p-values with a as floats, so
-        # rounding cannot contradict this.
-        num_extreme = _count_scores_allowed_at_or_above(image_scores.size, num_groups, self.target_fpr)
-        image_attained = num_extreme > 0
-        image_threshold = float(image_scores[-max(1, num_extreme)])
-        is_counted = image_attained and (
-            self.method == "split"
-            or _count_scores_allowed_at_or_above(num_groups, num_groups, self.target_fpr) >= _MIN_SCORES_ABOVE
+        image_threshold, image_attained, tail = _compute_image_threshold(
+            image_scores, num_groups, self.method, self.target_fpr
         )
-        tail = None if is_counted else fit_tail(image_scores, num_groups)
-        if tail is not None:
-            image_threshold = tail.compute_score_at_share(self.target_fpr)
         # The guarantee needs exchangeable groups. Groups count equally only if all have the same size.
         has_equal_groups = len({*sizes.values(), *([1] if num_independent else [])}) == 1
         are_all_independent = num_groups == self.num_images
@@ -458,6 +469,26 @@ class CalibrationBuilder:
         values, above = values[last_of_ties], above[last_of_ties]
         affordable = int(np.searchsorted(above, budget * (1.0 + _ROUNDING), side="right"))
         return float(values[min(affordable, values.size - 1)]), attained
+
+
+def _compute_image_threshold(
+    image_scores: NDArray[np.float64], num_groups: int, method: Method, target_fpr: float
+) -> tuple[float, bool, ScoreTail | None]:
+    """Computes the image threshold from ascending scores (n,) of good images, which show `num_groups` independent parts.
+
+    Returns: the threshold, whether the scores are enough to count it, and the tail if a model of the highest scores gives it.
+    """
+    # The threshold is the ceil((1 - a)(n + 1))-th smallest score for the target a, or the highest score if n is too small.
+    # Then score > threshold holds if and only if p <= a. The rank is found by comparing p-values with a as floats, so
+    # rounding cannot contradict this.
+    num_extreme = _count_scores_allowed_at_or_above(image_scores.size, num_groups, target_fpr)
+    is_attained = num_extreme > 0
+    is_counted = is_attained and (
+        method == "split" or _count_scores_allowed_at_or_above(num_groups, num_groups, target_fpr) >= _MIN_SCORES_ABOVE
+    )
+    tail = None if is_counted else fit_tail(image_scores, num_groups)
+    threshold = float(image_scores[-max(1, num_extreme)]) if tail is None else tail.compute_score_at_share(target_fpr)
+    return threshold, is_attained, tail
 
 
 def _count_scores_allowed_at_or_above(num_images: int, num_groups: int, target_fpr: float) -> int:

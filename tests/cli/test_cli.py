@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -18,9 +19,10 @@ import pytest
 from PIL import Image
 from small_set import make_bundle, small_config
 
-from focus_ray.bundle.bundle import compute_manifest_hash
+from focus_ray.bundle.bundle import compute_manifest_hash, read_manifest
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.cli.main import build_parser, main, parse_command_line
+from focus_ray.detect.calibration import Calibration
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.samples.write import draw_sample, write_samples
 
@@ -387,3 +389,15 @@ def test_a_fit_that_fails_leaves_no_folder_and_checks_the_weights_first(
         shutil.copy(path, few)
     assert main(["fit", str(few), str(output), "model.weights=random"]) == 1
     assert not output.exists()  # the same command works when there are more images
+
+
+def test_calibrate_changes_the_rate_without_images(
+    bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["calibrate", bundle, str(tmp_path / "strict"), "--target-fpr", "0.01"]) == 0
+    assert re.search(r"threshold: \S+ for a rate of 0\.05 before, \S+ for 0\.01 now", capsys.readouterr().err)
+    thresholds = [
+        Calibration.from_dict(read_manifest(place)["calibration"]).image_threshold
+        for place in (bundle, tmp_path / "strict")
+    ]
+    assert thresholds[1] > thresholds[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import dataclasses
 import math
 import pickle
 from dataclasses import replace
@@ -323,3 +324,20 @@ def test_a_threshold_set_by_hand_holds_as_given_at_any_precision():
     chosen = replace(calibrate(np.arange(10.0)), precision="bfloat16").replace_thresholds(2.5, 3.5)
     chosen = chosen.convert_to_precision("float32")
     assert (chosen.image_threshold, chosen.pixel_threshold) == (2.5, 3.5)
+
+
+@pytest.mark.parametrize("count", [10, 60, 2000])
+@pytest.mark.parametrize("method", ["split", "leave_one_out"])
+@pytest.mark.parametrize("groups", [None, "pairs"])
+def test_another_target_rate_gives_the_calibration_of_that_rate(count, method, groups):
+    scores = np.sort(np.random.default_rng(2).gamma(4.0, size=count))
+    parts = {"groups": np.repeat(np.arange(count // 2), 2)} if groups else {}
+    for target in (0.2, 0.01):
+        changed = calibrate(scores, method=method, **parts).replace_target_fpr(target)
+        expected = calibrate(scores, method=method, target_fpr=target, **parts)
+        assert (
+            expected.image_guaranteed or not changed.image_guaranteed
+        )  # whether groups have equal sizes may be unknown
+        assert dataclasses.replace(changed, image_guaranteed=expected.image_guaranteed) == expected
+    with pytest.raises(DataError, match="5"):
+        changed.replace_target_fpr(5.0)
