@@ -47,11 +47,9 @@ def main() -> None:
     for column in sorted(name for name in trials if name.startswith("param:")):
         values, setting = trials[column], column.removeprefix("param:")
         is_number = values.map(lambda value: isinstance(value, (int, float))).all()
-        groups = (
-            {f"above {values.median():.4g}": (values > values.median()).to_numpy()}
-            if is_number
-            else {str(value): (values == value).to_numpy() for value in sorted(set(values))}
-        )
+        groups = {f"above {values.median():.4g}": (values > values.median()).to_numpy()} if is_number else {}
+        if not is_number:
+            groups = {str(value).strip('"'): (values == value).to_numpy() for value in sorted(set(values))}
         for group, is_high in groups.items():
             if 0 < is_high.sum() < len(scores):
                 effect, low, high = compute_effect(scores, is_high)
