@@ -39,7 +39,7 @@ from focus_ray.names import make_valid_name
 from focus_ray.settings.sections import read_yaml_mapping
 from focus_ray.settings.standard import find_config_file
 from focus_ray.storage.files import join_path, read_bytes
-from focus_ray.training.category import fit_category, get_bundle_uri
+from focus_ray.training.category import fit_category, get_bundle_uri, train_network_of_plant
 
 Image = str | Path | bytes | NDArray[Any] | Pillow.Image
 """An image: the path or the bytes of an image file, a Pillow image, or pixels as uint8 (H, W) grey or (H, W, 3) RGB."""
@@ -60,6 +60,15 @@ class Model:
     ) -> None:
         self.inspector, self.category = inspector, inspector.bundle.category
         self._place, self._scratch = place, scratch  # the temporary folder must live as long as the model
+
+    def __repr__(self) -> str:
+        """Returns one line with category, backbone, number of photographs and threshold."""
+        bundle = self.inspector.bundle
+        model, calibration = bundle.config.model, bundle.calibration
+        return (
+            f"Model({self.category!r}: {model.backbone} at {model.image_size_px} px, {bundle.manifest['data']['num_fit']} "
+            f"photographs, threshold {calibration.image_threshold:.4g} for {100 * calibration.target_fpr:g} % false alarms)"
+        )
 
     @property
     def threshold(self) -> float:
@@ -192,7 +201,10 @@ def fit(
     data, category = _ensure_ingested(images, root, groups, group_by)
     config = _parse_settings(tree, data)
     split = compute_split_rule(config, category)
-    fit_category(config, split, str(root), log or (lambda message: None))
+    log = log or (lambda message: None)
+    if config.train.trains_plant:
+        train_network_of_plant(config, [split], str(root), log)
+    fit_category(config, split, str(root), log)
     place = get_bundle_uri(str(root), category)
     return Model(Inspector.load(place), place, scratch)
 

@@ -82,6 +82,17 @@ def test_images_are_inspected_by_path_bytes_and_pixels_alike(parts: Path, model:
     assert any("The threshold comes from" in line for line in model.caveats)
 
 
+def test_a_model_and_a_result_print_as_one_useful_line(parts: Path, model: focus_ray.Model) -> None:
+    inspection = model.inspect(sorted((parts / "test/good").iterdir())[0])
+    for line, words in (
+        (str(model), [model.category, f"{model.threshold:.4g}"]),
+        (str(inspection), [inspection.verdict]),
+    ):
+        assert "\n" not in line
+        assert len(line) < 160
+        assert all(word in line for word in words)
+
+
 @pytest.fixture(scope="module")
 def photograph(parts: Path) -> Image.Image:
     """An oblong image, so that a rotation changes its size."""
@@ -343,3 +354,13 @@ def test_a_label_that_is_neither_0_nor_1_is_refused_with_its_number(
     image = next((parts / "train/good").iterdir())
     with pytest.raises(DataError, match=re.escape(f"label {label!r} of image 1: expected 0")):
         model.evaluate([image, image], [True, label])
+
+
+def test_fit_trains_a_network_with_either_scope(parts: Path) -> None:
+    images = sorted((parts / "train/good").iterdir())[:8]
+    settings = {"image_size_px": 64, "weights": "random", "steps": 2, "image_alignment__group": "none"}
+    for scope in ("category", "plant"):
+        lines: list[str] = []
+        model = focus_ray.fit(images, scope=scope, log=lines.append, **settings)
+        assert any("step 2/2" in line for line in lines)
+        assert np.isfinite(model.inspect(images[0]).score)

@@ -34,7 +34,7 @@ class Region:
         return dict(vars(self))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection:
     """Result of the inspection of one image.
 
@@ -71,6 +71,14 @@ class Inspection:
     def score_to_threshold(self) -> float:
         """Score divided by threshold. Between versions of a model, this ratio is comparable, but scores are not."""
         return self.score / max(self.threshold, 1e-12)
+
+    def __repr__(self) -> str:
+        """Returns one line with verdict, score, threshold, p-value and number of regions; the map is left out."""
+        num_regions = f"{len(self.regions)} region{'' if len(self.regions) == 1 else 's'}"
+        return (
+            f"Inspection({self.verdict}: score {self.score:.4g}, {self.score_to_threshold:.2f} times the threshold "
+            f"{self.threshold:.4g}, p-value {self.p_value:.3g}, {num_regions})"
+        )
 
     def copy_without_map(self) -> Inspection:
         """Returns a copy with an empty map, which is small enough to send between processes."""

@@ -130,7 +130,8 @@ def fit(
 
     Raises:
         DataError: there are too few images, no loss trains a parameter, or the mask of a region cannot be used.
-        ValueError: too few images remain for the density, its calibration or the image aligner.
+        ValueError: too few images remain for the density, its calibration or the image aligner; or train.scope is plant and there
+            is no network.
         FloatingPointError: the loss, or a weight after an interval, is not finite.
         WeightsError, ConfigError: see `check_fit_prerequisites`.
     """
@@ -212,6 +213,10 @@ class DetectorFitter:
         block_reader: BlockReader | None = None,
         log: Callable[[str], None] = lambda message: None,
     ) -> None:
+        if config.train.trains_plant and net is None:
+            raise ValueError(
+                "train.scope=plant: pass the network that was trained for all categories (`fitting.plant`)"
+            )
         torch.manual_seed(config.train.seed)
         net = build_network(config.model) if net is None else net
         net = net.to(device).to(memory_format=torch.channels_last)
