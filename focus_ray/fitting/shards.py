@@ -22,6 +22,7 @@ from focus_ray.fitting.split import NO_ROWS, SplitPlan, SplitRows, SplitRule
 from focus_ray.fyd.batch_schedule import BatchSchedule
 
 _MAX_BLOCK_IMAGES = 256  # images of a worker that a stream reads together, if they belong to the same category
+_MAX_BLOCK_BYTES = 2**27  # size of these images; the images of one step are always read together
 
 _Part = Literal["fit", "validation", "holdout"]
 
@@ -276,10 +277,12 @@ def read_train_batches(
     def group_steps() -> Iterator[tuple[ImageBlock, list[NDArray[np.int64]]]]:
         """Generator: yields blocks, and the row numbers of this worker's images of each step of the block."""
         category, rows_of_steps = 0, list[NDArray[np.int64]]()
+        assert isinstance(shards[0], StreamShard)
+        max_images = min(_MAX_BLOCK_IMAGES, _MAX_BLOCK_BYTES // math.prod(shards[0].frame.shape))
         for step, (next_category, numbers) in batches:
             share = schedule.get_share(step, rank, num_workers)
             num_images = sum(map(len, rows_of_steps)) + len(share)
-            if rows_of_steps and (next_category != category or num_images > _MAX_BLOCK_IMAGES):
+            if rows_of_steps and (next_category != category or num_images > max_images):
                 yield build_block(category, rows_of_steps)
                 rows_of_steps = []
             category = next_category
