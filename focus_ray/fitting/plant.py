@@ -28,6 +28,7 @@ from focus_ray.fitting.shards import (
     read_blocks,
     read_train_batches,
 )
+from focus_ray.fitting.shared_metric import read_safetensors_metadata
 from focus_ray.fitting.split import SplitRule
 from focus_ray.fitting.state import FitNotes, IntervalCallback, TrainState
 from focus_ray.fyd.batch_schedule import BatchSchedule
@@ -87,8 +88,7 @@ class PlantNetwork:
 
         try:
             net = load(content)
-            length = int.from_bytes(content[:8], "little")
-            description = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][_METADATA_KEY])
+            description = json.loads(read_safetensors_metadata(content)[_METADATA_KEY])
             notes, categories = FitNotes(**description["notes"]), tuple(description["categories"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise WeightsError(

@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -133,8 +133,8 @@ class MemoryShard(Shard):
         """
         own_numbers = compute_worker_range(num_images)
         ascending = numbers.sort().values
-        own = ascending[(ascending >= own_numbers.start) & (ascending < own_numbers.stop)]
-        images = all_gather_rows(self.images[own - own_numbers.start])  # in the order of `ascending`
+        is_own = (ascending >= own_numbers.start) & (ascending < own_numbers.stop)
+        images = all_gather_rows(self.images[ascending[is_own] - own_numbers.start])  # in the order of `ascending`
         return images[torch.searchsorted(ascending, numbers)]
 
     def read_batches(self, part: _Part, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
@@ -196,6 +196,15 @@ def fits_in_memory(config: Config, *plans: SplitPlan | SplitRule) -> bool:
     share = sum(-(-plan.num_images // config.cluster.min_workers_to_start) for plan in plans)
     channels = 4 if config.model.resize == "pad" or config.data.regions else 3
     return share * math.prod(config.model.resized_image_px) * channels <= config.data.memory_budget_mb * 2**20
+
+
+def streams_training_images(config: Config, splits: Collection[SplitRule]) -> bool:
+    """Returns whether a training streams images, because images that it needs at the same time do not fit into RAM.
+
+    Args: splits: the rule of each category that is trained; with train.scope=plant, the training needs all of them together.
+    """
+    groups = [splits] if config.train.scope == "plant" else [[split] for split in splits]
+    return any(not fits_in_memory(config, *group) for group in groups)
 
 
 def build_shard(

@@ -59,6 +59,13 @@ def write_shared_metric(uri: str, scatters: Mapping[str, Tensor], config: Config
     write_bytes(uri, save_tensors({"scatter": torch.stack(scaled).mean(dim=0)}, metadata=metadata))
 
 
+def read_safetensors_metadata(content: bytes) -> dict[str, str]:
+    """Returns the metadata of a safetensors file. Raises: ValueError or KeyError: the header is damaged or has no metadata."""
+    # the file starts with the length of its JSON header
+    metadata: dict[str, str] = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    return metadata
+
+
 def read_shared_metric(config: Config) -> Tensor | None:
     """Reads the shared metric in the file that density.metric names; returns None if density.metric is None.
 
@@ -74,8 +81,7 @@ def read_shared_metric(config: Config) -> Tensor | None:
     )
     try:
         content = read_bytes(uri)
-        # a safetensors file starts with the length of its JSON header
-        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        metadata = read_safetensors_metadata(content)
         file_settings = {"format": metadata["format"], **json.loads(metadata["fits"])}
         scatter = load_tensors(content)["scatter"]
     except (FileNotFoundError, ValueError, KeyError, safetensors.SafetensorError) as error:

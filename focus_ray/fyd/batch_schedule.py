@@ -32,7 +32,7 @@ class BatchSchedule:
     images of a pass and the first images of the next pass, but no image twice.
 
     num_images: number of training images of all workers, for each category.
-    batch_size: images in a global batch; a category with fewer images uses all of them in each of its steps.
+    batch_size: images in a global batch; a category with fewer images uses all its images in each step.
     seed: determines the order of categories and images.
     """
 

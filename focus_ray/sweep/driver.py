@@ -40,7 +40,7 @@ from focus_ray.data.schema import COMMIT_NAME
 from focus_ray.errors import ConfigError, DataError, SweepError
 from focus_ray.fitting.fit import check_fit_prerequisites
 from focus_ray.fitting.settings import Config
-from focus_ray.fitting.shards import fits_in_memory
+from focus_ray.fitting.shards import streams_training_images
 from focus_ray.fitting.split import SplitRule
 from focus_ray.names import Log, make_unique_name
 from focus_ray.settings.sections import dump_settings
@@ -236,8 +236,7 @@ def _run_and_report_sweep(
     is_private = connect_to_ray(namespace=base.cluster.ray_namespace)
 
     try:
-        groups = [splits.values()] if base.train.scope == "plant" else [[split] for split in splits.values()]
-        streams = config.max_steps > 0 and any(not fits_in_memory(base, *group) for group in groups)
+        streams = config.max_steps > 0 and streams_training_images(base, splits.values())
         capacity = ClusterCapacity(
             base.cluster,
             is_private,

@@ -11,7 +11,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ from focus_ray.sweep.trial_inputs import (
     make_features_key,
 )
 from focus_ray.training.streams import read_blocks_with_ray_data
-from focus_ray.training.trainer import TrainerJob, run_on_train_workers
+from focus_ray.training.trainer import J, TrainerJob, run_on_train_workers
 
 STOPPED = "the sweep was stopped"
 SHARED_TIMEOUT_S = (
@@ -151,7 +151,7 @@ def run_trial(config: Mapping[str, Any], job: SweepStageInputs) -> None:
             clear_trial_caches()
         network = _train_plant_network(settings, job, number) if settings.train.trains_plant else None
         if network is not None:
-            num_steps += settings.train.steps
+            num_steps = settings.train.steps
         for category, split in job.splits.items():
             results[category] = _run_trial_job(TrialJob(settings, job.use_gpu, split, number, job, network))
             reason = results[category].cut
@@ -196,12 +196,7 @@ def _train_plant_network(config: Config, stage: SweepStageInputs, number: int) -
         number: Number of the trial.
     """
     job = PlantTrialJob(config, stage.use_gpu, list(stage.splits.values()))
-    if not stage.has_train_workers:
-        return _train_plant_network_on_worker(job, torch.device("cuda" if job.use_gpu else "cpu"))
-    name = f"{number:05d}-network-{uuid.uuid4().hex[:6]}"
-    network: PlantNetwork = run_on_train_workers(
-        _train_plant_network_on_worker, job, join_path(stage.root, "scratch"), name
-    )
+    network: PlantNetwork = _run_in_process_or_on_workers(_train_plant_network_on_worker, job, stage, number, "network")
     return network
 
 
@@ -219,11 +214,26 @@ def _run_trial_job(job: TrialJob) -> CategoryResult:
 
     It runs in this process or on Ray Train workers.
     """
-    if not job.stage.has_train_workers:
-        return _score_on_worker(job, torch.device("cuda" if job.use_gpu else "cpu"))
-    name = f"{job.number:05d}-{job.split.category}-{uuid.uuid4().hex[:6]}"
-    result: CategoryResult = run_on_train_workers(_score_on_worker, job, join_path(job.stage.root, "scratch"), name)
+    result: CategoryResult = _run_in_process_or_on_workers(
+        _score_on_worker, job, job.stage, job.number, job.split.category
+    )
     return result
+
+
+def _run_in_process_or_on_workers(
+    function: Callable[[J, torch.device], Any], job: J, stage: SweepStageInputs, number: int, label: str
+) -> Any:
+    """Runs a function of a trial in this process or, if the stage has them, on workers of Ray Train. Returns its result.
+
+    Args:
+        function: Called with the job and the device, on every worker.
+        number: Number of the trial.
+        label: What the function computes, for the name of the trainer.
+    """
+    if not stage.has_train_workers:
+        return function(job, torch.device("cuda" if job.use_gpu else "cpu"))
+    name = f"{number:05d}-{label}-{uuid.uuid4().hex[:6]}"
+    return run_on_train_workers(function, job, join_path(stage.root, "scratch"), name)
 
 
 def _score_on_worker(job: TrialJob, device: torch.device) -> CategoryResult:

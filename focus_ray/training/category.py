@@ -46,7 +46,12 @@ def get_bundle_uri(root: str, category: str) -> str:
 
 def get_plant_network_uri(root: str) -> str:
     """Returns the URI of the network of all categories (train.scope=plant) in the folder `root` of a run."""
-    return join_path(root, "network", "network.safetensors")
+    return join_path(get_plant_checkpoint_folder(root), "network.safetensors")
+
+
+def get_plant_checkpoint_folder(root: str) -> str:
+    """Returns the folder of the checkpoints of the network of all categories in the folder `root` of a run."""
+    return join_path(root, "network")
 
 
 def get_checkpoint_folder(root: str, category: str) -> str:
@@ -171,7 +176,7 @@ def train_network_of_plant(
     Raises: see `fit_category`.
     """
     rank, worker = get_rank(), _prepare_worker(config, device, num_threads)
-    folder = join_path(root, "network")
+    folder = get_plant_checkpoint_folder(root)
     state = compute_on_rank0_and_broadcast(lambda: _load_latest_checkpoint(folder))
 
     def log_on_rank0(message: str) -> None:
@@ -245,9 +250,14 @@ def _write_checkpoint(folder: str, step: int, state: TrainState) -> None:
     torch.save(state.to_dict(), content)
     name = f"checkpoint_{step:06}"
     write_bytes(join_path(folder, name, STATE_FILE), content.getvalue())
-    for old_name in list_folder_entries(folder):
-        if old_name.startswith("checkpoint_") and old_name != name:
+    for old_name in list_checkpoints(folder):
+        if old_name != name:
             remove_file(join_path(folder, old_name, STATE_FILE))
+
+
+def list_checkpoints(folder: str) -> list[str]:
+    """Returns the names of the checkpoints in a folder, the latest last, even if they are incomplete."""
+    return sorted(name for name in list_folder_entries(folder) if name.startswith("checkpoint_"))
 
 
 def _load_latest_checkpoint(folder: str) -> TrainState | None:
@@ -255,7 +265,7 @@ def _load_latest_checkpoint(folder: str) -> TrainState | None:
 
     Raises: DataError: the storage cannot be read.
     """
-    for name in sorted((name for name in list_folder_entries(folder) if name.startswith("checkpoint_")), reverse=True):
+    for name in reversed(list_checkpoints(folder)):
         file = join_path(folder, name, STATE_FILE)
         if file_exists(file):
             state_dict = torch.load(io.BytesIO(read_bytes(file)), map_location="cpu", weights_only=True)

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -35,7 +35,7 @@ from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.fit import check_fit_prerequisites
 from focus_ray.fitting.regions import check_regions
 from focus_ray.fitting.settings import Config, convert_earlier_settings, parse_config
-from focus_ray.fitting.shards import fits_in_memory
+from focus_ray.fitting.shards import streams_training_images
 from focus_ray.fitting.split import SplitRule, compute_split_rule
 from focus_ray.fyd.batch_schedule import BatchSchedule
 from focus_ray.names import Log, make_unique_name
@@ -57,12 +57,14 @@ from focus_ray.training.category import (
     fit_category,
     get_bundle_uri,
     get_checkpoint_folder,
+    get_plant_checkpoint_folder,
     get_plant_network_uri,
+    list_checkpoints,
     train_network_of_plant,
 )
 from focus_ray.training.report import write_training_report
 from focus_ray.training.streams import read_blocks_with_ray_data
-from focus_ray.training.trainer import TrainerJob, run_on_train_workers
+from focus_ray.training.trainer import J, TrainerJob, run_on_train_workers
 
 RUN_CONFIG = "config.yaml"
 # settings that do not change the result of a category, or only the order of streamed images
@@ -198,8 +200,7 @@ def _connect_and_check_cluster(config: Config, root: str, splits: Mapping[str, S
         DataError: a node cannot read the data set or cannot use the folder of the run.
     """
     is_private = connect_to_ray(namespace=config.cluster.ray_namespace)
-    groups = [splits.values()] if config.train.trains_plant else [[split] for split in splits.values()]
-    streams = config.train.steps > 0 and any(not fits_in_memory(config, *group) for group in groups)
+    streams = config.train.steps > 0 and streams_training_images(config, splits.values())
     limit = min(len(splits), config.cluster.max_concurrent_categories or len(splits))
     capacity = ClusterCapacity(config.cluster, is_private, log, streams=streams, limit=limit)
     check_storage_on_nodes(
@@ -390,9 +391,6 @@ def _train_on_cluster(
         yield job.category, outcome
 
 
-J = TypeVar("J", bound=TrainerJob)
-
-
 def _run_jobs(
     function: Callable[[J], Any],
     jobs: Iterator[J],
@@ -554,16 +552,15 @@ def _list_started_categories(root: str) -> set[str]:
     """Returns the categories that have a bundle folder, even if the bundle is incomplete, or a checkpoint."""
     started = {*list_folder_entries(join_path(root, "bundles"))}
     for category in list_folder_entries(join_path(root, "train")):
-        if any(name.startswith("checkpoint_") for name in list_folder_entries(get_checkpoint_folder(root, category))):
+        if list_checkpoints(get_checkpoint_folder(root, category)):
             started.add(category)
     return started
 
 
 def _is_plant_training_interrupted(root: str) -> bool:
     """Returns whether the training of one network for all categories has checkpoints, but no result."""
-    network = get_plant_network_uri(root)
-    folder = network.rpartition("/")[0]
-    return any(name.startswith("checkpoint_") for name in list_folder_entries(folder)) and not file_exists(network)
+    has_checkpoint = bool(list_checkpoints(get_plant_checkpoint_folder(root)))
+    return has_checkpoint and not file_exists(get_plant_network_uri(root))
 
 
 def describe_changed_settings(earlier: ConfigSection, current: ConfigSection) -> dict[str, str]:
